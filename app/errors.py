@@ -1,0 +1,89 @@
+"""What the service answers when it cannot do what was asked.
+
+    ServiceError            one RFC 9457 problem: kind, title, HTTP status
+    ├── InvalidRequest      422  the request's JSON, form or query
+    ├── InvalidFile         422  an uploaded file
+    ├── UploadIncomplete    400  the body ended or stalled before the form did
+    ├── TooLarge            413
+    ├── UnsupportedMedia    415
+    ├── Unauthorized        401
+    ├── NotFound            404
+    ├── InUse               409  what should be deleted is needed
+    ├── IdempotencyConflict 409
+    ├── NotCancellable      409
+    └── Unavailable         503  the database or the storage does not answer
+
+Each kind is documented in docs/problems.md; a test fails where one is not.
+"""
+
+from typing import Any, ClassVar
+
+
+def problem_type(kind: str) -> str:
+    """The `type` of a problem: an identifier, listed in docs/problems.md."""
+    return f"urn:interplay:problem:{kind}"
+
+
+def problem(kind: str, title: str, detail: str, *, status: int | None = None, **members: Any) -> dict[str, Any]:
+    """The body of a problem (RFC 9457); `status` only where it is the status of an HTTP answer."""
+    body: dict[str, Any] = {"type": problem_type(kind), "title": title, "detail": detail}
+    if status is not None:
+        body["status"] = status
+    return {**members, **body}
+
+
+class ServiceError(Exception):
+    """An expected failure, raised anywhere below a route and answered as application/problem+json."""
+
+    kind: ClassVar[str] = "internal-error"
+    title: ClassVar[str] = "Internal error"
+    status: ClassVar[int] = 500
+
+    def __init__(self, detail: str, **members: Any) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.members = members
+
+
+class InvalidRequest(ServiceError):
+    kind, title, status = "invalid-request", "The request is not valid", 422
+
+
+class InvalidFile(ServiceError):
+    kind, title, status = "invalid-file", "The file is not valid", 422
+
+
+class UploadIncomplete(ServiceError):
+    kind, title, status = "upload-incomplete", "The upload ended before it was complete", 400
+
+
+class TooLarge(ServiceError):
+    kind, title, status = "too-large", "The upload is too large", 413
+
+
+class UnsupportedMedia(ServiceError):
+    kind, title, status = "unsupported-media-type", "The body has an unsupported media type", 415
+
+
+class Unauthorized(ServiceError):
+    kind, title, status = "unauthorized", "A valid API key is needed", 401
+
+
+class NotFound(ServiceError):
+    kind, title, status = "not-found", "There is no such resource", 404
+
+
+class InUse(ServiceError):
+    kind, title, status = "in-use", "The resource is needed by an analysis", 409
+
+
+class IdempotencyConflict(ServiceError):
+    kind, title, status = "idempotency-conflict", "The idempotency key was used for another request", 409
+
+
+class NotCancellable(ServiceError):
+    kind, title, status = "not-cancellable", "The analysis has already ended", 409
+
+
+class Unavailable(ServiceError):
+    kind, title, status = "unavailable", "The service cannot answer now", 503

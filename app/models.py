@@ -1,0 +1,179 @@
+"""The tables. Who owns which state is said in docs/architecture.md."""
+
+from datetime import UTC, datetime
+from typing import Any
+from uuid import uuid4
+
+import sqlalchemy as sa
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+
+class UTCDateTime(sa.TypeDecorator[datetime]):
+    """An instant with its time zone, UTC, on databases that keep one and on SQLite, which does not."""
+
+    impl = sa.DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise ValueError("a datetime without a time zone is ambiguous")
+        value = value.astimezone(UTC)
+        return value.replace(tzinfo=None) if dialect.name == "sqlite" else value
+
+    def process_result_value(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+def now() -> datetime:
+    return datetime.now(UTC)
+
+
+class Base(DeclarativeBase):
+    # Constraints have names of their own, so that migrations can name them on both databases.
+    metadata = sa.MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_N_name)s_%(referred_table_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+    type_annotation_map = {datetime: UTCDateTime, dict[str, Any]: sa.JSON, list[int]: sa.JSON, list[str]: sa.JSON}
+
+
+class Resource(Base):
+    """What every resource has: an id, a time, and their order for keyset pagination."""
+
+    __abstract__ = True
+
+    id: Mapped[str] = mapped_column(sa.String(36), primary_key=True, default=lambda: str(uuid4()))
+    created_at: Mapped[datetime] = mapped_column(default=now)
+
+
+class Blob(Base):
+    """A stored file. The row exists exactly while the file may be referred to; its lock orders uploads and removal."""
+
+    __tablename__ = "blobs"
+
+    sha256: Mapped[str] = mapped_column(sa.String(64), primary_key=True)
+    size_bytes: Mapped[int] = mapped_column(sa.BigInteger)
+
+
+class Checkpoint(Resource):
+    __tablename__ = "checkpoints"
+    __table_args__ = (sa.Index(None, "created_at", "id"),)
+
+    name: Mapped[str] = mapped_column(sa.String(200), index=True)
+    sha256: Mapped[str] = mapped_column(sa.ForeignKey("blobs.sha256"), index=True)
+    size_bytes: Mapped[int] = mapped_column(sa.BigInteger)
+    n_parameters: Mapped[int] = mapped_column(sa.BigInteger)
+    architecture: Mapped[dict[str, Any]]
+    head: Mapped[str | None]
+    metadata_: Mapped[dict[str, Any]] = mapped_column("metadata")
+
+
+class Probe(Resource):
+    __tablename__ = "probes"
+    __table_args__ = (sa.Index(None, "created_at", "id"),)
+
+    name: Mapped[str] = mapped_column(sa.String(200), index=True)
+    sha256: Mapped[str] = mapped_column(sa.ForeignKey("blobs.sha256"), index=True)
+    size_bytes: Mapped[int] = mapped_column(sa.BigInteger)
+    format: Mapped[str] = mapped_column(sa.String(20))
+    n_samples: Mapped[int]
+    n_classes: Mapped[int]
+    class_counts: Mapped[list[int]]
+    class_names: Mapped[list[str] | None]
+    input_shape: Mapped[list[int]]
+    splits: Mapped[dict[str, Any]]
+    preprocess: Mapped[dict[str, Any] | None]
+    metadata_: Mapped[dict[str, Any]] = mapped_column("metadata")
+
+
+class FeatureSet(Resource):
+    __tablename__ = "feature_sets"
+    __table_args__ = (sa.Index(None, "created_at", "id"),)
+
+    name: Mapped[str] = mapped_column(sa.String(200), index=True)
+    sha256: Mapped[str] = mapped_column(sa.ForeignKey("blobs.sha256"), index=True)
+    size_bytes: Mapped[int] = mapped_column(sa.BigInteger)
+    n_samples: Mapped[int]
+    n_classes: Mapped[int]
+    n_features: Mapped[int]
+    class_counts: Mapped[list[int]]
+    splits: Mapped[dict[str, Any]]
+    metadata_: Mapped[dict[str, Any]] = mapped_column("metadata")
+
+
+class MetadataEntry(Base):
+    """One `key=value` of a checkpoint, probe or feature set, as text, so that both databases filter alike."""
+
+    __tablename__ = "metadata_entries"
+    __table_args__ = (sa.Index(None, "key", "value"),)
+
+    resource_id: Mapped[str] = mapped_column(sa.String(36), primary_key=True)
+    key: Mapped[str] = mapped_column(sa.String(100), primary_key=True)
+    value: Mapped[str] = mapped_column(sa.String(500), primary_key=True)
+
+
+class Analysis(Resource):
+    """What was asked, and what became of it. The queue owns only who runs it now."""
+
+    __tablename__ = "analyses"
+    __table_args__ = (sa.Index(None, "created_at", "id"),)
+
+    kind: Mapped[str] = mapped_column(sa.String(30), index=True)
+    name: Mapped[str] = mapped_column(sa.String(200))
+    # Not foreign keys: an analysis that has ended outlives what it looked at.
+    checkpoint_id: Mapped[str | None] = mapped_column(sa.String(36), index=True)
+    probe_id: Mapped[str | None] = mapped_column(sa.String(36), index=True)
+    feature_set_id: Mapped[str | None] = mapped_column(sa.String(36), index=True)
+    options: Mapped[dict[str, Any]]
+    idempotency_key: Mapped[str | None] = mapped_column(sa.String(255), unique=True)
+    request_sha256: Mapped[str] = mapped_column(sa.String(64))
+    attempts: Mapped[int] = mapped_column(default=0)
+    started_at: Mapped[datetime | None]
+    cancel_requested_at: Mapped[datetime | None]
+    finished_at: Mapped[datetime | None]
+    outcome: Mapped[str | None] = mapped_column(sa.String(20), index=True)
+    problem: Mapped[dict[str, Any] | None]
+    progress_done: Mapped[int] = mapped_column(default=0)
+    progress_total: Mapped[int] = mapped_column(default=0)
+    progress_phase: Mapped[str] = mapped_column(sa.String(30), default="queued")
+
+
+class Report(Resource):
+    """An immutable report: its JSON text is stored as it is served."""
+
+    __tablename__ = "reports"
+    __table_args__ = (sa.Index(None, "created_at", "id"),)
+
+    analysis_id: Mapped[str] = mapped_column(sa.ForeignKey("analyses.id"), unique=True)
+    kind: Mapped[str] = mapped_column(sa.String(30), index=True)
+    name: Mapped[str] = mapped_column(sa.String(200), index=True)
+    checkpoint_id: Mapped[str | None] = mapped_column(sa.String(36), index=True)
+    probe_id: Mapped[str | None] = mapped_column(sa.String(36), index=True)
+    feature_set_id: Mapped[str | None] = mapped_column(sa.String(36), index=True)
+    sha256: Mapped[str] = mapped_column(sa.String(64))
+    content: Mapped[str] = mapped_column(sa.Text)
+
+
+class Worker(Base):
+    """A worker process, alive until `ended_at` is set by itself or by whoever found it dead."""
+
+    __tablename__ = "workers"
+
+    id: Mapped[str] = mapped_column(sa.String(36), primary_key=True)
+    host: Mapped[str] = mapped_column(sa.String(255))
+    pid: Mapped[int]
+    device: Mapped[str | None] = mapped_column(sa.String(200))
+    torch_version: Mapped[str | None] = mapped_column(sa.String(50))
+    families: Mapped[list[str] | None]
+    started_at: Mapped[datetime]
+    heartbeat_at: Mapped[datetime]
+    ended_at: Mapped[datetime | None]

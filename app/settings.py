@@ -1,0 +1,76 @@
+"""Settings: every one is an environment variable with the prefix INTERPLAY_. docs/settings.md lists them."""
+
+import ipaddress
+from functools import cached_property
+from pathlib import Path
+
+from pydantic import Field, SecretStr, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """What an operator can choose. The same values must be given to every process of one service."""
+
+    model_config = SettingsConfigDict(env_prefix="INTERPLAY_", extra="ignore", frozen=True)
+
+    data_dir: Path = Field(
+        default=Path("interplay-data"), description="Folder of the SQLite database, local blobs, staged uploads."
+    )
+    database_url: str = Field(default="", description="SQLAlchemy URL; empty: a SQLite file in data_dir.")
+    storage_url: str = Field(
+        default="", description="Where blobs live: file://, s3://, gs:// or az:// URL; empty: a folder in data_dir."
+    )
+    host: str = Field(default="127.0.0.1", description="Address to bind; any but loopback needs api_key.")
+    port: int = Field(default=8321, ge=0, le=65535, description="Port to bind; 0 picks a free one.")
+    api_key: SecretStr | None = Field(default=None, description="When set, every /v1 call needs it as a bearer token.")
+    device: str = Field(
+        default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N; auto prefers CUDA."
+    )
+    threads: int = Field(default=0, ge=0, description="CPU threads of a compute process; 0: torch's own choice.")
+    max_upload_bytes: int = Field(default=20 * 2**30, ge=1, description="Largest file accepted in one upload.")
+    max_spec_bytes: int = Field(default=2**20, ge=1, description="Largest `spec` part and JSON body accepted.")
+    upload_idle_seconds: float = Field(
+        default=30.0, gt=0, description="An upload that sends nothing for so long is dropped."
+    )
+    max_npz_bytes: int = Field(default=20 * 2**30, ge=1, description="Largest unpacked size of an npz probe.")
+    max_npz_ratio: float = Field(default=200.0, gt=1, description="Largest unpacked-to-packed ratio of an npz probe.")
+    max_tensor_bytes: int = Field(
+        default=64 * 2**30, ge=1, description="Largest network, as computed from its description, that a worker builds."
+    )
+    analysis_timeout_seconds: float = Field(
+        default=6 * 3600.0, gt=0, description="An attempt that computes for longer fails."
+    )
+    max_attempts: int = Field(
+        default=50, ge=1, description="An analysis whose worker died so often is given up as failed."
+    )
+    worker_restart_max_seconds: float = Field(
+        default=30.0, gt=0, description="Longest pause of `serve` before it restarts a worker that died."
+    )
+    log_level: str = Field(default="warning", pattern="^(debug|info|warning|error)$", description="Verbosity on stderr.")
+
+    @field_validator("data_dir")
+    @classmethod
+    def _absolute(cls, value: Path) -> Path:
+        return value.expanduser().absolute()
+
+    @field_validator("api_key")
+    @classmethod
+    def _no_empty_key(cls, value: SecretStr | None) -> SecretStr | None:
+        return value if value and value.get_secret_value() else None
+
+    @cached_property
+    def effective_database_url(self) -> str:
+        return self.database_url or f"sqlite:///{self.data_dir / 'interplay.db'}"
+
+    @cached_property
+    def effective_storage_url(self) -> str:
+        return self.storage_url or (self.data_dir / "blobs").as_uri()
+
+    @property
+    def binds_loopback(self) -> bool:
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False

@@ -1,0 +1,163 @@
+"""Blobs: files named by their sha256, in a local folder or an object store.
+
+An upload is staged in a local file and hashed while it streams, so a crash leaves no half blob under a final name.
+A local store gets the staged file by rename, with the file and its folder synced; a remote one by one atomic put.
+"""
+
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from urllib.parse import unquote, urlsplit
+from uuid import uuid4
+
+import obstore
+from obstore.store import LocalStore, ObjectStore, from_url
+
+from app.settings import Settings
+
+
+class StagedFile:
+    """A file being written, removed at the end of its `with` block unless the storage took it."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.size_bytes = 0
+        self._hash = hashlib.sha256()
+        while True:
+            self.path = folder / f"{uuid4()}.part"
+            self._file = self.path.open("wb")
+            # Held while this process lives: `remove_abandoned` tells a crashed upload from a running one by it.
+            fcntl.flock(self._file, fcntl.LOCK_EX)
+            if os.fstat(self._file.fileno()).st_nlink:
+                break
+            self._file.close()  # another process swept it up between its creation and the lock
+
+    def write(self, data: bytes | bytearray) -> None:
+        self._file.write(data)
+        self._hash.update(data)
+        self.size_bytes += len(data)
+
+    def sync(self) -> None:
+        """Everything written so far is on the disk when this returns."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    @property
+    def sha256(self) -> str:
+        return self._hash.hexdigest()
+
+    def __enter__(self) -> "StagedFile":
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.path.unlink(missing_ok=True)
+        self._file.close()
+
+
+class Storage:
+    """Where blobs live. The database's `blobs` rows say which of them exist; this only moves bytes."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._staging = settings.data_dir / "staging"
+        self._cache = settings.data_dir / "cache"
+        url = urlsplit(settings.effective_storage_url)
+        self._folder: Path | None = None
+        self._store: ObjectStore
+        if url.scheme == "file":
+            self._folder = Path(unquote(url.path))
+            # Stage beside the blobs: a rename is atomic only within one file system.
+            self._staging = self._folder / "staging"
+            self._store = LocalStore(prefix=self._folder, mkdir=True)
+        else:
+            self._store = from_url(settings.effective_storage_url)
+
+    def stage(self) -> StagedFile:
+        return StagedFile(self._staging)
+
+    def put(self, staged: StagedFile) -> None:
+        """Give the staged file its final name; done already where the blob exists."""
+        staged.sync()
+        sha256 = staged.sha256
+        if self._folder is None:
+            if not self.has(sha256):
+                with staged.path.open("rb") as file:
+                    obstore.put(self._store, _key(sha256), file)
+            return
+        final = self._folder / _key(sha256)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        # A link where `staged` still removes its own name at the end of its block: no moment without an owner.
+        with suppress(FileExistsError):
+            os.link(staged.path, final)
+        _sync_folder(final.parent)
+        _sync_folder(final.parent.parent)
+
+    def has(self, sha256: str) -> bool:
+        try:
+            obstore.head(self._store, _key(sha256))
+        except FileNotFoundError:
+            return False
+        return True
+
+    def delete(self, sha256: str) -> None:
+        with suppress(FileNotFoundError):
+            obstore.delete(self._store, _key(sha256))
+
+    @contextmanager
+    def local_copy(self, sha256: str) -> Iterator[Path]:
+        """A path to read the blob at; a blob of a remote store is fetched once and kept in the cache folder.
+
+        Raises:
+            FileNotFoundError: there is no such blob.
+        """
+        if self._folder is not None:
+            path = self._folder / _key(sha256)
+            if not path.is_file():
+                raise FileNotFoundError(sha256)
+            yield path
+            return
+        cached = self._cache / _key(sha256)
+        if not cached.is_file():
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            with StagedFile(self._staging) as staged:
+                for chunk in obstore.get(self._store, _key(sha256)).stream(min_chunk_size=8 * 2**20):
+                    staged.write(bytes(chunk))
+                staged.sync()
+                if staged.sha256 != sha256:
+                    raise FileNotFoundError(f"{sha256}: the store returned other bytes")
+                with suppress(FileExistsError):
+                    os.link(staged.path, cached)
+        yield cached
+
+    def check(self) -> None:
+        """Raise an OSError where blobs could not be stored now."""
+        self._staging.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(self._staging).free < 2**20:
+            raise OSError("less than 1 MiB is free where uploads are staged")
+        self.has("0" * 64)
+
+    def remove_abandoned(self) -> int:
+        """Remove what uploads left behind whose process died; returns how many files."""
+        removed = 0
+        for path in self._staging.glob("*.part"):
+            with suppress(OSError), path.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink(missing_ok=True)
+                removed += 1
+        return removed
+
+
+def _key(sha256: str) -> str:
+    return f"{sha256[:2]}/{sha256}"
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

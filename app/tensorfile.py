@@ -1,0 +1,210 @@
+"""Tensor files from strangers, read without torch: what is in them, and whether it is safe to open.
+
+The header of a safetensors file is checked here before the library sees it: the library accepts duplicate keys and
+needed 10 s and 1.9 GB for an 87 MB header of empty tensors (see the limits below). An npz is a zip of npy files;
+its members are bounded before one is unpacked, and pickled objects are refused.
+"""
+
+import json
+import math
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from numpy.lib import format as npy
+from safetensors import SafetensorError, safe_open
+
+from app.errors import InvalidFile
+
+MAX_HEADER_BYTES = 16 * 2**20
+MAX_TENSORS = 100_000
+MAX_RANK = 8
+MAX_DIMENSION = 2**31
+MAX_NAME_BYTES = 512
+
+# Not parameters, though floating point and stored beside them.
+_RUNNING_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+_FLOATING = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "F6_E2M3", "F6_E3M2")
+INTEGER = ("I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64")
+NUMERIC = (*_FLOATING[:4], *INTEGER, "BOOL")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def is_floating(self) -> bool:
+        return self.dtype in _FLOATING
+
+    @property
+    def n_elements(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """Names, dtypes (safetensors' words: F32, I64, ...) and shapes of the tensors of a file."""
+
+    format: str
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+
+    @property
+    def n_parameters(self) -> int:
+        """Elements of the floating-point tensors, running statistics of normalisation layers left out."""
+        return sum(
+            info.n_elements
+            for name, info in self.tensors.items()
+            if info.is_floating and not name.endswith(_RUNNING_STATISTICS)
+        )
+
+
+def inspect_safetensors(path: Path) -> TensorFile:
+    """Check a safetensors file as a whole and say what it holds; no tensor's bytes are read.
+
+    Raises:
+        InvalidFile: it is not safetensors, is cut short, or its header breaks a limit.
+    """
+    tensors, metadata = _read_header(path)
+    try:
+        with safe_open(path, framework="np") as file:
+            file.keys()
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InvalidFile(f"The file is not complete, valid safetensors: {error}.") from None
+    return TensorFile("safetensors", tensors, metadata)
+
+
+def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    size_bytes = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        if len(prefix) < 8:
+            raise InvalidFile(f"The file is not safetensors: it has {size_bytes} bytes, not even a header's length.")
+        header_bytes = int.from_bytes(prefix, "little")
+        if header_bytes > MAX_HEADER_BYTES:
+            raise InvalidFile(
+                f"The file is not safetensors that this service accepts: its first eight bytes announce a header of "
+                f"{header_bytes} bytes; at most {MAX_HEADER_BYTES} are allowed."
+            )
+        if header_bytes + 8 > size_bytes:
+            raise InvalidFile(
+                f"The file is not complete safetensors: a header of {header_bytes} bytes is announced, "
+                f"{size_bytes - 8} follow."
+            )
+        raw = file.read(header_bytes)
+    if not raw.startswith(b"{"):
+        raise InvalidFile("The file is not safetensors: its header does not start with '{'.")
+    try:
+        header = json.loads(raw, object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise InvalidFile(f"The file is not safetensors: its header is not valid JSON ({error}).") from None
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise InvalidFile("The header's __metadata__ must map strings to strings.")
+    if len(header) > MAX_TENSORS:
+        raise InvalidFile(f"The file announces {len(header)} tensors; at most {MAX_TENSORS} are allowed.")
+    return {name: _tensor_info(name, entry) for name, entry in header.items()}, metadata
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in result:
+            raise ValueError(f"duplicate key {name[:100]!r}")
+        result[name] = value
+    return result
+
+
+def _tensor_info(name: str, entry: Any) -> TensorInfo:
+    if len(name.encode()) >= MAX_NAME_BYTES or not name.isprintable() or not name:
+        raise InvalidFile(
+            f"A tensor's name must be printable, not empty and under {MAX_NAME_BYTES} bytes, not {name[:80]!r}."
+        )
+    match entry:
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(), int()]}:
+            pass
+        case _:
+            raise InvalidFile(f"The header's entry of tensor {name!r} has not the form of safetensors.")
+    if len(shape) > MAX_RANK:
+        raise InvalidFile(f"Tensor {name!r} has {len(shape)} dimensions; at most {MAX_RANK} are allowed.")
+    if not all(type(size) is int and 0 <= size < MAX_DIMENSION for size in shape):
+        raise InvalidFile(f"Tensor {name!r} has the shape {shape}; every size must be below 2^31.")
+    return TensorInfo(dtype, tuple(shape))
+
+
+def read_integers(path: Path, name: str) -> npt.NDArray[np.int64]:
+    """One integer tensor of a safetensors file that `inspect_safetensors` has passed."""
+    with safe_open(path, framework="np") as file:
+        values: npt.NDArray[np.int64] = file.get_tensor(name).astype(np.int64)
+    return values
+
+
+_NPY_DTYPES = {
+    "f2": "F16", "f4": "F32", "f8": "F64", "b1": "BOOL",
+    "i1": "I8", "i2": "I16", "i4": "I32", "i8": "I64",
+    "u1": "U8", "u2": "U16", "u4": "U32", "u8": "U64",
+}  # fmt: skip
+
+
+def inspect_npz(path: Path, *, max_bytes: int, max_ratio: float) -> TensorFile:
+    """Check an npz file and say what it holds; nothing but the members' headers is unpacked.
+
+    Raises:
+        InvalidFile: it is not an npz, holds pickled objects, or would unpack to more than the limits.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            _bound_members(members, path.stat().st_size, max_bytes, max_ratio)
+            tensors = {
+                member.filename.removesuffix(".npy"): _npy_info(archive, member)
+                for member in members
+                if not member.is_dir()
+            }
+    except (zipfile.BadZipFile, OSError, ValueError, EOFError, NotImplementedError, RuntimeError) as error:
+        raise InvalidFile(f"The file is not a valid npz: {error}.") from None
+    return TensorFile("npz", tensors, {})
+
+
+def _bound_members(members: list[zipfile.ZipInfo], size_bytes: int, max_bytes: int, max_ratio: float) -> None:
+    if len(members) > 100:
+        raise InvalidFile(f"The npz has {len(members)} members; at most 100 are allowed.")
+    if len({member.filename for member in members}) != len(members):
+        raise InvalidFile("The npz holds two members of the same name.")
+    unpacked = sum(member.file_size for member in members)
+    if unpacked > max_bytes:
+        raise InvalidFile(f"The npz would unpack to {unpacked} bytes; at most {max_bytes} are allowed.")
+    if unpacked > max_ratio * size_bytes:
+        raise InvalidFile(
+            f"The npz would unpack to {unpacked / size_bytes:.0f} times its size; at most {max_ratio:g} times is "
+            "allowed. Save it with numpy.savez instead of savez_compressed, or as safetensors."
+        )
+
+
+def _npy_info(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> TensorInfo:
+    with archive.open(member) as file:
+        version = npy.read_magic(file)
+        read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+        shape, _, dtype = read(file)
+        data_bytes = member.file_size - file.tell()
+    if dtype.hasobject:
+        raise InvalidFile(f"The npz member {member.filename!r} holds pickled objects, which this service never opens.")
+    name = _NPY_DTYPES.get(dtype.str[1:], dtype.str)
+    if dtype.itemsize * math.prod(shape) != data_bytes:
+        raise InvalidFile(f"The npz member {member.filename!r} is cut short: {shape} does not fit {data_bytes} bytes.")
+    return TensorInfo(name, tuple(shape))
+
+
+def read_npz_integers(path: Path, name: str) -> npt.NDArray[np.int64]:
+    """One integer array of an npz file that `inspect_npz` has passed."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            values: npt.NDArray[np.int64] = file[name].astype(np.int64)
+    except (zipfile.BadZipFile, ValueError, OSError, EOFError) as error:
+        raise InvalidFile(f"The npz member {name!r} cannot be read: {error}.") from None
+    return values

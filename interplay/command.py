@@ -1,0 +1,438 @@
+"""The `interplay` command: push, analyze, show, list, cancel and delete over HTTP, and the way into the server.
+
+Exit codes: 0 fine; 1 the analysis failed, or the service answered with a problem; 2 usage; 3 the service cannot be
+reached. With --json stdout holds one JSON value and nothing else; errors and progress go to stderr.
+"""
+
+import enum
+import importlib.metadata
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, cast
+
+import typer
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from interplay import rendering
+from interplay.client import (
+    DEFAULT_URL,
+    AnalysisFailed,
+    Body,
+    Client,
+    Collection,
+    InterplayError,
+    ProblemError,
+    ServiceUnreachable,
+)
+
+EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE = 1, 2, 3
+
+app = typer.Typer(
+    name="interplay",
+    help="MIR, HDR and neural collapse of trained networks, from an Interplay service.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+push = typer.Typer(no_args_is_help=True)
+app.add_typer(push, name="push", help="Upload a checkpoint, a probe dataset or a feature set.")
+
+
+class Listed(enum.StrEnum):
+    """What `list` can list."""
+
+    CHECKPOINTS = "checkpoints"
+    PROBES = "probes"
+    FEATURE_SETS = "feature-sets"
+    ANALYSES = "analyses"
+    REPORTS = "reports"
+
+
+class Deletable(enum.StrEnum):
+    """What `delete` can delete."""
+
+    CHECKPOINTS = "checkpoints"
+    PROBES = "probes"
+    FEATURE_SETS = "feature-sets"
+
+
+Url = Annotated[
+    str | None,
+    typer.Option("--url", envvar="INTERPLAY_URL", help=f"Where the service listens. Default: {DEFAULT_URL}."),
+]
+ApiKey = Annotated[
+    str | None,
+    typer.Option("--api-key", envvar="INTERPLAY_API_KEY", help="Better in the environment than in a shell's history."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value on stdout, nothing else.")]
+File = Annotated[Path, typer.Argument(exists=True, dir_okay=False, readable=True, metavar="FILE", show_default=False)]
+Name = Annotated[str | None, typer.Option("--name", help="What people will call it. Default: the file's stem.")]
+Metadata = Annotated[
+    list[str] | None,
+    typer.Option("--metadata", metavar="KEY=VALUE", help="May be repeated; epoch=10 is stored as a number."),
+]
+
+
+def main() -> None:
+    """Run the command; an expected error ends as a message and an exit code, never as a traceback."""
+    try:
+        app(prog_name="interplay")
+    except AnalysisFailed as error:
+        problem = error.problem or {"title": f"The analysis was {error.analysis['status']}", "detail": ""}
+        _fail(EXIT_FAILED, problem.get("title", "The analysis failed"), problem.get("detail", ""), problem)
+    except ProblemError as error:
+        _fail(EXIT_FAILED, error.title, error.detail, error.members)
+    except ServiceUnreachable as error:
+        _fail(EXIT_UNREACHABLE, "The service cannot be reached", str(error), {})
+    except InterplayError as error:
+        _fail(EXIT_FAILED, "Error", str(error), {})
+    except OSError as error:  # a file that vanished or changed its rights after the arguments were checked
+        _fail(EXIT_USAGE, "A file cannot be read", str(error), {})
+
+
+@app.callback()
+def interplay(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=lambda v: _version(v)),
+    ] = False,
+) -> None:
+    """MIR, HDR and neural collapse of trained networks, from an Interplay service."""
+
+
+@push.command("checkpoint")
+def push_checkpoint(
+    file: File,
+    architecture: Annotated[
+        str | None,
+        typer.Option(metavar="FILE|JSON", help="The network's description. Default: the one in the file's metadata."),
+    ] = None,
+    name: Name = None,
+    head: Annotated[str | None, typer.Option(help="Module name of the head. Default: by family.")] = None,
+    metadata: Metadata = None,
+    url: Url = None,
+    api_key: ApiKey = None,
+    as_json: AsJson = False,
+) -> None:
+    """Upload a checkpoint (safetensors)."""
+    described = _json_object("--architecture", architecture)
+    pairs = _metadata(metadata)
+    with _client(url, api_key) as client:
+        body = client.push_checkpoint(
+            file, name=name or file.stem, architecture=described, head=head, metadata=pairs or None
+        )
+    _print(body, as_json, rendering.resource_text("checkpoint", body))
+
+
+@push.command("probe")
+def push_probe(
+    file: File,
+    name: Name = None,
+    class_names: Annotated[
+        str | None, typer.Option(metavar="FILE|JSON", help='A list such as ["cat", "dog"], in the order of the labels.')
+    ] = None,
+    preprocess: Annotated[
+        str | None, typer.Option(metavar="FILE|JSON", help='Such as {"scale": 0.0039, "mean": [0.5], "std": [0.2]}.')
+    ] = None,
+    metadata: Metadata = None,
+    url: Url = None,
+    api_key: ApiKey = None,
+    as_json: AsJson = False,
+) -> None:
+    """Upload a probe dataset (safetensors or npz: inputs, labels, optional split)."""
+    names = _json_value("--class-names", class_names)
+    if names is not None and not (isinstance(names, list) and all(isinstance(entry, str) for entry in names)):
+        raise typer.BadParameter("must be a JSON list of texts", param_hint="--class-names")
+    prepared = _json_object("--preprocess", preprocess)
+    pairs = _metadata(metadata)
+    with _client(url, api_key) as client:
+        body = client.push_probe(
+            file, name=name or file.stem, class_names=names, preprocess=prepared, metadata=pairs or None
+        )
+    _print(body, as_json, rendering.resource_text("probe", body))
+
+
+@push.command("features")
+def push_features(
+    file: File,
+    name: Name = None,
+    metadata: Metadata = None,
+    url: Url = None,
+    api_key: ApiKey = None,
+    as_json: AsJson = False,
+) -> None:
+    """Upload features, labels and head of a network that the service cannot build (safetensors)."""
+    pairs = _metadata(metadata)
+    with _client(url, api_key) as client:
+        body = client.push_feature_set(file, name=name or file.stem, metadata=pairs or None)
+    _print(body, as_json, rendering.resource_text("feature set", body))
+
+
+@app.command()
+def analyze(
+    checkpoint: Annotated[str | None, typer.Option(metavar="ID", help="With --probe.")] = None,
+    probe: Annotated[str | None, typer.Option(metavar="ID", help="With --checkpoint.")] = None,
+    features: Annotated[str | None, typer.Option(metavar="ID", help="A feature set, alone.")] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for the end and show the report.")] = False,
+    timeout: Annotated[
+        float | None, typer.Option(metavar="SECONDS", min=0, help="Wait no longer; the analysis goes on.")
+    ] = None,
+    permutations: Annotated[int | None, typer.Option(min=0, help="Permutations of the null baseline.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the permutations.")] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(min=0, help="Largest change of MIR that counts as settled.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Inputs at a time.")] = None,
+    idempotency_key: Annotated[
+        str | None, typer.Option(metavar="KEY", help="The same key and request give the same analysis.")
+    ] = None,
+    url: Url = None,
+    api_key: ApiKey = None,
+    as_json: AsJson = False,
+) -> None:
+    """Queue an evaluation of a checkpoint on a probe, or of a feature set.
+
+    With --json it prints the analysis; its report_id is what `interplay show` takes.
+    """
+    if (features is None) == (checkpoint is None and probe is None) or (checkpoint is None) != (probe is None):
+        raise typer.BadParameter("Give either --checkpoint and --probe, or --features alone.")
+    chosen = {"null_permutations": permutations, "seed": seed, "tolerance": tolerance, "batch_size": batch_size}
+    with _client(url, api_key) as client:
+        analysis = client.create_analysis(
+            checkpoint_id=checkpoint,
+            probe_id=probe,
+            feature_set_id=features,
+            options={key: value for key, value in chosen.items() if value is not None},
+            idempotency_key=idempotency_key,
+        )
+        if not wait:
+            _print(analysis, as_json, f"analysis {analysis['id']}, {analysis['status']}")
+            return
+        try:
+            with _progress() as show_progress:
+                analysis = client.wait(analysis["id"], timeout_seconds=timeout, on_progress=show_progress)
+        except AnalysisFailed as error:
+            if as_json:
+                _print(error.analysis, True)
+            raise
+        except KeyboardInterrupt:
+            typer.echo(f"It goes on; to stop it: interplay cancel {analysis['id']}", err=True)
+            raise
+        _print(analysis, as_json, None if as_json else rendering.report_view(client.get_report(analysis["report_id"])))
+
+
+@app.command()
+def show(
+    report: Annotated[str, typer.Argument(metavar="REPORT", help="A report's id.", show_default=False)],
+    url: Url = None,
+    api_key: ApiKey = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show a report."""
+    with _client(url, api_key) as client:
+        body = client.get_report(report)
+    _print(body, as_json, None if as_json else rendering.report_view(body))
+
+
+@app.command("list")
+def list_collection(
+    collection: Annotated[Listed, typer.Argument(show_default=False)],
+    name: Annotated[str | None, typer.Option(help="Exactly this name.")] = None,
+    status: Annotated[str | None, typer.Option(help="queued, running, succeeded, failed or cancelled.")] = None,
+    kind: Annotated[str | None, typer.Option(help="Such as evaluation.")] = None,
+    checkpoint: Annotated[str | None, typer.Option(metavar="ID", help="Of this checkpoint.")] = None,
+    probe: Annotated[str | None, typer.Option(metavar="ID", help="On this probe.")] = None,
+    metadata: Annotated[
+        list[str] | None, typer.Option("--metadata", metavar="KEY=VALUE", help="Has this metadata; may be repeated.")
+    ] = None,
+    after: Annotated[str | None, typer.Option(metavar="TIME", help="Created after, such as 2026-01-31.")] = None,
+    before: Annotated[str | None, typer.Option(metavar="TIME", help="Created before.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="The newest so many.")] = 50,
+    everything: Annotated[bool, typer.Option("--all", help="All of them, whatever --limit says.")] = False,
+    url: Url = None,
+    api_key: ApiKey = None,
+    as_json: AsJson = False,
+) -> None:
+    """List a collection, newest first."""
+    with _client(url, api_key) as client:
+        items = [
+            *client.list(
+                cast(Collection, collection.value),
+                limit=None if everything else limit,
+                metadata=dict(_pair(entry) for entry in metadata or []),
+                name=name,
+                status=status,
+                kind=kind,
+                checkpoint_id=checkpoint,
+                probe_id=probe,
+                created_after=after,
+                created_before=before,
+            )
+        ]
+    _print(items, as_json, rendering.collection_view(collection.value, items))
+
+
+@app.command()
+def cancel(
+    analysis: Annotated[str, typer.Argument(metavar="ANALYSIS", help="An analysis' id.", show_default=False)],
+    url: Url = None,
+    api_key: ApiKey = None,
+    as_json: AsJson = False,
+) -> None:
+    """Stop an analysis at its next step."""
+    with _client(url, api_key) as client:
+        body = client.cancel(analysis)
+    _print(body, as_json, f"analysis {body['id']}, {body['status']}")
+
+
+@app.command()
+def delete(
+    collection: Annotated[Deletable, typer.Argument(show_default=False)],
+    resource: Annotated[str, typer.Argument(metavar="ID", show_default=False)],
+    url: Url = None,
+    api_key: ApiKey = None,
+    as_json: AsJson = False,
+) -> None:
+    """Delete a checkpoint, probe or feature set that no analysis needs."""
+    with _client(url, api_key) as client:
+        client.delete(cast(Collection, collection.value), resource)
+    _print({"id": resource, "deleted": True}, as_json, f"deleted {rendering.printable(resource)}")
+
+
+# What each server command runs, the extra that brings it, and a module by which we see whether it is installed.
+_SERVER_COMMANDS = {
+    "serve": (["app", "serve"], {"worker": "torch", "server": "uvicorn"}, "Run the API and one worker."),
+    "api": (["app", "api"], {"server": "uvicorn"}, "Run the API alone."),
+    "worker": (["workers"], {"worker": "torch"}, "Run one worker."),
+    "migrate": (["app", "migrate"], {"server": "uvicorn"}, "Bring the database to the current schema."),
+}
+
+
+def _add_server_command(name: str, module: list[str], needs: dict[str, str], summary: str) -> None:
+    def run(context: typer.Context) -> None:
+        for extra, witness in needs.items():
+            if importlib.util.find_spec(witness) is None:
+                detail = f"`interplay {name}` needs more than the client: pip install 'interplay[{extra}]'"
+                _fail(EXIT_USAGE, "Not installed", detail, {})
+        # The current folder must not shadow our packages: "app" is a name that many projects have. The variable,
+        # unlike -P, holds for the processes that the service starts, too.
+        os.environ["PYTHONSAFEPATH"] = "1"
+        sys.stdout.flush()
+        os.execv(sys.executable, [sys.executable, "-m", *module, *context.args])  # noqa: S606
+
+    # Every argument, --help too, is for the program that takes over.
+    settings = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+    app.command(name, help=summary, context_settings=settings, rich_help_panel="Server")(run)
+
+
+for _name, (_module, _needs, _summary) in _SERVER_COMMANDS.items():
+    _add_server_command(_name, _module, _needs, _summary)
+
+
+def _client(url: str | None, api_key: str | None) -> Client:
+    try:
+        return Client(url, api_key)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--url / --api-key") from None
+
+
+def _print(body: Any, as_json: bool, text: Any = None) -> None:
+    if as_json:
+        typer.echo(json.dumps(body, indent=2, ensure_ascii=False))
+    else:
+        rendering.console().print(text, soft_wrap=isinstance(text, str))
+
+
+def _fail(code: int, title: str, detail: str, members: Any) -> NoReturn:
+    typer.echo(rendering.problem_text(title, detail, members), err=True)
+    sys.exit(code)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[Body], None]]:
+    """Yields what to call with each look at an analysis: a bar on a terminal, elsewhere a line for each change."""
+    err = rendering.console(stderr=True)
+    if not err.is_terminal:
+        seen = [""]
+
+        def print_line(analysis: Body) -> None:
+            line = rendering.progress_line(analysis)
+            if line != seen[0]:
+                typer.echo(line, err=True)
+            seen[0] = line
+
+        yield print_line
+        return
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=err, transient=True) as bar:
+        task = bar.add_task("queued", total=None)
+
+        def move_bar(analysis: Body) -> None:
+            progress = analysis["progress"]
+            description = rendering.progress_line(analysis)
+            bar.update(task, description=description, completed=progress["done"], total=progress["total"] or None)
+
+        yield move_bar
+
+
+def _pair(entry: str) -> tuple[str, str]:
+    key, separator, value = entry.partition("=")
+    if not key or not separator:
+        raise typer.BadParameter(f"{entry!r} is not of the form KEY=VALUE", param_hint="--metadata")
+    return key, value
+
+
+def _metadata(entries: list[str] | None) -> dict[str, Any]:
+    return {key: _parsed(value) for key, value in map(_pair, entries or [])}
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text, parse_constant=_not_json)
+    except ValueError:
+        return text
+
+
+def _not_json(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _json_value(option: str, text: str | None) -> Any:
+    """The JSON that an option holds, or that the file which it names holds."""
+    if text is None:
+        return None
+    source = text
+    if not text.lstrip().startswith(("{", "[")):
+        try:
+            source = Path(text).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not text"
+            raise typer.BadParameter(
+                f"{text!r} is neither JSON nor a readable file: {reason}", param_hint=option
+            ) from None
+    try:
+        return json.loads(source, parse_constant=_not_json)
+    except (ValueError, RecursionError) as error:
+        raise typer.BadParameter(f"not valid JSON: {error}", param_hint=option) from None
+
+
+def _json_object(option: str, text: str | None) -> dict[str, Any] | None:
+    value = _json_value(option, text)
+    if value is not None and not isinstance(value, dict):
+        raise typer.BadParameter("must be a JSON object", param_hint=option)
+    return value
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"interplay {importlib.metadata.version('interplay')}")
+        raise typer.Exit
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,258 @@
+"""Reports, collections and problems as people read them in a terminal.
+
+Names, metadata and details come from whoever uploaded them, so nothing of theirs is taken as markup and control
+characters never reach the terminal.
+"""
+
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+Body = Mapping[str, Any]
+
+# Shown of a list inside a problem; the service itself sends at most 20 of most lists.
+_LIST_LIMIT = 20
+_UNDEFINED = "–"
+
+_LEVELS = (("sample", "none"), ("sample", "global"), ("class_mean", "none"), ("class_mean", "global"))
+_MEASURES = (
+    ("accuracy", "accuracy"),
+    ("loss", "loss (mean cross-entropy)"),
+    ("calibration_error", "calibration error"),
+    ("effective_rank", "effective rank"),
+)
+_COLLAPSE = (
+    ("nc1", "NC1 within / between"),
+    ("nc2_equinorm_means", "NC2 equinorm, means"),
+    ("nc2_equinorm_head", "NC2 equinorm, head"),
+    ("nc2_equiangularity_means", "NC2 equiangularity, means"),
+    ("nc2_equiangularity_head", "NC2 equiangularity, head"),
+    ("nc2_max_angle_means", "NC2 max angle, means"),
+    ("nc2_max_angle_head", "NC2 max angle, head"),
+    ("nc3", "NC3 means to head"),
+    ("nc4", "NC4 not the nearest mean"),
+)
+_COLUMNS: dict[str, tuple[str, ...]] = {
+    "checkpoints": ("id", "name", "created_at", "n_parameters", "size_bytes", "architecture", "metadata"),
+    "probes": ("id", "name", "created_at", "n_samples", "n_classes", "input_shape", "splits"),
+    "feature-sets": ("id", "name", "created_at", "n_samples", "n_classes", "n_features", "metadata"),
+    "analyses": ("id", "name", "kind", "status", "progress", "created_at", "report_id"),
+    "reports": ("id", "name", "kind", "analysis_id", "created_at"),
+}
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console that takes no markup from data, and that does not fold tables to 80 columns in a pipe or a log."""
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() or os.environ.get("COLUMNS") else 150
+    return Console(stderr=stderr, markup=False, highlight=False, emoji=False, width=width)
+
+
+def printable(value: Any) -> str:
+    """Text of a stranger without control characters."""
+    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in str(value))
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """A measurement; small ones keep their leading digits, an undefined one is a dash."""
+    if value is None:
+        return _UNDEFINED
+    if value and abs(value) < 10**-digits:
+        return f"{value:.1e}"
+    return f"{value:.{digits}f}" if abs(value) < 1e5 else f"{value:.3e}"
+
+
+def report_view(report: Body) -> RenderableType:
+    """An evaluation: what was looked at, the measures of each split, MIR and HDR with what they must be read beside."""
+    splits: Mapping[str, Body] = report["splits"]
+    parts: list[RenderableType] = [
+        _heading(report),
+        _measures(splits),
+        _interplay(splits),
+        Text("MIR says little without accuracy and its null: z = (MIR - null mean) / null std.", style="dim"),
+    ]
+    notes = [*_notes(splits)]
+    if notes:
+        parts.append(Text("\n".join(notes), style="dim"))
+    return Group(*parts)
+
+
+def collection_view(collection: str, items: Iterable[Body]) -> RenderableType:
+    """A table of the resources of a collection."""
+    table = Table(box=SIMPLE_HEAD)
+    columns = _COLUMNS[collection]
+    for column in columns:
+        # An id that is cut off is of no use to the next command.
+        whole = column == "id" or column.endswith("_id")
+        table.add_column(column.replace("_", " "), no_wrap=whole, overflow="fold")
+    for item in items:
+        table.add_row(*(_cell(column, item.get(column)) for column in columns))
+    return table
+
+
+def progress_line(analysis: Body) -> str:
+    """The state of an analysis in one line."""
+    progress = analysis["progress"]
+    line = str(analysis["status"])
+    if analysis["status"] == "running" and progress["total"]:
+        line += f" {progress['done']}/{progress['total']}"
+    return f"{line} {printable(progress['phase'])}".rstrip() if analysis["status"] == "running" else line
+
+
+def problem_text(title: str, detail: str, members: Body) -> str:
+    """A problem in lines: title and detail, then each further member, lists one entry a line."""
+    lines = [f"{printable(title)}: {printable(detail)}" if detail else printable(title)]
+    for key, value in members.items():
+        if key in ("type", "title", "detail", "status", "instance"):
+            continue
+        if not isinstance(value, list):
+            lines.append(f"  {printable(key)}: {_inline(value)}")
+        elif value:
+            lines.append(f"  {printable(key)}:")
+            lines += [f"    {_inline(entry)}" for entry in value[:_LIST_LIMIT]]
+            if len(value) > _LIST_LIMIT:
+                lines.append(f"    ... and {len(value) - _LIST_LIMIT} more")
+    return "\n".join(lines)
+
+
+def resource_text(noun: str, body: Body) -> str:
+    """One line about a resource that was just made."""
+    facts = [f"{noun} {body['id']}", printable(body["name"])]
+    if "n_parameters" in body:
+        facts.append(f"{body['n_parameters']:,} parameters")
+    if "n_samples" in body:
+        facts.append(f"{body['n_samples']:,} samples of {body['n_classes']} classes")
+    if "n_features" in body:
+        facts.append(f"{body['n_features']} features")
+    return ", ".join(facts)
+
+
+def _heading(report: Body) -> Table:
+    subject, probe, provenance = report["subject"], report["probe"], report["provenance"]
+    table = Table.grid(padding=(0, 2))
+    table.add_row("report", f"{report['id']}, {report['kind']}, {report['created_at']}")
+    about = [printable(subject["name"])]
+    if subject.get("architecture"):
+        about.append(_architecture(subject["architecture"]))
+    if subject.get("n_parameters"):
+        about.append(f"{subject['n_parameters']:,} parameters")
+    about.append(f"{subject['n_features']} features")
+    table.add_row(subject["kind"].replace("_", " "), f"{', '.join(about)} ({subject['id']})")
+    if subject.get("metadata"):
+        table.add_row("metadata", _pairs(subject["metadata"]))
+    if probe["kind"] == "probe":
+        size = f"{probe['n_samples']:,} samples of {probe['n_classes']} classes"
+        table.add_row("probe", f"{printable(probe['name'])}, {size} ({probe['id']})")
+    seconds = sum(report["timings_seconds"].values())
+    table.add_row("computed", f"on {provenance['device']}, torch {provenance['torch_version']}, in {seconds:.2f} s")
+    return table
+
+
+def _measures(splits: Mapping[str, Body]) -> Table:
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column("split")
+    for name in splits:
+        table.add_column(name, justify="right")
+    table.add_row("samples", *(f"{split['n_samples']:,}" for split in splits.values()))
+    for key, label in _MEASURES:
+        table.add_row(label, *(number(split[key]) for split in splits.values()))
+    for key, label in _COLLAPSE:
+        table.add_row(label, *(number(split["collapse"][key]) for split in splits.values()))
+    return table
+
+
+def _interplay(splits: Mapping[str, Body]) -> Table:
+    table = Table(box=SIMPLE_HEAD)
+    for column in ("split", "level", "centring"):
+        table.add_column(column)
+    for column in ("MIR", "optimum", "null", "z", "HDR", "optimum"):
+        table.add_column(column, justify="right")
+    for name, split in splits.items():
+        for row, (level, centring) in enumerate(_LEVELS):
+            values = split["interplay"][level][centring]
+            optimum, null = values["optimum"], values["null"]
+            table.add_row(
+                name if row == 0 else "",
+                level.replace("_", " "),
+                centring,
+                number(values["mir"]),
+                number(optimum["mir"]) + ("" if optimum["reachable"] else " *"),
+                f"{number(null['mean'])} ± {number(null['std'])}" if null else _UNDEFINED,
+                number(values["mir_z"], 1),
+                number(values["hdr"]),
+                number(optimum["hdr"]),
+                end_section=row == len(_LEVELS) - 1,
+            )
+    return table
+
+
+def _notes(splits: Mapping[str, Body]) -> Iterable[str]:
+    blocks = [(level, centring) for level, centring in _LEVELS]
+    if not all(
+        split["interplay"][level][centring]["optimum"]["reachable"]
+        for split in splits.values()
+        for level, centring in blocks
+    ):
+        yield "* cannot be reached: a frame of C vertices needs at least C - 1 features."
+    for name, split in splits.items():
+        yield from _reasons(name, split["reasons"])
+        for level, centring in blocks:
+            values = split["interplay"][level][centring]
+            place = f"{name}, {level.replace('_', ' ')}, {centring}"
+            yield from _reasons(place, values["reasons"])
+            for what in ("samples", "classes"):
+                if values[f"degenerate_{what}"]:
+                    yield f"{place}: {values[f'degenerate_{what}']} {what} without a direction were left out."
+        yield from _reasons(f"{name}, collapse", split["collapse"]["reasons"])
+        if split["collapse"]["absent_classes"]:
+            yield f"{name}, collapse: {split['collapse']['absent_classes']} classes have no samples and were left out."
+
+
+def _reasons(place: str, reasons: Body) -> Iterable[str]:
+    for key, reason in reasons.items():
+        yield f"{place}: {printable(key)} is not defined ({printable(reason)})."
+
+
+def _cell(column: str, value: Any) -> str:
+    if value is None:
+        return _UNDEFINED
+    match column:
+        case "architecture":
+            return _architecture(value)
+        case "progress":
+            return f"{value['done']}/{value['total']}"
+        case "created_at":
+            return printable(value)[:19].replace("T", " ")
+        case "size_bytes" | "n_parameters" | "n_samples":
+            return f"{value:,}"
+        case "input_shape":
+            return " × ".join(map(str, value))
+    return _inline(value)
+
+
+def _architecture(description: Body) -> str:
+    name = printable(description.get("name", description.get("family", "?")))
+    return f"{name}({_pairs(description.get('args', {}))})"
+
+
+def _pairs(values: Body) -> str:
+    return ", ".join(f"{printable(key)}={_inline(value)}" for key, value in values.items())
+
+
+def _inline(value: Any) -> str:
+    match value:
+        case {"loc": list(place), "message": message, **rest} if not rest:  # one error of a request's validation
+            return f"{printable('.'.join(map(str, place)))}: {printable(message)}"
+        case dict():
+            return _pairs(value)
+        case list():
+            return f"[{', '.join(map(_inline, value))}]"
+        case bool():
+            return "true" if value else "false"
+    return printable(value)

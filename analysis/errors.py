@@ -1,0 +1,62 @@
+"""What can be wrong with a checkpoint, a probe or an argument: one exception, told apart by its kind.
+
+A bug is any other exception. The service turns an AnalysisError into the `problem` of the failed analysis, so
+`detail` says what came and what was expected, and `members` carry what a program wants to read.
+
+| kind | raised when |
+|---|---|
+| invalid-architecture | the description names no network that can be built |
+| checkpoint-mismatch | names or shapes of the file's tensors do not fit the architecture |
+| head-not-found | the named head is not a linear module of the network |
+| invalid-probe | inputs, labels or splits are missing or do not fit each other |
+| invalid-feature-set | features, labels or head are missing or do not fit each other |
+| non-finite-values | a tensor holds NaN or infinity |
+| inputs-refused | the network cannot take inputs of the probe's shape |
+| out-of-memory | one sample at a time is already too much |
+| invalid-argument | an argument of a function of this package |
+"""
+
+from typing import Any, Literal, get_args
+
+Kind = Literal[
+    "invalid-architecture",
+    "checkpoint-mismatch",
+    "head-not-found",
+    "invalid-probe",
+    "invalid-feature-set",
+    "non-finite-values",
+    "inputs-refused",
+    "out-of-memory",
+    "invalid-argument",
+]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+_TITLES: dict[Kind, str] = {
+    "invalid-architecture": "The architecture cannot be built",
+    "checkpoint-mismatch": "The checkpoint does not fit its architecture",
+    "head-not-found": "The classification head was not found",
+    "invalid-probe": "The probe is not valid",
+    "invalid-feature-set": "The feature set is not valid",
+    "non-finite-values": "A tensor holds NaN or infinity",
+    "inputs-refused": "The network refuses inputs of this shape",
+    "out-of-memory": "Memory ran out",
+    "invalid-argument": "An argument is not valid",
+}
+
+
+class AnalysisError(Exception):
+    """An expected failure of an analysis.
+
+    Attributes:
+        kind: which of the few, see the module's docstring.
+        title: the kind in words.
+        detail: what came and what was expected, this time.
+        members: further facts as JSON values, such as lists of names.
+    """
+
+    def __init__(self, kind: Kind, detail: str, **members: Any) -> None:
+        super().__init__(detail)
+        self.kind = kind
+        self.title = _TITLES[kind]
+        self.detail = detail
+        self.members = members

@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import TracebackType
 from urllib.parse import unquote, urlsplit
@@ -41,6 +42,10 @@ class StagedFile:
         self._file.write(data)
         self._hash.update(data)
         self.size_bytes += len(data)
+
+    def flush(self) -> None:
+        """What was written can be read at `path` when this returns."""
+        self._file.flush()
 
     def sync(self) -> None:
         """Everything written so far is on the disk when this returns."""
@@ -132,6 +137,15 @@ class Storage:
                 with suppress(FileExistsError):
                     os.link(staged.path, cached)
         yield cached
+
+    def blobs_older_than(self, seconds: float) -> Iterator[str]:
+        """The sha256 of every file that has lain in the store for so long."""
+        limit = datetime.now(UTC) - timedelta(seconds=seconds)
+        for entries in obstore.list(self._store):
+            for entry in entries:
+                sha256 = entry["path"].rpartition("/")[2]
+                if entry["path"] == _key(sha256) and entry["last_modified"] < limit:
+                    yield sha256
 
     def check(self) -> None:
         """Raise an OSError where blobs could not be stored now."""

@@ -27,9 +27,10 @@ MAX_NAME_BYTES = 512
 
 # Not parameters, though floating point and stored beside them.
 _RUNNING_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-_FLOATING = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "F6_E2M3", "F6_E3M2")
+FLOATING = ("F64", "F32", "F16", "BF16")
+_NARROW = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "F6_E2M3", "F6_E3M2")
 INTEGER = ("I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64")
-NUMERIC = (*_FLOATING[:4], *INTEGER, "BOOL")
+NUMERIC = (*FLOATING, *INTEGER, "BOOL")
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class TensorInfo:
 
     @property
     def is_floating(self) -> bool:
-        return self.dtype in _FLOATING
+        return self.dtype in FLOATING + _NARROW
 
     @property
     def n_elements(self) -> int:

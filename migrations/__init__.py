@@ -1,1 +1,91 @@
-"""Alembic migrations of the service's own tables."""
+"""Alembic migrations of the service's own tables, run without an alembic.ini.
+
+The queue keeps tables of its own beside ours (in the same SQLite file, in the schema `dbos` of PostgreSQL); nothing
+here looks at them.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from alembic import command
+from alembic.autogenerate import compare_metadata
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+
+from app.models import Base
+
+# Any fixed number serves, as long as nothing else on the same database takes it.
+_ADVISORY_LOCK = 0x696E746572706C61
+
+
+def upgrade(engine: sa.Engine, revision: str = "head") -> None:
+    """Bring the tables to `revision`, in one transaction: all of it happens or nothing.
+
+    Processes that start together may all call it; the first does the work, the others wait and find it done.
+    """
+    _migrate(engine, command.upgrade, revision)
+
+
+def downgrade(engine: sa.Engine, revision: str) -> None:
+    """Take the tables back to `revision`, or with `base` to none; alembic's own table stays, empty."""
+    _migrate(engine, command.downgrade, revision)
+
+
+def current(engine: sa.Engine) -> str | None:
+    """The revision that the database is at, None before the first upgrade."""
+    with engine.connect() as connection:
+        return MigrationContext.configure(connection).get_current_revision()
+
+
+def check(engine: sa.Engine) -> list[Any]:
+    """How the database's tables differ from app.models, in alembic's words; empty where they agree."""
+    with engine.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"include_name": is_ours})
+        return list(compare_metadata(context, Base.metadata))
+
+
+def is_ours(name: str | None, kind: str, _parents: Any) -> bool:
+    """Whether alembic should compare what it found in the database under this name."""
+    return kind != "table" or name in Base.metadata.tables
+
+
+def _migrate(engine: sa.Engine, step: Callable[[Config, str], None], revision: str) -> None:
+    config = Config()
+    # The configuration file's syntax, which this goes through, reads % as the start of an interpolation.
+    config.set_main_option("script_location", str(Path(__file__).parent).replace("%", "%%"))
+    with _exclusively(engine) as connection:
+        config.attributes["connection"] = connection
+        step(config, revision)
+
+
+@contextmanager
+def _exclusively(engine: sa.Engine) -> Iterator[sa.Connection]:
+    """A transaction that no other migration runs beside."""
+    if engine.dialect.name == "sqlite":
+        with _exclusively_on_sqlite(engine) as connection:
+            yield connection
+        return
+    with engine.begin() as connection:
+        connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_ADVISORY_LOCK)))
+        yield connection
+
+
+@contextmanager
+def _exclusively_on_sqlite(engine: sa.Engine) -> Iterator[sa.Connection]:
+    with engine.connect() as connection:
+        # SQLite alters a table by copying and dropping it, and a drop counts as deleting every row; so foreign keys
+        # are not enforced meanwhile but checked as a whole at the end. The pragma does nothing inside a transaction.
+        connection.exec_driver_sql("PRAGMA foreign_keys=OFF")
+        try:
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+            yield connection
+            broken = connection.exec_driver_sql("PRAGMA foreign_key_check").first()
+            if broken is not None:
+                raise RuntimeError(f"the migration would leave a row whose foreign key leads nowhere: {tuple(broken)}")
+            connection.commit()
+        finally:
+            connection.rollback()
+            connection.exec_driver_sql("PRAGMA foreign_keys=ON")

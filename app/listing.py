@@ -1,0 +1,83 @@
+"""Collections: newest first, one page at a time, by the key (created_at, id) of the last row seen.
+
+A row that arrives while somebody pages is newer than every page to come, so no row is seen twice or missed.
+"""
+
+import base64
+import binascii
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Annotated, Any
+
+import sqlalchemy as sa
+from fastapi import Query
+from pydantic import AwareDatetime
+from sqlalchemy.orm import Session
+
+from app.errors import InvalidRequest
+from app.models import MetadataEntry, Resource, UTCDateTime
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What every collection takes: which page, and filters that all of them share."""
+
+    limit: Annotated[int, Query(ge=1, le=1000, description="Items in a page.")] = 50
+    cursor: Annotated[str | None, Query(max_length=200, description="`next_cursor` of the page before.")] = None
+    name: Annotated[str | None, Query(max_length=200, description="Exactly this name.")] = None
+    metadata: Annotated[
+        list[str] | None, Query(description="`key=value`; repeat it to ask for several at once.", max_length=20)
+    ] = None
+    created_after: Annotated[AwareDatetime | None, Query(description="Not before this instant.")] = None
+    created_before: Annotated[AwareDatetime | None, Query(description="Before this instant.")] = None
+
+
+def page(
+    session: Session,
+    query: sa.Select[Any],
+    model: type[Resource],
+    listing: Listing,
+    metadata_of: Sequence[sa.ColumnElement[Any]],
+) -> tuple[Sequence[Any], str | None]:
+    """The rows of one page of `query`, and the cursor of the next.
+
+    `metadata_of` names the columns that hold the ids of the resources whose metadata `listing.metadata` filters by.
+    """
+    for entry in listing.metadata or []:
+        key, separator, value = entry.partition("=")
+        if not key or not separator:
+            raise InvalidRequest(f"The filter metadata={entry!r} is not of the form key=value.")
+        matching = sa.select(MetadataEntry.resource_id).where(MetadataEntry.key == key, MetadataEntry.value == value)
+        query = query.where(sa.or_(*(column.in_(matching) for column in metadata_of)))
+    if listing.name is not None:
+        query = query.where(sa.column("name", _selectable=model.__table__) == listing.name)
+    if listing.created_after is not None:
+        query = query.where(model.created_at >= listing.created_after)
+    if listing.created_before is not None:
+        query = query.where(model.created_at < listing.created_before)
+    if listing.cursor is not None:
+        created_at, id_ = _decode(listing.cursor)
+        last = sa.tuple_(sa.literal(created_at, UTCDateTime), sa.literal(id_))
+        query = query.where(sa.tuple_(model.created_at, model.id) < last)
+    query = query.order_by(model.created_at.desc(), model.id.desc()).limit(listing.limit + 1)
+    rows = session.execute(query).all()
+    if len(rows) <= listing.limit:
+        return rows, None
+    rows = rows[: listing.limit]
+    return rows, _encode(rows[-1][0])
+
+
+def _encode(row: Resource) -> str:
+    return base64.urlsafe_b64encode(f"{row.created_at.isoformat()} {row.id}".encode()).decode()
+
+
+def _decode(cursor: str) -> tuple[datetime, str]:
+    try:
+        created_at, id_ = base64.urlsafe_b64decode(cursor.encode()).decode().split(" ")
+        instant = datetime.fromisoformat(created_at)
+        if instant.tzinfo is None:
+            raise ValueError
+    except (ValueError, binascii.Error):
+        raise InvalidRequest("The cursor is not one that this service gave out.") from None
+    return instant, id_

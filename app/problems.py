@@ -1,0 +1,70 @@
+"""Every error of the HTTP service as application/problem+json (RFC 9457)."""
+
+import logging
+from collections.abc import Awaitable, Callable
+from http import HTTPStatus
+
+import sqlalchemy as sa
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+
+from app.errors import InvalidRequest, NotFound, ServiceError, TooLarge, Unauthorized, Unavailable, problem
+
+logger = logging.getLogger(__name__)
+
+_HTTP_KINDS = {401: Unauthorized.kind, 404: NotFound.kind, 405: "method-not-allowed", 413: TooLarge.kind}
+
+
+class ProblemResponse(JSONResponse):
+    media_type = "application/problem+json"
+
+
+def install(app: FastAPI) -> None:
+    """Answer every failure of this application with a problem, the unknown route and the bug included."""
+    handlers: dict[type[Exception], Callable[..., Awaitable[Response]]] = {
+        ServiceError: _service_error,
+        RequestValidationError: _validation_error,
+        HTTPException: _http_error,
+        sa.exc.OperationalError: _database_error,
+        sa.exc.InterfaceError: _database_error,
+        sa.exc.TimeoutError: _database_error,
+        Exception: _bug,
+    }
+    for error, handler in handlers.items():
+        app.add_exception_handler(error, handler)
+
+
+async def _service_error(_: Request, error: ServiceError) -> Response:
+    headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
+    if error.status == 503:
+        headers["Retry-After"] = "5"
+    body = problem(error.kind, error.title, error.detail, status=error.status, **error.members)
+    return ProblemResponse(body, status_code=error.status, headers=headers)
+
+
+async def _validation_error(request: Request, error: RequestValidationError) -> Response:
+    errors = [{"loc": [str(part) for part in e["loc"]], "message": e["msg"]} for e in error.errors()[:20]]
+    listed = "; ".join(f"{'.'.join(e['loc'])}: {e['message']}" for e in errors[:5])
+    return await _service_error(request, InvalidRequest(f"The request does not have the right form: {listed}.", errors=errors))
+
+
+async def _http_error(_: Request, error: HTTPException) -> Response:
+    phrase = HTTPStatus(error.status_code).phrase
+    kind = _HTTP_KINDS.get(error.status_code, InvalidRequest.kind)
+    detail = error.detail if error.detail != phrase else f"{phrase}."
+    return ProblemResponse(
+        problem(kind, phrase, detail, status=error.status_code), status_code=error.status_code, headers=error.headers
+    )
+
+
+async def _database_error(request: Request, error: Exception) -> Response:
+    logger.warning("the database does not answer: %s", error)
+    return await _service_error(request, Unavailable("The database does not answer; try again in a few seconds."))
+
+
+async def _bug(_: Request, error: Exception) -> Response:
+    # Starlette logs the traceback itself, after this answer.
+    body = problem("internal-error", "Internal error", "This is a fault of the service; its log says more.", status=500)
+    return ProblemResponse(body, status_code=500)

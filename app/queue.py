@@ -1,0 +1,76 @@
+"""The queue: DBOS Transact on the service's own database. docs/decisions/0004-queue.md says what was measured.
+
+Our `analyses` table owns what was asked, the wish to cancel and the outcome; the queue owns who runs it now. The id of
+an analysis is the id of its workflow, and a workflow's only input is that id.
+"""
+
+from typing import Any, NoReturn
+
+import dbos
+import sqlalchemy as sa
+from dbos import _serialization
+from sqlalchemy.orm import Session
+
+QUEUE = "analyses"
+WORKFLOW = "run_analysis"
+APPLICATION = "interplay"
+# Raised only when the order of a workflow's steps changes, and after draining the queue: a worker runs only what
+# carries its own version. The library's default hashes source code, which strands runs at every upgrade.
+VERSION = "engine-1"
+# Lower goes first, and what has none goes before all that has one: so every analysis has one.
+PRIORITY = 100
+
+SERIALIZER = dbos.DBOSPortableJSONSerializer()
+
+
+def close_pickle() -> None:
+    """From here on this process unpickles no row of the queue's tables, whatever the row says of itself.
+
+    dbos unpickles a row that is marked so even where another serializer is set, by listing it: whoever could write to
+    the database could run code. Every process that talks to the queue calls this first.
+    """
+
+    def refuse(*_: Any) -> NoReturn:
+        raise ValueError("the queue holds JSON only: a pickled value is never opened")
+
+    _serialization.DefaultSerializer.serialize = refuse  # type: ignore[method-assign]  # what this function is for
+    _serialization.DefaultSerializer.deserialize = refuse  # type: ignore[method-assign]
+
+
+def migrate(engine: sa.Engine) -> None:
+    """Create or upgrade the queue's own tables; harmless where they are up to date."""
+    dbos.DBOS.migrate(engine.url.render_as_string(hide_password=False))
+
+
+def make_client(engine: sa.Engine) -> dbos.DBOSClient:
+    """What enqueues. It shares the engine, so that a row and its enqueueing commit together, and connects lazily."""
+    close_pickle()
+    return dbos.DBOSClient(
+        system_database_engine=engine,
+        serializer=SERIALIZER,
+        application_name=APPLICATION,
+        lazy=True,
+        retry_connection_errors=False,
+    )
+
+
+def enqueue(client: dbos.DBOSClient, session: Session, analysis_id: str) -> None:
+    """Queue an analysis in the caller's transaction: it runs if, and only if, the transaction commits."""
+    client.enqueue_in_transaction(
+        session,
+        {
+            "workflow_name": WORKFLOW,
+            "queue_name": QUEUE,
+            "workflow_id": analysis_id,
+            "app_version": VERSION,
+            "priority": PRIORITY,
+        },
+        analysis_id,
+    )
+
+
+def is_claimed(engine: sa.Engine, analysis_id: sa.ColumnElement[str]) -> sa.ColumnElement[bool]:
+    """SQL that is true while a worker holds the analysis."""
+    schema = None if engine.dialect.name == "sqlite" else "dbos"
+    workflows = sa.table("workflow_status", sa.column("workflow_uuid"), sa.column("status"), schema=schema)
+    return sa.exists().where(workflows.c.workflow_uuid == analysis_id, workflows.c.status == "PENDING")

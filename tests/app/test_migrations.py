@@ -1,0 +1,168 @@
+"""Migrations on real SQLite and real PostgreSQL."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from threading import Barrier
+
+import pytest
+import sqlalchemy as sa
+
+import migrations
+from app.database import make_engine
+from app.models import Base
+from app.settings import Settings
+from tests.databases import fresh_database, postgres_server
+
+OURS = set(Base.metadata.tables)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    with postgres_server() as url:
+        yield url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def settings(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Settings]:
+    """Settings of an empty database."""
+    with ExitStack() as stack:
+        url = ""
+        if request.param == "postgresql":
+            url = stack.enter_context(fresh_database(request.getfixturevalue("server")))
+        yield Settings(data_dir=tmp_path, database_url=url)
+
+
+@pytest.fixture
+def engine(settings: Settings) -> Iterator[sa.Engine]:
+    engine = make_engine(settings)
+    yield engine
+    engine.dispose()
+
+
+def _tables(engine: sa.Engine) -> set[str]:
+    return set(sa.inspect(engine).get_table_names())
+
+
+def test_upgrade_from_empty_makes_what_the_models_say(engine: sa.Engine) -> None:
+    """An empty database, once upgraded, differs from app.models in nothing; before that in every table."""
+    assert {difference[1].name for difference in migrations.check(engine) if difference[0] == "add_table"} == OURS
+    assert migrations.current(engine) is None
+    migrations.upgrade(engine)
+    assert migrations.check(engine) == []
+    assert migrations.current(engine) == "0001"
+    assert _tables(engine) == OURS | {"alembic_version"}
+
+
+def test_the_migrated_tables_have_the_names_that_the_models_give(engine: sa.Engine) -> None:
+    """Keys, constraints and indexes carry the names of the naming convention, which later migrations rely on."""
+    migrations.upgrade(engine)
+    found = sa.MetaData()
+    found.reflect(engine, only=sorted(OURS))
+    for name, table in Base.metadata.tables.items():
+        assert {c.name for c in found.tables[name].constraints} == {c.name for c in table.constraints}
+        assert {i.name for i in found.tables[name].indexes} == {i.name for i in table.indexes}
+
+
+def test_upgrade_twice_is_harmless(engine: sa.Engine) -> None:
+    """A second upgrade keeps rows and tables."""
+    migrations.upgrade(engine)
+    with engine.begin() as connection:
+        connection.execute(sa.insert(Base.metadata.tables["blobs"]).values(sha256="a" * 64, size_bytes=2**40))
+    migrations.upgrade(engine)
+    with engine.connect() as connection:
+        assert connection.execute(sa.select(Base.metadata.tables["blobs"])).all() == [("a" * 64, 2**40)]
+    assert migrations.check(engine) == []
+
+
+def test_downgrade_to_base_leaves_nothing(engine: sa.Engine) -> None:
+    """After a downgrade only alembic's own table is left, empty, and an upgrade starts over."""
+    migrations.upgrade(engine)
+    migrations.downgrade(engine, "base")
+    assert _tables(engine) == {"alembic_version"}
+    assert migrations.current(engine) is None
+    migrations.upgrade(engine)
+    assert migrations.check(engine) == []
+
+
+@pytest.mark.parametrize("table", ["workflow_status", "queues"])
+def test_tables_of_others_are_left_alone(engine: sa.Engine, table: str) -> None:
+    """Tables that are not ours are no difference, and a downgrade does not drop them."""
+    with engine.begin() as connection:
+        connection.exec_driver_sql(f"CREATE TABLE {table} (id INTEGER PRIMARY KEY)")
+        connection.exec_driver_sql(f"CREATE INDEX ix_{table} ON {table} (id)")
+    migrations.upgrade(engine)
+    assert migrations.check(engine) == []
+    migrations.downgrade(engine, "base")
+    assert table in _tables(engine)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "DROP INDEX ix_reports_name",
+        "ALTER TABLE probes ADD COLUMN extra INTEGER",
+        "ALTER TABLE analyses DROP COLUMN attempts",
+        "DROP TABLE workers",
+    ],
+)
+def test_check_sees_a_difference(engine: sa.Engine, change: str) -> None:
+    """A missing index, column or table, or one too many, is reported."""
+    migrations.upgrade(engine)
+    with engine.begin() as connection:
+        connection.exec_driver_sql(change)
+    assert len(migrations.check(engine)) == 1
+
+
+def test_upgrades_at_the_same_time_are_safe(settings: Settings) -> None:
+    """Four engines that upgrade one empty database together all succeed, and the tables are there once."""
+    barrier = Barrier(4)
+
+    def upgrade(_: int) -> str | None:
+        engine = make_engine(settings)
+        try:
+            barrier.wait(30)
+            migrations.upgrade(engine)
+            return migrations.current(engine)
+        finally:
+            engine.dispose()
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(upgrade, range(4))) == ["0001"] * 4
+
+
+def test_processes_that_upgrade_at_the_same_time_are_safe(settings: Settings, engine: sa.Engine) -> None:
+    """The same from two processes, as when two machines start at once."""
+    code = (
+        "import sys, migrations\n"
+        "from app.database import make_engine\n"
+        "from app.settings import Settings\n"
+        "migrations.upgrade(make_engine(Settings(data_dir=sys.argv[1], database_url=sys.argv[2])))\n"
+    )
+    arguments = [sys.executable, "-c", code, str(settings.data_dir), settings.database_url]
+    processes = [subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    errors = [process.communicate(timeout=60)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    assert migrations.check(engine) == []
+
+
+def test_a_failed_upgrade_leaves_nothing_behind(engine: sa.Engine) -> None:
+    """A table in the way of the last step takes back every step before it."""
+    with engine.begin() as connection:
+        connection.exec_driver_sql("CREATE TABLE workers (id INTEGER PRIMARY KEY)")
+    with pytest.raises(sa.exc.DBAPIError, match="workers"):
+        migrations.upgrade(engine)
+    assert _tables(engine) == {"workers"}
+    assert migrations.current(engine) is None
+
+
+def test_foreign_keys_are_enforced_after_an_upgrade(engine: sa.Engine) -> None:
+    """The connection on which the upgrade ran goes back to the pool with foreign keys enforced."""
+    migrations.upgrade(engine)
+    reports = Base.metadata.tables["reports"]
+    row = {column.name: "x" for column in reports.columns} | {"created_at": None}
+    with engine.begin() as connection, pytest.raises(sa.exc.IntegrityError, match=r"(?i)foreign key"):
+        connection.execute(sa.insert(reports).values(row | {"created_at": sa.func.current_timestamp()}))

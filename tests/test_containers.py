@@ -1,0 +1,151 @@
+"""The container files, as far as they can be checked without an engine."""
+
+import re
+import shlex
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from app.settings import Settings
+
+ROOT = Path(__file__).parents[1]
+COMPOSE = ROOT / "docker-compose.yml"
+DOCKERFILE = ROOT / "Dockerfile"
+OURS = ("migrate", "api", "worker", "worker-gpu")
+
+
+@cache
+def services() -> dict[str, Any]:
+    """The services of the compose file, anchors and merge keys resolved."""
+    loaded: dict[str, Any] = YAML(typ="safe").load(COMPOSE)["services"]
+    return loaded
+
+
+@cache
+def instructions() -> list[tuple[str, str]]:
+    """The Dockerfile as (instruction, arguments), continued lines joined, comments left out."""
+    text = re.sub(r"^\s*#.*\n", "", DOCKERFILE.read_text(), flags=re.MULTILINE).replace("\\\n", " ")
+    pairs = (line.split(maxsplit=1) for line in text.splitlines() if line.strip())
+    return [(name.upper(), rest) for name, rest in pairs]
+
+
+def arguments_of(name: str) -> list[str]:
+    """The arguments of each instruction of that name, in order."""
+    return [rest for instruction, rest in instructions() if instruction == name]
+
+
+def test_compose_fits_its_published_schema() -> None:
+    """docker-compose.yml validates against the compose specification."""
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", str(COMPOSE)]
+    checked = subprocess.run(command, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_schema_check_can_fail(tmp_path: Path) -> None:
+    """The same check refuses a compose file with a key that the specification does not know."""
+    wrong = tmp_path / "docker-compose.yml"
+    wrong.write_text(COMPOSE.read_text().replace("restart: unless-stopped", "restarts: unless-stopped"))
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", str(wrong)]
+    checked = subprocess.run(command, capture_output=True, text=True)
+    assert checked.returncode == 1
+    assert "restarts" in checked.stdout
+
+
+@pytest.mark.parametrize("path", [COMPOSE, DOCKERFILE], ids=lambda path: path.name)
+def test_variables_are_settings(path: Path) -> None:
+    """Every INTERPLAY_ variable that a container file names is a setting of the service."""
+    named = set(re.findall(r"INTERPLAY_([A-Z0-9_]+)", path.read_text()))
+    assert named
+    assert named <= {field.upper() for field in Settings.model_fields}
+
+
+def test_settings_of_the_containers_are_valid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What compose passes to each of our containers is a valid configuration, the same for what they share."""
+    monkeypatch.setenv("INTERPLAY_API_KEY", "secret")
+    image = dict(shlex.split(entry)[0].split("=", 1) for entry in shlex.split(arguments_of("ENV")[-1]))
+    shared = set()
+    for name in OURS:
+        environment = {**image, **services()[name]["environment"]}
+        for key, value in environment.items():
+            if key.startswith("INTERPLAY_") and "${INTERPLAY_API_KEY" not in value:
+                monkeypatch.setenv(key, re.sub(r"\$\{POSTGRES_PASSWORD:-(\w+)\}", r"\1", value))
+        settings = Settings()
+        shared.add((settings.effective_database_url, settings.effective_storage_url, settings.data_dir))
+        monkeypatch.delenv("INTERPLAY_DEVICE", raising=False)
+    assert len(shared) == 1
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_commands_are_subcommands(name: str) -> None:
+    """Each service of ours runs a command that `interplay` has."""
+    (command,) = services()[name]["command"]
+    shown = subprocess.run([sys.executable, "-m", "interplay.command", "--help"], capture_output=True, text=True)
+    assert re.search(rf"^\W*{command}\s", shown.stdout, flags=re.MULTILINE), shown.stdout
+
+
+def test_default_command_is_a_subcommand() -> None:
+    """The image runs `interplay api` where nothing else is said."""
+    assert arguments_of("ENTRYPOINT") == ['["interplay"]']
+    assert arguments_of("CMD") == ['["api"]']
+
+
+def test_services_start_in_order() -> None:
+    """PostgreSQL is healthy before the schema is migrated, and that is done before anything else of ours starts."""
+    assert services()["postgres"]["healthcheck"]["test"]
+    assert services()["migrate"]["depends_on"] == {"postgres": {"condition": "service_healthy"}}
+    assert services()["migrate"]["restart"] == "no"
+    for name in ("api", "worker", "worker-gpu"):
+        assert services()[name]["depends_on"]["migrate"]["condition"] == "service_completed_successfully"
+
+
+def test_gpu_is_asked_for_by_profile_alone() -> None:
+    """Only worker-gpu reserves a device, and it runs only where its profile is named."""
+    assert services()["worker-gpu"]["profiles"] == ["gpu"]
+    (device,) = services()["worker-gpu"]["deploy"]["resources"]["reservations"]["devices"]
+    assert device["capabilities"] == ["gpu"]
+    assert not any("profiles" in services()[name] or "deploy" in services()[name] for name in OURS[:3])
+
+
+def test_api_key_is_required_and_the_database_is_not_published() -> None:
+    """Compose refuses to start without a key; only the API has a port, on the loopback interface."""
+    for name in OURS:
+        assert services()[name]["environment"]["INTERPLAY_API_KEY"].startswith("${INTERPLAY_API_KEY:?")
+    assert {name for name, service in services().items() if "ports" in service} == {"api"}
+    assert all(port.startswith("127.0.0.1:") for port in services()["api"]["ports"])
+
+
+def test_image_is_built_in_stages_and_runs_without_root() -> None:
+    """The build stage stays behind; the last USER is not root and owns the data volume."""
+    stages = arguments_of("FROM")
+    assert len(stages) == 2
+    assert all(stage.startswith("python:3.11-slim AS ") for stage in stages)
+    (user,) = arguments_of("USER")
+    assert user not in ("root", "0")
+    last_stage = [name for name, _ in instructions()][::-1].index("FROM")
+    assert "USER" in [name for name, _ in instructions()[-last_stage:]]
+    assert any(f"--owner={user}" in run and "/data" in run for run in arguments_of("RUN"))
+    assert arguments_of("VOLUME") == ["/data"]
+
+
+def test_image_installs_the_lock_and_cpu_torch_by_default() -> None:
+    """Every package comes at its locked version; torch is the CPU build unless a build argument says otherwise."""
+    assert arguments_of("ARG") == ["TORCH_INDEX=https://download.pytorch.org/whl/cpu"]
+    installs = [run for run in arguments_of("RUN") if "pip install" in run]
+    assert installs
+    assert all("requirements.lock" in run for run in installs)
+    assert services()["worker-gpu"]["build"]["args"].keys() == {"TORCH_INDEX"}
+
+
+def test_everything_that_the_image_copies_is_in_its_context() -> None:
+    """.dockerignore lets through every package of the wheel and what the build reads."""
+    kept = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    packages = re.search(r"^packages = \[(.*)\]$", (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE)
+    assert packages
+    wanted = {entry.strip(' "') for entry in packages[1].split(",")}
+    assert kept == wanted | {"pyproject.toml", "requirements.lock", "README.md"}
+    assert all((ROOT / name).exists() for name in kept)

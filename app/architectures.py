@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from app.errors import InvalidRequest
+from app.errors import invalid_request
 
 Width = Annotated[int, Field(ge=1, le=1_000_000)]
 Norm = Literal["none", "batch", "layer"]
@@ -89,10 +89,4 @@ def check_architecture(description: Any) -> dict[str, Any]:
     try:
         return _adapter.validate_python(description).model_dump(mode="json")
     except ValidationError as error:
-        raise InvalidRequest(
-            "The architecture is not one that this service can build: "
-            + "; ".join(f"{'.'.join(map(str, e['loc'])) or 'architecture'}: {e['msg']}" for e in error.errors()[:5]),
-            errors=[
-                {"loc": ["architecture", *map(str, e["loc"])], "message": e["msg"]} for e in error.errors()[:20]
-            ],
-        ) from None
+        raise invalid_request("The architecture", error.errors(), prefix="architecture") from None

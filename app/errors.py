@@ -16,6 +16,7 @@
 Each kind is documented in docs/problems.md; a test fails where one is not.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 
@@ -47,6 +48,16 @@ class ServiceError(Exception):
 
 class InvalidRequest(ServiceError):
     kind, title, status = "invalid-request", "The request is not valid", 422
+
+
+def invalid_request(what: str, errors: Sequence[Mapping[str, Any]], *, prefix: str | None = None) -> InvalidRequest:
+    """Pydantic's errors as one problem: the first few in words, twenty as `errors: [{loc, message}]`."""
+    listed = [
+        {"loc": [*([prefix] if prefix else []), *map(str, error["loc"])], "message": error["msg"]}
+        for error in errors[:20]
+    ]
+    words = "; ".join(f"{'.'.join(error['loc']) or what}: {error['message']}" for error in listed[:5])
+    return InvalidRequest(f"{what} does not have the right form: {words}.", errors=listed)
 
 
 class InvalidFile(ServiceError):

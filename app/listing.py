@@ -38,7 +38,7 @@ def page(
     query: sa.Select[Any],
     model: type[Resource],
     listing: Listing,
-    metadata_of: Sequence[sa.ColumnElement[Any]],
+    metadata_of: Sequence[sa.orm.InstrumentedAttribute[Any]],
 ) -> tuple[Sequence[Any], str | None]:
     """The rows of one page of `query`, and the cursor of the next.
 

@@ -1,7 +1,7 @@
 """The tables. Who owns which state is said in docs/architecture.md."""
 
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, ClassVar
 from uuid import uuid4
 
 import sqlalchemy as sa
@@ -43,7 +43,12 @@ class Base(DeclarativeBase):
             "pk": "pk_%(table_name)s",
         }
     )
-    type_annotation_map = {datetime: UTCDateTime, dict[str, Any]: sa.JSON, list[int]: sa.JSON, list[str]: sa.JSON}
+    type_annotation_map: ClassVar[dict[Any, Any]] = {
+        datetime: UTCDateTime,
+        dict[str, Any]: sa.JSON,
+        list[int]: sa.JSON,
+        list[str]: sa.JSON,
+    }
 
 
 class Resource(Base):

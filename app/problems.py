@@ -10,7 +10,16 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
-from app.errors import InvalidRequest, NotFound, ServiceError, TooLarge, Unauthorized, Unavailable, problem
+from app.errors import (
+    InvalidRequest,
+    NotFound,
+    ServiceError,
+    TooLarge,
+    Unauthorized,
+    Unavailable,
+    invalid_request,
+    problem,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +54,7 @@ async def _service_error(_: Request, error: ServiceError) -> Response:
 
 
 async def _validation_error(request: Request, error: RequestValidationError) -> Response:
-    errors = [{"loc": [str(part) for part in e["loc"]], "message": e["msg"]} for e in error.errors()[:20]]
-    listed = "; ".join(f"{'.'.join(e['loc'])}: {e['message']}" for e in errors[:5])
-    return await _service_error(request, InvalidRequest(f"The request does not have the right form: {listed}.", errors=errors))
+    return await _service_error(request, invalid_request("The request", error.errors()))
 
 
 async def _http_error(_: Request, error: HTTPException) -> Response:

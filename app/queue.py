@@ -19,6 +19,8 @@ APPLICATION = "interplay"
 VERSION = "engine-1"
 # Lower goes first, and what has none goes before all that has one: so every analysis has one.
 PRIORITY = 100
+# The queue's words for a run that is over.
+ENDED = ("SUCCESS", "ERROR", "CANCELLED", "MAX_RECOVERY_ATTEMPTS_EXCEEDED")
 
 SERIALIZER = dbos.DBOSPortableJSONSerializer()
 
@@ -33,8 +35,8 @@ def close_pickle() -> None:
     def refuse(*_: Any) -> NoReturn:
         raise ValueError("the queue holds JSON only: a pickled value is never opened")
 
-    _serialization.DefaultSerializer.serialize = refuse  # type: ignore[method-assign]  # what this function is for
-    _serialization.DefaultSerializer.deserialize = refuse  # type: ignore[method-assign]
+    for name in ("serialize", "deserialize"):
+        setattr(_serialization.DefaultSerializer, name, refuse)
 
 
 def migrate(engine: sa.Engine) -> None:
@@ -71,6 +73,11 @@ def enqueue(client: dbos.DBOSClient, session: Session, analysis_id: str) -> None
 
 def is_claimed(engine: sa.Engine, analysis_id: sa.ColumnElement[str]) -> sa.ColumnElement[bool]:
     """SQL that is true while a worker holds the analysis."""
+    return has_status(engine, analysis_id, "PENDING")
+
+
+def has_status(engine: sa.Engine, analysis_id: sa.ColumnElement[str], *statuses: str) -> sa.ColumnElement[bool]:
+    """SQL that is true where the queue gives the analysis's run one of these statuses, in the queue's words."""
     schema = None if engine.dialect.name == "sqlite" else "dbos"
-    workflows = sa.table("workflow_status", sa.column("workflow_uuid"), sa.column("status"), schema=schema)
-    return sa.exists().where(workflows.c.workflow_uuid == analysis_id, workflows.c.status == "PENDING")
+    runs = sa.table("workflow_status", sa.column("workflow_uuid"), sa.column("status"), schema=schema)
+    return sa.exists().where(runs.c.workflow_uuid == analysis_id, runs.c.status.in_(statuses))

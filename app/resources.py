@@ -7,19 +7,18 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import sqlalchemy as sa
-from pydantic import BaseModel, ValidationError
-from sqlalchemy.dialects import postgresql, sqlite
+from pydantic import ValidationError
 from sqlalchemy.orm import Session
 
 from app import models, schemas, tensorfile
 from app.architectures import check_architecture
 from app.database import read, write
-from app.errors import InUse, InvalidFile, InvalidRequest, NotFound
+from app.errors import InUse, InvalidFile, InvalidRequest, NotFound, invalid_request
 from app.settings import Settings
 from app.storage import StagedFile, Storage
 from app.uploads import Upload
@@ -30,6 +29,10 @@ _ORPHAN_SECONDS = 3600.0
 Owner = models.Checkpoint | models.Probe | models.FeatureSet
 OwnerType = TypeVar("OwnerType", models.Checkpoint, models.Probe, models.FeatureSet)
 Spec = TypeVar("Spec", schemas.CheckpointSpec, schemas.ProbeSpec, schemas.FeatureSetSpec)
+_HOLD_BLOB = sa.text(
+    "INSERT INTO blobs (sha256, size_bytes) VALUES (:sha256, :size_bytes) "
+    "ON CONFLICT (sha256) DO UPDATE SET size_bytes = excluded.size_bytes"
+)
 _OWNERS: tuple[type[Owner], ...] = (models.Checkpoint, models.Probe, models.FeatureSet)
 
 
@@ -108,10 +111,14 @@ def create_feature_set(engine: sa.Engine, storage: Storage, upload: Upload) -> m
     return _keep(engine, storage, upload.file, feature_set)
 
 
-def get(session: Session, model: type[OwnerType], id_: str, **lock: Any) -> OwnerType:
-    """One resource; with `lock=dict(read=True)` it cannot be deleted before the transaction ends."""
+def get(
+    session: Session, model: type[OwnerType], id_: str, *, lock: Literal["share", "exclusive"] | None = None
+) -> OwnerType:
+    """One resource; locked, it cannot be deleted before the transaction ends."""
     query = sa.select(model).where(model.id == id_)
-    row = session.scalars(query.with_for_update(**lock) if lock else query).one_or_none()
+    if lock is not None:
+        query = query.with_for_update(read=lock == "share")
+    row = session.scalars(query).one_or_none()
     if row is None:
         raise NotFound(f"There is no {_noun(model)} {id_!r}.")
     return row
@@ -131,7 +138,7 @@ def delete(engine: sa.Engine, storage: Storage, model: type[OwnerType], id_: str
         models.FeatureSet: analyses.feature_set_id,
     }[model]
     with write(engine) as session:
-        row = get(session, model, id_, read=False)
+        row = get(session, model, id_, lock="exclusive")
         needed_by = session.scalars(sa.select(analyses.id).where(column == id_, analyses.outcome.is_(None)).limit(20))
         if ids := needed_by.all():
             raise InUse(
@@ -162,13 +169,10 @@ def _keep(engine: sa.Engine, storage: Storage, file: StagedFile | None, row: Own
     """Put the blob in place and insert the row, in this order: a crash in between leaves a file, never a bare row."""
     if file is not None:
         storage.put(file)
-    insert = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}[engine.dialect.name](models.Blob)
     with write(engine) as session:
         if file is not None:
             # Locks the row against `_release`, also where it exists already.
-            insert = insert.values(sha256=row.sha256, size_bytes=row.size_bytes)
-            update = {"size_bytes": insert.excluded.size_bytes}
-            session.execute(insert.on_conflict_do_update(index_elements=["sha256"], set_=update))
+            session.execute(_HOLD_BLOB, {"sha256": row.sha256, "size_bytes": row.size_bytes})
         elif session.get(models.Blob, row.sha256, with_for_update=True) is None:
             raise NotFound(f"The service no longer holds a blob with the sha256 {row.sha256}.")
         if file is not None and not storage.has(row.sha256):
@@ -229,9 +233,7 @@ def _parse_spec(model: type[Spec], text: bytes) -> Spec:
     try:
         return model.model_validate_json(text)
     except ValidationError as error:
-        errors = [{"loc": ["spec", *map(str, e["loc"])], "message": e["msg"]} for e in error.errors()[:20]]
-        listed = "; ".join(f"{'.'.join(e['loc'])}: {e['message']}" for e in errors[:5])
-        raise InvalidRequest(f"The spec does not have the right form: {listed}.", errors=errors) from None
+        raise invalid_request("The spec", error.errors(), prefix="spec") from None
 
 
 def _embedded_architecture(file: tensorfile.TensorFile) -> Any:
@@ -258,8 +260,8 @@ def _open_probe(path: Path, settings: Settings) -> tuple[tensorfile.TensorFile, 
     with path.open("rb") as file:
         is_zip = file.read(2) == b"PK"
     if is_zip:
-        limits = {"max_bytes": settings.max_npz_bytes, "max_ratio": settings.max_npz_ratio}
-        return tensorfile.inspect_npz(path, **limits), lambda name: tensorfile.read_npz_integers(path, name)
+        archive = tensorfile.inspect_npz(path, max_bytes=settings.max_npz_bytes, max_ratio=settings.max_npz_ratio)
+        return archive, lambda name: tensorfile.read_npz_integers(path, name)
     return tensorfile.inspect_safetensors(path), _safetensors_integers(path)
 
 
@@ -334,5 +336,5 @@ def _check_preprocess(preprocess: schemas.Preprocess | None, size: int) -> None:
             )
 
 
-def _noun(model: type[BaseModel] | type[Owner]) -> str:
+def _noun(model: type[Owner]) -> str:
     return {"Checkpoint": "checkpoint", "Probe": "probe", "FeatureSet": "feature set"}[model.__name__]

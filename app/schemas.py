@@ -368,8 +368,8 @@ class EvaluationReport(Strict):
     splits: dict[str, SplitEvaluation]
 
 
-class MissingParts(Strict):
-    """Answer of /readyz: what is missing, if anything."""
+class Readiness(Strict):
+    """Answer of /readyz: each part is "ok" or says what is wrong with it."""
 
     ready: bool
     database: str
@@ -377,8 +377,15 @@ class MissingParts(Strict):
     worker: str
 
 
+class WorkerVersion(Strict):
+    id: str
+    device: str | None
+    torch_version: str | None
+    families: list[str] | None
+
+
 class Version(Strict):
     version: str
     schema_version: str
     definitions_version: str
-    workers: list[dict[str, Any]]
+    workers: list[WorkerVersion]

@@ -34,9 +34,6 @@ class Settings(BaseSettings):
     )
     max_npz_bytes: int = Field(default=20 * 2**30, ge=1, description="Largest unpacked size of an npz probe.")
     max_npz_ratio: float = Field(default=200.0, gt=1, description="Largest unpacked-to-packed ratio of an npz probe.")
-    max_tensor_bytes: int = Field(
-        default=64 * 2**30, ge=1, description="Largest network, as computed from its description, that a worker builds."
-    )
     analysis_timeout_seconds: float = Field(
         default=6 * 3600.0, gt=0, description="An attempt that computes for longer fails."
     )
@@ -46,7 +43,9 @@ class Settings(BaseSettings):
     worker_restart_max_seconds: float = Field(
         default=30.0, gt=0, description="Longest pause of `serve` before it restarts a worker that died."
     )
-    log_level: str = Field(default="warning", pattern="^(debug|info|warning|error)$", description="Verbosity on stderr.")
+    log_level: str = Field(
+        default="warning", pattern="^(debug|info|warning|error)$", description="Verbosity on stderr."
+    )
 
     @field_validator("data_dir")
     @classmethod

@@ -51,8 +51,9 @@ START_SECONDS, STOP_SECONDS, ANALYSIS_SECONDS = 60.0, 15.0, 300.0
 READING = """\
 All columns but test acc are of the training samples; MIR and HDR at sample level, globally centred.
 MIR: how much features and head rows know of each other, 0 to 1. It climbs towards its optimum, the value at full
-neural collapse ({optimum:.4f} here); HDR, the gap between their entropies, and NC1, the spread within classes, fall to 0.
-MIR alone is no verdict: unrelated vectors can score high, so read it beside accuracy and each report's null baseline."""
+neural collapse ({optimum:.4f} here). HDR, the gap between their entropies, and NC1, the spread within classes, fall
+to 0. MIR alone is no verdict: unrelated vectors can score high, so read it beside accuracy and the null baseline of
+each report."""
 
 console = Console(highlight=False)
 

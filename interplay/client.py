@@ -260,11 +260,6 @@ class Client:
         """Delete a checkpoint, probe or feature set that no analysis needs."""
         self._send("DELETE", f"/v1/{collection}/{_segment(resource_id)}")
 
-    def ready(self) -> Body:
-        """Whether the service can work: `ready`, and what it says of `database`, `storage` and `worker`."""
-        response = self._exchange("GET", "/readyz", repeatable=True)
-        return self._body(response)
-
     def list(
         self,
         collection: Collection,
@@ -280,13 +275,20 @@ class Client:
             collection: checkpoints, probes, feature-sets, analyses or reports.
             limit: stop after so many; default: all.
             page_size: how many a request asks for.
-            metadata: key and value that a resource must have, all of them.
-            filters: `name`, `status`, `kind`, `checkpoint_id`, `probe_id`, `created_after`, `created_before`.
+            metadata: key and value, or a list of values, that a resource must have, all of them.
+            filters: `name`, `created_after`, `created_before`; for analyses and reports `kind`, `checkpoint_id`,
+                `probe_id`, `feature_set_id`; for analyses `status`.
         """
         query: dict[str, Any] = {
-            key: value.isoformat() if isinstance(value, datetime) else value for key, value in _given(filters).items()
+            # Without a zone it is local time, as Python has it; the service wants to be told.
+            key: value.astimezone().isoformat() if isinstance(value, datetime) else value
+            for key, value in _given(filters).items()
         }
-        query["metadata"] = [f"{key}={_metadata_text(value)}" for key, value in (metadata or {}).items()]
+        query["metadata"] = [
+            f"{key}={_metadata_text(value)}"
+            for key, values in (metadata or {}).items()
+            for value in (values if isinstance(values, list | tuple) else [values])
+        ]
         left = limit
         while left is None or left > 0:
             query["limit"] = page_size if left is None else min(page_size, left)

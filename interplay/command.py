@@ -1,19 +1,22 @@
 """The `interplay` command: push, analyze, show, list, cancel and delete over HTTP, and the way into the server.
 
-Exit codes: 0 fine; 1 the analysis failed, or the service answered with a problem; 2 usage; 3 the service cannot be
-reached. With --json stdout holds one JSON value and nothing else; errors and progress go to stderr.
+Exit codes: 0 fine; 1 the analysis failed, was cancelled or took too long; 2 usage, which includes every problem that
+the service answers with; 3 the service cannot be reached. With --json stdout holds one JSON value and nothing else;
+errors and progress go to stderr.
 """
 
 import enum
 import importlib.metadata
 import importlib.util
+import io
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, cast
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -24,10 +27,9 @@ from interplay.client import (
     AnalysisFailed,
     Body,
     Client,
-    Collection,
-    InterplayError,
     ProblemError,
     ServiceUnreachable,
+    WaitTimeout,
 )
 
 EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE = 1, 2, 3
@@ -61,6 +63,13 @@ class Deletable(enum.StrEnum):
     FEATURE_SETS = "feature-sets"
 
 
+def _instant(text: str) -> datetime:
+    try:
+        return datetime.fromisoformat(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a time such as 2026-01-31T12:00") from None
+
+
 Url = Annotated[
     str | None,
     typer.Option("--url", envvar="INTERPLAY_URL", help=f"Where the service listens. Default: {DEFAULT_URL}."),
@@ -80,17 +89,20 @@ Metadata = Annotated[
 
 def main() -> None:
     """Run the command; an expected error ends as a message and an exit code, never as a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a name that the terminal's encoding lacks is no reason to fail
     try:
         app(prog_name="interplay")
     except AnalysisFailed as error:
         problem = error.problem or {"title": f"The analysis was {error.analysis['status']}", "detail": ""}
         _fail(EXIT_FAILED, problem.get("title", "The analysis failed"), problem.get("detail", ""), problem)
     except ProblemError as error:
-        _fail(EXIT_FAILED, error.title, error.detail, error.members)
+        _fail(EXIT_USAGE, error.title, error.detail, error.members)
     except ServiceUnreachable as error:
-        _fail(EXIT_UNREACHABLE, "The service cannot be reached", str(error), {})
-    except InterplayError as error:
-        _fail(EXIT_FAILED, "Error", str(error), {})
+        _fail(EXIT_UNREACHABLE, str(error), "", {})
+    except WaitTimeout as error:
+        _fail(EXIT_FAILED, str(error), "", {})
     except OSError as error:  # a file that vanished or changed its rights after the arguments were checked
         _fail(EXIT_USAGE, "A file cannot be read", str(error), {})
 
@@ -247,11 +259,20 @@ def list_collection(
     kind: Annotated[str | None, typer.Option(help="Such as evaluation.")] = None,
     checkpoint: Annotated[str | None, typer.Option(metavar="ID", help="Of this checkpoint.")] = None,
     probe: Annotated[str | None, typer.Option(metavar="ID", help="On this probe.")] = None,
+    features: Annotated[str | None, typer.Option(metavar="ID", help="Of this feature set.")] = None,
     metadata: Annotated[
         list[str] | None, typer.Option("--metadata", metavar="KEY=VALUE", help="Has this metadata; may be repeated.")
     ] = None,
-    after: Annotated[str | None, typer.Option(metavar="TIME", help="Created after, such as 2026-01-31.")] = None,
-    before: Annotated[str | None, typer.Option(metavar="TIME", help="Created before.")] = None,
+    after: Annotated[
+        datetime | None,
+        typer.Option(
+            metavar="TIME", parser=_instant, help="Created at or after, such as 2026-01-31 or 2026-01-31T12:00Z."
+        ),
+    ] = None,
+    before: Annotated[
+        datetime | None,
+        typer.Option(metavar="TIME", parser=_instant, help="Created before; local time without a zone."),
+    ] = None,
     limit: Annotated[int, typer.Option(min=1, help="The newest so many.")] = 50,
     everything: Annotated[bool, typer.Option("--all", help="All of them, whatever --limit says.")] = False,
     url: Url = None,
@@ -259,21 +280,31 @@ def list_collection(
     as_json: AsJson = False,
 ) -> None:
     """List a collection, newest first."""
+    of_subject = {"kind": kind, "checkpoint": checkpoint, "probe": probe, "features": features}
+    refused = {Listed.ANALYSES: {}, Listed.REPORTS: {"status": status}}.get(
+        collection, {"status": status, **of_subject}
+    )
+    for option, value in refused.items():
+        if value is not None:
+            raise typer.BadParameter(f"{collection.value} are not filtered by it", param_hint=f"--{option}")
+    wanted: dict[str, list[str]] = {}
+    for key, text in map(_pair, metadata or []):
+        wanted.setdefault(key, []).append(text)
     with _client(url, api_key) as client:
-        items = [
-            *client.list(
-                cast(Collection, collection.value),
-                limit=None if everything else limit,
-                metadata=dict(_pair(entry) for entry in metadata or []),
-                name=name,
-                status=status,
-                kind=kind,
-                checkpoint_id=checkpoint,
-                probe_id=probe,
-                created_after=after,
-                created_before=before,
-            )
-        ]
+        listed = client.list(
+            collection.value,
+            limit=None if everything else limit,
+            metadata=wanted,
+            name=name,
+            status=status,
+            kind=kind,
+            checkpoint_id=checkpoint,
+            probe_id=probe,
+            feature_set_id=features,
+            created_after=after,
+            created_before=before,
+        )
+        items = [*listed]
     _print(items, as_json, rendering.collection_view(collection.value, items))
 
 
@@ -300,7 +331,7 @@ def delete(
 ) -> None:
     """Delete a checkpoint, probe or feature set that no analysis needs."""
     with _client(url, api_key) as client:
-        client.delete(cast(Collection, collection.value), resource)
+        client.delete(collection.value, resource)
     _print({"id": resource, "deleted": True}, as_json, f"deleted {rendering.printable(resource)}")
 
 
@@ -343,7 +374,7 @@ def _client(url: str | None, api_key: str | None) -> Client:
 
 def _print(body: Any, as_json: bool, text: Any = None) -> None:
     if as_json:
-        typer.echo(json.dumps(body, indent=2, ensure_ascii=False))
+        typer.echo(json.dumps(body, indent=2))
     else:
         rendering.console().print(text, soft_wrap=isinstance(text, str))
 

@@ -7,6 +7,7 @@ here looks at them.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import sqlalchemy as sa
@@ -19,6 +20,8 @@ from app.models import Base
 
 # Any fixed number serves, as long as nothing else on the same database takes it.
 _ADVISORY_LOCK = 0x696E746572706C61
+# Alembic keeps what it is working on in module globals: one migration at a time in a process, whatever the database.
+_alembic = Lock()
 
 
 def upgrade(engine: sa.Engine, revision: str = "head") -> None:
@@ -56,7 +59,7 @@ def _migrate(engine: sa.Engine, step: Callable[[Config, str], None], revision: s
     config = Config()
     # The configuration file's syntax, which this goes through, reads % as the start of an interpolation.
     config.set_main_option("script_location", str(Path(__file__).parent).replace("%", "%%"))
-    with _exclusively(engine) as connection:
+    with _alembic, _exclusively(engine) as connection:
         config.attributes["connection"] = connection
         step(config, revision)
 

@@ -1,4 +1,4 @@
-"""What alembic runs: for `migrations.upgrade` on the given connection, for the `alembic` command on Settings' database."""
+"""What alembic runs: on the connection of `migrations.upgrade`, or by its own command on the database of Settings."""
 
 from typing import Any, Literal
 

@@ -1,12 +1,15 @@
 """The container files, as far as they can be checked without an engine."""
 
+import json
 import re
 import shlex
+import socket
 import subprocess
 import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from ruamel.yaml import YAML
@@ -126,10 +129,25 @@ def test_image_is_built_in_stages_and_runs_without_root() -> None:
     assert all(stage.startswith("python:3.11-slim AS ") for stage in stages)
     (user,) = arguments_of("USER")
     assert user not in ("root", "0")
-    last_stage = [name for name, _ in instructions()][::-1].index("FROM")
-    assert "USER" in [name for name, _ in instructions()[-last_stage:]]
+    order = [name for name, _ in instructions()]
+    assert order.index("USER") > [n for n, name in enumerate(order) if name == "FROM"][1]
     assert any(f"--owner={user}" in run and "/data" in run for run in arguments_of("RUN"))
     assert arguments_of("VOLUME") == ["/data"]
+
+
+def test_health_check_tells_a_service_from_none(service: Any, tmp_path: Path) -> None:
+    """The image's own check, run here: 0 where the service listens, past any proxy, and not 0 on a dead port."""
+    (check,) = arguments_of("HEALTHCHECK")
+    python, *rest = json.loads(check.partition(" CMD ")[2])
+    assert python == "python"
+    port = urlsplit(service.url).port
+    with socket.socket() as taken:  # bound, but not listening
+        taken.bind(("127.0.0.1", 0))
+        dead = taken.getsockname()[1]
+        for candidate, healthy in ((port, True), (dead, False)):
+            environment = {"INTERPLAY_PORT": str(candidate), "http_proxy": f"http://127.0.0.1:{dead}"}
+            ran = subprocess.run([sys.executable, *rest], env=environment, cwd=tmp_path, capture_output=True)
+            assert (ran.returncode == 0) == healthy, ran.stderr
 
 
 def test_image_installs_the_lock_and_cpu_torch_by_default() -> None:

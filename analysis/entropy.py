@@ -1,0 +1,204 @@
+"""Matrix entropy, mutual information, MIR and HDR, written as they are defined and computed in float64.
+
+These need whole Gram matrices and all their eigenvalues. `spectrum.py` computes the same numbers for many samples.
+"""
+
+import math
+
+import torch
+from jaxtyping import Bool, Float, Float64
+from torch import Tensor
+
+from analysis.errors import AnalysisError
+
+# An entropy below this is zero but for rounding, and no ratio is taken over it.
+ZERO_ENTROPY = 1e-12
+
+# Eigenvalues below this share of the largest are the rounding of eigvalsh: 512 of them would pass for 1e-12 of entropy.
+_ROUNDING = 16 * torch.finfo(torch.float64).eps
+
+
+def unit_rows(
+    vectors: Float[Tensor, "n d"], scale: Float[Tensor, " n"] | None = None
+) -> tuple[Float64[Tensor, "n d"], Bool[Tensor, " n"]]:
+    """Divide every row by its Euclidean norm.
+
+    Args:
+        vectors: one vector a row.
+        scale: size of the numbers that a row was computed from, where rows are differences. A row shorter than
+            1e-12 of it is rounding and has no direction. Default: only a row of zeros has none.
+
+    Returns:
+        The unit rows, with zeros in place of rows without direction, and a mask of the rows that have one.
+
+    Numerics: float64; each row is first divided by its largest entry, so that squares neither overflow nor vanish.
+    """
+    rows = vectors.to(torch.float64, copy=True)
+    largest = rows.abs().amax(dim=1) if rows.shape[1] else rows.new_zeros(rows.shape[0])
+    # The reciprocal of a subnormal number overflows: such a row counts as zero.
+    usable = largest >= torch.finfo(torch.float64).tiny
+    rows /= torch.where(usable, largest, 1.0)[:, None]
+    norms = rows.norm(dim=1)
+    if scale is not None:
+        usable &= norms * largest > 1e-12 * scale
+    rows /= torch.where(usable, norms, 1.0)[:, None]
+    return torch.where(usable[:, None], rows, 0.0), usable
+
+
+def spectrum_entropy(eigenvalues: Float64[Tensor, " n"], alpha: float = 1.0) -> float:
+    """Entropy of a spectrum that sums to 1: H = - sum_k l_k log l_k, or of order alpha, log(sum_k l_k^a) / (1 - a).
+
+    Args:
+        eigenvalues: at least 0, but for rounding.
+        alpha: order, at least 0; 0 gives the logarithm of the rank, infinity - log of the largest eigenvalue.
+
+    Returns:
+        The entropy in nats.
+
+    Raises:
+        AnalysisError: `invalid-argument` for a negative alpha.
+
+    Numerics: eigenvalues below 16 eps of the largest count as zero.
+    """
+    if not alpha >= 0:
+        raise AnalysisError("invalid-argument", f"alpha is {alpha}; an order is at least 0", argument="alpha")
+    support = eigenvalues[eigenvalues > _ROUNDING * eigenvalues.max()].clamp(max=1.0)
+    if alpha == 1:
+        return float(torch.special.entr(support).sum())
+    if math.isinf(alpha):
+        return -math.log(float(support.max()))
+    # The logarithm of the sum, taken over logarithms, keeps large orders from underflowing.
+    return float(torch.logsumexp(alpha * support.log(), dim=0)) / (1 - alpha)
+
+
+def matrix_entropy(gram: Float[Tensor, "n n"], alpha: float = 1.0) -> float:
+    """Matrix entropy H(K) = - sum_k l_k log l_k, with l the eigenvalues of K/n.
+
+    Args:
+        gram: Gram matrix with unit diagonal.
+        alpha: order, at least 0.
+
+    Returns:
+        The entropy in nats, from 0 to log n.
+
+    Raises:
+        AnalysisError: `invalid-argument` for a negative alpha or a matrix of size 0.
+
+    Numerics: float64, O(n^3); orders 1 and others from all eigenvalues, order 2 from the Frobenius norm alone.
+
+    Source: Giraldo, Rao and Principe 2015.
+
+    >>> round(matrix_entropy(torch.eye(4)), 6)
+    1.386294
+    """
+    n = gram.shape[0]
+    if n == 0:
+        raise AnalysisError("invalid-argument", "an entropy needs at least one vector", argument="gram")
+    scaled = gram.double() / n
+    if alpha == 2:
+        return -math.log(float(scaled.square().sum()))
+    return spectrum_entropy(torch.linalg.eigvalsh(scaled), alpha)
+
+
+def matrix_entropy_of_vectors(vectors: Float[Tensor, "n d"], alpha: float = 1.0) -> float:
+    """Matrix entropy of the Gram matrix of the rows' directions.
+
+    Args:
+        vectors: one vector a row, of any length; rows of zeros have no direction and are left out.
+        alpha: order, at least 0.
+
+    Returns:
+        The entropy in nats, from 0 to log min(n, d).
+
+    Raises:
+        AnalysisError: `invalid-argument` for a negative alpha, or where no row has a direction.
+
+    Numerics: float64; Z Z^T / n and Z^T Z / n share their non-zero eigenvalues, the smaller is used.
+
+    >>> matrix_entropy_of_vectors(torch.tensor([[1.0, 0.0], [3.0, 0.0]]))
+    0.0
+    """
+    directions, usable = unit_rows(vectors)
+    directions = directions[usable]
+    n, d = directions.shape
+    if n == 0:
+        raise AnalysisError("invalid-argument", "an entropy needs a vector with a direction", argument="vectors")
+    product = directions @ directions.T if n <= d else directions.T @ directions
+    scaled = product / n
+    if alpha == 2:
+        return -math.log(float(scaled.square().sum()))
+    return spectrum_entropy(torch.linalg.eigvalsh(scaled), alpha)
+
+
+def joint_entropy(
+    first: Float[Tensor, "n n"],
+    second: Float[Tensor, "n n"],
+    alpha: float = 1.0,
+) -> float:
+    """Joint entropy H(K1 * K2), * the elementwise product of two Gram matrices with unit diagonal, in nats.
+
+    Args:
+        first: K1.
+        second: K2.
+        alpha: order, at least 0.
+
+    Returns:
+        The entropy in nats; for alpha = 1 between max(H(K1), H(K2)) and H(K1) + H(K2).
+
+    Source: Giraldo, Rao and Principe 2015.
+    """
+    return matrix_entropy(first.double() * second.double(), alpha)
+
+
+def mutual_information(first: Float[Tensor, "n n"], second: Float[Tensor, "n n"]) -> float:
+    """Matrix mutual information MI = H(K1) + H(K2) - H(K1 * K2).
+
+    Args:
+        first: K1, with unit diagonal.
+        second: K2, with unit diagonal.
+
+    Returns:
+        The information in nats, at least 0 but for rounding.
+
+    Source: Song et al. 2024 (arXiv 2406.03999).
+    """
+    return matrix_entropy(first) + matrix_entropy(second) - joint_entropy(first, second)
+
+
+def mir(first: Float[Tensor, "n n"], second: Float[Tensor, "n n"]) -> float | None:
+    """Matrix mutual information ratio MIR = MI / min(H(K1), H(K2)).
+
+    Args:
+        first: K1, with unit diagonal.
+        second: K2, with unit diagonal.
+
+    Returns:
+        The ratio, from 0 to 1; None where the minimum is below 1e-12.
+
+    Source: Song et al. 2024 (arXiv 2406.03999).
+
+    >>> mir(torch.eye(4), torch.eye(4))
+    1.0
+    """
+    smaller = min(matrix_entropy(first), matrix_entropy(second))
+    return None if smaller < ZERO_ENTROPY else mutual_information(first, second) / smaller
+
+
+def hdr(first: Float[Tensor, "n n"], second: Float[Tensor, "n n"]) -> float | None:
+    """Matrix entropy difference ratio HDR = |H(K1) - H(K2)| / max(H(K1), H(K2)).
+
+    Args:
+        first: K1, with unit diagonal.
+        second: K2, with unit diagonal.
+
+    Returns:
+        The ratio, from 0 to 1; None where the maximum is below 1e-12.
+
+    Source: Song et al. 2024 (arXiv 2406.03999).
+
+    >>> hdr(torch.eye(4), torch.ones(4, 4))
+    1.0
+    """
+    entropies = matrix_entropy(first), matrix_entropy(second)
+    larger = max(entropies)
+    return None if larger < ZERO_ENTROPY else abs(entropies[0] - entropies[1]) / larger

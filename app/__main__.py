@@ -1,0 +1,178 @@
+"""`python -m app serve|api|migrate`: the service with its worker, the HTTP side alone, or the tables."""
+
+import argparse
+import logging
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import sqlalchemy as sa
+import uvicorn
+from pydantic import ValidationError
+
+import migrations
+from app import queue
+from app.database import make_engine
+from app.main import create_app
+from app.settings import Settings
+
+logger = logging.getLogger("interplay")
+
+# How long what was started gets to stop by itself before it is killed.
+_STOP_SECONDS = 5.0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; returns its exit code, 2 for what the operator should set otherwise."""
+    parser = argparse.ArgumentParser(prog="interplay", description="Settings are environment variables: INTERPLAY_...")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, text in (
+        ("serve", "the HTTP service and one worker on this machine; migrates the database first"),
+        ("api", "the HTTP service alone"),
+    ):
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("--host", help="address to bind (INTERPLAY_HOST)")
+        command.add_argument("--port", type=int, help="port to bind, 0 for a free one (INTERPLAY_PORT)")
+    commands.add_parser("migrate", help="create or upgrade the tables of the service and of its queue")
+    options = parser.parse_args(arguments)
+    given = {key: getattr(options, key, None) for key in ("host", "port")}
+    try:
+        settings = Settings(**{key: value for key, value in given.items() if value is not None})
+        engine_url = sa.make_url(settings.effective_database_url)
+    except (ValidationError, sa.exc.ArgumentError) as error:
+        return _refuse(f"A setting is not valid: {error}")
+    logging.basicConfig(
+        level=settings.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    if options.command == "migrate":
+        _migrate(settings)
+        print(f"The database {engine_url.render_as_string()} is up to date.")  # noqa: T201  # the command's answer
+        return 0
+    if not settings.binds_loopback and settings.api_key is None:
+        return _refuse(
+            f"Refusing to bind {settings.host}: everybody who reaches it could use the service. Set INTERPLAY_API_KEY, "
+            "or bind 127.0.0.1 (the default)."
+        )
+    if options.command == "serve":
+        _migrate(settings)
+    return _serve(settings, with_worker=options.command == "serve")
+
+
+def _refuse(message: str) -> int:
+    print(message, file=sys.stderr)  # noqa: T201  # for the operator, who typed the command
+    return 2
+
+
+def _migrate(settings: Settings) -> None:
+    engine = make_engine(settings)
+    migrations.upgrade(engine)
+    queue.migrate(engine)
+    engine.dispose()
+
+
+def _serve(settings: Settings, *, with_worker: bool) -> int:
+    config = uvicorn.Config(
+        create_app(settings),
+        host=settings.host,
+        port=settings.port,
+        http="httptools",
+        log_config=None,
+        log_level=settings.log_level,
+        timeout_graceful_shutdown=3,
+    )
+    try:
+        listener = _bind(settings)
+    except OSError as error:
+        return _refuse(f"Cannot bind {settings.host}:{settings.port}: {error.strerror or error}.")
+    worker = _SupervisedWorker(settings) if with_worker else None
+    # Both ways of being stopped end in the `finally` below; uvicorn raises the signal again once it has shut down.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        _AnnouncedServer(config, worker).run(sockets=[listener])
+    except KeyboardInterrupt:
+        pass
+    finally:
+        if worker is not None:
+            worker.stop()
+        listener.close()
+    return 0
+
+
+def _bind(settings: Settings) -> socket.socket:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind((settings.host, settings.port))
+    return listener
+
+
+class _AnnouncedServer(uvicorn.Server):
+    """Says where it listens on the first line of standard output, and starts the worker once it does."""
+
+    def __init__(self, config: uvicorn.Config, worker: "_SupervisedWorker | None") -> None:
+        super().__init__(config)
+        self._worker = worker
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if not self.started:
+            return
+        assert sockets is not None
+        host, port = sockets[0].getsockname()[:2]
+        address = f"[{host}]" if ":" in host else host
+        print(f"Interplay is listening on http://{address}:{port}", flush=True)  # noqa: T201  # programs read this line
+        if self._worker is not None:
+            self._worker.start()
+
+
+class _SupervisedWorker:
+    """A worker process that is started again, ever more slowly, whenever it dies."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._longest_pause = settings.worker_restart_max_seconds
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._supervise, name="worker-supervisor", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopping.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def _supervise(self) -> None:
+        pause = 0.5
+        while not self._stopping.is_set():
+            started = time.monotonic()
+            # The worker stops when its standard input ends, so it does not outlive this process, however that dies.
+            process = subprocess.Popen(
+                [sys.executable, "-m", "workers", "--stop-at-end-of-input"], stdin=subprocess.PIPE
+            )
+            while process.poll() is None and not self._stopping.wait(0.2):
+                pass
+            if self._stopping.is_set():
+                _stop(process)
+                return
+            lived = time.monotonic() - started
+            pause = 0.5 if lived > 60 else min(pause * 2, self._longest_pause)
+            logger.error("the worker died with status %s and starts again in %.1f s", process.returncode, pause)
+            self._stopping.wait(pause)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    assert process.stdin is not None
+    process.stdin.close()
+    process.terminate()
+    try:
+        process.wait(_STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,59 @@
+"""The HTTP application."""
+
+import importlib.metadata
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import sqlalchemy as sa
+from fastapi import Depends, FastAPI
+from fastapi.concurrency import run_in_threadpool
+
+from app import problems, queue, resources
+from app.bodies import Bodies
+from app.database import make_engine
+from app.routes import Service, analyses, authorize, health
+from app.routes import resources as resource_routes
+from app.settings import Settings
+from app.storage import Storage
+
+logger = logging.getLogger(__name__)
+
+_DESCRIPTION = """What is in a checkpoint: matrix mutual information ratio (MIR), matrix entropy difference ratio (HDR)
+and neural collapse. POST a checkpoint and a probe dataset, queue an analysis, read its report. Every error is
+`application/problem+json`."""
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The application; it connects to nothing before it serves."""
+    engine = make_engine(settings)
+    service = Service(settings, engine, Storage(settings), queue.make_client(engine))
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await run_in_threadpool(_sweep, service)
+        yield
+        service.queue.destroy()
+        engine.dispose()
+
+    app = FastAPI(
+        title="Interplay",
+        version=importlib.metadata.version("interplay"),
+        description=_DESCRIPTION,
+        lifespan=lifespan,
+    )
+    app.state.service = service
+    app.add_middleware(Bodies, max_json_bytes=settings.max_spec_bytes)
+    problems.install(app)
+    app.include_router(health.health)
+    for router in (resource_routes.router, analyses.router, health.router):
+        app.include_router(router, prefix="/v1", dependencies=[Depends(authorize)])
+    return app
+
+
+def _sweep(service: Service) -> None:
+    try:
+        resources.sweep(service.engine, service.storage)
+    except (sa.exc.SQLAlchemyError, OSError) as error:
+        # Waste is no reason not to serve; the next start sweeps again.
+        logger.warning("what earlier crashes left behind was not swept: %s", error)

@@ -1,0 +1,110 @@
+"""Analyses and reports over HTTP."""
+
+from typing import Annotated, Any
+
+import sqlalchemy as sa
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
+
+from app import analyses, schemas
+from app.database import read
+from app.errors import NotFound
+from app.listing import Listing, page
+from app.models import Report
+from app.routes import ServiceDep, problems
+
+router = APIRouter(tags=["analyses"])
+ListingDep = Annotated[Listing, Depends()]
+IdempotencyKey = Annotated[str | None, Header(min_length=1, max_length=255)]
+IdFilter = Annotated[str | None, Query(max_length=36)]
+
+
+@router.post("/analyses", status_code=202, responses=problems(404, 409, 413, 422, 503))
+def create_analysis(
+    body: schemas.EvaluationRequest,
+    request: Request,
+    response: Response,
+    service: ServiceDep,
+    idempotency_key: IdempotencyKey = None,
+) -> schemas.Analysis:
+    """Queue an analysis. The same `Idempotency-Key` and body give the same analysis again."""
+    analysis = analyses.create(service.engine, service.queue, body, idempotency_key)
+    response.headers["Location"] = f"{request.url.path}/{analysis.id}"
+    return analysis
+
+
+@router.get("/analyses", responses=problems(422))
+def list_analyses(
+    service: ServiceDep,
+    listing: ListingDep,
+    status: schemas.Status | None = None,
+    kind: Annotated[str | None, Query(max_length=30)] = None,
+    checkpoint_id: IdFilter = None,
+    probe_id: IdFilter = None,
+    feature_set_id: IdFilter = None,
+) -> schemas.Page[schemas.Analysis]:
+    return analyses.list_page(
+        service.engine,
+        listing,
+        status=status,
+        kind=kind,
+        checkpoint_id=checkpoint_id,
+        probe_id=probe_id,
+        feature_set_id=feature_set_id,
+    )
+
+
+@router.get("/analyses/{id}", responses=problems(404))
+def get_analysis(id: str, service: ServiceDep) -> schemas.Analysis:
+    return analyses.get(service.engine, id)
+
+
+@router.post("/analyses/{id}/cancel", responses=problems(404, 409))
+def cancel_analysis(id: str, service: ServiceDep) -> schemas.Analysis:
+    """Ask for its end: at once where it is queued, at its worker's next look where it runs."""
+    return analyses.cancel(service.engine, id)
+
+
+@router.get("/reports", responses=problems(422))
+def list_reports(
+    service: ServiceDep,
+    listing: ListingDep,
+    kind: Annotated[str | None, Query(max_length=30)] = None,
+    checkpoint_id: IdFilter = None,
+    probe_id: IdFilter = None,
+    feature_set_id: IdFilter = None,
+) -> schemas.Page[schemas.ReportSummary]:
+    """Reports without their content."""
+    query = sa.select(Report).options(sa.orm.defer(Report.content))
+    equal = {"kind": kind, "checkpoint_id": checkpoint_id, "probe_id": probe_id, "feature_set_id": feature_set_id}
+    for column, value in equal.items():
+        if value is not None:
+            query = query.where(getattr(Report, column) == value)
+    subjects = [Report.checkpoint_id, Report.probe_id, Report.feature_set_id]
+    with read(service.engine) as session:
+        rows, cursor = page(session, query, Report, listing, subjects)
+        items = [
+            schemas.ReportSummary(**{name: getattr(row, name) for name in schemas.ReportSummary.model_fields})
+            for (row,) in rows
+        ]
+    return schemas.Page(items=items, next_cursor=cursor)
+
+
+@router.get(
+    "/reports/{id}",
+    response_model=schemas.EvaluationReport,
+    responses={304: {"description": "The report that the client holds is the one asked for"}, **problems(404)},
+)
+def get_report(
+    id: str, service: ServiceDep, if_none_match: Annotated[str | None, Header(max_length=1000)] = None
+) -> Any:
+    """A report, byte for byte as it was written; it never changes."""
+    with read(service.engine) as session:
+        found = session.execute(sa.select(Report.sha256, Report.content).where(Report.id == id)).one_or_none()
+    if found is None:
+        raise NotFound(f"There is no report {id!r}.")
+    etag = f'"{found.sha256}"'
+    headers = {"ETag": etag, "Cache-Control": "private, max-age=31536000, immutable"}
+    held = {tag.strip().removeprefix("W/") for tag in (if_none_match or "").split(",")}
+    if etag in held or "*" in held:
+        return Response(status_code=304, headers=headers)
+    return Response(found.content, media_type="application/json", headers=headers)

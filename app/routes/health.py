@@ -1,0 +1,64 @@
+"""Is it up, can it work, what is it."""
+
+import importlib.metadata
+from datetime import timedelta
+
+import obstore.exceptions
+import sqlalchemy as sa
+from fastapi import APIRouter, Response
+
+from app import models, schemas
+from app.database import read
+from app.models import Worker
+from app.routes import ServiceDep
+
+health = APIRouter(tags=["health"])
+router = APIRouter(tags=["health"])
+
+# A worker writes its heartbeat every second or two; one that has missed several does not count.
+_HEARTBEAT_SECONDS = 10.0
+
+
+@health.get("/healthz")
+def healthz() -> dict[str, str]:
+    """The process answers."""
+    return {"status": "ok"}
+
+
+@health.get("/readyz", responses={503: {"model": schemas.Readiness}})
+def readyz(service: ServiceDep, response: Response) -> schemas.Readiness:
+    """An analysis that is sent now would run; where not, which part is missing and why."""
+    try:
+        workers = len(_workers(service.engine))
+        database, worker = "ok", "ok" if workers else "no worker has been heard of in the last 10 seconds"
+    except sa.exc.SQLAlchemyError as error:
+        database, worker = f"does not answer: {type(error).__name__}", "unknown without the database"
+    try:
+        service.storage.check()
+        storage = "ok"
+    except (OSError, obstore.exceptions.BaseError) as error:
+        storage = f"does not answer: {error}"
+    ready = database == storage == worker == "ok"
+    response.status_code = 200 if ready else 503
+    return schemas.Readiness(ready=ready, database=database, storage=storage, worker=worker)
+
+
+@router.get("/version")
+def version(service: ServiceDep) -> schemas.Version:
+    """Versions of the service and of what its living workers offer."""
+    workers = [
+        schemas.WorkerVersion(id=row.id, device=row.device, torch_version=row.torch_version, families=row.families)
+        for row in _workers(service.engine)
+    ]
+    return schemas.Version(
+        version=importlib.metadata.version("interplay"),
+        schema_version=schemas.SCHEMA_VERSION,
+        definitions_version=schemas.DEFINITIONS_VERSION,
+        workers=workers,
+    )
+
+
+def _workers(engine: sa.Engine) -> list[Worker]:
+    heard = models.now() - timedelta(seconds=_HEARTBEAT_SECONDS)
+    with read(engine) as session:
+        return list(session.scalars(sa.select(Worker).where(Worker.ended_at.is_(None), Worker.heartbeat_at > heard)))

@@ -1,0 +1,164 @@
+"""What a person reads in a terminal."""
+
+import io
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console, RenderableType
+
+from interplay import rendering
+from tests.interplay.reports import evaluation_report
+
+
+def rendered(view: RenderableType) -> str:
+    """The view as plain text, wide enough to fold nothing."""
+    buffer = io.StringIO()
+    Console(file=buffer, width=200, markup=False, highlight=False, emoji=False).print(view)
+    return buffer.getvalue()
+
+
+def rows(text: str, *starts: str) -> list[list[str]]:
+    """The cells of the lines that hold all of the given words."""
+    return [line.split() for line in text.splitlines() if all(start in line.split() for start in starts)]
+
+
+def test_report_shows_mir_beside_optimum_and_null() -> None:
+    """A row gives MIR, its optimum, null, z, then HDR and its optimum."""
+    (row,) = rows(rendered(rendering.report_view(evaluation_report())), "sample", "global", "0.8123")
+    assert row == ["sample", "global", "0.8123", "0.9524", "0.2000", "±", "0.0100", "61.0", "0.0456", "0.0000"]
+
+
+def test_report_shows_undefined_values_as_dashes_with_their_reasons() -> None:
+    """A null never reads as a number, and its reason is named below the tables."""
+    text = rendered(rendering.report_view(evaluation_report()))
+    (row,) = rows(text, "all", "sample", "none", "–")
+    assert row == ["all", "sample", "none", "–", "0.9524", "–", "–", "0.0000", "0.0000"]
+    assert "None" not in text
+    for note in (
+        "all, sample, none: mir is not defined (zero_entropy).",
+        "all, class mean, none: mir_z is not defined (null_degenerate).",
+        "all: calibration_error is not defined (no_logits).",
+        "all, collapse: nc3 is not defined (head_is_zero).",
+        "all, sample, global: 3 samples without a direction were left out.",
+        "all, collapse: 2 classes have no samples and were left out.",
+    ):
+        assert note in text
+
+
+def test_report_marks_an_optimum_that_cannot_be_reached() -> None:
+    """A star stands at the optimum and its meaning below; without one there is no such note."""
+    report = evaluation_report()
+    text = rendered(rendering.report_view(report))
+    assert "0.9524 *" in text
+    assert "* cannot be reached" in text
+    report["splits"]["all"]["interplay"]["class_mean"]["global"]["optimum"]["reachable"] = True
+    assert "*" not in rendered(rendering.report_view(report))
+
+
+def test_report_of_a_feature_set() -> None:
+    """A subject without network, size or metadata is shown without them."""
+    subject = {**evaluation_report()["subject"], "kind": "feature_set", "n_parameters": None, "architecture": None}
+    probe = {**evaluation_report()["probe"], "kind": "feature_set", "input_shape": None}
+    text = rendered(rendering.report_view(evaluation_report(subject={**subject, "metadata": {}}, probe=probe)))
+    assert "feature set" in text
+    assert "mlp" not in text
+    assert "metadata" not in text
+
+
+@pytest.mark.parametrize(
+    ("value", "digits", "text"),
+    [
+        (None, 4, "–"),
+        (0.0, 4, "0.0000"),
+        (0.95235078, 4, "0.9524"),
+        (0.00003214, 4, "3.2e-05"),
+        (-0.00003214, 4, "-3.2e-05"),
+        (61.04, 1, "61.0"),
+        (1234567.0, 4, "1.235e+06"),
+    ],
+)
+def test_numbers_keep_their_leading_digits(value: float | None, digits: int, text: str) -> None:
+    """Small and large measurements turn to powers of ten; an undefined one is a dash."""
+    assert rendering.number(value, digits) == text
+
+
+@given(st.text())
+def test_printable_keeps_no_control_characters(text: str) -> None:
+    """Whatever a stranger named a thing, nothing of it moves the cursor, and what prints stays."""
+    shown = rendering.printable(text)
+    assert shown.isprintable()
+    assert len(shown) == len(text)
+    assert [char for char in text if char.isprintable()] == [
+        new for new, old in zip(shown, text, strict=True) if old.isprintable()
+    ]
+
+
+EVIL = "\x1b[2J\x9b31m[red]:boom:\r\n\u202eevil"
+
+
+def test_views_defuse_names_and_metadata() -> None:
+    """Escape sequences, markup and emoji codes in names, metadata and descriptions are shown, not obeyed."""
+    report = evaluation_report()
+    report["subject"]["name"] = report["probe"]["name"] = EVIL
+    report["subject"]["metadata"] = {EVIL: [EVIL]}
+    report["subject"]["architecture"] = {"name": EVIL, "args": {EVIL: {EVIL: EVIL}}}
+    report["splits"]["all"]["reasons"] = {EVIL: EVIL}
+    item = {"id": "1", "name": EVIL, "metadata": {EVIL: EVIL}, "architecture": {"name": EVIL}, "created_at": EVIL}
+    for text in (
+        rendered(rendering.report_view(report)),
+        rendered(rendering.collection_view("checkpoints", [item])),
+        rendering.problem_text(EVIL, EVIL, {EVIL: [EVIL, {EVIL: EVIL}], "other": EVIL}),
+        rendering.resource_text("checkpoint", {"id": "1", "name": EVIL}),
+        rendering.progress_line({"status": "running", "progress": {"done": 1, "total": 2, "phase": EVIL}}),
+    ):
+        assert not {"\x1b", "\x9b", "\r", "\u202e"} & set(text)
+        assert "[red]:boom:" in text.replace("\n", "")
+
+
+def test_collection_shows_whole_ids_and_dashes() -> None:
+    """Ids are never cut, what is null is a dash, sizes have separators."""
+    items: list[dict[str, Any]] = [
+        {
+            "id": "01990000-0000-7000-8000-000000000001",
+            "name": "a",
+            "kind": "evaluation",
+            "status": "running",
+            "progress": {"done": 3, "total": 12, "phase": "features"},
+            "created_at": "2026-01-31T12:00:00.123456Z",
+            "report_id": None,
+        }
+    ]
+    (row,) = rows(rendered(rendering.collection_view("analyses", items)), "01990000-0000-7000-8000-000000000001")
+    assert row[1:] == ["a", "evaluation", "running", "3/12", "2026-01-31", "12:00:00", "–"]
+    text = rendered(
+        rendering.collection_view("checkpoints", [{"id": "1", "n_parameters": 1234567, "metadata": {"epoch": 1}}])
+    )
+    assert "1,234,567" in text
+    assert "epoch=1" in text
+
+
+def test_problem_lists_names_and_says_how_many_more() -> None:
+    """Lists stand one entry a line, 20 at most; type and status are left out."""
+    members = {"type": "urn:x", "status": 422, "missing": [f"w{n}" for n in range(23)], "limit_bytes": 5, "empty": []}
+    lines = rendering.problem_text("Wrong", "It is wrong.", members).splitlines()
+    assert lines[:3] == ["Wrong: It is wrong.", "  missing:", "    w0"]
+    assert lines[-2:] == ["    ... and 3 more", "  limit_bytes: 5"]
+    assert len(lines) == 2 + 20 + 2
+
+
+def test_problem_shows_validation_errors_by_their_place() -> None:
+    """An error of the request's validation reads as place and message."""
+    errors = [{"loc": ["spec", "name"], "message": "Field required"}]
+    assert "    spec.name: Field required" in rendering.problem_text("Wrong", "", {"errors": errors})
+
+
+@pytest.mark.parametrize(
+    ("status", "total", "line"),
+    [("queued", 0, "queued"), ("running", 0, "running loading"), ("running", 12, "running 3/12 loading")],
+)
+def test_progress_line(status: str, total: int, line: str) -> None:
+    """A running analysis says how far it is and at what; a queued one is only queued."""
+    progress = {"done": 3, "total": total, "phase": "loading"}
+    assert rendering.progress_line({"status": status, "progress": progress}) == line

@@ -1,0 +1,96 @@
+"""`python -m workers`: one worker process. It talks to the queue; its child computes."""
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import threading
+from uuid import uuid4
+
+import sqlalchemy as sa
+from dbos import DBOS, DBOSConfig
+
+from app import queue
+from app.database import make_engine
+from app.settings import Settings
+from app.storage import Storage
+from workers.child import ComputeChild
+from workers.liveness import Presence
+from workers.workflows import Host, register
+
+logger = logging.getLogger("interplay")
+
+_POLLING_SECONDS = 0.1
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Work until SIGTERM or Ctrl-C; what runs then is resumed by the next worker."""
+    parser = argparse.ArgumentParser(prog="interplay worker", description="Settings are INTERPLAY_... variables.")
+    parser.add_argument(
+        "--stop-at-end-of-input", action="store_true", help="stop when standard input ends, as it does with its parent"
+    )
+    options = parser.parse_args(arguments)
+    settings = Settings()
+    logging.basicConfig(
+        level=settings.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    stopping = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopping.set())
+    if options.stop_at_end_of_input:
+        threading.Thread(target=_watch_input, args=(stopping,), daemon=True).start()
+
+    # A fresh name for each process: nobody's unfinished work is taken for its own.
+    worker_id = str(uuid4())
+    engine = make_engine(settings)
+    active: set[str] = set()
+    presence = Presence(settings, engine, worker_id, active)
+    presence.register()
+    child = ComputeChild(settings, presence.describe)
+    child.start()
+    register(Host(settings, engine, Storage(settings), child, active))
+    _join_queue(settings, engine, worker_id)
+    logger.info("worker %s is ready", worker_id)
+    threading.Thread(target=_keep_up, args=(presence, stopping), daemon=True).start()
+    stopping.wait()
+    try:
+        presence.withdraw()
+    finally:
+        # Whatever runs is pending in the queue, and stays so: nothing is gained by waiting for its threads.
+        child.kill()
+        os._exit(0)
+
+
+def _join_queue(settings: Settings, engine: sa.Engine, worker_id: str) -> None:
+    queue.close_pickle()
+    config: DBOSConfig = {
+        "name": queue.APPLICATION,
+        "system_database_engine": engine,
+        "serializer": queue.SERIALIZER,
+        "executor_id": worker_id,
+        "application_version": queue.VERSION,
+        "run_migrations": False,
+        "log_level": settings.log_level.upper(),
+    }
+    DBOS(config=config)
+    DBOS.launch()
+    DBOS.register_queue(queue.QUEUE, worker_concurrency=1, polling_interval_sec=_POLLING_SECONDS)
+
+
+def _watch_input(stopping: threading.Event) -> None:
+    sys.stdin.buffer.read()
+    stopping.set()
+
+
+def _keep_up(presence: Presence, stopping: threading.Event) -> None:
+    try:
+        presence.keep_up(stopping)
+    finally:
+        # A worker without a heartbeat must not go on: its work is, or will be, somebody else's.
+        if not stopping.is_set():
+            os._exit(3)
+
+
+if __name__ == "__main__":
+    main()

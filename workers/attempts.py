@@ -1,0 +1,172 @@
+"""An attempt at an analysis, as the database sees it: begun, making progress, ended.
+
+Each function is one transaction that locks the analysis's row, so it is true whoever else looks at it at the time: a
+client that cancels, or a worker that was thought dead and still runs.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any, Literal
+from uuid import uuid4
+
+import sqlalchemy as sa
+
+from app.database import write
+from app.errors import problem
+from app.models import Analysis, Checkpoint, FeatureSet, Probe, Report, now
+from app.schemas import DEFINITIONS_VERSION, SCHEMA_VERSION, EvaluationReport
+
+Outcome = Literal["succeeded", "failed", "cancelled"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """How computing ended: with the body of a report, with a problem, or with neither where it was cancelled."""
+
+    outcome: Outcome
+    body: dict[str, Any] | None = None
+    problem: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Progress:
+    phase: str
+    done: int
+    total: int
+
+
+def begin(engine: sa.Engine, analysis_id: str, max_attempts: int) -> dict[str, Any] | None:
+    """Count an attempt and say what to compute, as JSON values; None where there is nothing left to do."""
+    with write(engine) as session:
+        row = session.get(Analysis, analysis_id, with_for_update=True)
+        if row is None or row.outcome is not None:
+            return None
+        if row.cancel_requested_at is not None:
+            _end(row, Result("cancelled"))
+            return None
+        if row.attempts >= max_attempts:
+            detail = f"Its worker died in each of {row.attempts} attempts; it is not tried again."
+            body = problem("too-many-attempts", "The analysis was given up", detail, attempts=row.attempts)
+            _end(row, Result("failed", problem=body))
+            return None
+        row.attempts += 1
+        row.started_at = row.started_at or now()
+        row.progress_phase, row.progress_done, row.progress_total = "starting", 0, 0
+        task: dict[str, Any] = {"analysis_id": row.id, "kind": row.kind, "options": row.options}
+        if row.feature_set_id is not None:
+            feature_set = session.get_one(FeatureSet, row.feature_set_id)
+            return {**task, "subject": _feature_set(feature_set), "probe": _own_probe(feature_set)}
+        checkpoint = session.get_one(Checkpoint, row.checkpoint_id)
+        probe = session.get_one(Probe, row.probe_id)
+        return {**task, "subject": _checkpoint(checkpoint), "probe": _probe(probe), "probe_format": probe.format}
+
+
+def note(engine: sa.Engine, analysis_id: str, progress: Progress | None) -> bool:
+    """Store progress, if there is any; True where somebody wants the analysis cancelled, or it has ended elsewhere."""
+    with write(engine) as session:
+        row = session.get(Analysis, analysis_id, with_for_update=True)
+        if row is None or row.outcome is not None or row.cancel_requested_at is not None:
+            return True
+        if progress is not None:
+            row.progress_phase, row.progress_done, row.progress_total = progress.phase, progress.done, progress.total
+        return False
+
+
+def finish(engine: sa.Engine, analysis_id: str, result: Result) -> bool:
+    """Record the outcome, and the report with it, once; False where an outcome was recorded before."""
+    with write(engine) as session:
+        row = session.get(Analysis, analysis_id, with_for_update=True)
+        if row is None or row.outcome is not None:
+            return False
+        if result.body is not None:
+            session.add(_report(row, result.body))
+            row.progress_phase = "finished"
+        _end(row, result)
+        return True
+
+
+def _end(row: Analysis, result: Result) -> None:
+    row.outcome, row.problem, row.finished_at = result.outcome, result.problem, now()
+
+
+def _report(row: Analysis, body: dict[str, Any]) -> Report:
+    report_id, created_at = str(uuid4()), now()
+    head = {
+        "schema_version": SCHEMA_VERSION,
+        "definitions_version": DEFINITIONS_VERSION,
+        "kind": row.kind,
+        "id": report_id,
+        "analysis_id": row.id,
+        "created_at": created_at,
+    }
+    content = EvaluationReport.model_validate({**head, **body}).model_dump_json(by_alias=True)
+    return Report(
+        id=report_id,
+        created_at=created_at,
+        analysis_id=row.id,
+        kind=row.kind,
+        name=row.name,
+        checkpoint_id=row.checkpoint_id,
+        probe_id=row.probe_id,
+        feature_set_id=row.feature_set_id,
+        sha256=hashlib.sha256(content.encode()).hexdigest(),
+        content=content,
+    )
+
+
+def _checkpoint(row: Checkpoint) -> dict[str, Any]:
+    return {
+        "kind": "checkpoint",
+        "id": row.id,
+        "name": row.name,
+        "sha256": row.sha256,
+        "size_bytes": row.size_bytes,
+        "n_parameters": row.n_parameters,
+        "architecture": row.architecture,
+        "head": row.head,
+        "metadata": row.metadata_,
+    }
+
+
+def _feature_set(row: FeatureSet) -> dict[str, Any]:
+    return {
+        "kind": "feature_set",
+        "id": row.id,
+        "name": row.name,
+        "sha256": row.sha256,
+        "size_bytes": row.size_bytes,
+        "n_parameters": None,
+        "architecture": None,
+        "head": None,
+        "metadata": row.metadata_,
+    }
+
+
+def _probe(row: Probe) -> dict[str, Any]:
+    return {
+        "kind": "probe",
+        "id": row.id,
+        "name": row.name,
+        "sha256": row.sha256,
+        "n_samples": row.n_samples,
+        "n_classes": row.n_classes,
+        "class_counts": row.class_counts,
+        "class_names": row.class_names,
+        "input_shape": row.input_shape,
+        "preprocess": row.preprocess,
+    }
+
+
+def _own_probe(row: FeatureSet) -> dict[str, Any]:
+    return {
+        "kind": "feature_set",
+        "id": row.id,
+        "name": row.name,
+        "sha256": row.sha256,
+        "n_samples": row.n_samples,
+        "n_classes": row.n_classes,
+        "class_counts": row.class_counts,
+        "class_names": None,
+        "input_shape": None,
+        "preprocess": None,
+    }

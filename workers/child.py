@@ -1,0 +1,158 @@
+"""The compute process: torch runs here, in a child of the worker that can be killed.
+
+Cancelling, a timeout, memory that ran out and a crash in native code cost a child, never the worker. The child stays
+warm between analyses. The two talk in lines of JSON over the child's standard input and output:
+
+    worker -> child   {"task": {...}}
+    child -> worker   {"hello": {...}} once, then for each task {"progress": [phase, done, total]} any number of times
+                      and one of {"body": {...}} and {"problem": {...}}
+"""
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from app.errors import problem
+from app.settings import Settings
+from workers.attempts import Progress, Result
+
+# How often a running analysis is asked whether it should stop, and how stale its progress may be.
+_TICK_SECONDS = 0.25
+
+Message = dict[str, Any]
+
+
+class ChildDied(Exception):
+    """The compute process ended in the middle of a task."""
+
+
+class ComputeChild:
+    """The worker's end: starts the process, gives it one task at a time, kills it when a task must stop."""
+
+    def __init__(self, settings: Settings, on_hello: Callable[[Message], None]) -> None:
+        self._settings = settings
+        self._on_hello = on_hello
+        self._process: subprocess.Popen[bytes] | None = None
+        self._messages: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+
+    def start(self) -> None:
+        """Start the process where it does not run; it loads torch while there is nothing to do yet."""
+        if self._process is not None and self._process.poll() is None:
+            return
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "workers.child"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        self._messages = queue.SimpleQueue()
+        threading.Thread(target=self._read, args=(self._process, self._messages), daemon=True).start()
+
+    def run(self, task: Message, on_tick: Callable[[Progress | None], bool]) -> Result:
+        """Compute one task. `on_tick` gets new progress, if any, several times a second; where it returns True, or
+        the task takes longer than `analysis_timeout_seconds`, the process is killed.
+
+        Raises:
+            ChildDied: the process ended by itself; nothing is known about why but its exit status.
+        """
+        self.start()
+        self._send({"task": task})
+        deadline = time.monotonic() + self._settings.analysis_timeout_seconds
+        next_tick = time.monotonic() + _TICK_SECONDS
+        progress: Progress | None = None
+        while True:
+            with contextlib.suppress(queue.Empty):
+                message = self._messages.get(timeout=max(0.0, next_tick - time.monotonic()))
+                match message:
+                    case None:
+                        raise ChildDied(self._exit_status())
+                    case {"progress": [phase, done, total]}:
+                        progress = Progress(phase, done, total)
+                    case {"body": body}:
+                        return Result("succeeded", body=body)
+                    case {"problem": what}:
+                        return Result("failed", problem=what)
+                    case {"hello": hello}:
+                        self._on_hello(hello)
+            now = time.monotonic()
+            if now > deadline:
+                self.kill()
+                limit = self._settings.analysis_timeout_seconds
+                detail = f"It had not ended after {limit:g} s, the limit that the service's operator has set."
+                body = problem("analysis-timeout", "The analysis took too long", detail, limit_seconds=limit)
+                return Result("failed", problem=body)
+            if now >= next_tick:
+                next_tick = now + _TICK_SECONDS
+                if on_tick(progress):
+                    self.kill()
+                    return Result("cancelled")
+                progress = None
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    def _send(self, message: Message) -> None:
+        assert self._process is not None
+        assert self._process.stdin is not None
+        # A process that has died closes its end; the reader notices as well and says so.
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(message).encode() + b"\n")
+            self._process.stdin.flush()
+
+    @staticmethod
+    def _read(process: subprocess.Popen[bytes], messages: "queue.SimpleQueue[Message | None]") -> None:
+        assert process.stdout is not None
+        with contextlib.suppress(ValueError):  # a last line that was cut off in the middle
+            for line in process.stdout:
+                messages.put(json.loads(line))
+        messages.put(None)
+
+    def _exit_status(self) -> str:
+        assert self._process is not None
+        status = self._process.wait()
+        if status >= 0:
+            return f"it ended with status {status}"
+        return f"it was ended by {signal.Signals(-status).name}"
+
+
+def main() -> None:
+    """The child's end."""
+    # Ctrl-C in a terminal reaches every process of it; this one's end is the worker's to decide.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # What native code prints must not end up between the messages.
+    output = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    tasks: queue.SimpleQueue[Message] = queue.SimpleQueue()
+    threading.Thread(target=_read_tasks, args=(tasks,), daemon=True).start()
+
+    # Late, so that the reader above already watches for the worker's end while torch loads.
+    from workers import runner
+
+    def send(message: Message) -> None:
+        output.write(json.dumps(message, allow_nan=False) + "\n")
+        output.flush()
+
+    settings = Settings()
+    device = runner.set_up(settings.device, settings.threads)
+    send({"hello": runner.describe(device)})
+    while True:
+        task = tasks.get()
+        send(runner.run(task, device, lambda *progress: send({"progress": progress})))
+
+
+def _read_tasks(tasks: "queue.SimpleQueue[Message]") -> None:
+    for line in sys.stdin.buffer:
+        tasks.put(json.loads(line)["task"])
+    # The worker is gone, however it went: nobody waits for what is being computed.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,239 @@
+"""Which workers are alive, and what becomes of the work of those that are not.
+
+A worker holds a lock under its id for as long as its process lives: a locked file beside a SQLite database, a session's
+advisory lock on PostgreSQL. It is dead where its lock is free and, on PostgreSQL, where a restart of the server frees
+every lock at once, its heartbeat is old as well. It hangs where its heartbeat is old for long while the lock is held.
+Heartbeats are compared across machines, whose clocks must therefore agree within a second or two.
+"""
+
+import fcntl
+import hashlib
+import logging
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import sqlalchemy as sa
+from dbos._error import DBOSException
+
+from app import queue
+from app.database import read, write
+from app.errors import problem
+from app.models import Analysis, Worker, now
+from app.settings import Settings
+from workers import attempts
+
+logger = logging.getLogger("interplay")
+
+_ROUND_SECONDS = 1.0
+_DEAD_AFTER = timedelta(seconds=5)
+_HUNG_AFTER = timedelta(seconds=60)
+# A run that the queue counts as this worker's and that does not run here is resumed after so many rounds.
+_STRANDED_ROUNDS = 3
+# The queue's own record of a run that has ended is of no use to anybody after this.
+_KEEP_RUNS = timedelta(days=1)
+
+
+class FileLocks:
+    """Locks for the processes of one machine, in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._held: dict[str, int] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def hold(self, name: str) -> None:
+        """Hold a lock until this process ends."""
+        if name not in self._held:
+            descriptor = self._open(name)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._held[name] = descriptor
+
+    @contextmanager
+    def attempt(self, name: str) -> Iterator[bool]:
+        """Hold a lock for a block, where nobody else does: True if so."""
+        descriptor = self._open(name)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            free = False
+        else:
+            free = True
+        try:
+            yield free
+        finally:
+            if free:  # nobody comes back under this name
+                (self._folder / f"{name}.lock").unlink(missing_ok=True)
+            os.close(descriptor)
+
+    def _open(self, name: str) -> int:
+        return os.open(self._folder / f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+
+class AdvisoryLocks:
+    """Locks for all that use one PostgreSQL database, held by the session of one connection."""
+
+    def __init__(self, engine: sa.Engine) -> None:
+        self._engine = engine
+        self._connection: sa.Connection | None = None
+        self._held: set[str] = set()
+
+    def hold(self, name: str) -> None:
+        """Hold a lock until this process ends; taken again where the connection was lost."""
+        if self._connection is None or self._connection.closed or self._connection.invalidated:
+            self._connection = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+            self._held.clear()
+        if name not in self._held and self._call("pg_try_advisory_lock", name):
+            self._held.add(name)
+        elif name in self._held:
+            self._connection.exec_driver_sql("SELECT 1")  # notices a connection that was lost meanwhile
+
+    @contextmanager
+    def attempt(self, name: str) -> Iterator[bool]:
+        """Hold a lock for a block, where nobody else does: True if so."""
+        free = self._call("pg_try_advisory_lock", name)
+        try:
+            yield free
+        finally:
+            if free:
+                self._call("pg_advisory_unlock", name)
+
+    def _call(self, function: str, name: str) -> bool:
+        assert self._connection is not None, "hold comes first"
+        key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big", signed=True)
+        return bool(self._connection.exec_driver_sql(f"SELECT {function}({key})").scalar())
+
+
+class Presence:
+    """Says that this worker lives, and resumes the work of those that do not, a round each second."""
+
+    def __init__(self, settings: Settings, engine: sa.Engine, worker_id: str, active: set[str]) -> None:
+        """`active` holds the ids of the analyses that run in this process now."""
+        self._engine = engine
+        self._id = worker_id
+        self._active = active
+        self._stranded: dict[str, int] = {}
+        self._rounds = 0
+        sqlite = engine.dialect.name == "sqlite"
+        # A file's lock is free only where its process has ended; a database's, also where the server restarted.
+        self._dead_after = timedelta(0) if sqlite else _DEAD_AFTER
+        self._locks = FileLocks(settings.data_dir / "workers") if sqlite else AdvisoryLocks(engine)
+        self._client = queue.make_client(engine)
+
+    def register(self) -> None:
+        """Take the lock, then appear in the table: whoever finds the row finds the lock held."""
+        self._locks.hold(self._id)
+        with write(self._engine) as session:
+            session.add(
+                Worker(id=self._id, host=socket.gethostname(), pid=os.getpid(), started_at=now(), heartbeat_at=now())
+            )
+
+    def describe(self, hello: dict[str, object]) -> None:
+        """Add what the compute process says of itself."""
+        with write(self._engine) as session:
+            session.execute(sa.update(Worker).where(Worker.id == self._id).values(**hello))
+
+    def withdraw(self) -> None:
+        """Say that this worker ends, so that its work is taken over at once."""
+        with write(self._engine) as session:
+            _mark_ended(session, self._id)
+
+    def keep_up(self, stopping: threading.Event) -> None:
+        """A round each second until `stopping` is set, or until others have taken this worker for dead."""
+        while not stopping.wait(_ROUND_SECONDS):
+            try:
+                self._locks.hold(self._id)
+                if not self._beat():
+                    logger.error("other workers have taken this one for dead, and its work over; it ends")
+                    return
+                self._resume_lost_work()
+                if self._rounds % 10 == 0:
+                    self._settle_lost_analyses()
+                if self._rounds % 3600 == 0:
+                    self._forget_old_runs()
+                self._rounds += 1
+            except (sa.exc.SQLAlchemyError, DBOSException, OSError) as error:
+                # The database may be away for a while; a round that fails is no reason to stop.
+                logger.warning("a liveness round failed: %s", error)
+
+    def _beat(self) -> bool:
+        with write(self._engine) as session:
+            row = session.get(Worker, self._id, with_for_update=True)
+            if row is None or row.ended_at is not None:
+                return False
+            row.heartbeat_at = now()
+            return True
+
+    def _resume_lost_work(self) -> None:
+        owners = self._pending_by_owner()
+        self._resume_stranded(owners.pop(self._id, []))
+        with read(self._engine) as session:
+            rows = {row.id: row for row in session.scalars(sa.select(Worker).where(Worker.ended_at.is_(None)))}
+        rows.pop(self._id, None)
+        for owner in {*owners, *rows}:
+            row = rows.get(owner)
+            silence = now() - row.heartbeat_at if row else _HUNG_AFTER
+            if silence < self._dead_after:
+                continue
+            with self._locks.attempt(owner) as dead:
+                if dead:
+                    self._take_over(owner)
+            if not dead and silence > _HUNG_AFTER:
+                with self._locks.attempt(f"hung-{owner}") as first:
+                    if first:
+                        self._take_over(owner)
+
+    def _take_over(self, owner: str) -> None:
+        # Listed again under the lock: what another worker has resumed meanwhile is no longer the owner's.
+        for analysis_id in self._pending_by_owner(owner).get(owner, []):
+            logger.warning("worker %s is gone; analysis %s is queued again", owner, analysis_id)
+            self._client.resume_workflow(analysis_id, queue_name=queue.QUEUE)
+        with write(self._engine) as session:
+            _mark_ended(session, owner)
+
+    def _resume_stranded(self, pending: list[str]) -> None:
+        """Resume what the queue believes to run here and does not: its thread died of an error in the queue."""
+        idle = [analysis_id for analysis_id in pending if analysis_id not in self._active]
+        self._stranded = {analysis_id: self._stranded.get(analysis_id, 0) + 1 for analysis_id in idle}
+        for analysis_id, rounds in list(self._stranded.items()):
+            if rounds > _STRANDED_ROUNDS:
+                logger.warning("analysis %s was stranded; it is queued again", analysis_id)
+                self._client.resume_workflow(analysis_id, queue_name=queue.QUEUE)
+                del self._stranded[analysis_id]
+
+    def _pending_by_owner(self, owner: str | None = None) -> dict[str, list[str]]:
+        runs = self._client.list_workflows(
+            status="PENDING", queue_name=queue.QUEUE, executor_id=owner, load_input=False, load_output=False
+        )
+        owners: dict[str, list[str]] = {}
+        for run in runs:
+            owners.setdefault(run.executor_id or "", []).append(run.workflow_id)
+        return owners
+
+    def _settle_lost_analyses(self) -> None:
+        """Fail an analysis whose run has ended without an outcome: a fault of ours that must not look like waiting."""
+        ended = queue.has_status(self._engine, Analysis.id.expression, *queue.ENDED)
+        before = now() - timedelta(seconds=10)
+        lost = sa.select(Analysis.id).where(Analysis.outcome.is_(None), Analysis.created_at < before, ended).limit(100)
+        with read(self._engine) as session:
+            ids = list(session.scalars(lost))
+        for analysis_id in ids:
+            logger.error("the run of analysis %s ended without an outcome", analysis_id)
+            body = problem("internal-error", "Internal error", "Its run ended without an outcome; ask for it again.")
+            attempts.finish(self._engine, analysis_id, attempts.Result("failed", problem=body))
+
+    def _forget_old_runs(self) -> None:
+        before = (now() - _KEEP_RUNS).isoformat()
+        runs = self._client.list_workflows(
+            status=list(queue.ENDED), completed_before=before, limit=10_000, load_input=False, load_output=False
+        )
+        if runs:
+            self._client.delete_workflows([run.workflow_id for run in runs])
+
+
+def _mark_ended(session: sa.orm.Session, worker_id: str) -> None:
+    session.execute(sa.update(Worker).where(Worker.id == worker_id, Worker.ended_at.is_(None)).values(ended_at=now()))

@@ -1,0 +1,109 @@
+"""What the queue runs. Each point that is computed is one durable step; everything else is repeatable.
+
+A step's result is recorded once, but its body may run again: a kill between its end and the record repeats it. And the
+workflow's own body runs again from the start at every resumption. So whatever is written is written through `attempts`,
+where a second time changes nothing.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+import sqlalchemy as sa
+from dbos import DBOS
+
+from app import queue
+from app.errors import problem
+from app.settings import Settings
+from app.storage import Storage
+from workers import attempts
+from workers.attempts import Progress, Result
+from workers.child import ChildDied, ComputeChild
+
+logger = logging.getLogger("interplay")
+T = TypeVar("T")
+
+# A child that dies is given one more chance with the same task, by a fresh one.
+_CHILD_ATTEMPTS = 2
+_DATABASE_PAUSE_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Host:
+    """What the workflows of this process work with; `active` are the ids of the analyses that run in it now."""
+
+    settings: Settings
+    engine: sa.Engine
+    storage: Storage
+    child: ComputeChild
+    active: set[str]
+
+
+def register(host: Host) -> None:
+    """Make the queue's functions known, once for the process, before the queue is joined."""
+
+    @DBOS.step(name="compute")
+    def compute(analysis_id: str, task: dict[str, Any]) -> dict[str, Any]:
+        return asdict(_compute(host, analysis_id, task))
+
+    @DBOS.workflow(name=queue.WORKFLOW)
+    def run_analysis(analysis_id: str) -> None:
+        host.active.add(analysis_id)
+        try:
+            task = _patiently(lambda: attempts.begin(host.engine, analysis_id, host.settings.max_attempts))
+            if task is not None:
+                result = Result(**compute(analysis_id, task))
+                _patiently(lambda: attempts.finish(host.engine, analysis_id, result))
+        finally:
+            host.active.discard(analysis_id)
+
+
+def _compute(host: Host, analysis_id: str, task: dict[str, Any]) -> Result:
+    """One point, for an evaluation the whole of it; what goes wrong with it is a result as well."""
+
+    def on_tick(progress: Progress | None) -> bool:
+        try:
+            return attempts.note(host.engine, analysis_id, progress)
+        except sa.exc.DBAPIError as error:
+            # Computing goes on while the database is away; the next tick asks again.
+            logger.warning("progress of analysis %s was not stored: %s", analysis_id, error)
+            return False
+
+    reason = ""
+    with ExitStack() as stack:
+        try:
+            task = {**task, **_fetch(host.storage, task, stack)}
+        except FileNotFoundError as error:
+            body = problem("blob-missing", "A stored file is missing", f"The storage has no blob {error}.")
+            return Result("failed", problem=body)
+        for _ in range(_CHILD_ATTEMPTS):
+            try:
+                return host.child.run(task, on_tick)
+            except ChildDied as death:
+                reason = str(death)
+                logger.error("the compute process died during analysis %s: %s", analysis_id, reason)
+                if on_tick(Progress("starting again", 0, 0)):
+                    return Result("cancelled")
+    detail = f"The compute process died {_CHILD_ATTEMPTS} times on this task: {reason}. Memory may have run out."
+    return Result("failed", problem=problem("compute-crashed", "The compute process died", detail))
+
+
+def _fetch(storage: Storage, task: dict[str, Any], stack: ExitStack) -> dict[str, str]:
+    """Paths of the task's blobs, good until the stack unwinds."""
+    paths = {"subject_path": stack.enter_context(storage.local_copy(task["subject"]["sha256"]))}
+    if task["probe"]["kind"] == "probe":
+        paths["probe_path"] = stack.enter_context(storage.local_copy(task["probe"]["sha256"]))
+    return {name: str(path) for name, path in paths.items()}
+
+
+def _patiently(transaction: Callable[[], T]) -> T:
+    """Run a transaction, again and again while the database is away: an outcome must not be lost to a restart."""
+    while True:
+        try:
+            return transaction()
+        except (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError) as error:
+            logger.warning("the database does not answer, trying again: %s", error)
+            time.sleep(_DATABASE_PAUSE_SECONDS)

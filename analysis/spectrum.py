@@ -392,7 +392,7 @@ def _permuted(
     # The first order is the pairing as it is.
     orders = torch.stack([torch.arange(n), *(torch.randperm(n, generator=generator) for _ in range(permutations))])
     values: list[float] = []
-    for chunk in orders.to(features.device).split(_NULL_CHUNK):
+    for chunk in torch.split(orders.to(features.device), _NULL_CHUNK):
         joint = torch.linalg.eigvalsh(first * second[chunk[:, :, None], chunk[:, None, :]])
         for eigenvalues in joint.cpu():
             value = mir_of(feature_entropy, head_entropy, spectrum_entropy(eigenvalues))

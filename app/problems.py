@@ -57,10 +57,12 @@ async def _validation_error(request: Request, error: RequestValidationError) -> 
     return await _service_error(request, invalid_request("The request", error.errors()))
 
 
-async def _http_error(_: Request, error: HTTPException) -> Response:
+async def _http_error(request: Request, error: HTTPException) -> Response:
     phrase = HTTPStatus(error.status_code).phrase
     kind = _HTTP_KINDS.get(error.status_code, InvalidRequest.kind)
-    detail = error.detail if error.detail != phrase else f"{phrase}."
+    detail = error.detail
+    if detail == phrase:  # the framework's own, for a route or a method that does not exist
+        detail = f"{request.method} {request.url.path} is not something this service does; /docs lists what is."
     return ProblemResponse(
         problem(kind, phrase, detail, status=error.status_code), status_code=error.status_code, headers=error.headers
     )

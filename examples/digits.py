@@ -163,9 +163,9 @@ def train(digits: Digits, epochs: int) -> Iterator[tuple[int, dict[str, Tensor]]
     yield 0, network.state_dict()
     for epoch in range(1, epochs + 1):
         network.train()
-        for batch in torch.randperm(len(inputs)).split(BATCH_SIZE):
+        for batch in torch.split(torch.randperm(len(inputs)), BATCH_SIZE):
             optimizer.zero_grad()
-            cross_entropy(network(inputs[batch]), labels[batch]).backward()
+            torch.autograd.backward(cross_entropy(network(inputs[batch]), labels[batch]))
             optimizer.step()
             schedule.step()
         yield epoch, network.state_dict()

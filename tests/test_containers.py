@@ -15,6 +15,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from app.settings import Settings
+from tests.services import Service
 
 ROOT = Path(__file__).parents[1]
 COMPOSE = ROOT / "docker-compose.yml"
@@ -135,7 +136,7 @@ def test_image_is_built_in_stages_and_runs_without_root() -> None:
     assert arguments_of("VOLUME") == ["/data"]
 
 
-def test_health_check_tells_a_service_from_none(service: Any, tmp_path: Path) -> None:
+def test_health_check_tells_a_service_from_none(service: Service, tmp_path: Path) -> None:
     """The image's own check, run here: 0 where the service listens, past any proxy, and not 0 on a dead port."""
     (check,) = arguments_of("HEALTHCHECK")
     python, *rest = json.loads(check.partition(" CMD ")[2])

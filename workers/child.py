@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -123,7 +124,17 @@ class ComputeChild:
 
 
 def main() -> None:
-    """The child's end."""
+    """The child's end; it never returns."""
+    try:
+        _serve_tasks()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        # Not by `sys.exit`: the thread that reads tasks would be in the way.
+        os._exit(1)
+
+
+def _serve_tasks() -> None:
     # Ctrl-C in a terminal reaches every process of it; this one's end is the worker's to decide.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # What native code prints must not end up between the messages.

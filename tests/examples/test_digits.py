@@ -88,7 +88,8 @@ def naive_mir_and_hdr(state_file: Path) -> tuple[float, float]:
 
 def directions(vectors: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Each row divided by its norm."""
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    norms: npt.NDArray[np.float64] = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors / norms
 
 
 def entropy(gram: npt.NDArray[np.float64]) -> float:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 
 from interplay import AnalysisFailed, Client, InterplayError, ProblemError, ServiceUnreachable, WaitTimeout
 from tests.interplay.scripted import BREAK, answer, scripted
+from tests.services import Service
 
 SUCCEEDED = {"id": "a", "status": "succeeded", "progress": {"done": 1, "total": 1, "phase": ""}, "report_id": "r"}
 RUNNING = {**SUCCEEDED, "status": "running", "report_id": None}
@@ -236,7 +238,7 @@ def test_list_follows_cursors_up_to_its_limit() -> None:
 
 
 @pytest.fixture
-def client(service: Any) -> Any:
+def client(service: Service) -> Iterator[Client]:
     """A client of the session's service."""
     with Client(service.url) as opened:
         yield opened

@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 
 from tests.interplay.scripted import BREAK, answer, scripted
 from tests.interplay.test_client import RUNNING, SUCCEEDED, closed_port
+from tests.services import Service
 
 FAILED = {**RUNNING, "status": "failed", "problem": {"type": "urn:x", "title": "Out", "detail": "of", "names": ["w"]}}
 
@@ -292,7 +293,7 @@ def as_json(ran: subprocess.CompletedProcess[str]) -> Any:
     return json.loads(ran.stdout)
 
 
-def test_from_files_to_a_report(service: Any, mlp_checkpoint_file: Path, digits_probe_file: Path) -> None:
+def test_from_files_to_a_report(service: Service, mlp_checkpoint_file: Path, digits_probe_file: Path) -> None:
     """push, analyze --wait, show, list and delete do the main job, and what they print agrees."""
     run = uuid.uuid4().hex
     checkpoint = as_json(
@@ -326,7 +327,7 @@ def test_from_files_to_a_report(service: Any, mlp_checkpoint_file: Path, digits_
     assert as_json(interplay("list", "checkpoints", "--name", run, "--json", url=service.url)) == []
 
 
-def test_checkpoint_that_does_not_fit(service: Any, mlp_checkpoint_file: Path, digits_probe_file: Path) -> None:
+def test_checkpoint_that_does_not_fit(service: Service, mlp_checkpoint_file: Path, digits_probe_file: Path) -> None:
     """An analysis of a mis-shaped checkpoint fails (1), with the shapes on stderr and its problem in the JSON."""
     network = {"family": "builtin", "name": "mlp", "args": {"sizes": [64, 33, 10]}}
     pushed = interplay(
@@ -341,7 +342,7 @@ def test_checkpoint_that_does_not_fit(service: Any, mlp_checkpoint_file: Path, d
     assert "33" in ran.stderr
 
 
-def test_cancel_and_unknown_ids(service: Any, mlp_checkpoint_file: Path, digits_probe_file: Path) -> None:
+def test_cancel_and_unknown_ids(service: Service, mlp_checkpoint_file: Path, digits_probe_file: Path) -> None:
     """A queued analysis can be cancelled; what does not exist is a problem, 2."""
     checkpoint = as_json(interplay("push", "checkpoint", mlp_checkpoint_file, "--json", url=service.url))
     probe = as_json(interplay("push", "probe", digits_probe_file, "--json", url=service.url))
@@ -361,7 +362,7 @@ def test_cancel_and_unknown_ids(service: Any, mlp_checkpoint_file: Path, digits_
         assert "'x'" in ran.stderr
 
 
-def test_features_from_elsewhere(service: Any, tmp_path: Path) -> None:
+def test_features_from_elsewhere(service: Service, tmp_path: Path) -> None:
     """A feature set pushed as a file is analysed without a network; perfect collapse has the MIR of its optimum."""
     frame = (np.eye(4) - 0.25).astype(np.float32)
     labels = np.repeat(np.arange(4), 25)

@@ -1,0 +1,263 @@
+"""Neural collapse: NC1 to NC4 of features and head, and the MIR and HDR that complete collapse leads to."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Float64, Int
+from torch import Tensor
+
+from analysis.entropy import ZERO_ENTROPY, spectrum_entropy, unit_rows
+
+_EPS = torch.finfo(torch.float64).eps
+
+
+@dataclass(frozen=True)
+class Optimum:
+    """MIR and HDR at a simplex equiangular tight frame; `reachable` where the features have room for one."""
+
+    mir: float | None
+    hdr: float | None
+    reachable: bool
+
+
+@dataclass(frozen=True)
+class Collapse:
+    """NC1 to NC4; what is not defined is None beside a reason under its name."""
+
+    nc1: float | None
+    nc1_condition: float | None
+    nc2_equinorm_means: float | None
+    nc2_equinorm_head: float | None
+    nc2_equiangularity_means: float | None
+    nc2_equiangularity_head: float | None
+    nc2_max_angle_means: float | None
+    nc2_max_angle_head: float | None
+    nc3: float | None
+    nc4: float | None
+    absent_classes: int
+    reasons: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ClassStatistics:
+    """The classes that some samples hold, in order.
+
+    Attributes:
+        classes: their numbers.
+        members: for each, the rows of its samples.
+        means: for each, the mean of its samples.
+        sizes: for each, the mean length of its samples, against which rounding is told from signal.
+    """
+
+    classes: Int[Tensor, " k"]
+    members: Sequence[Int[Tensor, " _"]]
+    means: Float64[Tensor, "k d"]
+    sizes: Float64[Tensor, " k"]
+
+    @property
+    def centre(self) -> Float64[Tensor, " d"]:
+        """The mean of the class means."""
+        return self.means.mean(dim=0)
+
+
+def class_statistics(features: Float[Tensor, "n d"], labels: Int[Tensor, " n"], n_classes: int) -> ClassStatistics:
+    """Sort samples by class and take the means, in float64.
+
+    Args:
+        features: one sample a row, at least one.
+        labels: 0 to n_classes - 1.
+        n_classes: C; classes without samples are left out.
+
+    Returns:
+        The statistics of the classes present.
+    """
+    counts = torch.bincount(labels, minlength=n_classes)
+    classes = counts.nonzero()[:, 0]
+    order = torch.argsort(labels, stable=True)
+    members = torch.tensor_split(order, counts[classes].cumsum(0)[:-1].cpu())
+    means, sizes = [], []
+    for rows in members:
+        samples = features[rows].double()
+        means.append(samples.mean(dim=0))
+        sizes.append(samples.norm(dim=1).mean())
+    return ClassStatistics(classes, list(members), torch.stack(means), torch.stack(sizes))
+
+
+def optimum(class_counts: Sequence[int], n_features: int) -> Optimum:
+    """MIR and HDR where features and head are one simplex frame: vertex c repeated n_c times, cosines -1/(C-1).
+
+    Args:
+        class_counts: samples of each class; classes with 0 take no part.
+        n_features: d. C vertices need C - 1 dimensions.
+
+    Returns:
+        The optimum; MIR and HDR are None (`zero_entropy`) with fewer than three classes.
+
+    Numerics: float64; classes of one size share an eigenvalue, so that the matrix is as large as the number of
+        different sizes.
+
+    Source: Song et al. 2024 (arXiv 2406.03999), for unbalanced classes METRICS, "Where neural collapse leads".
+
+    >>> optimum([100, 100, 100, 100], 64)
+    Optimum(mir=0.753953169047..., hdr=0.0, reachable=True)
+    """
+    counts = [count for count in class_counts if count > 0]
+    n_classes = len(counts)
+    reachable = n_features >= n_classes - 1
+    if n_classes < 3:
+        return Optimum(None, None, reachable)
+    cosine = -1 / (n_classes - 1)
+    entropy, joint = _frame_entropy(counts, cosine), _frame_entropy(counts, cosine**2)
+    if entropy < ZERO_ENTROPY:
+        return Optimum(None, None, reachable)
+    return Optimum((2 * entropy - joint) / entropy, 0.0, reachable)
+
+
+def _frame_entropy(counts: Sequence[int], cosine: float) -> float:
+    """Entropy of sqrt(p_c p_c') g_cc' with p the class shares, g 1 on the diagonal and `cosine` beside it.
+
+    That is (1 - cosine) diag(p) + cosine sqrt(p) sqrt(p)^T: of k classes with one share p, k - 1 directions have the
+    eigenvalue (1 - cosine) p, and only their mean couples with the other shares.
+    """
+    shares = Counter(counts)
+    sizes = torch.tensor(sorted(shares), dtype=torch.float64) / sum(counts)
+    repeats = torch.tensor([shares[count] for count in sorted(shares)])
+    means = (repeats * sizes).sqrt()
+    coupled = torch.linalg.eigvalsh((1 - cosine) * torch.diag(sizes) + cosine * torch.outer(means, means))
+    return spectrum_entropy(torch.cat([coupled, torch.repeat_interleave((1 - cosine) * sizes, repeats - 1)]))
+
+
+def neural_collapse(
+    features: Float[Tensor, "n d"],
+    statistics: ClassStatistics,
+    head: Float[Tensor, "c d"],
+    predicted: Int[Tensor, " n"],
+) -> Collapse:
+    """NC1 to NC4 as METRICS defines them.
+
+    NC1 = trace(Sigma_W Sigma_B^dagger) / C, with Sigma_W the mean of the classes' covariances. NC2 of the class means
+    runs over the classes present, NC2 of the head over all its rows, NC3 over the head rows of the classes present.
+
+    Args:
+        features: one sample a row.
+        statistics: of these features.
+        head: one row a class, with those of absent classes.
+        predicted: the network's class of each sample.
+
+    Returns:
+        The measures.
+
+    Numerics: float64. Sigma_B is inverted on its leading min(C - 1, d) directions. Where it has fewer, because the
+        features span no more, NC1 is taken on those; where the features do vary outside them NC1 is not defined
+        (`dependent_means`: two classes have one mean, or the means lie in too small a space).
+
+    Source: Papyan, Han and Donoho 2020.
+    """
+    reasons: dict[str, str] = {}
+    present, means = len(statistics.classes), statistics.means - statistics.centre
+    scales = statistics.sizes + statistics.centre.norm()
+    rows = head.double()
+    rows = rows - rows.mean(dim=0)
+    row_scales = head.double().norm(dim=1) + head.double().mean(dim=0).norm()
+    variability = _variability(features, statistics, means, reasons)
+    of_means = _equiangular(means, scales, "means", reasons)
+    of_head = _equiangular(rows, row_scales, "head", reasons)
+    return Collapse(
+        nc1=variability[0],
+        nc1_condition=variability[1],
+        nc2_equinorm_means=of_means[0],
+        nc2_equinorm_head=of_head[0],
+        nc2_equiangularity_means=of_means[1],
+        nc2_equiangularity_head=of_head[1],
+        nc2_max_angle_means=of_means[2],
+        nc2_max_angle_head=of_head[2],
+        nc3=_self_duality(means, scales, rows[statistics.classes], row_scales[statistics.classes], reasons),
+        nc4=_disagreement(features, statistics, means, predicted),
+        absent_classes=len(head) - present,
+        reasons=reasons,
+    )
+
+
+def _variability(
+    features: Float[Tensor, "n d"], statistics: ClassStatistics, means: Float64[Tensor, "k d"], reasons: dict[str, str]
+) -> tuple[float | None, float | None]:
+    """NC1 and the condition number of Sigma_B on the directions that were inverted."""
+    present, d = means.shape
+    _, singular, directions = torch.linalg.svd(means, full_matrices=False)
+    rounding = max(present, d) * _EPS * float(statistics.means.norm() + statistics.sizes.norm())
+    expected = min(present - 1, d)
+    rank = min(int((singular > rounding).sum()), expected)
+    if rank == 0:
+        reason = "one_class" if present == 1 else "equal_means"
+        reasons.update(nc1=reason, nc1_condition=reason)
+        return None, None
+    singular, directions = singular[:rank], directions[:rank]
+    along, scatter = torch.zeros_like(singular), 0.0
+    for members, mean in zip(statistics.members, statistics.means, strict=True):
+        deviations = features[members].double() - mean
+        along += (deviations @ directions.T).square().mean(dim=0) / present
+        if rank < expected:
+            outside = deviations - deviations @ directions.T @ directions
+            scatter += float(outside.square().sum(dim=1).mean()) / present
+    if rank < expected and math.sqrt(scatter) > 1e-12 * float(statistics.sizes.max()):
+        reasons.update(nc1="dependent_means", nc1_condition="dependent_means")
+        return None, None
+    # Sigma_B = M^T M / k, so that its eigenvalues are s^2 / k and NC1's division by k cancels theirs.
+    return float((along / singular.square()).sum()), float(singular[0] / singular[-1]) ** 2
+
+
+def _equiangular(
+    rows: Float64[Tensor, "k d"], scales: Float64[Tensor, " k"], name: str, reasons: dict[str, str]
+) -> tuple[float | None, float | None, float | None]:
+    """NC2 of centred rows: equinorm, equiangularity and max_angle."""
+    k = len(rows)
+    fields = [f"nc2_{measure}_{name}" for measure in ("equinorm", "equiangularity", "max_angle")]
+    directions, usable = unit_rows(rows, scales)
+    if k == 1 or not bool(usable.any()):
+        reasons.update(dict.fromkeys(fields, "one_class" if k == 1 else "zero_norm"))
+        return None, None, None
+    norms = torch.where(usable, rows.norm(dim=1), 0.0)
+    equinorm = float(norms.std(correction=0) / norms.mean())
+    if not bool(usable.all()):
+        reasons.update(dict.fromkeys(fields[1:], "zero_norm"))
+        return equinorm, None, None
+    first, second = torch.triu_indices(k, k, offset=1, device=rows.device)
+    cosines = (directions @ directions.T)[first, second]
+    return equinorm, float(cosines.std(correction=0)), float((cosines + 1 / (k - 1)).abs().mean())
+
+
+def _self_duality(
+    means: Float64[Tensor, "k d"],
+    mean_scales: Float64[Tensor, " k"],
+    rows: Float64[Tensor, "k d"],
+    row_scales: Float64[Tensor, " k"],
+    reasons: dict[str, str],
+) -> float | None:
+    """NC3 = || W/||W||_F - M/||M||_F ||_F^2."""
+    matrices = []
+    for matrix, scales in ((rows, row_scales), (means, mean_scales)):
+        if not bool(unit_rows(matrix, scales)[1].any()):
+            reasons["nc3"] = "one_class" if len(means) == 1 else "zero_norm"
+            return None
+        matrices.append(matrix / matrix.norm())
+    return float((matrices[0] - matrices[1]).square().sum())
+
+
+def _disagreement(
+    features: Float[Tensor, "n d"],
+    statistics: ClassStatistics,
+    means: Float64[Tensor, "k d"],
+    predicted: Int[Tensor, " n"],
+) -> float:
+    """NC4: share of samples where the network's class and that of the nearest class mean differ."""
+    differing = 0
+    for members in statistics.members:
+        # Distances do not change with the origin, and about the centre less is lost to cancellation.
+        samples = features[members].double() - statistics.centre
+        distances = means.square().sum(dim=1) - 2 * samples @ means.T
+        nearest = statistics.classes[distances.argmin(dim=1)]
+        differing += int((nearest != predicted[members]).sum())
+    return differing / len(features)

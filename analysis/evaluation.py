@@ -1,0 +1,460 @@
+"""Everything that is measured on what a network's head receives: predictions, MIR and HDR, neural collapse."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Float64, Int
+from torch import Tensor
+
+from analysis.collapse import Collapse, Optimum, class_statistics, neural_collapse, optimum
+from analysis.entropy import unit_rows
+from analysis.errors import AnalysisError, Kind
+from analysis.extraction import Progress, check_finite, extract_features
+from analysis.networks import LoadedNetwork
+from analysis.probes import FeatureSet, Probe
+from analysis.spectrum import (
+    Entropies,
+    LabelledFeatures,
+    Method,
+    Null,
+    hdr_of,
+    mir_of,
+    pair_entropies,
+    pair_null,
+    sample_entropies,
+    sample_null,
+)
+
+__all__ = [
+    "Distance",
+    "Evaluation",
+    "EvaluationOptions",
+    "Interplay",
+    "Progress",
+    "SplitEvaluation",
+    "evaluate_features",
+    "evaluate_network",
+    "extract_features",
+]
+
+# A null whose standard deviation is below this has one value: every permutation gives the same Gram matrices.
+_DEGENERATE = 1e-12
+_CALIBRATION_BINS = 15
+# Two levels, two centrings and the collapse: what progress counts.
+_PARTS_OF_A_SPLIT = 5
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """How an evaluation is computed.
+
+    Attributes:
+        null_permutations: permutations of the null baseline; 0 for none.
+        seed: of the permutations and of their subsample.
+        tolerance: change of MIR that counts as settled; 0 takes the exact spectrum, whatever it costs.
+        batch_size: inputs at a time; None leaves the choice to us.
+    """
+
+    null_permutations: int = 10
+    seed: int = 0
+    tolerance: float = 1e-4
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.null_permutations < 0:
+            raise AnalysisError("invalid-argument", "null_permutations is at least 0", argument="null_permutations")
+        if not 0 <= self.tolerance < math.inf:
+            raise AnalysisError("invalid-argument", "tolerance is at least 0", argument="tolerance")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise AnalysisError("invalid-argument", "batch_size is at least 1", argument="batch_size")
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How far MIR and HDR are from their optimum."""
+
+    mir: float | None
+    hdr: float | None
+
+
+@dataclass(frozen=True)
+class Interplay:
+    """MIR and HDR at one level and centring; what is not defined is None beside a reason under its name.
+
+    `degenerate_samples` and `degenerate_classes` count samples and classes that were left out because their own vector
+    (a class: its head row, or at class-mean level its mean) has no direction.
+    """
+
+    mir: float | None
+    hdr: float | None
+    mutual_information: float | None
+    entropy_features: float | None
+    entropy_head: float | None
+    entropy_joint: float | None
+    optimum: Optimum
+    distance_to_optimum: Distance
+    null: Null | None
+    mir_z: float | None
+    degenerate_samples: int
+    degenerate_classes: int
+    method: Method | None
+    reasons: dict[str, str]
+
+
+@dataclass(frozen=True)
+class SplitEvaluation:
+    """Everything about the samples of one split; `interplay` by level (sample, class_mean) and centring."""
+
+    n_samples: int
+    class_counts: list[int]
+    accuracy: float | None
+    loss: float | None
+    calibration_error: float | None
+    effective_rank: float | None
+    interplay: dict[str, dict[str, Interplay]]
+    collapse: Collapse
+    reasons: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one network or feature set is like on one probe.
+
+    Attributes:
+        splits: `all`, and `train` and `test` where the probe has such samples.
+        timings_seconds: by phase: features, predictions, entropies, null, collapse.
+        batch_size: that the pass over the probe ended with; None for a feature set.
+        n_features: d.
+        n_classes: C.
+    """
+
+    splits: dict[str, SplitEvaluation]
+    timings_seconds: dict[str, float]
+    batch_size: int | None
+    n_features: int
+    n_classes: int
+
+
+def evaluate_network(
+    network: LoadedNetwork,
+    probe: Probe,
+    *,
+    device: torch.device,
+    options: EvaluationOptions | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Pass a probe through a network and measure features, head and predictions.
+
+    Args:
+        network: moved to the device and left in evaluation mode.
+        probe: inputs, labels and, where it has one, a split.
+        device: where everything is computed.
+        options: default: as EvaluationOptions says.
+        progress: called as the work goes on.
+
+    Returns:
+        The evaluation.
+
+    Raises:
+        AnalysisError: `invalid-probe`, `inputs-refused`, `head-not-found`, `non-finite-values` or `out-of-memory`.
+
+    Numerics: features in float32, everything computed from them in float64. Beside network and batch, memory for the
+        features, the logits and what `spectrum.sample_entropies` says.
+    """
+    options = options or EvaluationOptions()
+    clock = _Clock()
+    with clock.phase("features"):
+        features, logits, batch_size = extract_features(
+            network, probe, device=device, batch_size=options.batch_size, progress=progress
+        )
+    data = _Data(features, logits, probe.labels.to(device), network.weight.to(device), probe.split)
+    return _evaluate(data, "invalid-probe", batch_size, options, progress, clock)
+
+
+def evaluate_features(
+    feature_set: FeatureSet,
+    *,
+    device: torch.device,
+    options: EvaluationOptions | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Measure features, labels and a head that came without their network.
+
+    Args:
+        feature_set: where it has no logits they are features @ head^T, plus the bias where it has one.
+        device: where everything is computed.
+        options: default: as EvaluationOptions says; the batch size has no meaning here.
+        progress: called as the work goes on.
+
+    Returns:
+        The evaluation.
+
+    Raises:
+        AnalysisError: `invalid-feature-set` or `non-finite-values`.
+
+    Numerics: as `evaluate_network`.
+    """
+    clock = _Clock()
+    with clock.phase("features"):
+        features, head = feature_set.features.to(device), feature_set.head.to(device)
+        for name, tensor in (("features", features), ("head", head)):
+            check_finite(name, tensor)
+        if feature_set.logits is not None:
+            logits = feature_set.logits.to(device)
+        else:
+            logits = features @ head.to(features.dtype).T
+            if feature_set.head_bias is not None:
+                logits += feature_set.head_bias.to(logits)
+    data = _Data(features, logits, feature_set.labels.to(device), head, feature_set.split)
+    return _evaluate(data, "invalid-feature-set", None, options or EvaluationOptions(), progress, clock)
+
+
+@dataclass(frozen=True)
+class _Data:
+    features: Float[Tensor, "n d"]
+    logits: Float[Tensor, "n c"]
+    labels: Int[Tensor, " n"]
+    head: Float[Tensor, "c d"]
+    split: Int[Tensor, " n"] | None
+
+
+@dataclass(frozen=True)
+class _Predictions:
+    """By sample: the class with the largest logit, its probability, and the cross-entropy."""
+
+    predicted: Int[Tensor, " n"]
+    confidence: Float64[Tensor, " n"]
+    loss: Float64[Tensor, " n"]
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def _evaluate(
+    data: _Data,
+    label_error: Kind,
+    batch_size: int | None,
+    options: EvaluationOptions,
+    progress: Progress | None,
+    clock: _Clock,
+) -> Evaluation:
+    n_classes, n_features = data.head.shape
+    check_finite("head", data.head)
+    check_finite("logits", data.logits)
+    _check_labels(data.labels, n_classes, label_error)
+    with clock.phase("predictions"):
+        predictions = _predict(data.logits, data.labels)
+    members: dict[str, Bool[Tensor, " n"] | None] = {"all": None}
+    if data.split is not None:
+        for name, number in (("train", 0), ("test", 1)):
+            chosen = (data.split == number).to(data.labels.device)
+            if bool(chosen.any()):
+                members[name] = chosen
+    done, total = 0, _PARTS_OF_A_SPLIT * len(members)
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        if progress:
+            progress("metrics", done, total)
+
+    splits = {
+        name: _Split(data, chosen, predictions, options, clock, step).evaluate() for name, chosen in members.items()
+    }
+    return Evaluation(splits, clock.seconds, batch_size, n_features, n_classes)
+
+
+def _check_labels(labels: Int[Tensor, " n"], n_classes: int, kind: Kind) -> None:
+    if len(labels) == 0:
+        raise AnalysisError(kind, "There are no samples.")
+    lowest, highest = int(labels.min()), int(labels.max())
+    if lowest < 0 or highest >= n_classes:
+        raise AnalysisError(
+            kind,
+            f"The labels run from {lowest} to {highest}; the head has {n_classes} rows, so 0 to {n_classes - 1} fit.",
+            n_classes=n_classes,
+            lowest_label=lowest,
+            highest_label=highest,
+        )
+
+
+def _predict(logits: Float[Tensor, "n c"], labels: Int[Tensor, " n"]) -> _Predictions:
+    # In parts, so that the float64 copy of the logits stays at 32 MiB.
+    rows = max(2**22 // logits.shape[1], 1)
+    predicted, confidence, loss = [], [], []
+    for part, target in zip(torch.split(logits, rows), torch.split(labels, rows), strict=True):
+        logarithms = part.double().log_softmax(dim=1)
+        largest = logarithms.max(dim=1)
+        predicted.append(largest.indices)
+        confidence.append(largest.values.exp())
+        loss.append(-logarithms.gather(1, target.long()[:, None])[:, 0])
+    return _Predictions(torch.cat(predicted), torch.cat(confidence), torch.cat(loss))
+
+
+def _calibration_error(confidence: Float64[Tensor, " n"], correct: Bool[Tensor, " n"]) -> float:
+    """Expected calibration error: bins (k/15, (k+1)/15] of the top probability, weighted by their samples."""
+    bins = (confidence * _CALIBRATION_BINS).ceil().long().clamp(1, _CALIBRATION_BINS) - 1
+    gaps = confidence.new_zeros(_CALIBRATION_BINS).index_add_(0, bins, correct.double() - confidence)
+    return float(gaps.abs().sum()) / len(confidence)
+
+
+class _Split:
+    """The samples of one split and what their metrics share."""
+
+    def __init__(
+        self,
+        data: _Data,
+        chosen: Bool[Tensor, " n"] | None,
+        predictions: _Predictions,
+        options: EvaluationOptions,
+        clock: _Clock,
+        step: Callable[[], None],
+    ) -> None:
+        def select(tensor: Tensor) -> Tensor:
+            return tensor if chosen is None else tensor[chosen]
+
+        self.features, self.labels, self.head = select(data.features), select(data.labels).long(), data.head.double()
+        self.predicted, self.confidence = select(predictions.predicted), select(predictions.confidence)
+        self.losses = select(predictions.loss)
+        self.options, self.clock, self.step = options, clock, step
+        self.statistics = class_statistics(self.features, self.labels, len(data.head))
+        self.class_counts: list[int] = torch.bincount(self.labels, minlength=len(data.head)).tolist()
+        self.ideal = {
+            "sample": optimum(self.class_counts, data.head.shape[1]),
+            "class_mean": optimum([1] * len(self.statistics.classes), data.head.shape[1]),
+        }
+
+    def evaluate(self) -> SplitEvaluation:
+        """All metrics of the split."""
+        interplay: dict[str, dict[str, Interplay]] = {"sample": {}, "class_mean": {}}
+        for centring in ("none", "global"):
+            interplay["sample"][centring] = self._sample_level(centring == "global")
+            self.step()
+            interplay["class_mean"][centring] = self._class_mean_level(centring == "global")
+            self.step()
+        with self.clock.phase("collapse"):
+            collapse = neural_collapse(self.features, self.statistics, self.head, self.predicted)
+        self.step()
+        correct = self.predicted == self.labels
+        entropy = interplay["sample"]["global"].entropy_features
+        return SplitEvaluation(
+            n_samples=len(self.labels),
+            class_counts=self.class_counts,
+            accuracy=float(correct.double().mean()),
+            loss=float(self.losses.mean()),
+            calibration_error=_calibration_error(self.confidence, correct),
+            effective_rank=None if entropy is None else math.exp(entropy),
+            interplay=interplay,
+            collapse=collapse,
+            reasons={"effective_rank": "no_directions"} if entropy is None else {},
+        )
+
+    def _head_directions(self, centred: bool) -> tuple[Float64[Tensor, "k d"], Bool[Tensor, " k"]]:
+        """Directions of the head rows of the classes present; all rows, also of absent classes, make the centre."""
+        centre = self.head.mean(dim=0) if centred else torch.zeros_like(self.head[0])
+        rows = self.head[self.statistics.classes]
+        return unit_rows(rows - centre, rows.norm(dim=1) + centre.norm())
+
+    def _centre(self, centred: bool) -> Float64[Tensor, " d"]:
+        return self.statistics.centre if centred else torch.zeros_like(self.statistics.means[0])
+
+    def _generator(self) -> torch.Generator:
+        """Begins anew for each level and centring, so that none depends on which others were computed."""
+        return torch.Generator().manual_seed(self.options.seed)
+
+    def _sample_level(self, centred: bool) -> Interplay:
+        head, usable = self._head_directions(centred)
+        paired = [rows for rows, fits in zip(self.statistics.members, usable.tolist(), strict=True) if fits]
+        alone = [rows for rows, fits in zip(self.statistics.members, usable.tolist(), strict=True) if not fits]
+        labelled = LabelledFeatures(self.features, paired, self._centre(centred), head[usable])
+        with self.clock.phase("entropies"):
+            entropies = sample_entropies(labelled, tolerance=self.options.tolerance) if paired else None
+            degenerate = sum(len(rows) - len(labelled.directions(rows)) for rows in alone)
+        degenerate += entropies.degenerate_samples if entropies else sum(len(rows) for rows in paired)
+        null = None
+        if entropies is not None and self.options.null_permutations:
+            with self.clock.phase("null"):
+                null = sample_null(labelled, permutations=self.options.null_permutations, generator=self._generator())
+        return self._interplay("sample", entropies, null, degenerate, len(alone))
+
+    def _class_mean_level(self, centred: bool) -> Interplay:
+        head, usable = self._head_directions(centred)
+        centre = self._centre(centred)
+        means, directed = unit_rows(self.statistics.means - centre, self.statistics.sizes + centre.norm())
+        usable = usable & directed
+        means, head = means[usable], head[usable]
+        with self.clock.phase("entropies"):
+            entropies = pair_entropies(means, head) if len(means) else None
+        null = None
+        if entropies is not None and self.options.null_permutations:
+            with self.clock.phase("null"):
+                null = pair_null(means, head, permutations=self.options.null_permutations, generator=self._generator())
+        return self._interplay("class_mean", entropies, null, 0, len(usable) - len(means))
+
+    def _interplay(
+        self,
+        level: str,
+        entropies: Entropies | None,
+        null: Null | None,
+        degenerate_samples: int,
+        degenerate_classes: int,
+    ) -> Interplay:
+        ideal = self.ideal[level]
+        reasons: dict[str, str] = {}
+        if ideal.mir is None:
+            reasons.update({"optimum.mir": "zero_entropy", "optimum.hdr": "zero_entropy"})
+        mir = hdr = z = None
+        if entropies is not None:
+            mir = mir_of(entropies.features, entropies.head, entropies.joint)
+            hdr = hdr_of(entropies.features, entropies.head)
+        if null is not None and null.std >= _DEGENERATE:
+            z = (null.observed - null.mean) / null.std
+        distance = Distance(_distance(mir, ideal.mir), _distance(hdr, ideal.hdr))
+        undefined = "no_directions" if entropies is None else "zero_entropy"
+        if entropies is None:
+            names = ("mutual_information", "entropy_features", "entropy_head", "entropy_joint", "method")
+            reasons.update(dict.fromkeys(names, undefined))
+        for name, value in (("mir", mir), ("hdr", hdr)):
+            if value is None:
+                reasons[name] = undefined
+        for name, gap in (("mir", distance.mir), ("hdr", distance.hdr)):
+            if gap is None:
+                reasons[f"distance_to_optimum.{name}"] = reasons.get(name, "zero_entropy")
+        if null is None:
+            reasons["null"] = reasons["mir_z"] = "not_requested" if not self.options.null_permutations else undefined
+        elif z is None:
+            reasons["mir_z"] = "null_degenerate"
+        return Interplay(
+            mir=mir,
+            hdr=hdr,
+            mutual_information=entropies.features + entropies.head - entropies.joint if entropies else None,
+            entropy_features=entropies.features if entropies else None,
+            entropy_head=entropies.head if entropies else None,
+            entropy_joint=entropies.joint if entropies else None,
+            optimum=ideal,
+            distance_to_optimum=distance,
+            null=null,
+            mir_z=z,
+            degenerate_samples=degenerate_samples,
+            degenerate_classes=degenerate_classes,
+            method=entropies.method if entropies else None,
+            reasons=reasons,
+        )
+
+
+def _distance(value: float | None, ideal: float | None) -> float | None:
+    return None if value is None or ideal is None else abs(value - ideal)

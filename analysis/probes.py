@@ -1,0 +1,288 @@
+"""Probe data and feature sets: read, checked, handed out in batches."""
+
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from math import isfinite, prod
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, Int64, Integer, Shaped
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from analysis.errors import AnalysisError, Kind
+
+_INTEGER = (
+    torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64,
+)  # fmt: skip
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+# Numbers that are looked at in one go: what is checked is never copied as a whole.
+_CHUNK_ELEMENTS = 2**24
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """What happens to inputs before a network sees them: x * scale, then (x - mean) / std.
+
+    Attributes:
+        scale: such as 1/255.
+        mean, std: one number, or one for each place along dimension 1 of a batch (channels of images, features of
+            rows). std is above 0.
+
+    Raises:
+        AnalysisError: `invalid-probe` for a number that is not finite or a std that is not above 0.
+    """
+
+    scale: float | int = 1.0
+    mean: float | int | Sequence[float | int] = 0.0
+    std: float | int | Sequence[float | int] = 1.0
+
+    def __post_init__(self) -> None:
+        numbers = (self.scale, *_numbers(self.mean), *_numbers(self.std))
+        if not all(isfinite(number) for number in numbers) or not all(number > 0 for number in _numbers(self.std)):
+            raise AnalysisError("invalid-probe", f"Preprocessing needs finite numbers and std above 0, not {self}.")
+
+    def __call__(self, inputs: Float32[Tensor, "n ..."]) -> Float32[Tensor, "n ..."]:
+        """Preprocess a batch.
+
+        Raises:
+            AnalysisError: `invalid-probe` where mean or std have not as many numbers as dimension 1 places.
+        """
+        return (inputs * self.scale - _along_channels(self.mean, inputs)) / _along_channels(self.std, inputs)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Labelled inputs on which networks are looked at.
+
+    Attributes:
+        inputs: as stored, of any numeric type; a large set may still be on disk, mapped.
+        labels: 0 .. n_classes - 1.
+        split: 0 train, 1 test; None where the set has no splits.
+        n_classes: at least 2; not every class need be there.
+        preprocess: applied batch by batch.
+    """
+
+    inputs: Shaped[Tensor, "n ..."]
+    labels: Integer[Tensor, " n"]
+    split: Integer[Tensor, " n"] | None
+    n_classes: int
+    preprocess: Preprocess | None
+
+    def batches(self, batch_size: int, *, device: torch.device | str) -> Iterator[Float32[Tensor, "b ..."]]:
+        """The inputs in order, as a network takes them.
+
+        Args:
+            batch_size: samples at a time, at least 1; the last batch may be smaller.
+            device: where the batches go. They travel as stored and become float32 there.
+
+        Returns:
+            Preprocessed float32 batches.
+
+        Raises:
+            AnalysisError: `invalid-argument` for a batch_size below 1.
+        """
+        if batch_size < 1:
+            raise AnalysisError("invalid-argument", f"batch_size must be at least 1, not {batch_size}.")
+        return (
+            _prepared(self.inputs[start : start + batch_size].to(device), self.preprocess)
+            for start in range(0, self.inputs.shape[0], batch_size)
+        )
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """Features, labels and classification head, extracted elsewhere.
+
+    Floating-point tensors share one type: float64 where the file holds any float64, float32 otherwise.
+
+    Attributes:
+        features: what the head receives.
+        labels: 0 .. c - 1.
+        head: rows of the classification head.
+        head_bias: its bias.
+        logits: the network's own, where they were uploaded; otherwise features @ head.T + head_bias.
+        split: 0 train, 1 test; None where the set has no splits.
+    """
+
+    features: Float[Tensor, "n d"]
+    labels: Integer[Tensor, " n"]
+    head: Float[Tensor, "c d"]
+    head_bias: Float[Tensor, " c"] | None
+    logits: Float[Tensor, "n c"] | None
+    split: Integer[Tensor, " n"] | None
+
+
+def load_probe(
+    path: Path,
+    *,
+    format: Literal["safetensors", "npz"],  # noqa: A002 - the word of the API and of the probe's row
+    preprocess: Preprocess | None = None,
+    n_classes: int | None = None,
+) -> Probe:
+    """Read a probe dataset: `inputs` (n, ...), `labels` (n,) and, if there are splits, `split` (n,).
+
+    Args:
+        path: the file.
+        format: how to read it. Pickled objects in an npz are refused.
+        preprocess: what happens to the inputs, batch by batch.
+        n_classes: number of classes. Default: the largest label plus 1.
+
+    Returns:
+        The probe. Labels and split are int64, inputs as stored.
+
+    Raises:
+        AnalysisError: `invalid-probe` for what is missing or does not fit; `non-finite-values` where preprocessed
+            inputs hold NaN or infinity as float32.
+
+    Numerics: inputs are converted to float32 chunk by chunk, here only to look at them.
+    """
+    tensors = _read(path, format, ("inputs", "labels", "split"), "invalid-probe")
+    inputs = _required(tensors, "inputs", "invalid-probe")
+    if inputs.dtype not in (*_FLOATING, *_INTEGER, torch.bool):
+        raise AnalysisError("invalid-probe", f"inputs must be numbers of 8 to 64 bits, not {inputs.dtype}.")
+    if inputs.ndim < 2 or inputs.numel() == 0:
+        raise AnalysisError("invalid-probe", f"inputs must be (N, ...) and not empty, not {list(inputs.shape)}.")
+    labels, n_classes = _labels(tensors, inputs.shape[0], n_classes, "invalid-probe")
+    split = _split(tensors, inputs.shape[0], "invalid-probe")
+    if inputs.is_floating_point() or preprocess is not None:
+        _require_finite("inputs", inputs, lambda chunk: _prepared(chunk, preprocess))
+    return Probe(inputs, labels, split, n_classes, preprocess)
+
+
+def load_feature_set(path: Path) -> FeatureSet:
+    """Read a feature set from safetensors: `features`, `labels`, `head`; `head_bias`, `logits`, `split` if present.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The feature set; labels and split are int64.
+
+    Raises:
+        AnalysisError: `invalid-feature-set` for what is missing or does not fit; `non-finite-values`.
+
+    Numerics: floating-point tensors become float64 where the file holds any float64, so that nothing that was
+    computed is lost, otherwise float32.
+    """
+    kind: Kind = "invalid-feature-set"
+    names = ("features", "labels", "head", "head_bias", "logits", "split")
+    tensors = _read(path, "safetensors", names, kind)
+    features, head = _required(tensors, "features", kind), _required(tensors, "head", kind)
+    if features.ndim != 2 or features.numel() == 0:
+        raise AnalysisError(kind, f"features must be (N, d) and not empty, not {list(features.shape)}.")
+    n, d = features.shape
+    if head.ndim != 2 or head.shape[1] != d:
+        raise AnalysisError(kind, f"head must be (C, {d}), as wide as the features, not {list(head.shape)}.")
+    labels, c = _labels(tensors, n, head.shape[0], kind)
+    shapes = {"features": (n, d), "head": (c, d), "head_bias": (c,), "logits": (n, c)}
+    floating = {name: tensors[name] for name in shapes if name in tensors}
+    for name, tensor in floating.items():
+        if not tensor.is_floating_point():
+            raise AnalysisError(kind, f"{name} must be floating-point numbers, not {tensor.dtype}.")
+        if tuple(tensor.shape) != shapes[name]:
+            raise AnalysisError(kind, f"{name} must be {list(shapes[name])}, not {list(tensor.shape)}.")
+    wide = torch.float64 if any(t.dtype == torch.float64 for t in floating.values()) else torch.float32
+    floating = {name: tensor.to(wide) for name, tensor in floating.items()}
+    for name, tensor in floating.items():
+        _require_finite(name, tensor, lambda chunk: chunk)
+    return FeatureSet(
+        features=floating["features"],
+        labels=labels,
+        head=floating["head"],
+        head_bias=floating.get("head_bias"),
+        logits=floating.get("logits"),
+        split=_split(tensors, n, kind),
+    )
+
+
+def _read(path: Path, format: str, names: Sequence[str], kind: Kind) -> dict[str, Tensor]:  # noqa: A002
+    """Those of the named tensors that the file holds."""
+    try:
+        if format == "safetensors":
+            with safe_open(path, framework="pt", device="cpu") as file:
+                return {name: file.get_tensor(name) for name in names if name in file.keys()}  # noqa: SIM118
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: _from_numpy(archive[name]) for name in names if name in archive.files}
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, zipfile.BadZipFile, ValueError, TypeError, EOFError, OSError, AttributeError) as error:
+        raise AnalysisError(kind, f"The file cannot be read as {format}: {error}.") from None
+
+
+def _from_numpy(array: np.ndarray[Any, Any]) -> Tensor:
+    # torch knows numbers in this machine's byte order alone.
+    return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
+
+
+def _required(tensors: dict[str, Tensor], name: str, kind: Kind) -> Shaped[Tensor, "..."]:
+    if name not in tensors:
+        held = ", ".join(tensors) or "nothing that belongs here"
+        raise AnalysisError(kind, f"The file has no tensor named {name!r}; it holds {held}.", missing=name)
+    return tensors[name]
+
+
+def _labels(tensors: dict[str, Tensor], n: int, n_classes: int | None, kind: Kind) -> tuple[Int64[Tensor, " n"], int]:
+    labels = _integers("labels", _required(tensors, "labels", kind), n, kind)
+    smallest, largest = int(labels.min()), int(labels.max())
+    n_classes = largest + 1 if n_classes is None else n_classes
+    if smallest < 0 or largest >= n_classes:
+        raise AnalysisError(kind, f"labels must be 0 to {n_classes - 1}, not {smallest} to {largest}.")
+    if smallest == largest:
+        raise AnalysisError(kind, f"All {n} samples are of the class {smallest}; two classes are the least.")
+    return labels, n_classes
+
+
+def _split(tensors: dict[str, Tensor], n: int, kind: Kind) -> Int64[Tensor, " n"] | None:
+    if "split" not in tensors:
+        return None
+    split = _integers("split", tensors["split"], n, kind)
+    if bool(((split != 0) & (split != 1)).any()):
+        raise AnalysisError(kind, "split must be 0 (train) or 1 (test) for every sample.")
+    return split
+
+
+def _integers(name: str, tensor: Shaped[Tensor, "..."], n: int, kind: Kind) -> Int64[Tensor, " n"]:
+    if tensor.dtype not in _INTEGER:
+        raise AnalysisError(kind, f"{name} must be integers, not {tensor.dtype}.")
+    if tuple(tensor.shape) != (n,):
+        raise AnalysisError(kind, f"{name} must be one for each of the {n} samples, not {list(tensor.shape)}.")
+    return tensor.to(torch.int64)
+
+
+def _require_finite(
+    name: str, tensor: Shaped[Tensor, "n ..."], prepare: Callable[[Tensor], Float[Tensor, "m ..."]]
+) -> None:
+    rows = max(1, _CHUNK_ELEMENTS // max(1, prod(tensor.shape[1:])))
+    for start in range(0, tensor.shape[0], rows):
+        finite = torch.isfinite(prepare(tensor[start : start + rows])).flatten(1) if tensor.ndim > 1 else None
+        good = torch.isfinite(tensor) if finite is None else finite.all(dim=1)
+        if not bool(good.all()):
+            row = start + int(torch.nonzero(~good)[0])
+            raise AnalysisError(
+                "non-finite-values", f"{name} holds NaN or infinity, first in row {row}.", tensor=name, row=row
+            )
+
+
+def _prepared(batch: Shaped[Tensor, "n ..."], preprocess: Preprocess | None) -> Float32[Tensor, "n ..."]:
+    batch = batch.to(torch.float32)
+    return batch if preprocess is None else preprocess(batch)
+
+
+def _numbers(value: float | Sequence[float]) -> Sequence[float]:
+    return value if isinstance(value, Sequence) else (value,)
+
+
+def _along_channels(value: float | Sequence[float], inputs: Float32[Tensor, "n ..."]) -> Float32[Tensor, "..."] | float:
+    if not isinstance(value, Sequence):
+        return value
+    if inputs.ndim < 2 or len(value) != inputs.shape[1]:
+        raise AnalysisError(
+            "invalid-probe",
+            f"Preprocessing gives {len(value)} numbers for dimension 1 of inputs of the shape {list(inputs.shape)}.",
+        )
+    return torch.tensor(value, dtype=torch.float32, device=inputs.device).view(1, -1, *[1] * (inputs.ndim - 2))

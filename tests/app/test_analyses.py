@@ -1,0 +1,330 @@
+"""Analyses and reports over HTTP: asked for once, cancelled, read, and refused where the input is bad."""
+
+import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save
+from safetensors.torch import load_file
+from safetensors.torch import save as save_tensors
+
+from app.schemas import EvaluationReport
+from tests.app.test_uploads import problem
+from tests.conftest import MLP
+from tests.services import Service
+
+Tensors = dict[str, torch.Tensor]
+
+
+def pair(service: Service, checkpoint: Path | bytes, probe: Path | bytes, **spec: Any) -> dict[str, str]:
+    """A checkpoint and a probe, uploaded; their ids."""
+    made = service.post("/v1/checkpoints", {"name": "net", **spec}, checkpoint)
+    assert made.status_code == 201, made.text
+    data = service.post("/v1/probes", {"name": "data", "preprocess": {"scale": 0.0625}}, probe)
+    assert data.status_code == 201, data.text
+    return {"checkpoint_id": made.json()["id"], "probe_id": data.json()["id"]}
+
+
+def without_identity(report: dict[str, Any]) -> dict[str, Any]:
+    """A report but for what differs between two runs of the same analysis."""
+    return {key: report[key] for key in ("kind", "provenance", "splits", "schema_version", "definitions_version")}
+
+
+def test_evaluation_of_a_checkpoint(any_service: Service, mlp_checkpoint_file: Path, digits_probe_file: Path) -> None:
+    """A trained network and real data go in; a report with every value of the schema comes out."""
+    ids = pair(any_service, mlp_checkpoint_file, digits_probe_file, metadata={"epoch": 30})
+    queued = any_service.analyze(**ids)
+    assert queued["status"] in ("queued", "running")
+    analysis = any_service.wait(queued["id"])
+    report = any_service.report(analysis)
+    EvaluationReport.model_validate(report)
+    assert report["analysis_id"] == analysis["id"]
+    assert report["subject"]["head"] == "4" or report["subject"]["head"]
+    assert report["subject"]["metadata"] == {"epoch": 30}
+    assert {name: split["n_samples"] for name, split in report["splits"].items()} == {
+        "all": 1797, "train": 1437, "test": 360,
+    }  # fmt: skip
+    for split in report["splits"].values():
+        assert split["accuracy"] > 0.7
+        for level in ("sample", "class_mean"):
+            for centring in ("none", "global"):
+                values = split["interplay"][level][centring]
+                assert 0 <= values["mir"] <= 1
+                assert values["method"]["error_estimate"] <= 1e-3
+                assert values["null"]["n"] == 10
+    assert analysis["attempts"] == 1
+    assert analysis["started_at"] <= analysis["finished_at"]
+
+
+def test_report_is_immutable_and_cacheable(
+    any_service: Service, mlp_checkpoint_file: Path, digits_probe_file: Path
+) -> None:
+    """A report has an ETag, caches for ever, and answers 304 to who holds it."""
+    analysis = any_service.wait(any_service.analyze(**pair(any_service, mlp_checkpoint_file, digits_probe_file))["id"])
+    url = f"/v1/reports/{analysis['report_id']}"
+    first = any_service.client.get(url)
+    assert "immutable" in first.headers["cache-control"]
+    again = any_service.client.get(url, headers={"If-None-Match": first.headers["etag"]})
+    assert again.status_code == 304
+    assert again.content == b""
+    assert any_service.client.get(url, headers={"If-None-Match": '"other"'}).content == first.content
+
+
+def test_feature_set_gives_the_same_numbers(
+    service: Service, mlp_checkpoint_file: Path, digits_probe_file: Path
+) -> None:
+    """Features that their owner extracted give the values that the service finds for the network itself."""
+    from safetensors.numpy import load_file as load_arrays
+
+    weights, data = load_file(mlp_checkpoint_file), load_arrays(digits_probe_file)
+    names = sorted(weights)
+    (first_bias, first), (head_bias, head) = ((weights[names[i]], weights[names[i + 1]]) for i in (0, 2))
+    features = torch.relu(torch.from_numpy(data["inputs"]) * 0.0625 @ first.T + first_bias)
+    tensors = {
+        "features": features.numpy(),
+        "labels": data["labels"],
+        "split": data["split"],
+        "head": head.numpy(),
+        "head_bias": head_bias.numpy(),
+    }
+    made = service.post("/v1/feature-sets", {"name": "mine", "metadata": {"of": "mlp"}}, save(tensors))
+    assert made.status_code == 201, made.text
+    assert made.json()["n_features"] == 32
+    mine = service.report(service.wait(service.analyze(feature_set_id=made.json()["id"])["id"]))
+    theirs = service.report(
+        service.wait(service.analyze(**pair(service, mlp_checkpoint_file, digits_probe_file))["id"])
+    )
+    assert mine["subject"]["kind"] == mine["probe"]["kind"] == "feature_set"
+    for name, split in mine["splits"].items():
+        other = theirs["splits"][name]
+        assert split["accuracy"] == other["accuracy"]
+        assert split["loss"] == pytest.approx(other["loss"], abs=1e-6)
+        assert split["collapse"]["nc1"] == pytest.approx(other["collapse"]["nc1"], rel=1e-4)
+        for level, centring in (("sample", "none"), ("sample", "global"), ("class_mean", "none")):
+            ours, others = (s["interplay"][level][centring] for s in (split, other))
+            assert ours["mir"] == pytest.approx(others["mir"], abs=1e-6)
+            assert ours["hdr"] == pytest.approx(others["hdr"], abs=1e-6)
+
+
+def test_idempotency_key(any_service: Service, mlp_checkpoint_file: Path, digits_probe_file: Path) -> None:
+    """The same key and body give the same analysis, ten times at once too; the same key with another body is a 409."""
+    ids = pair(any_service, mlp_checkpoint_file, digits_probe_file)
+    headers = {"Idempotency-Key": uuid4().hex}
+    body = {"kind": "evaluation", **ids}
+
+    def ask(_: int) -> Any:
+        return any_service.client.post("/v1/analyses", json=body, headers=headers)
+
+    with ThreadPoolExecutor(10) as pool:
+        answers = list(pool.map(ask, range(10)))
+    assert [answer.status_code for answer in answers] == [202] * 10
+    assert len({answer.json()["id"] for answer in answers}) == 1
+    other = any_service.client.post("/v1/analyses", json={**body, "options": {"seed": 1}}, headers=headers)
+    conflict = problem(other, 409, "idempotency-conflict")
+    assert conflict["analysis_id"] == answers[0].json()["id"]
+    assert any_service.wait(answers[0].json()["id"])["attempts"] == 1
+
+
+def test_cancel(any_service: Service, slow_ids: Callable[[Service], dict[str, str]]) -> None:
+    """What runs and what waits behind it can be cancelled; the worker then does other work; what has ended cannot."""
+    ids = slow_ids(any_service)
+    running, waiting = (any_service.analyze(**ids, options=SLOW) for _ in range(2))
+
+    def status(analysis: dict[str, Any]) -> str:
+        return str(any_service.client.get(f"/v1/analyses/{analysis['id']}").json()["status"])
+
+    from tests.services import until
+
+    until(lambda: status(running) == "running")
+    assert status(waiting) == "queued"
+    child = any_service.compute_child()
+    problem(any_service.client.delete(f"/v1/checkpoints/{ids['checkpoint_id']}"), 409, "in-use")
+    for analysis in (waiting, running):
+        assert any_service.client.post(f"/v1/analyses/{analysis['id']}/cancel").status_code == 200
+    assert status(waiting) == "cancelled"
+    ended = any_service.wait(running["id"], seconds=20)
+    assert ended["status"] == "cancelled"
+    assert ended["report_id"] is None
+    until(lambda: not child.is_running())
+    assert any_service.client.post(f"/v1/analyses/{running['id']}/cancel").status_code == 200
+    done = any_service.wait(any_service.analyze(**ids)["id"])
+    assert done["status"] == "succeeded"
+    problem(any_service.client.post(f"/v1/analyses/{done['id']}/cancel"), 409, "not-cancellable")
+    assert any_service.client.delete(f"/v1/checkpoints/{ids['checkpoint_id']}").status_code == 204
+    assert any_service.client.get(f"/v1/reports/{done['report_id']}").status_code == 200
+
+
+# Enough permutations to keep a worker busy for a while.
+SLOW = {"null_permutations": 1000}
+
+
+@pytest.fixture(scope="session")
+def slow_ids(mlp_checkpoint_file: Path, digits_probe_file: Path) -> Callable[[Service], dict[str, str]]:
+    """Ids whose evaluation takes long with the options SLOW."""
+    return lambda service: pair(service, mlp_checkpoint_file, digits_probe_file)
+
+
+def test_lists_of_analyses_and_reports(
+    any_service: Service, mlp_checkpoint_file: Path, digits_probe_file: Path
+) -> None:
+    """Analyses and reports are found by status, kind, subject and their subject's metadata."""
+    mark = uuid4().hex
+    ids = pair(any_service, mlp_checkpoint_file, digits_probe_file, metadata={"mark": mark})
+    done = any_service.wait(any_service.analyze(**ids)["id"])
+
+    def listed(collection: str, **params: str) -> list[str]:
+        response = any_service.client.get(f"/v1/{collection}", params=params)
+        assert response.status_code == 200, response.text
+        return [item["id"] for item in response.json()["items"]]
+
+    for params in (
+        {"checkpoint_id": ids["checkpoint_id"]},
+        {"probe_id": ids["probe_id"]},
+        {"metadata": f"mark={mark}"},
+        {"kind": "evaluation", "metadata": f"mark={mark}"},
+    ):
+        assert listed("analyses", **params) == [done["id"]]
+        assert listed("reports", **params) == [done["report_id"]]
+    assert listed("analyses", status="succeeded", metadata=f"mark={mark}") == [done["id"]]
+    assert listed("analyses", status="queued", metadata=f"mark={mark}") == []
+    assert listed("analyses", kind="other") == []
+
+
+BAD_REQUESTS: dict[str, dict[str, Any]] = {
+    "unknown kind": {"kind": "magic", "feature_set_id": "x"},
+    "no subject": {"kind": "evaluation"},
+    "half a subject": {"kind": "evaluation", "checkpoint_id": "x"},
+    "two subjects": {"kind": "evaluation", "checkpoint_id": "x", "probe_id": "y", "feature_set_id": "z"},
+    "unknown option": {"kind": "evaluation", "feature_set_id": "x", "options": {"seeds": 1}},
+    "negative permutations": {"kind": "evaluation", "feature_set_id": "x", "options": {"null_permutations": -1}},
+}
+
+
+@pytest.mark.parametrize("case", BAD_REQUESTS)
+def test_bad_request_is_refused(service: Service, case: str) -> None:
+    """A request that names no one thing to do is a problem that says where."""
+    body = problem(service.client.post("/v1/analyses", json=BAD_REQUESTS[case]), 422, "invalid-request")
+    assert body["errors"]
+
+
+def test_body_that_is_no_json_is_refused(service: Service) -> None:
+    """A body that is not JSON, or is far too long, is a problem."""
+    headers = {"Content-Type": "application/json"}
+    problem(service.client.post("/v1/analyses", content=b"{nonsense", headers=headers), 422, "invalid-request")
+    long = b'{"kind": "' + b"x" * 2**21 + b'"}'
+    problem(service.client.post("/v1/analyses", content=long, headers=headers), 413, "too-large")
+
+
+def renamed(tensors: Tensors) -> Tensors:
+    return {f"layers.{name}": value for name, value in tensors.items()}
+
+
+def many_names(tensors: Tensors) -> Tensors:
+    return {**tensors, **{f"extra.{i}": torch.zeros(1) for i in range(30)}}
+
+
+def transposed(tensors: Tensors) -> Tensors:
+    return {name: value.T.contiguous() if value.ndim == 2 else value for name, value in tensors.items()}
+
+
+def poisoned(value: float) -> Callable[[Tensors], Tensors]:
+    def poison(tensors: Tensors) -> Tensors:
+        name = max(tensors)
+        tensors[name].view(-1)[3] = value
+        return tensors
+
+    return poison
+
+
+BAD_CHECKPOINTS: dict[str, tuple[Callable[[Tensors], Tensors], dict[str, Any], str]] = {
+    "names that do not fit": (renamed, {}, "checkpoint-mismatch"),
+    "30 tensors too many": (many_names, {}, "checkpoint-mismatch"),
+    "shapes that do not fit": (transposed, {}, "checkpoint-mismatch"),
+    "an architecture of absurd size": (
+        lambda tensors: tensors,
+        {"architecture": {**MLP, "args": {"sizes": [64, *[1_000_000] * 20, 10]}}},
+        "checkpoint-mismatch",
+    ),
+    "NaN in a weight": (poisoned(float("nan")), {}, "non-finite-values"),
+    "infinity in a weight": (poisoned(float("inf")), {}, "non-finite-values"),
+    "a head that is not there": (lambda tensors: tensors, {"head": "classifier"}, "head-not-found"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CHECKPOINTS)
+def test_bad_checkpoint_fails_with_a_problem(
+    service: Service, case: str, mlp_checkpoint_file: Path, digits_probe_file: Path
+) -> None:
+    """Weights that do not fit, or are not numbers, fail their analysis with what was wrong; the worker lives."""
+    change, spec, kind = BAD_CHECKPOINTS[case]
+    content = save_tensors(change(load_file(mlp_checkpoint_file)), metadata={"architecture": json.dumps(MLP)})
+    worker = service.worker()
+    analysis = service.wait(service.analyze(**pair(service, content, digits_probe_file, **spec))["id"])
+    assert analysis["status"] == "failed", analysis
+    body = analysis["problem"]
+    assert body["type"] == f"urn:interplay:problem:{kind}", body
+    if case == "names that do not fit":
+        assert len(body["missing"]) == len(body["unexpected"]) == 4
+    if case == "30 tensors too many":
+        assert len(body["unexpected"]) == 20
+        assert body["n_unexpected"] == 30
+    if case == "shapes that do not fit":
+        assert {"name", "expected", "found"} == set(body["misshaped"][0])
+    if kind == "non-finite-values":
+        assert body["tensor"] == max(load_file(mlp_checkpoint_file))
+    assert service.worker() == worker
+    done = service.wait(service.analyze(**pair(service, mlp_checkpoint_file, digits_probe_file))["id"])
+    assert done["status"] == "succeeded"
+
+
+def probe_arrays(**changes: Any) -> bytes:
+    generator = np.random.default_rng(0)
+    arrays = {"inputs": generator.normal(size=(40, 64)).astype(np.float32), "labels": np.arange(40) % 10}
+    return save({**arrays, **changes})
+
+
+def with_nan() -> np.ndarray[Any, Any]:
+    inputs = np.ones((40, 64), np.float32)
+    inputs[7, 9] = np.nan
+    return inputs
+
+
+BAD_PROBES: dict[str, tuple[Callable[[], bytes], str]] = {
+    "inputs of another width": (lambda: probe_arrays(inputs=np.ones((40, 63), np.float32)), "inputs-refused"),
+    "labels beyond the head": (lambda: probe_arrays(labels=np.arange(40) % 11), "invalid-probe"),
+    "NaN in the inputs": (lambda: probe_arrays(inputs=with_nan()), "non-finite-values"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PROBES)
+def test_probe_that_does_not_fit_fails_with_a_problem(service: Service, case: str, mlp_checkpoint_file: Path) -> None:
+    """A probe that the network cannot take fails the analysis with what was wrong."""
+    content, kind = BAD_PROBES[case]
+    analysis = service.wait(service.analyze(**pair(service, mlp_checkpoint_file, content()))["id"])
+    assert analysis["status"] == "failed", analysis
+    assert analysis["problem"]["type"] == f"urn:interplay:problem:{kind}", analysis["problem"]
+
+
+@pytest.mark.parametrize("name", ["features", "head", "head_bias", "logits"])
+def test_non_finite_feature_set_fails_with_a_problem(service: Service, name: str) -> None:
+    """NaN in a feature set fails the analysis and names the tensor."""
+    generator = np.random.default_rng(0)
+    tensors = {
+        "features": generator.normal(size=(40, 8)),
+        "head": generator.normal(size=(4, 8)),
+        "head_bias": np.zeros(4),
+        "logits": generator.normal(size=(40, 4)),
+    }
+    tensors[name].flat[1] = np.nan
+    content = save({**{key: value.astype(np.float32) for key, value in tensors.items()}, "labels": np.arange(40) % 4})
+    made = service.post("/v1/feature-sets", {"name": "nan"}, content)
+    analysis = service.wait(service.analyze(feature_set_id=made.json()["id"])["id"])
+    assert analysis["status"] == "failed", analysis
+    assert analysis["problem"]["type"] == "urn:interplay:problem:non-finite-values"
+    assert analysis["problem"]["tensor"] == name

@@ -1,0 +1,79 @@
+"""What many tests share: databases, services and files with real data."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file as save_arrays
+from safetensors.torch import save_file as save_tensors
+from sklearn.datasets import load_digits
+
+from analysis.networks import build
+from tests import services
+from tests.databases import fresh_database, postgres_server
+
+MLP = {"family": "builtin", "name": "mlp", "args": {"sizes": [64, 32, 10], "activation": "relu", "norm": "none"}}
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    """The URL of a PostgreSQL server, for `fresh_database`."""
+    with postgres_server() as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[services.Service]:
+    """A service with one worker, on SQLite."""
+    with services.running(tmp_path_factory.mktemp("service") / "data") as service:
+        yield service
+
+
+@pytest.fixture(scope="session")
+def service_on_postgres(postgres: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[services.Service]:
+    """A service with one worker, on PostgreSQL."""
+    data_dir = tmp_path_factory.mktemp("service-on-postgres") / "data"
+    with fresh_database(postgres) as url, services.running(data_dir, database_url=url) as service:
+        yield service
+
+
+@pytest.fixture(scope="session", params=["sqlite", "postgresql"])
+def any_service(request: pytest.FixtureRequest) -> services.Service:
+    """The service, once on each database."""
+    name = {"sqlite": "service", "postgresql": "service_on_postgres"}[request.param]
+    running: services.Service = request.getfixturevalue(name)
+    return running
+
+
+@pytest.fixture(scope="session")
+def digits_probe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Scikit-learn's digits as a probe: 1,797 scans of 8 x 8 pixels, every fifth one for testing."""
+    images, labels = load_digits(return_X_y=True)
+    path = tmp_path_factory.mktemp("files") / "digits.safetensors"
+    split = (np.arange(len(labels)) % 5 == 0).astype(np.uint8)
+    arrays = {"inputs": images.astype(np.float32), "labels": labels.astype(np.int64), "split": split}
+    save_arrays(arrays, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def mlp_checkpoint_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small network, trained on the digits for a moment, with its architecture in the file."""
+    path = tmp_path_factory.mktemp("files") / "mlp.safetensors"
+    images, labels = load_digits(return_X_y=True)
+    inputs, targets = torch.tensor(images, dtype=torch.float32) / 16, torch.tensor(labels)
+    generator = torch.Generator().manual_seed(0)
+    network = build(MLP, device="cpu")
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.5, momentum=0.9)
+    for _ in range(30):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(network(inputs), targets).backward()
+        optimizer.step()
+    save_tensors(network.state_dict(), path, metadata={"architecture": json.dumps(MLP)})
+    return path

@@ -1,0 +1,154 @@
+"""Real services for tests: processes on loopback that are asked over HTTP, and that leave nothing running."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+# Nothing here is slow; a shared machine may be.
+PATIENCE_SECONDS = 90.0
+
+
+@dataclass
+class Service:
+    """A running service: `interplay serve`, or its parts apart."""
+
+    url: str
+    data_dir: Path
+    process: subprocess.Popen[str]
+    environment: dict[str, str]
+    client: httpx.Client = field(repr=False)
+
+    def worker(self) -> psutil.Process:
+        """The worker process that `serve` supervises now."""
+        return until(lambda: _child_running(psutil.Process(self.process.pid), "workers"))
+
+    def compute_child(self) -> psutil.Process:
+        """The worker's compute process."""
+        return until(lambda: _child_running(self.worker(), "workers.child"))
+
+    def post(self, path: str, spec: dict[str, Any], file: bytes | Path | None = None) -> httpx.Response:
+        """POST a form with a spec and perhaps a file."""
+        parts: dict[str, Any] = {"spec": (None, json.dumps(spec), "application/json")}
+        if file is not None:
+            content = file.read_bytes() if isinstance(file, Path) else file
+            parts["file"] = ("file", content, "application/octet-stream")
+        return self.client.post(path, files=parts)
+
+    def analyze(self, **body: Any) -> dict[str, Any]:
+        """Queue an evaluation and give it back, queued."""
+        response = self.client.post("/v1/analyses", json={"kind": "evaluation", **body})
+        assert response.status_code == 202, response.text
+        return dict(response.json())
+
+    def wait(self, analysis_id: str, *, seconds: float = PATIENCE_SECONDS) -> dict[str, Any]:
+        """The analysis once it has ended."""
+
+        def ended() -> dict[str, Any] | None:
+            analysis = self.client.get(f"/v1/analyses/{analysis_id}").json()
+            return analysis if analysis["status"] in ("succeeded", "failed", "cancelled") else None
+
+        return until(ended, seconds=seconds)
+
+    def report(self, analysis: dict[str, Any]) -> dict[str, Any]:
+        assert analysis["status"] == "succeeded", analysis
+        return dict(self.client.get(f"/v1/reports/{analysis['report_id']}").json())
+
+
+def until(probe: Any, *, seconds: float = PATIENCE_SECONDS) -> Any:
+    """What `probe` returns once it is neither None nor False; an error of the connection counts as not yet."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            result = probe()
+        except (httpx.TransportError, psutil.NoSuchProcess):
+            result = None
+        if result is not None and result is not False:
+            return result
+        assert time.monotonic() < deadline, "this took too long"
+        time.sleep(0.05)
+
+
+@contextmanager
+def running(
+    data_dir: Path, *, command: str = "serve", port: int = 0, ready: bool = True, **settings: str
+) -> Iterator[Service]:
+    """A service in a folder of its own; at the end it must stop by itself, with all that it started."""
+    environment = {
+        **{key: value for key, value in os.environ.items() if not key.startswith("INTERPLAY_")},
+        "INTERPLAY_DATA_DIR": str(data_dir),
+        "INTERPLAY_THREADS": "1",
+        **{f"INTERPLAY_{key.upper()}": value for key, value in settings.items()},
+    }
+    data_dir.mkdir(parents=True, exist_ok=True)
+    with (data_dir / "stderr.txt").open("a") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "app", command, "--port", str(port)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+        )
+    assert process.stdout is not None
+    started: list[psutil.Process] = []
+    try:
+        line = process.stdout.readline()
+        assert line.startswith("Interplay is listening on http://"), (data_dir / "stderr.txt").read_text()
+        url = line.split()[-1]
+        with httpx.Client(base_url=url, timeout=30, trust_env=False) as client:
+            service = Service(url, data_dir, process, environment, client)
+            if ready and command == "serve":
+                until(lambda: client.get("/readyz").status_code == 200)
+            yield service
+            if process.poll() is None:
+                started = psutil.Process(process.pid).children(recursive=True)
+                process.terminate()
+                assert process.wait(15) == 0, (data_dir / "stderr.txt").read_text()
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        _, alive = psutil.wait_procs(started, timeout=15)
+        for left in alive:
+            left.kill()
+        assert not alive, f"left running: {alive}"
+
+
+@contextmanager
+def worker(service: Service, **settings: str) -> Iterator[subprocess.Popen[bytes]]:
+    """One more worker process of a service, stopped at the end."""
+    environment = {**service.environment, **{f"INTERPLAY_{key.upper()}": value for key, value in settings.items()}}
+    with (service.data_dir / "stderr.txt").open("a") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "workers", "--stop-at-end-of-input"],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stderr=log,
+        )
+    try:
+        yield process
+    finally:
+        process.terminate()
+        assert process.stdin is not None
+        process.stdin.close()
+        try:
+            process.wait(15)
+        finally:
+            process.kill()
+            process.wait()
+
+
+def _child_running(parent: psutil.Process, module: str) -> psutil.Process | None:
+    for child in parent.children():
+        if module in child.cmdline():
+            return child
+    return None

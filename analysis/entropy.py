@@ -14,8 +14,10 @@ from analysis.errors import AnalysisError
 # An entropy below this is zero but for rounding, and no ratio is taken over it.
 ZERO_ENTROPY = 1e-12
 
-# Eigenvalues below this share of the largest are the rounding of eigvalsh: 512 of them would pass for 1e-12 of entropy.
-_ROUNDING = 16 * torch.finfo(torch.float64).eps
+_EPS = torch.finfo(torch.float64).eps
+# What is left beside the largest eigenvalue of a matrix of one direction. The rest of the spectrum is then rounding, of
+# both signs; its positive half alone would pass for 1e-10 of entropy after 50,000 samples.
+_ONE_DIRECTION = 1e-13
 
 
 def unit_rows(
@@ -58,11 +60,16 @@ def spectrum_entropy(eigenvalues: Float64[Tensor, " n"], alpha: float = 1.0) -> 
     Raises:
         AnalysisError: `invalid-argument` for a negative alpha.
 
-    Numerics: eigenvalues below 16 eps of the largest count as zero.
+    Numerics: eigenvalues below 16 eps of the largest (n eps for alpha < 1) count as zero.
     """
     if not alpha >= 0:
         raise AnalysisError("invalid-argument", f"alpha is {alpha}; an order is at least 0", argument="alpha")
-    support = eigenvalues[eigenvalues > _ROUNDING * eigenvalues.max()].clamp(max=1.0)
+    largest = eigenvalues.max()
+    if float(eigenvalues.sum() - largest) < _ONE_DIRECTION:
+        return 0.0
+    # Small orders weigh small eigenvalues up: they take the usual cut-off of a numerical rank.
+    cutoff = (16 if alpha >= 1 else max(16, len(eigenvalues))) * _EPS
+    support = eigenvalues[eigenvalues > cutoff * largest]
     if alpha == 1:
         return float(torch.special.entr(support).sum())
     if math.isinf(alpha):

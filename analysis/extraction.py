@@ -94,7 +94,7 @@ def _pass(
     try:
         with torch.inference_mode(), arithmetic:
             done = 0
-            for batch in probe.batches(size, device):
+            for batch in probe.batches(size, device=device):
                 received.clear()
                 output = _forward(module, batch)
                 rows = slice(done, done + len(batch))

@@ -1,6 +1,7 @@
 """Probe data and feature sets: read, checked, handed out in batches."""
 
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import isfinite, prod
@@ -15,10 +16,18 @@ from torch import Tensor
 
 from analysis.errors import AnalysisError, Kind
 
+Number = float | int
+
 _INTEGER = (
     torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64,
 )  # fmt: skip
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+# What the two formats' readers raise for bytes that are not theirs; MemoryError for an array announced to be huge.
+_BROKEN_FILE = (
+    SafetensorError, zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, TypeError, NotImplementedError,
+    RuntimeError, MemoryError,
+)  # fmt: skip
 
 # Numbers that are looked at in one go: what is checked is never copied as a whole.
 _CHUNK_ELEMENTS = 2**24
@@ -37,9 +46,9 @@ class Preprocess:
         AnalysisError: `invalid-probe` for a number that is not finite or a std that is not above 0.
     """
 
-    scale: float | int = 1.0
-    mean: float | int | Sequence[float | int] = 0.0
-    std: float | int | Sequence[float | int] = 1.0
+    scale: Number = 1.0
+    mean: Number | Sequence[Number] = 0.0
+    std: Number | Sequence[Number] = 1.0
 
     def __post_init__(self) -> None:
         numbers = (self.scale, *_numbers(self.mean), *_numbers(self.std))
@@ -120,7 +129,7 @@ class FeatureSet:
 def load_probe(
     path: Path,
     *,
-    format: Literal["safetensors", "npz"],  # noqa: A002 - the word of the API and of the probe's row
+    format: Literal["safetensors", "npz"],
     preprocess: Preprocess | None = None,
     n_classes: int | None = None,
 ) -> Probe:
@@ -200,7 +209,7 @@ def load_feature_set(path: Path) -> FeatureSet:
     )
 
 
-def _read(path: Path, format: str, names: Sequence[str], kind: Kind) -> dict[str, Tensor]:  # noqa: A002
+def _read(path: Path, format: str, names: Sequence[str], kind: Kind) -> dict[str, Tensor]:
     """Those of the named tensors that the file holds."""
     try:
         if format == "safetensors":
@@ -210,7 +219,7 @@ def _read(path: Path, format: str, names: Sequence[str], kind: Kind) -> dict[str
             return {name: _from_numpy(archive[name]) for name in names if name in archive.files}
     except FileNotFoundError:
         raise
-    except (SafetensorError, zipfile.BadZipFile, ValueError, TypeError, EOFError, OSError, AttributeError) as error:
+    except _BROKEN_FILE as error:
         raise AnalysisError(kind, f"The file cannot be read as {format}: {error}.") from None
 
 
@@ -259,10 +268,9 @@ def _require_finite(
 ) -> None:
     rows = max(1, _CHUNK_ELEMENTS // max(1, prod(tensor.shape[1:])))
     for start in range(0, tensor.shape[0], rows):
-        finite = torch.isfinite(prepare(tensor[start : start + rows])).flatten(1) if tensor.ndim > 1 else None
-        good = torch.isfinite(tensor) if finite is None else finite.all(dim=1)
-        if not bool(good.all()):
-            row = start + int(torch.nonzero(~good)[0])
+        finite = torch.isfinite(prepare(tensor[start : start + rows]))
+        if not bool(finite.all()):
+            row = start + int(torch.nonzero(~finite)[0, 0])
             raise AnalysisError(
                 "non-finite-values", f"{name} holds NaN or infinity, first in row {row}.", tensor=name, row=row
             )
@@ -273,11 +281,13 @@ def _prepared(batch: Shaped[Tensor, "n ..."], preprocess: Preprocess | None) -> 
     return batch if preprocess is None else preprocess(batch)
 
 
-def _numbers(value: float | Sequence[float]) -> Sequence[float]:
+def _numbers(value: Number | Sequence[Number]) -> Sequence[Number]:
     return value if isinstance(value, Sequence) else (value,)
 
 
-def _along_channels(value: float | Sequence[float], inputs: Float32[Tensor, "n ..."]) -> Float32[Tensor, "..."] | float:
+def _along_channels(
+    value: Number | Sequence[Number], inputs: Float32[Tensor, "n ..."]
+) -> Float32[Tensor, "..."] | Number:
     if not isinstance(value, Sequence):
         return value
     if inputs.ndim < 2 or len(value) != inputs.shape[1]:

@@ -65,14 +65,14 @@ class Service:
 
 
 def until(probe: Any, *, seconds: float = PATIENCE_SECONDS) -> Any:
-    """What `probe` returns once it is neither None nor False; an error of the connection counts as not yet."""
+    """What `probe` returns once it is true; an error of the connection counts as not yet."""
     deadline = time.monotonic() + seconds
     while True:
         try:
             result = probe()
         except (httpx.TransportError, psutil.NoSuchProcess):
             result = None
-        if result is not None and result is not False:
+        if result:
             return result
         assert time.monotonic() < deadline, "this took too long"
         time.sleep(0.05)

@@ -97,7 +97,8 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c2 h2 w2"]:
         y = torch.relu(self.bn1(self.conv1(x)))
-        return torch.relu(self.bn2(self.conv2(y)) + self.downsample(x))
+        shortcut: Tensor = self.downsample(x)
+        return torch.relu(self.bn2(self.conv2(y)) + shortcut)
 
 
 class Resnet(nn.Module):
@@ -140,7 +141,8 @@ class PreactivationBlock(nn.Module):
         activated = torch.relu(self.bn1(x))
         y = self.conv2(torch.relu(self.bn2(self.conv1(activated))))
         shortcut: Tensor = x if self.shortcut is None else self.shortcut(activated)
-        return shortcut + y
+        residual: Tensor = y + shortcut
+        return residual
 
 
 class WideResnet(nn.Module):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from jaxtyping import TypeCheckError
 from torch import Tensor
 
 from analysis import entropy
@@ -60,9 +61,9 @@ def test_orders_follow_their_formula() -> None:
     gram = torch.tensor([[1.0, 0.8], [0.8, 1.0]], dtype=torch.float64)
     assert matrix_entropy(gram) == pytest.approx(-0.9 * math.log(0.9) - 0.1 * math.log(0.1), abs=1e-13)
     assert matrix_entropy(gram, 0.5) == pytest.approx(2 * math.log(math.sqrt(0.9) + math.sqrt(0.1)), abs=1e-13)
-    assert matrix_entropy(gram, 2) == pytest.approx(-math.log(0.82), abs=1e-13)
-    assert matrix_entropy(gram, 3) == pytest.approx(-math.log(0.73) / 2, abs=1e-13)
-    assert matrix_entropy(gram, 0) == pytest.approx(math.log(2), abs=1e-13)
+    assert matrix_entropy(gram, 2.0) == pytest.approx(-math.log(0.82), abs=1e-13)
+    assert matrix_entropy(gram, 3.0) == pytest.approx(-math.log(0.73) / 2, abs=1e-13)
+    assert matrix_entropy(gram, 0.0) == pytest.approx(math.log(2), abs=1e-13)
     assert matrix_entropy(gram, 1e4) == pytest.approx(-math.log(0.9), rel=1e-3)
 
 
@@ -97,7 +98,7 @@ def test_the_entropy_of_vectors_is_that_of_their_gram_matrix(seed: int, n: int, 
     expected = reference.entropy(np.asarray(gram))
     assert matrix_entropy(gram) == pytest.approx(expected, abs=1e-11)
     assert matrix_entropy_of_vectors(vectors) == pytest.approx(expected, abs=1e-11)
-    assert matrix_entropy_of_vectors(vectors, 2) == pytest.approx(matrix_entropy(gram, 2), abs=1e-11)
+    assert matrix_entropy_of_vectors(vectors, 2.0) == pytest.approx(matrix_entropy(gram, 2.0), abs=1e-11)
 
 
 def test_unit_rows_survive_extreme_lengths() -> None:
@@ -115,10 +116,16 @@ def test_differences_that_are_rounding_have_no_direction() -> None:
     assert usable.tolist() == [False, True]
 
 
+def test_annotations_are_checked() -> None:
+    """The import hook of conftest.py is in place: a shape that does not fit its annotation does not pass."""
+    with pytest.raises(TypeCheckError):
+        matrix_entropy(torch.zeros(2, 3))
+
+
 def test_wrong_arguments_are_named() -> None:
     """Negative orders and empty matrices are refused."""
     for call in (
-        lambda: matrix_entropy(torch.eye(2), -1),
+        lambda: matrix_entropy(torch.eye(2), -1.0),
         lambda: matrix_entropy(torch.zeros(0, 0)),
         lambda: matrix_entropy_of_vectors(torch.zeros(3, 2)),
         lambda: matrix_entropy_of_vectors(torch.eye(2), math.nan),

@@ -15,15 +15,9 @@ import migrations
 from app.database import make_engine
 from app.models import Base
 from app.settings import Settings
-from tests.databases import fresh_database, postgres_server
+from tests.databases import fresh_database
 
 OURS = set(Base.metadata.tables)
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    with postgres_server() as url:
-        yield url
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -32,7 +26,7 @@ def settings(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Setting
     with ExitStack() as stack:
         url = ""
         if request.param == "postgresql":
-            url = stack.enter_context(fresh_database(request.getfixturevalue("server")))
+            url = stack.enter_context(fresh_database(request.getfixturevalue("postgres")))
         yield Settings(data_dir=tmp_path, database_url=url)
 
 

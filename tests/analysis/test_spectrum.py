@@ -1,0 +1,257 @@
+"""The class-structured joint spectrum against the whole N x N Gram matrix, and the permutation baseline."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from analysis.collapse import class_statistics
+from analysis.entropy import unit_rows
+from analysis.spectrum import (
+    Entropies,
+    LabelledFeatures,
+    hdr_of,
+    mir_of,
+    pair_entropies,
+    pair_null,
+    sample_entropies,
+    sample_null,
+)
+from tests.analysis import reference
+
+
+def _case(seed: int, counts: list[int], d: int, power: float = 0.5, separation: float = 1.0) -> tuple[Tensor, ...]:
+    """Features with a power-law spectrum around class means, shuffled, and a head near the means."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    labels = labels[torch.randperm(len(labels), generator=generator)]
+    scales = torch.arange(1, d + 1).double().pow(-power)
+    noise = torch.randn(len(labels), d, generator=generator, dtype=torch.float64) * scales
+    means = torch.randn(len(counts), d, generator=generator, dtype=torch.float64) * separation
+    head = means + 0.3 * torch.randn(len(counts), d, generator=generator, dtype=torch.float64)
+    return noise + means[labels], labels, head
+
+
+def _labelled(features: Tensor, labels: Tensor, head: Tensor, centring: str) -> LabelledFeatures:
+    statistics = class_statistics(features, labels, len(head))
+    centre = statistics.centre if centring == "global" else torch.zeros_like(statistics.centre)
+    rows = (head - head.mean(dim=0) if centring == "global" else head)[statistics.classes]
+    return LabelledFeatures(features, statistics.members, centre, unit_rows(rows)[0])
+
+
+def _entropies(labelled: LabelledFeatures, tolerance: float = 1e-4, largest: int = 4096) -> Entropies:
+    found = sample_entropies(labelled, tolerance=tolerance, largest=largest)
+    assert found is not None
+    return found
+
+
+def _mir(entropies: Entropies) -> float:
+    value = mir_of(entropies.features, entropies.head, entropies.joint)
+    assert value is not None
+    return value
+
+
+@pytest.mark.parametrize("centring", ["none", "global"])
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    counts=st.lists(st.integers(1, 40), min_size=2, max_size=12),
+    d=st.integers(1, 25),
+    separation=st.sampled_from([0.0, 1.0, 10.0]),
+)
+def test_the_exact_spectrum_is_that_of_the_whole_gram_matrix(
+    centring: str, seed: int, counts: list[int], d: int, separation: float
+) -> None:
+    """Unbalanced classes, smaller and larger than d, both centrings."""
+    features, labels, head = _case(seed, counts, d, separation=separation)
+    expected = reference.interplay(features.numpy(), labels.numpy(), head.numpy(), "sample", centring)
+    found = _entropies(_labelled(features, labels, head, centring), tolerance=0.0)
+    assert found.method.name == "exact"
+    assert found.features == pytest.approx(expected.features, abs=1e-9)
+    assert found.head == pytest.approx(expected.head, abs=1e-9)
+    assert found.joint == pytest.approx(expected.joint, abs=1e-9)
+    assert found.n_pairs == len(labels)
+
+
+@pytest.mark.parametrize("centring", ["none", "global"])
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("separation", [0.0, 0.3, 5.0])
+def test_the_pinched_spectrum_bounds_mir_from_below(power: float, separation: float, centring: str) -> None:
+    """From flat to steep spectra, from loose to tight classes: below the exact value by no more than the estimate."""
+    features, labels, head = _case(1, [60, 200, 150, 40, 250, 90, 10, 30], 100, power, separation)
+    labelled = _labelled(features, labels, head, centring)
+    expected = reference.interplay(features.numpy(), labels.numpy(), head.numpy(), "sample", centring)
+    assert expected.mir is not None
+    found = _entropies(labelled)
+    short = expected.mir - _mir(found)
+    assert -1e-9 <= short <= max(found.method.error_estimate, 1e-9)
+    assert found.method.error_estimate <= 2.5e-4
+    assert found.method.kept <= found.method.total <= 630
+
+
+def test_steep_spectra_keep_a_small_part() -> None:
+    """The pinched tail is what makes large probes affordable: here a fifth of the rows is enough."""
+    features, labels, head = _case(2, [300] * 10, 128, 1.5, 0.5)
+    found = _entropies(_labelled(features, labels, head, "none"))
+    assert found.method.name == "pinched"
+    assert found.method.total == 1280
+    assert found.method.kept <= 400
+    assert 0 < found.method.tail_mass < 0.01
+
+
+def test_a_larger_kept_part_never_lowers_mir() -> None:
+    """The error is monotone, also where the limit stops the enlargement, and the estimate covers it."""
+    features, labels, head = _case(3, [100] * 8, 90, 0.3, 0.4)
+    labelled = _labelled(features, labels, head, "global")
+    exact = _mir(_entropies(labelled, 0.0))
+    found = [_entropies(labelled, 1e-9, largest) for largest in (30, 100, 200, 400, 700)]
+    values = [_mir(entropies) for entropies in found]
+    assert all(first <= second + 1e-12 for first, second in zip(values, values[1:], strict=False))
+    for entropies, value in zip(found, values, strict=True):
+        assert entropies.method.kept <= 700
+        assert -1e-9 <= exact - value <= entropies.method.error_estimate
+
+
+def test_rows_that_are_not_kept_are_not_held_and_change_nothing() -> None:
+    """With many classes the factors are pruned on the way; the result is that of unpruned ones."""
+    features, labels, head = _case(4, [30] * 40, 50, 1.0, 1.0)
+    labelled = _labelled(features, labels, head, "none")
+    assert _mir(_entropies(labelled, 1e-9, 64)) <= _mir(_entropies(labelled, 1e-9, 300)) + 1e-12
+    # 300 rows are the limit of both; of 400 samples a class nothing is pruned where the limit is above half of them.
+    pruned, whole = _entropies(labelled, 1e-9, 590), _entropies(labelled, 1e-9, 601)
+    assert pruned.features == pytest.approx(whole.features, abs=1e-12)
+    assert 0 <= _mir(whole) - _mir(pruned) < 1e-3
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    counts=st.lists(st.integers(1, 12), min_size=2, max_size=6),
+    d=st.integers(2, 10),
+    repeats=st.integers(2, 4),
+)
+def test_what_leaves_the_numbers_unchanged(seed: int, counts: list[int], d: int, repeats: int) -> None:
+    """Positive scales of rows, rotations, permutations, relabelling and repeating the probe; and the bounds."""
+    features, labels, head = _case(seed, counts, d)
+    generator = torch.Generator().manual_seed(seed)
+    base = _entropies(_labelled(features, labels, head, "none"))
+    assert max(base.features, base.head) <= base.joint <= base.features + base.head
+
+    def rotation() -> Tensor:
+        return torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64)).Q
+
+    def scales(n: int) -> Tensor:
+        return torch.rand(n, 1, generator=generator, dtype=torch.float64) + 0.1
+
+    order = torch.randperm(len(labels), generator=generator)
+    names = torch.randperm(len(counts), generator=generator)
+    changed = {
+        "scaled": (features * scales(len(labels)), labels, head * scales(len(head))),
+        "rotated": (features @ rotation(), labels, head @ rotation()),
+        "permuted": (features[order], labels[order], head),
+        "relabelled": (features, names[labels], head[names.argsort()]),
+        "repeated": (features.repeat(repeats, 1), labels.repeat(repeats), head),
+    }
+    for name, case in changed.items():
+        found = _entropies(_labelled(*case, "none"))
+        for level in ("features", "head", "joint"):
+            assert getattr(found, level) == pytest.approx(getattr(base, level), abs=1e-10), name
+
+
+def test_equal_features_share_nothing_and_ratios_are_not_defined() -> None:
+    """All z equal: H(K1) = 0, also after many samples, where rounding adds up."""
+    features = torch.full((20_000, 64), 0.1)
+    labels = torch.arange(20_000) % 4
+    found = _entropies(_labelled(features, labels, torch.eye(4, 64), "none"))
+    assert found.features == 0.0
+    assert found.joint == pytest.approx(math.log(4), abs=1e-9)
+    assert mir_of(found.features, found.head, found.joint) is None
+    assert hdr_of(found.features, found.head) == 1.0
+
+
+def test_orthogonal_features_have_log_n() -> None:
+    """All z orthogonal, each its own class with an orthogonal head row: MIR 1, HDR 0."""
+    found = _entropies(_labelled(torch.eye(12), torch.arange(12), torch.eye(12, dtype=torch.float64), "none"))
+    assert found.features == pytest.approx(math.log(12), abs=1e-12)
+    assert _mir(found) == pytest.approx(1, abs=1e-12)
+    assert hdr_of(found.features, found.head) == pytest.approx(0, abs=1e-12)
+
+
+def test_samples_without_direction_are_left_out_and_counted() -> None:
+    """Rows of zeros take no part; a class may lose all of its samples."""
+    features, labels, head = _case(5, [9, 4, 7], 6)
+    zeroed = features.clone()
+    zeroed[labels == 1] = 0
+    found = _entropies(_labelled(zeroed, labels, head, "none"))
+    kept = labels != 1
+    expected = reference.interplay(features[kept].numpy(), labels[kept].numpy(), head.numpy(), "sample", "none")
+    assert found.degenerate_samples == 4
+    assert found.n_pairs == 16
+    assert _mir(found) == pytest.approx(expected.mir, abs=1e-10)
+    assert sample_entropies(_labelled(torch.zeros(5, 3), torch.tensor([0, 0, 1, 1, 1]), torch.eye(2, 3), "none")) is None
+
+
+@pytest.mark.parametrize("n", [1, 2, 9, 40])
+def test_pairs_follow_the_definition(n: int) -> None:
+    """At class-mean level there is one pair a class."""
+    z, v = (unit_rows(torch.randn(n, 7, generator=torch.Generator().manual_seed(seed)))[0] for seed in (n, n + 1))
+    found, expected = pair_entropies(z, v), reference.numbers(z.numpy(), v.numpy())
+    for level in ("features", "head", "joint"):
+        assert getattr(found, level) == pytest.approx(getattr(expected, level), abs=1e-10)
+
+
+def test_the_sample_null_permutes_labels_on_a_stratified_subsample() -> None:
+    """Of 1000 samples 512 in the proportions of the classes; independent labels share little, real ones more."""
+    features, labels, head = _case(6, [500, 300, 200], 20, 0.5, 2.0)
+    labelled = _labelled(features, labels, head, "none")
+    null = sample_null(labelled, permutations=20, generator=torch.Generator().manual_seed(0))
+    assert null is not None
+    assert (null.n, null.n_samples) == (20, 512)
+    assert null.observed == pytest.approx(_mir(_entropies(labelled)), abs=0.02)
+    assert 0 <= null.mean < 0.2 < null.observed
+    assert 0 < null.std < 0.02
+    assert sample_null(labelled, permutations=20, generator=torch.Generator().manual_seed(0)) == null
+    assert sample_null(labelled, permutations=20, generator=torch.Generator().manual_seed(1)) != null
+
+
+def test_a_small_probe_is_its_own_subsample() -> None:
+    """Up to 512 samples the observed value is the exact MIR, and the null that of the naive permutation."""
+    features, labels, head = _case(7, [30, 20, 10], 8)
+    labelled = _labelled(features, labels, head, "none")
+    null = sample_null(labelled, permutations=200, generator=torch.Generator().manual_seed(0))
+    assert null is not None
+    assert null.n_samples == 60
+    assert null.observed == pytest.approx(_mir(_entropies(labelled)), abs=1e-10)
+    random = np.random.default_rng(0)
+    values = [
+        reference.interplay(features.numpy(), random.permutation(labels.numpy()), head.numpy(), "sample", "none").mir
+        for _ in range(200)
+    ]
+    naive = np.array(values, dtype=np.float64)
+    # Two sets of 200 draws: means within five standard errors, deviations within 40%.
+    assert null.mean == pytest.approx(naive.mean(), abs=5 * naive.std() * math.sqrt(2 / 200))
+    assert null.std == pytest.approx(naive.std(ddof=1), rel=0.4)
+
+
+def test_at_collapse_every_pairing_is_the_same() -> None:
+    """Class means and head on one simplex frame: the null of the pairing has no spread."""
+    frame = unit_rows(torch.eye(6, dtype=torch.float64) - 1 / 6)[0]
+    null = pair_null(frame, frame, permutations=10, generator=torch.Generator().manual_seed(0))
+    assert null is not None
+    assert null.std < 1e-12
+    assert null.mean == pytest.approx(null.observed, abs=1e-12)
+
+
+def test_the_pair_null_is_undefined_without_entropy_and_limited_to_512_pairs() -> None:
+    """One pair has no entropy; of many classes a drawn part is permuted; one permutation has no spread."""
+    generator = torch.Generator().manual_seed(0)
+    one = torch.ones(1, 1, dtype=torch.float64)
+    assert pair_null(one, one, permutations=3, generator=generator) is None
+    rows = unit_rows(torch.randn(600, 30, generator=generator))[0]
+    null = pair_null(rows, rows.roll(1, 0), permutations=1, generator=generator)
+    assert null is not None
+    assert (null.n, null.n_samples, null.std) == (1, 512, 0.0)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import isfinite, prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -215,7 +215,8 @@ def _read(path: Path, format: str, names: Sequence[str], kind: Kind) -> dict[str
         if format == "safetensors":
             with safe_open(path, framework="pt", device="cpu") as file:
                 return {name: file.get_tensor(name) for name in names if name in file.keys()}  # noqa: SIM118
-        with np.load(path, allow_pickle=False) as archive:
+        # NumPy leaves a file open that turns out to be no archive, unless the file is ours.
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as archive:
             return {name: _from_numpy(archive[name]) for name in names if name in archive.files}
     except FileNotFoundError:
         raise
@@ -223,7 +224,9 @@ def _read(path: Path, format: str, names: Sequence[str], kind: Kind) -> dict[str
         raise AnalysisError(kind, f"The file cannot be read as {format}: {error}.") from None
 
 
-def _from_numpy(array: np.ndarray[Any, Any]) -> Tensor:
+def _from_numpy(array: object) -> Tensor:
+    if not isinstance(array, np.ndarray):
+        raise ValueError("a member of the archive is not an array")
     # torch knows numbers in this machine's byte order alone.
     return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
 

@@ -235,12 +235,14 @@ class _JointSpectrum:
         self.coupling = head @ head.T / factors.n
         self.total = len(values)
         self.leaders = int((sizes > 0).sum())
-        # Beyond the first k rows: their mass, and the mass weighted by rank. A dropped coupling between two rows costs
-        # about the smaller of their eigenvalues, and a row couples with all before it, so that the error of the entropy
-        # is about proportional to the second.
+        # Beyond the first k rows: their mass, and what dropping their couplings costs but for one factor. To second
+        # order a coupling between eigenvalues a > b costs in proportion to a b log(a/b) / (a - b), about
+        # b (1 + log(a/b)), and a row couples with all before it.
         ranks = torch.arange(self.total, dtype=torch.float64, device=values.device)
+        logarithms = self.values.log()
+        ratios = (logarithms.cumsum(0) - logarithms - ranks * logarithms).clamp(min=0)
         self.tails = _suffix_sums(self.values)
-        self.weights = _suffix_sums(self.values * ranks)
+        self.weights = _suffix_sums(self.values * (ranks + ratios))
 
     def entropy(self, kept: int) -> float:
         """H with the couplings of the first `kept` rows; the others enter as they are."""
@@ -299,8 +301,8 @@ def _joint_entropy(
         rate = (before - pinched) / unit / (weight_before - weight) if math.isfinite(before) else math.inf
         certain = min(spectrum.bound(kept), joint - max(features, head)) / unit
         if min(certain, rate * weight) <= tolerance or kept == largest:
-            # Twice, because larger eigenvalue ratios cost a little more than the smaller eigenvalue.
-            estimate = min(certain, 2 * rate * weight)
+            # Three times, because couplings are not as even as the weights assume.
+            estimate = min(certain, 3 * rate * weight)
             return joint, Method("pinched", kept, total, spectrum.tails[kept], estimate)
         needed = _first_at_most(weights, 0.9 * tolerance / rate) if 0 < rate < math.inf else 0
         kept = min(max(needed, kept * 3 // 2), largest)

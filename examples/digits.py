@@ -59,7 +59,7 @@ console = Console(highlight=False)
 
 
 class ServiceFailed(Exception):
-    """The service did not start."""
+    """The service did not start, or ended by itself."""
 
 
 @dataclass(frozen=True)
@@ -158,12 +158,13 @@ def train(digits: Digits, epochs: int) -> Iterator[tuple[int, dict[str, Tensor]]
     network = networks.build(ARCHITECTURE, device="cpu")
     inputs, labels = digits.train_inputs, digits.train_labels
     optimizer = torch.optim.SGD(network.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+    shuffling = torch.Generator().manual_seed(SEED)
     steps = epochs * -(-len(inputs) // BATCH_SIZE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     yield 0, network.state_dict()
     for epoch in range(1, epochs + 1):
         network.train()
-        for batch in torch.split(torch.randperm(len(inputs)), BATCH_SIZE):
+        for batch in torch.split(torch.randperm(len(inputs), generator=shuffling), BATCH_SIZE):
             optimizer.zero_grad()
             torch.autograd.backward(cross_entropy(network(inputs[batch]), labels[batch]))
             optimizer.step()
@@ -233,6 +234,9 @@ def service(data_dir: Path) -> Iterator[subprocess.Popen[bytes]]:
     kept = ("INTERPLAY_DEVICE", "INTERPLAY_THREADS")
     environment = {key: value for key, value in os.environ.items() if key in kept or not key.startswith("INTERPLAY_")}
     environment["INTERPLAY_DATA_DIR"] = str(data_dir)
+    # Matrices this small gain nothing from a second thread, and where cores are shared two that wait for each other
+    # lose much: 27 s with one, 151 s with two, beside other work on two cores.
+    environment.setdefault("INTERPLAY_THREADS", "1")
     output, log = output_file(data_dir), log_file(data_dir)
     with output.open("wb") as stdout, log.open("wb") as stderr:
         process = subprocess.Popen(

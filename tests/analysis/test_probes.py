@@ -47,7 +47,8 @@ def _saved(tensors: dict[str, Tensor], folder: Path, format: Format = "safetenso
     if format == "safetensors":
         safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
     else:
-        np.savez(path, **{name: tensor.numpy() for name, tensor in tensors.items()})  # type: ignore[arg-type]
+        arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
+        np.savez(path, **arrays)
     return path
 
 
@@ -221,7 +222,12 @@ def test_inputs_that_preprocessing_makes_infinite_are_refused(tmp_path: Path) ->
 
 def _npz_with_an_object(path: Path) -> None:
     inputs = np.array([print, print], dtype=object)
-    np.savez(path, inputs=inputs, labels=np.array([0, 1]))  # type: ignore[arg-type]
+    np.savez(path, inputs=inputs, labels=np.array([0, 1]))
+
+
+def _npz_with_text_for_an_array(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("inputs.npy", "not an array")
 
 
 def _npz_cut_short(path: Path) -> None:
@@ -256,8 +262,19 @@ def _empty(path: Path) -> None:
     path.write_bytes(b"")
 
 
-@pytest.mark.parametrize("write", [_npz_with_an_object, _npz_cut_short, _npz_with_a_flipped_byte,
-                                   _npz_with_a_huge_array, _npy, _text, _empty])  # fmt: skip
+BROKEN_NPZ = (
+    _npz_with_an_object,
+    _npz_with_text_for_an_array,
+    _npz_cut_short,
+    _npz_with_a_flipped_byte,
+    _npz_with_a_huge_array,
+    _npy,
+    _text,
+    _empty,
+)
+
+
+@pytest.mark.parametrize("write", BROKEN_NPZ)
 def test_a_broken_npz_is_told_apart_from_a_bug(write: Callable[[Path], None], tmp_path: Path) -> None:
     """Pickled objects, cut and damaged archives and other files are refused as probes."""
     path = tmp_path / "probe.npz"

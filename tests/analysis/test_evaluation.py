@@ -1,0 +1,340 @@
+"""A network or a feature set in, one evaluation out: against the naive reference, and what can go wrong on the way."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from analysis.errors import AnalysisError
+from analysis.evaluation import (
+    Evaluation,
+    EvaluationOptions,
+    SplitEvaluation,
+    evaluate_features,
+    evaluate_network,
+    extract_features,
+)
+from analysis.networks import LoadedNetwork
+from analysis.probes import FeatureSet, Probe
+from app import schemas
+from tests.analysis import reference
+
+CPU = torch.device("cpu")
+
+
+def _network(n_inputs: int = 12, d: int = 8, n_classes: int = 5) -> LoadedNetwork:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(n_inputs, d), nn.Dropout(0.5), nn.ReLU(), nn.Linear(d, n_classes))
+    return _loaded(module, "3")
+
+
+def _loaded(module: nn.Module, head_name: str) -> LoadedNetwork:
+    head = module.get_submodule(head_name)
+    assert isinstance(head, nn.Linear)
+    module.requires_grad_(False)
+    return LoadedNetwork(module, head_name, head.weight.detach(), head.bias.detach())
+
+
+def _probe(n: int = 90, n_inputs: int = 12, n_classes: int = 5, split: bool = True) -> Probe:
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.randint(n_classes, (n,), generator=generator)
+    inputs = torch.randn(n, n_inputs, generator=generator) + labels[:, None]
+    parts = (torch.arange(n) % 3 == 0).long() if split else None
+    return Probe(inputs, labels, parts, n_classes, None)
+
+
+def _feature_set(features: Tensor, labels: list[int], head: Tensor, **others: Tensor | None) -> FeatureSet:
+    parts: dict[str, Any] = {"head_bias": None, "logits": None, "split": None, **others}
+    return FeatureSet(features, torch.tensor(labels), head, **parts)
+
+
+def _check(split: SplitEvaluation) -> None:
+    """A split is what the report's schema says, and every null has its reason under its path."""
+    content = dataclasses.asdict(split)
+    schemas.SplitEvaluation.model_validate(content)
+    places = [content, content["collapse"], *(one for level in content["interplay"].values() for one in level.values())]
+    for place in places:
+        nulls = {name for name, value in place.items() if value is None}
+        for nested in ("optimum", "distance_to_optimum"):
+            nulls |= {f"{nested}.{name}" for name, value in place.get(nested, {}).items() if value is None}
+        assert nulls == set(place["reasons"])
+
+
+def _compare(split: SplitEvaluation, features: Tensor, labels: Tensor, network: LoadedNetwork) -> None:
+    head = network.weight.double().numpy()
+    assert network.bias is not None
+    for level, centrings in split.interplay.items():
+        for centring, found in centrings.items():
+            expected = reference.interplay(features.double().numpy(), labels.numpy(), head, level, centring)
+            assert found.mir == pytest.approx(expected.mir, abs=1e-8)
+            assert found.hdr == pytest.approx(expected.hdr, abs=1e-8)
+            assert found.entropy_joint == pytest.approx(expected.joint, abs=1e-8)
+            assert found.null is not None
+            assert found.optimum.mir is not None
+            assert found.mir is not None
+            assert found.distance_to_optimum.mir == pytest.approx(abs(found.mir - found.optimum.mir))
+            assert found.mir_z == pytest.approx((found.null.observed - found.null.mean) / found.null.std)
+    logits = features @ network.weight.T + network.bias
+    measures = reference.collapse(features.double().numpy(), labels.numpy(), head, logits.argmax(dim=1).numpy())
+    for name, value in measures.items():
+        assert getattr(split.collapse, name) == pytest.approx(value, rel=1e-5)
+    assert split.loss == pytest.approx(float(nn.functional.cross_entropy(logits.double(), labels)), rel=1e-6)
+    assert split.accuracy == pytest.approx(float((logits.argmax(dim=1) == labels).double().mean()))
+    sample = split.interplay["sample"]["global"].entropy_features
+    assert sample is not None
+    assert split.effective_rank == pytest.approx(math.exp(sample))
+
+
+def test_a_network_on_a_probe_with_splits() -> None:
+    """Every number of every split is that of the naive way; the report's schema takes it; progress ends."""
+    network, probe = _network(), _probe()
+    seen: list[tuple[str, int, int]] = []
+    options = EvaluationOptions(batch_size=32)
+    found = evaluate_network(
+        network,
+        probe,
+        device=CPU,
+        options=options,
+        progress=lambda phase, done, total: seen.append((phase, done, total)),
+    )
+    assert (found.batch_size, found.n_features, found.n_classes) == (32, 8, 5)
+    assert list(found.splits) == ["all", "train", "test"]
+    assert set(found.timings_seconds) == {"features", "predictions", "entropies", "null", "collapse"}
+    assert seen == [("features", n, 90) for n in (32, 64, 90)] + [("metrics", n, 15) for n in range(1, 16)]
+    features = nn.Sequential(*list(network.module.children())[:3])(probe.inputs)
+    assert probe.split is not None
+    for name, rows in (("all", probe.split >= 0), ("train", probe.split == 0), ("test", probe.split == 1)):
+        split = found.splits[name]
+        assert split.n_samples == int(rows.sum())
+        assert split.class_counts == torch.bincount(probe.labels[rows], minlength=5).tolist()
+        _check(split)
+        _compare(split, features[rows], probe.labels[rows], network)
+
+
+def test_features_alone_give_the_same_as_their_network() -> None:
+    """Captured features, labels, head and bias are evaluated like the network, and so are given logits."""
+    network, probe = _network(), _probe()
+    expected = evaluate_network(network, probe, device=CPU)
+    features, logits, _ = extract_features(network, probe, device=CPU)
+    labels: list[int] = probe.labels.tolist()
+    with_bias = _feature_set(features, labels, network.weight, head_bias=network.bias, split=probe.split)
+    with_logits = _feature_set(features, labels, network.weight, logits=logits, split=probe.split)
+    for feature_set in (with_bias, with_logits):
+        found = evaluate_features(feature_set, device=CPU)
+        assert found.batch_size is None
+        for name, split in found.splits.items():
+            assert split.interplay == expected.splits[name].interplay
+            assert split.collapse == expected.splits[name].collapse
+            assert split.loss == pytest.approx(expected.splits[name].loss, rel=1e-5)
+    plain = evaluate_features(_feature_set(features, labels, network.weight), device=CPU).splits["all"]
+    scores = (features @ network.weight.T).double()
+    assert plain.loss == pytest.approx(float(nn.functional.cross_entropy(scores, probe.labels)), rel=1e-6)
+
+
+def test_an_evaluation_repeats_exactly_and_follows_its_seed() -> None:
+    """Only timings may differ between two runs; another seed moves the null and nothing else."""
+    network, probe = _network(), _probe()
+    first, second = (evaluate_network(network, probe, device=CPU) for _ in range(2))
+    assert first.splits == second.splits
+    other = evaluate_network(network, probe, device=CPU, options=EvaluationOptions(seed=1)).splits["all"]
+    same = first.splits["all"]
+    assert other.interplay["sample"]["none"].null != same.interplay["sample"]["none"].null
+    assert other.interplay["sample"]["none"].mir == same.interplay["sample"]["none"].mir
+
+
+def test_calibration_error_by_hand() -> None:
+    """Four samples in two bins: |0.9 - 0.5| and |0.6 - 1|, each for half of them."""
+    logits = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.6, 0.4], [0.6, 0.4]]).log()
+    found = evaluate_features(_feature_set(torch.randn(4, 3), [0, 1, 0, 0], torch.eye(2, 3), logits=logits), device=CPU)
+    assert found.splits["all"].calibration_error == pytest.approx(0.4, abs=1e-6)
+    assert found.splits["all"].accuracy == 0.75
+
+
+def _evaluate(feature_set: FeatureSet, **options: Any) -> Evaluation:
+    found = evaluate_features(feature_set, device=CPU, options=EvaluationOptions(**options))
+    for split in found.splits.values():
+        _check(split)
+    return found
+
+
+def test_without_permutations_there_is_no_null() -> None:
+    """Null and z are null because nobody asked."""
+    split = _evaluate(_feature_set(torch.randn(6, 4), [0, 1, 2] * 2, torch.eye(3, 4)), null_permutations=0).splits[
+        "all"
+    ]
+    for centrings in split.interplay.values():
+        for found in centrings.values():
+            assert found.reasons["null"] == found.reasons["mir_z"] == "not_requested"
+
+
+def test_one_class_alone_gives_nulls() -> None:
+    """No entropy of the head, no geometry of the means; predictions are still counted."""
+    split = _evaluate(_feature_set(torch.randn(6, 4), [1] * 6, torch.eye(3, 4))).splits["all"]
+    assert split.interplay["sample"]["none"].reasons["mir"] == "zero_entropy"
+    assert split.interplay["sample"]["none"].hdr == 1.0
+    assert split.interplay["class_mean"]["global"].reasons["mir"] == "no_directions"
+    assert split.collapse.absent_classes == 2
+    assert split.accuracy is not None
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, -1e30])
+def test_features_that_are_all_equal_give_nulls(value: float) -> None:
+    """Centred they have no direction, whatever rounding leaves; zeros have none at all."""
+    split = _evaluate(_feature_set(torch.full((7, 4), value), [0, 1, 2, 0, 1, 2, 2], torch.eye(3, 4))).splits["all"]
+    centred = split.interplay["sample"]["global"]
+    assert centred.reasons["mir"] == "no_directions"
+    assert centred.degenerate_samples == 7
+    assert split.interplay["class_mean"]["global"].degenerate_classes == 3
+    assert split.effective_rank is None
+    raw = split.interplay["sample"]["none"]
+    assert raw.reasons["mir"] == ("zero_entropy" if value else "no_directions")
+
+
+def test_head_rows_of_zeros_are_left_out_with_their_samples() -> None:
+    """The class is counted; its samples only where they have no direction themselves."""
+    features = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
+    features[1] = 0
+    labels = [0, 1, 1, 1, 2, 2, 2, 0, 0]
+    head = torch.eye(3, 4)
+    head[1] = 0
+    found = _evaluate(_feature_set(features, labels, head)).splits["all"].interplay["sample"]["none"]
+    kept = np.array(labels) != 1
+    expected = reference.interplay(
+        features.double().numpy()[kept], np.array(labels)[kept], head.double().numpy(), "sample", "none"
+    )
+    assert found.mir == pytest.approx(expected.mir, abs=1e-10)
+    assert (found.degenerate_classes, found.degenerate_samples) == (1, 1)
+
+
+def test_at_collapse_the_optimum_is_reached_and_the_pairing_tells_nothing() -> None:
+    """A frame of five: MIR at its optimum at both levels, no distance, and no z at class-mean level."""
+    frame = nn.functional.normalize(torch.eye(5, 6).double() - torch.tensor([0.2] * 5 + [0.0]), dim=1)
+    labels = [0] * 9 + [1] * 7 + [2] * 5 + [3] * 3 + [4] * 2
+    split = _evaluate(_feature_set(frame[torch.tensor(labels)], labels, frame)).splits["all"]
+    for centrings in split.interplay.values():
+        for found in centrings.values():
+            assert found.distance_to_optimum.mir == pytest.approx(0, abs=1e-9)
+            assert found.hdr == pytest.approx(0, abs=1e-9)
+    assert split.interplay["class_mean"]["global"].reasons["mir_z"] == "null_degenerate"
+    assert split.interplay["sample"]["none"].mir_z is not None
+
+
+class _Narrow(nn.Module):
+    """A network that runs out of memory above a number of inputs, as an allocator reports it."""
+
+    def __init__(self, inner: nn.Module, limit: int, error: type[RuntimeError], message: str) -> None:
+        super().__init__()
+        self.inner, self.limit, self.error, self.message = inner, limit, error, message
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if len(inputs) > self.limit:
+            raise self.error(self.message)
+        output: Tensor = self.inner(inputs)
+        return output
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (torch.OutOfMemoryError, "CUDA out of memory."),
+        (RuntimeError, "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: not enough memory: you tried to ..."),
+    ],
+)
+def test_the_batch_is_halved_until_it_fits(error: type[RuntimeError], message: str) -> None:
+    """64 inputs, 32, 16; not even one is `out-of-memory`."""
+    network, probe = _network(), _probe()
+    module = _Narrow(network.module, 16, error, message)
+    narrow = _loaded(module, "inner.3")
+    features, logits, size = extract_features(narrow, probe, device=CPU, batch_size=64)
+    assert size == 16
+    expected = extract_features(network, probe, device=CPU, batch_size=90)
+    torch.testing.assert_close((features, logits), expected[:2])
+    module.limit = 0
+    with pytest.raises(AnalysisError) as caught:
+        extract_features(narrow, probe, device=CPU)
+    assert caught.value.kind == "out-of-memory"
+
+
+class _Tokens(nn.Module):
+    """Runs its head on every token, or on nothing."""
+
+    def __init__(self, on_tokens: bool) -> None:
+        super().__init__()
+        self.head, self.on_tokens = nn.Linear(4, 3), on_tokens
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(inputs.reshape(-1, 3, 4)).mean(dim=1) if self.on_tokens else inputs[:, :3]
+
+
+def test_inputs_that_do_not_fit_are_refused_with_their_shape() -> None:
+    """Wrong width, and a head that receives a vector for every token."""
+    cases: list[LoadedNetwork] = [_network(n_inputs=11, n_classes=3), _loaded(_Tokens(True), "head")]
+    for network in cases:
+        with pytest.raises(AnalysisError) as caught:
+            extract_features(network, _probe(n_classes=3), device=CPU)
+        assert caught.value.kind == "inputs-refused"
+        assert caught.value.members["input_shape"] == [12]
+
+
+def test_a_head_that_does_not_run_is_not_found() -> None:
+    """The features are what the head receives, once."""
+    with pytest.raises(AnalysisError) as caught:
+        extract_features(_loaded(_Tokens(False), "head"), _probe(n_classes=3), device=CPU)
+    assert caught.value.kind == "head-not-found"
+
+
+def test_hooks_are_removed_and_the_batch_is_chosen() -> None:
+    """A pass leaves no hook behind; up to 1024 inputs, fewer where they are large."""
+    network, probe = _network(), _probe(n=1500)
+    assert extract_features(network, probe, device=CPU)[2] == 1024
+    assert not network.module.get_submodule("3")._forward_pre_hooks
+    wide = Probe(torch.zeros(40, 3, 512, 512, dtype=torch.uint8), torch.zeros(40, dtype=torch.int64), None, 5, None)
+    images = _loaded(nn.Sequential(nn.AvgPool2d(256), nn.Flatten(), nn.Linear(12, 5)), "2")
+    assert extract_features(images, wide, device=CPU)[2] == 4
+
+
+def test_values_that_are_not_finite_are_named() -> None:
+    """Features, logits and head each stop the evaluation under their own name."""
+    network, probe = _network(), _probe()
+    broken = dataclasses.replace(probe, inputs=torch.full_like(probe.inputs, math.inf))
+    good, head, bad = torch.randn(3, 4), torch.eye(3, 4), torch.full((3, 4), math.nan)
+    calls: dict[str, list[Callable[[], Evaluation]]] = {
+        "features": [
+            lambda: evaluate_network(network, broken, device=CPU),
+            lambda: evaluate_features(_feature_set(bad, [0, 1, 2], head), device=CPU),
+        ],
+        "head": [lambda: evaluate_features(_feature_set(good, [0, 1, 2], bad), device=CPU)],
+        "logits": [
+            lambda: evaluate_features(_feature_set(good, [0, 1, 2], head, logits=bad[:, :3].contiguous()), device=CPU)
+        ],
+    }
+    for name, attempts in calls.items():
+        for attempt in attempts:
+            with pytest.raises(AnalysisError) as caught:
+                attempt()
+            assert (caught.value.kind, caught.value.members["tensor"]) == ("non-finite-values", name)
+
+
+def test_labels_must_fit_the_head() -> None:
+    """A label without a head row is the probe's or the feature set's fault."""
+    with pytest.raises(AnalysisError) as caught:
+        evaluate_network(_network(n_classes=4), _probe(n_classes=5), device=CPU)
+    assert caught.value.kind == "invalid-probe"
+    assert caught.value.members["highest_label"] == 4
+    with pytest.raises(AnalysisError) as caught:
+        evaluate_features(_feature_set(torch.randn(2, 3), [0, -1], torch.eye(2, 3)), device=CPU)
+    assert caught.value.kind == "invalid-feature-set"
+
+
+@pytest.mark.parametrize("wrong", [{"null_permutations": -1}, {"tolerance": math.nan}, {"batch_size": 0}])
+def test_options_are_checked(wrong: dict[str, Any]) -> None:
+    """What cannot be computed with is refused at once."""
+    with pytest.raises(AnalysisError) as caught:
+        EvaluationOptions(**wrong)
+    assert caught.value.kind == "invalid-argument"
+    assert caught.value.members["argument"] in wrong

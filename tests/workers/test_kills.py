@@ -1,0 +1,202 @@
+"""Workers, compute processes and databases that die in the middle of an analysis: nothing is lost, nothing is double."""
+
+import random
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests import services
+from tests.app.test_analyses import pair, without_identity
+from tests.databases import fresh_database, postgres_server
+from tests.services import Service, until
+
+# Long enough to be killed in the middle of, short enough to be repeated.
+OPTIONS = {"null_permutations": 60}
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def restless(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Service]:
+    """A service of its own, whose worker may be killed and is started again at once."""
+    with ExitStack() as stack:
+        settings = {"worker_restart_max_seconds": "0.2"}
+        if request.param == "postgresql":
+            settings["database_url"] = stack.enter_context(fresh_database(request.getfixturevalue("postgres")))
+        yield stack.enter_context(services.running(tmp_path / "data", **settings))
+
+
+def reports_of(service: Service, analysis: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every report that the service holds of an analysis."""
+    page = service.client.get("/v1/reports", params={"checkpoint_id": analysis["checkpoint_id"], "limit": 1000}).json()
+    assert page["next_cursor"] is None
+    return [item for item in page["items"] if item["analysis_id"] == analysis["id"]]
+
+
+def status(service: Service, analysis: dict[str, Any]) -> dict[str, Any]:
+    return dict(service.client.get(f"/v1/analyses/{analysis['id']}").json())
+
+
+@pytest.mark.timeout(600)
+def test_worker_killed_20_times(restless: Service, mlp_checkpoint_file: Path, digits_probe_file: Path) -> None:
+    """Kill -9 in the middle of analyses, 20 times at random moments (8 on PostgreSQL, where a worker is dead only after
+    5 s of silence): each ends with the report that it has without a kill, once."""
+    ids = pair(restless, mlp_checkpoint_file, digits_probe_file)
+    undisturbed = restless.wait(restless.analyze(**ids, options=OPTIONS)["id"])
+    expected = without_identity(restless.report(undisturbed))
+    wanted = 20 if "INTERPLAY_DATABASE_URL" not in restless.environment else 8
+    moments = random.Random(0)
+    kills, ended = 0, []
+    analysis, attempts = restless.analyze(**ids, options=OPTIONS), 0
+    while kills < wanted:
+        now = until(
+            lambda: (
+                found if (found := status(restless, analysis))["attempts"] > attempts or found["report_id"] else None
+            )
+        )
+        if now["report_id"] is None:
+            attempts = now["attempts"]
+            time.sleep(moments.uniform(0, 3.0))
+            worker = restless.worker()
+            if status(restless, analysis)["report_id"] is None:
+                worker.kill()
+                kills += 1
+                until(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE)
+                continue
+        ended.append(analysis)
+        analysis, attempts = restless.analyze(**ids, options=OPTIONS), 0
+    ended.append(analysis)
+    for one in ended:
+        done = restless.wait(one["id"])
+        assert without_identity(restless.report(done)) == expected
+        assert [report["id"] for report in reports_of(restless, one)] == [done["report_id"]]
+    assert sum(status(restless, one)["attempts"] for one in ended) >= kills
+
+
+def test_compute_child_killed(any_service: Service, mlp_checkpoint_file: Path, digits_probe_file: Path) -> None:
+    """One death of the compute process is made good by a fresh one; two on one task fail it, and the worker lives."""
+    ids = pair(any_service, mlp_checkpoint_file, digits_probe_file)
+    worker = any_service.worker()
+
+    def kill_child(analysis: dict[str, Any], phase: str) -> None:
+        until(lambda: status(any_service, analysis)["progress"]["phase"] not in (phase, "queued", "starting"))
+        child = any_service.compute_child()
+        child.kill()
+        until(lambda: not child.is_running())
+
+    once = any_service.analyze(**ids, options={"null_permutations": 300})
+    kill_child(once, "")
+    done = any_service.wait(once["id"])
+    assert done["status"] == "succeeded", done
+    assert done["attempts"] == 1
+    assert len(reports_of(any_service, once)) == 1
+
+    twice = any_service.analyze(**ids, options={"null_permutations": 1000})
+    kill_child(twice, "")
+    kill_child(twice, "starting again")
+    failed = any_service.wait(twice["id"])
+    assert failed["status"] == "failed"
+    assert failed["problem"]["type"] == "urn:interplay:problem:compute-crashed"
+    assert "SIGKILL" in failed["problem"]["detail"]
+    assert any_service.worker() == worker
+    assert any_service.wait(any_service.analyze(**ids)["id"])["status"] == "succeeded"
+
+
+@pytest.mark.timeout(600)
+def test_postgres_restarted_under_queued_work(
+    tmp_path: Path, mlp_checkpoint_file: Path, digits_probe_file: Path
+) -> None:
+    """PostgreSQL crashes and restarts five times under running and queued analyses: every one succeeds, once."""
+    with (
+        postgres_server() as server,
+        fresh_database(server.url) as url,
+        services.running(tmp_path / "data", database_url=url) as service,
+    ):
+        ids = pair(service, mlp_checkpoint_file, digits_probe_file)
+        analyses = [service.analyze(**ids) for _ in range(8)]
+        moments = random.Random(0)
+        for _ in range(5):
+            time.sleep(moments.uniform(0.2, 2.0))
+            server.restart()
+        for analysis in analyses:
+            done = until(lambda one=analysis: _ended(service, one))
+            assert done["status"] == "succeeded", done
+            assert len(reports_of(service, analysis)) == 1
+
+
+def _ended(service: Service, analysis: dict[str, Any]) -> dict[str, Any] | None:
+    response = service.client.get(f"/v1/analyses/{analysis['id']}")
+    if response.status_code == 503:  # the pool still held a connection from before the restart
+        return None
+    body = dict(response.json())
+    return body if body["status"] in ("succeeded", "failed", "cancelled") else None
+
+
+def test_cancel_survives_the_death_of_the_worker(
+    tmp_path: Path, mlp_checkpoint_file: Path, digits_probe_file: Path
+) -> None:
+    """A cancel that nobody was there to heed ends the analysis when a worker comes back."""
+    with services.running(tmp_path / "data", worker_restart_max_seconds="2") as service:
+        analysis = service.analyze(**pair(service, mlp_checkpoint_file, digits_probe_file), options=OPTIONS)
+        until(lambda: status(service, analysis)["status"] == "running")
+        service.worker().kill()
+        assert service.client.post(f"/v1/analyses/{analysis['id']}/cancel").status_code == 200
+        done = service.wait(analysis["id"])
+        assert done["status"] == "cancelled"
+        assert reports_of(service, analysis) == []
+
+
+def test_attempts_are_limited(tmp_path: Path, mlp_checkpoint_file: Path, digits_probe_file: Path) -> None:
+    """An analysis whose worker dies in every attempt is given up with a problem."""
+    with services.running(tmp_path / "data", max_attempts="2", worker_restart_max_seconds="0.2") as service:
+        analysis = service.analyze(
+            **pair(service, mlp_checkpoint_file, digits_probe_file), options={"null_permutations": 1000}
+        )
+        for attempt in (1, 2):
+            until(lambda attempt=attempt: status(service, analysis)["attempts"] == attempt)
+            service.worker().kill()
+        failed = service.wait(analysis["id"])
+        assert failed["status"] == "failed"
+        assert failed["problem"]["type"] == "urn:interplay:problem:too-many-attempts"
+
+
+def test_timeout_fails_the_analysis(tmp_path: Path, mlp_checkpoint_file: Path, digits_probe_file: Path) -> None:
+    """What computes for longer than the operator allows is stopped with a problem, and the worker goes on."""
+    with services.running(tmp_path / "data", analysis_timeout_seconds="4") as service:
+        ids = pair(service, mlp_checkpoint_file, digits_probe_file)
+        failed = service.wait(service.analyze(**ids, options={"null_permutations": 1000})["id"])
+        assert failed["status"] == "failed"
+        assert failed["problem"]["type"] == "urn:interplay:problem:analysis-timeout"
+
+
+def test_missing_blob_fails_the_analysis(service: Service, mlp_checkpoint_file: Path, digits_probe_file: Path) -> None:
+    """A file that somebody removed from the storage is a problem that names it."""
+    ids = pair(service, mlp_checkpoint_file, digits_probe_file, name="lost")
+    sha256 = service.client.get(f"/v1/checkpoints/{ids['checkpoint_id']}").json()["sha256"]
+    path = service.data_dir / "blobs" / sha256[:2] / sha256
+    content = path.read_bytes()
+    path.unlink()
+    try:
+        failed = service.wait(service.analyze(**ids)["id"])
+    finally:
+        path.write_bytes(content)
+    assert failed["status"] == "failed"
+    assert failed["problem"]["type"] == "urn:interplay:problem:blob-missing"
+    assert sha256 in failed["problem"]["detail"]
+
+
+def test_two_workers_share_the_work(restless: Service, mlp_checkpoint_file: Path, digits_probe_file: Path) -> None:
+    """A second worker takes over what the first one leaves when it is killed and not started again."""
+    ids = pair(restless, mlp_checkpoint_file, digits_probe_file)
+    with services.worker(restless) as first, services.worker(restless) as second:
+        until(lambda: len(restless.client.get("/v1/version").json()["workers"]) == 3)
+        analyses = [restless.analyze(**ids, options=OPTIONS) for _ in range(6)]
+        until(lambda: sum(status(restless, one)["status"] == "running" for one in analyses) == 3)
+        first.kill()
+        second.terminate()
+        for one in analyses:
+            assert restless.wait(one["id"])["status"] == "succeeded"
+            assert len(reports_of(restless, one)) == 1

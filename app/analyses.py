@@ -8,7 +8,6 @@ import hashlib
 import json
 from typing import Any
 
-import dbos
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
@@ -21,7 +20,7 @@ from app.models import Analysis, Report
 
 def create(
     engine: sa.Engine,
-    client: dbos.DBOSClient,
+    client: queue.Client,
     request: schemas.EvaluationRequest,
     idempotency_key: str | None,
 ) -> schemas.Analysis:

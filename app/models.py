@@ -45,9 +45,8 @@ class Base(DeclarativeBase):
     )
     type_annotation_map: ClassVar[dict[Any, Any]] = {
         datetime: UTCDateTime,
-        dict[str, Any]: sa.JSON,
-        list[int]: sa.JSON,
-        list[str]: sa.JSON,
+        # None is SQL's NULL, not the JSON text "null".
+        **dict.fromkeys((dict[str, Any], list[int], list[str]), sa.JSON(none_as_null=True)),
     }
 
 

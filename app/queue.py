@@ -22,6 +22,7 @@ PRIORITY = 100
 # The queue's words for a run that is over.
 ENDED = ("SUCCESS", "ERROR", "CANCELLED", "MAX_RECOVERY_ATTEMPTS_EXCEEDED")
 
+Client = dbos.DBOSClient
 SERIALIZER = dbos.DBOSPortableJSONSerializer()
 
 
@@ -44,10 +45,10 @@ def migrate(engine: sa.Engine) -> None:
     dbos.DBOS.migrate(engine.url.render_as_string(hide_password=False))
 
 
-def make_client(engine: sa.Engine) -> dbos.DBOSClient:
+def make_client(engine: sa.Engine) -> Client:
     """What enqueues. It shares the engine, so that a row and its enqueueing commit together, and connects lazily."""
     close_pickle()
-    return dbos.DBOSClient(
+    return Client(
         system_database_engine=engine,
         serializer=SERIALIZER,
         application_name=APPLICATION,
@@ -56,7 +57,7 @@ def make_client(engine: sa.Engine) -> dbos.DBOSClient:
     )
 
 
-def enqueue(client: dbos.DBOSClient, session: Session, analysis_id: str) -> None:
+def enqueue(client: Client, session: Session, analysis_id: str) -> None:
     """Queue an analysis in the caller's transaction: it runs if, and only if, the transaction commits."""
     client.enqueue_in_transaction(
         session,

@@ -4,11 +4,11 @@ import hmac
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-import dbos
 import sqlalchemy as sa
 from fastapi import Depends, Request
 
 from app.errors import Unauthorized
+from app.queue import Client
 from app.schemas import Problem
 from app.settings import Settings
 from app.storage import Storage
@@ -21,7 +21,7 @@ class Service:
     settings: Settings
     engine: sa.Engine
     storage: Storage
-    queue: dbos.DBOSClient
+    queue: Client
 
 
 def _service(request: Request) -> Service:

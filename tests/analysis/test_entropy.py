@@ -118,7 +118,7 @@ def test_differences_that_are_rounding_have_no_direction() -> None:
 
 
 def test_annotations_are_checked() -> None:
-    """The import hook of conftest.py is in place: a shape that does not fit its annotation does not pass."""
+    """The import hook of the tests is in place: a shape that does not fit its annotation does not pass."""
     with pytest.raises(TypeCheckError):
         matrix_entropy(torch.zeros(2, 3))
 

@@ -1,4 +1,4 @@
-"""Workers, compute processes and databases that die in the middle of an analysis: nothing is lost, nothing is double."""
+"""Workers, compute processes and databases that die in the middle of an analysis: nothing is lost, or there twice."""
 
 import random
 import time

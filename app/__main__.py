@@ -11,13 +11,12 @@ import time
 
 import sqlalchemy as sa
 import uvicorn
-from pydantic import ValidationError
 
 import migrations
 from app import queue
 from app.database import make_engine
 from app.main import create_app
-from app.settings import Settings
+from app.settings import Settings, load_settings, start_logging
 
 logger = logging.getLogger("interplay")
 
@@ -38,18 +37,12 @@ def main(arguments: list[str] | None = None) -> int:
         command.add_argument("--port", type=int, help="port to bind, 0 for a free one (INTERPLAY_PORT)")
     commands.add_parser("migrate", help="create or upgrade the tables of the service and of its queue")
     options = parser.parse_args(arguments)
-    given = {key: getattr(options, key, None) for key in ("host", "port")}
-    try:
-        settings = Settings(**{key: value for key, value in given.items() if value is not None})
-        engine_url = sa.make_url(settings.effective_database_url)
-    except (ValidationError, sa.exc.ArgumentError) as error:
-        return _refuse(f"A setting is not valid: {error}")
-    logging.basicConfig(
-        level=settings.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    settings = load_settings(host=getattr(options, "host", None), port=getattr(options, "port", None))
+    start_logging(settings)
     if options.command == "migrate":
         _migrate(settings)
-        print(f"The database {engine_url.render_as_string()} is up to date.")  # noqa: T201  # the command's answer
+        url = sa.make_url(settings.effective_database_url)
+        print(f"The database {url.render_as_string()} is up to date.")  # noqa: T201  # the command's answer
         return 0
     if not settings.binds_loopback and settings.api_key is None:
         return _refuse(

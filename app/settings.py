@@ -1,10 +1,13 @@
 """Settings: every one is an environment variable with the prefix INTERPLAY_. docs/settings.md lists them."""
 
 import ipaddress
+import logging
+import sys
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -47,6 +50,13 @@ class Settings(BaseSettings):
         default="warning", pattern="^(debug|info|warning|error)$", description="Verbosity on stderr."
     )
 
+    @field_validator("database_url")
+    @classmethod
+    def _known_database(cls, value: str) -> str:
+        if value and value.partition(":")[0].partition("+")[0] not in ("sqlite", "postgresql"):
+            raise ValueError("must be sqlite:///FILE or postgresql://USER:PASSWORD@HOST/DATABASE")
+        return value
+
     @field_validator("data_dir")
     @classmethod
     def _absolute(cls, value: Path) -> Path:
@@ -73,3 +83,26 @@ class Settings(BaseSettings):
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return False
+
+
+def load_settings(**given: Any) -> Settings:
+    """The settings of this process, from its environment and what was `given` on its command line.
+
+    Raises:
+        SystemExit: one is not valid; the message names it as an operator knows it.
+    """
+    try:
+        return Settings(**{name: value for name, value in given.items() if value is not None})
+    except ValidationError as error:
+        lines = [f"INTERPLAY_{str(e['loc'][0]).upper()} is not valid: {e['msg']}." for e in error.errors()]
+        print("\n".join(lines), file=sys.stderr)  # noqa: T201  # logging is one of the settings
+        raise SystemExit(2) from None
+
+
+def start_logging(settings: Settings) -> None:
+    """Log to standard error. Libraries log their every step as information; only `debug` asks for that."""
+    level = settings.log_level.upper()
+    logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if level == "INFO":
+        for name in ("alembic", "dbos", "httpx"):
+            logging.getLogger(name).setLevel(logging.WARNING)

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -58,6 +58,14 @@ each report."""
 console = Console(highlight=False)
 
 
+# The signals that came; `check_signals` looks at them between two steps.
+_received: list[int] = []
+
+
+class Stopped(Exception):
+    """Ctrl-C, or another signal that asks for the end."""
+
+
 class ServiceFailed(Exception):
     """The service did not start, or ended by itself."""
 
@@ -92,12 +100,12 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.epochs < 1:
         parser.error("--epochs must be at least 1")
-    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: what was started is stopped on the way out
-        signal.signal(number, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _note_signal)
     try:
         with tempfile.TemporaryDirectory(prefix="interplay-demo-") as temporary:
             run(arguments.data_dir or Path(temporary), arguments.epochs, keep=arguments.keep)
-    except KeyboardInterrupt:
+    except (Stopped, KeyboardInterrupt):
         console.print("Stopped.")
         return 130
     except (InterplayError, ServiceFailed) as error:
@@ -185,6 +193,7 @@ def train_and_analyse(
         training = bars.add_task("training, epochs", total=epochs)
         analysing = bars.add_task("analyses", total=len(wanted))
         for epoch, state in train(digits, epochs):
+            check_signals()
             bars.update(training, completed=epoch)
             if epoch not in wanted:
                 continue
@@ -196,7 +205,7 @@ def train_and_analyse(
             queued.append((epoch, analysis["id"]))
         reports = []
         for epoch, analysis_id in queued:
-            analysis = client.wait(analysis_id, timeout_seconds=ANALYSIS_SECONDS)
+            analysis = client.wait(analysis_id, timeout_seconds=ANALYSIS_SECONDS, on_progress=lambda _: check_signals())
             reports.append((epoch, client.get_report(analysis["report_id"])))
             bars.advance(analysing)
     return reports
@@ -270,6 +279,7 @@ def service_url(process: subprocess.Popen[bytes], data_dir: Path) -> str:
     """Wait for the service's first line and return the URL that it names."""
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
+        check_signals()
         ended = process.poll()
         first_line, newline, _ = output_file(data_dir).read_text().partition("\n")
         if newline:
@@ -306,14 +316,27 @@ def keep_up(process: subprocess.Popen[bytes], url: str, report: dict[str, Any]) 
         f"  {url}/docs in a browser lists every call",
         soft_wrap=True,
     )
-    try:
-        raise ServiceFailed(f"the service ended by itself with exit code {process.wait()}")
-    except KeyboardInterrupt:
-        console.print("Stopped.")
+    while not _received:
+        ended = process.poll()
+        if ended is not None:
+            raise ServiceFailed(f"the service ended by itself with exit code {ended}")
+        time.sleep(0.1)
+    console.print("Stopped.")
 
 
-def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
-    raise KeyboardInterrupt
+def check_signals() -> None:
+    """End here if a signal came.
+
+    The handler itself does not raise: an exception in the middle of an import or a destructor may be swallowed.
+    """
+    if _received:
+        raise Stopped
+
+
+def _note_signal(number: int, frame: FrameType | None) -> None:
+    if _received:  # somebody insists
+        raise KeyboardInterrupt
+    _received.append(number)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from dbos import DBOS, DBOSConfig
 
 from app import queue
 from app.database import make_engine
-from app.settings import Settings
+from app.settings import Settings, load_settings, start_logging
 from app.storage import Storage
 from workers.child import ComputeChild
 from workers.liveness import Presence
@@ -31,10 +31,8 @@ def main(arguments: list[str] | None = None) -> None:
         "--stop-at-end-of-input", action="store_true", help="stop when standard input ends, as it does with its parent"
     )
     options = parser.parse_args(arguments)
-    settings = Settings()
-    logging.basicConfig(
-        level=settings.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    settings = load_settings()
+    start_logging(settings)
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())

@@ -10,6 +10,7 @@ warm between analyses. The two talk in lines of JSON over the child's standard i
 
 import contextlib
 import json
+import logging
 import os
 import queue
 import signal
@@ -17,13 +18,14 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from typing import Any
 
 from app.errors import problem
-from app.settings import Settings
+from app.settings import Settings, load_settings, start_logging
 from workers.attempts import Progress, Result
+
+logger = logging.getLogger("interplay")
 
 # How often a running analysis is asked whether it should stop, and how stale its progress may be.
 _TICK_SECONDS = 0.25
@@ -52,7 +54,8 @@ class ComputeChild:
             [sys.executable, "-m", "workers.child"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
         self._messages = queue.SimpleQueue()
-        threading.Thread(target=self._read, args=(self._process, self._messages), daemon=True).start()
+        arguments = (self._process, self._messages, self._on_hello)
+        threading.Thread(target=self._read, args=arguments, daemon=True).start()
 
     def run(self, task: Message, on_tick: Callable[[Progress | None], bool]) -> Result:
         """Compute one task. `on_tick` gets new progress, if any, several times a second; where it returns True, or
@@ -78,8 +81,6 @@ class ComputeChild:
                         return Result("succeeded", body=body)
                     case {"problem": what}:
                         return Result("failed", problem=what)
-                    case {"hello": hello}:
-                        self._on_hello(hello)
             now = time.monotonic()
             if now > deadline:
                 self.kill()
@@ -108,11 +109,19 @@ class ComputeChild:
             self._process.stdin.flush()
 
     @staticmethod
-    def _read(process: subprocess.Popen[bytes], messages: "queue.SimpleQueue[Message | None]") -> None:
+    def _read(
+        process: subprocess.Popen[bytes],
+        messages: "queue.SimpleQueue[Message | None]",
+        on_hello: Callable[[Message], None],
+    ) -> None:
         assert process.stdout is not None
         with contextlib.suppress(ValueError):  # a last line that was cut off in the middle
             for line in process.stdout:
-                messages.put(json.loads(line))
+                message = json.loads(line)
+                if "hello" in message:
+                    on_hello(message["hello"])
+                else:
+                    messages.put(message)
         messages.put(None)
 
     def _exit_status(self) -> str:
@@ -127,8 +136,10 @@ def main() -> None:
     """The child's end; it never returns."""
     try:
         _serve_tasks()
+    except SystemExit as refusal:
+        logger.error("the compute process cannot start: %s", refusal)
     except BaseException:
-        traceback.print_exc()
+        logger.exception("the compute process ends")
     finally:
         # Not by `sys.exit`: the thread that reads tasks would be in the way.
         os._exit(1)
@@ -150,7 +161,8 @@ def _serve_tasks() -> None:
         output.write(json.dumps(message, allow_nan=False) + "\n")
         output.flush()
 
-    settings = Settings()
+    settings = load_settings()
+    start_logging(settings)
     device = runner.set_up(settings.device, settings.threads)
     send({"hello": runner.describe(device)})
     while True:

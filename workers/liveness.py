@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import sqlalchemy as sa
 from dbos._error import DBOSException
@@ -118,6 +119,7 @@ class Presence:
         self._active = active
         self._stranded: dict[str, int] = {}
         self._rounds = 0
+        self._hello: dict[str, Any] = {}
         sqlite = engine.dialect.name == "sqlite"
         # A file's lock is free only where its process has ended; a database's, also where the server restarted.
         self._dead_after = timedelta(0) if sqlite else _DEAD_AFTER
@@ -132,10 +134,9 @@ class Presence:
                 Worker(id=self._id, host=socket.gethostname(), pid=os.getpid(), started_at=now(), heartbeat_at=now())
             )
 
-    def describe(self, hello: dict[str, object]) -> None:
-        """Add what the compute process says of itself."""
-        with write(self._engine) as session:
-            session.execute(sa.update(Worker).where(Worker.id == self._id).values(**hello))
+    def describe(self, hello: dict[str, Any]) -> None:
+        """What the compute process says of itself; it is in the table after the next round."""
+        self._hello = hello
 
     def withdraw(self) -> None:
         """Say that this worker ends, so that its work is taken over at once."""
@@ -166,6 +167,8 @@ class Presence:
             if row is None or row.ended_at is not None:
                 return False
             row.heartbeat_at = now()
+            for name, value in self._hello.items():
+                setattr(row, name, value)
             return True
 
     def _resume_lost_work(self) -> None:

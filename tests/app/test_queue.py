@@ -1,0 +1,91 @@
+"""What we rely on of the queue's library, on both databases: a contract that a new version of it must keep."""
+
+import base64
+import pickle
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+import sqlalchemy as sa
+
+from app import queue
+from app.database import make_engine, read, write
+from app.settings import Settings
+from tests.databases import fresh_database
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[sa.Engine]:
+    """An engine on a database that has the queue's tables."""
+    with ExitStack() as stack:
+        url = ""
+        if request.param == "postgresql":
+            url = stack.enter_context(fresh_database(request.getfixturevalue("postgres")))
+        engine = make_engine(Settings(data_dir=tmp_path, database_url=url))
+        stack.callback(engine.dispose)
+        queue.migrate(engine)
+        yield engine
+
+
+@pytest.fixture
+def client(engine: sa.Engine) -> Iterator[queue.Client]:
+    client = queue.make_client(engine)
+    yield client
+    client.destroy()
+
+
+def test_enqueueing_commits_and_rolls_back_with_our_transaction(engine: sa.Engine, client: queue.Client) -> None:
+    """A run exists once the transaction that queued it commits, and never where it rolls back."""
+    kept, dropped = str(uuid4()), str(uuid4())
+    with write(engine) as session:
+        queue.enqueue(client, session, kept)
+    with pytest.raises(RuntimeError, match="no"), write(engine) as session:
+        queue.enqueue(client, session, dropped)
+        raise RuntimeError("no")
+    runs = client.list_workflows()
+    assert [(run.workflow_id, run.status, run.queue_name, run.app_version, run.priority) for run in runs] == [
+        (kept, "ENQUEUED", queue.QUEUE, queue.VERSION, queue.PRIORITY)
+    ]
+    assert runs[0].input == {"args": (kept,), "kwargs": {}}
+
+
+def test_status_is_readable_in_sql(engine: sa.Engine, client: queue.Client) -> None:
+    """The queue's table and words are the ones that our queries name."""
+    run = str(uuid4())
+    with write(engine) as session:
+        queue.enqueue(client, session, run)
+
+    def has(*statuses: str) -> bool:
+        with read(engine) as session:
+            return bool(session.scalar(sa.select(queue.has_status(engine, sa.literal(run), *statuses))))
+
+    assert has("ENQUEUED")
+    assert not has("PENDING")
+    with read(engine) as session:
+        assert not session.scalar(sa.select(queue.is_claimed(engine, sa.literal(run))))
+    client.cancel_workflow(run)
+    assert has("CANCELLED")
+    assert has(*queue.ENDED)
+
+
+def test_pickled_rows_are_never_opened(engine: sa.Engine, client: queue.Client, tmp_path: Path) -> None:
+    """A row that says of itself that it is pickled does not run its code, not even when it is listed."""
+    run, trap = str(uuid4()), tmp_path / "sprung"
+
+    class Trap:
+        def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+            return (Path.touch, (trap,))
+
+    with write(engine) as session:
+        queue.enqueue(client, session, run)
+    schema = "" if engine.dialect.name == "sqlite" else "dbos."
+    text = base64.b64encode(pickle.dumps(Trap())).decode()
+    with write(engine) as session:
+        session.execute(sa.text(f"UPDATE {schema}workflow_status SET serialization = 'py_pickle'"))
+        session.execute(sa.text(f"UPDATE {schema}workflow_input SET inputs = :text"), {"text": text})
+    with read(engine) as session:
+        assert session.scalars(sa.text(f"SELECT inputs FROM {schema}workflow_input")).all() == [text]
+    assert [found.workflow_id for found in client.list_workflows()] == [run]
+    assert not trap.exists()

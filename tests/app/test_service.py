@@ -1,0 +1,264 @@
+"""The service as a process: its commands, settings, keys, health and problems."""
+
+import asyncio
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from analysis.errors import KINDS
+from app import errors
+from app.schemas import EvaluationReport
+from app.settings import Settings
+from tests import services
+from tests.app.test_uploads import problem
+from tests.services import Service, until
+
+ROOT = Path(__file__).parents[2]
+KEY = "a key that nobody guesses"
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A service with an API key, bound to all addresses."""
+    data_dir = tmp_path_factory.mktemp("guarded") / "data"
+    with services.running(data_dir, ready=False, api_key=KEY, host="0.0.0.0") as service:
+        url = service.url.replace("0.0.0.0", "127.0.0.1")
+        with httpx.Client(base_url=url, timeout=30, trust_env=False) as client:
+            service.url, service.client = url, client
+            yield service
+
+
+def test_key_is_needed_on_every_v1_call(guarded: Service) -> None:
+    """Where a key is set, /v1 answers 401 without it, with another, and with another scheme; health does not."""
+    paths = [path for path in guarded.client.get("/openapi.json").json()["paths"] if path.startswith("/v1")]
+    assert len(paths) >= 12
+    for path in paths:
+        answer = guarded.client.get(path.replace("{id}", "x"))
+        if answer.status_code != 405:
+            problem(answer, 401, "unauthorized")
+    for header in (f"Bearer {KEY}x", f"Basic {KEY}", "Bearer", f"Bearer {KEY[:-1]}", "Bearer schlüssel"):
+        answer = guarded.client.get("/v1/probes", headers={"Authorization": header.encode()})
+        problem(answer, 401, "unauthorized")
+        assert answer.headers["www-authenticate"] == "Bearer"
+    assert guarded.client.get("/v1/probes", headers={"Authorization": f"Bearer {KEY}"}).status_code == 200
+    assert guarded.client.get("/healthz").status_code == 200
+
+
+def test_upload_without_the_key_is_refused_and_not_kept(guarded: Service) -> None:
+    """An upload of some size hears that the key is missing rather than a closed connection."""
+    problem(guarded.post("/v1/checkpoints", {"name": "a"}, bytes(5_000_000)), 401, "unauthorized")
+
+
+def run(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, **{f"INTERPLAY_{key.upper()}": value for key, value in settings.items()}}
+    return subprocess.run(
+        [sys.executable, "-m", "app", *arguments], env=environment, capture_output=True, text=True, timeout=60
+    )
+
+
+@pytest.mark.parametrize("command", ["serve", "api"])
+def test_open_address_without_a_key_is_refused(tmp_path: Path, command: str) -> None:
+    """Any address but loopback is refused while no key is set, and the message says what to do."""
+    done = run(command, "--host", "0.0.0.0", data_dir=str(tmp_path))
+    assert done.returncode == 2
+    assert "INTERPLAY_API_KEY" in done.stderr
+    assert done.stdout == ""
+
+
+def test_port_in_use_is_said(tmp_path: Path) -> None:
+    """A port that is taken is a clear message, not a traceback."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        done = run("api", "--port", str(taken.getsockname()[1]), data_dir=str(tmp_path))
+    assert done.returncode == 2
+    assert "Cannot bind" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("port", "ninety"), ("device", "tpu"), ("max_upload_bytes", "0"), ("log_level", "loud"), ("database_url", "nope")],
+)
+def test_bad_setting_is_said(tmp_path: Path, name: str, value: str) -> None:
+    """A setting that is not valid ends the command with its name, status 2 and no traceback."""
+    done = run("migrate", **{"data_dir": str(tmp_path), name: value})
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert f"INTERPLAY_{name.upper()} is not valid" in done.stderr
+
+
+def test_migrate_twice(tmp_path: Path) -> None:
+    """`migrate` makes the tables, and a second time changes nothing."""
+    for _ in range(2):
+        done = run("migrate", data_dir=str(tmp_path))
+        assert done.returncode == 0, done.stderr
+        assert "up to date" in done.stdout
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_serve_stops_within_seconds(tmp_path: Path, number: int) -> None:
+    """Ctrl-C and SIGTERM stop API, worker and compute process within seconds, with status 0 and in silence."""
+    with services.running(tmp_path / "data") as service:
+        child = service.compute_child()
+        family = [psutil.Process(service.process.pid), service.worker(), child]
+        service.process.send_signal(number)
+        assert service.process.wait(10) == 0
+        _, alive = psutil.wait_procs(family[1:], timeout=5)
+        assert not alive
+    assert "Traceback" not in (tmp_path / "data" / "stderr.txt").read_text()
+
+
+def test_worker_is_started_again(tmp_path: Path) -> None:
+    """A worker that dies is replaced, and readiness says in between that there is none only if it takes long."""
+    with services.running(tmp_path / "data", worker_restart_max_seconds="0.2") as service:
+        first = service.worker()
+        first.kill()
+        until(lambda: service.worker().pid != first.pid)
+        until(lambda: service.client.get("/readyz").status_code == 200)
+        workers = until(lambda: service.client.get("/v1/version").json()["workers"])
+        assert until(lambda: service.client.get("/v1/version").json()["workers"][0]["torch_version"])
+        assert len(workers) >= 1
+
+
+def test_worker_dies_with_its_service(tmp_path: Path) -> None:
+    """A service that is killed leaves no worker and no compute process behind."""
+    with services.running(tmp_path / "data") as service:
+        family = [service.compute_child(), service.worker()]
+        service.process.kill()
+        service.process.wait()
+        _, alive = psutil.wait_procs(family, timeout=15)
+        assert not alive
+
+
+def test_readiness_names_what_is_missing(tmp_path: Path) -> None:
+    """Without tables the database is named, without a worker the worker; the process itself stays healthy."""
+    with services.running(tmp_path / "data", command="api") as service:
+        answer = service.client.get("/readyz")
+        assert answer.status_code == 503
+        assert answer.json()["database"] != "ok"
+        problem(service.client.get("/v1/probes"), 503, "unavailable")
+        assert service.client.get("/healthz").status_code == 200
+        migrated = subprocess.run([sys.executable, "-m", "app", "migrate"], env=service.environment, timeout=60)
+        assert migrated.returncode == 0
+        answer = service.client.get("/readyz")
+        assert answer.status_code == 503
+        assert answer.json() == {
+            "ready": False,
+            "database": "ok",
+            "storage": "ok",
+            "worker": "no worker has been heard of in the last 10 seconds",
+        }
+        with services.worker(service):
+            until(lambda: service.client.get("/readyz").status_code == 200)
+
+
+def test_storage_that_is_gone_is_named(tmp_path: Path) -> None:
+    """A storage folder that cannot be used is what readiness names."""
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    with services.running(tmp_path / "data", ready=False) as service:
+        blobs = service.data_dir / "blobs"
+        until(blobs.exists)
+        moved = service.data_dir / "moved"
+        blobs.rename(moved)
+        blobs.write_text("not a folder")
+        answer = service.client.get("/readyz")
+        assert answer.status_code == 503
+        assert answer.json()["storage"].startswith("does not answer")
+        blobs.unlink()
+        moved.rename(blobs)
+
+
+def test_unknown_routes_and_methods_are_problems(service: Service) -> None:
+    """What does not exist is a problem as well, with the status that HTTP gives it."""
+    problem(service.client.get("/v2/nothing"), 404, "not-found")
+    problem(service.client.put("/v1/probes"), 405, "method-not-allowed")
+
+
+def test_documents_of_the_api(service: Service) -> None:
+    """/docs is a page and /openapi.json names every call of version 1 with the report's full schema."""
+    assert "swagger" in service.client.get("/docs").text.lower()
+    document = service.client.get("/openapi.json").json()
+    calls = {(method.upper(), path) for path, methods in document["paths"].items() for method in methods}
+    for collection in ("checkpoints", "probes", "feature-sets"):
+        assert {("POST", f"/v1/{collection}"), ("GET", f"/v1/{collection}")} <= calls
+        assert {("GET", f"/v1/{collection}/{{id}}"), ("DELETE", f"/v1/{collection}/{{id}}")} <= calls
+    assert ("POST", "/v1/analyses/{id}/cancel") in calls
+    assert {"sample", "class_mean"} <= set(document["components"]["schemas"]["Levels"]["properties"])
+
+
+def test_report_schema_has_nothing_undescribed() -> None:
+    """Every field of the report appears in docs/report.md."""
+    text = (ROOT / "docs" / "report.md").read_text()
+    properties: set[str] = set()
+
+    def collect(schema: Any) -> None:
+        if isinstance(schema, dict):
+            properties.update(schema.get("properties", {}))
+            for value in schema.values():
+                collect(value)
+
+    collect(EvaluationReport.model_json_schema())
+    assert len(properties) > 60
+    assert {name for name in properties if f"`{name}`" not in text} == set()
+
+
+def test_settings_are_documented() -> None:
+    """docs/settings.md lists every setting under its name, and none that does not exist."""
+    text = (ROOT / "docs" / "settings.md").read_text()
+    names = {f"INTERPLAY_{name.upper()}" for name in Settings.model_fields}
+    assert set(re.findall(r"`(INTERPLAY_[A-Z_]+)`", text)) == names
+
+
+def test_problems_are_documented() -> None:
+    """docs/problems.md lists every kind of problem that the code can give, and none that it cannot."""
+    text = (ROOT / "docs" / "problems.md").read_text()
+    kinds = {error.kind for error in errors.ServiceError.__subclasses__()} | set(KINDS) | {errors.ServiceError.kind}
+    sources = [*(ROOT / "app").rglob("*.py"), *(ROOT / "workers").rglob("*.py")]
+    for source in sources:
+        kinds |= set(re.findall(r'problem\(\s*"([a-z-]+)"', source.read_text()))
+    kinds |= {"method-not-allowed"}
+    assert set(re.findall(r"^\| `([a-z-]+)`", text, flags=re.MULTILINE)) == kinds
+
+
+def test_api_never_loads_torch(tmp_path: Path) -> None:
+    """The API process starts without torch and stays small."""
+    script = "import sys, app.main, app.__main__; print('torch' in sys.modules, 'analysis' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert done.stdout.split() == ["False", "False"], done.stderr
+
+
+def test_other_requests_are_quick_during_an_upload(service: Service) -> None:
+    """While large files come in, the service answers others: nothing of an upload holds the event loop."""
+
+    async def upload(client: httpx.AsyncClient) -> int:
+        async def body() -> AsyncIterator[bytes]:
+            yield b'--b\r\nContent-Disposition: form-data; name="file"; filename="f"\r\n\r\n'
+            for _ in range(64):
+                yield bytes(2**20)
+            yield b'\r\n--b\r\nContent-Disposition: form-data; name="spec"\r\n\r\n{"name": "big"}\r\n--b--\r\n'
+
+        headers = {"Content-Type": "multipart/form-data; boundary=b"}
+        return (await client.post("/v1/checkpoints", content=body(), headers=headers)).status_code
+
+    async def scenario() -> int:
+        async with httpx.AsyncClient(base_url=service.url, timeout=60, trust_env=False) as client:
+            uploads = [asyncio.create_task(upload(client)) for _ in range(3)]
+            answers = 0
+            while not all(task.done() for task in uploads):
+                assert (await client.get("/healthz")).status_code == 200
+                answers += 1
+            assert [await task for task in uploads] == [422, 422, 422]
+            return answers
+
+    assert asyncio.run(scenario()) > 10

@@ -73,7 +73,7 @@ def mlp_checkpoint_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     optimizer = torch.optim.SGD(network.parameters(), lr=0.5, momentum=0.9)
     for _ in range(30):
         optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(network(inputs), targets).backward()
+        torch.autograd.backward(torch.nn.functional.cross_entropy(network(inputs), targets))
         optimizer.step()
     save_tensors(network.state_dict(), path, metadata={"architecture": json.dumps(MLP)})
     return path

@@ -5,15 +5,16 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import psutil
 
+T = TypeVar("T")
 # Nothing here is slow; a shared machine may be.
 PATIENCE_SECONDS = 90.0
 
@@ -64,7 +65,7 @@ class Service:
         return dict(self.client.get(f"/v1/reports/{analysis['report_id']}").json())
 
 
-def until(probe: Any, *, seconds: float = PATIENCE_SECONDS) -> Any:
+def until(probe: Callable[[], T | None], *, seconds: float = PATIENCE_SECONDS) -> T:
     """What `probe` returns once it is true; an error of the connection counts as not yet."""
     deadline = time.monotonic() + seconds
     while True:
@@ -79,10 +80,11 @@ def until(probe: Any, *, seconds: float = PATIENCE_SECONDS) -> Any:
 
 
 @contextmanager
-def running(
-    data_dir: Path, *, command: str = "serve", port: int = 0, ready: bool = True, **settings: str
-) -> Iterator[Service]:
-    """A service in a folder of its own; at the end it must stop by itself, with all that it started."""
+def running(data_dir: Path, *, command: str = "serve", ready: bool = True, **settings: str) -> Iterator[Service]:
+    """A service in a folder of its own; at the end it must stop by itself, with all that it started.
+
+    With `ready` the block begins once an analysis would run.
+    """
     environment = {
         **{key: value for key, value in os.environ.items() if not key.startswith("INTERPLAY_")},
         "INTERPLAY_DATA_DIR": str(data_dir),
@@ -92,7 +94,7 @@ def running(
     data_dir.mkdir(parents=True, exist_ok=True)
     with (data_dir / "stderr.txt").open("a") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "app", command, "--port", str(port)],
+            [sys.executable, "-m", "app", command, "--port", "0"],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=log,

@@ -33,11 +33,12 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     settings = load_settings()
     start_logging(settings)
-    stopping = threading.Event()
+    # A pipe, because a handler may run while its own thread holds whatever lock it would need.
+    told_to_stop, tell_to_stop = os.pipe()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stopping.set())
+        signal.signal(number, lambda *_: os.write(tell_to_stop, b"."))
     if options.stop_at_end_of_input:
-        threading.Thread(target=_watch_input, args=(stopping,), daemon=True).start()
+        threading.Thread(target=_watch_input, args=(tell_to_stop,), daemon=True).start()
 
     # A fresh name for each process: nobody's unfinished work is taken for its own.
     worker_id = str(uuid4())
@@ -50,8 +51,10 @@ def main(arguments: list[str] | None = None) -> None:
     register(Host(settings, engine, Storage(settings), child, active))
     _join_queue(settings, engine, worker_id)
     logger.info("worker %s is ready", worker_id)
+    stopping = threading.Event()
     threading.Thread(target=_keep_up, args=(presence, stopping), daemon=True).start()
-    stopping.wait()
+    os.read(told_to_stop, 1)
+    stopping.set()
     try:
         presence.withdraw()
     finally:
@@ -76,9 +79,9 @@ def _join_queue(settings: Settings, engine: sa.Engine, worker_id: str) -> None:
     DBOS.register_queue(queue.QUEUE, worker_concurrency=1, polling_interval_sec=_POLLING_SECONDS)
 
 
-def _watch_input(stopping: threading.Event) -> None:
+def _watch_input(tell_to_stop: int) -> None:
     sys.stdin.buffer.read()
-    stopping.set()
+    os.write(tell_to_stop, b".")
 
 
 def _keep_up(presence: Presence, stopping: threading.Event) -> None:

@@ -281,7 +281,8 @@ def test_bad_checkpoint_fails_with_a_problem(
 
 def probe_arrays(**changes: Any) -> bytes:
     generator = np.random.default_rng(0)
-    arrays = {"inputs": generator.normal(size=(40, 64)).astype(np.float32), "labels": np.arange(40) % 10}
+    inputs = generator.normal(size=(40, 64)).astype(np.float32)
+    arrays: dict[str, Any] = {"inputs": inputs, "labels": np.arange(40) % 10}
     return save({**arrays, **changes})
 
 

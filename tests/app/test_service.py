@@ -47,7 +47,7 @@ def test_key_is_needed_on_every_v1_call(guarded: Service) -> None:
         if answer.status_code != 405:
             problem(answer, 401, "unauthorized")
     for header in (f"Bearer {KEY}x", f"Basic {KEY}", "Bearer", f"Bearer {KEY[:-1]}", "Bearer schlüssel"):
-        answer = guarded.client.get("/v1/probes", headers={"Authorization": header.encode()})
+        answer = guarded.client.get("/v1/probes", headers={b"Authorization": header.encode()})
         problem(answer, 401, "unauthorized")
         assert answer.headers["www-authenticate"] == "Bearer"
     assert guarded.client.get("/v1/probes", headers={"Authorization": f"Bearer {KEY}"}).status_code == 200

@@ -253,8 +253,8 @@ def test_another_media_type_is_refused(service: Service) -> None:
 @pytest.fixture(scope="module")
 def small_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """A service that accepts files up to 100,000 bytes, and waits half a second for more of a body."""
-    settings = {"max_upload_bytes": "100000", "upload_idle_seconds": "0.5"}
-    with services.running(tmp_path_factory.mktemp("small") / "data", ready=False, **settings) as service:
+    data_dir = tmp_path_factory.mktemp("small") / "data"
+    with services.running(data_dir, ready=False, max_upload_bytes="100000", upload_idle_seconds="0.5") as service:
         yield service
 
 

@@ -4,10 +4,10 @@ import random
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from tests import services
@@ -23,10 +23,12 @@ OPTIONS = {"null_permutations": 60}
 def restless(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Service]:
     """A service of its own, whose worker may be killed and is started again at once."""
     with ExitStack() as stack:
-        settings = {"worker_restart_max_seconds": "0.2"}
+        url = ""
         if request.param == "postgresql":
-            settings["database_url"] = stack.enter_context(fresh_database(request.getfixturevalue("postgres")))
-        yield stack.enter_context(services.running(tmp_path / "data", **settings))
+            url = stack.enter_context(fresh_database(request.getfixturevalue("postgres")))
+        yield stack.enter_context(
+            services.running(tmp_path / "data", worker_restart_max_seconds="0.2", database_url=url)
+        )
 
 
 def reports_of(service: Service, analysis: dict[str, Any]) -> list[dict[str, Any]]:
@@ -47,33 +49,41 @@ def test_worker_killed_20_times(restless: Service, mlp_checkpoint_file: Path, di
     ids = pair(restless, mlp_checkpoint_file, digits_probe_file)
     undisturbed = restless.wait(restless.analyze(**ids, options=OPTIONS)["id"])
     expected = without_identity(restless.report(undisturbed))
-    wanted = 20 if "INTERPLAY_DATABASE_URL" not in restless.environment else 8
-    moments = random.Random(0)
-    kills, ended = 0, []
-    analysis, attempts = restless.analyze(**ids, options=OPTIONS), 0
+    wanted = 8 if restless.environment["INTERPLAY_DATABASE_URL"] else 20
+    moments, kills = random.Random(0), 0
+    analyses: list[dict[str, Any]] = []
     while kills < wanted:
-        now = until(
-            lambda: (
-                found if (found := status(restless, analysis))["attempts"] > attempts or found["report_id"] else None
-            )
-        )
-        if now["report_id"] is None:
-            attempts = now["attempts"]
-            time.sleep(moments.uniform(0, 3.0))
-            worker = restless.worker()
-            if status(restless, analysis)["report_id"] is None:
-                worker.kill()
-                kills += 1
-                until(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE)
-                continue
-        ended.append(analysis)
-        analysis, attempts = restless.analyze(**ids, options=OPTIONS), 0
-    ended.append(analysis)
-    for one in ended:
+        analyses.append(restless.analyze(**ids, options=OPTIONS))
+        kills += killed_until_it_ended(restless, analyses[-1], moments, at_most=wanted - kills)
+    for one in analyses:
         done = restless.wait(one["id"])
         assert without_identity(restless.report(done)) == expected
         assert [report["id"] for report in reports_of(restless, one)] == [done["report_id"]]
-    assert sum(status(restless, one)["attempts"] for one in ended) >= kills
+    assert sum(status(restless, one)["attempts"] for one in analyses) >= kills
+
+
+def killed_until_it_ended(service: Service, analysis: dict[str, Any], moments: random.Random, *, at_most: int) -> int:
+    """Kill the worker at a random moment of each attempt; how often, before the analysis ended all the same."""
+    kills = 0
+    while kills < at_most:
+        until(partial(has_begun_or_ended, service, analysis, kills + 1))
+        time.sleep(moments.uniform(0, 3.0))
+        worker = service.worker()
+        if has_ended(service, analysis):
+            break
+        worker.kill()
+        worker.wait(15)
+        kills += 1
+    return kills
+
+
+def has_begun_or_ended(service: Service, analysis: dict[str, Any], attempt: int) -> bool:
+    now = status(service, analysis)
+    return now["attempts"] >= attempt or now["status"] in ("succeeded", "failed", "cancelled")
+
+
+def has_ended(service: Service, analysis: dict[str, Any]) -> bool:
+    return status(service, analysis)["status"] in ("succeeded", "failed", "cancelled")
 
 
 def test_compute_child_killed(any_service: Service, mlp_checkpoint_file: Path, digits_probe_file: Path) -> None:
@@ -87,7 +97,7 @@ def test_compute_child_killed(any_service: Service, mlp_checkpoint_file: Path, d
         child.kill()
         until(lambda: not child.is_running())
 
-    once = any_service.analyze(**ids, options={"null_permutations": 300})
+    once = any_service.analyze(**ids, options={"null_permutations": 100})
     kill_child(once, "")
     done = any_service.wait(once["id"])
     assert done["status"] == "succeeded", done
@@ -122,7 +132,7 @@ def test_postgres_restarted_under_queued_work(
             time.sleep(moments.uniform(0.2, 2.0))
             server.restart()
         for analysis in analyses:
-            done = until(lambda one=analysis: _ended(service, one))
+            done = until(partial(_ended, service, analysis))
             assert done["status"] == "succeeded", done
             assert len(reports_of(service, analysis)) == 1
 
@@ -156,7 +166,7 @@ def test_attempts_are_limited(tmp_path: Path, mlp_checkpoint_file: Path, digits_
             **pair(service, mlp_checkpoint_file, digits_probe_file), options={"null_permutations": 1000}
         )
         for attempt in (1, 2):
-            until(lambda attempt=attempt: status(service, analysis)["attempts"] == attempt)
+            until(partial(has_begun_or_ended, service, analysis, attempt))
             service.worker().kill()
         failed = service.wait(analysis["id"])
         assert failed["status"] == "failed"

@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.command == "migrate":
         _migrate(settings)
         url = sa.make_url(settings.effective_database_url)
-        print(f"The database {url.render_as_string()} is up to date.")  # noqa: T201  # the command's answer
+        sys.stdout.write(f"The database {url.render_as_string()} is up to date.\n")
         return 0
     if not settings.binds_loopback and settings.api_key is None:
         return _refuse(
@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _refuse(message: str) -> int:
-    print(message, file=sys.stderr)  # noqa: T201  # for the operator, who typed the command
+    sys.stderr.write(f"{message}\n")
     return 2
 
 
@@ -116,7 +116,8 @@ class _AnnouncedServer(uvicorn.Server):
         assert sockets is not None
         host, port = sockets[0].getsockname()[:2]
         address = f"[{host}]" if ":" in host else host
-        print(f"Interplay is listening on http://{address}:{port}", flush=True)  # noqa: T201  # programs read this line
+        sys.stdout.write(f"Interplay is listening on http://{address}:{port}\n")
+        sys.stdout.flush()
         if self._worker is not None:
             self._worker.start()
 

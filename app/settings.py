@@ -94,8 +94,12 @@ def load_settings(**given: Any) -> Settings:
     try:
         return Settings(**{name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
-        lines = [f"INTERPLAY_{str(e['loc'][0]).upper()} is not valid: {e['msg']}." for e in error.errors()]
-        print("\n".join(lines), file=sys.stderr)  # noqa: T201  # logging is one of the settings
+        for wrong in error.errors():
+            name = str(wrong["loc"][0])
+            # A URL may hold a password.
+            value = "" if name.endswith(("_key", "_url")) else f" ({wrong['input']!r})"
+            # Not by logging, which is one of the settings.
+            sys.stderr.write(f"INTERPLAY_{name.upper()}{value} is not valid: {wrong['msg']}.\n")
         raise SystemExit(2) from None
 
 

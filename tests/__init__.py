@@ -1,8 +1,11 @@
-"""The tests. Imported before anything of ours, so that all of analysis is checked against its annotations.
+"""The tests. This is imported before anything of ours, and before torch."""
 
-Shapes and types, as jaxtyping writes them down, hold in every test that calls analysis in its own process.
-"""
+import os
 
 from jaxtyping import install_import_hook
 
+# Shapes and types, as jaxtyping writes them down, hold in every test that calls analysis in its own process.
 install_import_hook("analysis", "beartype.beartype")
+
+# Matrices in tests are small, and threads that wait for each other on a busy machine are many times slower than one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")

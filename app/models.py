@@ -32,6 +32,13 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
+def metadata_text(value: Any) -> str:
+    """A metadata value as filters compare it: `epoch=10`, `final=true`, `run=a`."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return "null" if value is None else str(value)
+
+
 class Base(DeclarativeBase):
     # Constraints have names of their own, so that migrations can name them on both databases.
     metadata = sa.MetaData(
@@ -115,7 +122,10 @@ class FeatureSet(Resource):
 
 
 class MetadataEntry(Base):
-    """One `key=value` of a checkpoint, probe or feature set, as text, so that both databases filter alike."""
+    """One `key=value` of a checkpoint, probe, feature set or report, as text, so that both databases filter alike.
+
+    A report keeps the metadata of what it is about, so that it is found when that has been deleted.
+    """
 
     __tablename__ = "metadata_entries"
     __table_args__ = (sa.Index(None, "key", "value"),)
@@ -123,6 +133,15 @@ class MetadataEntry(Base):
     resource_id: Mapped[str] = mapped_column(sa.String(36), primary_key=True)
     key: Mapped[str] = mapped_column(sa.String(100), primary_key=True)
     value: Mapped[str] = mapped_column(sa.String(500), primary_key=True)
+
+    @classmethod
+    def entries(cls, resource_id: str, metadata: dict[str, Any]) -> list["MetadataEntry"]:
+        """What filters look for: each `key=value`, of a list one for each value."""
+        return [
+            cls(resource_id=resource_id, key=key, value=value)
+            for key, values in metadata.items()
+            for value in {metadata_text(value) for value in (values if isinstance(values, list) else [values])}
+        ]
 
 
 class Analysis(Resource):

@@ -179,11 +179,7 @@ def _keep(engine: sa.Engine, storage: Storage, file: StagedFile | None, row: Own
             storage.put(file)
         session.add(row)
         session.flush()
-        session.add_all(
-            models.MetadataEntry(resource_id=row.id, key=key, value=value)
-            for key, values in row.metadata_.items()
-            for value in {schemas.metadata_text(v) for v in (values if isinstance(values, list) else [values])}
-        )
+        session.add_all(models.MetadataEntry.entries(row.id, row.metadata_))
     return row
 
 

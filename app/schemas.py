@@ -8,6 +8,8 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
+from app.models import metadata_text
+
 SCHEMA_VERSION = "1"
 DEFINITIONS_VERSION = "1"
 
@@ -26,13 +28,6 @@ def _check_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
             if isinstance(entry, dict | list) or len(metadata_text(entry)) > 500:
                 raise ValueError(f"{key!r} must be text, a number, true, false, null or a list of these (500 chars)")
     return metadata
-
-
-def metadata_text(value: Any) -> str:
-    """A metadata value as filters compare it: `epoch=10`, `final=true`, `run=a`."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return "null" if value is None else str(value)
 
 
 Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f]*$")]

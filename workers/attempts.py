@@ -13,7 +13,7 @@ import sqlalchemy as sa
 
 from app.database import write
 from app.errors import problem
-from app.models import Analysis, Checkpoint, FeatureSet, Probe, Report, now
+from app.models import Analysis, Checkpoint, FeatureSet, MetadataEntry, Probe, Report, now
 from app.schemas import DEFINITIONS_VERSION, SCHEMA_VERSION, EvaluationReport
 
 Outcome = Literal["succeeded", "failed", "cancelled"]
@@ -79,7 +79,9 @@ def finish(engine: sa.Engine, analysis_id: str, result: Result) -> bool:
         if row is None or row.outcome is not None:
             return False
         if result.body is not None:
-            session.add(_report(row, result.body))
+            report = _report(row, result.body)
+            session.add(report)
+            session.add_all(MetadataEntry.entries(report.id, result.body["subject"]["metadata"]))
             row.progress_phase = "finished"
         _end(row, result)
         return True

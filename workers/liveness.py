@@ -85,7 +85,9 @@ class AdvisoryLocks:
 
     def hold(self, name: str) -> None:
         """Hold a lock until this process ends; taken again where the connection was lost."""
-        if self._connection is None or self._connection.closed or self._connection.invalidated:
+        if self._connection is None or self._connection.invalidated:
+            if self._connection is not None:
+                self._connection.close()
             self._connection = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
             self._held.clear()
         if name not in self._held and self._call("pg_try_advisory_lock", name):

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from analysis.evaluation import Evaluation, EvaluationOptions, evaluate_features, evaluate_network
-from analysis.networks import FAMILIES, load_network
-from analysis.probes import Preprocess, load_feature_set, load_probe
 
 import analysis
 from analysis.errors import AnalysisError
+from analysis.evaluation import Evaluation, EvaluationOptions, evaluate_features, evaluate_network
+from analysis.networks import FAMILIES, load_network
+from analysis.probes import Preprocess, load_feature_set, load_probe
 from app.errors import problem
 
 logger = logging.getLogger("interplay")

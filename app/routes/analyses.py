@@ -79,7 +79,7 @@ def list_reports(
     for column, value in equal.items():
         if value is not None:
             query = query.where(getattr(Report, column) == value)
-    subjects = [Report.checkpoint_id, Report.probe_id, Report.feature_set_id]
+    subjects = [Report.id, Report.probe_id]
     with read(service.engine) as session:
         rows, cursor = page(session, query, Report, listing, subjects)
         items = [

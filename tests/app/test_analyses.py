@@ -190,6 +190,8 @@ def test_lists_of_analyses_and_reports(
     assert listed("analyses", status="succeeded", metadata=f"mark={mark}") == [done["id"]]
     assert listed("analyses", status="queued", metadata=f"mark={mark}") == []
     assert listed("analyses", kind="other") == []
+    assert any_service.client.delete(f"/v1/checkpoints/{ids['checkpoint_id']}").status_code == 204
+    assert listed("reports", metadata=f"mark={mark}") == [done["report_id"]]
 
 
 BAD_REQUESTS: dict[str, dict[str, Any]] = {

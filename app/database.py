@@ -1,6 +1,7 @@
 """The database engine, for SQLite and PostgreSQL alike, and the two ways to open a session."""
 
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,9 @@ from sqlalchemy import event
 from sqlalchemy.orm import Session
 
 from app.settings import Settings
+
+# How long a writer waits for another one.
+_SQLITE_PATIENCE_SECONDS = 30
 
 
 def make_engine(settings: Settings) -> sa.Engine:
@@ -31,11 +35,28 @@ def _sqlite_engine(url: sa.URL) -> sa.Engine:
     def configure(connection: sqlite3.Connection, _record: object) -> None:
         # Writers queue up for the lock at BEGIN, where waiting is safe, not in the middle of a transaction.
         connection.isolation_level = "IMMEDIATE"
-        connection.execute("PRAGMA busy_timeout=30000")
+        connection.execute(f"PRAGMA busy_timeout={_SQLITE_PATIENCE_SECONDS * 1000}")
         connection.execute("PRAGMA foreign_keys=ON")
-        connection.execute("PRAGMA journal_mode=WAL")
+        _use_write_ahead_log(connection)
 
     return engine
+
+
+def _use_write_ahead_log(connection: sqlite3.Connection) -> None:
+    """Readers do not wait for writers. The mode stays with the file; only the first switch takes a lock.
+
+    That one does not wait for the busy timeout where several processes open a new file at once, so it is tried again.
+    """
+    deadline = time.monotonic() + _SQLITE_PATIENCE_SECONDS
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+        except sqlite3.OperationalError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+        else:
+            return
 
 
 def _postgresql_engine(url: sa.URL) -> sa.Engine:

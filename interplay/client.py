@@ -303,7 +303,7 @@ class Client:
         timeout = httpx.Timeout(self._timeout)
         timeout.read = max(_UPLOAD_ANSWER_SECONDS, timeout.read or 0.0)
         with path.open("rb") as file:
-            # The spec goes first: the service refuses a bad one before it reads the file.
+            # The spec goes first: whoever looks at what is on its way sees what it is.
             parts = [
                 ("spec", (None, json.dumps(_given(spec)).encode(), "application/json")),
                 ("file", (path.name, file, "application/octet-stream")),

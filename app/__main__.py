@@ -143,8 +143,11 @@ class _SupervisedWorker:
         while not self._stopping.is_set():
             started = time.monotonic()
             # The worker stops when its standard input ends, so it does not outlive this process, however that dies.
+            # In a session of its own: Ctrl-C reaches this process, which then stops the worker.
             process = subprocess.Popen(
-                [sys.executable, "-m", "workers", "--stop-at-end-of-input"], stdin=subprocess.PIPE
+                [sys.executable, "-m", "workers", "--stop-at-end-of-input"],
+                stdin=subprocess.PIPE,
+                start_new_session=True,
             )
             while process.poll() is None and not self._stopping.wait(0.2):
                 pass

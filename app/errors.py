@@ -7,6 +7,7 @@
     ├── TooLarge            413
     ├── UnsupportedMedia    415
     ├── Unauthorized        401
+    ├── Forbidden           403
     ├── NotFound            404
     ├── InUse               409  what should be deleted is needed
     ├── IdempotencyConflict 409
@@ -78,6 +79,10 @@ class UnsupportedMedia(ServiceError):
 
 class Unauthorized(ServiceError):
     kind, title, status = "unauthorized", "A valid API key is needed", 401
+
+
+class Forbidden(ServiceError):
+    kind, title, status = "forbidden", "The request comes from elsewhere", 403
 
 
 class NotFound(ServiceError):

@@ -5,32 +5,49 @@ A row that arrives while somebody pages is newer than every page to come, so no 
 
 import base64
 import binascii
-from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import datetime
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from datetime import UTC, datetime
 from typing import Annotated, Any
 
 import sqlalchemy as sa
-from fastapi import Query
-from pydantic import AwareDatetime
+from fastapi import Depends, Query, Request
+from pydantic import AwareDatetime, Field
 from sqlalchemy.orm import Session
 
 from app.errors import InvalidRequest
 from app.models import MetadataEntry, Resource, UTCDateTime
+from app.schemas import PLAIN_TEXT
 
 
 @dataclass(frozen=True)
 class Listing:
     """What every collection takes: which page, and filters that all of them share."""
 
-    limit: Annotated[int, Query(ge=1, le=1000, description="Items in a page.")] = 50
+    limit: Annotated[int, Query(ge=1, le=200, description="Items in a page.")] = 50
     cursor: Annotated[str | None, Query(max_length=200, description="`next_cursor` of the page before.")] = None
-    name: Annotated[str | None, Query(max_length=200, description="Exactly this name.")] = None
+    name: Annotated[str | None, Query(max_length=200, pattern=PLAIN_TEXT, description="Exactly this name.")] = None
     metadata: Annotated[
-        list[str] | None, Query(description="`key=value`; repeat it to ask for several at once.", max_length=20)
+        list[Annotated[str, Field(pattern=r"^[^\x00]*$")]] | None,
+        Query(description="`key=value`; repeat it to ask for several at once.", max_length=20),
     ] = None
     created_after: Annotated[AwareDatetime | None, Query(description="Not before this instant.")] = None
     created_before: Annotated[AwareDatetime | None, Query(description="Before this instant.")] = None
+
+
+def listing_with(*filters: str) -> Callable[..., Listing]:
+    """A dependency: the listing of a collection that has these filters of its own, and no others.
+
+    A filter that is mistyped must not answer with everything.
+    """
+    known = {field.name for field in fields(Listing)} | set(filters)
+
+    def parse(request: Request, listing: Annotated[Listing, Depends()]) -> Listing:
+        if unknown := sorted(set(request.query_params) - known):
+            raise InvalidRequest(f"{', '.join(map(repr, unknown))} is no filter here; {', '.join(sorted(known))} are.")
+        return listing
+
+    return parse
 
 
 def page(
@@ -51,11 +68,11 @@ def page(
         matching = sa.select(MetadataEntry.resource_id).where(MetadataEntry.key == key, MetadataEntry.value == value)
         query = query.where(sa.or_(*(column.in_(matching) for column in metadata_of)))
     if listing.name is not None:
-        query = query.where(sa.column("name", _selectable=model.__table__) == listing.name)
+        query = query.where(model.__table__.c.name == listing.name)
     if listing.created_after is not None:
-        query = query.where(model.created_at >= listing.created_after)
+        query = query.where(model.created_at >= _instant(listing.created_after))
     if listing.created_before is not None:
-        query = query.where(model.created_at < listing.created_before)
+        query = query.where(model.created_at < _instant(listing.created_before))
     if listing.cursor is not None:
         created_at, id_ = _decode(listing.cursor)
         last = sa.tuple_(sa.literal(created_at, UTCDateTime), sa.literal(id_))
@@ -76,8 +93,15 @@ def _decode(cursor: str) -> tuple[datetime, str]:
     try:
         created_at, id_ = base64.urlsafe_b64decode(cursor.encode()).decode().split(" ")
         instant = datetime.fromisoformat(created_at)
-        if instant.tzinfo is None:
+        if instant.tzinfo is None or not id_.isascii() or not id_.isprintable():
             raise ValueError
     except (ValueError, binascii.Error):
         raise InvalidRequest("The cursor is not one that this service gave out.") from None
-    return instant, id_
+    return _instant(instant), id_
+
+
+def _instant(value: datetime) -> datetime:
+    try:
+        return value.astimezone(UTC)
+    except OverflowError:
+        raise InvalidRequest("An instant lies outside of the years 1 to 9999.") from None

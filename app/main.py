@@ -2,20 +2,20 @@
 
 import importlib.metadata
 import logging
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import sqlalchemy as sa
-from fastapi import Depends, FastAPI
-from fastapi.concurrency import run_in_threadpool
+from fastapi import FastAPI
 
 from app import problems, queue, resources
-from app.bodies import Bodies
+from app.admission import Admission
 from app.database import make_engine
-from app.routes import Service, analyses, authorize, health
+from app.routes import Service, analyses, health
 from app.routes import resources as resource_routes
 from app.settings import Settings
-from app.storage import Storage
+from app.storage import Storage, StorageUnavailable
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,8 @@ def create_app(settings: Settings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        await run_in_threadpool(_sweep, service)
+        # Beside serving: with many blobs it takes a while.
+        threading.Thread(target=_sweep, args=(service,), daemon=True).start()
         yield
         service.queue.destroy()
         engine.dispose()
@@ -43,17 +44,17 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
     )
     app.state.service = service
-    app.add_middleware(Bodies, max_json_bytes=settings.max_spec_bytes)
+    app.add_middleware(Admission, settings=settings)
     problems.install(app)
     app.include_router(health.health)
     for router in (resource_routes.router, analyses.router, health.router):
-        app.include_router(router, prefix="/v1", dependencies=[Depends(authorize)])
+        app.include_router(router, prefix="/v1")
     return app
 
 
 def _sweep(service: Service) -> None:
     try:
         resources.sweep(service.engine, service.storage)
-    except (sa.exc.SQLAlchemyError, OSError) as error:
+    except (sa.exc.SQLAlchemyError, StorageUnavailable, OSError) as error:
         # Waste is no reason not to serve; the next start sweeps again.
         logger.warning("what earlier crashes left behind was not swept: %s", error)

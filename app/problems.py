@@ -20,10 +20,11 @@ from app.errors import (
     invalid_request,
     problem,
 )
+from app.storage import StorageUnavailable
 
 logger = logging.getLogger(__name__)
 
-_HTTP_KINDS = {401: Unauthorized.kind, 404: NotFound.kind, 405: "method-not-allowed", 413: TooLarge.kind}
+_HTTP_KINDS = {401: Unauthorized.kind, 404: NotFound.kind, 405: "method-not-allowed"}
 
 
 class ProblemResponse(JSONResponse):
@@ -36,7 +37,9 @@ def install(app: FastAPI) -> None:
         ServiceError: _service_error,
         RequestValidationError: _validation_error,
         HTTPException: _http_error,
+        StorageUnavailable: _storage_error,
         sa.exc.OperationalError: _database_error,
+        sa.exc.ProgrammingError: _programming_error,
         sa.exc.InterfaceError: _database_error,
         sa.exc.TimeoutError: _database_error,
         Exception: _bug,
@@ -45,7 +48,8 @@ def install(app: FastAPI) -> None:
         app.add_exception_handler(error, handler)
 
 
-async def _service_error(_: Request, error: ServiceError) -> Response:
+def problem_response(error: ServiceError) -> Response:
+    """The answer that says what an error says."""
     headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
     if error.status == 503:
         headers["Retry-After"] = "5"
@@ -53,11 +57,18 @@ async def _service_error(_: Request, error: ServiceError) -> Response:
     return ProblemResponse(body, status_code=error.status, headers=headers)
 
 
-async def _validation_error(request: Request, error: RequestValidationError) -> Response:
-    return await _service_error(request, invalid_request("The request", error.errors()))
+async def _service_error(_: Request, error: ServiceError) -> Response:
+    return problem_response(error)
+
+
+async def _validation_error(_: Request, error: RequestValidationError) -> Response:
+    return problem_response(invalid_request("The request", error.errors()))
 
 
 async def _http_error(request: Request, error: HTTPException) -> Response:
+    if error.status_code == 413:
+        limit = request.app.state.service.settings.max_spec_bytes
+        return problem_response(TooLarge(f"A body may have at most {limit} bytes here.", limit_bytes=limit))
     phrase = HTTPStatus(error.status_code).phrase
     kind = _HTTP_KINDS.get(error.status_code, InvalidRequest.kind)
     detail = error.detail
@@ -68,12 +79,25 @@ async def _http_error(request: Request, error: HTTPException) -> Response:
     )
 
 
-async def _database_error(request: Request, error: Exception) -> Response:
+async def _programming_error(request: Request, error: sa.exc.ProgrammingError) -> Response:
+    if getattr(error.orig, "sqlstate", None) == "42P01":  # a table does not exist
+        return await _database_error(request, error)
+    raise error
+
+
+async def _database_error(_: Request, error: Exception) -> Response:
     logger.warning("the database does not answer: %s", error)
-    return await _service_error(request, Unavailable("The database does not answer; try again in a few seconds."))
+    detail = "The database does not answer, or has not the tables of this version; /readyz says which."
+    return problem_response(Unavailable(detail))
+
+
+async def _storage_error(_: Request, error: Exception) -> Response:
+    logger.warning("the storage does not answer: %s", error)
+    return problem_response(Unavailable("The storage does not answer; try again in a few seconds."))
 
 
 async def _bug(_: Request, error: Exception) -> Response:
     # Starlette logs the traceback itself, after this answer.
     body = problem("internal-error", "Internal error", "This is a fault of the service; its log says more.", status=500)
-    return ProblemResponse(body, status_code=500)
+    # The server closes a connection on which something went wrong; the client should know.
+    return ProblemResponse(body, status_code=500, headers={"Connection": "close"})

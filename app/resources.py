@@ -23,7 +23,9 @@ from app.settings import Settings
 from app.storage import StagedFile, Storage
 from app.uploads import Upload
 
-MAX_CLASSES = 1_000_000
+# A class costs a number in every row and report, a sample eight bytes while its label is checked.
+MAX_CLASSES = 100_000
+MAX_SAMPLES = 100_000_000
 _ORPHAN_SECONDS = 3600.0
 
 Owner = models.Checkpoint | models.Probe | models.FeatureSet
@@ -92,6 +94,8 @@ def create_feature_set(engine: sa.Engine, storage: Storage, upload: Upload) -> m
         _known_tensors(file, {"features", "labels", "head", "head_bias", "logits", "split"})
         n_samples, n_features = _tensor(file, "features", tensorfile.FLOATING, rank=2).shape
         n_classes, _ = _tensor(file, "head", tensorfile.FLOATING, shape=(None, n_features)).shape
+        if n_classes > MAX_CLASSES:
+            raise InvalidFile(f"The head has {n_classes} rows; at most {MAX_CLASSES} classes are allowed.")
         if "head_bias" in file.tensors:
             _tensor(file, "head_bias", tensorfile.FLOATING, shape=(n_classes,))
         if "logits" in file.tensors:
@@ -156,13 +160,16 @@ def sweep(engine: sa.Engine, storage: Storage) -> None:
     unused = sa.select(models.Blob.sha256).where(*(_no_use(models.Blob.sha256, owner) for owner in _OWNERS))
     with read(engine) as session:
         hashes = list(session.scalars(unused))
+        known = set(session.scalars(sa.select(models.Blob.sha256)))
     for sha256 in hashes:
         _release(engine, storage, sha256)
     # An upload puts its file in place moments before its row: only what is old has been forgotten.
     for sha256 in storage.blobs_older_than(_ORPHAN_SECONDS):
-        with write(engine) as session:
-            if session.get(models.Blob, sha256) is None:
-                storage.delete(sha256)
+        if sha256 not in known:
+            # With a row of its own, whoever uploads the same file now waits for its lock, or has it in use.
+            with write(engine) as session:
+                session.execute(_HOLD_BLOB, {"sha256": sha256, "size_bytes": 0})
+            _release(engine, storage, sha256)
 
 
 def _keep(engine: sa.Engine, storage: Storage, file: StagedFile | None, row: OwnerType) -> OwnerType:
@@ -293,6 +300,8 @@ def _tensor(
         raise InvalidFile(f"The tensor {name!r} has the shape {list(info.shape)}; expected [{wanted}].")
     if 0 in info.shape:
         raise InvalidFile(f"The tensor {name!r} is empty: its shape is {list(info.shape)}.")
+    if info.shape[0] > MAX_SAMPLES:
+        raise InvalidFile(f"The tensor {name!r} has {info.shape[0]} rows; at most {MAX_SAMPLES} are allowed.")
     return info
 
 

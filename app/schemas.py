@@ -3,6 +3,8 @@
 `docs/report.md` explains every field of a report in words; `definitions_version` names the state of the definitions.
 """
 
+import math
+import re
 from datetime import datetime
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
@@ -24,13 +26,25 @@ def _check_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
     for key, value in metadata.items():
         if not 0 < len(key) <= 100:
             raise ValueError("keys have 1 to 100 characters")
-        for entry in value if isinstance(value, list) else [value]:
+        entries = value if isinstance(value, list) else [value]
+        if len(entries) > 100:
+            raise ValueError(f"{key!r} is a list of more than 100 values")
+        for entry in entries:
             if isinstance(entry, dict | list) or len(metadata_text(entry)) > 500:
                 raise ValueError(f"{key!r} must be text, a number, true, false, null or a list of these (500 chars)")
+            if isinstance(entry, float) and not math.isfinite(entry):
+                raise ValueError(f"{key!r} is not a finite number")
+        for text in (key, *(entry for entry in entries if isinstance(entry, str))):
+            if not _STORABLE.match(text):
+                raise ValueError(f"{key!r} holds characters that cannot be stored")
     return metadata
 
 
-Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f]*$")]
+# Not NUL, which PostgreSQL refuses, and not half of a surrogate pair, which is no text.
+_STORABLE = re.compile(r"\A[^\x00\ud800-\udfff]*\Z")
+PLAIN_TEXT = r"^[^\x00-\x1f]*$"
+Name = Annotated[str, Field(min_length=1, max_length=200, pattern=PLAIN_TEXT)]
+Id = Annotated[str, Field(max_length=36, pattern=PLAIN_TEXT)]
 Metadata = Annotated[dict[str, Any], AfterValidator(_check_metadata)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 PositiveFloat = Annotated[FiniteFloat, Field(gt=0)]
@@ -44,7 +58,9 @@ class CheckpointSpec(Strict):
 
     name: Name
     architecture: dict[str, Any] | None = None
-    head: str | None = Field(default=None, max_length=500, description="Module name of the head; default: by family.")
+    head: str | None = Field(
+        default=None, max_length=500, pattern=PLAIN_TEXT, description="Module name of the head; default: by family."
+    )
     metadata: Metadata = {}
     sha256: Sha256 | None = Field(default=None, description="Instead of a file: a blob that the service holds.")
 
@@ -61,7 +77,9 @@ class ProbeSpec(Strict):
     """`spec` of POST /v1/probes. Lists in `preprocess` run along dimension 1 of the inputs."""
 
     name: Name
-    class_names: list[Annotated[str, Field(max_length=200)]] | None = Field(default=None, max_length=1_000_000)
+    class_names: list[Annotated[str, Field(max_length=200, pattern=PLAIN_TEXT)]] | None = Field(
+        default=None, min_length=2, max_length=100_000
+    )
     preprocess: Preprocess | None = None
     metadata: Metadata = {}
     sha256: Sha256 | None = None
@@ -88,9 +106,9 @@ class EvaluationRequest(Strict):
     """One evaluation, of a checkpoint on a probe or of a feature set."""
 
     kind: Literal["evaluation"]
-    checkpoint_id: str | None = None
-    probe_id: str | None = None
-    feature_set_id: str | None = None
+    checkpoint_id: Id | None = None
+    probe_id: Id | None = None
+    feature_set_id: Id | None = None
     options: EvaluationOptions = EvaluationOptions()
 
     @model_validator(mode="after")

@@ -2,6 +2,7 @@
 
 import ipaddress
 import logging
+import re
 import sys
 from functools import cached_property
 from pathlib import Path
@@ -53,8 +54,15 @@ class Settings(BaseSettings):
     @field_validator("database_url")
     @classmethod
     def _known_database(cls, value: str) -> str:
-        if value and value.partition(":")[0].partition("+")[0] not in ("sqlite", "postgresql"):
+        if value and not re.match(r"(sqlite:///.|postgresql(\+psycopg)?://)", value):
             raise ValueError("must be sqlite:///FILE or postgresql://USER:PASSWORD@HOST/DATABASE")
+        return value
+
+    @field_validator("storage_url")
+    @classmethod
+    def _known_storage(cls, value: str) -> str:
+        if value and not re.match(r"(file:///|memory:///|(s3|gs|az)://.)", value):
+            raise ValueError("must be file:///FOLDER, s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or az://CONTAINER/PREFIX")
         return value
 
     @field_validator("data_dir")
@@ -65,7 +73,11 @@ class Settings(BaseSettings):
     @field_validator("api_key")
     @classmethod
     def _no_empty_key(cls, value: SecretStr | None) -> SecretStr | None:
-        return value if value and value.get_secret_value() else None
+        if value is None or not value.get_secret_value():
+            return None
+        if not (value.get_secret_value().isascii() and value.get_secret_value().isprintable()):
+            raise ValueError("must be printable ASCII, which a header can carry")
+        return value
 
     @cached_property
     def effective_database_url(self) -> str:

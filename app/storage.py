@@ -17,9 +17,25 @@ from urllib.parse import unquote, urlsplit
 from uuid import uuid4
 
 import obstore
+import obstore.exceptions
 from obstore.store import LocalStore, ObjectStore, from_url
 
 from app.settings import Settings
+
+
+class StorageUnavailable(Exception):
+    """The store, or the disk that uploads are staged on, does not take or give what was asked for."""
+
+
+@contextmanager
+def _reaching_storage() -> Iterator[None]:
+    """Every failure of disk or store as one exception; that a blob does not exist is none."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except (OSError, obstore.exceptions.BaseError) as error:
+        raise StorageUnavailable(f"{type(error).__name__}: {error}") from error
 
 
 class StagedFile:
@@ -39,7 +55,8 @@ class StagedFile:
             self._file.close()  # another process swept it up between its creation and the lock
 
     def write(self, data: bytes | bytearray) -> None:
-        self._file.write(data)
+        with _reaching_storage():
+            self._file.write(data)
         self._hash.update(data)
         self.size_bytes += len(data)
 
@@ -82,10 +99,15 @@ class Storage:
             self._store = from_url(settings.effective_storage_url)
 
     def stage(self) -> StagedFile:
-        return StagedFile(self._staging)
+        with _reaching_storage():
+            return StagedFile(self._staging)
 
     def put(self, staged: StagedFile) -> None:
         """Give the staged file its final name; done already where the blob exists."""
+        with _reaching_storage():
+            self._put(staged)
+
+    def _put(self, staged: StagedFile) -> None:
         staged.sync()
         sha256 = staged.sha256
         if self._folder is None:
@@ -103,13 +125,14 @@ class Storage:
 
     def has(self, sha256: str) -> bool:
         try:
-            obstore.head(self._store, _key(sha256))
+            with _reaching_storage():
+                obstore.head(self._store, _key(sha256))
         except FileNotFoundError:
             return False
         return True
 
     def delete(self, sha256: str) -> None:
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError), _reaching_storage():
             obstore.delete(self._store, _key(sha256))
 
     @contextmanager
@@ -118,6 +141,7 @@ class Storage:
 
         Raises:
             FileNotFoundError: there is no such blob.
+            StorageUnavailable: the store does not answer.
         """
         if self._folder is not None:
             path = self._folder / _key(sha256)
@@ -127,31 +151,37 @@ class Storage:
             return
         cached = self._cache / _key(sha256)
         if not cached.is_file():
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            with StagedFile(self._staging) as staged:
-                for chunk in obstore.get(self._store, _key(sha256)).stream(min_chunk_size=8 * 2**20):
-                    staged.write(bytes(chunk))
-                staged.sync()
-                if staged.sha256 != sha256:
-                    raise FileNotFoundError(f"{sha256}: the store returned other bytes")
-                with suppress(FileExistsError):
-                    os.link(staged.path, cached)
+            with _reaching_storage():
+                self._fetch(sha256, cached)
         yield cached
+
+    def _fetch(self, sha256: str, cached: Path) -> None:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with StagedFile(self._staging) as staged:
+            for chunk in obstore.get(self._store, _key(sha256)).stream(min_chunk_size=8 * 2**20):
+                staged.write(bytes(chunk))
+            staged.sync()
+            if staged.sha256 != sha256:
+                raise FileNotFoundError(f"{sha256}: the store returned other bytes")
+            with suppress(FileExistsError):
+                os.link(staged.path, cached)
 
     def blobs_older_than(self, seconds: float) -> Iterator[str]:
         """The sha256 of every file that has lain in the store for so long."""
         limit = datetime.now(UTC) - timedelta(seconds=seconds)
-        for entries in obstore.list(self._store):
-            for entry in entries:
-                sha256 = entry["path"].rpartition("/")[2]
-                if entry["path"] == _key(sha256) and entry["last_modified"] < limit:
-                    yield sha256
+        with _reaching_storage():
+            for entries in obstore.list(self._store):
+                for entry in entries:
+                    sha256 = entry["path"].rpartition("/")[2]
+                    if entry["path"] == _key(sha256) and entry["last_modified"] < limit:
+                        yield sha256
 
     def check(self) -> None:
-        """Raise an OSError where blobs could not be stored now."""
-        self._staging.mkdir(parents=True, exist_ok=True)
-        if shutil.disk_usage(self._staging).free < 2**20:
-            raise OSError("less than 1 MiB is free where uploads are staged")
+        """Raise StorageUnavailable where blobs could not be stored now."""
+        with _reaching_storage():
+            self._staging.mkdir(parents=True, exist_ok=True)
+            if shutil.disk_usage(self._staging).free < 2**20:
+                raise StorageUnavailable("less than 1 MiB is free where uploads are staged")
         self.has("0" * 64)
 
     def remove_abandoned(self) -> int:

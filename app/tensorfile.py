@@ -5,9 +5,15 @@ needed 10 s and 1.9 GB for an 87 MB header of empty tensors (see the limits belo
 its members are bounded before one is unpacked, and pickled objects are refused.
 """
 
+import io
 import json
 import math
+import struct
+import threading
+import tokenize
 import zipfile
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +30,15 @@ MAX_TENSORS = 100_000
 MAX_RANK = 8
 MAX_DIMENSION = 2**31
 MAX_NAME_BYTES = 512
+_MAX_NPY_HEADER_BYTES = 64 * 2**10
+
+# Parsing a header of the largest size takes some seconds and hundreds of MB; not forty at once.
+_parsing = threading.BoundedSemaphore(2)
+# What zipfile and numpy raise for broken files; numpy reads an array's header as a Python literal.
+_BROKEN_NPZ = (
+    zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, TypeError, SyntaxError, tokenize.TokenError,
+    NotImplementedError, RuntimeError, KeyError, OverflowError, struct.error,
+)  # fmt: skip
 
 # Not parameters, though floating point and stored beside them.
 _RUNNING_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -101,7 +116,8 @@ def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     if not raw.startswith(b"{"):
         raise InvalidFile("The file is not safetensors: its header does not start with '{'.")
     try:
-        header = json.loads(raw, object_pairs_hook=_without_duplicates)
+        with _parsing:
+            header = json.loads(raw, object_pairs_hook=_object_reader())
     except (ValueError, RecursionError) as error:
         raise InvalidFile(f"The file is not safetensors: its header is not valid JSON ({error}).") from None
     metadata = header.pop("__metadata__", {})
@@ -112,17 +128,27 @@ def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     return {name: _tensor_info(name, entry) for name, entry in header.items()}, metadata
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in result:
-            raise ValueError(f"duplicate key {name[:100]!r}")
-        result[name] = value
-    return result
+def _object_reader() -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
+    """Makes the objects of one header: none has a key twice, and there are not many more than tensors."""
+    objects = 0
+
+    def read(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        nonlocal objects
+        objects += 1
+        result = dict(pairs)
+        if objects > MAX_TENSORS + 2 or len(pairs) > MAX_TENSORS + 1:
+            raise ValueError(f"more than {MAX_TENSORS} tensors")
+        if len(result) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"duplicate key {twice[:100]!r}")
+        return result
+
+    return read
 
 
 def _tensor_info(name: str, entry: Any) -> TensorInfo:
-    if len(name.encode()) >= MAX_NAME_BYTES or not name.isprintable() or not name:
+    if not name.isprintable() or not name or len(name.encode()) >= MAX_NAME_BYTES:
         raise InvalidFile(
             f"A tensor's name must be printable, not empty and under {MAX_NAME_BYTES} bytes, not {name[:80]!r}."
         )
@@ -167,7 +193,7 @@ def inspect_npz(path: Path, *, max_bytes: int, max_ratio: float) -> TensorFile:
                 for member in members
                 if not member.is_dir()
             }
-    except (zipfile.BadZipFile, OSError, ValueError, EOFError, NotImplementedError, RuntimeError) as error:
+    except _BROKEN_NPZ as error:
         raise InvalidFile(f"The file is not a valid npz: {error}.") from None
     return TensorFile("npz", tensors, {})
 
@@ -175,7 +201,7 @@ def inspect_npz(path: Path, *, max_bytes: int, max_ratio: float) -> TensorFile:
 def _bound_members(members: list[zipfile.ZipInfo], size_bytes: int, max_bytes: int, max_ratio: float) -> None:
     if len(members) > 100:
         raise InvalidFile(f"The npz has {len(members)} members; at most 100 are allowed.")
-    if len({member.filename for member in members}) != len(members):
+    if len({member.filename.removesuffix(".npy") for member in members}) != len(members):
         raise InvalidFile("The npz holds two members of the same name.")
     unpacked = sum(member.file_size for member in members)
     if unpacked > max_bytes:
@@ -189,10 +215,16 @@ def _bound_members(members: list[zipfile.ZipInfo], size_bytes: int, max_bytes: i
 
 def _npy_info(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> TensorInfo:
     with archive.open(member) as file:
-        version = npy.read_magic(file)
-        read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-        shape, _, dtype = read(file)
-        data_bytes = member.file_size - file.tell()
+        # No more than this of it: numpy would take the length that the header announces, up to 4 GiB.
+        start = io.BytesIO(file.read(_MAX_NPY_HEADER_BYTES))
+    version = npy.read_magic(start)
+    read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+    shape, _, dtype = read(start)
+    data_bytes = member.file_size - start.tell()
+    if len(shape) > MAX_RANK or not all(0 <= size < MAX_DIMENSION for size in shape):
+        raise InvalidFile(
+            f"The npz member {member.filename!r} has the shape {shape}; at most {MAX_RANK} dimensions fit."
+        )
     if dtype.hasobject:
         raise InvalidFile(f"The npz member {member.filename!r} holds pickled objects, which this service never opens.")
     name = _NPY_DTYPES.get(dtype.str[1:], dtype.str)
@@ -206,6 +238,6 @@ def read_npz_integers(path: Path, name: str) -> npt.NDArray[np.int64]:
     try:
         with np.load(path, allow_pickle=False) as file:
             values: npt.NDArray[np.int64] = file[name].astype(np.int64)
-    except (zipfile.BadZipFile, ValueError, OSError, EOFError) as error:
+    except _BROKEN_NPZ as error:
         raise InvalidFile(f"The npz member {name!r} cannot be read: {error}.") from None
     return values

@@ -52,7 +52,11 @@ async def receive(request: Request, storage: Storage, settings: Settings) -> Asy
     _refuse_announced_size(request, settings)
     async with AsyncExitStack() as stack:
         file: StagedFile | None = None
+        received_bytes = 0
         async for chunk in _chunks(request, settings.upload_idle_seconds):
+            received_bytes += len(chunk)
+            if received_bytes > _largest_body(settings):
+                raise _too_large(settings, received_bytes)
             try:
                 parser.write(chunk)
             except FormParserError as error:
@@ -83,11 +87,17 @@ def _boundary(request: Request) -> bytes:
 
 def _refuse_announced_size(request: Request, settings: Settings) -> None:
     announced = request.headers.get("content-length", "")
-    if announced.isdecimal() and int(announced) > settings.max_upload_bytes + settings.max_spec_bytes + _FORM_BYTES:
-        raise TooLarge(
-            f"The body has {announced} bytes; a file may have at most {settings.max_upload_bytes}.",
-            limit_bytes=settings.max_upload_bytes,
-        )
+    if announced.isdecimal() and int(announced) > _largest_body(settings):
+        raise _too_large(settings, int(announced))
+
+
+def _largest_body(settings: Settings) -> int:
+    return settings.max_upload_bytes + settings.max_spec_bytes + _FORM_BYTES
+
+
+def _too_large(settings: Settings, size_bytes: int) -> TooLarge:
+    limit = settings.max_upload_bytes
+    return TooLarge(f"The body has {size_bytes} bytes or more; a file may have {limit}.", limit_bytes=limit)
 
 
 async def _chunks(request: Request, idle_seconds: float) -> AsyncIterator[bytes]:

@@ -15,6 +15,7 @@ from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
 
 from app.models import Base
 
@@ -41,6 +42,11 @@ def current(engine: sa.Engine) -> str | None:
     """The revision that the database is at, None before the first upgrade."""
     with engine.connect() as connection:
         return MigrationContext.configure(connection).get_current_revision()
+
+
+def head() -> str | None:
+    """The revision that this version of the code needs."""
+    return ScriptDirectory(str(Path(__file__).parent)).get_current_head()
 
 
 def check(engine: sa.Engine) -> list[Any]:

@@ -3,6 +3,7 @@
 import os
 import signal
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,11 +23,12 @@ class PostgresServer:
     url: str
     _server: Any
 
-    def restart(self) -> None:
-        """Stop it at once, as a crash would, and start it again."""
+    def restart(self, *, away_seconds: float = 0.0) -> None:
+        """Stop it at once, as a crash would, and start it again after a while."""
         process = psutil.Process(self._server.get_pid())
         process.send_signal(signal.SIGQUIT)
         process.wait(30)
+        time.sleep(away_seconds)
         self._server.ensure_postgres_running()
 
 

@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import select
 import signal
 import sys
 import threading
@@ -45,9 +46,15 @@ def main(arguments: list[str] | None = None) -> None:
     engine = make_engine(settings)
     active: set[str] = set()
     presence = Presence(settings, engine, worker_id, active)
-    presence.register()
-    child = ComputeChild(settings, presence.describe)
+    child = ComputeChild(settings)
     child.start()
+    while child.description is None:
+        if not child.is_running():
+            sys.exit("The compute process does not start; what it said stands above.")
+        if select.select([told_to_stop], [], [], 0.1)[0]:
+            child.kill()
+            return
+    presence.register(child.description)
     register(Host(settings, engine, Storage(settings), child, active))
     _join_queue(settings, engine, worker_id)
     logger.info("worker %s is ready", worker_id)

@@ -82,7 +82,7 @@ def finish(engine: sa.Engine, analysis_id: str, result: Result) -> bool:
             report = _report(row, result.body)
             session.add(report)
             session.add_all(MetadataEntry.entries(report.id, result.body["subject"]["metadata"]))
-            row.progress_phase = "finished"
+            row.progress_phase, row.progress_done = "finished", row.progress_total
         _end(row, result)
         return True
 

@@ -5,7 +5,7 @@ warm between analyses. The two talk in lines of JSON over the child's standard i
 
     worker -> child   {"task": {...}}
     child -> worker   {"hello": {...}} once, then for each task {"progress": [phase, done, total]} any number of times
-                      and one of {"body": {...}} and {"problem": {...}}
+                      and one of {"body": {...}} and {"problem": {...}}, each with the task's "analysis_id"
 """
 
 import contextlib
@@ -40,15 +40,17 @@ class ChildDied(Exception):
 class ComputeChild:
     """The worker's end: starts the process, gives it one task at a time, kills it when a task must stop."""
 
-    def __init__(self, settings: Settings, on_hello: Callable[[Message], None]) -> None:
+    def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._on_hello = on_hello
+        # A run that was taken over from this worker may still be computing here when the next one comes.
+        self._one_at_a_time = threading.Lock()
+        self.description: Message | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._messages: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
 
     def start(self) -> None:
         """Start the process where it does not run; it loads torch while there is nothing to do yet."""
-        if self._process is not None and self._process.poll() is None:
+        if self.is_running():
             return
         # By default torch's threads spin while they wait for each other. Where one of them has lost its core to another
         # process, all wait for it spinning: on two busy cores a 512 x 512 eigvalsh took 3 to 6 s in place of 0.03 s.
@@ -57,8 +59,10 @@ class ComputeChild:
             [sys.executable, "-m", "workers.child"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
         )
         self._messages = queue.SimpleQueue()
-        arguments = (self._process, self._messages, self._on_hello)
-        threading.Thread(target=self._read, args=arguments, daemon=True).start()
+        threading.Thread(target=self._read, args=(self._process, self._messages), daemon=True).start()
+
+    def is_running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
 
     def run(self, task: Message, on_tick: Callable[[Progress | None], bool]) -> Result:
         """Compute one task. `on_tick` gets new progress, if any, several times a second; where it returns True, or
@@ -67,6 +71,10 @@ class ComputeChild:
         Raises:
             ChildDied: the process ended by itself; nothing is known about why but its exit status.
         """
+        with self._one_at_a_time:
+            return self._run(task, on_tick)
+
+    def _run(self, task: Message, on_tick: Callable[[Progress | None], bool]) -> Result:
         self.start()
         self._send({"task": task})
         deadline = time.monotonic() + self._settings.analysis_timeout_seconds
@@ -78,6 +86,8 @@ class ComputeChild:
                 match message:
                     case None:
                         raise ChildDied(self._exit_status())
+                    case {"analysis_id": other} if other != task["analysis_id"]:
+                        logger.error("the compute process answered for analysis %s", other)
                     case {"progress": [phase, done, total]}:
                         progress = Progress(phase, done, total)
                     case {"body": body}:
@@ -111,18 +121,13 @@ class ComputeChild:
             self._process.stdin.write(json.dumps(message).encode() + b"\n")
             self._process.stdin.flush()
 
-    @staticmethod
-    def _read(
-        process: subprocess.Popen[bytes],
-        messages: "queue.SimpleQueue[Message | None]",
-        on_hello: Callable[[Message], None],
-    ) -> None:
+    def _read(self, process: subprocess.Popen[bytes], messages: "queue.SimpleQueue[Message | None]") -> None:
         assert process.stdout is not None
         with contextlib.suppress(ValueError):  # a last line that was cut off in the middle
             for line in process.stdout:
                 message = json.loads(line)
                 if "hello" in message:
-                    on_hello(message["hello"])
+                    self.description = message["hello"]
                 else:
                     messages.put(message)
         messages.put(None)
@@ -168,9 +173,19 @@ def _serve_tasks() -> None:
     start_logging(settings)
     device = runner.set_up(settings.device, settings.threads)
     send({"hello": runner.describe(device)})
+
+    def compute(task: Message) -> None:
+        stamp = {"analysis_id": task["analysis_id"]}
+        answer = runner.run(task, device, lambda *progress: send({"progress": progress, **stamp}))
+        try:
+            send({**answer, **stamp})
+        except ValueError:
+            logger.exception("the result of analysis %s is not JSON", task["analysis_id"])
+            detail = "This is a fault of the service: its result holds what JSON cannot. The worker's log says more."
+            send({"problem": problem("internal-error", "Internal error", detail), **stamp})
+
     while True:
-        task = tasks.get()
-        send(runner.run(task, device, lambda *progress: send({"progress": progress})))
+        compute(tasks.get())
 
 
 def _read_tasks(tasks: "queue.SimpleQueue[Message]") -> None:

@@ -12,6 +12,7 @@ import logging
 import os
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -35,7 +36,7 @@ _DEAD_AFTER = timedelta(seconds=5)
 _HUNG_AFTER = timedelta(seconds=60)
 # A run that the queue counts as this worker's and that does not run here is resumed after so many rounds.
 _STRANDED_ROUNDS = 3
-# The queue's own record of a run that has ended is of no use to anybody after this.
+# The queue's own record of a run that has ended, and a worker's row, are of no use to anybody after this.
 _KEEP_RUNS = timedelta(days=1)
 
 
@@ -68,8 +69,12 @@ class FileLocks:
             yield free
         finally:
             if free:  # nobody comes back under this name
-                (self._folder / f"{name}.lock").unlink(missing_ok=True)
+                self.forget(name)
             os.close(descriptor)
+
+    def forget(self, name: str) -> None:
+        """Remove what a lock leaves behind that nobody will ask for again."""
+        (self._folder / f"{name}.lock").unlink(missing_ok=True)
 
     def _open(self, name: str) -> int:
         return os.open(self._folder / f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -86,10 +91,11 @@ class AdvisoryLocks:
     def hold(self, name: str) -> None:
         """Hold a lock until this process ends; taken again where the connection was lost."""
         if self._connection is None or self._connection.invalidated:
-            if self._connection is not None:
-                self._connection.close()
-            self._connection = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+            lost, self._connection = self._connection, None
             self._held.clear()
+            if lost is not None:
+                lost.close()
+            self._connection = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
         if name not in self._held and self._call("pg_try_advisory_lock", name):
             self._held.add(name)
         elif name in self._held:
@@ -104,6 +110,9 @@ class AdvisoryLocks:
         finally:
             if free:
                 self._call("pg_advisory_unlock", name)
+
+    def forget(self, name: str) -> None:
+        """Nothing is left of a lock whose session has ended."""
 
     def _call(self, function: str, name: str) -> bool:
         assert self._connection is not None, "hold comes first"
@@ -121,33 +130,36 @@ class Presence:
         self._active = active
         self._stranded: dict[str, int] = {}
         self._rounds = 0
-        self._hello: dict[str, Any] = {}
+        # Since when every round has succeeded: whoever was away itself must not judge others by their silence.
+        self._steady_since = self._last_round = time.monotonic()
         sqlite = engine.dialect.name == "sqlite"
         # A file's lock is free only where its process has ended; a database's, also where the server restarted.
         self._dead_after = timedelta(0) if sqlite else _DEAD_AFTER
         self._locks = FileLocks(settings.data_dir / "workers") if sqlite else AdvisoryLocks(engine)
         self._client = queue.make_client(engine)
 
-    def register(self) -> None:
-        """Take the lock, then appear in the table: whoever finds the row finds the lock held."""
-        self._locks.hold(self._id)
-        with write(self._engine) as session:
-            session.add(
-                Worker(id=self._id, host=socket.gethostname(), pid=os.getpid(), started_at=now(), heartbeat_at=now())
-            )
+    def register(self, description: dict[str, Any]) -> None:
+        """Take the lock, then appear in the table: whoever finds the row finds the lock held.
 
-    def describe(self, hello: dict[str, Any]) -> None:
-        """What the compute process says of itself; it is in the table after the next round."""
-        self._hello = hello
+        `description` is what the compute process says of itself: device, torch_version, families.
+        """
+        self._locks.hold(self._id)
+        place = {"host": socket.gethostname(), "pid": os.getpid(), "started_at": now(), "heartbeat_at": now()}
+        with write(self._engine) as session:
+            session.add(Worker(id=self._id, **place, **description))
 
     def withdraw(self) -> None:
         """Say that this worker ends, so that its work is taken over at once."""
         with write(self._engine) as session:
             _mark_ended(session, self._id)
+        self._locks.forget(self._id)
 
     def keep_up(self, stopping: threading.Event) -> None:
         """A round each second until `stopping` is set, or until others have taken this worker for dead."""
         while not stopping.wait(_ROUND_SECONDS):
+            if time.monotonic() - self._last_round > _DEAD_AFTER.total_seconds():
+                self._steady_since = time.monotonic()  # this process, or its machine, was suspended
+            self._last_round = time.monotonic()
             try:
                 self._locks.hold(self._id)
                 if not self._beat():
@@ -162,6 +174,7 @@ class Presence:
             except (sa.exc.SQLAlchemyError, DBOSException, OSError) as error:
                 # The database may be away for a while; a round that fails is no reason to stop.
                 logger.warning("a liveness round failed: %s", error)
+                self._steady_since = time.monotonic()
 
     def _beat(self) -> bool:
         with write(self._engine) as session:
@@ -169,8 +182,6 @@ class Presence:
             if row is None or row.ended_at is not None:
                 return False
             row.heartbeat_at = now()
-            for name, value in self._hello.items():
-                setattr(row, name, value)
             return True
 
     def _resume_lost_work(self) -> None:
@@ -179,9 +190,11 @@ class Presence:
         with read(self._engine) as session:
             rows = {row.id: row for row in session.scalars(sa.select(Worker).where(Worker.ended_at.is_(None)))}
         rows.pop(self._id, None)
+        steady = timedelta(seconds=time.monotonic() - self._steady_since)
         for owner in {*owners, *rows}:
             row = rows.get(owner)
             silence = now() - row.heartbeat_at if row else _HUNG_AFTER
+            silence = min(silence, steady)
             if silence < self._dead_after:
                 continue
             with self._locks.attempt(owner) as dead:
@@ -238,6 +251,8 @@ class Presence:
         )
         if runs:
             self._client.delete_workflows([run.workflow_id for run in runs])
+        with write(self._engine) as session:
+            session.execute(sa.delete(Worker).where(Worker.ended_at < now() - _KEEP_RUNS))
 
 
 def _mark_ended(session: sa.orm.Session, worker_id: str) -> None:

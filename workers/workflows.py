@@ -18,7 +18,7 @@ from dbos import DBOS
 from app import queue
 from app.errors import problem
 from app.settings import Settings
-from app.storage import Storage
+from app.storage import Storage, StorageUnavailable
 from workers import attempts
 from workers.attempts import Progress, Result
 from workers.child import ChildDied, ComputeChild
@@ -28,7 +28,9 @@ T = TypeVar("T")
 
 # A child that dies is given one more chance with the same task, by a fresh one.
 _CHILD_ATTEMPTS = 2
-_DATABASE_PAUSE_SECONDS = 1.0
+# How often what does not answer is asked again, and for how long the storage.
+_PAUSE_SECONDS = 1.0
+_STORAGE_PATIENCE_SECONDS = 600.0
 
 
 @dataclass(frozen=True)
@@ -74,11 +76,10 @@ def _compute(host: Host, analysis_id: str, task: dict[str, Any]) -> Result:
 
     reason = ""
     with ExitStack() as stack:
-        try:
-            task = {**task, **_fetch(host.storage, task, stack)}
-        except FileNotFoundError as error:
-            body = problem("blob-missing", "A stored file is missing", f"The storage has no blob {error}.")
-            return Result("failed", problem=body)
+        fetched = _fetch_patiently(host.storage, task, stack, on_tick)
+        if isinstance(fetched, Result):
+            return fetched
+        task = {**task, **fetched}
         for _ in range(_CHILD_ATTEMPTS):
             try:
                 return host.child.run(task, on_tick)
@@ -89,6 +90,27 @@ def _compute(host: Host, analysis_id: str, task: dict[str, Any]) -> Result:
                     return Result("cancelled")
     detail = f"The compute process died {_CHILD_ATTEMPTS} times on this task: {reason}. Memory may have run out."
     return Result("failed", problem=problem("compute-crashed", "The compute process died", detail))
+
+
+def _fetch_patiently(
+    storage: Storage, task: dict[str, Any], stack: ExitStack, on_tick: Callable[[Progress | None], bool]
+) -> dict[str, str] | Result:
+    """The task's blobs, waiting for a storage that is away; else how the analysis ends without them."""
+    deadline = time.monotonic() + _STORAGE_PATIENCE_SECONDS
+    while True:
+        try:
+            return _fetch(storage, task, stack)
+        except FileNotFoundError as error:
+            body = problem("blob-missing", "A stored file is missing", f"The storage has no blob {error}.")
+            return Result("failed", problem=body)
+        except StorageUnavailable as error:
+            logger.warning("the storage does not answer: %s", error)
+            if time.monotonic() > deadline:
+                detail = f"It did not answer for {_STORAGE_PATIENCE_SECONDS:g} s: {error}"
+                return Result("failed", problem=problem("storage-unavailable", "The storage does not answer", detail))
+            if on_tick(Progress("waiting for the storage", 0, 0)):
+                return Result("cancelled")
+            time.sleep(_PAUSE_SECONDS)
 
 
 def _fetch(storage: Storage, task: dict[str, Any], stack: ExitStack) -> dict[str, str]:
@@ -106,4 +128,4 @@ def _patiently(transaction: Callable[[], T]) -> T:
             return transaction()
         except (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError) as error:
             logger.warning("the database does not answer, trying again: %s", error)
-            time.sleep(_DATABASE_PAUSE_SECONDS)
+            time.sleep(_PAUSE_SECONDS)

@@ -1,13 +1,11 @@
 """The routes of version 1, and what each of them is given."""
 
-import hmac
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import sqlalchemy as sa
 from fastapi import Depends, Request
 
-from app.errors import Unauthorized
 from app.queue import Client
 from app.schemas import Problem
 from app.settings import Settings
@@ -30,16 +28,6 @@ def _service(request: Request) -> Service:
 
 
 ServiceDep = Annotated[Service, Depends(_service)]
-
-
-def authorize(request: Request, service: ServiceDep) -> None:
-    """Every /v1 call needs the key where one is set. Keys with scopes will be looked up here."""
-    key = service.settings.api_key
-    if key is None:
-        return
-    scheme, _, token = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not hmac.compare_digest(token.encode(), key.get_secret_value().encode()):
-        raise Unauthorized("Send the header 'Authorization: Bearer KEY' with the service's API key.")
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:

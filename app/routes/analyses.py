@@ -8,14 +8,17 @@ from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from app import analyses, schemas
 from app.database import read
 from app.errors import NotFound
-from app.listing import Listing, page
+from app.listing import Listing, listing_with, page
 from app.models import Report
 from app.routes import ServiceDep, problems
 
 router = APIRouter(tags=["analyses"])
-ListingDep = Annotated[Listing, Depends()]
-IdempotencyKey = Annotated[str | None, Header(min_length=1, max_length=255)]
-IdFilter = Annotated[str | None, Query(max_length=36)]
+_FILTERS = ("kind", "checkpoint_id", "probe_id", "feature_set_id")
+AnalysisListing = Annotated[Listing, Depends(listing_with(*_FILTERS, "status"))]
+ReportListing = Annotated[Listing, Depends(listing_with(*_FILTERS))]
+KindFilter = Annotated[str | None, Query(max_length=30, pattern=schemas.PLAIN_TEXT)]
+IdempotencyKey = Annotated[str | None, Header(min_length=1, max_length=255, pattern=schemas.PLAIN_TEXT)]
+IdFilter = Annotated[str | None, Query(max_length=36, pattern=schemas.PLAIN_TEXT)]
 
 
 @router.post("/analyses", status_code=202, responses=problems(404, 409, 413, 422, 503))
@@ -35,9 +38,9 @@ def create_analysis(
 @router.get("/analyses", responses=problems(422))
 def list_analyses(
     service: ServiceDep,
-    listing: ListingDep,
+    listing: AnalysisListing,
     status: schemas.Status | None = None,
-    kind: Annotated[str | None, Query(max_length=30)] = None,
+    kind: KindFilter = None,
     checkpoint_id: IdFilter = None,
     probe_id: IdFilter = None,
     feature_set_id: IdFilter = None,
@@ -54,12 +57,12 @@ def list_analyses(
 
 
 @router.get("/analyses/{id}", responses=problems(404))
-def get_analysis(id: str, service: ServiceDep) -> schemas.Analysis:
+def get_analysis(id: schemas.Id, service: ServiceDep) -> schemas.Analysis:
     return analyses.get(service.engine, id)
 
 
 @router.post("/analyses/{id}/cancel", responses=problems(404, 409))
-def cancel_analysis(id: str, service: ServiceDep) -> schemas.Analysis:
+def cancel_analysis(id: schemas.Id, service: ServiceDep) -> schemas.Analysis:
     """Ask for its end: at once where it is queued, at its worker's next look where it runs."""
     return analyses.cancel(service.engine, id)
 
@@ -67,8 +70,8 @@ def cancel_analysis(id: str, service: ServiceDep) -> schemas.Analysis:
 @router.get("/reports", responses=problems(422))
 def list_reports(
     service: ServiceDep,
-    listing: ListingDep,
-    kind: Annotated[str | None, Query(max_length=30)] = None,
+    listing: ReportListing,
+    kind: KindFilter = None,
     checkpoint_id: IdFilter = None,
     probe_id: IdFilter = None,
     feature_set_id: IdFilter = None,
@@ -95,7 +98,7 @@ def list_reports(
     responses={304: {"description": "The report that the client holds is the one asked for"}, **problems(404)},
 )
 def get_report(
-    id: str, service: ServiceDep, if_none_match: Annotated[str | None, Header(max_length=1000)] = None
+    id: schemas.Id, service: ServiceDep, if_none_match: Annotated[str | None, Header(max_length=1000)] = None
 ) -> Any:
     """A report, byte for byte as it was written; it never changes."""
     with read(service.engine) as session:

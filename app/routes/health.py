@@ -3,14 +3,15 @@
 import importlib.metadata
 from datetime import timedelta
 
-import obstore.exceptions
 import sqlalchemy as sa
 from fastapi import APIRouter, Response
 
+import migrations
 from app import models, schemas
 from app.database import read
 from app.models import Worker
 from app.routes import ServiceDep
+from app.storage import StorageUnavailable
 
 health = APIRouter(tags=["health"])
 router = APIRouter(tags=["health"])
@@ -29,14 +30,19 @@ def healthz() -> dict[str, str]:
 def readyz(service: ServiceDep, response: Response) -> schemas.Readiness:
     """An analysis that is sent now would run; where not, which part is missing and why."""
     try:
-        workers = len(_workers(service.engine))
-        database, worker = "ok", "ok" if workers else "no worker has been heard of in the last 10 seconds"
+        found, wanted = migrations.current(service.engine), migrations.head()
+        database = worker = "ok"
+        if found != wanted:
+            database = f"its tables are at revision {found}, this version needs {wanted}: run `interplay migrate`"
+            worker = "unknown without the tables"
+        elif not _workers(service.engine):
+            worker = "no worker has been heard of in the last 10 seconds"
     except sa.exc.SQLAlchemyError as error:
         database, worker = f"does not answer: {type(error).__name__}", "unknown without the database"
     try:
         service.storage.check()
         storage = "ok"
-    except (OSError, obstore.exceptions.BaseError) as error:
+    except StorageUnavailable as error:
         storage = f"does not answer: {error}"
     ready = database == storage == worker == "ok"
     response.status_code = 200 if ready else 503

@@ -10,13 +10,13 @@ from pydantic import BaseModel
 
 from app import models, resources, schemas
 from app.database import read
-from app.listing import Listing, page
+from app.listing import Listing, listing_with, page
 from app.routes import ServiceDep, problems
 from app.uploads import Upload, receive
 
 router = APIRouter(tags=["resources"])
 Resource = TypeVar("Resource", schemas.Checkpoint, schemas.Probe, schemas.FeatureSet)
-ListingDep = Annotated[Listing, Depends()]
+ListingDep = Annotated[Listing, Depends(listing_with())]
 
 
 def _upload_body(spec: type[BaseModel], file: str) -> dict[str, Any]:
@@ -95,35 +95,35 @@ def list_feature_sets(service: ServiceDep, listing: ListingDep) -> schemas.Page[
 
 
 @router.get("/checkpoints/{id}", responses=problems(404))
-def get_checkpoint(id: str, service: ServiceDep) -> schemas.Checkpoint:
+def get_checkpoint(id: schemas.Id, service: ServiceDep) -> schemas.Checkpoint:
     with read(service.engine) as session:
         return _resource(schemas.Checkpoint, resources.get(session, models.Checkpoint, id))
 
 
 @router.get("/probes/{id}", responses=problems(404))
-def get_probe(id: str, service: ServiceDep) -> schemas.Probe:
+def get_probe(id: schemas.Id, service: ServiceDep) -> schemas.Probe:
     with read(service.engine) as session:
         return _resource(schemas.Probe, resources.get(session, models.Probe, id))
 
 
 @router.get("/feature-sets/{id}", responses=problems(404))
-def get_feature_set(id: str, service: ServiceDep) -> schemas.FeatureSet:
+def get_feature_set(id: schemas.Id, service: ServiceDep) -> schemas.FeatureSet:
     with read(service.engine) as session:
         return _resource(schemas.FeatureSet, resources.get(session, models.FeatureSet, id))
 
 
 @router.delete("/checkpoints/{id}", status_code=204, responses=problems(404, 409))
-def delete_checkpoint(id: str, service: ServiceDep) -> None:
+def delete_checkpoint(id: schemas.Id, service: ServiceDep) -> None:
     resources.delete(service.engine, service.storage, models.Checkpoint, id)
 
 
 @router.delete("/probes/{id}", status_code=204, responses=problems(404, 409))
-def delete_probe(id: str, service: ServiceDep) -> None:
+def delete_probe(id: schemas.Id, service: ServiceDep) -> None:
     resources.delete(service.engine, service.storage, models.Probe, id)
 
 
 @router.delete("/feature-sets/{id}", status_code=204, responses=problems(404, 409))
-def delete_feature_set(id: str, service: ServiceDep) -> None:
+def delete_feature_set(id: schemas.Id, service: ServiceDep) -> None:
     resources.delete(service.engine, service.storage, models.FeatureSet, id)
 
 

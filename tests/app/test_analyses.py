@@ -1,5 +1,6 @@
 """Analyses and reports over HTTP: asked for once, cancelled, read, and refused where the input is bad."""
 
+import base64
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -216,7 +217,30 @@ def test_body_that_is_no_json_is_refused(service: Service) -> None:
     headers = {"Content-Type": "application/json"}
     problem(service.client.post("/v1/analyses", content=b"{nonsense", headers=headers), 422, "invalid-request")
     long = b'{"kind": "' + b"x" * 2**21 + b'"}'
-    problem(service.client.post("/v1/analyses", content=long, headers=headers), 413, "too-large")
+    for content_type in ("application/json", "multipart/x"):
+        answer = service.client.post("/v1/analyses", content=long, headers={"Content-Type": content_type})
+        assert problem(answer, 413, "too-large")["limit_bytes"] == 2**20
+
+
+def test_text_that_no_database_takes_is_refused(any_service: Service) -> None:
+    """NUL, half characters and years out of range are problems or unknown, never faults, on both databases."""
+    client = any_service.client
+    for path in ("/v1/probes?name=%00", "/v1/probes/%00", "/v1/reports/%00", "/v1/analyses?kind=%00"):
+        problem(client.get(path), 422, "invalid-request")
+    problem(client.get("/v1/probes?metadata=a=%00"), 422, "invalid-request")
+    problem(client.get("/v1/probes", params={"created_after": "0001-01-01T00:00:00+23:59"}), 422, "invalid-request")
+    far = base64.urlsafe_b64encode(b"0001-01-01T00:00:00+23:59 x").decode()
+    problem(client.get("/v1/probes", params={"cursor": far}), 422, "invalid-request")
+    for text in (r"\u0000", r"\ud800"):
+        body = b'{"kind": "evaluation", "feature_set_id": "' + text.encode() + b'"}'
+        answer = client.post("/v1/analyses", content=body, headers={"Content-Type": "application/json"})
+        problem(answer, 422, "invalid-request")
+
+
+def test_unknown_filter_is_refused(service: Service) -> None:
+    """A filter that a collection does not have is a problem: it must not answer with everything."""
+    for path in ("/v1/reports?status=failed", "/v1/probes?kind=evaluation", "/v1/analyses?checkpoint=x"):
+        problem(service.client.get(path), 422, "invalid-request")
 
 
 def renamed(tensors: Tensors) -> Tensors:

@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+import torch
 
 from analysis.errors import KINDS
 from app import errors
@@ -86,7 +87,16 @@ def test_port_in_use_is_said(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("port", "ninety"), ("device", "tpu"), ("max_upload_bytes", "0"), ("log_level", "loud"), ("database_url", "nope")],
+    [
+        ("port", "ninety"),
+        ("device", "tpu"),
+        ("max_upload_bytes", "0"),
+        ("log_level", "loud"),
+        ("database_url", "nope"),
+        ("database_url", "postgresql+foo://a/b"),
+        ("storage_url", "s4://bucket"),
+        ("api_key", "schlüssel"),
+    ],
 )
 def test_bad_setting_is_said(tmp_path: Path, name: str, value: str) -> None:
     """A setting that is not valid ends the command with its name, status 2 and no traceback."""
@@ -146,7 +156,7 @@ def test_readiness_names_what_is_missing(tmp_path: Path) -> None:
     with services.running(tmp_path / "data", command="api") as service:
         answer = service.client.get("/readyz")
         assert answer.status_code == 503
-        assert answer.json()["database"] != "ok"
+        assert "interplay migrate" in answer.json()["database"]
         problem(service.client.get("/v1/probes"), 503, "unavailable")
         assert service.client.get("/healthz").status_code == 200
         migrated = subprocess.run([sys.executable, "-m", "app", "migrate"], env=service.environment, timeout=60)
@@ -178,6 +188,33 @@ def test_storage_that_is_gone_is_named(tmp_path: Path) -> None:
         assert answer.json()["storage"].startswith("does not answer")
         blobs.unlink()
         moved.rename(blobs)
+
+
+def test_key_is_asked_for_before_a_body_is_read(guarded: Service) -> None:
+    """Without the key a body is neither parsed nor kept, whatever it says of its type."""
+    for content_type in ("application/json", "multipart/x"):
+        answer = guarded.client.post("/v1/analyses", content=b"{bad", headers={"Content-Type": content_type})
+        problem(answer, 401, "unauthorized")
+
+
+def test_other_sites_have_no_way_in_through_a_browser(service: Service) -> None:
+    """Without a key only this machine's own names are answered, and no page from elsewhere."""
+    for headers in ({"Host": "evil.example"}, {"Origin": "https://evil.example"}, {"Origin": "null"}):
+        problem(service.client.get("/v1/probes", headers=headers), 403, "forbidden")
+    port = service.url.rpartition(":")[2]
+    for headers in ({"Host": f"localhost:{port}"}, {"Host": f"[::1]:{port}"}, {"Origin": f"http://localhost:{port}"}):
+        assert service.client.get("/v1/probes", headers=headers).status_code == 200
+
+
+def test_worker_without_its_device_does_not_count(tmp_path: Path) -> None:
+    """A worker whose device does not exist says so, takes no work and leaves the service not ready."""
+    if torch.cuda.device_count() > 99:
+        pytest.fail("this test needs a device that does not exist")
+    with services.running(tmp_path / "data", ready=False, device="cuda:99") as service:
+        until(lambda: "99" in (tmp_path / "data" / "stderr.txt").read_text())
+        answer = service.client.get("/readyz")
+        assert answer.status_code == 503
+        assert answer.json()["worker"] != "ok"
 
 
 def test_unknown_routes_and_methods_are_problems(service: Service) -> None:

@@ -3,9 +3,11 @@
 import io
 import json
 import pickle
+import random
 import socket
 import struct
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -67,6 +69,10 @@ HEADER_ATTACKS: dict[str, Callable[[], bytes]] = {
     "too many tensors": lambda: safetensors_bytes({f"{i}": tensor([0], 0, 0) for i in range(100_001)}),
     "rank 9": lambda: safetensors_bytes({"a": tensor([1] * 9, 0, 4)}, bytes(4)),
     "long name": lambda: safetensors_bytes({"a" * 512: tensor([1], 0, 4)}, bytes(4)),
+    "name that is half a character": lambda: safetensors_bytes(
+        b'{"\\ud800":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', bytes(4)
+    ),
+    "a million empty objects": lambda: safetensors_bytes(b'{"a":[' + b"{}," * 1_000_000 + b"{}]}"),
     "unprintable name": lambda: safetensors_bytes({"a\x1b[31m": tensor([1], 0, 4)}, bytes(4)),
     "negative dimension": lambda: safetensors_bytes({"a": tensor([-1], 0, 4)}, bytes(4)),
     "unknown dtype": lambda: safetensors_bytes({"a": tensor([1], 0, 4, "Q99")}, bytes(4)),
@@ -99,11 +105,43 @@ def labels(*values: int) -> np.ndarray[Any, Any]:
 
 
 INPUTS = np.ones((4, 3), np.float32)
+
+
+def npz_with_header(header: bytes, version: bytes = b"\x01\x00") -> bytes:
+    """An npz whose array `inputs` has this npy header."""
+    buffer = io.BytesIO()
+    length = struct.pack("<H" if version == b"\x01\x00" else "<I", len(header))
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("inputs.npy", b"\x93NUMPY" + version + length + header)
+    return buffer.getvalue()
+
+
+def npz_with_twins() -> bytes:
+    """An npz with two members that numpy reads as one array."""
+    buffer = io.BytesIO(npz(inputs=INPUTS, labels=labels(0, 1, 0, 1)))
+    with zipfile.ZipFile(buffer, "a") as archive:
+        archive.writestr("labels", b"")
+    return buffer.getvalue()
+
+
 BAD_PROBES: dict[str, tuple[Callable[[], bytes], dict[str, Any]]] = {
     "pickled objects": (lambda: npz(inputs=np.array([{}, {}, {}, {}], object), labels=labels(0, 1, 0, 1)), {}),
     "zip bomb": (lambda: npz(inputs=np.zeros((4, 2**22), np.float32), labels=labels(0, 1, 0, 1)), {}),
     "not a zip": (lambda: b"PK\x03\x04 and then nothing of the kind", {}),
     "truncated npz": (lambda: npz(inputs=INPUTS, labels=labels(0, 1, 0, 1))[:-40], {}),
+    "npy header that is not closed": (lambda: npz_with_header(b"(((("), {}),
+    "npy header of another kind": (lambda: npz_with_header(b"{[]: 1}"), {}),
+    "npy header that is no literal": (lambda: npz_with_header(b"[1 2L"), {}),
+    "npy dtype that is none": (
+        lambda: npz_with_header(b"{'descr': ',,', 'fortran_order': False, 'shape': (1,)}"),
+        {},
+    ),
+    "npy shape below zero": (
+        lambda: npz_with_header(b"{'descr': '<f4', 'fortran_order': False, 'shape': (4, -1, -3)}"),
+        {},
+    ),
+    "npy header of 30 MB": (lambda: npz_with_header(random.Random(0).randbytes(30_000_000), b"\x02\x00"), {}),
+    "two members of one name": (npz_with_twins, {}),
     "no inputs": (lambda: save({"labels": labels(0, 1)}), {}),
     "no labels": (lambda: save({"inputs": INPUTS}), {}),
     "no samples": (lambda: save({"inputs": np.ones((0, 3), np.float32), "labels": labels()}), {}),
@@ -167,6 +205,16 @@ BAD_SPECS: dict[str, tuple[str, dict[str, Any], str]] = {
     "unknown member": ("checkpoints", {"name": "a", "architecture": MLP, "size": 3}, "spec.size"),
     "nested metadata": ("checkpoints", {"name": "a", "architecture": MLP, "metadata": {"a": {"b": 1}}}, "metadata"),
     "control character": ("checkpoints", {"name": "a\x1bb", "architecture": MLP}, "spec.name"),
+    "metadata that is not a number": (
+        "checkpoints",
+        {"name": "a", "architecture": MLP, "metadata": {"a": float("nan")}},
+        "",
+    ),
+    "metadata with NUL": ("checkpoints", {"name": "a", "architecture": MLP, "metadata": {"a": "\0"}}, "metadata"),
+    "metadata with half a character": ("checkpoints", {"name": "a", "metadata": {"a": "\ud800"}}, ""),
+    "long list in metadata": ("checkpoints", {"name": "a", "metadata": {"a": list(range(101))}}, "metadata"),
+    "head with NUL": ("checkpoints", {"name": "a", "architecture": MLP, "head": "\0"}, "spec.head"),
+    "no class names": ("probes", {"name": "a", "class_names": []}, "spec.class_names"),
     "unknown family": ("checkpoints", {"name": "a", "architecture": {"family": "x", "name": "mlp"}}, "architecture"),
     "unknown network": (
         "checkpoints",
@@ -296,7 +344,7 @@ def raw_connection(service: Service) -> socket.socket:
 
 def begin_upload(connection: socket.socket, body: bytes, announced: int) -> None:
     connection.sendall(
-        b"POST /v1/checkpoints HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+        b"POST /v1/checkpoints HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=b\r\n"
         + f"Content-Length: {announced}\r\n\r\n".encode()
         + body
     )
@@ -330,7 +378,7 @@ def test_early_refusal_reaches_a_client_that_asks_to_continue(small_service: Ser
     """A client that waits for `100 Continue` hears that its file is too large before it sends one byte of it."""
     with raw_connection(small_service) as connection:
         connection.sendall(
-            b"POST /v1/checkpoints HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+            b"POST /v1/checkpoints HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=b\r\n"
             b"Expect: 100-continue\r\nContent-Length: 99999999\r\n\r\n"
         )
         answer = connection.recv(65536)
@@ -342,9 +390,31 @@ def test_length_and_chunks_together_are_refused(service: Service) -> None:
     """Content-Length beside Transfer-Encoding, the way to smuggle requests, is not accepted."""
     with raw_connection(service) as connection:
         connection.sendall(
-            b"POST /v1/probes HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
+            b"POST /v1/probes HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
         )
         assert connection.recv(65536).startswith(b"HTTP/1.1 400 ")
+
+
+def test_npz_with_flipped_bytes_is_a_probe_or_a_problem(service: Service) -> None:
+    """Whatever byte of an npz is changed, the answer is 201 or 422, never a fault of the service."""
+    good = npz(inputs=np.random.default_rng(0).normal(size=(40, 3)), labels=np.arange(40) % 4)
+    changes = random.Random(0)
+    answers = set()
+    for _ in range(150):
+        changed = bytearray(good)
+        for _ in range(changes.randint(1, 3)):
+            changed[changes.randrange(len(changed))] = changes.randrange(256)
+        answers.add(service.post("/v1/probes", {"name": "fuzz"}, bytes(changed)).status_code)
+    assert answers <= {201, 422}
+    assert 422 in answers
+
+
+def test_media_type_may_be_written_in_any_case(service: Service) -> None:
+    """`Multipart/Form-Data` is the same type, also for a file that is larger than any JSON may be."""
+    content = save({"inputs": np.zeros((40, 20_000), np.float32), "labels": np.arange(40) % 4})
+    body = form("b", ("spec", b'{"name": "case"}'), ("file", content))
+    headers = {"Content-Type": "Multipart/Form-Data; boundary=b"}
+    assert service.client.post("/v1/probes", content=body, headers=headers).status_code == 201
 
 
 def test_parts_may_come_in_any_order_and_any_slices(service: Service) -> None:

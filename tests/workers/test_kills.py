@@ -137,6 +137,54 @@ def test_postgres_restarted_under_queued_work(
             assert len(reports_of(service, analysis)) == 1
 
 
+@pytest.mark.timeout(600)
+def test_workers_outlive_an_outage_of_the_database(
+    tmp_path: Path, mlp_checkpoint_file: Path, digits_probe_file: Path
+) -> None:
+    """PostgreSQL is away for longer than a worker may be silent: no worker takes another for dead, and work goes on."""
+    with (
+        postgres_server() as server,
+        fresh_database(server.url) as url,
+        services.running(tmp_path / "data", database_url=url) as service,
+        services.worker(service) as second,
+    ):
+        ids = pair(service, mlp_checkpoint_file, digits_probe_file)
+        until(lambda: len(service.client.get("/v1/version").json()["workers"]) == 2)
+        first = service.worker()
+        running = [service.analyze(**ids, options={"null_permutations": 200}) for _ in range(2)]
+        until(lambda: all(status(service, one)["status"] == "running" for one in running))
+        server.restart(away_seconds=8.0)
+        for analysis in running:
+            done = until(partial(_ended, service, analysis))
+            assert done["status"] == "succeeded", done
+            assert done["attempts"] == 1
+        time.sleep(8)
+        assert service.worker() == first
+        assert second.poll() is None
+        assert len(service.client.get("/v1/version").json()["workers"]) == 2
+
+
+@pytest.mark.timeout(600)
+def test_hung_worker_is_replaced(tmp_path: Path, mlp_checkpoint_file: Path, digits_probe_file: Path) -> None:
+    """A worker that hangs for a minute loses its work to another; when it wakes, it notices and ends."""
+    with services.running(tmp_path / "data", worker_restart_max_seconds="0.2") as service:
+        ids = pair(service, mlp_checkpoint_file, digits_probe_file)
+        analysis = service.analyze(**ids, options={"null_permutations": 300})
+        until(lambda: status(service, analysis)["status"] == "running")
+        hung, child = service.worker(), service.compute_child()
+        with services.worker(service):
+            child.suspend()
+            hung.suspend()
+            done = service.wait(analysis["id"], seconds=150)
+            assert done["status"] == "succeeded"
+            assert done["attempts"] == 2
+            hung.resume()
+            child.resume()
+            hung.wait(30)
+            until(lambda: service.worker().pid != hung.pid)
+            assert len(reports_of(service, analysis)) == 1
+
+
 def _ended(service: Service, analysis: dict[str, Any]) -> dict[str, Any] | None:
     response = service.client.get(f"/v1/analyses/{analysis['id']}")
     if response.status_code == 503:  # the pool still held a connection from before the restart

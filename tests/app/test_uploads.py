@@ -390,7 +390,8 @@ def test_length_and_chunks_together_are_refused(service: Service) -> None:
     """Content-Length beside Transfer-Encoding, the way to smuggle requests, is not accepted."""
     with raw_connection(service) as connection:
         connection.sendall(
-            b"POST /v1/probes HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
+            b"POST /v1/probes HTTP/1.1\r\nHost: localhost\r\n"
+            b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
         )
         assert connection.recv(65536).startswith(b"HTTP/1.1 400 ")
 

@@ -33,7 +33,7 @@ def restless(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Service
 
 def reports_of(service: Service, analysis: dict[str, Any]) -> list[dict[str, Any]]:
     """Every report that the service holds of an analysis."""
-    page = service.client.get("/v1/reports", params={"checkpoint_id": analysis["checkpoint_id"], "limit": 1000}).json()
+    page = service.client.get("/v1/reports", params={"checkpoint_id": analysis["checkpoint_id"], "limit": 200}).json()
     assert page["next_cursor"] is None
     return [item for item in page["items"] if item["analysis_id"] == analysis["id"]]
 

@@ -76,6 +76,11 @@ class FileLocks:
         """Remove what a lock leaves behind that nobody will ask for again."""
         (self._folder / f"{name}.lock").unlink(missing_ok=True)
 
+    def close(self) -> None:
+        """Free every lock that is held."""
+        for descriptor in self._held.values():
+            os.close(descriptor)
+
     def _open(self, name: str) -> int:
         return os.open(self._folder / f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
@@ -113,6 +118,12 @@ class AdvisoryLocks:
 
     def forget(self, name: str) -> None:
         """Nothing is left of a lock whose session has ended."""
+
+    def close(self) -> None:
+        """Free every lock that is held."""
+        if self._connection is not None:
+            self._connection.invalidate()  # the session must end, not go back to the pool with its locks
+            self._connection.close()
 
     def _call(self, function: str, name: str) -> bool:
         assert self._connection is not None, "hold comes first"
@@ -153,6 +164,11 @@ class Presence:
         with write(self._engine) as session:
             _mark_ended(session, self._id)
         self._locks.forget(self._id)
+
+    def close(self) -> None:
+        """Give the lock and the connections back."""
+        self._locks.close()
+        self._client.destroy()
 
     def keep_up(self, stopping: threading.Event) -> None:
         """A round each second until `stopping` is set, or until others have taken this worker for dead."""

@@ -1,0 +1,175 @@
+"""The rounds of a worker's liveness, on both databases: what is lost in the queue does not stay lost."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+import sqlalchemy as sa
+
+import migrations
+from app import queue
+from app.database import make_engine, read, write
+from app.models import Analysis, Worker, now
+from app.settings import Settings
+from tests.databases import fresh_database
+from tests.services import until
+from workers.liveness import Presence
+
+DESCRIPTION = {"device": "cpu", "torch_version": "2", "families": ["builtin"]}
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def settings(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Settings]:
+    """Settings of a database that has all tables."""
+    with ExitStack() as stack:
+        url = ""
+        if request.param == "postgresql":
+            url = stack.enter_context(fresh_database(request.getfixturevalue("postgres")))
+        settings = Settings(data_dir=tmp_path, database_url=url)
+        engine = make_engine(settings)
+        migrations.upgrade(engine)
+        queue.migrate(engine)
+        engine.dispose()
+        yield settings
+
+
+@pytest.fixture
+def engine(settings: Settings) -> Iterator[sa.Engine]:
+    engine = make_engine(settings)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def client(engine: sa.Engine) -> Iterator[queue.Client]:
+    client = queue.make_client(engine)
+    yield client
+    client.destroy()
+
+
+@contextmanager
+def present(settings: Settings, engine: sa.Engine, worker_id: str, active: set[str]) -> Iterator[threading.Thread]:
+    """A worker's liveness without the worker."""
+    presence = Presence(settings, engine, worker_id, active)
+    presence.register(DESCRIPTION)
+    stopping = threading.Event()
+    thread = threading.Thread(target=presence.keep_up, args=(stopping,))
+    thread.start()
+    try:
+        yield thread
+    finally:
+        stopping.set()
+        thread.join()
+        presence.withdraw()
+        presence.close()
+
+
+def queued(engine: sa.Engine, client: queue.Client, *, age: timedelta = timedelta(0)) -> str:
+    """The id of an analysis that waits in the queue."""
+    with write(engine) as session:
+        row = Analysis(
+            kind="evaluation", name="a", options={}, request_sha256="0" * 64, created_at=now() - age, id=str(uuid4())
+        )
+        session.add(row)
+        session.flush()
+        queue.enqueue(client, session, row.id)
+        return row.id
+
+
+def claim(engine: sa.Engine, analysis_id: str, worker_id: str) -> None:
+    """What the queue's table looks like while a worker holds a run."""
+    table = "workflow_status" if engine.dialect.name == "sqlite" else "dbos.workflow_status"
+    with write(engine) as session:
+        session.execute(
+            sa.text(f"UPDATE {table} SET status = 'PENDING', executor_id = :worker WHERE workflow_uuid = :id"),
+            {"worker": worker_id, "id": analysis_id},
+        )
+
+
+def status_of(client: queue.Client, analysis_id: str) -> str:
+    return str(client.list_workflows(workflow_ids=[analysis_id])[0].status)
+
+
+def test_a_run_that_nobody_runs_is_queued_again(settings: Settings, engine: sa.Engine, client: queue.Client) -> None:
+    """A run that is pending under a living worker, and not active in it, is resumed; an active one is left alone."""
+    me = str(uuid4())
+    stranded, active = queued(engine, client), queued(engine, client)
+    claim(engine, stranded, me)
+    claim(engine, active, me)
+    with present(settings, engine, me, {active}):
+        until(lambda: status_of(client, stranded) == "ENQUEUED", seconds=20)
+        assert status_of(client, active) == "PENDING"
+
+
+def test_the_work_of_a_dead_worker_is_queued_again(settings: Settings, engine: sa.Engine, client: queue.Client) -> None:
+    """A worker without its lock and with an old heartbeat is marked as ended, and its run is resumed."""
+    dead, orphaned = str(uuid4()), queued(engine, client)
+    claim(engine, orphaned, dead)
+    long_ago = now() - timedelta(seconds=30)
+    with write(engine) as session:
+        session.add(Worker(id=dead, host="h", pid=1, started_at=long_ago, heartbeat_at=long_ago, **DESCRIPTION))
+    with present(settings, engine, str(uuid4()), set()):
+        until(lambda: status_of(client, orphaned) == "ENQUEUED", seconds=20)
+        with read(engine) as session:
+            until(lambda: session.scalar(sa.select(Worker.ended_at).where(Worker.id == dead)), seconds=5)
+
+
+def test_a_living_worker_is_left_alone(settings: Settings, engine: sa.Engine, client: queue.Client) -> None:
+    """Two workers that live do not take each other's work, however often they look."""
+    first, second = str(uuid4()), str(uuid4())
+    held = queued(engine, client)
+    claim(engine, held, first)
+    with present(settings, engine, first, {held}) as one, present(settings, engine, second, set()) as other:
+        other.join(8)
+        assert one.is_alive()
+        assert other.is_alive()
+        assert status_of(client, held) == "PENDING"
+
+
+def test_a_worker_that_was_marked_as_ended_stops(settings: Settings, engine: sa.Engine) -> None:
+    """A worker that others have taken for dead notices at its next round."""
+    me = str(uuid4())
+    with present(settings, engine, me, set()) as thread:
+        with write(engine) as session:
+            session.execute(sa.update(Worker).where(Worker.id == me).values(ended_at=now()))
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def test_a_run_that_ended_without_an_outcome_fails_its_analysis(
+    settings: Settings, engine: sa.Engine, client: queue.Client
+) -> None:
+    """An analysis whose run is over in the queue does not wait for ever; one that is queued does."""
+    lost = queued(engine, client, age=timedelta(minutes=1))
+    waiting = queued(engine, client, age=timedelta(minutes=1))
+    client.cancel_workflow(lost)
+    with present(settings, engine, str(uuid4()), set()):
+
+        def outcome(analysis_id: str) -> str | None:
+            with read(engine) as session:
+                return session.scalar(sa.select(Analysis.outcome).where(Analysis.id == analysis_id))
+
+        until(lambda: outcome(lost) == "failed", seconds=20)
+        assert outcome(waiting) is None
+
+
+def test_runs_that_ended_long_ago_are_forgotten(settings: Settings, engine: sa.Engine, client: queue.Client) -> None:
+    """The queue's record of a run goes a day after its end; the analysis stays."""
+    old, recent = queued(engine, client), queued(engine, client)
+    for run in (old, recent):
+        client.cancel_workflow(run)
+    table = "workflow_status" if engine.dialect.name == "sqlite" else "dbos.workflow_status"
+    two_days_ago = int((now() - timedelta(days=2)).timestamp() * 1000)
+    with write(engine) as session:
+        session.execute(
+            sa.text(f"UPDATE {table} SET completed_at = :then WHERE workflow_uuid = :id"),
+            {"then": two_days_ago, "id": old},
+        )
+    with present(settings, engine, str(uuid4()), set()):
+        until(lambda: [run.workflow_id for run in client.list_workflows()] == [recent], seconds=20)
+    with read(engine) as session:
+        assert session.get(Analysis, old) is not None

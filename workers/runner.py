@@ -72,10 +72,12 @@ def run_evaluation(task: Task, device: torch.device, on_progress: OnProgress) ->
     """An evaluation of a checkpoint on a probe, or of a feature set."""
     options = EvaluationOptions(**task["options"])
     subject, probe = task["subject"], task["probe"]
+    feature_dtype = torch.float32
     started = time.perf_counter()
     on_progress("loading", 0, 0)
     if subject["kind"] == "feature_set":
         feature_set = load_feature_set(Path(task["subject_path"]))
+        feature_dtype = feature_set.features.dtype
         load_seconds = time.perf_counter() - started
         evaluation = evaluate_features(feature_set, device=device, options=options, progress=on_progress)
     else:
@@ -93,7 +95,7 @@ def run_evaluation(task: Task, device: torch.device, on_progress: OnProgress) ->
     return {
         "subject": {**subject, "n_features": evaluation.n_features, "n_classes": evaluation.n_classes},
         "probe": probe,
-        "provenance": _provenance(task, device, evaluation),
+        "provenance": _provenance(task, device, evaluation, feature_dtype),
         "timings_seconds": {"load": load_seconds, **evaluation.timings_seconds},
         "splits": {name: asdict(split) for name, split in evaluation.splits.items()},
     }
@@ -102,7 +104,7 @@ def run_evaluation(task: Task, device: torch.device, on_progress: OnProgress) ->
 _KINDS: dict[str, Callable[[Task, torch.device, OnProgress], dict[str, Any]]] = {"evaluation": run_evaluation}
 
 
-def _provenance(task: Task, device: torch.device, evaluation: Evaluation) -> dict[str, Any]:
+def _provenance(task: Task, device: torch.device, evaluation: Evaluation, feature_dtype: torch.dtype) -> dict[str, Any]:
     return {
         "interplay_version": importlib.metadata.version("interplay"),
         "code_sha256": _code_sha256(),
@@ -111,7 +113,7 @@ def _provenance(task: Task, device: torch.device, evaluation: Evaluation) -> dic
         "python_version": platform.python_version(),
         "device": describe(device)["device"],
         "threads": torch.get_num_threads(),
-        "feature_dtype": "float32",
+        "feature_dtype": str(feature_dtype).removeprefix("torch."),
         "spectrum_dtype": "float64",
         "batch_size": evaluation.batch_size,
         "options": task["options"],

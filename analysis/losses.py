@@ -16,7 +16,6 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Bool, Float, Float64, Int, Shaped
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from analysis.entropy import ZERO_ENTROPY, unit_rows
 from analysis.errors import AnalysisError
@@ -120,8 +119,8 @@ def mir_loss(
 
     Numerics: float64 from the features on, whatever autocast says: eigenvalues are squares of what the features vary
         by, and a float32 spectrum of 256 samples would lose what varies by less than 0.5 %. Eigenvalues above
-        n eps l_max count. O(m^3) with m = min(n, d min(k, d)), k the classes of the batch. One derivative: a second
-        backward pass raises RuntimeError.
+        n eps l_max count. O(m^3) with m = min(n, d min(k, d)), k the classes of the batch. Differentiable
+        once: a second derivative raises RuntimeError.
 
     Source: Song et al. 2024 (arXiv 2406.03999), section 5.
     """
@@ -182,9 +181,9 @@ def spectral_entropy(matrix: Float64[Tensor, "m m"]) -> Float64[Tensor, ""]:
     Returns:
         The entropy in nats.
 
-    Numerics: O(m^3); one eigendecomposition forward, one product backward. Eigenvalues above m eps l_max count, and
-        derivatives are taken on their space alone: all of it where the matrix is a Gram matrix (the module's docstring
-        says why). Not twice differentiable: a second backward pass raises RuntimeError.
+    Numerics: O(m^3); one eigendecomposition forward, one product backward. Eigenvalues above m eps l_max count, and the
+        derivative is taken on their space, which is all of it where the matrix is a Gram matrix (the module's docstring
+        says why). Differentiable once: a second derivative raises RuntimeError.
     """
     # torch leaves `apply` without types.
     apply: Callable[[Tensor], Tensor] = _SpectralEntropy.apply
@@ -198,16 +197,32 @@ class _SpectralEntropy(torch.autograd.Function):
         cutoff = len(values) * torch.finfo(torch.float64).eps * values[-1]
         support = values > cutoff
         logarithms = torch.where(support, values, 1.0).log()
-        ctx.save_for_backward(vectors, torch.where(support, -logarithms - 1, 0.0))
+        ctx.save_for_backward(matrix, vectors, torch.where(support, -logarithms - 1, 0.0))
         entropy: Tensor = -(values * logarithms).sum()
         return entropy
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Float64[Tensor, ""]) -> Float64[Tensor, "m m"]:
-        vectors, slopes = ctx.saved_tensors
+        derivative: Callable[..., Tensor] = _Derivative.apply
+        return gradient * derivative(*ctx.saved_tensors)
+
+
+class _Derivative(torch.autograd.Function):
+    """V diag(slopes) V^T. It takes the matrix only to be in the way of a second derivative.
+
+    `once_differentiable` would not be: it takes for a constant whatever meets an incoming gradient that is constant.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, matrix: Float64[Tensor, "m m"], vectors: Float64[Tensor, "m m"], slopes: Float64[Tensor, " m"]
+    ) -> Float64[Tensor, "m m"]:
         derivative: Tensor = (vectors * slopes) @ vectors.T
-        return gradient * derivative
+        return derivative
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Float64[Tensor, "m m"]) -> None:
+        raise RuntimeError("the entropy of a spectrum is differentiable once; a second derivative was asked for")
 
 
 @dataclass(frozen=True)

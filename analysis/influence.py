@@ -1,8 +1,8 @@
 """Influence functions: how much each sample moves each metric, and the standard errors that follow.
 
-Every metric T is a function of the samples' weights p, all 1/N. The influence of sample i is dT/dp_i, centred within its
-class because samples are drawn within classes; the standard error is sqrt(sum_i influence_i^2) / N (the delta method),
-at the cost of one evaluation in place of hundreds of resamples.
+Every metric T is a function of the samples' weights p, all 1/n. The influence of sample i is dT/dp_i, centred within
+its class because samples are drawn within classes; the standard error is sqrt(sum_i influence_i^2) / n (the delta
+method), at the cost of one evaluation in place of hundreds of resamples.
 
 Entropies need no derivative of an eigendecomposition. With unit vectors u_i, rho = sum_i p_i u_i u_i^T of trace 1 and
 H = - tr(rho log rho):
@@ -11,8 +11,8 @@ H = - tr(rho log rho):
     dH/du_i = - 2 p_i log(rho) u_i              u_i turns and keeps its length
 
 For K1 u_i is the direction z_i of a sample, for K2 that of its head row v_c, for K1 * K2 it is z_i (x) v_c. These last
-have d C dimensions, but rho = Y^T Y with a row sqrt(D_a) e_a (x) v_c for every principal direction e_a of class c, D_a its
-eigenvalue over n. With M = Y Y^T, the m x m matrix of METRICS, "The joint spectrum, fast", and E_c the rows e_a,
+have d C dimensions, but rho = Y^T Y with a row sqrt(D_a) e_a (x) v_c for every principal direction e_a of class c, D_a
+its eigenvalue over n. With M = Y Y^T, the m x m matrix of METRICS, "The joint spectrum, fast", and E_c the rows e_a,
 
     z_i (x) v_c = Y^T w,    w = D^(-1/2) E_c z_i on the rows of class c,    <u_i, log(rho) u_i> = w^T (M log M) w:
 
@@ -23,7 +23,7 @@ With centring "global" the samples also move the centre, and every z_i turns wit
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int
@@ -179,13 +179,13 @@ class _Pieces:
         for position, rows in enumerate(samples.members):
             if gradients is not None:
                 moved[:, rows] = gradients[:, position] @ samples.deviations(position).T * (n / len(rows))
-        found = dict(zip(self.through_means, moved, strict=True))
-        for name, values in self.direct.items():
-            found[name] = found[name] + values if name in found else values
-        for values in found.values():
-            for rows in samples.members:
-                values[rows] -= values[rows].mean()
-        return found
+        found = {**self.direct, **dict(zip(self.through_means, moved, strict=True))}
+        for name in self.direct.keys() & self.through_means.keys():
+            found[name] = found[name] + self.direct[name]
+        table = torch.stack(list(found.values()))
+        counts = torch.bincount(samples.labels, minlength=len(samples.head)).clamp(min=1)
+        averages = table.new_zeros(len(table), len(counts)).index_add_(1, samples.labels, table) / counts
+        return dict(zip(found, table - averages[:, samples.labels], strict=True))
 
 
 def _check(
@@ -203,7 +203,7 @@ def _check(
     require(len(labels) > 0, "features", "there are no samples")
     lowest, highest = int(labels.min()), int(labels.max())
     fit = f"labels run from {lowest} to {highest}; the head has {len(head)} rows, so 0 to {len(head) - 1} fit"
-    require(0 <= lowest and highest < len(head), "labels", fit)
+    require(lowest >= 0 and highest < len(head), "labels", fit)
     for name, tensor in (("features", features), ("head", head), ("logits", logits)):
         if not bool(torch.isfinite(tensor).all()):
             raise AnalysisError("non-finite-values", f"{name} hold NaN or infinity", tensor=name)
@@ -251,47 +251,48 @@ def _of_predictions(samples: _Samples, logits: Float[Tensor, "n c"]) -> dict[str
 
 
 @dataclass(frozen=True)
-class _Block:
-    """What the joint entropy asks of the samples of one class: z^T E^T S E z, E its principal directions.
-
-    Attributes:
-        position: which of the samples' classes.
-        values: D, the eigenvalues of the class Gram matrix over n, largest first.
-        principal: E, as many unit rows.
-        form: D^(-1/2) (M log M)_cc D^(-1/2) for the first directions; for the others S is diag(log D).
-    """
+class _Factor:
+    """A class, the number of its pairs, and the non-zero eigenvalues and eigenvectors of its Z_c^T Z_c."""
 
     position: int
+    count: int
     values: Float64[Tensor, " r"]
     principal: Float64[Tensor, "r d"]
-    form: Float64[Tensor, "q q"]
-
-    def quadratic_form(self, z: Float64[Tensor, "n d"]) -> Float64[Tensor, " n"]:
-        """<z (x) v, log(rho) z (x) v>, v the direction of the class's head row."""
-        kept, rest = (z @ self.principal.T).tensor_split([len(self.form)], dim=1)
-        return (kept @ self.form * kept).sum(dim=1) + rest.square() @ self.values[len(self.form) :].log()
 
 
 @dataclass(frozen=True)
 class _Spectra:
-    """The spectra of K1, K2 and K1 * K2 over n.
+    """The spectra of K1, K2 and K1 * K2.
 
     Attributes:
         n: pairs.
-        values: eigenvalues of K1 / n.
-        principal: the principal directions that they belong to.
-        head_forms: <v_c, log(rho) v_c> of K2 for the class of each block.
-        blocks: the classes that have pairs.
-        coupled_logarithm: log(M) * g[class, class] of the directions kept in all blocks.
+        values: D, the non-zero eigenvalues of K1 / n.
+        principal: E, the principal directions that they belong to.
+        factors: the same of the classes that have pairs, their eigenvalues over n too.
+        head_forms: <v_c, log(rho) v_c> of K2 for each of these classes.
+        forms: D^(-1/2) (M log M)_cc D^(-1/2) of the directions of each class whose couplings are kept, its first.
+        coupled_logarithm: log(M) * g[class, class] of all directions kept.
     """
 
     n: int
     entropies: _Entropies
     values: Float64[Tensor, " r"]
     principal: Float64[Tensor, "r d"]
+    factors: Sequence[_Factor]
     head_forms: Float64[Tensor, " b"]
-    blocks: Sequence[_Block]
+    forms: Sequence[Float64[Tensor, "_q _q"]]
     coupled_logarithm: Float64[Tensor, "m m"]
+
+    def feature_form(self, z: Float64[Tensor, "m d"]) -> Float64[Tensor, " m"]:
+        """<z, log(rho) z> of K1."""
+        return (z @ self.principal.T).square() @ self.values.log()
+
+    def joint_form(self, block: int, z: Float64[Tensor, "m d"]) -> Float64[Tensor, " m"]:
+        """<z (x) v, log(rho) z (x) v> of K1 * K2 for samples of one class and its v."""
+        factor, form = self.factors[block], self.forms[block]
+        kept, rest = (z @ factor.principal.T).tensor_split([len(form)], dim=1)
+        # Directions without couplings: M is diagonal there.
+        return (kept @ form * kept).sum(dim=1) + rest.square() @ factor.values[len(form) :].log()
 
     def feature_pull(self, pull: Float64[Tensor, " d"]) -> Float64[Tensor, " d"]:
         """log(rho) of K1 times a vector."""
@@ -299,17 +300,14 @@ class _Spectra:
 
     def joint_pull(self, pulls: Float64[Tensor, "b d"]) -> Float64[Tensor, " d"]:
         """sum_c of log(rho) (pull_c (x) v_c), each contracted with the v of the class: for K1 * K2."""
-        total = torch.zeros_like(pulls[0])
-        kept = []
-        for block, pull in zip(self.blocks, pulls, strict=True):
-            along = block.principal @ pull
-            first = len(block.form)
-            kept.append(along[:first] / block.values[:first].sqrt())
-            total += (block.values[first:].log() * along[first:]) @ block.principal[first:]
-        coupled = self.coupled_logarithm @ torch.cat(kept)
-        for block, part in zip(self.blocks, coupled.split([len(block.form) for block in self.blocks]), strict=True):
-            first = len(block.form)
-            total += (part * block.values[:first].sqrt()) @ block.principal[:first]
+        total, kept = torch.zeros_like(pulls[0]), []
+        for factor, form, pull in zip(self.factors, self.forms, pulls, strict=True):
+            along, first = factor.principal @ pull, len(form)
+            kept.append(along[:first] / factor.values[:first].sqrt())
+            total += (factor.values[first:].log() * along[first:]) @ factor.principal[first:]
+        coupled = torch.split(self.coupled_logarithm @ torch.cat(kept), [len(form) for form in self.forms])
+        for factor, part in zip(self.factors, coupled, strict=True):
+            total += (part * factor.values[: len(part)].sqrt()) @ factor.principal[: len(part)]
         return total
 
 
@@ -335,20 +333,10 @@ def _logarithm(
     return (vectors * logarithms) @ vectors.T, (vectors * products) @ vectors.T, -float(products.sum())
 
 
-@dataclass(frozen=True)
-class _Factor:
-    """A class, the number of its pairs, and the non-zero eigenvalues and eigenvectors of its Z_c^T Z_c."""
-
-    position: int
-    count: int
-    values: Float64[Tensor, " r"]
-    principal: Float64[Tensor, "r d"]
-
-
 def _factors(
     samples: _Samples, centre: Float64[Tensor, " d"], usable: Bool[Tensor, " k"]
 ) -> tuple[list[_Factor], Float64[Tensor, " r"], Float64[Tensor, "r d"]]:
-    """Of every class with pairs, and the same eigenvalues and eigenvectors of all samples together."""
+    """Of every class with pairs, and of all pairs together; eigenvalues over the number of pairs."""
     d = len(centre)
     scatter = centre.new_zeros(d, d) if len(samples.labels) > d else None
     factors, together = [], [centre.new_zeros(0, d)]
@@ -363,10 +351,13 @@ def _factors(
             together.append(z)
         values, principal = _principal(z @ z.T, z) if product is None or len(z) <= d else _principal(product, None)
         factors.append(_Factor(position, len(z), values, principal))
+    n = sum(factor.count for factor in factors)
     z = torch.cat(together)
-    if not factors:
+    if n == 0:
         return [], centre[:0], z
-    return (factors, *(_principal(z @ z.T, z) if scatter is None else _principal(scatter, None)))
+    values, principal = _principal(z @ z.T, z) if scatter is None else _principal(scatter, None)
+    factors = [replace(factor, values=factor.values / n) for factor in factors]
+    return factors, values / n, principal
 
 
 def _kept(factors: Sequence[_Factor], largest: int) -> list[int]:
@@ -387,27 +378,28 @@ def _spectra(samples: _Samples, centre: Float64[Tensor, " d"], centred: bool, la
     if not factors:
         return None
     n = sum(factor.count for factor in factors)
-    positions = [factor.position for factor in factors]
-    coupling = head[positions] @ head[positions].T
+    head = head[[factor.position for factor in factors]]
+    coupling = head @ head.T
     shares = centre.new_tensor([factor.count for factor in factors]) / n
     _, of_head, head_entropy = _logarithm(coupling * torch.outer(shares, shares).sqrt())
-    kept = _kept(factors, largest)
-    roots = [(factor.values[:size] / n).sqrt() for factor, size in zip(factors, kept, strict=True)]
-    rows = torch.cat(
-        [factor.principal[:size] * root[:, None] for factor, size, root in zip(factors, kept, roots, strict=True)]
-    )
-    owner = torch.repeat_interleave(torch.arange(len(kept)), torch.tensor(kept)).to(rows.device)
+    sizes = _kept(factors, largest)
+    roots = [factor.values[:size].sqrt() for factor, size in zip(factors, sizes, strict=True)]
+    rows = [factor.principal[: len(root)] * root[:, None] for factor, root in zip(factors, roots, strict=True)]
+    owner = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(head.device)
     coupled = coupling[owner][:, owner]
-    logarithm, product, joint = _logarithm(rows @ rows.T * coupled)
-    blocks = []
-    starts = itertools.accumulate(kept[:-1], initial=0)
-    for factor, size, root, start in zip(factors, kept, roots, starts, strict=True):
-        form = product[start : start + size, start : start + size] / torch.outer(root, root)
-        blocks.append(_Block(factor.position, factor.values / n, factor.principal, form))
-        joint += float(torch.special.entr(factor.values[size:] / n).sum())
-    entropies = _Entropies(float(torch.special.entr(values / n).sum()), head_entropy, joint)
+    stacked = torch.cat(rows)
+    logarithm, product, joint = _logarithm(stacked @ stacked.T * coupled)
+    joint += sum(
+        float(torch.special.entr(factor.values[size:]).sum()) for factor, size in zip(factors, sizes, strict=True)
+    )
+    ends = itertools.accumulate(sizes)
+    forms = [
+        product[end - size : end, end - size : end] / torch.outer(root, root)
+        for end, size, root in zip(ends, sizes, roots, strict=True)
+    ]
+    entropies = _Entropies(float(torch.special.entr(values).sum()), head_entropy, joint)
     head_forms = of_head.diagonal() / shares
-    return _Spectra(n, entropies, values / n, principal, head_forms, blocks, logarithm * coupled)
+    return _Spectra(n, entropies, values, principal, factors, head_forms, forms, logarithm * coupled)
 
 
 def _sample_level(samples: _Samples, pieces: _Pieces, centred: bool, largest: int) -> _Entropies | None:
@@ -420,14 +412,14 @@ def _sample_level(samples: _Samples, pieces: _Pieces, centred: bool, largest: in
     path = f"interplay.sample.{'global' if centred else 'none'}"
     forms, paired = centre.new_zeros(3, n_all), torch.zeros_like(samples.labels, dtype=torch.bool)
     # By class, the sum of z_j / (n |F_j - centre|), and for K1 and K1 * K2 the sum of all with their quadratic forms.
-    pulls, radial = centre.new_zeros(len(spectra.blocks), len(centre)), centre.new_zeros(2, len(centre))
-    for block, head_form, pull in zip(spectra.blocks, spectra.head_forms, pulls, strict=True):
-        rows, z, distances = samples.directions(block.position, centre)
-        of_features, of_joint = (z @ spectra.principal.T).square() @ spectra.values.log(), block.quadratic_form(z)
-        forms[:, rows] = torch.stack([of_features, head_form.expand(len(rows)), of_joint])
+    pulls, radial = centre.new_zeros(len(spectra.factors), len(centre)), centre.new_zeros(2, len(centre))
+    for block, factor in enumerate(spectra.factors):
+        rows, z, distances = samples.directions(factor.position, centre)
+        of_features, of_joint = spectra.feature_form(z), spectra.joint_form(block, z)
+        forms[:, rows] = torch.stack([of_features, spectra.head_forms[block].expand(len(rows)), of_joint])
         paired[rows] = True
         z /= (n * distances)[:, None]
-        pull += z.sum(dim=0)
+        pulls[block] = z.sum(dim=0)
         radial += torch.stack([of_features, of_joint]) @ z
     values = spectra.entropies.features, spectra.entropies.head, spectra.entropies.joint
     for name, form, value in zip(_ENTROPIES, forms, values, strict=True):
@@ -459,7 +451,7 @@ def _class_mean_level(samples: _Samples, pieces: _Pieces, centred: bool) -> _Ent
     path = f"interplay.class_mean.{'global' if centred else 'none'}"
     pieces.through_means[f"{path}.entropy_features"], pieces.through_means[f"{path}.entropy_joint"] = gradients
     pieces.direct[f"{path}.entropy_head"] = means.new_zeros(len(samples.labels))
-    return _Entropies(float(of_features), float(spectral_entropy(head @ head.T / n)), float(of_joint))
+    return _Entropies(*(value.item() for value in (of_features, spectral_entropy(head @ head.T / n), of_joint)))
 
 
 def _ratios(
@@ -513,7 +505,7 @@ def _geometry(samples: _Samples, pieces: _Pieces) -> None:
         if bool(unit_rows(rows, samples.head.norm(dim=1)[samples.classes])[1].any()):
             measures["nc3"] = (rows / rows.norm() - centred / centred.norm()).square().sum()
         for name, value in measures.items():
-            if name == "nc3" or float(value) > _KINK:
+            if name == "nc3" or value.item() > _KINK:
                 pieces.through_means[f"collapse.{name}"] = torch.autograd.grad(value, means, retain_graph=True)[0]
 
 

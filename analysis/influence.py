@@ -2,36 +2,22 @@
 
 Every metric T is a function of the samples' weights p, all 1/n. The influence of sample i is dT/dp_i, centred within
 its class because samples are drawn within classes; the standard error is sqrt(sum_i influence_i^2) / n (the delta
-method), at the cost of one evaluation in place of hundreds of resamples.
-
-Entropies need no derivative of an eigendecomposition. With unit vectors u_i, rho = sum_i p_i u_i u_i^T of trace 1 and
-H = - tr(rho log rho):
-
-    dH/dp_i = - <u_i, log(rho) u_i> - H         p_i moves, the weights are divided by their sum
-    dH/du_i = - 2 p_i log(rho) u_i              u_i turns and keeps its length
-
-For K1 u_i is the direction z_i of a sample, for K2 that of its head row v_c, for K1 * K2 it is z_i (x) v_c. These last
-have d C dimensions, but rho = Y^T Y with a row sqrt(D_a) e_a (x) v_c for every principal direction e_a of class c, D_a
-its eigenvalue over n. With M = Y Y^T, the m x m matrix of METRICS, "The joint spectrum, fast", and E_c the rows e_a,
-
-    z_i (x) v_c = Y^T w,    w = D^(-1/2) E_c z_i on the rows of class c,    <u_i, log(rho) u_i> = w^T (M log M) w:
-
-only the diagonal blocks of M log M are needed, and one product of every sample with its class's principal directions.
-With centring "global" the samples also move the centre, and every z_i turns with it.
+method), at the cost of one evaluation in place of hundreds of resamples. `sensitivity.py` has the entropies at sample
+level; everything else here is an average or a function of the class means.
 """
 
-import itertools
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Float64, Int
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from analysis.entropy import ZERO_ENTROPY, unit_rows
 from analysis.errors import AnalysisError
 from analysis.losses import spectral_entropy
+from analysis.sensitivity import Entropies, Samples, sample_sensitivity
 
 # Principal directions whose couplings are kept: an eigendecomposition of half a second on a processor core.
 LARGEST_KEPT = 1024
@@ -73,14 +59,13 @@ def influence(
         AnalysisError: `invalid-argument` without samples, for labels out of range or a `largest` below 1;
             `non-finite-values`.
 
-    Numerics: float64. O(n d^2 + c min(n/c, d)^3 + m^3) time with m the directions kept; memory for the principal
-        directions of all classes, at most min(n, c d) x d, and a few matrices of size m x m and d x d; never n x n
-        beyond `largest`. The directions that are not kept enter the joint entropy as they are (pinched).
+    Numerics: float64; time and memory as `sensitivity.sample_sensitivity` for each centring, and a number for each
+        sample and metric: never n x n beyond `largest`.
 
     Source: Hampel 1974 for influence functions; METRICS, "Comparing two checkpoints".
     """
     _check(features, labels, head, logits, largest)
-    samples = _samples(features, labels, head)
+    samples = Samples.of(features, labels, head)
     pieces = _Pieces(_of_predictions(samples, logits), {})
     levels = {}
     for centring in ("none", "global"):
@@ -121,47 +106,6 @@ def standard_errors(
 
 
 @dataclass(frozen=True)
-class _Samples:
-    """Features by class, as `classes`, `members`, `means` and `sizes` (mean length) list them."""
-
-    features: Float[Tensor, "n d"]
-    labels: Int[Tensor, " n"]
-    head: Float64[Tensor, "c d"]
-    classes: Int[Tensor, " k"]
-    members: Sequence[Int[Tensor, " _"]]
-    means: Float64[Tensor, "k d"]
-    sizes: Float64[Tensor, " k"]
-
-    def deviations(self, position: int) -> Float64[Tensor, "m d"]:
-        """Samples of one class, without its mean."""
-        return self.features[self.members[position]].double() - self.means[position]
-
-    def directions(
-        self, position: int, centre: Float64[Tensor, " d"]
-    ) -> tuple[Int[Tensor, " m"], Float64[Tensor, "m d"], Float64[Tensor, " m"]]:
-        """Of one class: which samples have a direction from the centre, these directions and the distances."""
-        rows = self.members[position]
-        vectors = self.features[rows].double()
-        scale = vectors.norm(dim=1) + centre.norm()
-        vectors -= centre
-        directions, usable = unit_rows(vectors, scale)
-        return rows[usable], directions[usable], vectors[usable].norm(dim=1)
-
-    def head_directions(self, centred: bool) -> tuple[Float64[Tensor, "k d"], Bool[Tensor, " k"]]:
-        """Directions of the head rows of the classes present; all rows, also of absent classes, make the centre."""
-        centre = self.head.mean(dim=0) if centred else torch.zeros_like(self.head[0])
-        rows = self.head[self.classes]
-        return unit_rows(rows - centre, rows.norm(dim=1) + centre.norm())
-
-
-@dataclass(frozen=True)
-class _Entropies:
-    features: float
-    head: float
-    joint: float
-
-
-@dataclass(frozen=True)
 class _Pieces:
     """dT/dp_i of each metric in two parts: with the class means held, and dT/dmu_c for what moves them.
 
@@ -171,7 +115,7 @@ class _Pieces:
     direct: dict[str, Float64[Tensor, " n"]]
     through_means: dict[str, Float64[Tensor, "k d"]]
 
-    def resolve(self, samples: _Samples) -> dict[str, Float64[Tensor, " n"]]:
+    def resolve(self, samples: Samples) -> dict[str, Float64[Tensor, " n"]]:
         """Both parts together, centred within classes; one pass over the samples for all metrics."""
         n = len(samples.labels)
         gradients = torch.stack(list(self.through_means.values())) if self.through_means else None
@@ -209,19 +153,7 @@ def _check(
             raise AnalysisError("non-finite-values", f"{name} hold NaN or infinity", tensor=name)
 
 
-def _samples(features: Float[Tensor, "n d"], labels: Int[Tensor, " n"], head: Float[Tensor, "c d"]) -> _Samples:
-    counts = torch.bincount(labels.long(), minlength=len(head))
-    classes = counts.nonzero()[:, 0]
-    members = torch.tensor_split(torch.argsort(labels, stable=True), counts[classes].cumsum(0)[:-1].cpu())
-    means, sizes = [], []
-    for rows in members:
-        vectors = features[rows].double()
-        means.append(vectors.mean(dim=0))
-        sizes.append(vectors.norm(dim=1).mean())
-    return _Samples(features, labels.long(), head.double(), classes, members, torch.stack(means), torch.stack(sizes))
-
-
-def _of_predictions(samples: _Samples, logits: Float[Tensor, "n c"]) -> dict[str, Float64[Tensor, " n"]]:
+def _of_predictions(samples: Samples, logits: Float[Tensor, "n c"]) -> dict[str, Float64[Tensor, " n"]]:
     """Accuracy, loss and NC4 are averages over samples; the calibration error is one within each bin."""
     predicted, confidence, losses = [], [], []
     # In parts, so that the float64 copy of the logits stays at 32 MiB.
@@ -250,189 +182,21 @@ def _of_predictions(samples: _Samples, logits: Float[Tensor, "n c"]) -> dict[str
     }
 
 
-@dataclass(frozen=True)
-class _Factor:
-    """A class, the number of its pairs, and the non-zero eigenvalues and eigenvectors of its Z_c^T Z_c."""
-
-    position: int
-    count: int
-    values: Float64[Tensor, " r"]
-    principal: Float64[Tensor, "r d"]
-
-
-@dataclass(frozen=True)
-class _Spectra:
-    """The spectra of K1, K2 and K1 * K2.
-
-    Attributes:
-        n: pairs.
-        values: D, the non-zero eigenvalues of K1 / n.
-        principal: E, the principal directions that they belong to.
-        factors: the same of the classes that have pairs, their eigenvalues over n too.
-        head_forms: <v_c, log(rho) v_c> of K2 for each of these classes.
-        forms: D^(-1/2) (M log M)_cc D^(-1/2) of the directions of each class whose couplings are kept, its first.
-        coupled_logarithm: log(M) * g[class, class] of all directions kept.
-    """
-
-    n: int
-    entropies: _Entropies
-    values: Float64[Tensor, " r"]
-    principal: Float64[Tensor, "r d"]
-    factors: Sequence[_Factor]
-    head_forms: Float64[Tensor, " b"]
-    forms: Sequence[Float64[Tensor, "_q _q"]]
-    coupled_logarithm: Float64[Tensor, "m m"]
-
-    def feature_form(self, z: Float64[Tensor, "m d"]) -> Float64[Tensor, " m"]:
-        """<z, log(rho) z> of K1."""
-        return (z @ self.principal.T).square() @ self.values.log()
-
-    def joint_form(self, block: int, z: Float64[Tensor, "m d"]) -> Float64[Tensor, " m"]:
-        """<z (x) v, log(rho) z (x) v> of K1 * K2 for samples of one class and its v."""
-        factor, form = self.factors[block], self.forms[block]
-        kept, rest = (z @ factor.principal.T).tensor_split([len(form)], dim=1)
-        # Directions without couplings: M is diagonal there.
-        return (kept @ form * kept).sum(dim=1) + rest.square() @ factor.values[len(form) :].log()
-
-    def feature_pull(self, pull: Float64[Tensor, " d"]) -> Float64[Tensor, " d"]:
-        """log(rho) of K1 times a vector."""
-        return (self.values.log() * (self.principal @ pull)) @ self.principal
-
-    def joint_pull(self, pulls: Float64[Tensor, "b d"]) -> Float64[Tensor, " d"]:
-        """sum_c of log(rho) (pull_c (x) v_c), each contracted with the v of the class: for K1 * K2."""
-        total, kept = torch.zeros_like(pulls[0]), []
-        for factor, form, pull in zip(self.factors, self.forms, pulls, strict=True):
-            along, first = factor.principal @ pull, len(form)
-            kept.append(along[:first] / factor.values[:first].sqrt())
-            total += (factor.values[first:].log() * along[first:]) @ factor.principal[first:]
-        coupled = torch.split(self.coupled_logarithm @ torch.cat(kept), [len(form) for form in self.forms])
-        for factor, part in zip(self.factors, coupled, strict=True):
-            total += (part * factor.values[: len(part)].sqrt()) @ factor.principal[: len(part)]
-        return total
-
-
-def _principal(
-    product: Float64[Tensor, "m m"], rows: Float64[Tensor, "m d"] | None
-) -> tuple[Float64[Tensor, " r"], Float64[Tensor, "r d"]]:
-    """Non-zero eigenvalues of Z^T Z, largest first, and unit eigenvectors, from Z^T Z or from Z Z^T and the rows Z."""
-    values, vectors = torch.linalg.eigh(product)
-    values, vectors = values.flip(0), vectors.flip(1)
-    rank = int((values > 16 * _EPS * values[0]).sum())
-    values, principal = values[:rank], vectors[:, :rank].T
-    return values, principal if rows is None else principal @ rows / values.sqrt()[:, None]
-
-
-def _logarithm(
-    matrix: Float64[Tensor, "m m"],
-) -> tuple[Float64[Tensor, "m m"], Float64[Tensor, "m m"], float]:
-    """log M and M log M on the support of M, and the entropy - tr(M log M)."""
-    values, vectors = torch.linalg.eigh(matrix)
-    support = values > len(values) * _EPS * values[-1]
-    logarithms = torch.where(support, values, 1.0).log()
-    products = values * logarithms
-    return (vectors * logarithms) @ vectors.T, (vectors * products) @ vectors.T, -float(products.sum())
-
-
-def _factors(
-    samples: _Samples, centre: Float64[Tensor, " d"], usable: Bool[Tensor, " k"]
-) -> tuple[list[_Factor], Float64[Tensor, " r"], Float64[Tensor, "r d"]]:
-    """Of every class with pairs, and of all pairs together; eigenvalues over the number of pairs."""
-    d = len(centre)
-    scatter = centre.new_zeros(d, d) if len(samples.labels) > d else None
-    factors, together = [], [centre.new_zeros(0, d)]
-    for position in usable.nonzero()[:, 0].tolist():
-        _, z, _ = samples.directions(position, centre)
-        if len(z) == 0:
-            continue
-        product = z.T @ z if scatter is not None else None
-        if scatter is not None and product is not None:
-            scatter += product
-        else:
-            together.append(z)
-        values, principal = _principal(z @ z.T, z) if product is None or len(z) <= d else _principal(product, None)
-        factors.append(_Factor(position, len(z), values, principal))
-    n = sum(factor.count for factor in factors)
-    z = torch.cat(together)
-    if n == 0:
-        return [], centre[:0], z
-    values, principal = _principal(z @ z.T, z) if scatter is None else _principal(scatter, None)
-    factors = [replace(factor, values=factor.values / n) for factor in factors]
-    return factors, values / n, principal
-
-
-def _kept(factors: Sequence[_Factor], largest: int) -> list[int]:
-    """How many directions of each class keep their couplings: the first of each, then from the largest down."""
-    values = torch.cat([factor.values for factor in factors])
-    sizes = torch.tensor([len(factor.values) for factor in factors], device=values.device)
-    owner = torch.repeat_interleave(torch.arange(len(factors), device=values.device), sizes)
-    ranked = values.clone()
-    ranked[sizes.cumsum(0) - sizes] = math.inf
-    order = torch.argsort(ranked, descending=True, stable=True)
-    kept: list[int] = torch.bincount(owner[order[: max(largest, len(factors))]], minlength=len(factors)).tolist()
-    return kept
-
-
-def _spectra(samples: _Samples, centre: Float64[Tensor, " d"], centred: bool, largest: int) -> _Spectra | None:
-    head, usable = samples.head_directions(centred)
-    factors, values, principal = _factors(samples, centre, usable)
-    if not factors:
-        return None
-    n = sum(factor.count for factor in factors)
-    head = head[[factor.position for factor in factors]]
-    coupling = head @ head.T
-    shares = centre.new_tensor([factor.count for factor in factors]) / n
-    _, of_head, head_entropy = _logarithm(coupling * torch.outer(shares, shares).sqrt())
-    sizes = _kept(factors, largest)
-    roots = [factor.values[:size].sqrt() for factor, size in zip(factors, sizes, strict=True)]
-    rows = [factor.principal[: len(root)] * root[:, None] for factor, root in zip(factors, roots, strict=True)]
-    owner = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(head.device)
-    coupled = coupling[owner][:, owner]
-    stacked = torch.cat(rows)
-    logarithm, product, joint = _logarithm(stacked @ stacked.T * coupled)
-    joint += sum(
-        float(torch.special.entr(factor.values[size:]).sum()) for factor, size in zip(factors, sizes, strict=True)
-    )
-    ends = itertools.accumulate(sizes)
-    forms = [
-        product[end - size : end, end - size : end] / torch.outer(root, root)
-        for end, size, root in zip(ends, sizes, roots, strict=True)
-    ]
-    entropies = _Entropies(float(torch.special.entr(values).sum()), head_entropy, joint)
-    head_forms = of_head.diagonal() / shares
-    return _Spectra(n, entropies, values, principal, factors, head_forms, forms, logarithm * coupled)
-
-
-def _sample_level(samples: _Samples, pieces: _Pieces, centred: bool, largest: int) -> _Entropies | None:
+def _sample_level(samples: Samples, pieces: _Pieces, centred: bool, largest: int) -> Entropies | None:
     """Entropies of z_i = F_i beside v_i = W[y_i] and their derivatives; None where no pair is left."""
-    centre = samples.means.mean(dim=0) if centred else torch.zeros_like(samples.means[0])
-    spectra = _spectra(samples, centre, centred, largest)
-    if spectra is None:
+    found = sample_sensitivity(samples, centred=centred, largest=largest)
+    if found is None:
         return None
-    n, n_all = spectra.n, len(samples.labels)
     path = f"interplay.sample.{'global' if centred else 'none'}"
-    forms, paired = centre.new_zeros(3, n_all), torch.zeros_like(samples.labels, dtype=torch.bool)
-    # By class, the sum of z_j / (n |F_j - centre|), and for K1 and K1 * K2 the sum of all with their quadratic forms.
-    pulls, radial = centre.new_zeros(len(spectra.factors), len(centre)), centre.new_zeros(2, len(centre))
-    for block, factor in enumerate(spectra.factors):
-        rows, z, distances = samples.directions(factor.position, centre)
-        of_features, of_joint = spectra.feature_form(z), spectra.joint_form(block, z)
-        forms[:, rows] = torch.stack([of_features, spectra.head_forms[block].expand(len(rows)), of_joint])
-        paired[rows] = True
-        z /= (n * distances)[:, None]
-        pulls[block] = z.sum(dim=0)
-        radial += torch.stack([of_features, of_joint]) @ z
-    values = spectra.entropies.features, spectra.entropies.head, spectra.entropies.joint
-    for name, form, value in zip(_ENTROPIES, forms, values, strict=True):
-        pieces.direct[f"{path}.{name}"] = torch.where(paired, -form - value, 0.0) * (n_all / n)
-    if centred:
-        # The centre is the mean of the class means, and z_j turns by -(I - z_j z_j^T) / |F_j - centre| of its step.
-        turned = spectra.feature_pull(pulls.sum(dim=0)) - radial[0], spectra.joint_pull(pulls) - radial[1]
-        for name, gradient in zip(("entropy_features", "entropy_joint"), turned, strict=True):
-            pieces.through_means[f"{path}.{name}"] = (2 * gradient / len(samples.means)).expand_as(samples.means)
-    return spectra.entropies
+    for name, by_weight, by_centre in zip(_ENTROPIES, found.by_weight, found.by_centre, strict=True):
+        pieces.direct[f"{path}.{name}"] = by_weight
+        if centred:
+            # The centre is the mean of the class means.
+            pieces.through_means[f"{path}.{name}"] = (by_centre / len(samples.means)).expand_as(samples.means)
+    return found.entropies
 
 
-def _class_mean_level(samples: _Samples, pieces: _Pieces, centred: bool) -> _Entropies | None:
+def _class_mean_level(samples: Samples, pieces: _Pieces, centred: bool) -> Entropies | None:
     """Entropies of the class means beside the head's rows and their derivatives; None where no pair is left."""
     head, usable = samples.head_directions(centred)
     with torch.enable_grad():
@@ -451,11 +215,11 @@ def _class_mean_level(samples: _Samples, pieces: _Pieces, centred: bool) -> _Ent
     path = f"interplay.class_mean.{'global' if centred else 'none'}"
     pieces.through_means[f"{path}.entropy_features"], pieces.through_means[f"{path}.entropy_joint"] = gradients
     pieces.direct[f"{path}.entropy_head"] = means.new_zeros(len(samples.labels))
-    return _Entropies(*(value.item() for value in (of_features, spectral_entropy(head @ head.T / n), of_joint)))
+    return Entropies(*(value.item() for value in (of_features, spectral_entropy(head @ head.T / n), of_joint)))
 
 
 def _ratios(
-    path: str, values: _Entropies, found: Mapping[str, Float64[Tensor, " n"]]
+    path: str, values: Entropies, found: Mapping[str, Float64[Tensor, " n"]]
 ) -> dict[str, Float64[Tensor, " n"]]:
     """Mutual information, MIR and HDR from their entropies."""
     of_features, of_head, of_joint = (found[f"{path}.{name}"] for name in _ENTROPIES)
@@ -472,7 +236,7 @@ def _ratios(
     return ratios
 
 
-def _collapse(samples: _Samples, pieces: _Pieces) -> None:
+def _collapse(samples: Samples, pieces: _Pieces) -> None:
     """NC1 to NC3; NC4 is an average and among the predictions."""
     n = len(samples.labels)
     for measure in ("equinorm", "equiangularity", "max_angle"):
@@ -482,7 +246,7 @@ def _collapse(samples: _Samples, pieces: _Pieces) -> None:
         _variability(samples, pieces)
 
 
-def _geometry(samples: _Samples, pieces: _Pieces) -> None:
+def _geometry(samples: Samples, pieces: _Pieces) -> None:
     """NC2 of the class means and NC3, which only the means move."""
     k = len(samples.classes)
     rows = (samples.head - samples.head.mean(dim=0))[samples.classes]
@@ -509,7 +273,7 @@ def _geometry(samples: _Samples, pieces: _Pieces) -> None:
                 pieces.through_means[f"collapse.{name}"] = torch.autograd.grad(value, means, retain_graph=True)[0]
 
 
-def _variability(samples: _Samples, pieces: _Pieces) -> None:
+def _variability(samples: Samples, pieces: _Pieces) -> None:
     """NC1 = trace(Sigma_W Sigma_B^dagger) / k and the condition number of Sigma_B, both on its r leading directions.
 
     With M = U s V^T the centred means, Sigma_B = M^T M / k: a change of M moves the pseudo-inverse B by

@@ -302,6 +302,7 @@ def _variability(samples: Samples, pieces: _Pieces) -> None:
     product = -inverse[:, None] * inside * inverse @ v + inverse.square()[:, None] * (within - inside @ v)
     gradient = (2 / k**2) * (u * s) @ product
     pieces.direct["collapse.nc1"] = forms
-    pieces.through_means["collapse.nc1"] = gradient - gradient.mean(dim=0)
+    # The columns of U sum to 0, so this is the derivative for the means as well as for their differences.
+    pieces.through_means["collapse.nc1"] = gradient
     ends = torch.outer(u[:, 0], v[0]) / s[0] - torch.outer(u[:, -1], v[-1]) / s[-1]
-    pieces.through_means["collapse.nc1_condition"] = 2 * (s[0] / s[-1]).square() * (ends - ends.mean(dim=0))
+    pieces.through_means["collapse.nc1_condition"] = 2 * (s[0] / s[-1]).square() * ends

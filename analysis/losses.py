@@ -119,8 +119,9 @@ def mir_loss(
 
     Numerics: float64 from the features on, whatever autocast says: eigenvalues are squares of what the features vary
         by, and a float32 spectrum of 256 samples would lose what varies by less than 0.5 %. Eigenvalues above
-        n eps l_max count. O(m^3) with m = min(n, d min(k, d)), k the classes of the batch. Differentiable
-        once: a second derivative raises RuntimeError.
+        n eps l_max count. O(m^3) with m = min(n, d min(k, d)), k the classes of the batch. Differentiable once: a
+        second derivative raises RuntimeError. Where all features approach one point by a distance t the gradient grows
+        like 1/t, as that of any ratio to a vanishing entropy; below t of about 1e-7 the term is 0.
 
     Source: Song et al. 2024 (arXiv 2406.03999), section 5.
     """
@@ -371,7 +372,8 @@ def _check_shapes(
     def integer(tensor: Shaped[Tensor, "..."]) -> bool:
         return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
 
-    require(features.ndim == 2 and features.is_floating_point(), "features", features, "floating point, (n, d)")
+    fits = features.ndim == 2 and features.shape[1] > 0 and features.is_floating_point()
+    require(fits, "features", features, "floating point, (n, d) with d at least 1")
     n, d = features.shape
     fits = head.ndim == 2 and head.shape[1] == d and head.is_floating_point()
     require(fits, "head", head, f"floating point, (classes, {d}), as wide as the features")

@@ -225,6 +225,18 @@ def test_masked_samples_take_no_part(centring: Centring) -> None:
         assert not bool(gradient[~mask].any())
 
 
+def test_rows_without_direction_are_left_out() -> None:
+    """Samples of zeros and samples whose head row is zero: as if the batch did not hold them."""
+    features, head, labels = _degenerate("some rows of zeros", F64)
+    left = features.detach().any(dim=1) & (labels != 1)
+    assert 2 < int(left.sum()) < 16
+    for term in (mir_loss, hdr_loss):
+        found, expected = term(features, head, labels), term(features, head, labels, left)
+        assert found.item() == pytest.approx(expected.item(), abs=1e-12)
+        for one, other in zip(_gradients(found, features, head), _gradients(expected, features, head), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("centring", ["none", "global"])
 def test_a_weight_counts_as_that_many_samples(centring: Centring) -> None:
     """Weights of 1 and 1/2 are a batch with the first samples twice; no gradient flows into the weights."""
@@ -334,6 +346,7 @@ def test_wrong_arguments_are_named() -> None:
         ("centring", lambda: mir_loss(features, head, labels, centring="")),  # type: ignore[arg-type]  # likewise
         ("features", lambda: loss(features[0], head, labels)),
         ("features", lambda: loss(features.long(), head, labels)),
+        ("features", lambda: loss(features[:, :0], head[:, :0], labels)),
         ("head", lambda: loss(features, head[:, :3], labels)),
         ("head", lambda: loss(features, head.long(), labels)),
         ("labels", lambda: loss(features, head, labels[:5])),

@@ -43,7 +43,8 @@ def influence(
         labels: 0 to c - 1.
         head: one row a class.
         logits: what the network predicts from, with the bias.
-        largest: most principal directions whose couplings enter the joint entropy; with at least n or c d it is exact.
+        largest: most principal directions whose couplings enter the joint entropy, but at least 4 a class on average;
+            with n or c d or more it is exact.
 
     Returns:
         By the metric's path in a split of a report, such as `interplay.sample.global.mir` or `collapse.nc1`. A metric

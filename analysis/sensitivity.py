@@ -28,6 +28,8 @@ from torch import Tensor
 from analysis.entropy import unit_rows
 
 _EPS = torch.finfo(torch.float64).eps
+# With fewer, classes are coupled by their means alone, and the standard errors of MIR come out up to 40 % too large.
+_KEPT_A_CLASS = 4
 
 
 @dataclass(frozen=True)
@@ -118,14 +120,16 @@ def sample_sensitivity(samples: Samples, *, centred: bool, largest: int) -> Sens
     Args:
         samples: and the head.
         centred: whether the mean of the class means is subtracted from samples, and the mean row from the head.
-        largest: most principal directions whose couplings are kept; the others enter as they are (pinched), and the
-            first one of every class is always kept.
+        largest: most principal directions whose couplings are kept, but at least 4 a class on average; the others enter
+            as they are (pinched), and the first one of every class is always kept.
 
     Returns:
         The sensitivity, or None where no pair is left because samples or head rows have no direction.
 
     Numerics: float64. O(n d^2 + c min(n/c, d)^3 + m^3) time with m the directions kept; memory for the principal
-        directions of all classes, at most min(n, c d) x d, and a few matrices of size m x m and d x d.
+        directions of all classes, at most min(n, c d) x d, and a few matrices of size m x m and d x d. What pinching
+        does to standard errors of MIR (synthetic features): 1.5 % with m = 1,024 at C = 10 and 50, d = 256; with 4
+        directions a class, C = 100 and 200, d = 64, mostly under 6 %, and 15 % too large where nearly collapsed.
 
     Source: the derivative of tr f(rho) is tr f'(rho) drho; METRICS, "The joint spectrum, fast".
     """
@@ -271,7 +275,8 @@ def _kept(factors: Sequence[_Factor], largest: int) -> list[int]:
     ranked = values.clone()
     ranked[sizes.cumsum(0) - sizes] = math.inf
     order = torch.argsort(ranked, descending=True, stable=True)
-    kept: list[int] = torch.bincount(owner[order[: max(largest, len(factors))]], minlength=len(factors)).tolist()
+    first = order[: max(largest, _KEPT_A_CLASS * len(factors))]
+    kept: list[int] = torch.bincount(owner[first], minlength=len(factors)).tolist()
     return kept
 
 

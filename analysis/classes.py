@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
-from analysis.entropy import unit_rows
+from analysis.entropy import check_finite, unit_rows
 from analysis.errors import AnalysisError
 
 # Samples that are converted at a time: their float64 copy stays in a processor's cache.
@@ -305,17 +305,3 @@ def unit_directions(
     scale = torch.linalg.vector_norm(wide / largest.clamp(min=1e-300), dim=1) * largest + centre.norm()
     directions, usable = unit_rows(wide - centre, scale)
     return directions.to(dtype), usable
-
-
-def check_finite(name: str, tensor: Tensor) -> None:
-    """Raise an AnalysisError of kind `non-finite-values` where a tensor, called `name`, holds NaN or infinity."""
-    # A sum is finite only where every term is; it is ten times as fast as looking at each.
-    if bool(torch.isfinite(tensor.sum())):
-        return
-    wrong = int((~torch.isfinite(tensor)).sum())
-    if wrong:
-        raise AnalysisError(
-            "non-finite-values",
-            f"{wrong} of {tensor.numel()} values of the {name} are NaN or infinite.",
-            tensor=name,
-        )

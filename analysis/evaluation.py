@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
-from analysis.classes import LabelledFeatures, check_finite, class_statistics
+from analysis.classes import LabelledFeatures, class_statistics
 from analysis.collapse import Collapse, Optimum, neural_collapse, optimum
-from analysis.entropy import unit_rows
+from analysis.entropy import check_finite, unit_rows
 from analysis.errors import AnalysisError, Kind
 from analysis.extraction import Progress, extract_features
 from analysis.networks import LoadedNetwork

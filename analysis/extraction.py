@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from analysis.classes import check_finite
+from analysis.entropy import check_finite
 from analysis.errors import AnalysisError
 from analysis.networks import LoadedNetwork
 from analysis.probes import Probe

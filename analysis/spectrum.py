@@ -99,7 +99,8 @@ def sample_entropies(
 
     Args:
         labelled: samples by class and the head's directions.
-        tolerance: error of MIR that is small enough; 0 is exact.
+        tolerance: likely error of MIR that is small enough; 0 is exact. What is certain is the method's
+            `error_estimate`, up to a few times that.
         largest: most rows to keep, whatever the tolerance, unless that is 0.
 
     Returns:
@@ -311,10 +312,11 @@ def _joint_entropy(
             return _exact(spectrum, lowest, highest)
         eigenvalues, vectors = torch.linalg.eigh(spectrum.matrix(kept))
         pinched = spectrum_entropy(torch.cat([eigenvalues, spectrum.values[kept:]]))
-        sure, possible = couplings.worth(eigenvalues, vectors)
+        sure, likely, possible = couplings.worth(eigenvalues, vectors)
         joint = max(min(pinched - sure, highest), lowest)
-        error = max(min(spectrum.bound(kept), possible - sure, joint - lowest), 0.0) / unit
-        if error <= tolerance or kept == largest:
+        certain = min(spectrum.bound(kept), joint - lowest)
+        if min(likely - sure, certain) <= tolerance * unit or kept == largest:
+            error = max(min(possible - sure, certain), 0.0) / unit
             return joint, Method("pinched", kept, total, spectrum.tails[kept], error)
         kept = min(kept * 3 // 2, largest)
 

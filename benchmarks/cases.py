@@ -68,7 +68,7 @@ def trained_network(n: int, d: int, epochs: int = 15) -> Case:
             parameter.copy_((torch.rand(parameter.shape, generator=generator) * 2 - 1) * bound)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
     for _ in range(epochs):
-        for rows in torch.randperm(len(labels), generator=generator).split(64):
+        for rows in torch.split(torch.randperm(len(labels), generator=generator), 64):
             optimizer.zero_grad()
             torch.autograd.backward(nn.functional.cross_entropy(network(inputs[rows]), labels[rows]))
             optimizer.step()
@@ -76,4 +76,4 @@ def trained_network(n: int, d: int, epochs: int = 15) -> Case:
     with torch.no_grad():
         jittered = inputs[rows] + 0.1 * torch.randn(n, 64, generator=generator)
         features = network[:-1](jittered)
-    return Case(f"trained on digits, d={d}", features, labels[rows], network[-1].weight.detach().clone())
+    return Case(f"trained on digits, d={d}", features, labels[rows], network.get_parameter("4.weight").detach().clone())

@@ -1,12 +1,14 @@
 """Time, memory and error of the joint spectrum and of whole evaluations, each beside what it is compared with.
 
-Both sides of a ratio run in one process, on the same threads, in turns; times are the least of some repeats, because what
-else a machine does only ever adds.
+Both sides of a ratio run in one process, on the same threads, in turns; times are the least of some repeats, because
+what else a machine does only ever adds.
 """
 
+import ctypes
 import re
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -51,8 +53,8 @@ def _against_naive(device: torch.device) -> list[Row]:
         for case in cases:
             for centred in (False, True) if n_classes == 10 else (False,):
                 labelled = _labelled(case, device, centred)
-                seconds, entropies = _least(lambda labelled=labelled: _entropies(labelled), device)
-                naive_seconds, joint = _once(lambda labelled=labelled: _naive_joint(labelled), device)
+                seconds, entropies = _least(partial(_entropies, labelled), device)
+                naive_seconds, joint = _once(partial(_naive_joint, labelled), device)
                 # The same two entropies on both sides: they are exact.
                 error = (entropies.joint - joint) / min(entropies.features, entropies.head)
                 # The naive MIR takes the spectra of K1, K2 and K1 * K2, each N x N.
@@ -79,10 +81,10 @@ def _against_gram(device: torch.device) -> list[Row]:
         features = case.features.to(device)
         for centred in (False, True):
             labelled = _labelled(case, device, centred)
-            gram = min(_least(lambda features=features: features.T @ features, device)[0] for _ in range(2))
-            seconds, entropies = _least(lambda labelled=labelled: _entropies(labelled), device)
-            gram = min(gram, _least(lambda features=features: features.T @ features, device)[0])
-            peak = _peak_mib(lambda labelled=labelled: _entropies(labelled), device)
+            gram = min(_least(partial(_gram, features), device)[0] for _ in range(2))
+            seconds, entropies = _least(partial(_entropies, labelled), device)
+            gram = min(gram, _least(partial(_gram, features), device)[0])
+            peak = _peak_mib(partial(_entropies, labelled), device)
             found.append(
                 _described(case, entropies, centred)
                 | {
@@ -126,7 +128,7 @@ def _whole_evaluation(device: torch.device) -> list[Row]:
             neural_collapse(features, statistics, head, predicted)
 
         seconds = _least(everything, device)[0]
-        singles = [_least(lambda centred=centred: single(centred), device)[0] for centred in (False, True)]
+        singles = [_least(partial(single, centred), device)[0] for centred in (False, True)]
         seconds = min(seconds, _least(everything, device)[0])
         of_single = sum(singles) / 2
         found.append(
@@ -228,6 +230,10 @@ def _naive_joint(labelled: LabelledFeatures) -> float:
     return float(torch.special.entr(eigenvalues.clamp(min=0)).sum())
 
 
+def _gram(features: Tensor) -> Tensor:
+    return features.T @ features
+
+
 def _size(case: Case) -> str:
     n, d = case.features.shape
     return f"N={n:,} d={d} C={len(case.head)}"
@@ -270,7 +276,8 @@ def _peak_mib(run: Callable[[], object], device: torch.device) -> float:
         before = torch.cuda.memory_allocated(device)
         run()
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    # Linux forgets its peak of the resident set when told so.
+    # What was freed before goes back, so that it is not used again uncounted; then the peak is forgotten.
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = _status_kib("VmRSS")
     run()

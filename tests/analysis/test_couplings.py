@@ -71,8 +71,9 @@ def test_the_bounds_enclose_the_relative_entropy(
     eigenvalues, vectors = torch.linalg.eigh(joint[:kept, :kept])
     pinched = spectrum_entropy(torch.cat([eigenvalues, values[kept:]]))
     lost = pinched - spectrum_entropy(torch.linalg.eigvalsh(joint))
-    sure, possible = Couplings(rows, values, classes, head, strip, 0.0).worth(eigenvalues, vectors)
+    sure, likely, possible = Couplings(rows, values, classes, head, strip, 0.0).worth(eigenvalues, vectors)
     assert 0 <= sure <= lost + 1e-9
+    assert sure <= likely <= possible
     assert lost <= possible + 1e-9
 
 
@@ -82,5 +83,6 @@ def test_near_orthogonal_heads_leave_little_between_the_bounds() -> None:
     head = torch.full((4, 4), 0.03, dtype=torch.float64).fill_diagonal_(1.0)
     joint = rows @ rows.T * head[classes][:, classes]
     eigenvalues, vectors = torch.linalg.eigh(joint[:40, :40])
-    sure, possible = Couplings(rows, values, classes, head, 16, 0.0).worth(eigenvalues, vectors)
+    sure, likely, possible = Couplings(rows, values, classes, head, 16, 0.0).worth(eigenvalues, vectors)
     assert 0 < possible - sure < 0.1 * possible
+    assert sure <= likely <= possible

@@ -1,11 +1,11 @@
-# `make setup` installs, `make demo` shows the main job, `make test` proves it, `make check` reads it.
+# `make setup` installs, `make demo` shows the main job, `make test` proves it, `make check` reads it, `make bench` times it.
 PYTHON ?= python3.11
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 ARGS   ?=
 
-.PHONY: setup demo test check format lock clean
+.PHONY: setup demo test bench check format lock clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -21,6 +21,10 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest $(ARGS)
+
+# Never part of the tests. ARGS: --device cuda, --threads 2, --output FILE.
+bench: setup
+	$(BIN)/python -m benchmarks $(ARGS)
 
 check: setup
 	$(BIN)/ruff format --check .

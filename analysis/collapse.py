@@ -9,9 +9,12 @@ import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
+from analysis.classes import ClassStatistics
 from analysis.entropy import ZERO_ENTROPY, spectrum_entropy, unit_rows
 
 _EPS = torch.finfo(torch.float64).eps
+# Samples that are projected at a time: their float64 copy stays in a processor's cache.
+_CHUNK = 256
 
 
 @dataclass(frozen=True)
@@ -39,51 +42,6 @@ class Collapse:
     nc4: float | None
     absent_classes: int
     reasons: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class ClassStatistics:
-    """The classes that some samples hold, in order.
-
-    Attributes:
-        classes: their numbers.
-        members: for each, the rows of its samples.
-        means: for each, the mean of its samples.
-        sizes: for each, the mean length of its samples, against which rounding is told from signal.
-    """
-
-    classes: Int[Tensor, " k"]
-    members: Sequence[Int[Tensor, " _"]]
-    means: Float64[Tensor, "k d"]
-    sizes: Float64[Tensor, " k"]
-
-    @property
-    def centre(self) -> Float64[Tensor, " d"]:
-        """The mean of the class means."""
-        return self.means.mean(dim=0)
-
-
-def class_statistics(features: Float[Tensor, "n d"], labels: Int[Tensor, " n"], n_classes: int) -> ClassStatistics:
-    """Sort samples by class and take the means, in float64.
-
-    Args:
-        features: one sample a row, at least one.
-        labels: 0 to n_classes - 1.
-        n_classes: C; classes without samples are left out.
-
-    Returns:
-        The statistics of the classes present.
-    """
-    counts = torch.bincount(labels, minlength=n_classes)
-    classes = counts.nonzero()[:, 0]
-    order = torch.argsort(labels, stable=True)
-    members = torch.tensor_split(order, counts[classes].cumsum(0)[:-1].cpu())
-    means, sizes = [], []
-    for rows in members:
-        samples = features[rows].double()
-        means.append(samples.mean(dim=0))
-        sizes.append(samples.norm(dim=1).mean())
-    return ClassStatistics(classes, list(members), torch.stack(means), torch.stack(sizes))
 
 
 def optimum(class_counts: Sequence[int], n_features: int) -> Optimum:
@@ -150,9 +108,10 @@ def neural_collapse(
     Returns:
         The measures.
 
-    Numerics: float64. Sigma_B is inverted on its leading min(C - 1, d) directions. Where it has fewer, because the
-        features span no more, NC1 is taken on those; where the features do vary outside them NC1 is not defined
-        (`dependent_means`: two classes have one mean, or the means lie in too small a space).
+    Numerics: float64, one pass over the features, O(N d C) time. Sigma_B is inverted on its leading min(C - 1, d)
+        directions. Where it has fewer, because the features span no more, NC1 is taken on those; where the features do
+        vary outside them NC1 is not defined (`dependent_means`: two classes have one mean, or the means lie in too
+        small a space).
 
     Source: Papyan, Han and Donoho 2020.
     """
@@ -162,7 +121,7 @@ def neural_collapse(
     rows = head.double()
     rows = rows - rows.mean(dim=0)
     row_scales = head.double().norm(dim=1) + head.double().mean(dim=0).norm()
-    variability = _variability(features, statistics, means, reasons)
+    variability, nc4 = _projected(features, statistics, means, predicted, reasons)
     of_means = _equiangular(means, scales, "means", reasons)
     of_head = _equiangular(rows, row_scales, "head", reasons)
     return Collapse(
@@ -175,38 +134,53 @@ def neural_collapse(
         nc2_max_angle_means=of_means[2],
         nc2_max_angle_head=of_head[2],
         nc3=_self_duality(means, scales, rows[statistics.classes], row_scales[statistics.classes], reasons),
-        nc4=_disagreement(features, statistics, means, predicted),
+        nc4=nc4,
         absent_classes=len(head) - present,
         reasons=reasons,
     )
 
 
-def _variability(
-    features: Float[Tensor, "n d"], statistics: ClassStatistics, means: Float64[Tensor, "k d"], reasons: dict[str, str]
-) -> tuple[float | None, float | None]:
-    """NC1 and the condition number of Sigma_B on the directions that were inverted."""
+def _projected(
+    features: Float[Tensor, "n d"],
+    statistics: ClassStatistics,
+    means: Float64[Tensor, "k d"],
+    predicted: Int[Tensor, " n"],
+    reasons: dict[str, str],
+) -> tuple[tuple[float | None, float | None], float]:
+    """NC1 with the condition number of Sigma_B, and NC4, from one product of the samples with the means' directions."""
     present, d = means.shape
     _, singular, directions = torch.linalg.svd(means, full_matrices=False)
     rounding = max(present, d) * _EPS * float(statistics.means.norm() + statistics.sizes.norm())
     expected = min(present - 1, d)
     rank = min(int((singular > rounding).sum()), expected)
+    places = means @ directions.T
+    along, scatter, differing = torch.zeros_like(singular), 0.0, 0
+    for position, members in enumerate(statistics.members):
+        for rows in torch.split(members, _CHUNK):
+            # About the centre less is lost to cancellation. The means lie in the span of their directions, so that the
+            # nearest of them is the nearest within it.
+            samples = features[rows].double() - statistics.centre
+            projected = samples @ directions.T
+            distances = places.square().sum(dim=1) - 2 * projected @ places.T
+            nearest = statistics.classes[distances.argmin(dim=1)]
+            differing += int((nearest != predicted[rows]).sum())
+            deviations = projected - places[position]
+            along += deviations.square().sum(dim=0) / (len(members) * present)
+            if rank < expected:
+                outside = samples - means[position] - deviations[:, :rank] @ directions[:rank]
+                scatter += float(outside.square().sum()) / (len(members) * present)
+    disagreement = differing / len(features)
     if rank == 0:
         reason = "one_class" if present == 1 else "equal_means"
-        reasons.update(nc1=reason, nc1_condition=reason)
-        return None, None
-    singular, directions = singular[:rank], directions[:rank]
-    along, scatter = torch.zeros_like(singular), 0.0
-    for members, mean in zip(statistics.members, statistics.means, strict=True):
-        deviations = features[members].double() - mean
-        along += (deviations @ directions.T).square().mean(dim=0) / present
-        if rank < expected:
-            outside = deviations - deviations @ directions.T @ directions
-            scatter += float(outside.square().sum(dim=1).mean()) / present
-    if rank < expected and math.sqrt(scatter) > 1e-12 * float(statistics.sizes.max()):
-        reasons.update(nc1="dependent_means", nc1_condition="dependent_means")
-        return None, None
-    # Sigma_B = M^T M / k, so that its eigenvalues are s^2 / k and NC1's division by k cancels theirs.
-    return float((along / singular.square()).sum()), float(singular[0] / singular[-1]) ** 2
+    elif rank < expected and math.sqrt(scatter) > 1e-12 * float(statistics.sizes.max()):
+        reason = "dependent_means"
+    else:
+        # Sigma_B = M^T M / k, so that its eigenvalues are s^2 / k and NC1's division by k cancels theirs.
+        singular, along = singular[:rank], along[:rank]
+        nc1 = float((along / singular.square()).sum())
+        return (nc1, float(singular[0] / singular[-1]) ** 2), disagreement
+    reasons.update(nc1=reason, nc1_condition=reason)
+    return (None, None), disagreement
 
 
 def _equiangular(
@@ -244,20 +218,3 @@ def _self_duality(
             return None
         matrices.append(matrix / matrix.norm())
     return float((matrices[0] - matrices[1]).square().sum())
-
-
-def _disagreement(
-    features: Float[Tensor, "n d"],
-    statistics: ClassStatistics,
-    means: Float64[Tensor, "k d"],
-    predicted: Int[Tensor, " n"],
-) -> float:
-    """NC4: share of samples where the network's class and that of the nearest class mean differ."""
-    differing = 0
-    for members in statistics.members:
-        # Distances do not change with the origin, and about the centre less is lost to cancellation.
-        samples = features[members].double() - statistics.centre
-        distances = means.square().sum(dim=1) - 2 * samples @ means.T
-        nearest = statistics.classes[distances.argmin(dim=1)]
-        differing += int((nearest != predicted[members]).sum())
-    return differing / len(features)

@@ -10,15 +10,15 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
-from analysis.collapse import Collapse, Optimum, class_statistics, neural_collapse, optimum
-from analysis.entropy import unit_rows
+from analysis.classes import LabelledFeatures, class_statistics
+from analysis.collapse import Collapse, Optimum, neural_collapse, optimum
+from analysis.entropy import check_finite, unit_rows
 from analysis.errors import AnalysisError, Kind
-from analysis.extraction import Progress, check_finite, extract_features
+from analysis.extraction import Progress, extract_features
 from analysis.networks import LoadedNetwork
 from analysis.probes import FeatureSet, Probe
 from analysis.spectrum import (
     Entropies,
-    LabelledFeatures,
     Method,
     Null,
     hdr_of,

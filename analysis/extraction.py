@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from analysis.entropy import check_finite
 from analysis.errors import AnalysisError
 from analysis.networks import LoadedNetwork
 from analysis.probes import Probe
@@ -154,14 +155,3 @@ def _head_input(received: list[Any], network: LoadedNetwork, batch: Tensor) -> T
 def _exact_convolutions() -> AbstractContextManager[None]:
     """Convolutions without TF32, which rounds their inputs to 10 bits, and the same ones in every run."""
     return torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
-
-
-def check_finite(name: str, tensor: Tensor) -> None:
-    """Raise an AnalysisError of kind `non-finite-values` where a tensor, called `name`, holds NaN or infinity."""
-    wrong = int((~torch.isfinite(tensor)).sum())
-    if wrong:
-        raise AnalysisError(
-            "non-finite-values",
-            f"{wrong} of {tensor.numel()} values of the {name} are NaN or infinite.",
-            tensor=name,
-        )

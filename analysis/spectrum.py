@@ -7,29 +7,30 @@ The naive way needs an N x N Gram matrix and all its eigenvalues. The head has o
    g the Gram matrix of the head's directions, m <= min(N, C d).
 2. Pinched tail. Rows of R with small eigenvalues lose their couplings and enter the entropy as they are. Pinching never
    lowers entropy, so MIR is bounded from below.
-3. Adaptive. The kept part grows until MIR settles.
+3. What the lost couplings are worth (`couplings.py`) is bounded from both sides: the smaller amount is taken back, the
+   gap between the two is the error estimate, and the kept part is as large as the tolerance needs.
 """
 
-import bisect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Float64, Int
+from jaxtyping import Float64
 from torch import Tensor
 
-from analysis.entropy import ZERO_ENTROPY, spectrum_entropy, unit_rows
+from analysis.classes import ClassBlock, ClassStream, LabelledFeatures
+from analysis.couplings import Couplings
+from analysis.entropy import ZERO_ENTROPY, spectrum_entropy
 
-# Most rows that are kept: a matrix of 128 MiB and, on a processor core, half a minute. A tolerance of 0 goes beyond.
-LARGEST_KEPT = 4096
+# Most rows that are kept: on a processor core, two seconds. A tolerance of 0 goes beyond.
+LARGEST_KEPT = 2048
 # Up to here the exact spectrum costs less than approaching it.
 _SMALL = 512
-# The first kept part leaves at most this share of the trace in the tail, however many rows that takes: a small part of
-# a flat spectrum hardly couples, and MIR seems settled long before it is.
-_FIRST_TAIL = 0.5
 # Pairs in the permutation baseline.
 _NULL_PAIRS = 512
+# Rows whose products with all others are held at a time.
+_ORDER_TWO_ROWS = 512
 # Permutations whose Gram matrices are held at a time.
 _NULL_CHUNK = 16
 
@@ -79,30 +80,6 @@ class Null:
     observed: float
 
 
-@dataclass(frozen=True)
-class LabelledFeatures:
-    """Features by class beside the directions of the head rows, as the sample level pairs them.
-
-    Attributes:
-        features: one sample a row, as they came.
-        members: for each class that takes part, the rows of its samples.
-        centre: what is subtracted from every sample.
-        head: the direction of each of these classes' head rows.
-    """
-
-    features: Float[Tensor, "n d"]
-    members: Sequence[Int[Tensor, " _"]]
-    centre: Float64[Tensor, " d"]
-    head: Float64[Tensor, "c d"]
-
-    def directions(self, rows: Int[Tensor, " m"]) -> Float64[Tensor, "k d"]:
-        """Unit vectors of these samples, without those that have no direction."""
-        samples = self.features[rows].double()
-        scale = samples.norm(dim=1) + self.centre.norm()
-        directions, usable = unit_rows(samples - self.centre, scale)
-        return directions if bool(usable.all()) else directions[usable]
-
-
 def mir_of(features: float, head: float, joint: float) -> float | None:
     """MIR from the three entropies; None where the smaller of the first two is below 1e-12."""
     smaller = min(features, head)
@@ -116,33 +93,81 @@ def hdr_of(features: float, head: float) -> float | None:
 
 
 def sample_entropies(
-    labelled: LabelledFeatures, *, tolerance: float = 1e-4, largest: int = LARGEST_KEPT
+    labelled: LabelledFeatures | ClassStream, *, tolerance: float = 1e-4, largest: int = LARGEST_KEPT
 ) -> Entropies | None:
     """Entropies at sample level: z_i = F_i, v_i = W[y_i], one pair a sample.
 
     Args:
         labelled: samples by class and the head's directions.
-        tolerance: change of MIR between two enlargements of the kept part that counts as settled; 0 is exact.
+        tolerance: likely error of MIR that is small enough; 0 is exact. What is certain is the method's
+            `error_estimate`, up to a few times that.
         largest: most rows to keep, whatever the tolerance, unless that is 0.
 
     Returns:
         The entropies, or None where no pair is left.
 
-    Numerics: float64. With m rows kept O(N d min(n_c, d) + C min(n_c, d)^3 + m^3) time; memory for the factors of
-        the directions that may be kept and a few matrices of size m x m and d x d. The joint entropy is never below the
-        exact one but for rounding. Where the kept part reaches `largest` unsettled, `error_estimate` says so.
+    Numerics: directions in the type that `labelled` says, sums of their products and all spectra in float64. Products
+        of large float32 sets are taken in float32 about the class's mean direction, which moves MIR by about 1e-8. With
+        m rows kept O(N d min(n_c, d) + C min(n_c, d)^3 + m^3) time; memory for the factors of the directions that may
+        be kept or coupled and a few matrices of d x d and m x d. The joint entropy is never below the exact one but for
+        rounding. Where the kept part reaches `largest` before the tolerance is met, `error_estimate` says so.
 
     Source: METRICS, "The joint spectrum, fast".
     """
-    factors = _Factors(labelled, len(labelled.features) if tolerance == 0 else largest)
+    largest = labelled.n_samples if tolerance == 0 else largest
+    factors = _Factors(labelled, max(largest, 0 if tolerance == 0 else Couplings.MOST_ROWS))
     n = factors.n
     if n == 0:
         return None
-    weighted_head = labelled.head * (factors.counts / n).sqrt()[:, None]
-    features = factors.entropy
-    head = gram_entropy(weighted_head)
-    joint, method = _joint_entropy(_JointSpectrum(factors, labelled.head), features, head, tolerance, largest)
-    return Entropies(features, head, joint, method, n, factors.degenerate)
+    head = gram_entropy(labelled.head * (factors.counts / n).sqrt()[:, None])
+    joint, method = _joint_entropy(_JointSpectrum(factors, labelled.head), factors.entropy, head, tolerance, largest)
+    return Entropies(factors.entropy, head, joint, method, n, factors.degenerate)
+
+
+def sample_joint_entropy_of_order_two(labelled: LabelledFeatures | ClassStream) -> float | None:
+    """Joint entropy of order 2 at sample level, - log ||K1 * K2 / n||_F^2, without eigenvalues.
+
+    The squared norm is sum_cc' g_cc'^2 <Z_c^T Z_c, Z_c'^T Z_c'> / n^2.
+
+    Args:
+        labelled: samples by class and the head's directions.
+
+    Returns:
+        The entropy in nats, or None where no pair is left.
+
+    Numerics: float64 but for large float32 sets' products, exact otherwise. O(N d min(n_c, d)) time for the Gram
+        matrices and O((C d)^2) for their products; memory for C matrices of d x d, or the rows of classes that have
+        fewer samples.
+
+    Source: Giraldo, Rao and Principe 2015.
+    """
+    d = labelled.head.shape[1]
+    n = 0
+    tall: list[int] = []
+    short: list[int] = []
+    grams, rows = [], []
+    for block in labelled.blocks():
+        n += int(block.counts.sum())
+        if block.rows is None:
+            tall.extend(block.positions)
+            grams.append(block.gram.flatten(1))
+        else:
+            # Places that were filled up, and samples without direction, are zeros and add nothing.
+            short.extend(position for position in block.positions for _ in range(block.rows.shape[1]))
+            rows.append(block.rows.flatten(0, 1).double())
+    if n == 0:
+        return None
+    between = (labelled.head @ labelled.head.T).square_()
+    few = torch.cat(rows) if rows else labelled.head.new_zeros(0, d)
+    many = torch.cat(grams) if grams else labelled.head.new_zeros(0, d * d)
+    large, small = (torch.tensor(entry, dtype=torch.int64, device=between.device) for entry in (tall, short))
+    total = (many @ many.T * between[large][:, large]).sum()
+    for start in range(0, len(few), _ORDER_TWO_ROWS):
+        part, classes = few[start : start + _ORDER_TWO_ROWS], small[start : start + _ORDER_TWO_ROWS]
+        total += ((part @ few.T).square_() * between[classes][:, small]).sum()
+        for gram, position in zip(many, tall, strict=True):
+            total += 2 * ((part @ gram.view(d, d) * part).sum(dim=1) * between[classes, position]).sum()
+    return -math.log(float(total) / n**2)
 
 
 class _Factors:
@@ -151,25 +176,23 @@ class _Factors:
     Only rows that can be among the `largest` are held; the eigenvalues of all are.
     """
 
-    def __init__(self, labelled: LabelledFeatures, largest: int) -> None:
-        d = labelled.features.shape[1]
-        n_members = sum(len(rows) for rows in labelled.members)
-        device = labelled.features.device
-        self.eigenvalues: list[Float64[Tensor, " _r"]] = []
-        self.rows: list[Float64[Tensor, "_q d"]] = []
-        counts: list[int] = []
-        scatter = torch.zeros(d, d, dtype=torch.float64, device=device) if n_members > d else None
-        for members in labelled.members:
-            directions = labelled.directions(members)
-            counts.append(len(directions))
-            values, rows = _factor(directions, scatter)
-            self.eigenvalues.append(values)
-            self.rows.append(rows)
-            if scatter is not None and sum(len(rows) for rows in self.rows) > 2 * largest:
-                self._prune(largest)
-        self.counts: Float64[Tensor, " c"] = torch.tensor(counts, dtype=torch.float64, device=device)
-        self.n = sum(counts)
-        self.degenerate = n_members - self.n
+    def __init__(self, labelled: LabelledFeatures | ClassStream, largest: int) -> None:
+        (n_classes, d), device = labelled.head.shape, labelled.head.device
+        none = torch.zeros(0, d, dtype=torch.float64, device=device)
+        self.eigenvalues: list[Float64[Tensor, " _r"]] = [none[:, 0]] * n_classes
+        self.rows: list[Float64[Tensor, "_q d"]] = [none] * n_classes
+        self.counts: Float64[Tensor, " c"] = torch.zeros(n_classes, dtype=torch.float64, device=device)
+        scatter = torch.zeros(d, d, dtype=torch.float64, device=device) if labelled.n_samples > d else None
+        held = 0
+        for block in labelled.blocks():
+            self._add(block)
+            if scatter is not None:
+                _add_scatter(scatter, block)
+            held += sum(len(self.rows[position]) for position in block.positions)
+            if scatter is not None and held > 2 * largest:
+                held = self._prune(largest)
+        self.n = int(self.counts.sum())
+        self.degenerate = labelled.n_samples - self.n
         if self.n == 0:
             self.entropy = 0.0
         elif scatter is None:
@@ -178,35 +201,42 @@ class _Factors:
         else:
             self.entropy = spectrum_entropy(torch.linalg.eigvalsh(scatter / self.n))
 
-    def _prune(self, largest: int) -> None:
-        threshold = torch.cat(self.eigenvalues).topk(largest).values[-1]
+    def _add(self, block: ClassBlock) -> None:
+        if block.gram.shape[-1] == 0:
+            return
+        values, vectors = torch.linalg.eigh(block.gram)
+        values, vectors = values.flip(-1), vectors.mT.flip(-2)
+        # What is left below is rounding: one sample repeated a thousand times has one direction, not a thousand.
+        above = (values > 16 * torch.finfo(torch.float64).eps * values[:, :1]).sum(dim=1)
+        ranks = torch.minimum(above, block.counts).tolist()
+        factors = vectors @ block.rows.double() if block.rows is not None else None
+        for index, (position, rank) in enumerate(zip(block.positions, ranks, strict=True)):
+            self.counts[position] = block.counts[index]
+            self.eigenvalues[position] = values[index, :rank]
+            if factors is None:
+                self.rows[position] = vectors[index, :rank] * values[index, :rank].sqrt()[:, None]
+            else:
+                self.rows[position] = factors[index, :rank].clone()
+
+    def _prune(self, largest: int) -> int:
+        """Let go of rows that cannot be among the largest; how many are left."""
+        every = torch.cat(self.eigenvalues)
+        threshold = every.topk(min(largest, len(every))).values[-1]
         for position, rows in enumerate(self.rows):
             # Every class keeps its leading direction; clone() lets the rest of the storage go.
             above = max(int((self.eigenvalues[position] >= threshold).sum()), 1)
             if len(rows) > above:
                 self.rows[position] = rows[:above].clone()
+        return sum(len(rows) for rows in self.rows)
 
 
-def _factor(
-    directions: Float64[Tensor, "n d"], scatter: Float64[Tensor, "d d"] | None
-) -> tuple[Float64[Tensor, " r"], Float64[Tensor, "r d"]]:
-    """Eigenvalues of a class Gram matrix, largest first, and rows R with R^T R = Z^T Z; adds Z^T Z to `scatter`."""
-    n, d = directions.shape
-    if n == 0:
-        return directions.new_zeros(0), directions
-    product = directions.T @ directions if n > d or scatter is not None else None
-    if product is not None and scatter is not None:
-        scatter += product
-    if product is not None and n > d:
-        values, vectors = torch.linalg.eigh(product)
-        rows = vectors.T * values.clamp(min=0).sqrt()[:, None]
-    else:
-        values, vectors = torch.linalg.eigh(directions @ directions.T)
-        rows = vectors.T @ directions
-    values, rows = values.flip(0), rows.flip(0)
-    # What is left below is rounding: one sample repeated a thousand times has one direction, not a thousand.
-    rank = int((values > 16 * torch.finfo(torch.float64).eps * values[0]).sum())
-    return values[:rank], rows[:rank]
+def _add_scatter(scatter: Float64[Tensor, "d d"], block: ClassBlock) -> None:
+    """Add the Z^T Z of all classes of a block."""
+    if block.rows is None:
+        scatter += block.gram.sum(dim=0)
+        return
+    rows = block.rows.flatten(0, 1).double()
+    scatter += rows.T @ rows
 
 
 def gram_entropy(weighted: Float64[Tensor, "n d"]) -> float:
@@ -216,44 +246,42 @@ def gram_entropy(weighted: Float64[Tensor, "n d"]) -> float:
 
 
 class _JointSpectrum:
-    """The joint spectrum with the couplings of the leading rows alone.
+    """The joint matrix by rows of R, ranked: the leading one of every class, then from the largest eigenvalue down.
 
-    Rows are ranked with the leading one of every class first and then from the largest eigenvalue down, so that
-    a larger kept part always holds a smaller one.
+    A larger kept part so always holds a smaller one.
     """
 
     def __init__(self, factors: _Factors, head: Float64[Tensor, "c d"]) -> None:
         values = torch.cat(factors.eigenvalues) / factors.n
-        sizes = torch.tensor([len(entry) for entry in factors.eigenvalues], device=values.device)
-        classes = torch.repeat_interleave(torch.arange(len(sizes), device=values.device), sizes)
-        starts = sizes.cumsum(0) - sizes
-        leading = torch.zeros_like(values)
-        leading[starts[sizes > 0]] = 2.0
-        order = torch.argsort(values + leading, descending=True, stable=True)
-        self.values, self.classes = values[order], classes[order]
-        self.factors = factors
-        self.coupling = head @ head.T / factors.n
+        device = values.device
+        sizes = torch.tensor([len(entry) for entry in factors.eigenvalues], device=device)
+        held = torch.tensor([len(rows) for rows in factors.rows], device=device)
+        classes = torch.repeat_interleave(torch.arange(len(sizes), device=device), sizes)
+        within = torch.arange(len(values), device=device) - (sizes.cumsum(0) - sizes)[classes]
+        order = torch.argsort(values + 2.0 * (within == 0), descending=True, stable=True)
+        self.values, self.classes, within = values[order], classes[order], within[order]
         self.total = len(values)
         self.leaders = int((sizes > 0).sum())
-        # Beyond the first k rows: their mass, and what dropping their couplings costs but for one factor. To second
-        # order a coupling between eigenvalues a > b costs in proportion to a b log(a/b) / (a - b), about
-        # b (1 + log(a/b)), and a row couples with all before it.
-        ranks = torch.arange(self.total, dtype=torch.float64, device=values.device)
-        logarithms = self.values.log()
-        ratios = (logarithms.cumsum(0) - logarithms - ranks * logarithms).clamp(min=0)
-        self.tails = _suffix_sums(self.values)
-        self.weights = _suffix_sums(self.values * (ranks + ratios))
+        # Rows that were let go rank behind all that are held, but for ties.
+        missing = (within >= held[self.classes]).nonzero()[:, 0]
+        self.held = int(missing[0]) if len(missing) else self.total
+        places = ((held.cumsum(0) - held)[self.classes] + within)[: self.held]
+        self.rows = torch.cat(factors.rows)[places]
+        self.coupling = head @ head.T
+        self.n = factors.n
+        # The mass beyond the first k rows, summed from the end up.
+        self.tails: list[float] = [*self.values.flip(0).cumsum(0).flip(0).tolist(), 0.0]
 
-    def entropy(self, kept: int) -> float:
-        """H with the couplings of the first `kept` rows; the others enter as they are."""
-        # Within a class the kept rows are the first ones, because its eigenvalues fall.
-        sizes = torch.bincount(self.classes[:kept], minlength=len(self.factors.rows))
-        rows = torch.cat([rows[:size] for rows, size in zip(self.factors.rows, sizes.tolist(), strict=True)])
-        classes = torch.repeat_interleave(torch.arange(len(sizes), device=sizes.device), sizes)
+    def matrix(self, kept: int) -> Float64[Tensor, "m m"]:
+        """The joint matrix of the first `kept` rows."""
+        rows, classes = self.rows[:kept], self.classes[:kept]
         matrix = rows @ rows.T
-        matrix *= self.coupling[classes][:, classes]
-        eigenvalues = torch.linalg.eigvalsh(matrix)
-        return spectrum_entropy(torch.cat([eigenvalues, self.values[kept:]]))
+        matrix *= self.coupling[classes][:, classes] / self.n
+        return matrix
+
+    def couplings(self, strip: int, error: float) -> Couplings:
+        """Couplings of the rows at hand; those behind may be left out where they are worth less than `error`."""
+        return Couplings(self.rows / math.sqrt(self.n), self.values, self.classes, self.coupling, strip, error)
 
     def bound(self, kept: int) -> float:
         """Most that H can be above the exact one, whatever the couplings.
@@ -262,51 +290,41 @@ class _JointSpectrum:
         tail, of mass t, only the couplings between the classes are left, worth at most log of their number.
         """
         tail = min(self.tails[kept], 1.0)
-        outcome = torch.special.entr(torch.tensor([tail, 1.0 - tail], dtype=torch.float64))
-        return float(outcome.sum()) + tail * math.log(self.leaders)
-
-
-def _suffix_sums(values: Float64[Tensor, " m"]) -> list[float]:
-    """Sums of values[k:] for k = 0 to m, each from the end up."""
-    return [*values.flip(0).cumsum(0).flip(0).tolist(), 0.0]
-
-
-def _first_at_most(falling: list[float], limit: float) -> int:
-    """The first position of a falling list that ends with 0 whose entry is at most `limit`."""
-    return bisect.bisect_left(falling, -limit, key=lambda entry: -entry)
+        outcome = sum(-share * math.log(share) for share in (tail, 1.0 - tail) if share > 0)
+        return outcome + tail * math.log(self.leaders)
 
 
 def _joint_entropy(
     spectrum: _JointSpectrum, features: float, head: float, tolerance: float, largest: int
 ) -> tuple[float, Method]:
-    """Enlarge the kept part until MIR settles, everything is kept or `largest` is reached."""
+    """Keep as many rows as the tolerance needs, or `largest`, and take back what couplings are surely worth."""
     unit = min(features, head) if min(features, head) >= ZERO_ENTROPY else 1.0
-    total, weights = spectrum.total, spectrum.weights
-    largest = total if tolerance == 0 else min(largest, total)
-    kept = max(_SMALL // 2, spectrum.leaders, _first_at_most(spectrum.tails, _FIRST_TAIL))
-    # Where not everything can be kept, two sizes are needed to tell how far off the second is.
-    kept = min(kept, largest if largest == total else largest // 2)
+    total = spectrum.total
+    # Both bounds hold for the exact value, so the lower can only mend rounding and the upper only help.
+    lowest, highest = max(features, head), features + head
     if tolerance == 0 or total <= min(_SMALL, largest):
-        kept = total
-    before, weight_before = math.inf, math.inf
+        return _exact(spectrum, lowest, highest)
+    largest = min(largest, spectrum.held)
+    couplings = spectrum.couplings(min(_SMALL // 2, largest), 0.1 * tolerance * unit)
+    kept = couplings.needed(0.8 * tolerance * unit, min(max(_SMALL // 2, spectrum.leaders), largest), largest)
     while True:
         if kept > 0.7 * total and largest == total:
-            kept = total
-        pinched = spectrum.entropy(kept)
-        # Both bounds hold for the exact value, so the lower can only mend rounding and the upper only help.
-        joint = max(min(pinched, features + head), features, head)
-        if kept == total:
-            return joint, Method("exact", total, total, 0.0, 0.0)
-        weight = weights[kept]
-        rate = (before - pinched) / unit / (weight_before - weight) if math.isfinite(before) else math.inf
-        certain = min(spectrum.bound(kept), joint - max(features, head)) / unit
-        if min(certain, rate * weight) <= tolerance or kept == largest:
-            # Three times, because couplings are not as even as the weights assume.
-            estimate = min(certain, 3 * rate * weight)
-            return joint, Method("pinched", kept, total, spectrum.tails[kept], estimate)
-        needed = _first_at_most(weights, 0.9 * tolerance / rate) if 0 < rate < math.inf else 0
-        kept = min(max(needed, kept * 3 // 2), largest)
-        before, weight_before = pinched, weight
+            return _exact(spectrum, lowest, highest)
+        eigenvalues, vectors = torch.linalg.eigh(spectrum.matrix(kept))
+        pinched = spectrum_entropy(torch.cat([eigenvalues, spectrum.values[kept:]]))
+        sure, likely, possible = couplings.worth(eigenvalues, vectors)
+        joint = max(min(pinched - sure, highest), lowest)
+        certain = min(spectrum.bound(kept), joint - lowest)
+        if min(likely - sure, certain) <= tolerance * unit or kept == largest:
+            error = max(min(possible - sure, certain), 0.0) / unit
+            return joint, Method("pinched", kept, total, spectrum.tails[kept], error)
+        kept = min(kept * 3 // 2, largest)
+
+
+def _exact(spectrum: _JointSpectrum, lowest: float, highest: float) -> tuple[float, Method]:
+    total = spectrum.total
+    joint = spectrum_entropy(torch.linalg.eigvalsh(spectrum.matrix(total)))
+    return max(min(joint, highest), lowest), Method("exact", total, total, 0.0, 0.0)
 
 
 def pair_entropies(features: Float64[Tensor, "n d"], head: Float64[Tensor, "n d"]) -> Entropies:

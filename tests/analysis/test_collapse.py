@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from analysis import collapse
-from analysis.collapse import Collapse, class_statistics, neural_collapse, optimum
+from analysis.classes import class_statistics
+from analysis.collapse import Collapse, neural_collapse, optimum
 from tests.analysis import reference
 
 

@@ -102,6 +102,26 @@ def test_the_entropy_of_vectors_is_that_of_their_gram_matrix(seed: int, n: int, 
     assert matrix_entropy_of_vectors(vectors, 2.0) == pytest.approx(matrix_entropy(gram, 2.0), abs=1e-11)
 
 
+@given(
+    seed=st.integers(0, 10**6), n=st.integers(1, 12), d=st.integers(1, 12), alpha=st.sampled_from([0.5, 1.0, 2.0, 3.0])
+)
+def test_a_weight_counts_like_repeating_the_row(seed: int, n: int, d: int, alpha: float) -> None:
+    """Whole weights repeat, a zero leaves out, a common factor changes nothing."""
+    vectors = _vectors(seed, n, d)
+    weights = torch.randint(0, 4, (n,), generator=torch.Generator().manual_seed(seed)).double()
+    weights[0] = 2
+    expected = matrix_entropy_of_vectors(vectors.repeat_interleave(weights.long(), dim=0), alpha)
+    assert matrix_entropy_of_vectors(vectors, alpha, weights) == pytest.approx(expected, abs=1e-10)
+    assert matrix_entropy_of_vectors(vectors, alpha, 0.3 * weights) == pytest.approx(expected, abs=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_narrow_types_are_widened_before_anything_is_computed(dtype: torch.dtype) -> None:
+    """The entropy of what a narrow type holds, exactly."""
+    vectors = _vectors(0, 40, 9).to(dtype)
+    assert matrix_entropy_of_vectors(vectors) == pytest.approx(matrix_entropy_of_vectors(vectors.double()), abs=1e-13)
+
+
 def test_unit_rows_survive_extreme_lengths() -> None:
     """Squares that overflow or vanish do not spoil a direction; zeros have none."""
     rows = torch.tensor([[3e200, 4e200], [3e-200, 4e-200], [0.0, 0.0], [0.0, -5.0]], dtype=torch.float64)
@@ -124,14 +144,25 @@ def test_annotations_are_checked() -> None:
 
 
 def test_wrong_arguments_are_named() -> None:
-    """Negative orders and empty matrices are refused."""
+    """Negative orders and weights, empty matrices and values that are not finite are refused."""
     calls: list[Callable[[], float]] = [
         lambda: matrix_entropy(torch.eye(2), -1.0),
         lambda: matrix_entropy(torch.zeros(0, 0)),
         lambda: matrix_entropy_of_vectors(torch.zeros(3, 2)),
         lambda: matrix_entropy_of_vectors(torch.eye(2), math.nan),
+        lambda: matrix_entropy_of_vectors(torch.eye(2), 1.0, torch.tensor([1.0, -1.0])),
+        lambda: matrix_entropy_of_vectors(torch.eye(2), 1.0, torch.zeros(2)),
     ]
     for call in calls:
         with pytest.raises(AnalysisError) as caught:
             call()
         assert caught.value.kind == "invalid-argument"
+    bad: dict[str, Callable[[], float]] = {
+        "gram": lambda: matrix_entropy(torch.full((2, 2), math.nan)),
+        "vectors": lambda: matrix_entropy_of_vectors(torch.full((2, 2), math.inf)),
+        "weights": lambda: matrix_entropy_of_vectors(torch.eye(2), 1.0, torch.tensor([1.0, math.nan])),
+    }
+    for name, call in bad.items():
+        with pytest.raises(AnalysisError) as caught:
+            call()
+        assert (caught.value.kind, caught.value.members["tensor"]) == ("non-finite-values", name)

@@ -1,0 +1,36 @@
+"""`python -m benchmarks`: every row of the table, printed and written as JSON."""
+
+import argparse
+import json
+import platform
+from pathlib import Path
+
+import torch
+
+from benchmarks import losses, spectra
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1, help="of both sides of every ratio")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results.json"))
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    rows = [*spectra.rows(options.device), *losses.rows(options.device)]
+    content = {"torch": torch.__version__, "machine": platform.machine(), "rows": rows}
+    options.output.write_text(json.dumps(content, indent=2) + "\n")
+    for row in rows:
+        facts = {key: value for key, value in row.items() if key not in ("case", "reached", "against")}
+        print(f"{'reached' if row['reached'] else 'MISSED '}  {row['case']}")
+        if "against" in row:
+            print(f"         against {row['against']}")
+        print("         " + ", ".join(f"{key} {_short(value)}" for key, value in facts.items()))
+
+
+def _short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,290 @@
+"""Time, memory and error of the joint spectrum and of whole evaluations, each beside what it is compared with.
+
+Both sides of a ratio run in one process, on the same threads, in turns; times are the least of some repeats, because
+what else a machine does only ever adds.
+"""
+
+import ctypes
+import re
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from analysis.classes import LabelledFeatures, class_statistics
+from analysis.collapse import neural_collapse
+from analysis.entropy import unit_rows
+from analysis.evaluation import EvaluationOptions, evaluate_features
+from analysis.probes import FeatureSet
+from analysis.spectrum import Entropies, mir_of, pair_entropies, sample_entropies
+from benchmarks.cases import COLLAPSE, Case, power_law, random_case, trained_network
+
+Row = dict[str, object]
+T = TypeVar("T")
+
+
+def rows(device: torch.device | str = "cpu") -> list[Row]:
+    """All rows of the table but the loss's.
+
+    Args:
+        device: where both sides run.
+
+    Returns:
+        One row a case: what was measured, what it must reach, and whether it does.
+    """
+    device = torch.device(device)
+    shared: Row = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+    }
+    parts = (_against_naive, _against_gram, _whole_evaluation, _null, _validation_set, _random_cases)
+    return [shared | row for part in parts for row in part(device)]
+
+
+def _against_naive(device: torch.device) -> list[Row]:
+    found = []
+    for n, n_classes, least in ((5_000, 10, 25), (10_000, 100, 100)):
+        cases = [power_law(n, 512, n_classes, separation) for separation in COLLAPSE.values()]
+        cases += [trained_network(n, 512)] if n_classes == 10 else []
+        for case in cases:
+            for centred in (False, True) if n_classes == 10 else (False,):
+                labelled = _labelled(case, device, centred)
+                seconds, entropies = _least(partial(_entropies, labelled), device)
+                naive_seconds, joint = _once(partial(_naive_joint, labelled), device)
+                # The same two entropies on both sides: they are exact.
+                error = (entropies.joint - joint) / min(entropies.features, entropies.head)
+                # The naive MIR takes the spectra of K1, K2 and K1 * K2, each N x N.
+                ratio = 3 * naive_seconds / seconds
+                found.append(
+                    _described(case, entropies, centred)
+                    | {
+                        "against": "naive N x N spectra in float64, of K1, K2 and K1 * K2 (three times the last)",
+                        "seconds": seconds,
+                        "against_seconds": 3 * naive_seconds,
+                        "times_faster": ratio,
+                        "times_faster_than_one_spectrum": naive_seconds / seconds,
+                        "error_in_mir": error,
+                        "must": f"error <= 1e-4, {least} times faster",
+                        "reached": abs(error) <= 1e-4 and ratio >= least,
+                    }
+                )
+    return found
+
+
+def _against_gram(device: torch.device) -> list[Row]:
+    found = []
+    for case in _large_cases():
+        features = case.features.to(device)
+        for centred in (False, True):
+            labelled = _labelled(case, device, centred)
+            gram = min(_least(partial(_gram, features), device)[0] for _ in range(2))
+            seconds, entropies = _least(partial(_entropies, labelled), device)
+            gram = min(gram, _least(partial(_gram, features), device)[0])
+            peak = _peak_mib(partial(_entropies, labelled), device)
+            found.append(
+                _described(case, entropies, centred)
+                | {
+                    "against": "the d x d Gram product of the same features, float32",
+                    "seconds": seconds,
+                    "against_seconds": gram,
+                    "times_the_gram_product": seconds / gram,
+                    "peak_mib": peak,
+                    "must": "at most 4 times, under 300 MB",
+                    "reached": seconds <= 4 * gram and peak < 300e6 / 2**20,
+                }
+            )
+    return found
+
+
+def _large_cases() -> list[Case]:
+    return [*(power_law(50_000, 512, 10, separation) for separation in COLLAPSE.values()), trained_network(50_000, 512)]
+
+
+def _whole_evaluation(device: torch.device) -> list[Row]:
+    found = []
+    for case in _large_cases():
+        features, labels = case.features.to(device), case.labels.to(device)
+        head = case.head.to(device)
+        predicted = (features @ head.T).argmax(dim=1)
+
+        def single(centred: bool, case: Case = case) -> Entropies:
+            return _entropies(_labelled(case, device, centred))
+
+        def everything(
+            features: Tensor = features, labels: Tensor = labels, head: Tensor = head, predicted: Tensor = predicted
+        ) -> None:
+            statistics = class_statistics(features, labels, len(head))
+            for centre, rows in (
+                (torch.zeros_like(statistics.centre), head.double()),
+                (statistics.centre, head.double() - head.double().mean(dim=0)),
+            ):
+                directions = unit_rows(rows)[0]
+                _entropies(LabelledFeatures(features, statistics.members, centre, directions))
+                pair_entropies(unit_rows(statistics.means - centre)[0], directions)
+            neural_collapse(features, statistics, head, predicted)
+
+        seconds = _least(everything, device)[0]
+        singles = [_least(partial(single, centred), device)[0] for centred in (False, True)]
+        seconds = min(seconds, _least(everything, device)[0])
+        of_single = sum(singles) / 2
+        found.append(
+            {
+                "case": f"NC1 to NC4, MIR and HDR at both levels and centrings, {_size(case)}, {case.name}",
+                "against": "one joint spectrum from features and labels, mean of both centrings",
+                "seconds": seconds,
+                "against_seconds": of_single,
+                "times_one_spectrum": seconds / of_single,
+                "times_the_slower": seconds / max(singles),
+                "times_the_faster": seconds / min(singles),
+                "must": "at most 2 times",
+                "reached": seconds <= 2 * of_single,
+            }
+        )
+    return found
+
+
+def _null(device: torch.device) -> list[Row]:
+    case = power_law(10_000, 512, 10, COLLAPSE["partial"])
+    split = (torch.arange(len(case.labels)) % 5 == 0).long()
+    data = FeatureSet(case.features, case.labels, case.head, None, None, split)
+
+    def null_seconds() -> float:
+        return evaluate_features(data, device=device, options=EvaluationOptions()).timings_seconds["null"]
+
+    seconds = min(null_seconds() for _ in range(2))
+    return [
+        {
+            "case": f"null baseline: 10 permutations, both levels and centrings, three splits, {_size(case)}",
+            "seconds": seconds,
+            "must": "under 2 seconds on 2 cores",
+            "reached": seconds < 2,
+        }
+    ]
+
+
+def _validation_set(device: torch.device) -> list[Row]:
+    case = power_law(50_000, 2048, 1000, COLLAPSE["partial"])
+    labelled = _labelled(case, device, False)
+    times: list[tuple[float, Entropies]] = []
+    peak = _peak_mib(lambda: times.append(_once(lambda: _entropies(labelled), device)), device)
+    seconds, entropies = times[0]
+    peak += case.features.nbytes / 2**20
+    return [
+        _described(case, entropies, False)
+        | {
+            "seconds": seconds,
+            "peak_mib": peak,
+            "must": "minutes, under 6 GB with the features",
+            "reached": seconds < 600 and peak < 6e9 / 2**20,
+        }
+    ]
+
+
+def _random_cases(device: torch.device) -> list[Row]:
+    held, highest, pinched, count = 0, 0.0, 0, 200
+    for seed in range(count):
+        case = random_case(seed)
+        labelled = _labelled(case, device, seed % 2 == 1)
+        entropies = _entropies(labelled)
+        unit = min(entropies.features, entropies.head)
+        short = (entropies.joint - _naive_joint(labelled)) / unit
+        held += -1e-9 <= short <= max(entropies.method.error_estimate, 1e-9)
+        highest = max(highest, -short)
+        pinched += entropies.method.name == "pinched"
+    return [
+        {
+            "case": f"true error against the stated one, {count} random cases up to N=3000, {pinched} of them pinched",
+            "held": held / count,
+            "most_above_the_exact_mir": highest,
+            "must": "held in 95%, never above by more than 1e-9",
+            "reached": held >= 0.95 * count and highest <= 1e-9,
+        }
+    ]
+
+
+def _labelled(case: Case, device: torch.device, centred: bool) -> LabelledFeatures:
+    features, head = case.features.to(device), case.head.to(device).double()
+    statistics = class_statistics(features, case.labels.to(device), len(head))
+    centre = statistics.centre if centred else torch.zeros_like(statistics.centre)
+    rows = head - head.mean(dim=0) if centred else head
+    return LabelledFeatures(features, statistics.members, centre, unit_rows(rows[statistics.classes])[0])
+
+
+def _entropies(labelled: LabelledFeatures) -> Entropies:
+    found = sample_entropies(labelled)
+    assert found is not None
+    return found
+
+
+def _naive_joint(labelled: LabelledFeatures) -> float:
+    """H(K1 * K2) from all eigenvalues of the N x N matrix."""
+    z = torch.cat([labelled.directions(rows) for rows in labelled.members])
+    v = torch.repeat_interleave(labelled.head, torch.tensor([len(r) for r in labelled.members]).to(z.device), dim=0)
+    joint = z @ z.T
+    joint *= v @ v.T
+    eigenvalues = torch.linalg.eigvalsh(joint / len(z))
+    return float(torch.special.entr(eigenvalues.clamp(min=0)).sum())
+
+
+def _gram(features: Tensor) -> Tensor:
+    return features.T @ features
+
+
+def _size(case: Case) -> str:
+    n, d = case.features.shape
+    return f"N={n:,} d={d} C={len(case.head)}"
+
+
+def _described(case: Case, entropies: Entropies, centred: bool) -> Row:
+    method = entropies.method
+    return {
+        "case": f"joint spectrum, {_size(case)}, {case.name}, {'global' if centred else 'no'} centring",
+        "mir": mir_of(entropies.features, entropies.head, entropies.joint),
+        "method": method.name,
+        "kept": method.kept,
+        "total": method.total,
+        "error_estimate": method.error_estimate,
+    }
+
+
+def _once(run: Callable[[], T], device: torch.device) -> tuple[float, T]:
+    _wait(device)
+    start = time.perf_counter()
+    result = run()
+    _wait(device)
+    return time.perf_counter() - start, result
+
+
+def _least(run: Callable[[], T], device: torch.device, repeats: int = 3) -> tuple[float, T]:
+    results = [_once(run, device) for _ in range(repeats)]
+    return min(seconds for seconds, _ in results), results[-1][1]
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _peak_mib(run: Callable[[], object], device: torch.device) -> float:
+    """Most memory in use while something runs, above that before."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    # What was freed before goes back, so that it is not used again uncounted; then the peak is forgotten.
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status_kib("VmRSS")
+    run()
+    return (_status_kib("VmHWM") - before) / 2**10
+
+
+def _status_kib(name: str) -> int:
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1])

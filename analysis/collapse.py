@@ -153,21 +153,20 @@ def _projected(
     rounding = max(present, d) * _EPS * float(statistics.means.norm() + statistics.sizes.norm())
     expected = min(present - 1, d)
     rank = min(int((singular > rounding).sum()), expected)
-    places = means @ directions.T
+    places, origin = means @ directions.T, statistics.centre @ directions.T
     along, scatter, differing = torch.zeros_like(singular), 0.0, 0
     for position, members in enumerate(statistics.members):
         for rows in torch.split(members, _CHUNK):
-            # About the centre less is lost to cancellation. The means lie in the span of their directions, so that the
-            # nearest of them is the nearest within it.
-            samples = features[rows].double() - statistics.centre
-            projected = samples @ directions.T
+            # The means lie in the span of their directions, so that the nearest of them is the nearest within it.
+            samples = features[rows].double()
+            projected = samples @ directions.T - origin
             distances = places.square().sum(dim=1) - 2 * projected @ places.T
             nearest = statistics.classes[distances.argmin(dim=1)]
             differing += int((nearest != predicted[rows]).sum())
             deviations = projected - places[position]
             along += deviations.square().sum(dim=0) / (len(members) * present)
             if rank < expected:
-                outside = samples - means[position] - deviations[:, :rank] @ directions[:rank]
+                outside = samples - statistics.means[position] - deviations[:, :rank] @ directions[:rank]
                 scatter += float(outside.square().sum()) / (len(members) * present)
     disagreement = differing / len(features)
     if rank == 0:

@@ -140,7 +140,7 @@ class Couplings:
         kept, dropped = self.count, 0.0
         for index in reversed(range(len(by_row))):
             dropped += by_row[index]
-            if gap * dropped + self.rest > error:
+            if gap * dropped > error:
                 break
             kept = index * self.strip
         return min(max(kept, least), most)
@@ -154,11 +154,12 @@ class Couplings:
 
         Returns:
             The three in nats. The bounds hold, but the upper one judges rows that are not coupled by others; the likely
-            amount is the integral's leading term, and a fifth.
+            amount is the integral's leading term and a fifth, without those rows: keeping more would not tell more of
+            them.
         """
         kept = len(eigenvalues)
         if kept >= self.count:
-            return 0.0, _LIKELY * self.rest, self.rest
+            return 0.0, 0.0, self.rest
         tail = self.values[kept : self.count]
         couplings = self.rows[:kept] @ (self.rows[kept:] * tail.pow(-0.25).float()[:, None]).T
         couplings *= self.head.float()[self.classes[:kept]][:, self.classes[kept : self.count]]
@@ -172,7 +173,7 @@ class Couplings:
         within = self._within_tail(kept)
         sure = entropy_share(_ratio(self.above, norm, 1)) * (1 - _ROUNDING) * (low + within)
         possible = entropy_share(_ratio(self.below, norm, -1)) * (1 + _ROUNDING) * (high + within + self.rest)
-        likely = min(_LIKELY * (high + within + self.rest), possible)
+        likely = min(_LIKELY * (high + within), possible)
         return sure, max(sure, likely), possible
 
     def _gamma_of_kept(self, squares: Float32[Tensor, "k t"], eigenvalues: Float64[Tensor, " k"]) -> float:

@@ -13,6 +13,7 @@ import threading
 import tokenize
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,8 +140,7 @@ def _object_reader() -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
         if objects > MAX_TENSORS + 2 or len(pairs) > MAX_TENSORS + 1:
             raise ValueError(f"more than {MAX_TENSORS} tensors")
         if len(result) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
+            [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
             raise ValueError(f"duplicate key {twice[:100]!r}")
         return result
 

@@ -12,6 +12,7 @@ from uuid import uuid4
 import sqlalchemy as sa
 from dbos import DBOS, DBOSConfig
 
+import migrations
 from app import queue
 from app.database import make_engine
 from app.settings import Settings, load_settings, start_logging
@@ -44,6 +45,8 @@ def main(arguments: list[str] | None = None) -> None:
     # A fresh name for each process: nobody's unfinished work is taken for its own.
     worker_id = str(uuid4())
     engine = make_engine(settings)
+    if migrations.current(engine) != migrations.head():
+        sys.exit("The database does not have the tables of this version: run `interplay migrate`.")
     active: set[str] = set()
     presence = Presence(settings, engine, worker_id, active)
     child = ComputeChild(settings)

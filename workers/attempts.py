@@ -55,10 +55,15 @@ def begin(engine: sa.Engine, analysis_id: str, max_attempts: int) -> dict[str, A
         task: dict[str, Any] = {"analysis_id": row.id, "kind": row.kind, "options": row.options}
         if row.feature_set_id is not None:
             feature_set = session.get_one(FeatureSet, row.feature_set_id)
-            return {**task, "subject": _feature_set(feature_set), "probe": _own_probe(feature_set)}
+            return {**task, "subject": _subject("feature_set", feature_set), "probe": _data("feature_set", feature_set)}
         checkpoint = session.get_one(Checkpoint, row.checkpoint_id)
         probe = session.get_one(Probe, row.probe_id)
-        return {**task, "subject": _checkpoint(checkpoint), "probe": _probe(probe), "probe_format": probe.format}
+        return {
+            **task,
+            "subject": _subject("checkpoint", checkpoint),
+            "probe": _data("probe", probe),
+            "probe_format": probe.format,
+        }
 
 
 def note(engine: sa.Engine, analysis_id: str, progress: Progress | None) -> bool:
@@ -116,59 +121,24 @@ def _report(row: Analysis, body: dict[str, Any]) -> Report:
     )
 
 
-def _checkpoint(row: Checkpoint) -> dict[str, Any]:
-    return {
-        "kind": "checkpoint",
-        "id": row.id,
-        "name": row.name,
-        "sha256": row.sha256,
-        "size_bytes": row.size_bytes,
-        "n_parameters": row.n_parameters,
-        "architecture": row.architecture,
-        "head": row.head,
-        "metadata": row.metadata_,
-    }
+# A feature set has neither network nor inputs: what a report says of those is null.
+_OF_SUBJECT = ("id", "name", "sha256", "size_bytes", "n_parameters", "architecture", "head")
+_OF_DATA = (
+    "id",
+    "name",
+    "sha256",
+    "n_samples",
+    "n_classes",
+    "class_counts",
+    "class_names",
+    "input_shape",
+    "preprocess",
+)
 
 
-def _feature_set(row: FeatureSet) -> dict[str, Any]:
-    return {
-        "kind": "feature_set",
-        "id": row.id,
-        "name": row.name,
-        "sha256": row.sha256,
-        "size_bytes": row.size_bytes,
-        "n_parameters": None,
-        "architecture": None,
-        "head": None,
-        "metadata": row.metadata_,
-    }
+def _subject(kind: str, row: Checkpoint | FeatureSet) -> dict[str, Any]:
+    return {"kind": kind, **{name: getattr(row, name, None) for name in _OF_SUBJECT}, "metadata": row.metadata_}
 
 
-def _probe(row: Probe) -> dict[str, Any]:
-    return {
-        "kind": "probe",
-        "id": row.id,
-        "name": row.name,
-        "sha256": row.sha256,
-        "n_samples": row.n_samples,
-        "n_classes": row.n_classes,
-        "class_counts": row.class_counts,
-        "class_names": row.class_names,
-        "input_shape": row.input_shape,
-        "preprocess": row.preprocess,
-    }
-
-
-def _own_probe(row: FeatureSet) -> dict[str, Any]:
-    return {
-        "kind": "feature_set",
-        "id": row.id,
-        "name": row.name,
-        "sha256": row.sha256,
-        "n_samples": row.n_samples,
-        "n_classes": row.n_classes,
-        "class_counts": row.class_counts,
-        "class_names": None,
-        "input_shape": None,
-        "preprocess": None,
-    }
+def _data(kind: str, row: Probe | FeatureSet) -> dict[str, Any]:
+    return {"kind": kind, **{name: getattr(row, name, None) for name in _OF_DATA}}

@@ -159,6 +159,12 @@ def test_readiness_names_what_is_missing(tmp_path: Path) -> None:
         assert "interplay migrate" in answer.json()["database"]
         problem(service.client.get("/v1/probes"), 503, "unavailable")
         assert service.client.get("/healthz").status_code == 200
+        early = subprocess.run(
+            [sys.executable, "-m", "workers"], env=service.environment, capture_output=True, text=True, timeout=60
+        )
+        assert early.returncode == 1
+        assert early.stderr.strip().endswith("run `interplay migrate`.")
+        assert "Traceback" not in early.stderr
         migrated = subprocess.run([sys.executable, "-m", "app", "migrate"], env=service.environment, timeout=60)
         assert migrated.returncode == 0
         answer = service.client.get("/readyz")

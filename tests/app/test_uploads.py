@@ -65,6 +65,9 @@ HEADER_ATTACKS: dict[str, Callable[[], bytes]] = {
         b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
         bytes(4),
     ),
+    "duplicate key after 100,000 others": lambda: safetensors_bytes(
+        b"{" + b",".join(b'"%d":{}' % i for i in range(99_999)) + b',"99998":{}}'
+    ),
     "leading spaces": lambda: safetensors_bytes(b"  " + json.dumps({"a": tensor([1], 0, 4)}).encode(), bytes(4)),
     "too many tensors": lambda: safetensors_bytes({f"{i}": tensor([0], 0, 0) for i in range(100_001)}),
     "rank 9": lambda: safetensors_bytes({"a": tensor([1] * 9, 0, 4)}, bytes(4)),

@@ -14,7 +14,7 @@ from analysis.entropy import ZERO_ENTROPY, spectrum_entropy, unit_rows
 
 _EPS = torch.finfo(torch.float64).eps
 # Samples that are projected at a time: their float64 copy stays in a processor's cache.
-_CHUNK = 256
+_CHUNK = 512
 
 
 @dataclass(frozen=True)
@@ -151,24 +151,33 @@ def _projected(
     present, d = means.shape
     _, singular, directions = torch.linalg.svd(means, full_matrices=False)
     rounding = max(present, d) * _EPS * float(statistics.means.norm() + statistics.sizes.norm())
+    # Centred means span a direction less than there are classes.
     expected = min(present - 1, d)
-    rank = min(int((singular > rounding).sum()), expected)
+    singular, directions = singular[:expected], directions[:expected]
+    rank = int((singular > rounding).sum())
     places, origin = means @ directions.T, statistics.centre @ directions.T
-    along, scatter, differing = torch.zeros_like(singular), 0.0, 0
+    along, scatter = torch.zeros_like(singular), 0.0
+    agreeing = torch.empty(len(features), dtype=torch.bool, device=features.device)
+    owners = torch.empty_like(predicted)
+    weights = torch.empty(len(features), dtype=torch.float64, device=features.device)
     for position, members in enumerate(statistics.members):
-        for rows in torch.split(members, _CHUNK):
-            # The means lie in the span of their directions, so that the nearest of them is the nearest within it.
-            samples = features[rows].double()
-            projected = samples @ directions.T - origin
-            distances = places.square().sum(dim=1) - 2 * projected @ places.T
-            nearest = statistics.classes[distances.argmin(dim=1)]
-            differing += int((nearest != predicted[rows]).sum())
-            deviations = projected - places[position]
-            along += deviations.square().sum(dim=0) / (len(members) * present)
-            if rank < expected:
-                outside = samples - statistics.means[position] - deviations[:, :rank] @ directions[:rank]
-                scatter += float(outside.square().sum()) / (len(members) * present)
-    disagreement = differing / len(features)
+        owners[members] = position
+        weights[members] = 1 / (len(members) * present)
+    squares = places.square().sum(dim=1)
+    # In the order they lie in memory: gathering by class costs as much as the product.
+    for start in range(0, len(features), _CHUNK):
+        chunk = slice(start, start + _CHUNK)
+        # The means lie in the span of their directions, so that the nearest of them is the nearest within it.
+        samples, owner, weight = features[chunk].double(), owners[chunk], weights[chunk]
+        projected = (directions @ samples.T).T - origin
+        nearest = statistics.classes[(squares - 2 * projected @ places.T).argmin(dim=1)]
+        agreeing[chunk] = nearest == predicted[chunk]
+        deviations = projected - places[owner]
+        along += weight @ deviations.square()
+        if rank < expected:
+            outside = samples - statistics.means[owner] - deviations[:, :rank] @ directions[:rank]
+            scatter += float(weight @ outside.square().sum(dim=1))
+    disagreement = (len(features) - int(agreeing.sum())) / len(features)
     if rank == 0:
         reason = "one_class" if present == 1 else "equal_means"
     elif rank < expected and math.sqrt(scatter) > 1e-12 * float(statistics.sizes.max()):

@@ -1,203 +1,274 @@
 """What couplings between eigen-directions of different classes are worth, bounded from both sides.
 
-The joint matrix J is a density matrix, D what pinching leaves of it, delta = J - D the couplings that were dropped. The
-entropy that pinching adds is a relative entropy, H(D) - H(J) = S(J || D), and along D + t delta
+The joint matrix J is a density matrix, D what a pinching leaves of it, delta = J - D the couplings that were dropped.
+What pinching adds to the entropy is a relative entropy, which is an integral of Stein's loss over shifts of both:
 
-    S(J || D) = int_0^1 (1 - t) gamma_t dt,    gamma_t = int_0^inf tr [delta (D + t delta + s)^-1]^2 ds.
+    H(D) - H(J) = S(J || D) = int_0^inf tr h(Delta_s) ds,   h(x) = x - log(1 + x),
+    Delta_s = (D + s)^-1/2 delta (D + s)^-1/2,
 
-gamma falls as the matrix in it rises, and is of degree -1 in it. Where mu D <= J <= kappa D, therefore,
+because -(x + s) log(x + s) + (x + s) is the integral of -log(x + s), and tr delta = 0.
 
-    f(kappa) gamma_0 <= S(J || D) <= f(mu) gamma_0,    f(x) = [x log x - (x - 1)] / (x - 1)^2,  f(1) = 1/2,
+1. The trace is the mean of z^T h(Delta_s) z over vectors z of random signs. So only the correction is random, and the
+   probes' own spread is its standard error. A product with delta needs no matrix between rows: J = (R R^T) * g means
+   sums over each class, mixed by g.
+2. With y = Delta_s z that is y^T k(Delta_s) y, k(x) = h(x) / x^2 = int_0^1 (1 - t) / (1 + t x)^2 dt. The derivatives of
+   k alternate in sign, so that a Gauss-Radau rule from a few Lanczos steps is below it where the prescribed node lies
+   to the right of the spectrum, and above where it lies to the left.
+3. To the left: 1 + Delta_s = (D + s)^-1/2 (J + s) (D + s)^-1/2 is at least s / (max D + s), as J >= 0. To the right: in
+   units of D, J is the identity on the part that keeps its couplings and at most the largest eigenvalue of g on the
+   tail; what couples the two is bounded by J >= 0. Delta_s is at most that eigenvalue.
 
-and in the eigenbasis of D gamma_0 is the sum of delta_ij^2 / logmean(l_i, l_j). In the tail, J between classes c and c'
-is g_cc' sqrt(l_i l_j) v_i.v_j with unit vectors v that are orthogonal within a class: there J lies between the extreme
-eigenvalues of g times D. With X = D_K^-1/2 J_KT D_T^-1/2 between kept part K and tail T the largest eigenvalue of
-D^-1/2 J D^-1/2 is at most 1 + (y + sqrt(y^2 + 4 |X|^2)) / 2, y that of g less 1, and likewise from below.
-
-Source: the integral is Taylor's formula for the relative entropy with the Bogoliubov-Kubo-Mori metric (Petz 1994); that
-the metric falls is operator monotonicity of the inverse.
+Source: Hutchinson 1990; Golub and Meurant 1994; Bai, Fahey and Golub 1996 (bounds and confidence intervals for traces).
 """
 
 import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float32, Float64, Int
 from torch import Tensor
 
-# Lower bounds are taken for so much less: twice what float32 can lose in a sum of positive terms with this many digits.
-_ROUNDING = 1e-4
-# So many rows are coupled before any is judged by others.
-_LEAST_ROWS = 1024
-# Up to so many kept rows a spectrum for one norm costs little.
-_LARGE = 1024
-# Share of gamma that is likely lost: a half to leading order, measured 0.50 to 0.51 with independent directions of the
-# head, 0.62 to 0.80 with centred ones and loose classes.
-_LIKELY = 0.6
-# Beyond the coupled rows couplings are judged by those of the strongest strip, times this.
+# Lanczos steps for each shift: as many as leave less than this share of the sum between the bounds, or the most.
+_SETTLED, _MOST_STEPS = 1e-3, 4
+# Shifts are e^this apart: the trapezoid rule in log s is then within 4e-4 of the integral, for which _ROUNDING stands.
+_SHIFT_STEP = 2.5
+_ROUNDING = 2e-3
+# Rows with this share of the tail's mass, the smallest, need no shifts of their own.
+_NEGLIGIBLE = 1e-3
+# Probes at a time, and how many batches there are at most.
+_PROBES, _BATCHES = 16, 4
+# Student's quantiles for odds of 1 in 100,000, by batches: 15, 31, 47 and 63 degrees of freedom.
+_QUANTILES = (6.109, 5.025, 4.742, 4.613)
+# Where in the gap between the bounds the worth likely is: measured 0.01 to 0.08 after the lower one.
+_LIKELY = 0.1
+# Rows that are not at hand are taken to be worth, by their mass, as much as those that are, times this.
 _EXTRAPOLATION = 2.0
 
 
-def entropy_share(ratio: float) -> float:
-    """f(x) = [x log x - (x - 1)] / (x - 1)^2 for x >= 0: 1 at 0, 1/2 at 1, falling.
+@dataclass(frozen=True)
+class FactorBlock:
+    """Factors R_c of some classes side by side, the rows of each ranked, filled up with zeros.
 
-    >>> entropy_share(0.0), entropy_share(1.0), round(entropy_share(2.0), 6)
-    (1.0, 0.5, 0.386294)
+    Attributes:
+        positions: which classes these are.
+        values: squared lengths of the rows.
+        rows: the rows.
     """
-    excess = ratio - 1
-    if abs(excess) < 1e-4:
-        return 0.5 - excess / 6
-    logarithm = ratio * math.log(ratio) if ratio > 0 else 0.0
-    return (logarithm - excess) / excess**2
+
+    positions: Sequence[int]
+    values: Float64[Tensor, "b r"]
+    rows: Float32[Tensor, "b r d"]
 
 
-def damping(first: Float32[Tensor, " m"], second: Float32[Tensor, " n"]) -> Float32[Tensor, "m n"]:
-    """sqrt(ab) / logmean(a, b) = u / sinh u with u = log(a/b) / 2, for all pairs, each given by half its logarithm.
+@dataclass(frozen=True)
+class Worth:
+    """By how much H falls when couplings are no longer dropped, in nats: surely, likely, and at most."""
 
-    Numerics: within 1e-5 of the value; 1 where they meet.
+    least: float
+    likely: float
+    most: float
+
+
+def stein_share(x: Float64[Tensor, "*n"], above: Float64[Tensor, "*n"]) -> Float64[Tensor, "*n"]:
+    """k(x) = [x - log(1 + x)] / x^2: 1/2 at 0, falling.
+
+    Args:
+        x: at least -1.
+        above: 1 + x, which says more near -1.
+
+    Returns:
+        The values.
+
+    >>> x = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    >>> stein_share(x, 1 + x)
+    tensor([0.5000, 0.3069], dtype=torch.float64)
     """
-    halves = (first[:, None] - second).abs_().clamp_(min=1e-4)
-    return halves.div_(halves.sinh())
+    small = x.abs() < 1e-3
+    whole = torch.where(small, 1.0, x)
+    return torch.where(small, 0.5 - x / 3 + x.square() / 4, (whole - torch.where(small, 1.0, above).log()) / whole**2)
 
 
 class Couplings:
-    """The couplings between the leading rows of all classes, summed by strips, and what dropping some of them is worth.
+    """All couplings between rows of different classes, as an operator.
 
     Args:
-        rows: R / sqrt(n), ranked; within a class orthogonal, each of squared length l.
-        values: l of these rows and of those behind them that are not at hand.
-        classes: of each.
+        blocks: the factors of the classes; a class may lack its last rows, and is in one block.
         head: g, the Gram matrix of the head's directions.
-        strip: rows that are coupled at a time.
-        error: what rows may be worth, in nats, that are left to be judged by others.
-
-    Numerics: couplings in float32, lower bounds reduced by 1e-4 of themselves. Strip by strip, until the rows behind
-        are worth less than `error` or MOST_ROWS are coupled. O(rows^2 d) time for half a product.
+        n: what the factors' squares sum up to: J = (R R^T) * g / n.
     """
 
-    MOST_ROWS = 5120
+    def __init__(self, blocks: Sequence[FactorBlock], head: Float64[Tensor, "c c"], n: int) -> None:
+        self.rows = [block.rows for block in blocks]
+        self.values = torch.cat([block.values.flatten() for block in blocks]) / n
+        order = torch.tensor([position for block in blocks for position in block.positions], device=head.device)
+        self.between = (head[order][:, order].fill_diagonal_(0) / n).float()
+        self.largest = max(float(torch.linalg.eigvalsh(head)[-1]), 1.0)
+        #: Of each class that has rows, where its first one stands among all.
+        self.offsets: Int[Tensor, " c"] = torch.zeros(len(head), dtype=torch.int64, device=head.device)
+        sizes = torch.tensor([rows.shape[1] for rows in self.rows for _ in rows], device=head.device)
+        self.offsets[order] = sizes.cumsum(0) - sizes
+
+    def worth(
+        self,
+        kept: Int[Tensor, " k"],
+        matrix: Float64[Tensor, "k k"],
+        eigenvalues: Float64[Tensor, " k"],
+        vectors: Float64[Tensor, "k k"],
+        *,
+        mass: float,
+        error: float,
+        generator: torch.Generator,
+    ) -> Worth:
+        """What all couplings are worth beyond those among some rows.
+
+        Args:
+            kept: the rows whose couplings are in `matrix` already, by offset of their class and rank in it.
+            matrix: their part of the joint matrix.
+            eigenvalues: of that.
+            vectors: its eigenvectors, in columns.
+            mass: of all rows beyond those kept, with those that are not at hand.
+            error: probes are added until what is likely left between `least` and the truth is below this, in nats, or
+                no longer due to the probes' number.
+            generator: on the CPU; draws the probes.
+
+        Returns:
+            The bounds. Each holds but for odds of about 1 in 100,000 where many rows share what couplings are worth;
+            `most` judges rows that are not at hand by others.
+
+        Numerics: products in float32, O((m d + C^2 d + k^2) q) time for each of about 30, for m rows at hand and q
+            probes; memory for a few times (m + C d) q numbers.
+        """
+        operator = _Dropped(self, kept, matrix, eigenvalues, vectors)
+        shifts = self._shifts(operator, mass)
+        total = float(operator.tail.sum())
+        rest = max(mass / total - 1, 0.0) * _EXTRAPOLATION if total > 0 else 0.0
+        below: list[Float64[Tensor, " q"]] = []
+        above: list[Float64[Tensor, " q"]] = []
+        for quantile in _QUANTILES[:_BATCHES]:
+            signs = torch.randint(2, (_PROBES, len(self.values)), generator=generator) * 2.0 - 1
+            found = self._bounds(operator, signs.to(operator.tail.device), shifts)
+            below.append(found[0])
+            above.append(found[1])
+            low, high = torch.cat(below), torch.cat(above)
+            spread = quantile / math.sqrt(len(low))
+            least = max(float(low.mean() - spread * low.std()) * (1 - _ROUNDING), 0.0)
+            gap = float((high - low).mean())
+            likely = float(low.mean()) + _LIKELY * gap
+            if likely - least <= max(error, 2 * _LIKELY * gap):
+                break
+        most = float(high.mean() + spread * high.std()) * (1 + _ROUNDING) * (1 + rest)
+        return Worth(least, max(likely, least), max(most, likely))
+
+    def _shifts(self, operator: "_Dropped", mass: float) -> list[float]:
+        """Where the integrand is taken, evenly in log s: from the least eigenvalue that matters to the largest."""
+        smallest = operator.tail.sort().values
+        first = int((smallest.cumsum(0) < _NEGLIGIBLE * mass).sum())
+        least = float(smallest[min(first, len(smallest) - 1)])
+        start, stop = math.log(max(least, 1e-30)) - _SHIFT_STEP, math.log(operator.most)
+        count = max(math.ceil((stop - start) / _SHIFT_STEP), 1) + 1
+        return [math.exp(start + _SHIFT_STEP * index) for index in range(count)]
+
+    def _bounds(
+        self, operator: "_Dropped", signs: Float32[Tensor, "q m"], shifts: Sequence[float]
+    ) -> tuple[Float64[Tensor, " q"], Float64[Tensor, " q"]]:
+        """For each probe, a lower and an upper bound of its share in the integral."""
+        below: list[Float64[Tensor, " q"]] = []
+        above: list[Float64[Tensor, " q"]] = []
+        settled = 0.0
+        # From the largest down: there Delta_s is small, and one step is enough.
+        for shift in reversed(shifts):
+            start = operator.at(signs, shift)
+            squares = torch.linalg.vector_norm(start, dim=1).double().square()
+            least = shift / (operator.most + shift)
+            for steps, (diagonal, beside) in enumerate(_lanczos(operator, start, shift), 1):
+                low, high = (
+                    squares * _radau(diagonal, beside, node, least) * shift * _SHIFT_STEP
+                    for node in (self.largest, least - 1)
+                )
+                if steps == _MOST_STEPS or float((high - low).mean()) <= _SETTLED * (settled + float(low.mean())):
+                    break
+            settled += float(low.mean())
+            below.append(low)
+            above.append(high)
+        # Beyond the last shift s tr h falls like 1/s, before the first like s: less than half a term more at each end.
+        return torch.stack(below).sum(dim=0), torch.stack([*above, above[0] / 2, above[-1] / 2]).sum(dim=0)
+
+    def product(self, vectors: Float32[Tensor, "q m"]) -> Float32[Tensor, "q m"]:
+        """(J less its blocks of one class) times vectors."""
+        parts = torch.split(vectors, [rows.shape[0] * rows.shape[1] for rows in self.rows], dim=1)
+        by_class = [part.view(len(part), *rows.shape[:2]) for rows, part in zip(self.rows, parts, strict=True)]
+        # Over the rows of each class, c q d; over the classes; and back.
+        sums = torch.cat([part.transpose(0, 1) @ rows for rows, part in zip(self.rows, by_class, strict=True)])
+        mixed = torch.split((self.between @ sums.flatten(1)).view_as(sums), [len(rows) for rows in self.rows])
+        products = [(part @ rows.mT).transpose(0, 1) for rows, part in zip(self.rows, mixed, strict=True)]
+        return torch.cat([product.flatten(1) for product in products], dim=1)
+
+
+class _Dropped:
+    """delta = J - D, where D keeps the couplings among some rows, and (D + s)^-1/2 beside it."""
 
     def __init__(
         self,
-        rows: Float64[Tensor, "h d"],
-        values: Float64[Tensor, " m"],
-        classes: Int[Tensor, " m"],
-        head: Float64[Tensor, "c c"],
-        strip: int,
-        error: float,
+        couplings: Couplings,
+        kept: Int[Tensor, " k"],
+        matrix: Float64[Tensor, "k k"],
+        eigenvalues: Float64[Tensor, " k"],
+        vectors: Float64[Tensor, "k k"],
     ) -> None:
-        self.values, self.classes, self.head = values, classes, head
-        self.strip = strip
-        spread = torch.linalg.eigvalsh(head)
-        self.below, self.above = 1 - max(float(spread[0]), 0.0), max(float(spread[-1]), 1.0) - 1
-        self.between = head.square().fill_diagonal_(0).float()
-        self.rows = rows[: self.MOST_ROWS].float()
-        held = values[: len(self.rows)]
-        # (r_i.r_j)^2 / sqrt(l_i l_j) is the square of a product of rows that are scaled so.
-        self.scaled = self.rows * held.pow(-0.25).float()[:, None]
-        self.halves = (held.log() / 2).float()
-        self.rest = 0.0
-        self.sums = self._sums_by_strip(error)
-        self.count = min(len(self.sums) * self.strip, len(self.rows))
-        self.rows = self.rows[: self.count]
-        self.scaled = self.scaled[: self.count]
+        self.couplings, self.kept = couplings, kept
+        # Rows of one class are orthogonal, so that nothing but couplings is beside the diagonal.
+        self.within = (matrix - matrix.diagonal().diag()).float()
+        self.eigenvalues, self.vectors = eigenvalues.clamp(min=0), vectors.float()
+        self.tail = couplings.values.index_fill(0, kept, 0.0)
+        self.most = max(float(self.eigenvalues[-1]), float(self.tail.max()))
 
-    def _sums_by_strip(self, error: float) -> Float64[Tensor, "k k"]:
-        """gamma between strips of rows, lower triangle with pairs counted twice, as gamma does; sets `rest`."""
-        weights = self.values * (1 + (self.values[0] / self.values).log().clamp(min=0))
-        behind = [*weights.flip(0).cumsum(0).flip(0).tolist(), 0.0]
-        lines: list[Float64[Tensor, " _k"]] = []
-        strengths: list[float] = []
-        for start in range(0, len(self.rows), self.strip):
-            stop = min(start + self.strip, len(self.rows))
-            columns = self._gamma(slice(start, stop), slice(0, stop))
-            lines.append(torch.stack([part.sum() for part in torch.split(columns, self.strip)]).cpu())
-            lines[-1][:-1] *= 2
-            # Rows behind couple with those before them like the strongest strip after the first (that one holds the
-            # leading rows), by their mass and range of eigenvalues.
-            strengths.append(float(lines[-1].sum()) / (behind[start] - behind[stop]))
-            strongest = max(strengths[1:], default=strengths[0])
-            self.rest = _EXTRAPOLATION * strongest * behind[stop]
-            if self.rest <= error and stop >= _LEAST_ROWS:
-                break
-        sums = torch.zeros(len(lines), len(lines), dtype=torch.float64)
-        for index, line in enumerate(lines):
-            sums[index, : index + 1] = line
-        return sums
+    def at(self, vectors: Float32[Tensor, "q m"], shift: float) -> Float32[Tensor, "q m"]:
+        """Delta_s times vectors."""
+        whitened = self._whiten(vectors, shift)
+        product = self.couplings.product(whitened)
+        product[:, self.kept] -= whitened[:, self.kept] @ self.within
+        return self._whiten(product, shift)
 
-    def _gamma(self, first: slice, second: slice) -> Float64[Tensor, " n"]:
-        """gamma between two ranges of rows in the basis of the classes, summed over the first."""
-        products = (self.scaled[first] @ self.scaled[second].T).square_()
-        products *= self.between[self.classes[first]][:, self.classes[second]]
-        products *= damping(self.halves[first], self.halves[second])
-        return products.sum(dim=0, dtype=torch.float64)
-
-    def needed(self, error: float, least: int, most: int) -> int:
-        """The fewest rows to keep, `least` to `most`, for which what is taken back is likely within `error`."""
-        # |X| is about as far from 0 as g from the identity, and at most 1 but for flooring.
-        farthest = min(max(self.above, self.below), 1.0)
-        gap = max(_LIKELY - entropy_share(_ratio(self.above, farthest, 1)), 0.0)
-        by_row = self.sums.sum(dim=1).tolist()
-        kept, dropped = self.count, 0.0
-        for index in reversed(range(len(by_row))):
-            dropped += by_row[index]
-            if gap * dropped > error:
-                break
-            kept = index * self.strip
-        return min(max(kept, least), most)
-
-    def worth(self, eigenvalues: Float64[Tensor, " k"], vectors: Float64[Tensor, "k k"]) -> tuple[float, float, float]:
-        """Least, likely and most by which H falls when the couplings beyond the first k rows join those within them.
-
-        Args:
-            eigenvalues: of the joint matrix of the first k rows.
-            vectors: its eigenvectors, in columns.
-
-        Returns:
-            The three in nats. The bounds hold, but the upper one judges rows that are not coupled by others; the likely
-            amount is the integral's leading term and a fifth, without those rows: keeping more would not tell more of
-            them.
-        """
-        kept = len(eigenvalues)
-        if kept >= self.count:
-            return 0.0, 0.0, self.rest
-        tail = self.values[kept : self.count]
-        couplings = self.rows[:kept] @ (self.rows[kept:] * tail.pow(-0.25).float()[:, None]).T
-        couplings *= self.head.float()[self.classes[:kept]][:, self.classes[kept : self.count]]
-        couplings = vectors.T.float() @ couplings
-        # Directions in which J all but vanishes would amplify rounding; raising D there keeps the lower bound one.
-        raised = eigenvalues.clamp(min=0.1 * float(tail[0]))
-        norm = self._norm(couplings * raised.rsqrt().float()[:, None] * tail.pow(-0.25).float())
-        squares = couplings.square_()
-        low = self._gamma_of_kept(squares, raised)
-        high = self._gamma_of_kept(squares, eigenvalues.clamp(min=1e-6 * float(tail[0])))
-        within = self._within_tail(kept)
-        sure = entropy_share(_ratio(self.above, norm, 1)) * (1 - _ROUNDING) * (low + within)
-        possible = entropy_share(_ratio(self.below, norm, -1)) * (1 + _ROUNDING) * (high + within + self.rest)
-        likely = min(_LIKELY * (high + within), possible)
-        return sure, max(sure, likely), possible
-
-    def _gamma_of_kept(self, squares: Float32[Tensor, "k t"], eigenvalues: Float64[Tensor, " k"]) -> float:
-        """gamma between kept part and tail, from the squares of J_KT in the kept eigenbasis over the tail's sqrt(l)."""
-        weights = damping((eigenvalues.log() / 2).float(), self.halves[self.count - squares.shape[1] : self.count])
-        rows = (weights * squares).sum(dim=1, dtype=torch.float64)
-        return 2 * float((rows * eigenvalues.rsqrt()).sum())
-
-    def _norm(self, scaled: Float32[Tensor, "k t"]) -> float:
-        """Most that |X| can be: as computed, or where that is slow what J >= 0 allows at any rate."""
-        if len(scaled) > _LARGE:
-            return math.sqrt(1 + self.above)
-        largest = float(torch.linalg.eigvalsh((scaled @ scaled.T).double())[-1])
-        return min(math.sqrt(max(largest, 0.0)) * (1 + _ROUNDING), math.sqrt(1 + self.above))
-
-    def _within_tail(self, kept: int) -> float:
-        """gamma between rows that are not kept: whole strips from the sums, the one that is cut anew."""
-        first = -(-kept // self.strip)
-        whole = float(self.sums[first:, first:].sum())
-        stop = min(first * self.strip, self.count)
-        columns = self._gamma(slice(kept, stop), slice(kept, self.count))
-        return whole + float(columns[: stop - kept].sum() + 2 * columns[stop - kept :].sum())
+    def _whiten(self, vectors: Float32[Tensor, "q m"], shift: float) -> Float32[Tensor, "q m"]:
+        whitened = vectors * (self.tail + shift).rsqrt().float()
+        turned = vectors[:, self.kept] @ self.vectors
+        whitened[:, self.kept] = (turned * (self.eigenvalues + shift).rsqrt().float()) @ self.vectors.T
+        return whitened
 
 
-def _ratio(extreme: float, norm: float, sign: int) -> float:
-    """The bound of J against D on one side, from that of the tail alone and the norm of what couples it."""
-    return max(1 + sign * (extreme + math.sqrt(extreme**2 + 4 * norm**2)) / 2, 0.0)
+def _lanczos(
+    operator: _Dropped, start: Float32[Tensor, "q m"], shift: float
+) -> Iterator[tuple[Float64[Tensor, "q p"], Float64[Tensor, "q p"]]]:
+    """Lanczos' matrix of Delta_s, a step larger each time: its diagonal, and the squares beside and below it."""
+    following, previous = start, torch.zeros_like(start)
+    length = torch.linalg.vector_norm(start, dim=1)
+    diagonal: list[Float64[Tensor, " q"]] = []
+    beside: list[Float64[Tensor, " q"]] = []
+    while True:
+        # Where nothing is left the space is exhausted; zeros then carry no weight.
+        current = following * torch.where(length > 0, 1 / length, 0.0)[:, None]
+        following = operator.at(current, shift) - (length[:, None] * previous if diagonal else 0.0)
+        along = (following * current).sum(dim=1)
+        following -= along[:, None] * current
+        length, previous = torch.linalg.vector_norm(following, dim=1), current
+        diagonal.append(along.double())
+        beside.append(length.double().square())
+        yield torch.stack(diagonal, dim=1), torch.stack(beside, dim=1)
+
+
+def _radau(
+    diagonal: Float64[Tensor, "q p"], beside: Float64[Tensor, "q p"], node: float, least: float
+) -> Float64[Tensor, " q"]:
+    """y^T k(Delta_s) y / |y|^2 by the Gauss-Radau rule with one node prescribed, for each of q Lanczos matrices."""
+    q, p = diagonal.shape
+    matrix = torch.diag_embed(torch.nn.functional.pad(diagonal, (0, 1)))
+    for index in range(p):
+        matrix[:, index, index + 1] = matrix[:, index + 1, index] = beside[:, index].sqrt()
+    shifted = matrix[:, :p, :p] - node * torch.eye(p, dtype=matrix.dtype, device=matrix.device)
+    target = torch.zeros(q, p, 1, dtype=matrix.dtype, device=matrix.device)
+    target[:, -1, 0] = beside[:, -1]
+    matrix[:, p, p] = node + torch.linalg.solve(shifted, target)[:, -1, 0]
+    nodes, vectors = torch.linalg.eigh(matrix)
+    value: Tensor = (vectors[:, 0].square() * stein_share(nodes, (1 + nodes).clamp(min=least))).sum(dim=1)
+    return value

@@ -54,7 +54,7 @@ class EvaluationOptions:
 
     Attributes:
         null_permutations: permutations of the null baseline; 0 for none.
-        seed: of the permutations and of their subsample.
+        seed: of the permutations, of their subsample, and of the probes that bound a pinched spectrum.
         tolerance: change of MIR that counts as settled; 0 takes the exact spectrum, whatever it costs.
         batch_size: inputs at a time; None leaves the choice to us.
     """
@@ -376,13 +376,16 @@ class _Split:
         """Begins anew for each level and centring, so that none depends on which others were computed."""
         return torch.Generator().manual_seed(self.options.seed)
 
+    def _entropies(self, labelled: LabelledFeatures) -> Entropies | None:
+        return sample_entropies(labelled, tolerance=self.options.tolerance, generator=self._generator())
+
     def _sample_level(self, centred: bool) -> Interplay:
         head, usable = self._head_directions(centred)
         paired = [rows for rows, fits in zip(self.statistics.members, usable.tolist(), strict=True) if fits]
         alone = [rows for rows, fits in zip(self.statistics.members, usable.tolist(), strict=True) if not fits]
         labelled = LabelledFeatures(self.features, paired, self._centre(centred), head[usable])
         with self.clock.phase("entropies"):
-            entropies = sample_entropies(labelled, tolerance=self.options.tolerance) if paired else None
+            entropies = self._entropies(labelled) if paired else None
             degenerate = sum(len(rows) - len(labelled.directions(rows)) for rows in alone)
         degenerate += entropies.degenerate_samples if entropies else sum(len(rows) for rows in paired)
         null = None

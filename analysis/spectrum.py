@@ -8,10 +8,11 @@ The naive way needs an N x N Gram matrix and all its eigenvalues. The head has o
 2. Pinched tail. Rows of R with small eigenvalues lose their couplings and enter the entropy as they are. Pinching never
    lowers entropy, so MIR is bounded from below.
 3. What the lost couplings are worth (`couplings.py`) is bounded from both sides: the smaller amount is taken back, the
-   gap between the two is the error estimate, and the kept part is as large as the tolerance needs.
+   gap between the two is the error estimate, and the kept part grows until the tolerance is met.
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,13 +21,17 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from analysis.classes import ClassBlock, ClassStream, LabelledFeatures
-from analysis.couplings import Couplings
+from analysis.couplings import Couplings, FactorBlock
 from analysis.entropy import ZERO_ENTROPY, spectrum_entropy
 
 # Most rows that are kept: on a processor core, two seconds. A tolerance of 0 goes beyond.
 LARGEST_KEPT = 2048
 # Up to here the exact spectrum costs less than approaching it.
-_SMALL = 512
+_SMALL = 1024
+# Rows that are kept at first.
+_FIRST_KEPT = 512
+# Numbers of the factors whose couplings are held: half a GiB.
+MOST_NUMBERS = 2**27
 # Pairs in the permutation baseline.
 _NULL_PAIRS = 512
 # Rows whose products with all others are held at a time.
@@ -93,7 +98,11 @@ def hdr_of(features: float, head: float) -> float | None:
 
 
 def sample_entropies(
-    labelled: LabelledFeatures | ClassStream, *, tolerance: float = 1e-4, largest: int = LARGEST_KEPT
+    labelled: LabelledFeatures | ClassStream,
+    *,
+    tolerance: float = 1e-4,
+    largest: int = LARGEST_KEPT,
+    generator: torch.Generator | None = None,
 ) -> Entropies | None:
     """Entropies at sample level: z_i = F_i, v_i = W[y_i], one pair a sample.
 
@@ -102,6 +111,7 @@ def sample_entropies(
         tolerance: likely error of MIR that is small enough; 0 is exact. What is certain is the method's
             `error_estimate`, up to a few times that.
         largest: most rows to keep, whatever the tolerance, unless that is 0.
+        generator: on the CPU; draws the probes that tell what dropped couplings are worth. Default: one seeded with 0.
 
     Returns:
         The entropies, or None where no pair is left.
@@ -115,12 +125,14 @@ def sample_entropies(
     Source: METRICS, "The joint spectrum, fast".
     """
     largest = labelled.n_samples if tolerance == 0 else largest
-    factors = _Factors(labelled, max(largest, 0 if tolerance == 0 else Couplings.MOST_ROWS))
+    generator = generator or torch.Generator().manual_seed(0)
+    factors = _Factors(labelled, largest)
     n = factors.n
     if n == 0:
         return None
     head = gram_entropy(labelled.head * (factors.counts / n).sqrt()[:, None])
-    joint, method = _joint_entropy(_JointSpectrum(factors, labelled.head), factors.entropy, head, tolerance, largest)
+    spectrum = _JointSpectrum(factors, labelled.head)
+    joint, method = _joint_entropy(spectrum, factors.entropy, head, tolerance, largest, generator)
     return Entropies(factors.entropy, head, joint, method, n, factors.degenerate)
 
 
@@ -173,24 +185,34 @@ def sample_joint_entropy_of_order_two(labelled: LabelledFeatures | ClassStream) 
 class _Factors:
     """R_c of every class: rows from the largest class eigenvalue down, and H(K1) on the way.
 
-    Only rows that can be among the `largest` are held; the eigenvalues of all are.
+    Rows that can be among the `largest` are held in float64, for the kept part; in float32, for couplings, all but the
+    smallest of very many. The eigenvalues of all are held.
     """
 
-    def __init__(self, labelled: LabelledFeatures | ClassStream, largest: int) -> None:
+    def __init__(
+        self, labelled: LabelledFeatures | ClassStream, largest: int, most_numbers: int = MOST_NUMBERS
+    ) -> None:
         (n_classes, d), device = labelled.head.shape, labelled.head.device
         none = torch.zeros(0, d, dtype=torch.float64, device=device)
         self.eigenvalues: list[Float64[Tensor, " _r"]] = [none[:, 0]] * n_classes
         self.rows: list[Float64[Tensor, "_q d"]] = [none] * n_classes
+        self.blocks: list[FactorBlock] = []
         self.counts: Float64[Tensor, " c"] = torch.zeros(n_classes, dtype=torch.float64, device=device)
         scatter = torch.zeros(d, d, dtype=torch.float64, device=device) if labelled.n_samples > d else None
-        held = 0
+        held = numbers = 0
         for block in labelled.blocks():
             self._add(block)
-            if scatter is not None:
-                _add_scatter(scatter, block)
+            if scatter is None:
+                continue
+            _add_scatter(scatter, block)
             held += sum(len(self.rows[position]) for position in block.positions)
-            if scatter is not None and held > 2 * largest:
+            if held > 2 * largest:
                 held = self._prune(largest)
+            numbers += self.blocks[-1].rows.numel() if self.blocks else 0
+            if numbers > 2 * most_numbers:
+                numbers = self._prune_blocks(most_numbers // d)
+        if numbers > most_numbers:
+            self._prune_blocks(most_numbers // d)
         self.n = int(self.counts.sum())
         self.degenerate = labelled.n_samples - self.n
         if self.n == 0:
@@ -208,26 +230,43 @@ class _Factors:
         values, vectors = values.flip(-1), vectors.mT.flip(-2)
         # What is left below is rounding: one sample repeated a thousand times has one direction, not a thousand.
         above = (values > 16 * torch.finfo(torch.float64).eps * values[:, :1]).sum(dim=1)
-        ranks = torch.minimum(above, block.counts).tolist()
-        factors = vectors @ block.rows.double() if block.rows is not None else None
-        for index, (position, rank) in enumerate(zip(block.positions, ranks, strict=True)):
+        ranks = torch.minimum(above, block.counts)
+        values = values * (torch.arange(values.shape[1], device=values.device) < ranks[:, None])
+        if block.rows is not None:
+            factors = vectors @ block.rows.double() * (values > 0)[..., None]
+        else:
+            factors = vectors * values.sqrt()[..., None]
+        most = max(int(ranks.max()), 1)
+        self.blocks.append(FactorBlock(block.positions, values[:, :most], factors[:, :most].float()))
+        for index, (position, rank) in enumerate(zip(block.positions, ranks.tolist(), strict=True)):
             self.counts[position] = block.counts[index]
             self.eigenvalues[position] = values[index, :rank]
-            if factors is None:
-                self.rows[position] = vectors[index, :rank] * values[index, :rank].sqrt()[:, None]
-            else:
-                self.rows[position] = factors[index, :rank].clone()
+            self.rows[position] = factors[index, :rank].clone() if len(factors) > 1 else factors[0, :rank]
 
     def _prune(self, largest: int) -> int:
-        """Let go of rows that cannot be among the largest; how many are left."""
-        every = torch.cat(self.eigenvalues)
-        threshold = every.topk(min(largest, len(every))).values[-1]
+        """Let go of float64 rows that cannot be among the largest; how many are left."""
+        threshold = self._threshold(largest)
         for position, rows in enumerate(self.rows):
             # Every class keeps its leading direction; clone() lets the rest of the storage go.
             above = max(int((self.eigenvalues[position] >= threshold).sum()), 1)
             if len(rows) > above:
                 self.rows[position] = rows[:above].clone()
         return sum(len(rows) for rows in self.rows)
+
+    def _prune_blocks(self, largest: int) -> int:
+        """Let go of float32 rows that cannot be among the largest; how many numbers are left."""
+        threshold = self._threshold(largest)
+        for index, block in enumerate(self.blocks):
+            above = max(int((block.values >= threshold).sum(dim=1).max()), 1)
+            if block.rows.shape[1] > above:
+                rows = block.rows[:, :above].clone()
+                self.blocks[index] = FactorBlock(block.positions, block.values[:, :above], rows)
+        return sum(block.rows.numel() for block in self.blocks)
+
+    def _threshold(self, largest: int) -> float:
+        """The last of so many eigenvalues, the largest of those that came."""
+        every = torch.cat(self.eigenvalues)
+        return float(every.topk(min(largest, len(every))).values[-1])
 
 
 def _add_scatter(scatter: Float64[Tensor, "d d"], block: ClassBlock) -> None:
@@ -252,6 +291,7 @@ class _JointSpectrum:
     """
 
     def __init__(self, factors: _Factors, head: Float64[Tensor, "c d"]) -> None:
+        self.factors = factors
         values = torch.cat(factors.eigenvalues) / factors.n
         device = values.device
         sizes = torch.tensor([len(entry) for entry in factors.eigenvalues], device=device)
@@ -259,29 +299,36 @@ class _JointSpectrum:
         classes = torch.repeat_interleave(torch.arange(len(sizes), device=device), sizes)
         within = torch.arange(len(values), device=device) - (sizes.cumsum(0) - sizes)[classes]
         order = torch.argsort(values + 2.0 * (within == 0), descending=True, stable=True)
-        self.values, self.classes, within = values[order], classes[order], within[order]
+        self.values, self.classes, self.within = values[order], classes[order], within[order]
         self.total = len(values)
         self.leaders = int((sizes > 0).sum())
         # Rows that were let go rank behind all that are held, but for ties.
-        missing = (within >= held[self.classes]).nonzero()[:, 0]
+        missing = (self.within >= held[self.classes]).nonzero()[:, 0]
         self.held = int(missing[0]) if len(missing) else self.total
-        places = ((held.cumsum(0) - held)[self.classes] + within)[: self.held]
-        self.rows = torch.cat(factors.rows)[places]
-        self.coupling = head @ head.T
-        self.n = factors.n
+        self.head = head @ head.T
         # The mass beyond the first k rows, summed from the end up.
         self.tails: list[float] = [*self.values.flip(0).cumsum(0).flip(0).tolist(), 0.0]
 
     def matrix(self, kept: int) -> Float64[Tensor, "m m"]:
         """The joint matrix of the first `kept` rows."""
-        rows, classes = self.rows[:kept], self.classes[:kept]
+        classes, within = self.classes[:kept], self.within[:kept]
+        # Each class's rows as they lie in memory, then all in the order of ranks.
+        counts = torch.bincount(classes, minlength=len(self.head))
+        rows = torch.cat([rows[:count] for rows, count in zip(self.factors.rows, counts.tolist(), strict=True)])
+        rows = rows[(counts.cumsum(0) - counts)[classes] + within]
         matrix = rows @ rows.T
-        matrix *= self.coupling[classes][:, classes] / self.n
+        matrix *= self.head[classes][:, classes] / self.factors.n
         return matrix
 
-    def couplings(self, strip: int, error: float) -> Couplings:
-        """Couplings of the rows at hand; those behind may be left out where they are worth less than `error`."""
-        return Couplings(self.rows / math.sqrt(self.n), self.values, self.classes, self.coupling, strip, error)
+    def couplings(self) -> Couplings:
+        """The couplings between all rows at hand."""
+        return Couplings(self.factors.blocks, self.head, self.factors.n)
+
+    def enough(self, error: float) -> int:
+        """The fewest rows to keep for which `bound` is within `error`."""
+        return bisect_left(
+            range(self.total), True, key=lambda kept: self.tails[kept] < 0.5 and self.bound(kept) <= error
+        )
 
     def bound(self, kept: int) -> float:
         """Most that H can be above the exact one, whatever the couplings.
@@ -295,30 +342,40 @@ class _JointSpectrum:
 
 
 def _joint_entropy(
-    spectrum: _JointSpectrum, features: float, head: float, tolerance: float, largest: int
+    spectrum: _JointSpectrum,
+    features: float,
+    head: float,
+    tolerance: float,
+    largest: int,
+    generator: torch.Generator,
 ) -> tuple[float, Method]:
     """Keep as many rows as the tolerance needs, or `largest`, and take back what couplings are surely worth."""
     unit = min(features, head) if min(features, head) >= ZERO_ENTROPY else 1.0
-    total = spectrum.total
+    total, error = spectrum.total, tolerance * unit
     # Both bounds hold for the exact value, so the lower can only mend rounding and the upper only help.
     lowest, highest = max(features, head), features + head
     if tolerance == 0 or total <= min(_SMALL, largest):
         return _exact(spectrum, lowest, highest)
     largest = min(largest, spectrum.held)
-    couplings = spectrum.couplings(min(_SMALL // 2, largest), 0.1 * tolerance * unit)
-    kept = couplings.needed(0.8 * tolerance * unit, min(max(_SMALL // 2, spectrum.leaders), largest), largest)
+    couplings = spectrum.couplings()
+    kept = min(max(min(_FIRST_KEPT, spectrum.enough(error)), spectrum.leaders), largest)
     while True:
         if kept > 0.7 * total and largest == total:
             return _exact(spectrum, lowest, highest)
-        eigenvalues, vectors = torch.linalg.eigh(spectrum.matrix(kept))
+        matrix = spectrum.matrix(kept)
+        eigenvalues, vectors = torch.linalg.eigh(matrix)
         pinched = spectrum_entropy(torch.cat([eigenvalues, spectrum.values[kept:]]))
-        sure, likely, possible = couplings.worth(eigenvalues, vectors)
-        joint = max(min(pinched - sure, highest), lowest)
+        places = couplings.offsets[spectrum.classes[:kept]] + spectrum.within[:kept]
+        mass = spectrum.tails[kept]
+        worth = couplings.worth(places, matrix, eigenvalues, vectors, mass=mass, error=error, generator=generator)
+        joint = max(min(pinched - worth.least, highest), lowest)
         certain = min(spectrum.bound(kept), joint - lowest)
-        if min(likely - sure, certain) <= tolerance * unit or kept == largest:
-            error = max(min(possible - sure, certain), 0.0) / unit
-            return joint, Method("pinched", kept, total, spectrum.tails[kept], error)
-        kept = min(kept * 3 // 2, largest)
+        likely = min(worth.likely - worth.least, certain)
+        if likely <= error or kept == largest:
+            most = max(min(worth.most - worth.least, certain), 0.0)
+            return joint, Method("pinched", kept, total, mass, most / unit)
+        # What couplings are worth falls about as the number of rows that keep theirs rises.
+        kept = min(math.ceil(kept * min(max(likely / error, 1.25), 2.0)), largest)
 
 
 def _exact(spectrum: _JointSpectrum, lowest: float, highest: float) -> tuple[float, Method]:

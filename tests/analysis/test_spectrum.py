@@ -13,8 +13,10 @@ from torch import Tensor
 from analysis.classes import LabelledFeatures, class_statistics
 from analysis.entropy import unit_rows
 from analysis.spectrum import (
+    MOST_NUMBERS,
     Entropies,
     _Factors,
+    _joint_entropy,
     _JointSpectrum,
     hdr_of,
     mir_of,
@@ -157,6 +159,25 @@ def test_rows_that_are_not_kept_are_not_held_and_change_nothing() -> None:
     assert pruned.entropy == whole.entropy
     spectra = [torch.linalg.eigvalsh(_JointSpectrum(factors, labelled.head).matrix(100)) for factors in (pruned, whole)]
     torch.testing.assert_close(*spectra, rtol=0, atol=1e-14)
+
+
+def test_couplings_of_the_smallest_rows_may_be_missing() -> None:
+    """Where there are too many numbers to hold, what is left bounds the whole: lower from below, wider from above."""
+    features, labels, head = _case(4, [30] * 40, 50, 0.7, 1.0)
+    labelled = _labelled(features, labels, head, "none")
+    exact = _entropies(labelled, 0.0)
+    found = {}
+    for numbers in (MOST_NUMBERS, 30_000):
+        factors = _Factors(labelled, 300, numbers)
+        spectrum, generator = _JointSpectrum(factors, labelled.head), torch.Generator().manual_seed(0)
+        joint, method = _joint_entropy(spectrum, exact.features, exact.head, 1e-9, 300, generator)
+        held = sum(block.rows.numel() for block in factors.blocks)
+        found[numbers] = held, joint, method.error_estimate * min(exact.features, exact.head)
+    (all_numbers, whole, of_whole), (some_numbers, part, of_part) = found[MOST_NUMBERS], found[30_000]
+    assert some_numbers < 0.7 * all_numbers
+    assert part - of_part <= exact.joint <= whole < part
+    assert whole - of_whole <= exact.joint
+    assert of_whole < of_part
 
 
 @settings(max_examples=25, deadline=None)

@@ -1,0 +1,249 @@
+"""The straight line between two checkpoints of one architecture: its points, its barriers, and where to look next."""
+
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from jaxtyping import Shaped
+from torch import Tensor, nn
+
+from analysis.errors import AnalysisError
+from analysis.networks import LoadedNetwork
+from analysis.probes import Probe
+
+Normalisation = Literal["interpolate", "recalibrate"]
+State = Mapping[str, Shaped[Tensor, "..."]]
+
+# A path is linearly connected where the error on it rises by no more than this (Frankle et al. 2020).
+CONNECTED = 0.02
+# An adaptive grid begins with so many points, ends with at most so many, and stops where the barrier moves by less.
+_FIRST_POINTS, _MOST_POINTS, _SETTLED = 17, 65, 1e-3
+
+
+class Path:
+    """theta(w) = (1 - w) theta_A + w theta_B, mixed in place into one network.
+
+    Args:
+        network: A; from here on it is what the path moves.
+        other: tensors of B by name, as `state_dict` gives them, on the network's device.
+
+    Raises:
+        AnalysisError: `invalid-argument` where B has other names or shapes.
+
+    Numerics: memory for three copies of the parameters: A, B and the mix. The mix is that of torch.lerp, in the
+        network's float32: a path from a network to itself is flat to the last bit, and at w = 0 and w = 1 every tensor
+        is A's or B's own. Between them integer buffers are A's.
+
+    Source: Frankle et al. 2020, "Linear mode connectivity and the lottery ticket hypothesis".
+    """
+
+    def __init__(self, network: LoadedNetwork, other: State) -> None:
+        self.network = network
+        self.mix = network.module.state_dict()
+        self.first = {name: tensor.clone() for name, tensor in self.mix.items()}
+        self.second = dict(other)
+        shapes = [{name: tuple(tensor.shape) for name, tensor in state.items()} for state in (self.mix, self.second)]
+        if shapes[0] != shapes[1]:
+            differing = sorted(
+                name for name in set(shapes[0]) | set(shapes[1]) if shapes[0].get(name) != shapes[1].get(name)
+            )
+            detail = f"The two ends differ in {len(differing)} names or shapes of tensors, first in {differing[0]!r}."
+            raise AnalysisError("invalid-argument", detail, argument="other", differing=differing[:20])
+
+    def move_to(self, w: float) -> LoadedNetwork:
+        """The network of the path at w, which is the one that the path was made of."""
+        for name, target in self.mix.items():
+            first, second = self.first[name], self.second[name]
+            if w in (0.0, 1.0):
+                target.copy_(second if w else first)
+            elif target.is_floating_point():
+                torch.lerp(first, second, w, out=target)
+            else:
+                target.copy_(first)
+        return self.network
+
+    def distances(self) -> tuple[float, float | None]:
+        """Euclidean distance and cosine of the two ends' parameters, all of them as one vector; None without length."""
+        dot = first = second = apart = 0.0
+        for name, _ in self.network.module.named_parameters():
+            a, b = self.first[name].double(), self.second[name].double()
+            dot += float((a * b).sum())
+            first, second = first + float(a.square().sum()), second + float(b.square().sum())
+            apart += float((a - b).square().sum())
+        length = (first * second) ** 0.5
+        return apart**0.5, dot / length if length > 0 else None
+
+
+def recalibrate(network: LoadedNetwork, probe: Probe, *, device: torch.device, batch_size: int) -> int:
+    """Take the running statistics of batch normalisation anew, by one pass over the probe's inputs.
+
+    Args:
+        network: changed in place; all but its normalisation layers stays in evaluation mode.
+        probe: whose inputs are passed, in order.
+        device: where the network is.
+        batch_size: inputs at a time.
+
+    Returns:
+        How many layers have such statistics; without any nothing is passed.
+
+    Raises:
+        AnalysisError: `inputs-refused`, as from torch, where a batch is refused.
+
+    Numerics: every sample weighs the same: a batch of b samples enters with b over those seen so far. Variances are
+        the batches' own, so that smaller ones say less; a last batch of a single sample is left out, which has none.
+
+    Source: Jordan et al. 2022, "REPAIR: REnormalizing Permuted Activations for Interpolation Repair".
+    """
+    layers = [
+        module
+        for module in network.module.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
+    ]
+    if not layers:
+        return 0
+    momenta = [layer.momentum for layer in layers]
+    seen = 0
+    try:
+        for layer in layers:
+            layer.reset_running_stats()
+            layer.train()
+        with torch.no_grad():
+            for batch in probe.batches(batch_size, device=device):
+                if seen and len(batch) == 1:
+                    continue
+                seen += len(batch)
+                for layer in layers:
+                    layer.momentum = len(batch) / seen
+                network.module(batch)
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
+            layer.eval()
+    return len(layers)
+
+
+@dataclass(frozen=True)
+class Barrier:
+    """The most that a value on the path exceeds what it is compared with, at least 0, and at which w."""
+
+    value: float
+    at: float
+
+
+def barrier(ws: Sequence[float], values: Sequence[float], *, falls: bool = False) -> Barrier:
+    """max_w [ L(w) - ((1 - w) L(0) + w L(1)) ], at least 0.
+
+    Args:
+        ws: where the values were taken, 0 and 1 among them; those beyond the ends do not count.
+        values: L, finite.
+        falls: how far the path falls under the chord in place of how far it rises over it.
+
+    Returns:
+        The barrier; where the path nowhere leaves the chord on that side, 0 at 0.
+
+    Source: Entezari et al. 2021, equation 2.
+
+    >>> barrier([0.0, 0.5, 1.0], [1.0, 4.0, 2.0])
+    Barrier(value=2.5, at=0.5)
+    """
+    first, last = _ends(ws, values)
+    sign = -1.0 if falls else 1.0
+    rises = ((sign * (value - ((1 - w) * first + w * last)), w) for w, value in _inside(ws, values))
+    # At the ends themselves the chord is the value but for rounding.
+    return max((Barrier(rise, w) for rise, w in rises if 0 < w < 1 and rise > 0), key=_value, default=Barrier(0.0, 0.0))
+
+
+def instability(ws: Sequence[float], values: Sequence[float]) -> Barrier:
+    """max_w E(w) - (E(0) + E(1)) / 2; with E the error, a path is connected where it is at most 0.02.
+
+    Args:
+        ws: as of `barrier`.
+        values: E, finite.
+
+    Returns:
+        The instability, which is at least half of the ends' difference.
+
+    Source: Frankle et al. 2020, section 2.
+
+    >>> instability([0.0, 0.5, 1.0], [1.0, 4.0, 2.0])
+    Barrier(value=2.5, at=0.5)
+    """
+    first, last = _ends(ws, values)
+    return max((Barrier(value - (first + last) / 2, w) for w, value in _inside(ws, values)), key=_value)
+
+
+def midpoint_barrier(ws: Sequence[float], values: Sequence[float]) -> float | None:
+    """L(1/2) - (L(0) + L(1)) / 2, as the code of Entezari et al. 2021 takes it; None without a point in the middle.
+
+    >>> midpoint_barrier([0.0, 0.5, 1.0], [1.0, 4.0, 2.0])
+    2.5
+    """
+    first, last = _ends(ws, values)
+    middle = [value for w, value in zip(ws, values, strict=True) if w == 0.5]
+    return middle[0] - (first + last) / 2 if middle else None
+
+
+def even_grid(points: int) -> list[float]:
+    """So many points from 0 to 1, at least 2."""
+    return [index / (points - 1) for index in range(points)]
+
+
+def next_point(grid: Sequence[float] | Literal["adaptive"], known: Mapping[float, float]) -> float | None:
+    """Where to look next.
+
+    An adaptive grid begins with 17 points and halves the intervals beside the peak of the loss over its chord,
+    until two rounds one after the other move the barrier by less than 1e-3 or there are 65 points. What it asks for
+    depends on the values alone, so that a path that was interrupted goes on as it would have.
+
+    Args:
+        grid: the points in order, or `adaptive`.
+        known: loss by w, of points that were taken.
+
+    Returns:
+        The next w, or None where there is nothing left to do.
+    """
+    if grid != "adaptive":
+        return next((w for w in grid if w not in known), None)
+    asked = _refine()
+    try:
+        w = next(asked)
+        while w in known:
+            w = asked.send(known[w])
+    except StopIteration:
+        return None
+    return w
+
+
+def _refine() -> Generator[float, float, None]:
+    losses: dict[float, float] = {}
+    for w in even_grid(_FIRST_POINTS):
+        losses[w] = yield w
+    still, height = 0, _height(losses)
+    while still < 2 and len(losses) < _MOST_POINTS:
+        ws = sorted(losses)
+        peak = barrier(ws, [losses[w] for w in ws]).at
+        for low, high in [(low, high) for low, high in pairwise(ws) if peak in (low, high)]:
+            losses[(low + high) / 2] = yield (low + high) / 2
+        still = still + 1 if abs(_height(losses) - height) < _SETTLED else 0
+        height = _height(losses)
+
+
+def _height(losses: Mapping[float, float]) -> float:
+    return barrier(list(losses), list(losses.values())).value
+
+
+def _value(found: Barrier) -> float:
+    return found.value
+
+
+def _inside(ws: Sequence[float], values: Sequence[float]) -> list[tuple[float, float]]:
+    return [(w, value) for w, value in zip(ws, values, strict=True) if 0 <= w <= 1]
+
+
+def _ends(ws: Sequence[float], values: Sequence[float]) -> tuple[float, float]:
+    by_w = dict(zip(ws, values, strict=True))
+    if 0.0 not in by_w or 1.0 not in by_w:
+        raise AnalysisError("invalid-argument", "A barrier needs the values at 0 and at 1.", argument="ws")
+    return by_w[0.0], by_w[1.0]

@@ -1,0 +1,188 @@
+"""Paths between two checkpoints: the mix, its ends, its statistics, its barriers and the adaptive grid."""
+
+import doctest
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from analysis import paths
+from analysis.errors import AnalysisError
+from analysis.evaluation import EvaluationOptions, evaluate_network
+from analysis.paths import Barrier, Path, barrier, even_grid, instability, midpoint_barrier, next_point, recalibrate
+from tests.analysis.networks import ARCHITECTURES, network_of, probe_of
+
+CPU = torch.device("cpu")
+EXACT = EvaluationOptions(null_permutations=0, tolerance=0.0)
+
+
+def test_the_examples_in_the_docstrings_hold() -> None:
+    """What the docstrings show is what comes out."""
+    assert doctest.testmod(paths).failed == 0
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_ends_are_the_endpoints_own_evaluations(name: str) -> None:
+    """Bit for bit, also after the path has been elsewhere, and integer buffers as well."""
+    probe = probe_of(name)
+    own = [evaluate_network(network_of(name, seed), probe, device=CPU, options=EXACT).splits for seed in (0, 1)]
+    second = network_of(name, 1).module.state_dict()
+    for tensor in second.values():
+        if not tensor.is_floating_point():
+            tensor.fill_(7)
+    path = Path(network_of(name, 0), second)
+    for w in (0.3, 1.0, 0.0):
+        found = evaluate_network(path.move_to(w), probe, device=CPU, options=EXACT).splits
+        if w in (0.0, 1.0):
+            assert found == own[int(w)]
+            state = path.network.module.state_dict()
+            wanted = path.second if w else path.first
+            assert all(torch.equal(state[key], wanted[key]) for key in wanted)
+        else:
+            counters = [tensor for tensor in path.mix.values() if not tensor.is_floating_point()]
+            assert all(int(counter) == 0 for counter in counters)
+
+
+def test_a_path_to_itself_is_flat() -> None:
+    """Every tensor at every point is the checkpoint's own, to the last bit."""
+    network = network_of("cnn", 0)
+    own = {name: tensor.clone() for name, tensor in network.module.state_dict().items()}
+    path = Path(network, {name: tensor.clone() for name, tensor in own.items()})
+    for w in (0.0, 0.1, 1 / 3, 0.5, 0.9, 1.0, 1.5):
+        state = path.move_to(w).module.state_dict()
+        assert all(torch.equal(state[name], own[name]) for name in own)
+    distance, cosine = path.distances()
+    assert distance == 0.0
+    assert cosine == pytest.approx(1.0)
+
+
+def test_the_mix_is_linear_and_the_distances_are_those_of_the_parameters() -> None:
+    """(1 - w) A + w B in float32; lengths over parameters alone, not over running statistics."""
+    network, other = network_of("mlp", 0), network_of("mlp", 1)
+    first = {name: tensor.clone().double() for name, tensor in network.module.state_dict().items()}
+    second = {name: tensor.double() for name, tensor in other.module.state_dict().items()}
+    path = Path(network, other.module.state_dict())
+    for w in (-0.25, 0.25, 0.75):
+        for name, tensor in path.move_to(w).module.state_dict().items():
+            if tensor.is_floating_point():
+                torch.testing.assert_close(tensor.double(), (1 - w) * first[name] + w * second[name], rtol=0, atol=3e-7)
+    names = [name for name, _ in network.module.named_parameters()]
+    a, b = (torch.cat([state[name].flatten() for name in names]) for state in (first, second))
+    distance, cosine = path.distances()
+    assert distance == pytest.approx(float((a - b).norm()))
+    assert cosine == pytest.approx(float(a @ b / a.norm() / b.norm()))
+
+
+def test_ends_of_two_shapes_are_refused() -> None:
+    """The error names what differs."""
+    with pytest.raises(AnalysisError, match="names or shapes") as caught:
+        Path(network_of("mlp", 0), network_of("cnn", 0).module.state_dict())
+    assert caught.value.members["argument"] == "other"
+    assert "convs.0.weight" in caught.value.members["differing"]
+
+
+def test_recalibration_takes_the_statistics_of_the_probe() -> None:
+    """In one batch they are the activations' own mean and variance; the rest of the network stays as it was."""
+    network, probe = network_of("mlp", 0), probe_of("mlp")
+    before = {name: tensor.clone() for name, tensor in network.module.state_dict().items()}
+    assert recalibrate(network, probe, device=CPU, batch_size=60) == 2
+    state = network.module.state_dict()
+    activations = probe.inputs @ before["layers.0.weight"].T + before["layers.0.bias"]
+    torch.testing.assert_close(state["norms.0.running_mean"], activations.mean(dim=0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(state["norms.0.running_var"], activations.var(dim=0), rtol=1e-4, atol=1e-5)
+    assert not any(module.training for module in network.module.modules())
+    assert all(torch.equal(state[name], before[name]) for name, _ in network.module.named_parameters())
+
+
+def test_recalibration_is_deterministic_and_weighs_samples_alike() -> None:
+    """Twice the same, whatever was there before; a mean over batches of different sizes is that of all samples."""
+    probe = probe_of("mlp")
+    found: list[dict[str, torch.Tensor]] = []
+    for seed in (0, 0):
+        network = network_of("mlp", seed)
+        network.module.get_buffer("norms.0.running_mean").fill_(100.0 * (len(found) + 1))
+        recalibrate(network, probe, device=CPU, batch_size=32)
+        found.append({name: tensor.clone() for name, tensor in network.module.state_dict().items()})
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    state = network_of("mlp", 0).module.state_dict()
+    mean = (probe.inputs @ state["layers.0.weight"].T + state["layers.0.bias"]).mean(dim=0)
+    torch.testing.assert_close(found[0]["norms.0.running_mean"], mean, rtol=1e-4, atol=1e-5)
+
+
+def test_a_last_batch_of_one_sample_is_no_obstacle() -> None:
+    """It has no variance; without statistics to take, nothing is passed at all."""
+    assert recalibrate(network_of("mlp", 0), probe_of("mlp", 61), device=CPU, batch_size=20) == 2
+    network = network_of("mlp", 0)
+    network.module.norms = torch.nn.ModuleList([torch.nn.Identity(), torch.nn.Identity()])
+    assert recalibrate(network, probe_of("mlp"), device=CPU, batch_size=20) == 0
+
+
+@given(
+    values=st.lists(st.floats(-10, 10), min_size=3, max_size=12),
+    slope=st.floats(-5, 5),
+)
+def test_a_barrier_does_not_see_a_slope(values: list[float], slope: float) -> None:
+    """Adding a line moves no barrier; from above and from below they are each other's mirror."""
+    ws = even_grid(len(values))
+    tilted = [value + slope * w for w, value in zip(ws, values, strict=True)]
+    assert barrier(ws, tilted).value == pytest.approx(barrier(ws, values).value, abs=1e-9)
+    mirrored = [-value for value in values]
+    assert barrier(ws, mirrored, falls=True) == barrier(ws, values)
+    assert barrier(ws, values).value >= 0
+    assert instability(ws, values).value >= abs(values[0] - values[-1]) / 2 - 1e-12
+
+
+def test_points_beyond_the_ends_do_not_count() -> None:
+    """A path that was extrapolated has the barrier of its inner part."""
+    ws, values = [-0.5, 0.0, 0.5, 1.0, 1.5], [9.0, 1.0, 2.0, 1.0, 9.0]
+    assert barrier(ws, values) == Barrier(1.0, 0.5)
+    assert instability(ws, values) == Barrier(1.0, 0.5)
+    assert midpoint_barrier(ws, values) == 1.0
+    assert midpoint_barrier([0.0, 0.4, 1.0], [1.0, 2.0, 1.0]) is None
+    with pytest.raises(AnalysisError, match="at 0 and at 1"):
+        barrier([0.0, 0.5], [1.0, 2.0])
+
+
+def _followed(loss: Callable[[float], float], grid: list[float] | None = None) -> dict[float, float]:
+    known: dict[float, float] = {}
+    while (w := next_point(grid or "adaptive", known)) is not None:
+        assert w not in known
+        known[w] = loss(w)
+    return known
+
+
+def test_an_adaptive_grid_finds_a_narrow_barrier_that_eleven_points_miss() -> None:
+    """A peak a fiftieth wide between two of the eleven points is found to 1e-3, with fewer than 40 points."""
+
+    def loss(w: float) -> float:
+        return 1 + w + 2 * math.exp(-(((w - 0.5473) / 0.02) ** 2))
+
+    eleven = _followed(loss, even_grid(11))
+    assert barrier(list(eleven), list(eleven.values())).value < 0.1
+    found = _followed(loss)
+    peak = barrier(list(found), list(found.values()))
+    assert peak.value == pytest.approx(2, abs=2e-3)
+    assert peak.at == pytest.approx(0.5473, abs=2e-3)
+    assert len(found) < 40
+
+
+def test_an_adaptive_grid_stops_where_there_is_nothing_to_find() -> None:
+    """A straight line takes the first points and two rounds; a barrier without end takes 65 points."""
+    assert 17 < len(_followed(lambda w: 2 - w)) <= 21
+    assert len(_followed(lambda w: 0.0 if w in (0, 1) else 1e9 - abs(w - 1 / 3) * 1e9)) <= 65
+
+
+def test_an_adaptive_grid_goes_on_as_it_would_have() -> None:
+    """What it asks for next depends on the values alone, in whatever order they are given back."""
+
+    def loss(w: float) -> float:
+        return -((w - 0.3) ** 2)
+
+    whole = _followed(loss)
+    for count in (0, 5, 18, len(whole) - 1):
+        part = dict(reversed(list(whole.items())[:count]))
+        assert next_point("adaptive", part) == list(whole)[count]
+    assert next_point("adaptive", whole) is None

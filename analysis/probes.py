@@ -102,6 +102,22 @@ class Probe:
             for start in range(0, self.inputs.shape[0], batch_size)
         )
 
+    def prepared(self, device: torch.device | str, *, most_bytes: int = 2**30) -> "Probe":
+        """The same probe with its inputs as a network takes them, on the device, for passes that come again.
+
+        Args:
+            device: where the batches will be asked for.
+            most_bytes: of prepared inputs; a larger probe is given back as it is and prepared batch by batch.
+
+        Returns:
+            A probe whose batches are views.
+        """
+        if 4 * self.inputs.numel() > most_bytes:
+            return self
+        rows = max(_CHUNK_ELEMENTS // max(prod(self.inputs.shape[1:]), 1), 1)
+        inputs = torch.cat(list(self.batches(rows, device=device)))
+        return Probe(inputs, self.labels, self.split, self.n_classes, None)
+
 
 @dataclass(frozen=True)
 class FeatureSet:

@@ -6,6 +6,7 @@ meet in `_status` alone.
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -13,21 +14,22 @@ from sqlalchemy.orm import Session
 
 from app import models, queue, resources, schemas
 from app.database import read, write
-from app.errors import IdempotencyConflict, NotCancellable, NotFound
+from app.errors import ArchitecturesDiffer, IdempotencyConflict, NotCancellable, NotFound
 from app.listing import Listing, page
-from app.models import Analysis, Report
+from app.models import Analysis, AnalysisCheckpoint, Report
 
 
 def create(
     engine: sa.Engine,
     client: queue.Client,
-    request: schemas.EvaluationRequest,
+    request: schemas.AnalysisRequest,
     idempotency_key: str | None,
 ) -> schemas.Analysis:
     """Queue an analysis: its row and its place in the queue commit together.
 
     Raises:
         NotFound: what it should look at does not exist.
+        ArchitecturesDiffer: checkpoints that should be compared are of different networks.
         IdempotencyConflict: the key was used with another body.
     """
     body = request.model_dump(mode="json")
@@ -36,13 +38,18 @@ def create(
         with write(engine) as session:
             if idempotency_key is not None and (earlier := _by_key(session, idempotency_key)):
                 return _same_request(engine, session, earlier, digest)
+            checkpoint_ids = _checkpoint_ids(request)
             row = Analysis(
                 kind=request.kind,
-                name=_lock_subjects(session, request),
-                checkpoint_id=request.checkpoint_id,
+                name=_lock_subjects(session, request, checkpoint_ids),
+                checkpoints=[
+                    AnalysisCheckpoint(position=position, checkpoint_id=id_)
+                    for position, id_ in enumerate(checkpoint_ids)
+                ],
                 probe_id=request.probe_id,
-                feature_set_id=request.feature_set_id,
+                feature_set_id=_feature_set_id(request),
                 options=body["options"],
+                axis=body.get("axis"),
                 idempotency_key=idempotency_key,
                 request_sha256=digest,
             )
@@ -87,19 +94,38 @@ def cancel(engine: sa.Engine, id_: str) -> schemas.Analysis:
 
 
 def list_page(
-    engine: sa.Engine, listing: Listing, *, status: schemas.Status | None, **equal: str | None
+    engine: sa.Engine,
+    listing: Listing,
+    *,
+    status: schemas.Status | None,
+    checkpoint_id: str | None,
+    **equal: str | None,
 ) -> schemas.Page[schemas.Analysis]:
     """One page; `equal` filters by columns of the table."""
     query = _select(engine)
     if status is not None:
         query = query.where(_status(engine) == status)
+    if checkpoint_id is not None:
+        query = query.where(looks_at(Analysis.id, [checkpoint_id]))
     for column, value in equal.items():
         if value is not None:
             query = query.where(getattr(Analysis, column) == value)
-    subjects = [Analysis.checkpoint_id, Analysis.probe_id, Analysis.feature_set_id]
+
+    def subject_in(ids: Ids) -> sa.ColumnElement[bool]:
+        return sa.or_(Analysis.probe_id.in_(ids), Analysis.feature_set_id.in_(ids), looks_at(Analysis.id, ids))
+
     with read(engine) as session:
-        rows, cursor = page(session, query, Analysis, listing, subjects)
+        rows, cursor = page(session, query, Analysis, listing, subject_in)
         return schemas.Page(items=[_resource(*row) for row in rows], next_cursor=cursor)
+
+
+Ids = Sequence[str] | sa.Select[str]
+
+
+def looks_at(analysis_id: sa.orm.InstrumentedAttribute[str], checkpoint_ids: Ids) -> sa.ColumnElement[bool]:
+    """SQL that is true where an analysis looks at one of these checkpoints."""
+    places = sa.select(AnalysisCheckpoint.analysis_id).where(AnalysisCheckpoint.checkpoint_id.in_(checkpoint_ids))
+    return analysis_id.in_(places)
 
 
 def _select(engine: sa.Engine) -> sa.Select[Any]:
@@ -126,9 +152,11 @@ def _resource(row: Analysis, status: schemas.Status, report_id: str | None) -> s
         name=row.name,
         status=status,
         progress=schemas.Progress(done=row.progress_done, total=row.progress_total, phase=row.progress_phase),
-        checkpoint_id=row.checkpoint_id,
+        checkpoint_id=row.checkpoints[0].checkpoint_id if len(row.checkpoints) == 1 else None,
+        checkpoint_ids=[place.checkpoint_id for place in row.checkpoints],
         probe_id=row.probe_id,
         feature_set_id=row.feature_set_id,
+        axis=None if row.axis is None else schemas.Axis(**row.axis),
         options=row.options,
         attempts=row.attempts,
         created_at=row.created_at,
@@ -153,11 +181,64 @@ def _same_request(engine: sa.Engine, session: Session, earlier: Analysis, digest
     return _view(session, engine, earlier.id)
 
 
-def _lock_subjects(session: Session, request: schemas.EvaluationRequest) -> str:
+def _checkpoint_ids(request: schemas.AnalysisRequest) -> list[str]:
+    match request:
+        case schemas.PathRequest():
+            return [request.checkpoint_a_id, request.checkpoint_b_id]
+        case schemas.SeriesRequest():
+            return request.checkpoint_ids
+    return [] if request.checkpoint_id is None else [request.checkpoint_id]
+
+
+def _feature_set_id(request: schemas.AnalysisRequest) -> str | None:
+    return request.feature_set_id if isinstance(request, schemas.EvaluationRequest) else None
+
+
+def _lock_subjects(session: Session, request: schemas.AnalysisRequest, checkpoint_ids: Sequence[str]) -> str:
     """The name of what is looked at; nothing of it can be deleted before the transaction ends."""
-    if request.feature_set_id is not None:
-        return resources.get(session, models.FeatureSet, request.feature_set_id, lock="share").name
-    assert request.checkpoint_id is not None
+    if feature_set_id := _feature_set_id(request):
+        return resources.get(session, models.FeatureSet, feature_set_id, lock="share").name
     assert request.probe_id is not None
     resources.get(session, models.Probe, request.probe_id, lock="share")
-    return resources.get(session, models.Checkpoint, request.checkpoint_id, lock="share").name
+    rows = [resources.get(session, models.Checkpoint, id_, lock="share") for id_ in checkpoint_ids]
+    _require_one_architecture(rows)
+    if len(rows) == 1:
+        return rows[0].name
+    return f"{rows[0].name} to {rows[-1].name}"[:200]
+
+
+def _require_one_architecture(rows: Sequence[models.Checkpoint]) -> None:
+    first = rows[0]
+    expected = _flat({"architecture": first.architecture, "head": first.head})
+    differing = []
+    for row in rows[1:]:
+        found = _flat({"architecture": row.architecture, "head": row.head})
+        differing += [
+            {
+                "checkpoint_id": row.id,
+                "name": row.name,
+                "member": member,
+                "expected": expected.get(member),
+                "found": value,
+            }
+            for member, value in sorted({**dict.fromkeys(expected), **found}.items())
+            if value != expected.get(member)
+        ]
+    if differing:
+        one = differing[0]
+        raise ArchitecturesDiffer(
+            f"{one['name']!r} ({one['checkpoint_id']}) has {json.dumps(one['found'])} for {one['member']} where "
+            f"{first.name!r} ({first.id}) has {json.dumps(one['expected'])}; {len(differing)} differences in all.",
+            differing=differing[:20],
+        )
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Members of nested objects by their path, such as architecture.args.sizes."""
+    found: dict[str, Any] = {}
+    for key, member in value.items():
+        if isinstance(member, dict):
+            found |= _flat(member, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = member
+    return found

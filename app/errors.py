@@ -3,6 +3,7 @@
     ServiceError            one RFC 9457 problem: kind, title, HTTP status
     ├── InvalidRequest      422  the request's JSON, form or query
     ├── InvalidFile         422  an uploaded file
+    ├── ArchitecturesDiffer 422  checkpoints of one path or series
     ├── UploadIncomplete    400  the body ended or stalled before the form did
     ├── TooLarge            413
     ├── UnsupportedMedia    415
@@ -19,6 +20,8 @@ Each kind is documented in docs/problems.md; a test fails where one is not.
 
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
+
+ANALYSIS_KINDS = ("evaluation", "path", "pruning", "series")
 
 
 def problem_type(kind: str) -> str:
@@ -57,12 +60,20 @@ def invalid_request(what: str, errors: Sequence[Mapping[str, Any]], *, prefix: s
         {"loc": [*([prefix] if prefix else []), *map(str, error["loc"])], "message": error["msg"]}
         for error in errors[:20]
     ]
+    for entry in listed:
+        # Pydantic's name for the alternative that `kind` chose is no place in the body.
+        if len(entry["loc"]) > 1 and entry["loc"][0] == "body" and entry["loc"][1] in ANALYSIS_KINDS:
+            del entry["loc"][1]
     words = "; ".join(f"{'.'.join(error['loc']) or what}: {error['message']}" for error in listed[:5])
     return InvalidRequest(f"{what} does not have the right form: {words}.", errors=listed)
 
 
 class InvalidFile(ServiceError):
     kind, title, status = "invalid-file", "The file is not valid", 422
+
+
+class ArchitecturesDiffer(ServiceError):
+    kind, title, status = "architectures-differ", "The checkpoints have different architectures", 422
 
 
 class UploadIncomplete(ServiceError):

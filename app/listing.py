@@ -55,18 +55,18 @@ def page(
     query: sa.Select[Any],
     model: type[Resource],
     listing: Listing,
-    metadata_of: Sequence[sa.orm.InstrumentedAttribute[Any]],
+    about: Callable[[sa.Select[str]], sa.ColumnElement[bool]],
 ) -> tuple[Sequence[Any], str | None]:
     """The rows of one page of `query`, and the cursor of the next.
 
-    `metadata_of` names the columns that hold the ids of the resources whose metadata `listing.metadata` filters by.
+    `about` is true where a row is about one of these resources: their metadata is what `listing.metadata` filters by.
     """
     for entry in listing.metadata or []:
         key, separator, value = entry.partition("=")
         if not key or not separator:
             raise InvalidRequest(f"The filter metadata={entry!r} is not of the form key=value.")
         matching = sa.select(MetadataEntry.resource_id).where(MetadataEntry.key == key, MetadataEntry.value == value)
-        query = query.where(sa.or_(*(column.in_(matching) for column in metadata_of)))
+        query = query.where(about(matching))
     if listing.name is not None:
         query = query.where(model.__table__.c.name == listing.name)
     if listing.created_after is not None:

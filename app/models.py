@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 from uuid import uuid4
 
 import sqlalchemy as sa
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 
 class UTCDateTime(sa.TypeDecorator[datetime]):
@@ -152,11 +152,14 @@ class Analysis(Resource):
 
     kind: Mapped[str] = mapped_column(sa.String(30), index=True)
     name: Mapped[str] = mapped_column(sa.String(200))
+    checkpoints: Mapped[list["AnalysisCheckpoint"]] = relationship(
+        lazy="selectin", order_by="AnalysisCheckpoint.position"
+    )
     # Not foreign keys: an analysis that has ended outlives what it looked at.
-    checkpoint_id: Mapped[str | None] = mapped_column(sa.String(36), index=True)
     probe_id: Mapped[str | None] = mapped_column(sa.String(36), index=True)
     feature_set_id: Mapped[str | None] = mapped_column(sa.String(36), index=True)
     options: Mapped[dict[str, Any]]
+    axis: Mapped[dict[str, Any] | None]
     idempotency_key: Mapped[str | None] = mapped_column(sa.String(255), unique=True)
     request_sha256: Mapped[str] = mapped_column(sa.String(64))
     attempts: Mapped[int] = mapped_column(default=0)
@@ -170,6 +173,16 @@ class Analysis(Resource):
     progress_phase: Mapped[str] = mapped_column(sa.String(30), default="queued")
 
 
+class AnalysisCheckpoint(Base):
+    """A checkpoint that an analysis looks at: one, the two ends of a path, or a series in order."""
+
+    __tablename__ = "analysis_checkpoints"
+
+    analysis_id: Mapped[str] = mapped_column(sa.ForeignKey("analyses.id"), primary_key=True)
+    position: Mapped[int] = mapped_column(primary_key=True)
+    checkpoint_id: Mapped[str] = mapped_column(sa.String(36), index=True)
+
+
 class Report(Resource):
     """An immutable report: its JSON text is stored as it is served."""
 
@@ -177,9 +190,14 @@ class Report(Resource):
     __table_args__ = (sa.Index(None, "created_at", "id"),)
 
     analysis_id: Mapped[str] = mapped_column(sa.ForeignKey("analyses.id"), unique=True)
+    checkpoints: Mapped[list["AnalysisCheckpoint"]] = relationship(
+        lazy="selectin",
+        viewonly=True,
+        order_by="AnalysisCheckpoint.position",
+        primaryjoin="foreign(AnalysisCheckpoint.analysis_id) == Report.analysis_id",
+    )
     kind: Mapped[str] = mapped_column(sa.String(30), index=True)
     name: Mapped[str] = mapped_column(sa.String(200), index=True)
-    checkpoint_id: Mapped[str | None] = mapped_column(sa.String(36), index=True)
     probe_id: Mapped[str | None] = mapped_column(sa.String(36), index=True)
     feature_set_id: Mapped[str | None] = mapped_column(sa.String(36), index=True)
     sha256: Mapped[str] = mapped_column(sa.String(64))

@@ -136,14 +136,15 @@ def delete(engine: sa.Engine, storage: Storage, model: type[OwnerType], id_: str
         InUse: an analysis that has not ended needs it.
     """
     analyses = models.Analysis
-    column = {
-        models.Checkpoint: analyses.checkpoint_id,
-        models.Probe: analyses.probe_id,
-        models.FeatureSet: analyses.feature_set_id,
+    places = models.AnalysisCheckpoint
+    needs = {
+        models.Checkpoint: analyses.id.in_(sa.select(places.analysis_id).where(places.checkpoint_id == id_)),
+        models.Probe: analyses.probe_id == id_,
+        models.FeatureSet: analyses.feature_set_id == id_,
     }[model]
     with write(engine) as session:
         row = get(session, model, id_, lock="exclusive")
-        needed_by = session.scalars(sa.select(analyses.id).where(column == id_, analyses.outcome.is_(None)).limit(20))
+        needed_by = session.scalars(sa.select(analyses.id).where(needs, analyses.outcome.is_(None)).limit(20))
         if ids := needed_by.all():
             raise InUse(
                 f"The {_noun(model)} is needed by {len(ids)} analyses that have not ended; cancel them or wait.",

@@ -6,6 +6,7 @@
 import math
 import re
 from datetime import datetime
+from itertools import pairwise
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, model_validator
@@ -102,6 +103,76 @@ class EvaluationOptions(Strict):
     batch_size: int | None = Field(default=None, ge=1, le=1_000_000, description="Inputs at a time; default: chosen.")
 
 
+class EvenGrid(Strict):
+    """So many points evenly from 0 to 1, both ends among them."""
+
+    points: int = Field(ge=2, le=1001)
+
+
+class NamedGrid(Strict):
+    """These points; both ends are added where they are not named, as barriers are measured from them."""
+
+    values: list[FiniteFloat] = Field(min_length=1, max_length=1000)
+
+
+class PathOptions(EvaluationOptions):
+    """Which points of a path, and what happens to the networks there. Each point is a full evaluation."""
+
+    grid: EvenGrid | NamedGrid | Literal["adaptive"] = Field(
+        default=EvenGrid(points=25), description="`adaptive` refines around the peak of the loss."
+    )
+    normalisation: Literal["interpolate", "recalibrate"] = Field(
+        default="interpolate",
+        description="`recalibrate` takes running statistics anew at each point between the ends, from the probe.",
+    )
+    extrapolate: bool = Field(default=False, description="Allow named points beyond the ends, from -2 to 3.")
+
+    @model_validator(mode="after")
+    def _within(self) -> "PathOptions":
+        if isinstance(self.grid, NamedGrid):
+            low, high = (-2, 3) if self.extrapolate else (0, 1)
+            if not all(low <= w <= high for w in self.grid.values):
+                beyond = "" if self.extrapolate else "; points beyond the ends need extrapolate"
+                raise ValueError(f"grid.values lie in [{low}, {high}]{beyond}")
+        elif self.extrapolate:
+            raise ValueError("extrapolate needs a grid with values, which name the points beyond the ends")
+        return self
+
+
+def _check_sparsities(values: list[float]) -> list[float]:
+    return sorted({0.0, *values})
+
+
+class PruningOptions(EvaluationOptions):
+    """How much is pruned, and of what. Each sparsity is a full evaluation."""
+
+    sparsities: Annotated[
+        list[Annotated[float, Field(ge=0, lt=1)]],
+        Field(min_length=1, max_length=1000),
+        AfterValidator(_check_sparsities),
+    ] = Field(
+        default=[0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99],
+        description="Shares of the prunable weights; 0 is added where it is not named.",
+    )
+    scope: Literal["global", "layerwise"] = Field(
+        default="global", description="One threshold for all prunable weights, or the same share of each layer."
+    )
+    include_head: bool = Field(default=False, description="Prune the classification head too.")
+
+
+class Axis(Strict):
+    """What a series runs along: a name, and for each checkpoint a number, rising."""
+
+    name: str = Field(min_length=1, max_length=100, pattern=PLAIN_TEXT, description="Such as `epoch` or `step`.")
+    values: list[FiniteFloat] = Field(min_length=2, max_length=1000)
+
+    @model_validator(mode="after")
+    def _rising(self) -> "Axis":
+        if any(first >= second for first, second in pairwise(self.values)):
+            raise ValueError("the values of an axis rise from each checkpoint to the next")
+        return self
+
+
 class EvaluationRequest(Strict):
     """One evaluation, of a checkpoint on a probe or of a feature set."""
 
@@ -119,6 +190,48 @@ class EvaluationRequest(Strict):
         if self.feature_set_id is None and all(pair):
             return self
         raise ValueError("give either checkpoint_id and probe_id, or feature_set_id alone")
+
+
+class PathRequest(Strict):
+    """The straight line between the weights of two checkpoints of one architecture."""
+
+    kind: Literal["path"]
+    checkpoint_a_id: Id
+    checkpoint_b_id: Id
+    probe_id: Id
+    options: PathOptions = PathOptions()
+
+
+class PruningRequest(Strict):
+    """A checkpoint whose weights of least magnitude are set to zero, sparsity by sparsity."""
+
+    kind: Literal["pruning"]
+    checkpoint_id: Id
+    probe_id: Id
+    options: PruningOptions = PruningOptions()
+
+
+class SeriesRequest(Strict):
+    """Checkpoints of one architecture in order, such as those of a training run."""
+
+    kind: Literal["series"]
+    axis: Axis
+    checkpoint_ids: list[Id] = Field(min_length=2, max_length=1000)
+    probe_id: Id
+    options: EvaluationOptions = EvaluationOptions()
+
+    @model_validator(mode="after")
+    def _as_many(self) -> "SeriesRequest":
+        if len(self.axis.values) != len(self.checkpoint_ids):
+            raise ValueError(
+                f"axis.values has {len(self.axis.values)} numbers and checkpoint_ids {len(self.checkpoint_ids)} ids"
+            )
+        return self
+
+
+AnalysisRequest = Annotated[
+    EvaluationRequest | PathRequest | PruningRequest | SeriesRequest, Field(discriminator="kind")
+]
 
 
 # --- resources ------------------------------------------------------------------------------------------------------
@@ -193,9 +306,11 @@ class Analysis(Strict):
     name: str
     status: Status
     progress: Progress
-    checkpoint_id: str | None
+    checkpoint_id: str | None = Field(description="Where it looks at one checkpoint.")
+    checkpoint_ids: list[str] = Field(description="All that it looks at, in order: of a path A and B.")
     probe_id: str | None
     feature_set_id: str | None
+    axis: Axis | None
     options: dict[str, Any]
     attempts: int
     created_at: datetime
@@ -213,6 +328,7 @@ class ReportSummary(Strict):
     kind: str
     name: str
     checkpoint_id: str | None
+    checkpoint_ids: list[str]
     probe_id: str | None
     feature_set_id: str | None
     created_at: datetime
@@ -353,7 +469,10 @@ class ProbeSubject(Strict):
     preprocess: Preprocess | None
 
 
-class Provenance(Strict):
+Options = TypeVar("Options", bound=EvaluationOptions)
+
+
+class Provenance(Strict, Generic[Options]):
     interplay_version: str
     code_sha256: str
     torch_version: str
@@ -364,21 +483,149 @@ class Provenance(Strict):
     feature_dtype: str
     spectrum_dtype: str
     batch_size: int | None
-    options: EvaluationOptions
+    options: Options
 
 
-class EvaluationReport(Strict):
+class _Report(Strict):
     schema_version: str
     definitions_version: str
-    kind: Literal["evaluation"]
     id: str
     analysis_id: str
     created_at: datetime
-    subject: Subject
     probe: ProbeSubject
-    provenance: Provenance
     timings_seconds: dict[str, FiniteFloat]
+
+
+class EvaluationReport(_Report):
+    kind: Literal["evaluation"]
+    subject: Subject
+    provenance: Provenance[EvaluationOptions]
     splits: dict[str, SplitEvaluation]
+
+
+class Barrier(Strict):
+    """How far a value on the path exceeds what it is compared with, and at which w it does so most."""
+
+    value: FiniteFloat
+    at: FiniteFloat
+
+
+class BarrierForms(Strict):
+    """The three forms in use: Frankle's over the mean of the ends, Entezari's over the chord, their code's at 1/2."""
+
+    frankle: Barrier
+    entezari: Barrier
+    midpoint: FiniteFloat | None
+
+
+class PathSplit(Strict):
+    """Of one split. MIR's barrier is how far it falls under the chord, HDR's how far it rises over it."""
+
+    loss_barrier: Barrier | None
+    error_barrier: Barrier | None
+    mir_barrier: Barrier | None
+    hdr_barrier: Barrier | None
+    connected: bool | None = Field(description="Whether the error barrier is at most 0.02.")
+    loss_forms: BarrierForms | None
+    error_forms: BarrierForms | None
+    reasons: Reasons
+
+
+class Measured(Strict):
+    """Which MIR and HDR a summary is of."""
+
+    level: Literal["sample", "class_mean"]
+    centring: Literal["none", "global"]
+
+
+class PathSummary(Strict):
+    splits: dict[str, PathSplit]
+    measured: Measured
+    l2_distance: FiniteFloat = Field(description="Euclidean distance of the two ends' parameters.")
+    cosine: FiniteFloat | None = Field(description="Of the two ends' parameters.")
+    recalibrated_layers: int | None = Field(description="Normalisation layers with statistics taken anew.")
+
+
+class PathPoint(Strict):
+    w: FiniteFloat
+    splits: dict[str, SplitEvaluation]
+
+
+class PathReport(_Report):
+    """Points in order of w; at 0 and 1 they are the two checkpoints themselves."""
+
+    kind: Literal["path"]
+    subjects: list[Subject] = Field(min_length=2, max_length=2, description="A and B.")
+    provenance: Provenance[PathOptions]
+    points: list[PathPoint]
+    summary: PathSummary
+
+
+class PruningPoint(Strict):
+    sparsity: FiniteFloat
+    n_pruned: int
+    splits: dict[str, SplitEvaluation]
+
+
+class PruningSplit(Strict):
+    knee: FiniteFloat | None = Field(description="Largest sparsity whose accuracy is within 1 point of that at 0.")
+    reasons: Reasons
+
+
+class PruningSummary(Strict):
+    n_prunable: int
+    splits: dict[str, PruningSplit]
+
+
+class PruningReport(_Report):
+    kind: Literal["pruning"]
+    subject: Subject
+    provenance: Provenance[PruningOptions]
+    points: list[PruningPoint]
+    summary: PruningSummary
+
+
+class SeriesPoint(Strict):
+    x: FiniteFloat
+    checkpoint_id: str
+    reused_report_id: str | None = Field(description="The report of an evaluation that there was already.")
+    splits: dict[str, SplitEvaluation]
+
+
+class SeriesSplit(Strict):
+    """Spearman's rank correlations over the points, and the distances to the optimum at each, in order."""
+
+    spearman_mir_accuracy: FiniteFloat | None
+    spearman_hdr_accuracy: FiniteFloat | None
+    mir_distance: list[FiniteFloat | None]
+    hdr_distance: list[FiniteFloat | None]
+    reasons: Reasons
+
+
+class Generalisation(Strict):
+    """First x with a train accuracy of 0.99, first with a test accuracy of 0.99, and how much later that came."""
+
+    train_at: FiniteFloat | None
+    test_at: FiniteFloat | None
+    delay: FiniteFloat | None
+
+
+class SeriesSummary(Strict):
+    splits: dict[str, SeriesSplit]
+    measured: Measured
+    generalisation: Generalisation | None = Field(description="Null where the probe has not both splits.")
+
+
+class SeriesReport(_Report):
+    kind: Literal["series"]
+    axis: Axis
+    subjects: list[Subject]
+    provenance: Provenance[EvaluationOptions]
+    points: list[SeriesPoint]
+    summary: SeriesSummary
+
+
+Report = Annotated[EvaluationReport | PathReport | PruningReport | SeriesReport, Field(discriminator="kind")]
 
 
 class Readiness(Strict):

@@ -5,16 +5,21 @@ client that cancels, or a worker that was thought dead and still runs.
 """
 
 import hashlib
+import json
 from dataclasses import dataclass
 from typing import Any, Literal
 from uuid import uuid4
 
 import sqlalchemy as sa
+from pydantic import TypeAdapter
 
-from app.database import write
+from app.database import read, write
 from app.errors import problem
-from app.models import Analysis, Checkpoint, FeatureSet, MetadataEntry, Probe, Report, now
-from app.schemas import DEFINITIONS_VERSION, SCHEMA_VERSION, EvaluationReport
+from app.models import Analysis, AnalysisCheckpoint, Checkpoint, FeatureSet, MetadataEntry, Probe, Report, now
+from app.schemas import DEFINITIONS_VERSION, SCHEMA_VERSION
+from app.schemas import Report as AnyReport
+
+_REPORTS: TypeAdapter[Any] = TypeAdapter(AnyReport)
 
 Outcome = Literal["succeeded", "failed", "cancelled"]
 
@@ -52,18 +57,38 @@ def begin(engine: sa.Engine, analysis_id: str, max_attempts: int) -> dict[str, A
         row.attempts += 1
         row.started_at = row.started_at or now()
         row.progress_phase, row.progress_done, row.progress_total = "starting", 0, 0
-        task: dict[str, Any] = {"analysis_id": row.id, "kind": row.kind, "options": row.options}
+        task: dict[str, Any] = {"analysis_id": row.id, "kind": row.kind, "options": row.options, "axis": row.axis}
         if row.feature_set_id is not None:
             feature_set = session.get_one(FeatureSet, row.feature_set_id)
-            return {**task, "subject": _subject("feature_set", feature_set), "probe": _data("feature_set", feature_set)}
-        checkpoint = session.get_one(Checkpoint, row.checkpoint_id)
+            subject, data = _subject("feature_set", feature_set), _data("feature_set", feature_set)
+            return {**task, "subjects": [subject], "probe": data}
+        checkpoints = [session.get_one(Checkpoint, place.checkpoint_id) for place in row.checkpoints]
         probe = session.get_one(Probe, row.probe_id)
         return {
             **task,
-            "subject": _subject("checkpoint", checkpoint),
+            "subjects": [_subject("checkpoint", checkpoint) for checkpoint in checkpoints],
             "probe": _data("probe", probe),
             "probe_format": probe.format,
         }
+
+
+def evaluation_of(engine: sa.Engine, task: dict[str, Any], position: int) -> dict[str, Any] | None:
+    """The newest evaluation report of one of a task's checkpoints on its probe, with its options, if there is one."""
+    places = sa.select(AnalysisCheckpoint.analysis_id).where(
+        AnalysisCheckpoint.checkpoint_id == task["subjects"][position]["id"]
+    )
+    reports = (
+        sa.select(Report.content)
+        .where(Report.kind == "evaluation", Report.probe_id == task["probe"]["id"], Report.analysis_id.in_(places))
+        .order_by(Report.created_at.desc(), Report.id.desc())
+    )
+    with read(engine) as session:
+        for content in session.scalars(reports):
+            report: dict[str, Any] = json.loads(content)
+            same = report["provenance"]["options"] == task["options"]
+            if same and report["definitions_version"] == DEFINITIONS_VERSION:
+                return report
+    return None
 
 
 def note(engine: sa.Engine, analysis_id: str, progress: Progress | None) -> bool:
@@ -86,7 +111,7 @@ def finish(engine: sa.Engine, analysis_id: str, result: Result) -> bool:
         if result.body is not None:
             report = _report(row, result.body)
             session.add(report)
-            session.add_all(MetadataEntry.entries(report.id, result.body["subject"]["metadata"]))
+            session.add_all(MetadataEntry.entries(report.id, _metadata(result.body)))
             row.progress_phase, row.progress_done = "finished", row.progress_total
         _end(row, result)
         return True
@@ -94,6 +119,15 @@ def finish(engine: sa.Engine, analysis_id: str, result: Result) -> bool:
 
 def _end(row: Analysis, result: Result) -> None:
     row.outcome, row.problem, row.finished_at = result.outcome, result.problem, now()
+
+
+def _metadata(body: dict[str, Any]) -> dict[str, Any]:
+    """Of all that a report is about: under each key every value that one of them has."""
+    found: dict[str, list[Any]] = {}
+    for subject in body.get("subjects") or [body["subject"]]:
+        for key, value in subject["metadata"].items():
+            found.setdefault(key, []).extend(value if isinstance(value, list) else [value])
+    return found
 
 
 def _report(row: Analysis, body: dict[str, Any]) -> Report:
@@ -106,14 +140,13 @@ def _report(row: Analysis, body: dict[str, Any]) -> Report:
         "analysis_id": row.id,
         "created_at": created_at,
     }
-    content = EvaluationReport.model_validate({**head, **body}).model_dump_json(by_alias=True)
+    content = _REPORTS.validate_python({**head, **body}).model_dump_json(by_alias=True)
     return Report(
         id=report_id,
         created_at=created_at,
         analysis_id=row.id,
         kind=row.kind,
         name=row.name,
-        checkpoint_id=row.checkpoint_id,
         probe_id=row.probe_id,
         feature_set_id=row.feature_set_id,
         sha256=hashlib.sha256(content.encode()).hexdigest(),

@@ -1,12 +1,10 @@
-"""From a task to the body of a report: which function of `analysis` computes which kind. Runs in the child."""
+"""From a task to a report's body or a problem, on the device that was chosen. Runs in the child."""
 
 import hashlib
 import importlib.metadata
 import logging
 import platform
 import time
-from collections.abc import Callable
-from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,15 +14,12 @@ import torch
 
 import analysis
 from analysis.errors import AnalysisError
-from analysis.evaluation import Evaluation, EvaluationOptions, evaluate_features, evaluate_network
-from analysis.networks import FAMILIES, load_network
-from analysis.probes import Preprocess, load_feature_set, load_probe
+from analysis.networks import FAMILIES
 from app.errors import problem
+from workers import kinds
+from workers.kinds import OnProgress, Task
 
 logger = logging.getLogger("interplay")
-
-Task = dict[str, Any]
-OnProgress = Callable[[str, int, int], None]
 
 # A batch of small inputs is done in microseconds: nobody reads more than so many updates.
 _PROGRESS_SECONDS = 0.1
@@ -56,9 +51,9 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def run(task: Task, device: torch.device, on_progress: OnProgress) -> dict[str, Any]:
-    """Compute a task: `{"body": ...}`, the report but for its identity, or `{"problem": ...}`."""
+    """Compute a task: `{"body": ...}` as `kinds` says, or `{"problem": ...}`."""
     try:
-        return {"body": _KINDS[task["kind"]](task, device, _throttled(on_progress))}
+        return {"body": kinds.compute(task, device, _throttled(on_progress), _provenance(task, device))}
     except AnalysisError as error:
         return {"problem": problem(error.kind, error.title, error.detail, **error.members)}
     except Exception as error:
@@ -68,43 +63,8 @@ def run(task: Task, device: torch.device, on_progress: OnProgress) -> dict[str, 
         return {"problem": problem("internal-error", "Internal error", detail)}
 
 
-def run_evaluation(task: Task, device: torch.device, on_progress: OnProgress) -> dict[str, Any]:
-    """An evaluation of a checkpoint on a probe, or of a feature set."""
-    options = EvaluationOptions(**task["options"])
-    subject, probe = task["subject"], task["probe"]
-    feature_dtype = torch.float32
-    started = time.perf_counter()
-    on_progress("loading", 0, 0)
-    if subject["kind"] == "feature_set":
-        feature_set = load_feature_set(Path(task["subject_path"]))
-        feature_dtype = feature_set.features.dtype
-        load_seconds = time.perf_counter() - started
-        evaluation = evaluate_features(feature_set, device=device, options=options, progress=on_progress)
-    else:
-        preprocess = Preprocess(**probe["preprocess"]) if probe["preprocess"] else None
-        data = load_probe(
-            Path(task["probe_path"]),
-            format=task["probe_format"],
-            preprocess=preprocess,
-            n_classes=probe["n_classes"],
-        )
-        network = load_network(subject["architecture"], Path(task["subject_path"]), head=subject["head"], device=device)
-        subject = {**subject, "head": network.head_name}
-        load_seconds = time.perf_counter() - started
-        evaluation = evaluate_network(network, data, device=device, options=options, progress=on_progress)
-    return {
-        "subject": {**subject, "n_features": evaluation.n_features, "n_classes": evaluation.n_classes},
-        "probe": probe,
-        "provenance": _provenance(task, device, evaluation, feature_dtype),
-        "timings_seconds": {"load": load_seconds, **evaluation.timings_seconds},
-        "splits": {name: asdict(split) for name, split in evaluation.splits.items()},
-    }
-
-
-_KINDS: dict[str, Callable[[Task, torch.device, OnProgress], dict[str, Any]]] = {"evaluation": run_evaluation}
-
-
-def _provenance(task: Task, device: torch.device, evaluation: Evaluation, feature_dtype: torch.dtype) -> dict[str, Any]:
+def _provenance(task: Task, device: torch.device) -> dict[str, Any]:
+    """What a report says of how it came about; the kind adds what only it knows."""
     return {
         "interplay_version": importlib.metadata.version("interplay"),
         "code_sha256": _code_sha256(),
@@ -113,9 +73,7 @@ def _provenance(task: Task, device: torch.device, evaluation: Evaluation, featur
         "python_version": platform.python_version(),
         "device": describe(device)["device"],
         "threads": torch.get_num_threads(),
-        "feature_dtype": str(feature_dtype).removeprefix("torch."),
         "spectrum_dtype": "float64",
-        "batch_size": evaluation.batch_size,
         "options": task["options"],
     }
 

@@ -57,10 +57,27 @@ def register(host: Host) -> None:
         try:
             task = _patiently(lambda: attempts.begin(host.engine, analysis_id, host.settings.max_attempts))
             if task is not None:
-                result = Result(**compute(analysis_id, task))
+                result = _run(lambda task: Result(**compute(analysis_id, task)), task)
                 _patiently(lambda: attempts.finish(host.engine, analysis_id, result))
         finally:
             host.active.discard(analysis_id)
+
+
+def _run(compute: Callable[[dict[str, Any]], Result], task: dict[str, Any]) -> Result:
+    """One step for an evaluation; for what has points one for each, until the last is done, and one for the whole.
+
+    After a kill the steps that were recorded give what they gave, and the first that was not is computed.
+    """
+    if task["kind"] == "evaluation":
+        return compute(task)
+    points: list[dict[str, Any]] = []
+    while True:
+        result = compute({**task, "step": "point", "points": [point["known"] for point in points]})
+        if result.body is None:
+            return result
+        points.append(result.body)
+        if result.body["last"]:
+            return compute({**task, "step": "report", "points": points})
 
 
 def _compute(host: Host, analysis_id: str, task: dict[str, Any]) -> Result:
@@ -74,6 +91,11 @@ def _compute(host: Host, analysis_id: str, task: dict[str, Any]) -> Result:
             logger.warning("progress of analysis %s was not stored: %s", analysis_id, error)
             return False
 
+    if task["kind"] == "series" and task["step"] == "point":
+        position = len(task["points"])
+        if report := _patiently(lambda: attempts.evaluation_of(host.engine, task, position)):
+            on_tick(Progress("reused", position + 1, len(task["subjects"])))
+            return Result("succeeded", body=_reused(task, position, report))
     reason = ""
     with ExitStack() as stack:
         fetched = _fetch_patiently(host.storage, task, stack, on_tick)
@@ -94,7 +116,7 @@ def _compute(host: Host, analysis_id: str, task: dict[str, Any]) -> Result:
 
 def _fetch_patiently(
     storage: Storage, task: dict[str, Any], stack: ExitStack, on_tick: Callable[[Progress | None], bool]
-) -> dict[str, str] | Result:
+) -> dict[str, Any] | Result:
     """The task's blobs, waiting for a storage that is away; else how the analysis ends without them."""
     deadline = time.monotonic() + _STORAGE_PATIENCE_SECONDS
     while True:
@@ -113,12 +135,31 @@ def _fetch_patiently(
             time.sleep(_PAUSE_SECONDS)
 
 
-def _fetch(storage: Storage, task: dict[str, Any], stack: ExitStack) -> dict[str, str]:
-    """Paths of the task's blobs, good until the stack unwinds."""
-    paths = {"subject_path": stack.enter_context(storage.local_copy(task["subject"]["sha256"]))}
+def _fetch(storage: Storage, task: dict[str, Any], stack: ExitStack) -> dict[str, Any]:
+    """Paths of the blobs that a task needs now, by sha256, good until the stack unwinds."""
+    if task.get("step") == "report":
+        return {"paths": {}}
+    subjects = task["subjects"]
+    if task["kind"] == "series":
+        subjects = [subjects[len(task["points"])]]
+    hashes = [subject["sha256"] for subject in subjects]
     if task["probe"]["kind"] == "probe":
-        paths["probe_path"] = stack.enter_context(storage.local_copy(task["probe"]["sha256"]))
-    return {name: str(path) for name, path in paths.items()}
+        hashes.append(task["probe"]["sha256"])
+    return {"paths": {sha256: str(stack.enter_context(storage.local_copy(sha256))) for sha256 in dict.fromkeys(hashes)}}
+
+
+def _reused(task: dict[str, Any], position: int, report: dict[str, Any]) -> dict[str, Any]:
+    """A point of a series as the child would have made it, from a report that there is."""
+    point = {
+        "x": task["axis"]["values"][position],
+        "checkpoint_id": task["subjects"][position]["id"],
+        "reused_report_id": report["id"],
+        "splits": report["splits"],
+    }
+    subject = report["subject"]
+    known = {"n_features": subject["n_features"], "n_classes": subject["n_classes"], "head": subject["head"]}
+    last = position == len(task["subjects"]) - 1
+    return {"point": point, "known": known, "timings_seconds": {}, "last": last}
 
 
 def _patiently(transaction: Callable[[], T]) -> T:

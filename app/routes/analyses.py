@@ -23,7 +23,7 @@ IdFilter = Annotated[str | None, Query(max_length=36, pattern=schemas.PLAIN_TEXT
 
 @router.post("/analyses", status_code=202, responses=problems(404, 409, 413, 422, 503))
 def create_analysis(
-    body: schemas.EvaluationRequest,
+    body: schemas.AnalysisRequest,
     request: Request,
     response: Response,
     service: ServiceDep,
@@ -78,23 +78,40 @@ def list_reports(
 ) -> schemas.Page[schemas.ReportSummary]:
     """Reports without their content."""
     query = sa.select(Report).options(sa.orm.defer(Report.content))
-    equal = {"kind": kind, "checkpoint_id": checkpoint_id, "probe_id": probe_id, "feature_set_id": feature_set_id}
+    if checkpoint_id is not None:
+        query = query.where(analyses.looks_at(Report.analysis_id, [checkpoint_id]))
+    equal = {"kind": kind, "probe_id": probe_id, "feature_set_id": feature_set_id}
     for column, value in equal.items():
         if value is not None:
             query = query.where(getattr(Report, column) == value)
-    subjects = [Report.id, Report.probe_id]
+
+    def about(ids: sa.Select[str]) -> sa.ColumnElement[bool]:
+        return sa.or_(Report.id.in_(ids), Report.probe_id.in_(ids))
+
     with read(service.engine) as session:
-        rows, cursor = page(session, query, Report, listing, subjects)
-        items = [
-            schemas.ReportSummary(**{name: getattr(row, name) for name in schemas.ReportSummary.model_fields})
-            for (row,) in rows
-        ]
+        rows, cursor = page(session, query, Report, listing, about)
+        items = [_summary(row) for (row,) in rows]
     return schemas.Page(items=items, next_cursor=cursor)
+
+
+def _summary(row: Report) -> schemas.ReportSummary:
+    ids = [place.checkpoint_id for place in row.checkpoints]
+    return schemas.ReportSummary(
+        id=row.id,
+        analysis_id=row.analysis_id,
+        kind=row.kind,
+        name=row.name,
+        checkpoint_id=ids[0] if len(ids) == 1 else None,
+        checkpoint_ids=ids,
+        probe_id=row.probe_id,
+        feature_set_id=row.feature_set_id,
+        created_at=row.created_at,
+    )
 
 
 @router.get(
     "/reports/{id}",
-    response_model=schemas.EvaluationReport,
+    response_model=schemas.Report,
     responses={304: {"description": "The report that the client holds is the one asked for"}, **problems(404)},
 )
 def get_report(

@@ -144,7 +144,7 @@ def _list(
     engine: sa.Engine, model: type[resources.Owner], schema: type[Resource], listing: Listing
 ) -> schemas.Page[Resource]:
     with read(engine) as session:
-        rows, cursor = page(session, sa.select(model), model, listing, [model.id])
+        rows, cursor = page(session, sa.select(model), model, listing, model.id.in_)
         return schemas.Page(items=[_resource(schema, row) for (row,) in rows], next_cursor=cursor)
 
 

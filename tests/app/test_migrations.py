@@ -47,7 +47,7 @@ def test_upgrade_from_empty_makes_what_the_models_say(engine: sa.Engine) -> None
     assert migrations.current(engine) is None
     migrations.upgrade(engine)
     assert migrations.check(engine) == []
-    assert migrations.current(engine) == "0001"
+    assert migrations.current(engine) == "0002"
     assert _tables(engine) == OURS | {"alembic_version"}
 
 
@@ -125,7 +125,7 @@ def test_upgrades_at_the_same_time_are_safe(settings: Settings) -> None:
             engine.dispose()
 
     with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(upgrade, range(4))) == ["0001"] * 4
+        assert list(pool.map(upgrade, range(4))) == ["0002"] * 4
 
 
 def test_processes_that_upgrade_at_the_same_time_are_safe(settings: Settings, engine: sa.Engine) -> None:
@@ -160,3 +160,27 @@ def test_foreign_keys_are_enforced_after_an_upgrade(engine: sa.Engine) -> None:
     row = {column.name: "x" for column in reports.columns} | {"created_at": None}
     with engine.begin() as connection, pytest.raises(sa.exc.IntegrityError, match=r"(?i)foreign key"):
         connection.execute(sa.insert(reports).values(row | {"created_at": sa.func.current_timestamp()}))
+
+
+def test_what_an_analysis_looked_at_survives_the_second_migration(engine: sa.Engine) -> None:
+    """Its checkpoint moves to the table of places and, going back, returns; what had none has none."""
+    migrations.upgrade(engine, "0001")
+    now = sa.func.current_timestamp()
+    before = sa.MetaData()
+    before.reflect(engine, only=["analyses"])
+    empty = {"kind": "evaluation", "name": "x", "options": "{}", "request_sha256": "0", "attempts": 0}
+    empty |= {"progress_done": 0, "progress_total": 0, "progress_phase": "queued"}
+    with engine.begin() as connection:
+        for id_, checkpoint_id in (("a", "net"), ("b", None)):
+            row = {**empty, "id": id_, "checkpoint_id": checkpoint_id, "created_at": now}
+            connection.execute(sa.insert(before.tables["analyses"]).values(row))
+    migrations.upgrade(engine)
+    places = Base.metadata.tables["analysis_checkpoints"]
+    with engine.begin() as connection:
+        assert connection.execute(sa.select(places)).all() == [("a", 0, "net")]
+        connection.execute(sa.insert(places).values(analysis_id="b", position=0, checkpoint_id="one"))
+        connection.execute(sa.insert(places).values(analysis_id="b", position=1, checkpoint_id="two"))
+    migrations.downgrade(engine, "0001")
+    with engine.connect() as connection:
+        query = sa.text("SELECT id, checkpoint_id FROM analyses ORDER BY id")
+        assert connection.execute(query).all() == [("a", "net"), ("b", None)]

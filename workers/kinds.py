@@ -1,0 +1,245 @@
+"""Which function of `analysis` computes which kind of analysis. Runs in the child.
+
+An evaluation is one task, its body the report's. What has points takes several: a task of the step `point` gives one
+point, what those after it and the report must know of it, and whether it was the last; a task of the step `report` puts
+all of them together. So each point is recorded when it is done, and none is computed twice after a kill.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from pathlib import Path as FilePath
+from typing import Any, Literal, TypeVar
+
+import torch
+
+from analysis.evaluation import Evaluation, EvaluationOptions, evaluate_features, evaluate_network
+from analysis.networks import LoadedNetwork, load_network
+from analysis.paths import Path, even_grid, next_point, recalibrate
+from analysis.probes import Preprocess, Probe, load_feature_set, load_probe
+from analysis.pruning import Pruning
+from workers import summaries
+
+Task = dict[str, Any]
+OnProgress = Callable[[str, int, int], None]
+T = TypeVar("T")
+
+# Points of an adaptive grid that are certain to come: what progress counts against at first.
+_ADAPTIVE_POINTS = 17
+
+
+def compute(task: Task, device: torch.device, on_progress: OnProgress, provenance: dict[str, Any]) -> dict[str, Any]:
+    """The body of an evaluation's report, of a point, or of the report of all points.
+
+    Args:
+        task: as `attempts.begin` made it, with the paths of its files; `step` and `points` where there are points.
+        device: where everything is computed.
+        on_progress: called with phase, done and total as the work goes on.
+        provenance: what every report says of how it came about.
+
+    Returns:
+        JSON values.
+
+    Raises:
+        AnalysisError: what was asked for cannot be computed.
+    """
+    if task["kind"] == "evaluation":
+        return _evaluation(task, device, on_progress, provenance)
+    if task["step"] == "point":
+        return _POINTS[task["kind"]](task, device, on_progress)
+    _held.clear()
+    return summaries.REPORTS[task["kind"]](task) | _common(task, provenance)
+
+
+def _evaluation(
+    task: Task, device: torch.device, on_progress: OnProgress, provenance: dict[str, Any]
+) -> dict[str, Any]:
+    """An evaluation of a checkpoint on a probe, or of a feature set."""
+    clock, subject, options = _Clock(), task["subjects"][0], EvaluationOptions(**task["options"])
+    feature_dtype, head = torch.float32, None
+    on_progress("loading", 0, 0)
+    if subject["kind"] == "feature_set":
+        with clock.phase("load"):
+            feature_set = load_feature_set(_file(task, subject))
+        feature_dtype = feature_set.features.dtype
+        evaluation = evaluate_features(feature_set, device=device, options=options, progress=on_progress)
+    else:
+        with clock.phase("load"):
+            probe, network = _load_probe(task), _load_network(task, 0, device)
+        head = network.head_name
+        evaluation = evaluate_network(network, probe, device=device, options=options, progress=on_progress)
+    known = {"n_features": evaluation.n_features, "n_classes": evaluation.n_classes, "head": head}
+    return {
+        "subject": {**subject, **known},
+        "probe": task["probe"],
+        "provenance": {
+            **provenance,
+            "feature_dtype": str(feature_dtype).removeprefix("torch."),
+            "batch_size": evaluation.batch_size,
+        },
+        "timings_seconds": {**clock.seconds, **evaluation.timings_seconds},
+        "splits": _splits(evaluation),
+    }
+
+
+def _path_point(task: Task, device: torch.device, on_progress: OnProgress) -> dict[str, Any]:
+    grid = _grid(task["options"]["grid"])
+    known = {point["w"]: point["loss"] for point in task["points"]}
+    w = next_point(grid, known)
+    assert w is not None, "the last point has said that it was the last"
+    total = len(grid) if grid != "adaptive" else max(_ADAPTIVE_POINTS, len(known) + 1)
+    clock, on_progress = _Clock(), _of_point(on_progress, len(known), total)
+    with clock.phase("load"):
+        path, probe = _warm(task, on_progress, lambda: _load_path(task, device))
+    with clock.phase("mix"):
+        network = path.move_to(w)
+    layers = None
+    # The two ends are the checkpoints themselves, statistics and all.
+    if task["options"]["normalisation"] == "recalibrate" and w not in (0.0, 1.0):
+        with clock.phase("recalibrate"):
+            on_progress("recalibrating", 0, 0)
+            layers = recalibrate(network, probe, device=device, batch_size=task["points"][0]["batch_size"])
+    evaluation = evaluate_network(network, probe, device=device, options=_options(task), progress=on_progress)
+    loss = evaluation.splits["all"].loss
+    assert loss is not None, "a loss is defined where there are samples"
+    last = next_point(grid, {**known, w: loss}) is None
+    distance, cosine = path.distances() if last else (None, None)
+    about = {"w": w, "loss": loss, "recalibrated_layers": layers, "l2_distance": distance, "cosine": cosine}
+    return _point({"w": w}, network, evaluation, clock, last=last, **about)
+
+
+def _pruning_point(task: Task, device: torch.device, on_progress: OnProgress) -> dict[str, Any]:
+    position, sparsities = len(task["points"]), task["options"]["sparsities"]
+    clock, on_progress = _Clock(), _of_point(on_progress, position, len(sparsities))
+    with clock.phase("load"):
+        pruning, probe = _warm(task, on_progress, lambda: _load_pruning(task, device))
+    with clock.phase("prune"):
+        n_pruned = pruning.prune_to(sparsities[position])
+    evaluation = evaluate_network(pruning.network, probe, device=device, options=_options(task), progress=on_progress)
+    point = {"sparsity": sparsities[position], "n_pruned": n_pruned}
+    last = position == len(sparsities) - 1
+    return _point(point, pruning.network, evaluation, clock, last=last, n_prunable=pruning.n_prunable)
+
+
+def _series_point(task: Task, device: torch.device, on_progress: OnProgress) -> dict[str, Any]:
+    position, total = len(task["points"]), len(task["subjects"])
+    clock, on_progress = _Clock(), _of_point(on_progress, position, total)
+    with clock.phase("load"):
+        probe = _warm(task, on_progress, lambda: _load_probe(task).prepared(device))
+        network = _load_network(task, position, device)
+    evaluation = evaluate_network(network, probe, device=device, options=_options(task), progress=on_progress)
+    point = {"x": task["axis"]["values"][position], "checkpoint_id": task["subjects"][position]["id"]}
+    return _point({**point, "reused_report_id": None}, network, evaluation, clock, last=position == total - 1)
+
+
+_POINTS: dict[str, Callable[[Task, torch.device, OnProgress], dict[str, Any]]] = {
+    "path": _path_point,
+    "pruning": _pruning_point,
+    "series": _series_point,
+}
+
+
+def _point(
+    point: dict[str, Any], network: LoadedNetwork, evaluation: Evaluation, clock: "_Clock", *, last: bool, **known: Any
+) -> dict[str, Any]:
+    return {
+        "point": {**point, "splits": _splits(evaluation)},
+        "known": {
+            **known,
+            "head": network.head_name,
+            "n_features": evaluation.n_features,
+            "n_classes": evaluation.n_classes,
+            "batch_size": evaluation.batch_size,
+        },
+        "timings_seconds": {**clock.seconds, **evaluation.timings_seconds},
+        "last": last,
+    }
+
+
+def _common(task: Task, provenance: dict[str, Any]) -> dict[str, Any]:
+    """What the reports of all kinds with points have."""
+    timings: dict[str, float] = {}
+    for point in task["points"]:
+        for phase, seconds in point["timings_seconds"].items():
+            timings[phase] = timings.get(phase, 0.0) + seconds
+    sizes = [point["known"]["batch_size"] for point in task["points"] if point["known"].get("batch_size")]
+    return {
+        "probe": task["probe"],
+        "provenance": {**provenance, "feature_dtype": "float32", "batch_size": min(sizes, default=None)},
+        "timings_seconds": timings,
+    }
+
+
+def _splits(evaluation: Evaluation) -> dict[str, Any]:
+    return {name: asdict(split) for name, split in evaluation.splits.items()}
+
+
+def _options(task: Task) -> EvaluationOptions:
+    names = {field.name for field in fields(EvaluationOptions)}
+    return EvaluationOptions(**{name: value for name, value in task["options"].items() if name in names})
+
+
+def _grid(grid: Any) -> Sequence[float] | Literal["adaptive"]:
+    """The points of a path, both ends first: what is between them is measured from them."""
+    if grid == "adaptive":
+        return "adaptive"
+    points = even_grid(grid["points"]) if "points" in grid else grid["values"]
+    return [0.0, 1.0, *sorted({float(w) for w in points} - {0.0, 1.0})]
+
+
+# What the points of the analysis at work share, so that networks and probe are read once for all of them.
+_held: dict[str, Any] = {}
+
+
+def _warm(task: Task, on_progress: OnProgress, load: Callable[[], T]) -> T:
+    """What `load` gives, kept until the report is made or another analysis comes."""
+    if task["analysis_id"] not in _held:
+        _held.clear()
+        on_progress("loading", 0, 0)
+        _held[task["analysis_id"]] = load()
+    kept: T = _held[task["analysis_id"]]
+    return kept
+
+
+def _load_path(task: Task, device: torch.device) -> tuple[Path, Probe]:
+    first, second = (_load_network(task, position, device) for position in (0, 1))
+    return Path(first, second.module.state_dict()), _load_probe(task).prepared(device)
+
+
+def _load_pruning(task: Task, device: torch.device) -> tuple[Pruning, Probe]:
+    options, network = task["options"], _load_network(task, 0, device)
+    pruning = Pruning(network, options["scope"], include_head=options["include_head"])
+    return pruning, _load_probe(task).prepared(device)
+
+
+def _load_network(task: Task, position: int, device: torch.device) -> LoadedNetwork:
+    subject = task["subjects"][position]
+    return load_network(subject["architecture"], _file(task, subject), head=subject["head"], device=device)
+
+
+def _load_probe(task: Task) -> Probe:
+    probe = task["probe"]
+    preprocess = Preprocess(**probe["preprocess"]) if probe["preprocess"] else None
+    path = _file(task, probe)
+    return load_probe(path, format=task["probe_format"], preprocess=preprocess, n_classes=probe["n_classes"])
+
+
+def _file(task: Task, resource: dict[str, Any]) -> FilePath:
+    return FilePath(task["paths"][resource["sha256"]])
+
+
+def _of_point(on_progress: OnProgress, done: int, total: int) -> OnProgress:
+    """Progress within a point tells the phase; what is counted are the points."""
+    return lambda phase, _done, _total: on_progress(phase, done, total)
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start

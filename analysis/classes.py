@@ -51,6 +51,12 @@ class ClassStatistics:
         return self.means.mean(dim=0)
 
 
+def computing_dtype(features: Float[Tensor, "n d"]) -> torch.dtype:
+    """Float64 for features of that type and for small sets, float32 otherwise."""
+    small = features.dtype == torch.float64 or features.numel() <= _SMALL_SET
+    return torch.float64 if small else torch.float32
+
+
 def class_statistics(features: Float[Tensor, "n d"], labels: Int[Tensor, " n"], n_classes: int) -> ClassStatistics:
     """Sort samples by class and take the means.
 
@@ -76,7 +82,7 @@ def class_statistics(features: Float[Tensor, "n d"], labels: Int[Tensor, " n"], 
     lengths = torch.zeros(len(classes), dtype=torch.float64, device=features.device)
     for position, rows in enumerate(members):
         for chunk in torch.split(rows, _CHUNK):
-            samples = features[chunk].double()
+            samples = features.index_select(0, chunk).double()
             sums[position] += samples.sum(dim=0)
             lengths[position] += torch.linalg.vector_norm(samples, dim=1).sum()
     held = counts[classes].double()
@@ -135,12 +141,11 @@ class LabelledFeatures:
     @property
     def dtype(self) -> torch.dtype:
         """Float64 for features of that type and for small sets, float32 otherwise."""
-        small = self.features.dtype == torch.float64 or self.n_samples * self.features.shape[1] <= _SMALL_SET
-        return torch.float64 if small else torch.float32
+        return computing_dtype(self.features)
 
     def directions(self, rows: Int[Tensor, " m"]) -> Float64[Tensor, "k d"]:
         """Unit vectors of these samples, without those that have no direction."""
-        directions, usable = unit_directions(self.features[rows], self.centre, torch.float64)
+        directions, usable = unit_directions(self.features.index_select(0, rows), self.centre, torch.float64)
         return directions if bool(usable.all()) else directions[usable]
 
     def blocks(self) -> Iterator[ClassBlock]:
@@ -165,14 +170,14 @@ class LabelledFeatures:
         members, d = self.members[position], self.features.shape[1]
         accumulator = _ClassAccumulator(d, self.dtype, self.features.device)
         for chunk in torch.split(members, _BATCH):
-            accumulator.add(*unit_directions(self.features[chunk], self.centre, self.dtype))
+            accumulator.add(*unit_directions(self.features.index_select(0, chunk), self.centre, self.dtype))
         return accumulator.block(position)
 
     def _small(self, positions: list[int]) -> ClassBlock:
         sizes = [len(self.members[position]) for position in positions]
         device = self.features.device
         flat = torch.cat([self.members[position] for position in positions])
-        directions, usable = unit_directions(self.features[flat], self.centre, self.dtype)
+        directions, usable = unit_directions(self.features.index_select(0, flat), self.centre, self.dtype)
         owners = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(device)
         places = torch.cat([torch.arange(size) for size in sizes]).to(device)
         rows = directions.new_zeros(len(sizes), max(sizes), directions.shape[1])

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
-from analysis.classes import ClassStatistics
+from analysis.classes import ClassStatistics, computing_dtype
 from analysis.entropy import ZERO_ENTROPY, spectrum_entropy, unit_rows
 
 _EPS = torch.finfo(torch.float64).eps
@@ -108,7 +108,8 @@ def neural_collapse(
     Returns:
         The measures.
 
-    Numerics: float64, one pass over the features, O(N d C) time. Sigma_B is inverted on its leading min(C - 1, d)
+    Numerics: one pass over the features, O(N d C) time, in float64; large float32 sets' deviations from their class mean
+        are projected in float32, which says each to 7 digits. Sigma_B is inverted on its leading min(C - 1, d)
         directions. Where it has fewer, because the features span no more, NC1 is taken on those; where the features do
         vary outside them NC1 is not defined (`dependent_means`: two classes have one mean, or the means lie in too
         small a space).
@@ -155,29 +156,27 @@ def _projected(
     expected = min(present - 1, d)
     singular, directions = singular[:expected], directions[:expected]
     rank = int((singular > rounding).sum())
-    places, origin = means @ directions.T, statistics.centre @ directions.T
-    along, scatter = torch.zeros_like(singular), 0.0
-    agreeing = torch.empty(len(features), dtype=torch.bool, device=features.device)
-    owners = torch.empty_like(predicted)
-    weights = torch.empty(len(features), dtype=torch.float64, device=features.device)
+    places = means @ directions.T
+    along, scatter, differing = torch.zeros_like(singular), 0.0, 0
+    dtype, squares = computing_dtype(features), places.square().sum(dim=1)
+    narrow = directions.to(dtype)
     for position, members in enumerate(statistics.members):
-        owners[members] = position
-        weights[members] = 1 / (len(members) * present)
-    squares = places.square().sum(dim=1)
-    # In the order they lie in memory: gathering by class costs as much as the product.
-    for start in range(0, len(features), _CHUNK):
-        chunk = slice(start, start + _CHUNK)
-        # The means lie in the span of their directions, so that the nearest of them is the nearest within it.
-        samples, owner, weight = features[chunk].double(), owners[chunk], weights[chunk]
-        projected = (directions @ samples.T).T - origin
-        nearest = statistics.classes[(squares - 2 * projected @ places.T).argmin(dim=1)]
-        agreeing[chunk] = nearest == predicted[chunk]
-        deviations = projected - places[owner]
-        along += weight @ deviations.square()
-        if rank < expected:
-            outside = samples - statistics.means[owner] - deviations[:, :rank] @ directions[:rank]
-            scatter += float(weight @ outside.square().sum(dim=1))
-    disagreement = (len(features) - int(agreeing.sum())) / len(features)
+        mean = statistics.means[position]
+        high = mean.to(dtype)
+        rest = mean - high.double()
+        along_rest, offsets = rest @ directions.T, squares - 2 * places[position] @ places.T
+        for rows in torch.split(members, _CHUNK):
+            # About the class's own mean nothing is lost to cancellation, however far from the origin it lies.
+            samples = features.index_select(0, rows).to(dtype).sub_(high)
+            deviations = (narrow @ samples.T).T.double() - along_rest
+            # The means lie in the span of their directions, so that the nearest of them is the nearest within it.
+            nearest = torch.addmm(offsets, deviations, places.T, alpha=-2).argmin(dim=1)
+            differing += int((statistics.classes[nearest] != predicted[rows]).sum())
+            along += deviations.square().sum(dim=0) / (len(members) * present)
+            if rank < expected:
+                outside = samples.double() - rest - deviations[:, :rank] @ directions[:rank]
+                scatter += float(outside.square().sum()) / (len(members) * present)
+    disagreement = differing / len(features)
     if rank == 0:
         reason = "one_class" if present == 1 else "equal_means"
     elif rank < expected and math.sqrt(scatter) > 1e-12 * float(statistics.sizes.max()):

@@ -106,7 +106,7 @@ def _path_point(task: Task, device: torch.device, on_progress: OnProgress) -> di
     last = next_point(grid, {**known, w: loss}) is None
     distance, cosine = path.distances() if last else (None, None)
     about = {"w": w, "loss": loss, "recalibrated_layers": layers, "l2_distance": distance, "cosine": cosine}
-    return _point({"w": w}, network, evaluation, clock, last=last, **about)
+    return _point({"w": w}, network, evaluation, clock, last, total if not last else len(known) + 1, **about)
 
 
 def _pruning_point(task: Task, device: torch.device, on_progress: OnProgress) -> dict[str, Any]:
@@ -119,7 +119,7 @@ def _pruning_point(task: Task, device: torch.device, on_progress: OnProgress) ->
     evaluation = evaluate_network(pruning.network, probe, device=device, options=_options(task), progress=on_progress)
     point = {"sparsity": sparsities[position], "n_pruned": n_pruned}
     last = position == len(sparsities) - 1
-    return _point(point, pruning.network, evaluation, clock, last=last, n_prunable=pruning.n_prunable)
+    return _point(point, pruning.network, evaluation, clock, last, len(sparsities), n_prunable=pruning.n_prunable)
 
 
 def _series_point(task: Task, device: torch.device, on_progress: OnProgress) -> dict[str, Any]:
@@ -130,7 +130,7 @@ def _series_point(task: Task, device: torch.device, on_progress: OnProgress) -> 
         network = _load_network(task, position, device)
     evaluation = evaluate_network(network, probe, device=device, options=_options(task), progress=on_progress)
     point = {"x": task["axis"]["values"][position], "checkpoint_id": task["subjects"][position]["id"]}
-    return _point({**point, "reused_report_id": None}, network, evaluation, clock, last=position == total - 1)
+    return _point({**point, "reused_report_id": None}, network, evaluation, clock, position == total - 1, total)
 
 
 _POINTS: dict[str, Callable[[Task, torch.device, OnProgress], dict[str, Any]]] = {
@@ -141,7 +141,13 @@ _POINTS: dict[str, Callable[[Task, torch.device, OnProgress], dict[str, Any]]] =
 
 
 def _point(
-    point: dict[str, Any], network: LoadedNetwork, evaluation: Evaluation, clock: "_Clock", *, last: bool, **known: Any
+    point: dict[str, Any],
+    network: LoadedNetwork,
+    evaluation: Evaluation,
+    clock: "_Clock",
+    last: bool,
+    total: int,
+    **known: Any,
 ) -> dict[str, Any]:
     return {
         "point": {**point, "splits": _splits(evaluation)},
@@ -154,6 +160,7 @@ def _point(
         },
         "timings_seconds": {**clock.seconds, **evaluation.timings_seconds},
         "last": last,
+        "total": total,
     }
 
 

@@ -71,13 +71,16 @@ def _run(compute: Callable[[dict[str, Any]], Result], task: dict[str, Any]) -> R
     if task["kind"] == "evaluation":
         return compute(task)
     points: list[dict[str, Any]] = []
+    total = 0
     while True:
-        result = compute({**task, "step": "point", "points": [point["known"] for point in points]})
+        known = [point["known"] for point in points]
+        result = compute({**task, "step": "point", "points": known, "total": total})
         if result.body is None:
             return result
         points.append(result.body)
+        total = result.body["total"]
         if result.body["last"]:
-            return compute({**task, "step": "report", "points": points})
+            return compute({**task, "step": "report", "points": points, "total": total})
 
 
 def _compute(host: Host, analysis_id: str, task: dict[str, Any]) -> Result:
@@ -91,10 +94,12 @@ def _compute(host: Host, analysis_id: str, task: dict[str, Any]) -> Result:
             logger.warning("progress of analysis %s was not stored: %s", analysis_id, error)
             return False
 
+    # Points may be done faster than the child is looked after: so many are not to run on after a wish to cancel.
+    if "step" in task and on_tick(Progress(task["step"], len(task["points"]), task["total"])):
+        return Result("cancelled")
     if task["kind"] == "series" and task["step"] == "point":
         position = len(task["points"])
         if report := _patiently(lambda: attempts.evaluation_of(host.engine, task, position)):
-            on_tick(Progress("reused", position + 1, len(task["subjects"])))
             return Result("succeeded", body=_reused(task, position, report))
     reason = ""
     with ExitStack() as stack:
@@ -158,8 +163,8 @@ def _reused(task: dict[str, Any], position: int, report: dict[str, Any]) -> dict
     }
     subject = report["subject"]
     known = {"n_features": subject["n_features"], "n_classes": subject["n_classes"], "head": subject["head"]}
-    last = position == len(task["subjects"]) - 1
-    return {"point": point, "known": known, "timings_seconds": {}, "last": last}
+    total = len(task["subjects"])
+    return {"point": point, "known": known, "timings_seconds": {}, "last": position == total - 1, "total": total}
 
 
 def _patiently(transaction: Callable[[], T]) -> T:

@@ -1,0 +1,229 @@
+"""Paths, pruning sweeps and series over HTTP: points, summaries, what is reused, and what is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from safetensors.torch import save as save_tensors
+
+from app.schemas import PathReport, PruningReport, SeriesReport
+from tests.app.test_uploads import problem
+from tests.services import Service
+
+NORMED = {"family": "builtin", "name": "mlp", "args": {"sizes": [64, 16, 10], "activation": "relu", "norm": "batch"}}
+FEW = {"null_permutations": 0}
+
+
+def _checkpoint(service: Service, content: bytes | Path, **spec: Any) -> str:
+    made = service.post("/v1/checkpoints", {"name": "net", **spec}, content)
+    assert made.status_code == 201, made.text
+    return str(made.json()["id"])
+
+
+def _normed(seed: int) -> bytes:
+    """A network with batch normalisation, at random."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"layers.0.weight": (16, 64), "layers.0.bias": (16,), "head.weight": (10, 16), "head.bias": (10,)}
+    shapes |= {f"norms.0.{name}": (16,) for name in ("weight", "bias", "running_mean")}
+    tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    return save_tensors({**tensors, "norms.0.running_var": torch.rand(16, generator=generator) + 0.5})
+
+
+def _noisy(path: Path, amount: float) -> bytes:
+    """The trained network, with noise on its weights."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        name: tensor + amount * torch.randn(tensor.shape, generator=generator)
+        for name, tensor in load_file(path).items()
+    }
+    return save_tensors(tensors, metadata={"architecture": json.dumps(_architecture())})
+
+
+def _architecture() -> dict[str, Any]:
+    return {"family": "builtin", "name": "mlp", "args": {"sizes": [64, 32, 10], "activation": "relu", "norm": "none"}}
+
+
+@pytest.fixture
+def probe_id(any_service: Service, digits_probe_file: Path) -> str:
+    made = any_service.post("/v1/probes", {"name": "data", "preprocess": {"scale": 0.0625}}, digits_probe_file)
+    return str(made.json()["id"])
+
+
+@pytest.fixture
+def ends(any_service: Service, mlp_checkpoint_file: Path) -> tuple[str, str]:
+    """A trained network, and the same with noise."""
+    first = _checkpoint(any_service, mlp_checkpoint_file, name="trained", metadata={"run": "a", "epoch": 30})
+    return first, _checkpoint(any_service, _noisy(mlp_checkpoint_file, 0.3), name="noisy", metadata={"run": "b"})
+
+
+def _report(service: Service, **body: Any) -> dict[str, Any]:
+    return service.report(service.wait(service.analyze(**body)["id"]))
+
+
+def test_a_path_between_two_checkpoints(any_service: Service, ends: tuple[str, str], probe_id: str) -> None:
+    """Its ends are the checkpoints' own evaluations to the last digit; barriers are those of its points."""
+    first, second = ends
+    own = [_report(any_service, checkpoint_id=id_, probe_id=probe_id, options=FEW) for id_ in ends]
+    request = {"kind": "path", "checkpoint_a_id": first, "checkpoint_b_id": second, "probe_id": probe_id}
+    queued = any_service.analyze(**request, options={**FEW, "grid": {"points": 5}})
+    analysis = any_service.wait(queued["id"])
+    assert analysis["checkpoint_ids"] == [first, second]
+    assert analysis["checkpoint_id"] is None
+    assert (analysis["progress"]["done"], analysis["progress"]["total"]) == (5, 5)
+    report = any_service.report(analysis)
+    PathReport.model_validate(report)
+    assert [point["w"] for point in report["points"]] == [0, 0.25, 0.5, 0.75, 1]
+    assert [subject["name"] for subject in report["subjects"]] == ["trained", "noisy"]
+    for point, alone in ((report["points"][0], own[0]), (report["points"][-1], own[1])):
+        assert point["splits"] == alone["splits"]
+    losses = [point["splits"]["test"]["loss"] for point in report["points"]]
+    errors = [1 - point["splits"]["test"]["accuracy"] for point in report["points"]]
+    summary = report["summary"]["splits"]["test"]
+    chord = [
+        loss - ((1 - w) * losses[0] + w * losses[-1]) for w, loss in zip((0, 0.25, 0.5, 0.75, 1), losses, strict=True)
+    ]
+    assert summary["loss_barrier"]["value"] == pytest.approx(max(0, *chord))
+    assert summary["error_barrier"]["value"] == pytest.approx(max(errors) - (errors[0] + errors[-1]) / 2)
+    assert summary["connected"] == (summary["error_barrier"]["value"] <= 0.02)
+    assert summary["loss_forms"]["midpoint"] == pytest.approx(losses[2] - (losses[0] + losses[-1]) / 2)
+    assert report["summary"]["l2_distance"] == pytest.approx(0.3 * (64 * 32 + 32 + 320 + 10) ** 0.5, rel=0.1)
+    assert report["summary"]["measured"] == {"level": "sample", "centring": "global"}
+
+
+def test_a_path_finds_its_own_points(any_service: Service, ends: tuple[str, str], probe_id: str) -> None:
+    """Named points get both ends and come in order; beyond the ends they must be allowed; adaptive takes over 17."""
+    first, second = ends
+    request = {"kind": "path", "checkpoint_a_id": first, "checkpoint_b_id": second, "probe_id": probe_id}
+    named = {"grid": {"values": [0.7, -0.5, 0.2]}, "extrapolate": True}
+    report = _report(any_service, **request, options={**FEW, **named})
+    assert [point["w"] for point in report["points"]] == [-0.5, 0, 0.2, 0.7, 1]
+    report = _report(any_service, **request, options={**FEW, "grid": "adaptive"})
+    assert 17 < len(report["points"]) <= 65
+    assert report["provenance"]["options"]["grid"] == "adaptive"
+
+
+def test_recalibration_changes_what_lies_between_the_ends(any_service: Service, probe_id: str) -> None:
+    """Statistics are taken anew between the ends and only there, twice the same; the report counts the layers."""
+    ids = [_checkpoint(any_service, _normed(seed), architecture=NORMED) for seed in (0, 1)]
+    request = {"kind": "path", "checkpoint_a_id": ids[0], "checkpoint_b_id": ids[1], "probe_id": probe_id}
+    options = {**FEW, "grid": {"points": 3}}
+    plain = _report(any_service, **request, options=options)
+    again, fresh = (
+        _report(any_service, **request, options={**options, "normalisation": "recalibrate"}) for _ in range(2)
+    )
+    assert fresh["points"] == again["points"]
+    assert [a == b for a, b in zip(plain["points"], fresh["points"], strict=True)] == [True, False, True]
+    assert plain["summary"]["recalibrated_layers"] is None
+    assert fresh["summary"]["recalibrated_layers"] == 1
+
+
+def test_a_pruning_sweep(any_service: Service, ends: tuple[str, str], probe_id: str) -> None:
+    """At 0 it is the checkpoint's own evaluation; the knee is the last sparsity within a point of it."""
+    own = _report(any_service, checkpoint_id=ends[0], probe_id=probe_id, options=FEW)
+    options = {**FEW, "sparsities": [0.5, 0.9, 0.99], "scope": "layerwise"}
+    report = _report(any_service, kind="pruning", checkpoint_id=ends[0], probe_id=probe_id, options=options)
+    PruningReport.model_validate(report)
+    assert [(point["sparsity"], point["n_pruned"]) for point in report["points"]] == [
+        (0, 0), (0.5, 1024), (0.9, 1843), (0.99, 2027),
+    ]  # fmt: skip
+    assert report["points"][0]["splits"] == own["splits"]
+    assert report["summary"]["n_prunable"] == 2048
+    accuracies = [point["splits"]["test"]["accuracy"] for point in report["points"]]
+    within = [
+        s for s, accuracy in zip((0, 0.5, 0.9, 0.99), accuracies, strict=True) if accuracies[0] - accuracy <= 0.01
+    ]
+    assert report["summary"]["splits"]["test"]["knee"] == max(within)
+
+
+def test_a_series_reuses_evaluations_that_there_are(
+    any_service: Service, ends: tuple[str, str], probe_id: str, mlp_checkpoint_file: Path
+) -> None:
+    """The same checkpoint, probe and options are not computed again; other options are."""
+    third = _checkpoint(any_service, _noisy(mlp_checkpoint_file, 1.0), name="lost")
+    own = _report(any_service, checkpoint_id=ends[1], probe_id=probe_id, options=FEW)
+    request = {
+        "kind": "series",
+        "axis": {"name": "noise", "values": [0, 0.3, 1]},
+        "checkpoint_ids": [*ends, third],
+        "probe_id": probe_id,
+    }
+    analysis = any_service.wait(any_service.analyze(**request, options=FEW)["id"])
+    assert analysis["axis"] == request["axis"]
+    report = any_service.report(analysis)
+    SeriesReport.model_validate(report)
+    assert [point["reused_report_id"] for point in report["points"]] == [None, own["id"], None]
+    assert report["points"][1]["splits"] == own["splits"]
+    assert [point["x"] for point in report["points"]] == [0, 0.3, 1]
+    assert [subject["n_features"] for subject in report["subjects"]] == [32, 32, 32]
+    accuracies = [point["splits"]["test"]["accuracy"] for point in report["points"]]
+    assert accuracies == sorted(accuracies, reverse=True)
+    summary = report["summary"]["splits"]["test"]
+    assert -1 <= summary["spearman_mir_accuracy"] <= 1
+    assert len(summary["mir_distance"]) == 3
+    assert report["summary"]["generalisation"] == {"train_at": None, "test_at": None, "delay": None}
+    other = _report(any_service, **request, options={**FEW, "seed": 1})
+    assert [point["reused_report_id"] for point in other["points"]] == [None] * 3
+
+
+def test_analyses_of_several_checkpoints_are_found_by_each(
+    any_service: Service, ends: tuple[str, str], probe_id: str
+) -> None:
+    """By either end's id and metadata, analyses and reports; none of the two can be deleted meanwhile."""
+    first, second = ends
+    request = {"kind": "path", "checkpoint_a_id": first, "checkpoint_b_id": second, "probe_id": probe_id}
+    queued = any_service.analyze(**request, options={**FEW, "grid": {"points": 201}})
+    for id_ in ends:
+        refused = any_service.client.delete(f"/v1/checkpoints/{id_}")
+        assert problem(refused, 409, "in-use")["analysis_ids"] == [queued["id"]]
+        found = any_service.client.get("/v1/analyses", params={"checkpoint_id": id_, "kind": "path"}).json()["items"]
+        assert [item["id"] for item in found] == [queued["id"]]
+    any_service.client.post(f"/v1/analyses/{queued['id']}/cancel")
+    assert any_service.wait(queued["id"])["status"] == "cancelled"
+    report = _report(any_service, **request, options={**FEW, "grid": {"points": 2}})
+    for query in ({"checkpoint_id": first}, {"checkpoint_id": second}, {"metadata": "run=b"}, {"metadata": "epoch=30"}):
+        items = any_service.client.get("/v1/reports", params={**query, "kind": "path"}).json()["items"]
+        assert items[0]["id"] == report["id"]
+        assert items[0]["checkpoint_ids"] == [first, second]
+
+
+def test_checkpoints_of_two_architectures_are_refused(
+    any_service: Service, ends: tuple[str, str], probe_id: str
+) -> None:
+    """The problem says which differ, in what, and how."""
+    other = _checkpoint(any_service, _normed(0), name="other", architecture=NORMED)
+    path = {"kind": "path", "checkpoint_a_id": ends[0], "checkpoint_b_id": other}
+    series = {"kind": "series", "axis": {"name": "x", "values": [1, 2, 3]}, "checkpoint_ids": [*ends, other]}
+    for request in (path, series):
+        answer = any_service.client.post("/v1/analyses", json={**request, "probe_id": probe_id})
+        body = problem(answer, 422, "architectures-differ")
+        assert body["differing"] == [
+            {"checkpoint_id": other, "name": "other", "member": f"architecture.args.{name}", "expected": a, "found": b}
+            for name, a, b in (("norm", "none", "batch"), ("sizes", [64, 32, 10], [64, 16, 10]))
+        ]
+        assert '"batch"' in body["detail"]
+
+
+@pytest.mark.parametrize(
+    ("body", "place"),
+    [
+        ({"kind": "path", "checkpoint_a_id": "x", "probe_id": "x"}, ["body", "checkpoint_b_id"]),
+        ({"kind": "path", "options": {"grid": {"points": 1}}}, ["body", "options", "grid", "EvenGrid", "points"]),
+        ({"kind": "path", "options": {"grid": {"values": [1.5]}}}, ["body", "options"]),
+        ({"kind": "path", "options": {"extrapolate": True}}, ["body", "options"]),
+        ({"kind": "path", "options": {"grid": {"values": [9]}, "extrapolate": True}}, ["body", "options"]),
+        ({"kind": "pruning", "options": {"sparsities": [1.0]}}, ["body", "options", "sparsities", "0"]),
+        ({"kind": "pruning", "options": {"scope": "all"}}, ["body", "options", "scope"]),
+        ({"kind": "series", "axis": {"name": "x", "values": [2, 1]}}, ["body", "axis"]),
+        ({"kind": "series", "axis": {"name": "x", "values": [1, 2]}, "checkpoint_ids": ["a", "b", "c"]}, ["body"]),
+        ({"kind": "evaluation", "options": {"sparsities": [0.1]}}, ["body", "options", "sparsities"]),
+        ({"kind": "nonsense"}, ["body"]),
+    ],
+)
+def test_a_request_that_is_not_valid_says_where(service: Service, body: dict[str, Any], place: list[str]) -> None:
+    """Places are those of the body that came, whatever the kind."""
+    given = {"checkpoint_a_id": "a", "checkpoint_b_id": "b"} if body["kind"] == "path" and "options" in body else {}
+    answer = service.client.post("/v1/analyses", json={"probe_id": "x", **given, **body})
+    assert place in [error["loc"] for error in problem(answer, 422, "invalid-request")["errors"]], answer.text

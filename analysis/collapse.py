@@ -108,7 +108,7 @@ def neural_collapse(
     Returns:
         The measures.
 
-    Numerics: one pass over the features, O(N d C) time, in float64; large float32 sets' deviations from their class mean
+    Numerics: one pass over the features, O(N d C) time, in float64; deviations of large float32 sets from class means
         are projected in float32, which says each to 7 digits. Sigma_B is inverted on its leading min(C - 1, d)
         directions. Where it has fewer, because the features span no more, NC1 is taken on those; where the features do
         vary outside them NC1 is not defined (`dependent_means`: two classes have one mean, or the means lie in too

@@ -199,9 +199,80 @@ class Client:
             idempotency_key: the same key and request give the same analysis; default: a new key each call.
         """
         subject = {"checkpoint_id": checkpoint_id, "probe_id": probe_id, "feature_set_id": feature_set_id}
-        request = {"kind": kind, **_given(subject), "options": dict(options or {})}
+        return self._queue({"kind": kind, **_given(subject)}, options, idempotency_key)
+
+    def create_path(
+        self,
+        checkpoint_a_id: str,
+        checkpoint_b_id: str,
+        *,
+        probe_id: str,
+        options: Mapping[str, Any] | None = None,
+        idempotency_key: str | None = None,
+    ) -> Body:
+        """Queue the straight line between the weights of two checkpoints of one architecture.
+
+        Args:
+            checkpoint_a_id: where w is 0.
+            checkpoint_b_id: where w is 1.
+            probe_id: what each point is evaluated on.
+            options: those of `create_analysis`, and `grid` ({"points": 25}, {"values": [...]} or "adaptive"),
+                `normalisation` ("interpolate", "recalibrate"), `extrapolate`.
+            idempotency_key: as of `create_analysis`.
+        """
+        ends = {"checkpoint_a_id": checkpoint_a_id, "checkpoint_b_id": checkpoint_b_id}
+        return self._queue({"kind": "path", **ends, "probe_id": probe_id}, options, idempotency_key)
+
+    def create_pruning(
+        self,
+        checkpoint_id: str,
+        *,
+        probe_id: str,
+        options: Mapping[str, Any] | None = None,
+        idempotency_key: str | None = None,
+    ) -> Body:
+        """Queue a sweep of magnitude pruning.
+
+        Args:
+            checkpoint_id: what is pruned.
+            probe_id: what each point is evaluated on.
+            options: those of `create_analysis`, and `sparsities`, `scope` ("global", "layerwise"), `include_head`.
+            idempotency_key: as of `create_analysis`.
+        """
+        request = {"kind": "pruning", "checkpoint_id": checkpoint_id, "probe_id": probe_id}
+        return self._queue(request, options, idempotency_key)
+
+    def create_series(
+        self,
+        axis: str,
+        checkpoints: Mapping[float, str],
+        *,
+        probe_id: str,
+        options: Mapping[str, Any] | None = None,
+        idempotency_key: str | None = None,
+    ) -> Body:
+        """Queue checkpoints of one architecture in the order of their numbers.
+
+        Args:
+            axis: what the numbers are, such as `epoch`.
+            checkpoints: id by number.
+            probe_id: what each is evaluated on.
+            options: those of `create_analysis`.
+            idempotency_key: as of `create_analysis`.
+        """
+        values = sorted(checkpoints)
+        request = {
+            "kind": "series",
+            "axis": {"name": axis, "values": values},
+            "checkpoint_ids": [checkpoints[value] for value in values],
+            "probe_id": probe_id,
+        }
+        return self._queue(request, options, idempotency_key)
+
+    def _queue(self, request: Body, options: Mapping[str, Any] | None, idempotency_key: str | None) -> Body:
+        body = {**request, "options": dict(options or {})}
         key = idempotency_key or uuid.uuid4().hex
-        return self._call("POST", "/v1/analyses", json=request, headers={"Idempotency-Key": key}, repeatable=True)
+        return self._call("POST", "/v1/analyses", json=body, headers={"Idempotency-Key": key}, repeatable=True)
 
     def get_analysis(self, analysis_id: str) -> Body:
         """The state of an analysis."""

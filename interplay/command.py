@@ -185,24 +185,30 @@ def push_features(
     _print(body, as_json, rendering.resource_text("feature set", body))
 
 
+ProbeId = Annotated[str, typer.Option(metavar="ID", help="What each point is evaluated on.", show_default=False)]
+Wait = Annotated[bool, typer.Option("--wait", help="Wait for the end and show the report.")]
+Timeout = Annotated[float | None, typer.Option(metavar="SECONDS", min=0, help="Wait no longer; the analysis goes on.")]
+Permutations = Annotated[int | None, typer.Option(min=0, help="Permutations of the null baseline.")]
+Seed = Annotated[int | None, typer.Option(min=0, help="Seed of all that is drawn.")]
+Tolerance = Annotated[float | None, typer.Option(min=0, help="Error of MIR that is small enough; 0 is exact.")]
+BatchSize = Annotated[int | None, typer.Option(min=1, help="Inputs at a time.")]
+IdempotencyKey = Annotated[
+    str | None, typer.Option(metavar="KEY", help="The same key and request give the same analysis.")
+]
+
+
 @app.command()
 def analyze(
     checkpoint: Annotated[str | None, typer.Option(metavar="ID", help="With --probe.")] = None,
     probe: Annotated[str | None, typer.Option(metavar="ID", help="With --checkpoint.")] = None,
     features: Annotated[str | None, typer.Option(metavar="ID", help="A feature set, alone.")] = None,
-    wait: Annotated[bool, typer.Option("--wait", help="Wait for the end and show the report.")] = False,
-    timeout: Annotated[
-        float | None, typer.Option(metavar="SECONDS", min=0, help="Wait no longer; the analysis goes on.")
-    ] = None,
-    permutations: Annotated[int | None, typer.Option(min=0, help="Permutations of the null baseline.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the permutations.")] = None,
-    tolerance: Annotated[
-        float | None, typer.Option(min=0, help="Largest change of MIR that counts as settled.")
-    ] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Inputs at a time.")] = None,
-    idempotency_key: Annotated[
-        str | None, typer.Option(metavar="KEY", help="The same key and request give the same analysis.")
-    ] = None,
+    wait: Wait = False,
+    timeout: Timeout = None,
+    permutations: Permutations = None,
+    seed: Seed = None,
+    tolerance: Tolerance = None,
+    batch_size: BatchSize = None,
+    idempotency_key: IdempotencyKey = None,
     url: Url = None,
     api_key: ApiKey = None,
     as_json: AsJson = False,
@@ -213,29 +219,153 @@ def analyze(
     """
     if (features is None) == (checkpoint is None and probe is None) or (checkpoint is None) != (probe is None):
         raise typer.BadParameter("Give either --checkpoint and --probe, or --features alone.")
-    chosen = {"null_permutations": permutations, "seed": seed, "tolerance": tolerance, "batch_size": batch_size}
     with _client(url, api_key) as client:
         analysis = client.create_analysis(
             checkpoint_id=checkpoint,
             probe_id=probe,
             feature_set_id=features,
-            options={key: value for key, value in chosen.items() if value is not None},
+            options=_options(permutations, seed, tolerance, batch_size),
             idempotency_key=idempotency_key,
         )
-        if not wait:
-            _print(analysis, as_json, f"analysis {analysis['id']}, {analysis['status']}")
-            return
+        _follow(client, analysis, wait, timeout, as_json)
+
+
+@app.command("path")
+def analyze_path(
+    checkpoint_a: Annotated[str, typer.Argument(metavar="A", help="The checkpoint at w = 0.", show_default=False)],
+    checkpoint_b: Annotated[str, typer.Argument(metavar="B", help="The checkpoint at w = 1.", show_default=False)],
+    probe: ProbeId,
+    points: Annotated[int | None, typer.Option(min=2, help="So many points evenly; default: 25.")] = None,
+    at: Annotated[list[float] | None, typer.Option(metavar="W", help="A point; may be repeated.")] = None,
+    adaptive: Annotated[bool, typer.Option("--adaptive", help="Refine around the peak of the loss.")] = False,
+    recalibrate: Annotated[
+        bool, typer.Option("--recalibrate", help="Take normalisation statistics anew between the ends.")
+    ] = False,
+    extrapolate: Annotated[bool, typer.Option("--extrapolate", help="Allow --at beyond 0 and 1.")] = False,
+    wait: Wait = False,
+    timeout: Timeout = None,
+    permutations: Permutations = None,
+    seed: Seed = None,
+    tolerance: Tolerance = None,
+    batch_size: BatchSize = None,
+    idempotency_key: IdempotencyKey = None,
+    url: Url = None,
+    api_key: ApiKey = None,
+    as_json: AsJson = False,
+) -> None:
+    """Queue the straight line between the weights of two checkpoints: loss, error, MIR and HDR on it, and barriers."""
+    if sum((points is not None, bool(at), adaptive)) > 1:
+        raise typer.BadParameter("Give one of --points, --at and --adaptive.")
+    options = _options(permutations, seed, tolerance, batch_size)
+    if points is not None:
+        options["grid"] = {"points": points}
+    elif at:
+        options["grid"] = {"values": at}
+    elif adaptive:
+        options["grid"] = "adaptive"
+    if recalibrate:
+        options["normalisation"] = "recalibrate"
+    if extrapolate:
+        options["extrapolate"] = True
+    with _client(url, api_key) as client:
+        analysis = client.create_path(
+            checkpoint_a, checkpoint_b, probe_id=probe, options=options, idempotency_key=idempotency_key
+        )
+        _follow(client, analysis, wait, timeout, as_json)
+
+
+@app.command("prune")
+def analyze_pruning(
+    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Its id.", show_default=False)],
+    probe: ProbeId,
+    sparsity: Annotated[
+        list[float] | None, typer.Option(metavar="S", min=0, max=1, help="Share that is pruned; may be repeated.")
+    ] = None,
+    layerwise: Annotated[bool, typer.Option("--layerwise", help="The same share of each layer.")] = False,
+    include_head: Annotated[bool, typer.Option("--include-head", help="Prune the classification head too.")] = False,
+    wait: Wait = False,
+    timeout: Timeout = None,
+    permutations: Permutations = None,
+    seed: Seed = None,
+    tolerance: Tolerance = None,
+    batch_size: BatchSize = None,
+    idempotency_key: IdempotencyKey = None,
+    url: Url = None,
+    api_key: ApiKey = None,
+    as_json: AsJson = False,
+) -> None:
+    """Queue a sweep of magnitude pruning over sparsities."""
+    options = _options(permutations, seed, tolerance, batch_size)
+    if sparsity:
+        options["sparsities"] = sparsity
+    if layerwise:
+        options["scope"] = "layerwise"
+    if include_head:
+        options["include_head"] = True
+    with _client(url, api_key) as client:
+        analysis = client.create_pruning(checkpoint, probe_id=probe, options=options, idempotency_key=idempotency_key)
+        _follow(client, analysis, wait, timeout, as_json)
+
+
+@app.command("series")
+def analyze_series(
+    checkpoints: Annotated[
+        list[str], typer.Argument(metavar="X=CHECKPOINT...", help="Such as 0=ID 10=ID.", show_default=False)
+    ],
+    probe: ProbeId,
+    axis: Annotated[str, typer.Option(help="What X is, such as epoch.")] = "step",
+    wait: Wait = False,
+    timeout: Timeout = None,
+    permutations: Permutations = None,
+    seed: Seed = None,
+    tolerance: Tolerance = None,
+    batch_size: BatchSize = None,
+    idempotency_key: IdempotencyKey = None,
+    url: Url = None,
+    api_key: ApiKey = None,
+    as_json: AsJson = False,
+) -> None:
+    """Queue a series of checkpoints, such as those of a training run, in the order of their numbers."""
+    by_number: dict[float, str] = {}
+    for number, checkpoint in (_pair(entry, "X=CHECKPOINT") for entry in checkpoints):
         try:
-            with _progress() as show_progress:
-                analysis = client.wait(analysis["id"], timeout_seconds=timeout, on_progress=show_progress)
-        except AnalysisFailed as error:
-            if as_json:
-                _print(error.analysis, True)
-            raise
-        except KeyboardInterrupt:
-            typer.echo(f"It goes on; to stop it: interplay cancel {analysis['id']}", err=True)
-            raise
-        _print(analysis, as_json, None if as_json else rendering.report_view(client.get_report(analysis["report_id"])))
+            x = float(number)
+        except ValueError:
+            raise typer.BadParameter(f"{number!r} is no number; expected X=CHECKPOINT.") from None
+        if x in by_number:
+            raise typer.BadParameter(f"{number} is there twice.")
+        by_number[x] = checkpoint
+    with _client(url, api_key) as client:
+        options = _options(permutations, seed, tolerance, batch_size)
+        analysis = client.create_series(
+            axis, by_number, probe_id=probe, options=options, idempotency_key=idempotency_key
+        )
+        _follow(client, analysis, wait, timeout, as_json)
+
+
+def _options(
+    permutations: int | None, seed: int | None, tolerance: float | None, batch_size: int | None
+) -> dict[str, Any]:
+    chosen = {"null_permutations": permutations, "seed": seed, "tolerance": tolerance, "batch_size": batch_size}
+    return {key: value for key, value in chosen.items() if value is not None}
+
+
+def _follow(client: Client, analysis: Any, wait: bool, timeout: float | None, as_json: bool) -> None:
+    """Print an analysis that was just queued; with `wait` its end, and the report for people."""
+    if not wait:
+        _print(analysis, as_json, f"analysis {analysis['id']}, {analysis['status']}")
+        return
+    try:
+        with _progress() as show_progress:
+            analysis = client.wait(analysis["id"], timeout_seconds=timeout, on_progress=show_progress)
+    except AnalysisFailed as error:
+        if as_json:
+            _print(error.analysis, True)
+        raise
+    except KeyboardInterrupt:
+        typer.echo(f"It goes on; to stop it: interplay cancel {analysis['id']}", err=True)
+        raise
+    _print(analysis, as_json, None if as_json else rendering.report_view(client.get_report(analysis["report_id"])))
 
 
 @app.command()
@@ -411,10 +541,10 @@ def _progress() -> Iterator[Callable[[Body], None]]:
         yield move_bar
 
 
-def _pair(entry: str) -> tuple[str, str]:
+def _pair(entry: str, hint: str = "--metadata") -> tuple[str, str]:
     key, separator, value = entry.partition("=")
     if not key or not separator:
-        raise typer.BadParameter(f"{entry!r} is not of the form KEY=VALUE", param_hint="--metadata")
+        raise typer.BadParameter(f"{entry!r} is not of the form KEY=VALUE", param_hint=hint)
     return key, value
 
 

@@ -38,6 +38,17 @@ _COLLAPSE = (
     ("nc3", "NC3 means to head"),
     ("nc4", "NC4 not the nearest mean"),
 )
+_SUMMARIES: dict[str, dict[str, str]] = {
+    "path": {
+        "loss_barrier": "loss barrier",
+        "error_barrier": "error barrier",
+        "mir_barrier": "MIR barrier",
+        "hdr_barrier": "HDR barrier",
+        "connected": "connected",
+    },
+    "pruning": {"knee": "knee"},
+    "series": {"spearman_mir_accuracy": "MIR ~ accuracy", "spearman_hdr_accuracy": "HDR ~ accuracy"},
+}
 _COLUMNS: dict[str, tuple[str, ...]] = {
     "checkpoints": ("id", "name", "created_at", "n_parameters", "size_bytes", "architecture", "metadata"),
     "probes": ("id", "name", "created_at", "n_samples", "n_classes", "input_shape", "splits"),
@@ -69,7 +80,14 @@ def number(value: float | None, digits: int = 4) -> str:
 
 
 def report_view(report: Body) -> RenderableType:
-    """An evaluation: what was looked at, the measures of each split, MIR and HDR with what they must be read beside."""
+    """A report of any kind: what was looked at, and what was found."""
+    if report["kind"] == "evaluation":
+        return _evaluation(report)
+    return Group(_heading(report), _points(report), *_summary(report))
+
+
+def _evaluation(report: Body) -> RenderableType:
+    """The measures of each split, MIR and HDR with what they must be read beside."""
     splits: Mapping[str, Body] = report["splits"]
     parts: list[RenderableType] = [
         _heading(report),
@@ -134,9 +152,20 @@ def resource_text(noun: str, body: Body) -> str:
 
 
 def _heading(report: Body) -> Table:
-    subject, probe, provenance = report["subject"], report["probe"], report["provenance"]
+    probe, provenance = report["probe"], report["provenance"]
     table = Table.grid(padding=(0, 2))
     table.add_row("report", f"{report['id']}, {report['kind']}, {report['created_at']}")
+    for subject in report.get("subjects") or [report["subject"]]:
+        _describe(table, subject)
+    if probe["kind"] == "probe":
+        size = f"{probe['n_samples']:,} samples of {probe['n_classes']} classes"
+        table.add_row("probe", f"{printable(probe['name'])}, {size} ({probe['id']})")
+    seconds = sum(report["timings_seconds"].values())
+    table.add_row("computed", f"on {provenance['device']}, torch {provenance['torch_version']}, in {seconds:.2f} s")
+    return table
+
+
+def _describe(table: Table, subject: Body) -> None:
     about = [printable(subject["name"])]
     if subject.get("architecture"):
         about.append(_architecture(subject["architecture"]))
@@ -146,12 +175,59 @@ def _heading(report: Body) -> Table:
     table.add_row(subject["kind"].replace("_", " "), f"{', '.join(about)} ({subject['id']})")
     if subject.get("metadata"):
         table.add_row("metadata", _pairs(subject["metadata"]))
-    if probe["kind"] == "probe":
-        size = f"{probe['n_samples']:,} samples of {probe['n_classes']} classes"
-        table.add_row("probe", f"{printable(probe['name'])}, {size} ({probe['id']})")
-    seconds = sum(report["timings_seconds"].values())
-    table.add_row("computed", f"on {provenance['device']}, torch {provenance['torch_version']}, in {seconds:.2f} s")
+
+
+def _points(report: Body) -> Table:
+    """A row a point: where it is, then loss, accuracy, MIR and HDR (sample level, global centring) of each split."""
+    key = {"path": "w", "pruning": "sparsity", "series": "x"}[report["kind"]]
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column(printable(report["axis"]["name"]) if key == "x" else key, justify="right")
+    for split in report["points"][0]["splits"]:
+        for measure in ("loss", "acc", "MIR", "HDR"):
+            table.add_column(f"{measure}\n{split}", justify="right")
+    reused = any(point.get("reused_report_id") for point in report["points"])
+    if reused:
+        table.add_column("reused report", no_wrap=True)
+    for point in report["points"]:
+        cells = [f"{point[key]:g}"]
+        for split in point["splits"].values():
+            values = split["interplay"]["sample"]["global"]
+            cells += map(number, (split["loss"], split["accuracy"], values["mir"], values["hdr"]))
+        table.add_row(*cells, *([point["reused_report_id"] or ""] if reused else []))
     return table
+
+
+def _summary(report: Body) -> Iterable[RenderableType]:
+    """What the points amount to, a row a split."""
+    summary = report["summary"]
+    columns = _SUMMARIES[report["kind"]]
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column("split")
+    for label in columns.values():
+        table.add_column(label, justify="right")
+    for name, split in summary["splits"].items():
+        table.add_row(name, *(_amount(split[key]) for key in columns))
+    yield table
+    notes = [note for name, split in summary["splits"].items() for note in _reasons(name, split["reasons"])]
+    if report["kind"] == "path":
+        cosine = number(summary["cosine"])
+        notes.append(f"Weights are {number(summary['l2_distance'])} apart, their cosine is {cosine}.")
+        if summary["recalibrated_layers"] is not None:
+            notes.append(f"Statistics of {summary['recalibrated_layers']} layers were taken anew between the ends.")
+    if came := summary.get("generalisation"):
+        places = ", ".join(f"{name} {number(came[f'{name}_at'], 0)}" for name in ("train", "test"))
+        notes.append(f"Accuracy of 0.99 first at: {places}; delay {number(came['delay'], 0)}.")
+    notes.append("MIR and HDR: sample level, global centring.")
+    yield Text("\n".join(notes), style="dim")
+
+
+def _amount(value: Any) -> str:
+    match value:
+        case {"value": amount, "at": place}:
+            return f"{number(amount)} at {place:g}"
+        case bool():
+            return "yes" if value else "no"
+    return number(value)
 
 
 def _measures(splits: Mapping[str, Body]) -> Table:

@@ -57,6 +57,9 @@ def test_installed_entry_point_is_this_command() -> None:
         ("cancel", "x"),
         ("delete", "probes", "x"),
         ("analyze", "--features", "x"),
+        ("path", "a", "b", "--probe", "x"),
+        ("prune", "a", "--probe", "x"),
+        ("series", "1=a", "2=b", "--probe", "x"),
         ("push", "probe", __file__),
         ("push", "features", __file__),
         ("push", "checkpoint", __file__, "--architecture", "{}"),
@@ -90,6 +93,13 @@ def test_unreachable_service_is_3(arguments: tuple[str, ...], as_json: bool) -> 
         (("analyze", "--checkpoint", "x"), "Give either"),
         (("analyze", "--checkpoint", "x", "--probe", "x", "--features", "x"), "Give either"),
         (("analyze", "--probe", "x", "--features", "x"), "Give either"),
+        (("path", "a", "--probe", "x"), "Missing argument"),
+        (("path", "a", "b"), "Missing option"),
+        (("path", "a", "b", "--probe", "x", "--points", "5", "--adaptive"), "Give one of"),
+        (("prune", "a", "--probe", "x", "--sparsity", "2"), "--sparsity"),
+        (("series", "one=a", "--probe", "x"), "is no number"),
+        (("series", "1=a", "1.0=b", "--probe", "x"), "is there twice"),
+        (("series", "a", "--probe", "x"), "KEY=VALUE"),
         (("push", "checkpoint", "no-such-file"), "does not exist"),
         (("push", "checkpoint", __file__, "--architecture", "no-such-file"), "neither JSON nor a readable file"),
         (("push", "checkpoint", __file__, "--architecture", "{broken"), "not valid JSON"),
@@ -374,3 +384,34 @@ def test_features_from_elsewhere(service: Service, tmp_path: Path) -> None:
     values = report["splits"]["all"]["interplay"]["sample"]["global"]
     assert values["mir"] == pytest.approx(0.753953169047, abs=1e-6)
     assert values["hdr"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_paths_pruning_and_series(service: Service, mlp_checkpoint_file: Path, digits_probe_file: Path) -> None:
+    """Each kind is queued, waited for and shown: a row a point, then what they amount to."""
+    ids = [
+        as_json(interplay("push", "checkpoint", mlp_checkpoint_file, "--name", name, "--json", url=service.url))["id"]
+        for name in ("one", "two")
+    ]
+    pushed = interplay(
+        "push", "probe", digits_probe_file, "--preprocess", '{"scale": 0.0625}', "--json", url=service.url
+    )
+    common = ("--probe", as_json(pushed)["id"], "--permutations", "0", "--wait")
+    ran = interplay("path", *ids, *common, "--points", "3", url=service.url, COLUMNS="200")
+    assert ran.returncode == 0, ran.stderr
+    assert [line.split()[0] for line in ran.stdout.splitlines() if line.strip()[:3] in ("0  ", "0.5", "1  ")] == [
+        "0", "0.5", "1",
+    ]  # fmt: skip
+    assert re.search(r"test +0.0000 at 0 +0.0000 at 0 .* yes", ran.stdout)
+    assert "Weights are 0.0000 apart, their cosine is 1.0000." in ran.stdout
+    ran = interplay("prune", ids[0], *common, "--sparsity", "0.5", "--layerwise", url=service.url, COLUMNS="200")
+    assert ran.returncode == 0, ran.stderr
+    assert "knee" in ran.stdout
+    series = ("series", f"10={ids[1]}", f"0={ids[0]}", "--axis", "epoch", *common)
+    ran = interplay(*series, url=service.url, COLUMNS="200")
+    assert ran.returncode == 0, ran.stderr
+    assert "epoch" in ran.stdout
+    report = as_json(interplay(*series, "--json", url=service.url))
+    assert report["axis"] == {"name": "epoch", "values": [0, 10]}
+    refused = interplay("series", f"0={ids[0]}", *common, url=service.url)
+    assert refused.returncode == 2
+    assert "axis" in refused.stderr

@@ -258,3 +258,45 @@ def test_two_workers_share_the_work(restless: Service, mlp_checkpoint_file: Path
         for one in analyses:
             assert restless.wait(one["id"])["status"] == "succeeded"
             assert len(reports_of(restless, one)) == 1
+
+
+@pytest.mark.timeout(600)
+def test_worker_killed_in_the_middle_of_a_path(
+    restless: Service, mlp_checkpoint_file: Path, digits_probe_file: Path
+) -> None:
+    """Kill -9 three times on a path of 25 points: it ends with the points that it has without a kill, and points that
+    were done are not computed again."""
+    ids = pair(restless, mlp_checkpoint_file, digits_probe_file)
+    other = restless.post("/v1/checkpoints", {"name": "other"}, mlp_checkpoint_file).json()["id"]
+    path = {
+        "kind": "path",
+        "checkpoint_a_id": ids["checkpoint_id"],
+        "checkpoint_b_id": other,
+        "probe_id": ids["probe_id"],
+        "options": {"null_permutations": 5, "grid": {"points": 25}},
+    }
+    expected = restless.report(restless.wait(restless.analyze(**path)["id"]))
+    analysis = restless.analyze(**path)
+    done_before: list[int] = []
+    for kill, wanted in enumerate((4, 10, 17), start=1):
+        until(partial(_at_point, restless, analysis, attempt=kill, point=wanted))
+        done_before.append(status(restless, analysis)["progress"]["done"])
+        worker = restless.worker()
+        worker.kill()
+        worker.wait(15)
+    lowest: dict[int, int] = {}
+    while not has_ended(restless, analysis):
+        now = status(restless, analysis)
+        if now["progress"]["total"] == 25:
+            lowest[now["attempts"]] = min(lowest.get(now["attempts"], 25), now["progress"]["done"])
+        time.sleep(0.02)
+    done = restless.wait(analysis["id"])
+    assert done["attempts"] == 4
+    assert restless.report(done)["points"] == expected["points"]
+    # The step at work when the worker died is the only one that may run again.
+    assert lowest[4] >= done_before[2] - 1
+
+
+def _at_point(service: Service, analysis: dict[str, Any], *, attempt: int, point: int) -> bool:
+    now = status(service, analysis)
+    return bool(now["attempts"] == attempt and now["progress"]["total"] == 25 and now["progress"]["done"] >= point)

@@ -13,6 +13,7 @@ A bug is any other exception. The service turns an AnalysisError into the `probl
 | non-finite-values | a tensor holds NaN or infinity |
 | inputs-refused | the network cannot take inputs of the probe's shape |
 | out-of-memory | one sample at a time is already too much |
+| alignment-failed | permuting hidden units changed what the network computes |
 | invalid-argument | an argument of a function of this package |
 """
 
@@ -27,6 +28,7 @@ Kind = Literal[
     "non-finite-values",
     "inputs-refused",
     "out-of-memory",
+    "alignment-failed",
     "invalid-argument",
 ]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -40,6 +42,7 @@ _TITLES: dict[Kind, str] = {
     "non-finite-values": "A tensor holds NaN or infinity",
     "inputs-refused": "The network refuses inputs of this shape",
     "out-of-memory": "Memory ran out",
+    "alignment-failed": "The networks cannot be aligned",
     "invalid-argument": "An argument is not valid",
 }
 

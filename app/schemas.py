@@ -125,6 +125,9 @@ class PathOptions(EvaluationOptions):
         default="interpolate",
         description="`recalibrate` takes running statistics anew at each point between the ends, from the probe.",
     )
+    alignment: Literal["none", "weight_matching"] = Field(
+        default="none", description="`weight_matching` permutes B's hidden units to match A's before the path."
+    )
     extrapolate: bool = Field(default=False, description="Allow named points beyond the ends, from -2 to 3.")
 
     @model_validator(mode="after")
@@ -538,11 +541,21 @@ class Measured(Strict):
     centring: Literal["none", "global"]
 
 
+class Alignment(Strict):
+    """How B's hidden units were permuted before the path; its last point is then the permuted B."""
+
+    n_groups: int = Field(description="Sets of axes that were permuted, each by one permutation.")
+    sweeps: int
+    gain: FiniteFloat = Field(description="Rise of the inner product of the two ends' parameters.")
+    change_of_logits: FiniteFloat = Field(description="Of B on a batch of the probe, as a share of the largest.")
+
+
 class PathSummary(Strict):
     splits: dict[str, PathSplit]
     measured: Measured
     l2_distance: FiniteFloat = Field(description="Euclidean distance of the two ends' parameters.")
     cosine: FiniteFloat | None = Field(description="Of the two ends' parameters.")
+    alignment: Alignment | None
     recalibrated_layers: int | None = Field(description="Normalisation layers with statistics taken anew.")
 
 

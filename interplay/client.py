@@ -217,7 +217,7 @@ class Client:
             checkpoint_b_id: where w is 1.
             probe_id: what each point is evaluated on.
             options: those of `create_analysis`, and `grid` ({"points": 25}, {"values": [...]} or "adaptive"),
-                `normalisation` ("interpolate", "recalibrate"), `extrapolate`.
+                `normalisation` ("interpolate", "recalibrate"), `alignment` ("none", "weight_matching"), `extrapolate`.
             idempotency_key: as of `create_analysis`.
         """
         ends = {"checkpoint_a_id": checkpoint_a_id, "checkpoint_b_id": checkpoint_b_id}

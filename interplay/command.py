@@ -241,6 +241,7 @@ def analyze_path(
     recalibrate: Annotated[
         bool, typer.Option("--recalibrate", help="Take normalisation statistics anew between the ends.")
     ] = False,
+    align: Annotated[bool, typer.Option("--align", help="Permute B's hidden units to match A's first.")] = False,
     extrapolate: Annotated[bool, typer.Option("--extrapolate", help="Allow --at beyond 0 and 1.")] = False,
     wait: Wait = False,
     timeout: Timeout = None,
@@ -265,6 +266,8 @@ def analyze_path(
         options["grid"] = "adaptive"
     if recalibrate:
         options["normalisation"] = "recalibrate"
+    if align:
+        options["alignment"] = "weight_matching"
     if extrapolate:
         options["extrapolate"] = True
     with _client(url, api_key) as client:

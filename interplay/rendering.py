@@ -212,6 +212,9 @@ def _summary(report: Body) -> Iterable[RenderableType]:
     if report["kind"] == "path":
         cosine = number(summary["cosine"])
         notes.append(f"Weights are {number(summary['l2_distance'])} apart, their cosine is {cosine}.")
+        if summary["alignment"] is not None:
+            groups = summary["alignment"]["n_groups"]
+            notes.append(f"Hidden units of the second were permuted to match the first, in {groups} groups.")
         if summary["recalibrated_layers"] is not None:
             notes.append(f"Statistics of {summary['recalibrated_layers']} layers were taken anew between the ends.")
     if came := summary.get("generalisation"):

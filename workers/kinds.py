@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
+from analysis.alignment import aligned
 from analysis.evaluation import Evaluation, EvaluationOptions, evaluate_features, evaluate_network
 from analysis.networks import LoadedNetwork, load_network
 from analysis.paths import Path, even_grid, next_point, recalibrate
@@ -25,6 +26,8 @@ Task = dict[str, Any]
 OnProgress = Callable[[str, int, int], None]
 T = TypeVar("T")
 
+# Inputs on which an aligned network must compute what it did before.
+_CHECKED_INPUTS = 64
 # Points of an adaptive grid that are certain to come: what progress counts against at first.
 _ADAPTIVE_POINTS = 17
 
@@ -91,7 +94,7 @@ def _path_point(task: Task, device: torch.device, on_progress: OnProgress) -> di
     total = len(grid) if grid != "adaptive" else max(_ADAPTIVE_POINTS, len(known) + 1)
     clock, on_progress = _Clock(), _of_point(on_progress, len(known), total)
     with clock.phase("load"):
-        path, probe = _warm(task, on_progress, lambda: _load_path(task, device))
+        path, probe, alignment = _warm(task, on_progress, lambda: _load_path(task, device))
     with clock.phase("mix"):
         network = path.move_to(w)
     layers = None
@@ -105,7 +108,8 @@ def _path_point(task: Task, device: torch.device, on_progress: OnProgress) -> di
     assert loss is not None, "a loss is defined where there are samples"
     last = next_point(grid, {**known, w: loss}) is None
     distance, cosine = path.distances() if last else (None, None)
-    about = {"w": w, "loss": loss, "recalibrated_layers": layers, "l2_distance": distance, "cosine": cosine}
+    about: dict[str, Any] = {"w": w, "loss": loss, "l2_distance": distance, "cosine": cosine}
+    about |= {"recalibrated_layers": layers, "alignment": alignment}
     return _point({"w": w}, network, evaluation, clock, last, total if not last else len(known) + 1, **about)
 
 
@@ -209,9 +213,17 @@ def _warm(task: Task, on_progress: OnProgress, load: Callable[[], T]) -> T:
     return kept
 
 
-def _load_path(task: Task, device: torch.device) -> tuple[Path, Probe]:
+def _load_path(task: Task, device: torch.device) -> tuple[Path, Probe, dict[str, Any] | None]:
+    """The path, the probe, and how B was aligned to A where that was asked for."""
     first, second = (_load_network(task, position, device) for position in (0, 1))
-    return Path(first, second.module.state_dict()), _load_probe(task).prepared(device)
+    probe = _load_probe(task).prepared(device)
+    if task["options"]["alignment"] == "none":
+        return Path(first, second.module.state_dict()), probe, None
+    batch = next(probe.batches(_CHECKED_INPUTS, device=device))
+    generator = torch.Generator().manual_seed(task["options"]["seed"])
+    state, alignment, change = aligned(first.module, second.module, batch, generator=generator)
+    about = {"n_groups": len(alignment.permutations), "sweeps": alignment.sweeps, "gain": alignment.gain}
+    return Path(first, state), probe, {**about, "change_of_logits": change}
 
 
 def _load_pruning(task: Task, device: torch.device) -> tuple[Pruning, Probe]:

@@ -30,6 +30,7 @@ def _path(task: Body) -> Body:
             "measured": _MEASURED,
             "l2_distance": last["l2_distance"],
             "cosine": last["cosine"],
+            "alignment": last["alignment"],
             "recalibrated_layers": max(layers, default=None),
         },
     }

@@ -11,6 +11,7 @@ from safetensors.torch import save as save_tensors
 
 from app.schemas import PathReport, PruningReport, SeriesReport
 from tests.app.test_uploads import problem
+from tests.conftest import MLP
 from tests.services import Service
 
 NORMED = {"family": "builtin", "name": "mlp", "args": {"sizes": [64, 16, 10], "activation": "relu", "norm": "batch"}}
@@ -35,15 +36,10 @@ def _normed(seed: int) -> bytes:
 def _noisy(path: Path, amount: float) -> bytes:
     """The trained network, with noise on its weights."""
     generator = torch.Generator().manual_seed(0)
-    tensors = {
-        name: tensor + amount * torch.randn(tensor.shape, generator=generator)
-        for name, tensor in load_file(path).items()
-    }
-    return save_tensors(tensors, metadata={"architecture": json.dumps(_architecture())})
-
-
-def _architecture() -> dict[str, Any]:
-    return {"family": "builtin", "name": "mlp", "args": {"sizes": [64, 32, 10], "activation": "relu", "norm": "none"}}
+    tensors = load_file(path)
+    for tensor in tensors.values():
+        tensor += amount * torch.randn(tensor.shape, generator=generator)
+    return save_tensors(tensors, metadata={"architecture": json.dumps(MLP)})
 
 
 @pytest.fixture
@@ -118,6 +114,28 @@ def test_recalibration_changes_what_lies_between_the_ends(any_service: Service, 
     assert [a == b for a, b in zip(plain["points"], fresh["points"], strict=True)] == [True, False, True]
     assert plain["summary"]["recalibrated_layers"] is None
     assert fresh["summary"]["recalibrated_layers"] == 1
+
+
+def test_alignment_takes_a_permutation_out_of_a_path(
+    any_service: Service, mlp_checkpoint_file: Path, probe_id: str
+) -> None:
+    """A permuted copy is far away without alignment and the same network with it."""
+    first = _checkpoint(any_service, mlp_checkpoint_file)
+    tensors, order = load_file(mlp_checkpoint_file), torch.randperm(32, generator=torch.Generator().manual_seed(0))
+    moved = {name: tensors[name][order].contiguous() for name in ("layers.0.weight", "layers.0.bias")}
+    moved["head.weight"] = tensors["head.weight"][:, order].contiguous()
+    second = _checkpoint(any_service, save_tensors({**tensors, **moved}), architecture=MLP)
+    request = {"kind": "path", "checkpoint_a_id": first, "checkpoint_b_id": second, "probe_id": probe_id}
+    options = {**FEW, "grid": {"points": 5}}
+    plain = _report(any_service, **request, options=options)["summary"]
+    found = _report(any_service, **request, options={**options, "alignment": "weight_matching"})["summary"]
+    assert plain["splits"]["all"]["loss_barrier"]["value"] > 0.1
+    assert plain["l2_distance"] > 1
+    assert plain["alignment"] is None
+    assert found["splits"]["all"]["loss_barrier"]["value"] < 1e-3
+    assert found["l2_distance"] == 0
+    assert found["alignment"]["n_groups"] == 1
+    assert 0 <= found["alignment"]["change_of_logits"] < 1e-5
 
 
 def test_a_pruning_sweep(any_service: Service, ends: tuple[str, str], probe_id: str) -> None:

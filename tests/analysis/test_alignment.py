@@ -1,0 +1,255 @@
+"""Permutation groups from the traced network, and weight matching along them."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from analysis.alignment import (
+    PermutationGroup,
+    aligned,
+    check_same_function,
+    permutation_groups,
+    permuted,
+    weight_matching,
+)
+from analysis.errors import AnalysisError
+from analysis.evaluation import EvaluationOptions, evaluate_network
+from analysis.networks import build
+from analysis.paths import Path, barrier, even_grid
+from tests.analysis.networks import ARCHITECTURES, network_of, probe_of
+
+
+def _builtin(name: str, **args: Any) -> dict[str, Any]:
+    return {"family": "builtin", "name": name, "args": args}
+
+
+# Architecture, shape of an input, and the sizes of its groups as theory has them: each hidden width, each stream that
+# additions hold together once for all of its blocks.
+NETWORKS: dict[str, tuple[dict[str, Any], tuple[int, ...], list[int]]] = {
+    "mlp": (_builtin("mlp", sizes=[12, 16, 8, 5]), (12,), [16, 8]),
+    "mlp of images, layer norm": (_builtin("mlp", sizes=[12, 16, 8, 5], norm="layer"), (3, 4), [16, 8]),
+    "mlp, batch norm, gelu": (_builtin("mlp", sizes=[12, 9, 5], norm="batch", activation="gelu"), (12,), [9]),
+    "linear": (_builtin("mlp", sizes=[12, 5]), (12,), []),
+    "cnn": (_builtin("cnn", n_classes=5, in_channels=1, channels=[6, 8]), (1, 8, 8), [6, 8]),
+    "cnn, no norm": (_builtin("cnn", n_classes=5, in_channels=1, channels=[6, 8], norm="none"), (1, 8, 8), [6, 8]),
+    "cnn, one group": (_builtin("cnn", n_classes=5, in_channels=1, channels=[6, 8], norm="layer"), (1, 8, 8), [6, 8]),
+    # A stream and two inner widths in each of four stages.
+    "resnet": (
+        _builtin("resnet", n_classes=5, in_channels=1, width=4),
+        (1, 8, 8),
+        [4, 4, 4, 8, 8, 8, 16, 16, 16, 32, 32, 32],
+    ),
+    # The stem's channels, then in each of three stages a stream and one inner width.
+    "wide resnet": (
+        _builtin("wide_resnet", n_classes=5, in_channels=1, depth=10, widen_factor=2),
+        (1, 8, 8),
+        [16, 32, 32, 64, 64, 128, 128],
+    ),
+}
+
+
+def _network(key: str, seed: int = 0) -> tuple[nn.Module, Tensor]:
+    architecture, shape, _ = NETWORKS[key]
+    torch.manual_seed(seed)
+    module = build(architecture, device="cpu").eval().requires_grad_(False)
+    for name, buffer in module.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.normal_()
+        elif name.endswith("running_var"):
+            buffer.uniform_(0.5, 2)
+    return module, torch.randn(8, *shape, generator=torch.Generator().manual_seed(1))
+
+
+def _state(module: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def _shuffled(module: nn.Module, groups: list[PermutationGroup], seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return permuted(_state(module), groups, [torch.randperm(group.size, generator=generator) for group in groups])
+
+
+@pytest.mark.parametrize("key", NETWORKS)
+def test_groups_are_what_theory_says(key: str) -> None:
+    """Every hidden width and no other: neither inputs nor classes are permuted."""
+    module, inputs = _network(key)
+    groups = permutation_groups(module, inputs[:2])
+    assert sorted(group.size for group in groups) == sorted(NETWORKS[key][2])
+    named = [axis for group in groups for axis in group.axes]
+    assert len(named) == len(set(named))
+    head = next(name for name in reversed(list(module.state_dict())) if name.endswith("weight"))
+    assert (head, 0) not in named
+
+
+@pytest.mark.parametrize("key", NETWORKS)
+def test_permuting_a_group_changes_no_logit(key: str) -> None:
+    """All groups at once, at random, with the running statistics; the order of sums is all that changes."""
+    module, inputs = _network(key)
+    groups = permutation_groups(module, inputs[:2])
+    before = module(inputs)
+    module.load_state_dict(_shuffled(module, groups, 3))
+    assert check_same_function(before, module(inputs)) < 1e-5
+
+
+@pytest.mark.parametrize("key", [key for key in NETWORKS if NETWORKS[key][2]])
+def test_a_permuted_copy_is_recovered(key: str) -> None:
+    """Weight matching finds the permutation back: the copy's tensors become the original's, bit for bit."""
+    module, inputs = _network(key)
+    original, groups = _state(module), permutation_groups(module, inputs[:2])
+    shuffled = _shuffled(module, groups, 4)
+    parameters = {name for name, _ in module.named_parameters()}
+    ends = [{name: state[name] for name in parameters} for state in (original, shuffled)]
+    alignment = weight_matching(groups, *ends, generator=torch.Generator().manual_seed(0))
+    found = permuted(shuffled, groups, alignment.permutations)
+    assert all(torch.equal(found[name], original[name]) for name in original)
+    assert alignment.gain > 0
+    again = weight_matching(groups, *ends, generator=torch.Generator().manual_seed(0))
+    assert all(torch.equal(a, b) for a, b in zip(alignment.permutations, again.permutations, strict=True))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_permuted_copy_has_a_barrier_without_alignment_and_none_with_it(name: str) -> None:
+    """The loss on the way to a permuted copy of the same network, for mlp, cnn and resnet."""
+    options, probe = EvaluationOptions(null_permutations=0), probe_of(name)
+    inputs = probe.inputs[:8]
+    groups = permutation_groups(network_of(name, 0).module, inputs[:2])
+    found = []
+    for align in (False, True):
+        first, second = network_of(name, 0), network_of(name, 0)
+        second.module.load_state_dict(_shuffled(second.module, groups, 5))
+        state = dict(second.module.state_dict())
+        if align:
+            state = aligned(first.module, second.module, inputs, generator=torch.Generator().manual_seed(0))[0]
+        path, ws = Path(first, state), even_grid(5)
+        losses = []
+        for w in ws:
+            loss = (
+                evaluate_network(path.move_to(w), probe, device=torch.device("cpu"), options=options).splits["all"].loss
+            )
+            assert loss is not None
+            losses.append(loss)
+        # Random networks may lose less in the middle: a barrier is any departure from the chord.
+        found.append(max(barrier(ws, losses).value, barrier(ws, losses, falls=True).value))
+    assert found[0] > 1e-2
+    assert found[1] < 1e-3
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10**6), key=st.sampled_from(["mlp", "cnn", "wide resnet"]))
+def test_alignment_of_two_networks_never_lowers_the_objective(seed: int, key: str) -> None:
+    """The gain is the difference of the inner products before and after, and the network computes what it did."""
+    (first, inputs), (second, _) = _network(key, seed), _network(key, seed + 1)
+    names = [name for name, _ in first.named_parameters()]
+
+    def objective(state: dict[str, Tensor]) -> float:
+        own = first.state_dict()
+        return sum(float((own[name].double() * state[name].double()).sum()) for name in names)
+
+    before = objective(_state(second))
+    state, alignment, change = aligned(first, second, inputs, generator=torch.Generator().manual_seed(0))
+    assert alignment.gain >= 0
+    assert objective(state) - before == pytest.approx(alignment.gain, abs=1e-6)
+    assert change < 1e-4
+
+
+class _Of(nn.Module):
+    """A network made of a function of its parameters."""
+
+    def __init__(self, compute: Any, **shapes: tuple[int, ...]) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.randn(shape, generator=generator), requires_grad=False))
+        self.compute = compute
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        result: Tensor = self.compute(self, inputs)
+        return result
+
+
+linear, conv2d = nn.functional.linear, nn.functional.conv2d
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "sizes"),
+    [
+        # An operation along the units that has no rule, and one whose result depends on their order.
+        (_Of(lambda m, x: linear(linear(x, m.a).cumsum(dim=1), m.b), a=(6, 4), b=(3, 6)), (4,), []),
+        (_Of(lambda m, x: linear(linear(x, m.a).sort(dim=1).values, m.b), a=(6, 4), b=(3, 6)), (4,), []),
+        # Channels that are merged with positions are fixed; with positions of size 1 they are not.
+        (_Of(lambda m, x: linear(conv2d(x, m.a).flatten(1), m.b), a=(6, 1, 3, 3), b=(3, 24)), (1, 4, 4), []),
+        (_Of(lambda m, x: linear(conv2d(x, m.a).flatten(1), m.b), a=(6, 1, 3, 3), b=(3, 6)), (1, 3, 3), [6]),
+        # Depthwise convolution moves with its channels; other groups are fixed.
+        (
+            _Of(
+                lambda m, x: linear(conv2d(conv2d(x, m.a), m.b, groups=6).mean(dim=(2, 3)), m.c),
+                a=(6, 1, 1, 1), b=(6, 1, 3, 3), c=(3, 6),
+            ),
+            (1, 4, 4),
+            [6],
+        ),
+        (
+            _Of(
+                lambda m, x: linear(conv2d(conv2d(x, m.a), m.b, groups=2).mean(dim=(2, 3)), m.c),
+                a=(6, 1, 1, 1), b=(4, 3, 3, 3), c=(3, 4),
+            ),
+            (1, 4, 4),
+            [],
+        ),
+        # Two branches that are added are one group, two that follow each other are fixed.
+        (_Of(lambda m, x: linear(linear(x, m.a) + linear(x, m.b), m.c), a=(6, 4), b=(6, 4), c=(3, 6)), (4,), [6]),
+        (
+            _Of(
+                lambda m, x: linear(torch.cat([linear(x, m.a), linear(x, m.b)], dim=1), m.c),
+                a=(6, 4), b=(6, 4), c=(3, 12),
+            ),
+            (4,),
+            [],
+        ),
+        # A scale of one number for all, and a residual stream whose square weight has it on both axes.
+        (_Of(lambda m, x: linear(linear(x, m.a) * m.s, m.b), a=(6, 4), s=(1,), b=(3, 6)), (4,), [6]),
+        (
+            _Of(lambda m, x: linear((h := linear(x, m.a)) + linear(h, m.b), m.c), a=(6, 4), b=(6, 6), c=(3, 6)),
+            (4,),
+            [6],
+        ),
+    ],
+    ids=[
+        "no rule", "sorted", "merged with space", "merged with ones", "depthwise", "grouped", "added", "joined",
+        "scaled", "square",
+    ],
+)  # fmt: skip
+def test_what_is_tied_and_what_is_fixed(module: nn.Module, shape: tuple[int, ...], sizes: list[int]) -> None:
+    """Operations one by one: the sizes of the groups, and logits that stay whatever is permuted."""
+    inputs = torch.randn(5, *shape, generator=torch.Generator().manual_seed(2))
+    groups = permutation_groups(module.eval(), inputs[:2])
+    assert [group.size for group in groups] == sizes
+    before = module(inputs)
+    module.load_state_dict(_shuffled(module, groups, 6))
+    assert check_same_function(before, module(inputs)) < 1e-5
+
+
+def test_a_square_weight_is_matched_as_far_as_it_goes() -> None:
+    """With one group on both axes the objective is quadratic: the step is a guess, taken only where it gains."""
+    module = _Of(lambda m, x: linear((h := linear(x, m.a)) + linear(h, m.b), m.c), a=(6, 4), b=(6, 6), c=(3, 6))
+    groups = permutation_groups(module.eval(), torch.randn(2, 4))
+    original, shuffled = _state(module), _shuffled(module, groups, 7)
+    alignment = weight_matching(groups, original, shuffled, generator=torch.Generator().manual_seed(0))
+    found = permuted(shuffled, groups, alignment.permutations)
+    assert all(torch.equal(found[name], original[name]) for name in original)
+
+
+def test_a_network_that_computes_something_else_is_refused() -> None:
+    """The check says by how much the logits moved."""
+    logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    assert check_same_function(logits, logits.clone()) == 0
+    with pytest.raises(AnalysisError, match="of the largest") as caught:
+        check_same_function(logits, logits + 0.01)
+    assert caught.value.kind == "alignment-failed"
+    assert caught.value.members["change"] > 1e-3
+    with pytest.raises(AnalysisError):
+        check_same_function(logits, logits * float("nan"))

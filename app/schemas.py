@@ -641,6 +641,13 @@ class SeriesReport(_Report):
 Report = Annotated[EvaluationReport | PathReport | PruningReport | SeriesReport, Field(discriminator="kind")]
 
 
+class Charts(Strict):
+    """What GET /v1/reports/{id}/charts/{name}.{format} draws."""
+
+    names: list[str]
+    formats: list[str]
+
+
 class Readiness(Strict):
     """Answer of /readyz: each part is "ok" or says what is wrong with it."""
 

@@ -327,6 +327,18 @@ class Client:
         """A report, whole."""
         return self._call("GET", f"/v1/reports/{_segment(report_id)}", repeatable=True)
 
+    def get_chart(self, report_id: str, name: str = "overview", *, format: str = "svg") -> bytes:
+        """A picture of a report.
+
+        Args:
+            report_id: which.
+            name: `overview` shows the whole; the problem for another name lists what there is.
+            format: `svg`, `png`, or `json` for the Vega-Lite specification.
+        """
+        path = f"/v1/reports/{_segment(report_id)}/charts/{_segment(name)}.{_segment(format)}"
+        picture: bytes = self._send("GET", path, repeatable=True).content
+        return picture
+
     def delete(self, collection: Collection, resource_id: str) -> None:
         """Delete a checkpoint, probe or feature set that no analysis needs."""
         self._send("DELETE", f"/v1/{collection}/{_segment(resource_id)}")

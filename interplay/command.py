@@ -374,11 +374,28 @@ def _follow(client: Client, analysis: Any, wait: bool, timeout: float | None, as
 @app.command()
 def show(
     report: Annotated[str, typer.Argument(metavar="REPORT", help="A report's id.", show_default=False)],
+    chart: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", dir_okay=False, help="Write a picture: .svg, .png, or .json for Vega-Lite."),
+    ] = None,
+    chart_name: Annotated[str, typer.Option(metavar="NAME", help="Which picture, such as loss or mir.")] = "overview",
     url: Url = None,
     api_key: ApiKey = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show a report."""
+    """Show a report, or write a picture of it."""
+    if chart is not None:
+        format = chart.suffix.removeprefix(".").lower()
+        if format not in ("svg", "png", "json"):
+            raise typer.BadParameter("ends in .svg, .png or .json", param_hint="--chart")
+        with _client(url, api_key) as client:
+            picture = client.get_chart(report, chart_name, format=format)
+        try:
+            chart.write_bytes(picture)
+        except OSError as error:
+            raise typer.BadParameter(f"cannot be written: {error.strerror}", param_hint="--chart") from None
+        _print({"file": str(chart), "bytes": len(picture)}, as_json, f"{chart}, {len(picture):,} bytes")
+        return
     with _client(url, api_key) as client:
         body = client.get_report(report)
     _print(body, as_json, None if as_json else rendering.report_view(body))

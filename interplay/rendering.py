@@ -189,7 +189,7 @@ def _points(report: Body) -> Table:
     if reused:
         table.add_column("reused report", no_wrap=True)
     for point in report["points"]:
-        cells = [f"{point[key]:g}"]
+        cells = [f"{round(point[key], 4):g}"]
         for split in point["splits"].values():
             values = split["interplay"]["sample"]["global"]
             cells += map(number, (split["loss"], split["accuracy"], values["mir"], values["hdr"]))
@@ -227,7 +227,7 @@ def _summary(report: Body) -> Iterable[RenderableType]:
 def _amount(value: Any) -> str:
     match value:
         case {"value": amount, "at": place}:
-            return f"{number(amount)} at {place:g}"
+            return f"{number(amount)} at {round(place, 4):g}"
         case bool():
             return "yes" if value else "no"
     return number(value)

@@ -1,9 +1,10 @@
 """Analyses and reports over HTTP."""
 
-from typing import Annotated, Any
+import json
+from typing import Annotated, Any, Literal
 
 import sqlalchemy as sa
-from fastapi import APIRouter, Depends, Header, Query, Request, Response
+from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
 
 from app import analyses, schemas
 from app.database import read
@@ -118,13 +119,58 @@ def get_report(
     id: schemas.Id, service: ServiceDep, if_none_match: Annotated[str | None, Header(max_length=1000)] = None
 ) -> Any:
     """A report, byte for byte as it was written; it never changes."""
-    with read(service.engine) as session:
-        found = session.execute(sa.select(Report.sha256, Report.content).where(Report.id == id)).one_or_none()
-    if found is None:
-        raise NotFound(f"There is no report {id!r}.")
-    etag = f'"{found.sha256}"'
+    content, sha256 = _content(service, id)
+    etag = f'"{sha256}"'
     headers = {"ETag": etag, "Cache-Control": "private, max-age=31536000, immutable"}
     held = {tag.strip().removeprefix("W/") for tag in (if_none_match or "").split(",")}
     if etag in held or "*" in held:
         return Response(status_code=304, headers=headers)
-    return Response(found.content, media_type="application/json", headers=headers)
+    return Response(content, media_type="application/json", headers=headers)
+
+
+@router.get("/reports/{id}/charts", responses=problems(404))
+def list_charts(id: schemas.Id, service: ServiceDep) -> schemas.Charts:
+    """The pictures of a report; the first shows the whole of it."""
+    from app import charts
+
+    content, _ = _content(service, id)
+    return schemas.Charts(names=charts.names(json.loads(content)["kind"]), formats=["svg", "png", "json"])
+
+
+@router.get(
+    "/reports/{id}/charts/{name}.{format}",
+    response_class=Response,
+    responses={
+        200: {"content": {"image/svg+xml": {}, "image/png": {}, "application/vnd.vegalite+json": {}}},
+        **problems(404),
+    },
+)
+def get_chart(
+    id: schemas.Id,
+    name: Annotated[str, Path(max_length=30, pattern=schemas.PLAIN_TEXT)],
+    format: Literal["svg", "png", "json"],
+    service: ServiceDep,
+) -> Response:
+    """A picture of a report: SVG, PNG, or as json its Vega-Lite specification, which browsers draw themselves."""
+    # Here, so that a process that draws nothing does not load what draws.
+    from app import charts
+
+    report = json.loads(_content(service, id)[0])
+    if name not in (names := charts.names(report["kind"])):
+        raise NotFound(f"The report has no chart {name!r}; it has {', '.join(names)}.", charts=names)
+    specification = charts.describe(report, name)
+    match format:
+        case "svg":
+            return Response(charts.svg(specification), media_type="image/svg+xml")
+        case "png":
+            return Response(charts.png(specification), media_type="image/png")
+    return Response(json.dumps(specification), media_type="application/vnd.vegalite+json")
+
+
+def _content(service: ServiceDep, id_: str) -> tuple[str, str]:
+    """A report's JSON text, and its sha256."""
+    with read(service.engine) as session:
+        found = session.execute(sa.select(Report.content, Report.sha256).where(Report.id == id_)).one_or_none()
+    if found is None:
+        raise NotFound(f"There is no report {id_!r}.")
+    return found.content, found.sha256

@@ -108,6 +108,7 @@ def test_unreachable_service_is_3(arguments: tuple[str, ...], as_json: bool) -> 
         (("push", "checkpoint", __file__, "--metadata", "epoch"), "KEY=VALUE"),
         (("push", "probe", __file__, "--class-names", '{"a": 1}'), "JSON list of texts"),
         (("push", "probe", __file__, "--class-names", "[1, 2]"), "JSON list of texts"),
+        (("show", "x", "--chart", "x.gif"), ".svg, .png or .json"),
         (("show", "x", "--url", "ftp://x"), "not an http or https URL"),
         (("show", "x", "--api-key", "a\nb"), "header cannot carry"),
     ],
@@ -386,7 +387,9 @@ def test_features_from_elsewhere(service: Service, tmp_path: Path) -> None:
     assert values["hdr"] == pytest.approx(0.0, abs=1e-6)
 
 
-def test_paths_pruning_and_series(service: Service, mlp_checkpoint_file: Path, digits_probe_file: Path) -> None:
+def test_paths_pruning_and_series(
+    service: Service, mlp_checkpoint_file: Path, digits_probe_file: Path, tmp_path: Path
+) -> None:
     """Each kind is queued, waited for and shown: a row a point, then what they amount to."""
     ids = [
         as_json(interplay("push", "checkpoint", mlp_checkpoint_file, "--name", name, "--json", url=service.url))["id"]
@@ -410,6 +413,16 @@ def test_paths_pruning_and_series(service: Service, mlp_checkpoint_file: Path, d
     ran = interplay(*series, url=service.url, COLUMNS="200")
     assert ran.returncode == 0, ran.stderr
     assert "epoch" in ran.stdout
+    shown = re.search(r"report +([0-9a-f-]{36})", ran.stdout)
+    assert shown is not None
+    for name in ("picture.svg", "picture.PNG", "picture.json"):
+        ran = interplay("show", shown[1], "--chart", tmp_path / name, url=service.url)
+        assert ran.returncode == 0, ran.stderr
+        assert (tmp_path / name).stat().st_size > 1000
+    other = interplay("show", shown[1], "--chart", tmp_path / "x.svg", "--chart-name", "nonsense", url=service.url)
+    assert (other.returncode, "overview" in other.stderr) == (2, True)
+    wrong = interplay("show", shown[1], "--chart", tmp_path / "none" / "x.svg", url=service.url)
+    assert (wrong.returncode, "cannot be written" in wrong.stderr) == (2, True)
     report = as_json(interplay(*series, "--json", url=service.url))
     assert report["axis"] == {"name": "epoch", "values": [0, 10]}
     refused = interplay("series", f"0={ids[0]}", *common, url=service.url)

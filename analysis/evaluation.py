@@ -30,6 +30,7 @@ from analysis.spectrum import (
 )
 
 __all__ = [
+    "Clock",
     "Distance",
     "Evaluation",
     "EvaluationOptions",
@@ -166,7 +167,7 @@ def evaluate_network(
         features, the logits and what `spectrum.sample_entropies` says.
     """
     options = options or EvaluationOptions()
-    clock = _Clock()
+    clock = Clock()
     with clock.phase("features"):
         features, logits, batch_size = extract_features(
             network, probe, device=device, batch_size=options.batch_size, progress=progress
@@ -198,7 +199,7 @@ def evaluate_features(
 
     Numerics: as `evaluate_network`.
     """
-    clock = _Clock()
+    clock = Clock()
     with clock.phase("features"):
         features, head = feature_set.features.to(device), feature_set.head.to(device)
         for name, tensor in (("features", features), ("head", head)):
@@ -231,12 +232,15 @@ class _Predictions:
     loss: Float64[Tensor, " n"]
 
 
-class _Clock:
+class Clock:
+    """Seconds by phase."""
+
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        """Count what runs inside under a name."""
         start = time.perf_counter()
         try:
             yield
@@ -250,7 +254,7 @@ def _evaluate(
     batch_size: int | None,
     options: EvaluationOptions,
     progress: Progress | None,
-    clock: _Clock,
+    clock: Clock,
 ) -> Evaluation:
     n_classes, n_features = data.head.shape
     check_finite("head", data.head)
@@ -321,7 +325,7 @@ class _Split:
         chosen: Bool[Tensor, " n"] | None,
         predictions: _Predictions,
         options: EvaluationOptions,
-        clock: _Clock,
+        clock: Clock,
         step: Callable[[], None],
     ) -> None:
         def select(tensor: Tensor) -> Tensor:

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import losses, spectra
+from benchmarks import losses, paths, spectra
+
+PARTS = {"spectra": spectra, "losses": losses, "paths": paths}
 
 
 def main() -> None:
@@ -15,13 +17,22 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="of both sides of every ratio")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results.json"))
+    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS), help="the others' rows stay")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    rows = [*spectra.rows(options.device), *losses.rows(options.device)]
-    content = {"torch": torch.__version__, "machine": platform.machine(), "rows": rows}
+    device = torch.device(options.device)
+    ran_on = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    rows = [
+        {"part": part, **row, "device": ran_on, "threads": options.threads}
+        for part in options.only
+        for row in PARTS[part].rows(device)
+    ]
+    earlier = json.loads(options.output.read_text())["rows"] if options.output.exists() else []
+    others = [row for row in earlier if row["part"] not in options.only]
+    content = {"torch": torch.__version__, "machine": platform.machine(), "rows": [*others, *rows]}
     options.output.write_text(json.dumps(content, indent=2) + "\n")
     for row in rows:
-        facts = {key: value for key, value in row.items() if key not in ("case", "reached", "against")}
+        facts = {key: value for key, value in row.items() if key not in ("part", "case", "reached", "against")}
         print(f"{'reached' if row['reached'] else 'MISSED '}  {row['case']}")
         if "against" in row:
             print(f"         against {row['against']}")

@@ -69,8 +69,6 @@ def rows(device: torch.device | str = "cpu") -> list[dict[str, object]]:
         {
             "case": f"InterplayLoss forward and backward, batch {BATCH}, d={received[-1].shape[1]}, C={N_CLASSES}",
             "against": "step of WRN-28-2 on 32x32 inputs",
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            "threads": torch.get_num_threads(),
             "loss_seconds": of_loss,
             "step_seconds": of_step,
             "share": of_loss / of_step,

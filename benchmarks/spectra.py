@@ -37,12 +37,8 @@ def rows(device: torch.device | str = "cpu") -> list[Row]:
         One row a case: what was measured, what it must reach, and whether it does.
     """
     device = torch.device(device)
-    shared: Row = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "threads": torch.get_num_threads(),
-    }
     parts = (_against_naive, _against_gram, _whole_evaluation, _null, _validation_set, _random_cases)
-    return [shared | row for part in parts for row in part(device)]
+    return [row for part in parts for row in part(device)]
 
 
 def _against_naive(device: torch.device) -> list[Row]:

@@ -16,8 +16,8 @@ from pydantic import TypeAdapter
 from app.database import read, write
 from app.errors import problem
 from app.models import Analysis, AnalysisCheckpoint, Checkpoint, FeatureSet, MetadataEntry, Probe, Report, now
-from app.schemas import DEFINITIONS_VERSION, SCHEMA_VERSION
-from app.schemas import Report as AnyReport
+from app.reports import DEFINITIONS_VERSION, SCHEMA_VERSION
+from app.reports import Report as AnyReport
 
 _REPORTS: TypeAdapter[Any] = TypeAdapter(AnyReport)
 

@@ -5,9 +5,7 @@ point, what those after it and the report must know of it, and whether it was th
 all of them together. So each point is recorded when it is done, and none is computed twice after a kill.
 """
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path as FilePath
 from typing import Any, Literal, TypeVar
@@ -15,7 +13,7 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from analysis.alignment import aligned
-from analysis.evaluation import Evaluation, EvaluationOptions, evaluate_features, evaluate_network
+from analysis.evaluation import Clock, Evaluation, EvaluationOptions, evaluate_features, evaluate_network
 from analysis.networks import LoadedNetwork, load_network
 from analysis.paths import Path, even_grid, next_point, recalibrate
 from analysis.probes import Preprocess, Probe, load_feature_set, load_probe
@@ -59,7 +57,7 @@ def _evaluation(
     task: Task, device: torch.device, on_progress: OnProgress, provenance: dict[str, Any]
 ) -> dict[str, Any]:
     """An evaluation of a checkpoint on a probe, or of a feature set."""
-    clock, subject, options = _Clock(), task["subjects"][0], EvaluationOptions(**task["options"])
+    clock, subject, options = Clock(), task["subjects"][0], EvaluationOptions(**task["options"])
     feature_dtype, head = torch.float32, None
     on_progress("loading", 0, 0)
     if subject["kind"] == "feature_set":
@@ -92,7 +90,7 @@ def _path_point(task: Task, device: torch.device, on_progress: OnProgress) -> di
     w = next_point(grid, known)
     assert w is not None, "the last point has said that it was the last"
     total = len(grid) if grid != "adaptive" else max(_ADAPTIVE_POINTS, len(known) + 1)
-    clock, on_progress = _Clock(), _of_point(on_progress, len(known), total)
+    clock, on_progress = Clock(), _of_point(on_progress, len(known), total)
     with clock.phase("load"):
         path, probe, alignment = _warm(task, on_progress, lambda: _load_path(task, device))
     with clock.phase("mix"):
@@ -115,7 +113,7 @@ def _path_point(task: Task, device: torch.device, on_progress: OnProgress) -> di
 
 def _pruning_point(task: Task, device: torch.device, on_progress: OnProgress) -> dict[str, Any]:
     position, sparsities = len(task["points"]), task["options"]["sparsities"]
-    clock, on_progress = _Clock(), _of_point(on_progress, position, len(sparsities))
+    clock, on_progress = Clock(), _of_point(on_progress, position, len(sparsities))
     with clock.phase("load"):
         pruning, probe = _warm(task, on_progress, lambda: _load_pruning(task, device))
     with clock.phase("prune"):
@@ -128,7 +126,7 @@ def _pruning_point(task: Task, device: torch.device, on_progress: OnProgress) ->
 
 def _series_point(task: Task, device: torch.device, on_progress: OnProgress) -> dict[str, Any]:
     position, total = len(task["points"]), len(task["subjects"])
-    clock, on_progress = _Clock(), _of_point(on_progress, position, total)
+    clock, on_progress = Clock(), _of_point(on_progress, position, total)
     with clock.phase("load"):
         probe = _warm(task, on_progress, lambda: _load_probe(task).prepared(device))
         network = _load_network(task, position, device)
@@ -148,7 +146,7 @@ def _point(
     point: dict[str, Any],
     network: LoadedNetwork,
     evaluation: Evaluation,
-    clock: "_Clock",
+    clock: "Clock",
     last: bool,
     total: int,
     **known: Any,
@@ -251,14 +249,3 @@ def _file(task: Task, resource: dict[str, Any]) -> FilePath:
 def _of_point(on_progress: OnProgress, done: int, total: int) -> OnProgress:
     """Progress within a point tells the phase; what is counted are the points."""
     return lambda phase, _done, _total: on_progress(phase, done, total)
-
-
-class _Clock:
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 import sqlalchemy as sa
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
 
-from app import analyses, schemas
+from app import analyses, reports, schemas
 from app.database import read
 from app.errors import NotFound
 from app.listing import Listing, listing_with, page
@@ -112,7 +112,7 @@ def _summary(row: Report) -> schemas.ReportSummary:
 
 @router.get(
     "/reports/{id}",
-    response_model=schemas.Report,
+    response_model=reports.Report,
     responses={304: {"description": "The report that the client holds is the one asked for"}, **problems(404)},
 )
 def get_report(

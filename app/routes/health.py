@@ -7,7 +7,7 @@ import sqlalchemy as sa
 from fastapi import APIRouter, Response
 
 import migrations
-from app import models, schemas
+from app import models, reports, schemas
 from app.database import read
 from app.models import Worker
 from app.routes import ServiceDep
@@ -58,8 +58,8 @@ def version(service: ServiceDep) -> schemas.Version:
     ]
     return schemas.Version(
         version=importlib.metadata.version("interplay"),
-        schema_version=schemas.SCHEMA_VERSION,
-        definitions_version=schemas.DEFINITIONS_VERSION,
+        schema_version=reports.SCHEMA_VERSION,
+        definitions_version=reports.DEFINITIONS_VERSION,
         workers=workers,
     )
 

@@ -21,7 +21,7 @@ from analysis.evaluation import (
 )
 from analysis.networks import LoadedNetwork
 from analysis.probes import FeatureSet, Probe
-from app import schemas
+from app import reports
 from tests.analysis import reference
 
 CPU = torch.device("cpu")
@@ -56,7 +56,7 @@ def _feature_set(features: Tensor, labels: list[int], head: Tensor, **others: Te
 def _check(split: SplitEvaluation) -> None:
     """A split is what the report's schema says, and every null has its reason under its path."""
     content = dataclasses.asdict(split)
-    schemas.SplitEvaluation.model_validate(content)
+    reports.SplitEvaluation.model_validate(content)
     places = [content, content["collapse"], *(one for level in content["interplay"].values() for one in level.values())]
     for place in places:
         nulls = {name for name, value in place.items() if value is None}

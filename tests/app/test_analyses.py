@@ -16,7 +16,7 @@ from safetensors.numpy import save
 from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
 
-from app.schemas import EvaluationReport
+from app.reports import EvaluationReport
 from tests.app.test_uploads import problem
 from tests.conftest import MLP
 from tests.services import Service, until

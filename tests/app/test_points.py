@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
 
-from app.schemas import PathReport, PruningReport, SeriesReport
+from app.reports import PathReport, PruningReport, SeriesReport
 from tests.app.test_uploads import problem
 from tests.conftest import MLP
 from tests.services import Service

@@ -18,7 +18,7 @@ import torch
 
 from analysis.errors import KINDS
 from app import errors
-from app.schemas import EvaluationReport
+from app.reports import EvaluationReport
 from app.settings import Settings
 from tests import services
 from tests.app.test_uploads import problem

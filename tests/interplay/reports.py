@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from app.schemas import EvaluationReport
+from app.reports import EvaluationReport
 
 _ID = "01990000-0000-7000-8000-000000000001"
 

@@ -1,0 +1,305 @@
+"""Reports as they are stored and served: one model for each kind, which together make up the schema of a report.
+
+`docs/report.md` explains every field in words; `definitions_version` names the state of the definitions.
+"""
+
+from datetime import datetime
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+from pydantic import Field, FiniteFloat
+
+from app.schemas import Axis, EvaluationOptions, PathOptions, Preprocess, PruningOptions, Strict
+
+SCHEMA_VERSION = "1"
+DEFINITIONS_VERSION = "1"
+
+Reasons = dict[str, str]
+
+
+class Optimum(Strict):
+    """MIR and HDR where neural collapse leads, for these class counts; `reachable` where d >= C - 1."""
+
+    mir: FiniteFloat | None
+    hdr: FiniteFloat | None
+    reachable: bool
+
+
+class Distance(Strict):
+    mir: FiniteFloat | None
+    hdr: FiniteFloat | None
+
+
+class Null(Strict):
+    """The permutation baseline of MIR, and the observed value on the same samples."""
+
+    mean: FiniteFloat
+    std: FiniteFloat
+    n: int
+    n_samples: int
+    observed: FiniteFloat
+
+
+class Method(Strict):
+    """How the joint spectrum was computed; `error_estimate` bounds the error of MIR."""
+
+    name: str
+    kept: int
+    total: int
+    tail_mass: FiniteFloat
+    error_estimate: FiniteFloat
+
+
+class Interplay(Strict):
+    """MIR and HDR at one level and centring, with everything needed to read them. Entropies are in nats."""
+
+    mir: FiniteFloat | None
+    hdr: FiniteFloat | None
+    mutual_information: FiniteFloat | None
+    entropy_features: FiniteFloat | None
+    entropy_head: FiniteFloat | None
+    entropy_joint: FiniteFloat | None
+    optimum: Optimum
+    distance_to_optimum: Distance
+    null: Null | None
+    mir_z: FiniteFloat | None
+    degenerate_samples: int
+    degenerate_classes: int
+    method: Method | None
+    reasons: Reasons
+
+
+class Centrings(Strict):
+    none: Interplay
+    global_: Interplay = Field(alias="global")
+
+
+class Levels(Strict):
+    sample: Centrings
+    class_mean: Centrings
+
+
+class Collapse(Strict):
+    nc1: FiniteFloat | None
+    nc1_condition: FiniteFloat | None
+    nc2_equinorm_means: FiniteFloat | None
+    nc2_equinorm_head: FiniteFloat | None
+    nc2_equiangularity_means: FiniteFloat | None
+    nc2_equiangularity_head: FiniteFloat | None
+    nc2_max_angle_means: FiniteFloat | None
+    nc2_max_angle_head: FiniteFloat | None
+    nc3: FiniteFloat | None
+    nc4: FiniteFloat | None
+    absent_classes: int
+    reasons: Reasons
+
+
+class SplitEvaluation(Strict):
+    n_samples: int
+    class_counts: list[int]
+    accuracy: FiniteFloat | None
+    loss: FiniteFloat | None
+    calibration_error: FiniteFloat | None
+    effective_rank: FiniteFloat | None
+    interplay: Levels
+    collapse: Collapse
+    reasons: Reasons
+
+
+class Subject(Strict):
+    """What was looked at, so that the report is readable after its deletion."""
+
+    kind: Literal["checkpoint", "feature_set"]
+    id: str
+    name: str
+    sha256: str
+    size_bytes: int
+    n_parameters: int | None
+    architecture: dict[str, Any] | None
+    head: str | None
+    n_features: int
+    n_classes: int
+    metadata: dict[str, Any]
+
+
+class ProbeSubject(Strict):
+    """The data; of a feature set, its own."""
+
+    kind: Literal["probe", "feature_set"]
+    id: str
+    name: str
+    sha256: str
+    n_samples: int
+    n_classes: int
+    class_counts: list[int]
+    class_names: list[str] | None
+    input_shape: list[int] | None
+    preprocess: Preprocess | None
+
+
+Options = TypeVar("Options", bound=EvaluationOptions)
+
+
+class Provenance(Strict, Generic[Options]):
+    interplay_version: str
+    code_sha256: str
+    torch_version: str
+    numpy_version: str
+    python_version: str
+    device: str
+    threads: int
+    feature_dtype: str
+    spectrum_dtype: str
+    batch_size: int | None
+    options: Options
+
+
+class _Report(Strict):
+    schema_version: str
+    definitions_version: str
+    id: str
+    analysis_id: str
+    created_at: datetime
+    probe: ProbeSubject
+    timings_seconds: dict[str, FiniteFloat]
+
+
+class EvaluationReport(_Report):
+    kind: Literal["evaluation"]
+    subject: Subject
+    provenance: Provenance[EvaluationOptions]
+    splits: dict[str, SplitEvaluation]
+
+
+class Barrier(Strict):
+    """How far a value on the path exceeds what it is compared with, and at which w it does so most."""
+
+    value: FiniteFloat
+    at: FiniteFloat
+
+
+class BarrierForms(Strict):
+    """The three forms in use: Frankle's over the mean of the ends, Entezari's over the chord, their code's at 1/2."""
+
+    frankle: Barrier
+    entezari: Barrier
+    midpoint: FiniteFloat | None
+
+
+class PathSplit(Strict):
+    """Of one split. MIR's barrier is how far it falls under the chord, HDR's how far it rises over it."""
+
+    loss_barrier: Barrier | None
+    error_barrier: Barrier | None
+    mir_barrier: Barrier | None
+    hdr_barrier: Barrier | None
+    connected: bool | None = Field(description="Whether the error barrier is at most 0.02.")
+    loss_forms: BarrierForms | None
+    error_forms: BarrierForms | None
+    reasons: Reasons
+
+
+class Measured(Strict):
+    """Which MIR and HDR a summary is of."""
+
+    level: Literal["sample", "class_mean"]
+    centring: Literal["none", "global"]
+
+
+class Alignment(Strict):
+    """How B's hidden units were permuted before the path; its last point is then the permuted B."""
+
+    n_groups: int = Field(description="Sets of axes that were permuted, each by one permutation.")
+    sweeps: int
+    gain: FiniteFloat = Field(description="Rise of the inner product of the two ends' parameters.")
+    change_of_logits: FiniteFloat = Field(description="Of B on a batch of the probe, as a share of the largest.")
+
+
+class PathSummary(Strict):
+    splits: dict[str, PathSplit]
+    measured: Measured
+    l2_distance: FiniteFloat = Field(description="Euclidean distance of the two ends' parameters.")
+    cosine: FiniteFloat | None = Field(description="Of the two ends' parameters.")
+    alignment: Alignment | None
+    recalibrated_layers: int | None = Field(description="Normalisation layers with statistics taken anew.")
+
+
+class PathPoint(Strict):
+    w: FiniteFloat
+    splits: dict[str, SplitEvaluation]
+
+
+class PathReport(_Report):
+    """Points in order of w; at 0 and 1 they are the two checkpoints themselves."""
+
+    kind: Literal["path"]
+    subjects: list[Subject] = Field(min_length=2, max_length=2, description="A and B.")
+    provenance: Provenance[PathOptions]
+    points: list[PathPoint]
+    summary: PathSummary
+
+
+class PruningPoint(Strict):
+    sparsity: FiniteFloat
+    n_pruned: int
+    splits: dict[str, SplitEvaluation]
+
+
+class PruningSplit(Strict):
+    knee: FiniteFloat | None = Field(description="Largest sparsity whose accuracy is within 1 point of that at 0.")
+    reasons: Reasons
+
+
+class PruningSummary(Strict):
+    n_prunable: int
+    splits: dict[str, PruningSplit]
+
+
+class PruningReport(_Report):
+    kind: Literal["pruning"]
+    subject: Subject
+    provenance: Provenance[PruningOptions]
+    points: list[PruningPoint]
+    summary: PruningSummary
+
+
+class SeriesPoint(Strict):
+    x: FiniteFloat
+    checkpoint_id: str
+    reused_report_id: str | None = Field(description="The report of an evaluation that there was already.")
+    splits: dict[str, SplitEvaluation]
+
+
+class SeriesSplit(Strict):
+    """Spearman's rank correlations over the points, and the distances to the optimum at each, in order."""
+
+    spearman_mir_accuracy: FiniteFloat | None
+    spearman_hdr_accuracy: FiniteFloat | None
+    mir_distance: list[FiniteFloat | None]
+    hdr_distance: list[FiniteFloat | None]
+    reasons: Reasons
+
+
+class Generalisation(Strict):
+    """First x with a train accuracy of 0.99, first with a test accuracy of 0.99, and how much later that came."""
+
+    train_at: FiniteFloat | None
+    test_at: FiniteFloat | None
+    delay: FiniteFloat | None
+
+
+class SeriesSummary(Strict):
+    splits: dict[str, SeriesSplit]
+    measured: Measured
+    generalisation: Generalisation | None = Field(description="Null where the probe has not both splits.")
+
+
+class SeriesReport(_Report):
+    kind: Literal["series"]
+    axis: Axis
+    subjects: list[Subject]
+    provenance: Provenance[EvaluationOptions]
+    points: list[SeriesPoint]
+    summary: SeriesSummary
+
+
+Report = Annotated[EvaluationReport | PathReport | PruningReport | SeriesReport, Field(discriminator="kind")]

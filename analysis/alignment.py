@@ -5,6 +5,7 @@ Which axes of which tensors must be permuted together follows from the network's
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from analysis.errors import AnalysisError
+from analysis.extraction import exact_convolutions
 from analysis.tracing import tied_axes
 
 State = Mapping[str, Shaped[Tensor, "..."]]
@@ -86,8 +88,9 @@ def weight_matching(
 
     Args:
         groups: of both networks.
-        reference: parameters of the network that stays; other names than the groups' take no part.
-        state: parameters of the one that is permuted.
+        reference: parameters of the network that stays; what it leaves out, as running statistics should be, has no
+            say and is permuted all the same. Names that are in no group take no part.
+        state: parameters of the one that is permuted, at least those of the reference.
         generator: on the CPU; draws the order of the groups in each sweep.
         most_sweeps: stop after so many.
 
@@ -177,7 +180,9 @@ def aligned(
     parameters = [dict(module.named_parameters(remove_duplicate=False)) for module in (first, second)]
     alignment = weight_matching(groups, *parameters, generator=generator)
     state = permuted(second.state_dict(), groups, alignment.permutations)
-    with torch.no_grad():
+    # As the evaluation computes: TF32 would round what the order of sums has moved by a little to steps of 10 bits.
+    arithmetic = exact_convolutions() if inputs.device.type == "cuda" else nullcontext()
+    with torch.no_grad(), arithmetic:
         before = second(inputs)
         second.load_state_dict(state)
         after = second(inputs)

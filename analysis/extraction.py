@@ -90,7 +90,7 @@ def _pass(
     def receive(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         received.append(args[0] if args else kwargs.get("input"))
 
-    arithmetic = _exact_convolutions() if device.type == "cuda" else nullcontext()
+    arithmetic = exact_convolutions() if device.type == "cuda" else nullcontext()
     handle = module.get_submodule(network.head_name).register_forward_pre_hook(receive, with_kwargs=True)
     try:
         with torch.inference_mode(), arithmetic:
@@ -152,6 +152,6 @@ def _head_input(received: list[Any], network: LoadedNetwork, batch: Tensor) -> T
     return value
 
 
-def _exact_convolutions() -> AbstractContextManager[None]:
+def exact_convolutions() -> AbstractContextManager[None]:
     """Convolutions without TF32, which rounds their inputs to 10 bits, and the same ones in every run."""
     return torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)

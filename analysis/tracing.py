@@ -29,21 +29,27 @@ def tied_axes(module: nn.Module, example: Float[Tensor, "b ..."]) -> list[list[t
     Returns:
         For each set of axes, name and dimension of its members.
     """
-    state = dict(module.state_dict())
+    state = dict(module.state_dict(keep_vars=True))
 
     def compute(tensors: dict[str, Tensor], inputs: Tensor) -> Any:
-        return functional_call(module, tensors, (inputs,))
+        # A tensor of two names comes in twice; its axes are tied below.
+        return functional_call(module, tensors, (inputs,), tie_weights=False)
 
-    # Fake tensors: shapes are enough, nothing is computed.
-    graph = make_fx(compute, tracing_mode="fake")(state, example).graph
+    # Fake tensors: shapes are enough, nothing is computed. Tensors that no state holds are constants of the graph.
+    traced = make_fx(compute, tracing_mode="fake", _allow_non_fake_inputs=True)
+    graph = traced({name: tensor.detach() for name, tensor in state.items()}, example).graph
     axes = _Axes()
     results: dict[fx.Node, Result] = {}
     places = [node for node in graph.nodes if node.op == "placeholder"]
-    for node in places:
-        results[node] = axes.new(node.meta["val"].ndim)
-    axes.block(_flat(results[places[-1]]))
+    owned: dict[int, Axes] = {}
+    for tensor, node in zip(state.values(), places[:-1], strict=True):
+        results[node] = owned.setdefault(id(tensor), axes.new(tensor.ndim))
+    results[places[-1]] = axes.new(example.ndim, blocked=True)
     for node in graph.nodes:
-        if node.op == "call_function":
+        if node.op == "get_attr":
+            # Its order is fixed: nothing permutes what is not in the state.
+            results[node] = axes.new(node.meta["val"].ndim, blocked=True)
+        elif node.op == "call_function":
             results[node] = _apply(axes, node, results)
         elif node.op == "output":
             axes.block([axis for used in node.all_input_nodes for axis in _flat(results[used])])
@@ -116,7 +122,8 @@ def _apply(axes: _Axes, node: fx.Node, results: dict[fx.Node, Result]) -> Result
         part: Result = results[whole][index]
         return part
     rule = _RULES.get(str(getattr(node.target, "overloadpacket", None)).removeprefix("aten."))
-    if rule is not None:
+    # Rules see tensors by position alone: one by name (`out`, say) is unknown to them.
+    if rule is not None and not any(isinstance(given, fx.Node) for given in node.kwargs.values()):
         return rule(axes, _Call(node, results))
     for used in node.all_input_nodes:
         axes.block(_flat(results[used]))
@@ -133,29 +140,28 @@ def _flat(result: Result) -> Axes:
 Rule = Callable[[_Axes, _Call], Result]
 
 
-def _same(axes: _Axes, call: _Call) -> Result:
-    """One tensor, number by number, or along an axis in a way that permuting that axis permutes too."""
-    return call.axes(0)
-
-
 def _elementwise(axes: _Axes, call: _Call) -> Result:
-    """Two or more tensors, broadcast against each other."""
-    ndim = call.value.ndim
-    found: list[int | None] = [None] * ndim
+    """Tensors number by number, broadcast against each other; also a softmax, which goes with a permuted axis."""
+    found: list[int | None] = [None] * call.value.ndim
     for position, given in enumerate(call.args):
-        if not isinstance(given, fx.Node):
-            continue
-        shape, own = call.shape(position), call.axes(position)
-        for dim, axis in enumerate(own):
-            place = ndim - len(own) + dim
-            if shape[dim] == 1 and call.value.shape[place] != 1:
-                continue
-            tied = found[place]
-            if tied is None:
-                found[place] = axis
-            else:
-                axes.tie(tied, axis)
+        if isinstance(given, fx.Node):
+            _broadcast(axes, call, position, found)
+    # What is repeated along an axis is the same in any order.
     return tuple(axes.new(1)[0] if axis is None else axis for axis in found)
+
+
+def _broadcast(axes: _Axes, call: _Call, position: int, found: list[int | None]) -> None:
+    """Tie one argument's axes to those found so far for the result, from the last to the first."""
+    shape, own = call.shape(position), call.axes(position)
+    for dim, axis in enumerate(own):
+        place = len(found) - len(own) + dim
+        if shape[dim] == 1 and call.value.shape[place] != 1:
+            continue
+        tied = found[place]
+        if tied is None:
+            found[place] = axis
+        else:
+            axes.tie(tied, axis)
 
 
 def _convolution(axes: _Axes, call: _Call) -> Result:
@@ -211,10 +217,9 @@ def _beside(axes: _Axes, call: _Call, first: Axes) -> Result:
 
 
 def _addmm(axes: _Axes, call: _Call) -> Result:
-    bias, first, second = call.axes(0), call.axes(1), call.axes(2)
+    first, second = call.axes(1), call.axes(2)
     axes.tie(first[1], second[0])
-    if call.shape(0)[-1:] == [call.value.shape[1]]:
-        axes.tie(second[1], bias[-1])
+    _broadcast(axes, call, 0, [first[0], second[1]])
     return (first[0], second[1])
 
 
@@ -264,11 +269,10 @@ def _reduce(axes: _Axes, call: _Call) -> Result:
 
 
 def _pool(axes: _Axes, call: _Call) -> Result:
+    """Over the last two axes, with a batch before the channels or without."""
     own = call.axes(0)
-    value = call.value[0] if isinstance(call.value, (tuple, list)) else call.value
-    spatial = 2 if value.ndim == 4 else value.ndim - 2
-    axes.block(own[len(own) - spatial :])
-    found = (*own[: len(own) - spatial], *axes.new(spatial, blocked=True))
+    axes.block(own[-2:])
+    found = (*own[:-2], *axes.new(2, blocked=True))
     return (found, axes.new(len(own), blocked=True)) if isinstance(call.value, (tuple, list)) else found
 
 
@@ -313,14 +317,14 @@ def _cat(axes: _Axes, call: _Call) -> Result:
     return tuple(axes.new(1, blocked=True)[0] if place == dim else axis for place, axis in enumerate(parts[0]))
 
 
-_SAME = (
+_ELEMENTWISE = (
     "relu", "relu_", "gelu", "tanh", "sigmoid", "silu", "silu_", "elu", "leaky_relu", "hardtanh", "hardtanh_",
-    "hardswish", "hardswish_", "hardsigmoid", "mish", "softplus", "clamp", "clamp_min", "neg", "exp", "log", "sqrt",
-    "rsqrt", "abs", "square", "erf", "clone", "detach", "alias", "_to_copy", "contiguous", "_softmax",
+    "hardswish", "hardswish_", "hardsigmoid", "mish", "softplus", "_prelu_kernel", "clamp", "clamp_min", "clamp_max",
+    "neg", "exp", "log", "sqrt", "rsqrt", "reciprocal", "abs", "square", "pow", "erf", "sin", "cos", "clone", "detach",
+    "alias", "_to_copy", "contiguous", "expand", "_softmax", "add", "add_", "sub", "sub_", "rsub", "mul", "mul_", "div",
+    "div_", "maximum", "minimum", "eq", "ne", "lt", "le", "gt", "ge", "where", "masked_fill",
 )  # fmt: skip
-_ELEMENTWISE = ("add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_", "maximum", "minimum", "where")
 _RULES: dict[str, Rule] = {
-    **dict.fromkeys(_SAME, _same),
     **dict.fromkeys(_ELEMENTWISE, _elementwise),
     "convolution": _convolution,
     **dict.fromkeys(
@@ -338,7 +342,9 @@ _RULES: dict[str, Rule] = {
     "transpose": _transpose,
     "permute": _permute,
     **dict.fromkeys(("mean", "sum", "amax", "amin"), _reduce),
-    **dict.fromkeys(("max_pool2d_with_indices", "avg_pool2d", "_adaptive_avg_pool2d", "max_pool2d"), _pool),
+    **dict.fromkeys(
+        ("max_pool2d_with_indices", "avg_pool2d", "_adaptive_avg_pool2d", "adaptive_max_pool2d", "max_pool2d"), _pool
+    ),
     **dict.fromkeys(("view", "_unsafe_view", "reshape", "flatten", "unsqueeze", "squeeze"), _view),
     "cat": _cat,
 }

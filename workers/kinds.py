@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from analysis.alignment import aligned
+from analysis.errors import AnalysisError
 from analysis.evaluation import Clock, Evaluation, EvaluationOptions, evaluate_features, evaluate_network
 from analysis.networks import LoadedNetwork, load_network
 from analysis.paths import Path, even_grid, next_point, recalibrate
@@ -48,7 +49,11 @@ def compute(task: Task, device: torch.device, on_progress: OnProgress, provenanc
     if task["kind"] == "evaluation":
         return _evaluation(task, device, on_progress, provenance)
     if task["step"] == "point":
-        return _POINTS[task["kind"]](task, device, on_progress)
+        number = len(task["points"]) + 1
+        try:
+            return _POINTS[task["kind"]](task, device, on_progress)
+        except AnalysisError as error:
+            raise AnalysisError(error.kind, f"Point {number}: {error.detail}", **error.members, point=number) from error
     _held.clear()
     return summaries.REPORTS[task["kind"]](task) | _common(task, provenance)
 

@@ -224,6 +224,22 @@ def test_checkpoints_of_two_architectures_are_refused(
         assert '"batch"' in body["detail"]
 
 
+def test_a_point_that_fails_is_named(
+    any_service: Service, ends: tuple[str, str], probe_id: str, mlp_checkpoint_file: Path
+) -> None:
+    """A checkpoint that holds NaN fails the series at its place, and says so."""
+    tensors = load_file(mlp_checkpoint_file)
+    tensors["head.bias"][3] = float("nan")
+    broken = _checkpoint(any_service, save_tensors(tensors), architecture=MLP)
+    request = {"axis": {"name": "x", "values": [1, 2, 3]}, "checkpoint_ids": [ends[0], broken, ends[1]]}
+    queued = any_service.analyze(kind="series", **request, probe_id=probe_id, options=FEW)
+    failed = any_service.wait(queued["id"])
+    assert failed["status"] == "failed"
+    assert failed["problem"]["type"].endswith(":non-finite-values")
+    assert failed["problem"]["detail"].startswith("Point 2: Tensor 'head.bias'")
+    assert failed["problem"]["point"] == 2
+
+
 @pytest.mark.parametrize(
     ("body", "place"),
     [

@@ -5,7 +5,7 @@ and reduces each class to a Gram matrix: of d x d where it has more samples than
 Features that are all at hand are read class by class; features that arrive in batches are reduced as they come.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -150,41 +150,73 @@ class LabelledFeatures:
 
     def blocks(self) -> Iterator[ClassBlock]:
         """All classes, small ones in batches, each reduced to the smaller of its two Gram matrices."""
-        d = self.features.shape[1]
-        limit = min(_SMALL_CLASS, d)
-        by_size = sorted((len(rows), position) for position, rows in enumerate(self.members))
-        small: list[int] = []
-        for size, position in by_size:
-            if size > limit:
-                yield self._large(position)
-                continue
-            # Neighbours in size, so that little is filled up.
-            if small and ((len(small) + 1) * size * d > _BLOCK or size > 2 * len(self.members[small[0]])):
-                yield self._small(small)
-                small = []
-            small.append(position)
-        if small:
-            yield self._small(small)
+        return (block for (block,) in blocks_of_all([self]))
 
-    def _large(self, position: int) -> ClassBlock:
-        members, d = self.members[position], self.features.shape[1]
-        accumulator = _ClassAccumulator(d, self.dtype, self.features.device)
-        for chunk in torch.split(members, _BATCH):
-            accumulator.add(*unit_directions(self.features.index_select(0, chunk), self.centre, self.dtype))
-        return accumulator.block(position)
 
-    def _small(self, positions: list[int]) -> ClassBlock:
-        sizes = [len(self.members[position]) for position in positions]
-        device = self.features.device
-        flat = torch.cat([self.members[position] for position in positions])
-        directions, usable = unit_directions(self.features.index_select(0, flat), self.centre, self.dtype)
-        owners = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(device)
-        places = torch.cat([torch.arange(size) for size in sizes]).to(device)
+# Takes the class of a chunk of samples, their rows, and the samples as they came.
+Observer = Callable[[int, Int[Tensor, " b"], Float[Tensor, "b d"]], None]
+
+
+def blocks_of_all(
+    sets: Sequence[LabelledFeatures], observe: Observer | None = None
+) -> Iterator[tuple[ClassBlock, ...]]:
+    """The blocks of several sets that differ in centre and head alone, from one reading of their features.
+
+    Args:
+        sets: of the same features and classes.
+        observe: given every chunk of samples as it is read, for whatever else needs one pass.
+
+    Returns:
+        For each class, or batch of small ones, the block of each set.
+    """
+    features, members = sets[0].features, sets[0].members
+    d = features.shape[1]
+    limit = min(_SMALL_CLASS, d)
+    by_size = sorted((len(rows), position) for position, rows in enumerate(members))
+    small: list[int] = []
+    for size, position in by_size:
+        if size > limit:
+            yield _large(sets, position, observe)
+            continue
+        # Neighbours in size, so that little is filled up.
+        if small and ((len(small) + 1) * size * d > _BLOCK or size > 2 * len(members[small[0]])):
+            yield _small(sets, small, observe)
+            small = []
+        small.append(position)
+    if small:
+        yield _small(sets, small, observe)
+
+
+def _large(sets: Sequence[LabelledFeatures], position: int, observe: Observer | None) -> tuple[ClassBlock, ...]:
+    features, dtype = sets[0].features, sets[0].dtype
+    accumulators = [_ClassAccumulator(features.shape[1], dtype, features.device) for _ in sets]
+    for chunk in torch.split(sets[0].members[position], _BATCH):
+        samples = features.index_select(0, chunk)
+        for entry, accumulator in zip(sets, accumulators, strict=True):
+            accumulator.add(*unit_directions(samples, entry.centre, dtype))
+        if observe is not None:
+            observe(position, chunk, samples)
+    return tuple(accumulator.block(position) for accumulator in accumulators)
+
+
+def _small(sets: Sequence[LabelledFeatures], positions: list[int], observe: Observer | None) -> tuple[ClassBlock, ...]:
+    features, members = sets[0].features, [sets[0].members[position] for position in positions]
+    sizes, device = [len(rows) for rows in members], features.device
+    samples = features.index_select(0, torch.cat(members))
+    owners = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(device)
+    places = torch.cat([torch.arange(size) for size in sizes]).to(device)
+    blocks = []
+    for entry in sets:
+        directions, usable = unit_directions(samples, entry.centre, entry.dtype)
         rows = directions.new_zeros(len(sizes), max(sizes), directions.shape[1])
         rows[owners, places] = directions
         counts = torch.bincount(owners[usable], minlength=len(sizes))
         wide = rows.double()
-        return ClassBlock(positions, counts, wide @ wide.mT, rows)
+        blocks.append(ClassBlock(positions, counts, wide @ wide.mT, rows))
+    if observe is not None:
+        for position, rows_of, part in zip(positions, members, torch.split(samples, sizes), strict=True):
+            observe(position, rows_of, part)
+    return tuple(blocks)
 
 
 class ClassStream:

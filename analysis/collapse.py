@@ -88,16 +88,113 @@ def _frame_entropy(counts: Sequence[int], cosine: float) -> float:
     return spectrum_entropy(torch.cat([coupled, torch.repeat_interleave((1 - cosine) * sizes, repeats - 1)]))
 
 
+class CollapsePass:
+    """NC1 to NC4 as METRICS defines them, from one pass over the features that others may share.
+
+    NC1 = trace(Sigma_W Sigma_B^dagger) / C, with Sigma_W the mean of the classes' covariances. NC2 of the class means
+    runs over the classes present, NC2 of the head over all its rows, NC3 over the head rows of the classes present.
+
+    Args:
+        statistics: of the features.
+        head: one row a class, with those of absent classes.
+        predicted: the network's class of each sample.
+        dtype: in which deviations are projected, such as `classes.computing_dtype` says.
+
+    Numerics: O(N d C) time, in float64; deviations of large float32 sets from class means are projected in float32,
+        which says each to 7 digits. Sigma_B is inverted on its leading min(C - 1, d) directions. Where it has fewer,
+        because the features span no more, NC1 is taken on those; where the features do vary outside them NC1 is not
+        defined (`dependent_means`: two classes have one mean, or the means lie in too small a space).
+
+    Source: Papyan, Han and Donoho 2020.
+    """
+
+    def __init__(
+        self,
+        statistics: ClassStatistics,
+        head: Float[Tensor, "c d"],
+        predicted: Int[Tensor, " n"],
+        dtype: torch.dtype,
+    ) -> None:
+        self.statistics, self.head, self.predicted, self.dtype = statistics, head.double(), predicted, dtype
+        self.means = statistics.means - statistics.centre
+        present, d = self.means.shape
+        _, singular, directions = torch.linalg.svd(self.means, full_matrices=False)
+        rounding = max(present, d) * _EPS * float(statistics.means.norm() + statistics.sizes.norm())
+        # Centred means span a direction less than there are classes.
+        self.expected = min(present - 1, d)
+        self.singular, self.directions = singular[: self.expected], directions[: self.expected]
+        self.rank = int((self.singular > rounding).sum())
+        self.narrow = self.directions.to(dtype)
+        self.places = self.means @ self.directions.T
+        self.squares = self.places.square().sum(dim=1)
+        self.along, self.scatter, self.differing = torch.zeros_like(self.singular), 0.0, 0
+
+    def take(self, position: int, rows: Int[Tensor, " b"], samples: Float[Tensor, "b d"]) -> None:
+        """Samples of one class, by its place among those present, and which samples they are."""
+        statistics = self.statistics
+        mean = statistics.means[position]
+        high = mean.to(self.dtype)
+        rest = mean - high.double()
+        # About the class's own mean nothing is lost to cancellation, however far from the origin it lies.
+        apart = samples.to(self.dtype) - high
+        deviations = (self.narrow @ apart.T).T.double() - rest @ self.directions.T
+        # The means lie in the span of their directions, so that the nearest of them is the nearest within it.
+        offsets = self.squares - 2 * self.places[position] @ self.places.T
+        nearest = torch.addmm(offsets, deviations, self.places.T, alpha=-2).argmin(dim=1)
+        self.differing += int((statistics.classes[nearest] != self.predicted[rows]).sum())
+        weight = len(statistics.members[position]) * len(self.means)
+        self.along += deviations.square().sum(dim=0) / weight
+        if self.rank < self.expected:
+            outside = apart.double() - rest - deviations[:, : self.rank] @ self.directions[: self.rank]
+            self.scatter += float(outside.square().sum()) / weight
+
+    def finish(self) -> Collapse:
+        """The measures, once every sample was taken."""
+        reasons: dict[str, str] = {}
+        statistics, means = self.statistics, self.means
+        scales = statistics.sizes + statistics.centre.norm()
+        rows = self.head - self.head.mean(dim=0)
+        row_scales = self.head.norm(dim=1) + self.head.mean(dim=0).norm()
+        nc1, condition = self._variability(reasons)
+        of_means = _equiangular(means, scales, "means", reasons)
+        of_head = _equiangular(rows, row_scales, "head", reasons)
+        held = statistics.classes
+        return Collapse(
+            nc1=nc1,
+            nc1_condition=condition,
+            nc2_equinorm_means=of_means[0],
+            nc2_equinorm_head=of_head[0],
+            nc2_equiangularity_means=of_means[1],
+            nc2_equiangularity_head=of_head[1],
+            nc2_max_angle_means=of_means[2],
+            nc2_max_angle_head=of_head[2],
+            nc3=_self_duality(means, scales, rows[held], row_scales[held], reasons),
+            nc4=self.differing / len(self.predicted),
+            absent_classes=len(self.head) - len(means),
+            reasons=reasons,
+        )
+
+    def _variability(self, reasons: dict[str, str]) -> tuple[float | None, float | None]:
+        """NC1 and the condition number of Sigma_B."""
+        if self.rank == 0:
+            reason = "one_class" if len(self.means) == 1 else "equal_means"
+        elif self.rank < self.expected and math.sqrt(self.scatter) > 1e-12 * float(self.statistics.sizes.max()):
+            reason = "dependent_means"
+        else:
+            # Sigma_B = M^T M / k, so that its eigenvalues are s^2 / k and NC1's division by k cancels theirs.
+            singular, along = self.singular[: self.rank], self.along[: self.rank]
+            return float((along / singular.square()).sum()), float(singular[0] / singular[-1]) ** 2
+        reasons.update(nc1=reason, nc1_condition=reason)
+        return None, None
+
+
 def neural_collapse(
     features: Float[Tensor, "n d"],
     statistics: ClassStatistics,
     head: Float[Tensor, "c d"],
     predicted: Int[Tensor, " n"],
 ) -> Collapse:
-    """NC1 to NC4 as METRICS defines them.
-
-    NC1 = trace(Sigma_W Sigma_B^dagger) / C, with Sigma_W the mean of the classes' covariances. NC2 of the class means
-    runs over the classes present, NC2 of the head over all its rows, NC3 over the head rows of the classes present.
+    """NC1 to NC4 from a pass over the features of their own; see `CollapsePass`.
 
     Args:
         features: one sample a row.
@@ -107,87 +204,12 @@ def neural_collapse(
 
     Returns:
         The measures.
-
-    Numerics: one pass over the features, O(N d C) time, in float64; deviations of large float32 sets from class means
-        are projected in float32, which says each to 7 digits. Sigma_B is inverted on its leading min(C - 1, d)
-        directions. Where it has fewer, because the features span no more, NC1 is taken on those; where the features do
-        vary outside them NC1 is not defined (`dependent_means`: two classes have one mean, or the means lie in too
-        small a space).
-
-    Source: Papyan, Han and Donoho 2020.
     """
-    reasons: dict[str, str] = {}
-    present, means = len(statistics.classes), statistics.means - statistics.centre
-    scales = statistics.sizes + statistics.centre.norm()
-    rows = head.double()
-    rows = rows - rows.mean(dim=0)
-    row_scales = head.double().norm(dim=1) + head.double().mean(dim=0).norm()
-    variability, nc4 = _projected(features, statistics, means, predicted, reasons)
-    of_means = _equiangular(means, scales, "means", reasons)
-    of_head = _equiangular(rows, row_scales, "head", reasons)
-    return Collapse(
-        nc1=variability[0],
-        nc1_condition=variability[1],
-        nc2_equinorm_means=of_means[0],
-        nc2_equinorm_head=of_head[0],
-        nc2_equiangularity_means=of_means[1],
-        nc2_equiangularity_head=of_head[1],
-        nc2_max_angle_means=of_means[2],
-        nc2_max_angle_head=of_head[2],
-        nc3=_self_duality(means, scales, rows[statistics.classes], row_scales[statistics.classes], reasons),
-        nc4=nc4,
-        absent_classes=len(head) - present,
-        reasons=reasons,
-    )
-
-
-def _projected(
-    features: Float[Tensor, "n d"],
-    statistics: ClassStatistics,
-    means: Float64[Tensor, "k d"],
-    predicted: Int[Tensor, " n"],
-    reasons: dict[str, str],
-) -> tuple[tuple[float | None, float | None], float]:
-    """NC1 with the condition number of Sigma_B, and NC4, from one product of the samples with the means' directions."""
-    present, d = means.shape
-    _, singular, directions = torch.linalg.svd(means, full_matrices=False)
-    rounding = max(present, d) * _EPS * float(statistics.means.norm() + statistics.sizes.norm())
-    # Centred means span a direction less than there are classes.
-    expected = min(present - 1, d)
-    singular, directions = singular[:expected], directions[:expected]
-    rank = int((singular > rounding).sum())
-    places = means @ directions.T
-    along, scatter, differing = torch.zeros_like(singular), 0.0, 0
-    dtype, squares = computing_dtype(features), places.square().sum(dim=1)
-    narrow = directions.to(dtype)
+    one_pass = CollapsePass(statistics, head, predicted, computing_dtype(features))
     for position, members in enumerate(statistics.members):
-        mean = statistics.means[position]
-        high = mean.to(dtype)
-        rest = mean - high.double()
-        along_rest, offsets = rest @ directions.T, squares - 2 * places[position] @ places.T
         for rows in torch.split(members, _CHUNK):
-            # About the class's own mean nothing is lost to cancellation, however far from the origin it lies.
-            samples = features.index_select(0, rows).to(dtype).sub_(high)
-            deviations = (narrow @ samples.T).T.double() - along_rest
-            # The means lie in the span of their directions, so that the nearest of them is the nearest within it.
-            nearest = torch.addmm(offsets, deviations, places.T, alpha=-2).argmin(dim=1)
-            differing += int((statistics.classes[nearest] != predicted[rows]).sum())
-            along += deviations.square().sum(dim=0) / (len(members) * present)
-            if rank < expected:
-                outside = samples.double() - rest - deviations[:, :rank] @ directions[:rank]
-                scatter += float(outside.square().sum()) / (len(members) * present)
-    disagreement = differing / len(features)
-    if rank == 0:
-        reason = "one_class" if present == 1 else "equal_means"
-    elif rank < expected and math.sqrt(scatter) > 1e-12 * float(statistics.sizes.max()):
-        reason = "dependent_means"
-    else:
-        # Sigma_B = M^T M / k, so that its eigenvalues are s^2 / k and NC1's division by k cancels theirs.
-        singular, along = singular[:rank], along[:rank]
-        nc1 = float((along / singular.square()).sum())
-        return (nc1, float(singular[0] / singular[-1]) ** 2), disagreement
-    reasons.update(nc1=reason, nc1_condition=reason)
-    return (None, None), disagreement
+            one_pass.take(position, rows, features.index_select(0, rows))
+    return one_pass.finish()
 
 
 def _equiangular(

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
-from analysis.classes import LabelledFeatures, class_statistics
-from analysis.collapse import Collapse, Optimum, neural_collapse, optimum
+from analysis.classes import LabelledFeatures, class_statistics, computing_dtype
+from analysis.collapse import Collapse, CollapsePass, Optimum, neural_collapse, optimum
 from analysis.entropy import check_finite, unit_rows
 from analysis.errors import AnalysisError, Kind
 from analysis.extraction import Progress, extract_features
@@ -26,6 +26,7 @@ from analysis.spectrum import (
     pair_entropies,
     pair_null,
     sample_entropies,
+    sample_entropies_of_all,
     sample_null,
 )
 
@@ -127,7 +128,8 @@ class Evaluation:
 
     Attributes:
         splits: `all`, and `train` and `test` where the probe has such samples.
-        timings_seconds: by phase: features, predictions, entropies, null, collapse.
+        timings_seconds: by phase: features, predictions, entropies (with the reading that the collapse
+            shares), null, collapse.
         batch_size: that the pass over the probe ended with; None for a feature set.
         n_features: d.
         n_classes: C.
@@ -316,6 +318,14 @@ def _calibration_error(confidence: Float64[Tensor, " n"], correct: Bool[Tensor, 
     return float(gaps.abs().sum()) / len(confidence)
 
 
+@dataclass(frozen=True)
+class _Pairing:
+    """Samples by class beside the head's directions, and the samples of classes whose head row has none."""
+
+    labelled: LabelledFeatures
+    alone: Sequence[Int[Tensor, " _"]]
+
+
 class _Split:
     """The samples of one split and what their metrics share."""
 
@@ -345,13 +355,13 @@ class _Split:
     def evaluate(self) -> SplitEvaluation:
         """All metrics of the split."""
         interplay: dict[str, dict[str, Interplay]] = {"sample": {}, "class_mean": {}}
-        for centring in ("none", "global"):
-            interplay["sample"][centring] = self._sample_level(centring == "global")
+        pairings = [self._pairing(centred) for centred in (False, True)]
+        entropies, collapse = self._read(pairings)
+        for index, centring in enumerate(("none", "global")):
+            interplay["sample"][centring] = self._sample_level(pairings[index], entropies[index])
             self.step()
             interplay["class_mean"][centring] = self._class_mean_level(centring == "global")
             self.step()
-        with self.clock.phase("collapse"):
-            collapse = neural_collapse(self.features, self.statistics, self.head, self.predicted)
         self.step()
         correct = self.predicted == self.labels
         entropy = interplay["sample"]["global"].entropy_features
@@ -380,18 +390,38 @@ class _Split:
         """Begins anew for each level and centring, so that none depends on which others were computed."""
         return torch.Generator().manual_seed(self.options.seed)
 
-    def _entropies(self, labelled: LabelledFeatures) -> Entropies | None:
-        return sample_entropies(labelled, tolerance=self.options.tolerance, generator=self._generator())
-
-    def _sample_level(self, centred: bool) -> Interplay:
+    def _pairing(self, centred: bool) -> _Pairing:
         head, usable = self._head_directions(centred)
-        paired = [rows for rows, fits in zip(self.statistics.members, usable.tolist(), strict=True) if fits]
-        alone = [rows for rows, fits in zip(self.statistics.members, usable.tolist(), strict=True) if not fits]
-        labelled = LabelledFeatures(self.features, paired, self._centre(centred), head[usable])
+        fitting = usable.tolist()
+        paired = [rows for rows, fits in zip(self.statistics.members, fitting, strict=True) if fits]
+        alone = [rows for rows, fits in zip(self.statistics.members, fitting, strict=True) if not fits]
+        return _Pairing(LabelledFeatures(self.features, paired, self._centre(centred), head[usable]), alone)
+
+    def _read(self, pairings: Sequence[_Pairing]) -> tuple[list[Entropies | None], Collapse]:
+        """Entropies of all pairings, and the collapse, from one reading of the features.
+
+        Where a head row has no direction the pairings are of different classes, and each is read for itself.
+        """
+        tolerance, sets = self.options.tolerance, [pairing.labelled for pairing in pairings]
+        if not any(pairing.alone for pairing in pairings):
+            collapse = CollapsePass(self.statistics, self.head, self.predicted, computing_dtype(self.features))
+            generators = [self._generator() for _ in sets]
+            with self.clock.phase("entropies"):
+                found = sample_entropies_of_all(sets, tolerance=tolerance, generators=generators, observe=collapse.take)
+            with self.clock.phase("collapse"):
+                return found, collapse.finish()
         with self.clock.phase("entropies"):
-            entropies = self._entropies(labelled) if paired else None
-            degenerate = sum(len(rows) - len(labelled.directions(rows)) for rows in alone)
-        degenerate += entropies.degenerate_samples if entropies else sum(len(rows) for rows in paired)
+            found = [
+                sample_entropies(entry, tolerance=tolerance, generator=self._generator()) if entry.members else None
+                for entry in sets
+            ]
+        with self.clock.phase("collapse"):
+            return found, neural_collapse(self.features, self.statistics, self.head, self.predicted)
+
+    def _sample_level(self, pairing: _Pairing, entropies: Entropies | None) -> Interplay:
+        labelled, alone = pairing.labelled, pairing.alone
+        degenerate = sum(len(rows) - len(labelled.directions(rows)) for rows in alone)
+        degenerate += entropies.degenerate_samples if entropies else labelled.n_samples
         null = None
         if entropies is not None and self.options.null_permutations:
             with self.clock.phase("null"):

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from analysis.classes import ClassBlock, ClassStream, LabelledFeatures
+from analysis.classes import ClassBlock, ClassStream, LabelledFeatures, Observer, blocks_of_all
 from analysis.couplings import Couplings, FactorBlock
 from analysis.entropy import ZERO_ENTROPY, spectrum_entropy
 
@@ -29,7 +29,7 @@ LARGEST_KEPT = 2048
 # Up to here the exact spectrum costs less than approaching it.
 _SMALL = 1024
 # Rows that are kept at first.
-_FIRST_KEPT = 512
+_FIRST_KEPT = 640
 # Numbers of the factors whose couplings are held: half a GiB.
 MOST_NUMBERS = 2**27
 # Pairs in the permutation baseline.
@@ -124,15 +124,54 @@ def sample_entropies(
 
     Source: METRICS, "The joint spectrum, fast".
     """
-    largest = labelled.n_samples if tolerance == 0 else largest
     generator = generator or torch.Generator().manual_seed(0)
-    factors = _Factors(labelled, largest)
+    factors = _Factors(labelled, _rows_kept(labelled, tolerance, largest))
+    for block in labelled.blocks():
+        factors.add(block)
+    return _entropies(factors, tolerance, generator)
+
+
+def sample_entropies_of_all(
+    sets: Sequence[LabelledFeatures],
+    *,
+    tolerance: float = 1e-4,
+    largest: int = LARGEST_KEPT,
+    generators: Sequence[torch.Generator],
+    observe: Observer | None = None,
+) -> list[Entropies | None]:
+    """`sample_entropies` of sets that differ in centre and head alone, from one reading of their features.
+
+    Args:
+        sets: of the same features and classes.
+        tolerance: as of `sample_entropies`.
+        largest: as of `sample_entropies`.
+        generators: one for each set.
+        observe: as of `classes.blocks_of_all`.
+
+    Returns:
+        The entropies of each set.
+    """
+    factors = [_Factors(entry, _rows_kept(entry, tolerance, largest)) for entry in sets]
+    for blocks in blocks_of_all(sets, observe):
+        for block, held in zip(blocks, factors, strict=True):
+            held.add(block)
+    return [_entropies(held, tolerance, generator) for held, generator in zip(factors, generators, strict=True)]
+
+
+def _rows_kept(labelled: LabelledFeatures | ClassStream, tolerance: float, largest: int) -> int:
+    """Most rows to keep: all of them where the spectrum is to be exact."""
+    return labelled.n_samples if tolerance == 0 else largest
+
+
+def _entropies(factors: "_Factors", tolerance: float, generator: torch.Generator) -> Entropies | None:
+    factors.finish()
     n = factors.n
     if n == 0:
         return None
-    head = gram_entropy(labelled.head * (factors.counts / n).sqrt()[:, None])
-    spectrum = _JointSpectrum(factors, labelled.head)
-    joint, method = _joint_entropy(spectrum, factors.entropy, head, tolerance, largest, generator)
+    directions = factors.labelled.head
+    head = gram_entropy(directions * (factors.counts / n).sqrt()[:, None])
+    spectrum = _JointSpectrum(factors, directions)
+    joint, method = _joint_entropy(spectrum, factors.entropy, head, tolerance, factors.largest, generator)
     return Entropies(factors.entropy, head, joint, method, n, factors.degenerate)
 
 
@@ -198,34 +237,40 @@ class _Factors:
         self.rows: list[Float64[Tensor, "_q d"]] = [none] * n_classes
         self.blocks: list[FactorBlock] = []
         self.counts: Float64[Tensor, " c"] = torch.zeros(n_classes, dtype=torch.float64, device=device)
-        scatter = torch.zeros(d, d, dtype=torch.float64, device=device) if labelled.n_samples > d else None
-        held = numbers = 0
-        for block in labelled.blocks():
-            self._add(block)
-            if scatter is None:
-                continue
-            _add_scatter(scatter, block)
-            held += sum(len(self.rows[position]) for position in block.positions)
-            if held > 2 * largest:
-                held = self._prune(largest)
-            numbers += self.blocks[-1].rows.numel() if self.blocks else 0
-            if numbers > 2 * most_numbers:
-                numbers = self._prune_blocks(most_numbers // d)
-        if numbers > most_numbers:
-            self._prune_blocks(most_numbers // d)
+        self.labelled, self.largest, self.most_rows = labelled, largest, most_numbers // d
+        self.scatter = torch.zeros(d, d, dtype=torch.float64, device=device) if labelled.n_samples > d else None
+        self.held = self.blocks_held = 0
+
+    def add(self, block: ClassBlock) -> None:
+        """Take in the block of a class, or of several."""
+        if block.gram.shape[-1] == 0:
+            return
+        self._factorise(block)
+        if self.scatter is None:
+            return
+        _add_scatter(self.scatter, block)
+        self.held += sum(len(self.rows[position]) for position in block.positions)
+        if self.held > 2 * self.largest:
+            self.held = self._prune()
+        self.blocks_held += self.blocks[-1].values.numel()
+        if self.blocks_held > 2 * self.most_rows:
+            self.blocks_held = self._prune_blocks()
+
+    def finish(self) -> None:
+        """Once all blocks came: how many samples had a direction, and H(K1)."""
+        if self.blocks_held > self.most_rows:
+            self._prune_blocks()
         self.n = int(self.counts.sum())
-        self.degenerate = labelled.n_samples - self.n
+        self.degenerate = self.labelled.n_samples - self.n
         if self.n == 0:
             self.entropy = 0.0
-        elif scatter is None:
+        elif self.scatter is None:
             # Few samples: the stacked factors, of which nothing was pruned, have the non-zero spectrum of Z.
             self.entropy = gram_entropy(torch.cat(self.rows) / math.sqrt(self.n))
         else:
-            self.entropy = spectrum_entropy(torch.linalg.eigvalsh(scatter / self.n))
+            self.entropy = spectrum_entropy(torch.linalg.eigvalsh(self.scatter / self.n))
 
-    def _add(self, block: ClassBlock) -> None:
-        if block.gram.shape[-1] == 0:
-            return
+    def _factorise(self, block: ClassBlock) -> None:
         values, vectors = torch.linalg.eigh(block.gram)
         values, vectors = values.flip(-1), vectors.mT.flip(-2)
         # What is left below is rounding: one sample repeated a thousand times has one direction, not a thousand.
@@ -243,9 +288,9 @@ class _Factors:
             self.eigenvalues[position] = values[index, :rank]
             self.rows[position] = factors[index, :rank].clone() if len(factors) > 1 else factors[0, :rank]
 
-    def _prune(self, largest: int) -> int:
+    def _prune(self) -> int:
         """Let go of float64 rows that cannot be among the largest; how many are left."""
-        threshold = self._threshold(largest)
+        threshold = self._threshold(self.largest)
         for position, rows in enumerate(self.rows):
             # Every class keeps its leading direction; clone() lets the rest of the storage go.
             above = max(int((self.eigenvalues[position] >= threshold).sum()), 1)
@@ -253,15 +298,15 @@ class _Factors:
                 self.rows[position] = rows[:above].clone()
         return sum(len(rows) for rows in self.rows)
 
-    def _prune_blocks(self, largest: int) -> int:
-        """Let go of float32 rows that cannot be among the largest; how many numbers are left."""
-        threshold = self._threshold(largest)
+    def _prune_blocks(self) -> int:
+        """Let go of float32 rows that cannot be among the largest; how many are left."""
+        threshold = self._threshold(self.most_rows)
         for index, block in enumerate(self.blocks):
             above = max(int((block.values >= threshold).sum(dim=1).max()), 1)
             if block.rows.shape[1] > above:
                 rows = block.rows[:, :above].clone()
                 self.blocks[index] = FactorBlock(block.positions, block.values[:, :above], rows)
-        return sum(block.rows.numel() for block in self.blocks)
+        return sum(block.values.numel() for block in self.blocks)
 
     def _threshold(self, largest: int) -> float:
         """The last of so many eigenvalues, the largest of those that came."""

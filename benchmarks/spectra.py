@@ -15,12 +15,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from analysis.classes import LabelledFeatures, class_statistics
-from analysis.collapse import neural_collapse
+from analysis.classes import LabelledFeatures, class_statistics, computing_dtype
+from analysis.collapse import CollapsePass
 from analysis.entropy import unit_rows
 from analysis.evaluation import EvaluationOptions, evaluate_features
 from analysis.probes import FeatureSet
-from analysis.spectrum import Entropies, mir_of, pair_entropies, sample_entropies
+from analysis.spectrum import Entropies, mir_of, pair_entropies, sample_entropies, sample_entropies_of_all
 from benchmarks.cases import COLLAPSE, Case, power_law, random_case, trained_network
 
 Row = dict[str, object]
@@ -114,14 +114,17 @@ def _whole_evaluation(device: torch.device) -> list[Row]:
             features: Tensor = features, labels: Tensor = labels, head: Tensor = head, predicted: Tensor = predicted
         ) -> None:
             statistics = class_statistics(features, labels, len(head))
+            collapse = CollapsePass(statistics, head, predicted, computing_dtype(features))
+            sets = []
             for centre, rows in (
                 (torch.zeros_like(statistics.centre), head.double()),
                 (statistics.centre, head.double() - head.double().mean(dim=0)),
             ):
-                directions = unit_rows(rows)[0]
-                _entropies(LabelledFeatures(features, statistics.members, centre, directions))
-                pair_entropies(unit_rows(statistics.means - centre)[0], directions)
-            neural_collapse(features, statistics, head, predicted)
+                sets.append(LabelledFeatures(features, statistics.members, centre, unit_rows(rows)[0]))
+                pair_entropies(unit_rows(statistics.means - centre)[0], sets[-1].head)
+            generators = [torch.Generator().manual_seed(0) for _ in sets]
+            sample_entropies_of_all(sets, generators=generators, observe=collapse.take)
+            collapse.finish()
 
         # In turns, so that what else the machine does falls on both sides.
         rounds = [

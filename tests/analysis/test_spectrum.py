@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from analysis.classes import LabelledFeatures, class_statistics
+from analysis.collapse import CollapsePass, neural_collapse
 from analysis.entropy import unit_rows
 from analysis.spectrum import (
     MOST_NUMBERS,
@@ -23,6 +24,7 @@ from analysis.spectrum import (
     pair_entropies,
     pair_null,
     sample_entropies,
+    sample_entropies_of_all,
     sample_null,
 )
 from tests.analysis import reference
@@ -51,6 +53,14 @@ def _entropies(labelled: LabelledFeatures, tolerance: float = 1e-4, largest: int
     found = sample_entropies(labelled, tolerance=tolerance, largest=largest)
     assert found is not None
     return found
+
+
+def _factors(labelled: LabelledFeatures, largest: int, most_numbers: int = MOST_NUMBERS) -> _Factors:
+    factors = _Factors(labelled, largest, most_numbers)
+    for block in labelled.blocks():
+        factors.add(block)
+    factors.finish()
+    return factors
 
 
 def _mir(entropies: Entropies) -> float:
@@ -149,11 +159,27 @@ def test_at_collapse_mir_is_the_closed_form(n_classes: int) -> None:
     assert hdr_of(found.features, found.head) == pytest.approx(0, abs=1e-9)
 
 
+@pytest.mark.parametrize("counts", [[900, 700, 500], [300, 40, 7, 260, 1, 90, 33], [12] * 60])
+def test_one_reading_gives_what_two_give(counts: list[int]) -> None:
+    """Both centrings and the collapse from one pass over large and small classes: bit for bit as each alone."""
+    features, labels, head = _case(11, counts, 64, 0.7, 1.0)
+    statistics, predicted = class_statistics(features, labels, len(head)), (features @ head.T).argmax(dim=1)
+    sets = [_labelled(features, labels, head, centring) for centring in ("none", "global")]
+    one_pass = CollapsePass(statistics, head, predicted, torch.float64)
+    generators = [torch.Generator().manual_seed(0) for _ in sets]
+    together = sample_entropies_of_all(sets, generators=generators, observe=one_pass.take)
+    assert together == [sample_entropies(entry) for entry in sets]
+    found, alone = one_pass.finish(), neural_collapse(features, statistics, head, predicted)
+    assert found.nc4 == alone.nc4
+    assert found.nc1 == pytest.approx(alone.nc1, rel=1e-12)
+    assert found.nc3 == alone.nc3
+
+
 def test_rows_that_are_not_kept_are_not_held_and_change_nothing() -> None:
     """With many classes the factors are pruned on the way; what is kept of them gives what unpruned ones give."""
     features, labels, head = _case(4, [30] * 40, 50, 1.0, 1.0)
     labelled = _labelled(features, labels, head, "none")
-    pruned, whole = _Factors(labelled, 100), _Factors(labelled, 1200)
+    pruned, whole = _factors(labelled, 100), _factors(labelled, 1200)
     assert sum(len(rows) for rows in pruned.rows) <= 240
     assert sum(len(rows) for rows in whole.rows) == 1200
     assert pruned.entropy == whole.entropy
@@ -168,7 +194,7 @@ def test_couplings_of_the_smallest_rows_may_be_missing() -> None:
     exact = _entropies(labelled, 0.0)
     found = {}
     for numbers in (MOST_NUMBERS, 30_000):
-        factors = _Factors(labelled, 300, numbers)
+        factors = _factors(labelled, 300, numbers)
         spectrum, generator = _JointSpectrum(factors, labelled.head), torch.Generator().manual_seed(0)
         joint, method = _joint_entropy(spectrum, exact.features, exact.head, 1e-9, 300, generator)
         held = sum(block.rows.numel() for block in factors.blocks)

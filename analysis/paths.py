@@ -83,13 +83,13 @@ def recalibrate(network: LoadedNetwork, probe: Probe, *, device: torch.device, b
         network: changed in place; all but its normalisation layers stays in evaluation mode.
         probe: whose inputs are passed, in order.
         device: where the network is.
-        batch_size: inputs at a time.
+        batch_size: inputs at a time; 1 is taken as 2, as a sample alone has no variance.
 
     Returns:
         How many layers have such statistics; without any nothing is passed.
 
     Raises:
-        AnalysisError: `inputs-refused`, as from torch, where a batch is refused.
+        AnalysisError: `invalid-probe` where the probe has a single sample.
 
     Numerics: every sample weighs the same: a batch of b samples enters with b over those seen so far. Variances are
         the batches' own, so that smaller ones say less; a last batch of a single sample is left out, which has none.
@@ -103,6 +103,8 @@ def recalibrate(network: LoadedNetwork, probe: Probe, *, device: torch.device, b
     ]
     if not layers:
         return 0
+    if len(probe.labels) < 2:
+        raise AnalysisError("invalid-probe", "Statistics are taken anew from two samples or more; the probe has one.")
     momenta = [layer.momentum for layer in layers]
     seen = 0
     try:
@@ -110,7 +112,7 @@ def recalibrate(network: LoadedNetwork, probe: Probe, *, device: torch.device, b
             layer.reset_running_stats()
             layer.train()
         with torch.no_grad():
-            for batch in probe.batches(batch_size, device=device):
+            for batch in probe.batches(max(batch_size, 2), device=device):
                 if seen and len(batch) == 1:
                     continue
                 seen += len(batch)

@@ -46,6 +46,9 @@ def compute(task: Task, device: torch.device, on_progress: OnProgress, provenanc
     Raises:
         AnalysisError: what was asked for cannot be computed.
     """
+    if task["analysis_id"] not in _held:
+        # Another analysis: what an earlier one held, also one that failed, must not stand in its memory's way.
+        _held.clear()
     if task["kind"] == "evaluation":
         return _evaluation(task, device, on_progress, provenance)
     if task["step"] == "point":
@@ -209,7 +212,6 @@ _held: dict[str, Any] = {}
 def _warm(task: Task, on_progress: OnProgress, load: Callable[[], T]) -> T:
     """What `load` gives, kept until the report is made or another analysis comes."""
     if task["analysis_id"] not in _held:
-        _held.clear()
         on_progress("loading", 0, 0)
         _held[task["analysis_id"]] = load()
     kept: T = _held[task["analysis_id"]]

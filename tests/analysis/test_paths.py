@@ -115,6 +115,9 @@ def test_recalibration_is_deterministic_and_weighs_samples_alike() -> None:
 def test_a_last_batch_of_one_sample_is_no_obstacle() -> None:
     """It has no variance; without statistics to take, nothing is passed at all."""
     assert recalibrate(network_of("mlp", 0), probe_of("mlp", 61), device=CPU, batch_size=20) == 2
+    assert recalibrate(network_of("mlp", 0), probe_of("mlp", 5), device=CPU, batch_size=1) == 2
+    with pytest.raises(AnalysisError, match="two samples"):
+        recalibrate(network_of("mlp", 0), probe_of("mlp", 1), device=CPU, batch_size=20)
     network = network_of("mlp", 0)
     network.module.norms = torch.nn.ModuleList([torch.nn.Identity(), torch.nn.Identity()])
     assert recalibrate(network, probe_of("mlp"), device=CPU, batch_size=20) == 0

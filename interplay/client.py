@@ -24,13 +24,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 from urllib.parse import quote
 
 import httpx
 
 DEFAULT_URL = "http://127.0.0.1:8321"
 Body = dict[str, Any]
+# Mappings do not vary in their keys: without it a dict of whole numbers would not do.
+X = TypeVar("X", bound=float)
 Collection = Literal["checkpoints", "probes", "feature-sets", "analyses", "reports"]
 
 # uvicorn closes a connection that was idle for 5 s. Ours must go first: a request that is written while the other
@@ -245,7 +247,7 @@ class Client:
     def create_series(
         self,
         axis: str,
-        checkpoints: Mapping[float, str],
+        checkpoints: Mapping[X, str],
         *,
         probe_id: str,
         options: Mapping[str, Any] | None = None,

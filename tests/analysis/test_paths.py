@@ -2,16 +2,19 @@
 
 import doctest
 import math
+import pathlib
 from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from analysis import paths
 from analysis.errors import AnalysisError
 from analysis.evaluation import EvaluationOptions, evaluate_network
+from analysis.networks import load_network
 from analysis.paths import Barrier, Path, barrier, even_grid, instability, midpoint_barrier, next_point, recalibrate
 from tests.analysis.networks import ARCHITECTURES, network_of, probe_of
 
@@ -44,6 +47,31 @@ def test_the_ends_are_the_endpoints_own_evaluations(name: str) -> None:
         else:
             counters = [tensor for tensor in path.mix.values() if not tensor.is_floating_point()]
             assert all(int(counter) == 0 for counter in counters)
+
+
+def test_bfloat16_checkpoints_are_mixed_in_float32(tmp_path: pathlib.Path) -> None:
+    """Between two stored numbers of 8 bits lie all that float32 has: the mix is not rounded back to their type."""
+    states = [
+        {
+            key: t.bfloat16() if t.is_floating_point() else t
+            for key, t in network_of("cnn", seed).module.state_dict().items()
+        }
+        for seed in (0, 1)
+    ]
+    loaded = []
+    for place, state in enumerate(states):
+        save_file(state, file := tmp_path / f"{place}.safetensors")
+        loaded.append(load_network(ARCHITECTURES["cnn"], file, head=None, device="cpu"))
+    path = Path(loaded[0], loaded[1].module.state_dict())
+    for w in (0.0, 0.3, 1.0):
+        mixed = path.move_to(w).module.state_dict()
+        for key in ("convs.0.weight", "norms.1.running_var", "head.bias"):
+            first, second = (state[key].double() for state in states)
+            assert mixed[key].dtype == torch.float32
+            wanted = first + w * (second - first)
+            torch.testing.assert_close(mixed[key].double(), wanted, rtol=1e-6, atol=1e-7)
+            if w == 0.3:
+                assert not torch.equal(mixed[key], mixed[key].bfloat16().float())
 
 
 def test_a_path_to_itself_is_flat() -> None:

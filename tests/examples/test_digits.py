@@ -19,7 +19,8 @@ import safetensors.torch
 import torch
 
 from analysis import networks
-from examples.digits import ARCHITECTURE, checkpoint_epochs, load
+from examples.digits import ARCHITECTURE, checkpoint_epochs
+from examples.training import load
 
 ROOT = Path(__file__).parents[2]
 

@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 ARGS   ?=
 
-.PHONY: setup demo test bench check format lock clean
+.PHONY: setup demo phenomena test bench check format lock clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -18,6 +18,11 @@ $(STAMP): pyproject.toml requirements.lock
 
 demo: setup
 	$(BIN)/python -m examples.digits $(ARGS)
+
+# The paper's six phenomena, about ten minutes; docs/phenomena.md has what was seen.
+phenomena: setup
+	for example in dynamics connectivity smoothing pruning grokking semisupervised; do \
+	  $(BIN)/python -m examples.$$example --output docs/phenomena || exit; done
 
 test: setup
 	$(BIN)/python -m pytest $(ARGS)

@@ -81,9 +81,11 @@ def _panel(measure: str) -> Callable[[Report], Panel]:
         rows, key, label = _rows(report), *_axis(report)
         colour = alt.Color("split:N", scale=_scale(rows), legend=_LEGEND)
         x = alt.X(f"{key}:Q", title=label)
-        base = _chart([row for row in rows if row[measure] is not None])
-        lines = base.mark_line(point=alt.OverlayMarkDef(size=22), strokeWidth=1.6).encode(
-            x=x, y=alt.Y(f"{measure}:Q", title=_LABELS[measure], scale=alt.Scale(zero=False)), color=colour
+        # Where the measure is not defined the line is broken: nobody shall read a value there.
+        lines = (
+            _chart(rows)
+            .mark_line(invalid="break-paths-show-domains", point=alt.OverlayMarkDef(size=22), strokeWidth=1.6)
+            .encode(x=x, y=alt.Y(f"{measure}:Q", title=_LABELS[measure], scale=alt.Scale(zero=False)), color=colour)
         )
         layers = [*_reference(report, measure, x, colour), lines, *_marks(report, measure, colour)]
         return alt.layer(*layers).properties(width=_WIDTH, height=_HEIGHT)

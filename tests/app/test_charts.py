@@ -95,10 +95,24 @@ def test_what_is_not_defined_is_left_out(reports: dict[str, Any]) -> None:
         split["interplay"]["sample"]["global"]["mir"] = None
         split["interplay"]["sample"]["global"]["optimum"]["mir"] = None
     assert "<svg" in charts.svg(charts.describe(series, "mir"))
+    path = json.loads(json.dumps(reports["path"]))
+    whole = charts.svg(charts.describe(path, "mir"))
+    for name, split in path["points"][1]["splits"].items():
+        split["interplay"]["sample"]["global"]["mir"] = None
+        path["summary"]["splits"][name]["mir_barrier"] = None
+    # Over the gap in the middle only the chord is left, from end to end.
+    assert (_longest_line(whole), _longest_line(charts.svg(charts.describe(path, "mir")))) == (3, 2)
     evaluation = json.loads(json.dumps(reports["evaluation"]))
     for split in evaluation["splits"].values():
         split["interplay"]["class_mean"]["none"] |= {"mir": None, "hdr": None, "null": None}
     assert "<svg" in charts.svg(charts.describe(evaluation, "overview"))
+
+
+def _longest_line(picture: str) -> int:
+    """Points that the longest unbroken line over the points of a report joins."""
+    drawn = [path.get("d", "") for path in ET.fromstring(picture).iter("{http://www.w3.org/2000/svg}path")]
+    lines = [part.count("L") + 1 for d in drawn if "Z" not in d and "A" not in d for part in d.split("M")[1:]]
+    return max(lines)
 
 
 def test_charts_that_there_are_not(service: Service, reports: dict[str, Any]) -> None:

@@ -87,6 +87,7 @@ def inspect_safetensors(path: Path) -> TensorFile:
     Raises:
         InvalidFile: it is not safetensors, is cut short, or its header breaks a limit.
     """
+    _refuse_pickles(path)
     tensors, metadata = _read_header(path)
     try:
         with safe_open(path, framework="np") as file:
@@ -94,6 +95,19 @@ def inspect_safetensors(path: Path) -> TensorFile:
     except (SafetensorError, OSError, ValueError) as error:
         raise InvalidFile(f"The file is not complete, valid safetensors: {error}.") from None
     return TensorFile("safetensors", tensors, metadata)
+
+
+def _refuse_pickles(path: Path) -> None:
+    """What torch.save writes, a zip or a bare pickle, is known by its first bytes; it is never opened here."""
+    with path.open("rb") as file:
+        start = file.read(4)
+    if start == b"PK\x03\x04" or (start[:1] == b"\x80" and 2 <= start[1] <= 5):
+        raise InvalidFile(
+            "The file is a PyTorch pickle (.pt, .pth, .ckpt, .bin) or another archive, and not safetensors. A pickle "
+            "runs code when it is opened, so this service opens none. Convert it where you trust it: "
+            "interplay convert FILE -o OUT.safetensors",
+            command="interplay convert FILE -o OUT.safetensors",
+        )
 
 
 def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:

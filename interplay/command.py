@@ -185,6 +185,47 @@ def push_features(
     _print(body, as_json, rendering.resource_text("feature set", body))
 
 
+@app.command()
+def convert(
+    file: File,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="OUT", dir_okay=False, help="The safetensors file to write.")
+    ],
+    architecture: Annotated[
+        str | None, typer.Option(metavar="FILE|JSON", help="The network's description, to be embedded.")
+    ] = None,
+    key: Annotated[
+        str | None, typer.Option(help="Where in the file the weights are, such as ema.state_dict. Default: found.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is there.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Turn a PyTorch file (.pt, .pth, .ckpt, .bin) into safetensors, here, without running code of the file."""
+    described = _json_object("--architecture", architecture)
+    if output.exists() and not overwrite:
+        raise typer.BadParameter(f"{str(output)!r} is there already; --overwrite replaces it", param_hint="--output")
+    try:
+        conversion = importlib.import_module("analysis.conversion")
+    except ModuleNotFoundError as error:
+        detail = f"`interplay convert` needs PyTorch ({error.name} is missing): pip install 'interplay[worker]'"
+        _fail(EXIT_USAGE, "Not installed", detail, {})
+    try:
+        weights = conversion.read_weights(file, key=key)
+        conversion.write_safetensors(weights.tensors, output, architecture=described)
+    except conversion.ConversionError as error:
+        _fail(EXIT_USAGE, "The file cannot be converted", str(error), {})
+    body = {
+        "output": str(output),
+        "key": weights.key,
+        "n_tensors": len(weights.tensors),
+        "n_numbers": sum(tensor.numel() for tensor in weights.tensors.values()),
+        "left_out": weights.left_out,
+        "others": weights.others,
+        "architecture": described,
+    }
+    _print(body, as_json, rendering.conversion_text(body))
+
+
 ProbeId = Annotated[str, typer.Option(metavar="ID", help="What each point is evaluated on.", show_default=False)]
 Wait = Annotated[bool, typer.Option("--wait", help="Wait for the end and show the report.")]
 Timeout = Annotated[float | None, typer.Option(metavar="SECONDS", min=0, help="Wait no longer; the analysis goes on.")]

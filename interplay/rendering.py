@@ -151,6 +151,18 @@ def resource_text(noun: str, body: Body) -> str:
     return ", ".join(facts)
 
 
+def conversion_text(body: Body) -> str:
+    """What `interplay convert` kept and left out, a line for each."""
+    where = f" under {printable(body['key'])!r}" if body["key"] else ""
+    lines = [f"wrote {printable(body['output'])}: {body['n_tensors']:,} tensors, {body['n_numbers']:,} numbers{where}"]
+    lines += [f"left out {printable(name)}: {printable(what)}" for name, what in body["left_out"].items()]
+    if body["others"]:
+        lines.append(f"other weights in the file, for --key: {', '.join(map(printable, body['others']))}")
+    if body["architecture"] is None:
+        lines.append("no architecture was given (--architecture): `interplay push checkpoint` will need it")
+    return "\n".join(lines)
+
+
 def _heading(report: Body) -> Table:
     probe, provenance = report["probe"], report["provenance"]
     table = Table.grid(padding=(0, 2))

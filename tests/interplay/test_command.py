@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
 
+from analysis.networks import build
 from tests.interplay.scripted import BREAK, answer, scripted
 from tests.interplay.test_client import RUNNING, SUCCEEDED, closed_port
 from tests.services import Service
@@ -428,3 +430,39 @@ def test_paths_pruning_and_series(
     refused = interplay("series", f"0={ids[0]}", *common, url=service.url)
     assert refused.returncode == 2
     assert "axis" in refused.stderr
+
+
+# --- convert --------------------------------------------------------------------------------------------------------
+
+
+def test_convert_and_push(service: Service, tmp_path: Path) -> None:
+    """A pickle is refused with the command that converts it; what that writes is taken and analysed."""
+    architecture = {"family": "builtin", "name": "mlp", "args": {"sizes": [64, 12, 10]}}
+    state = build(architecture, device="cpu").state_dict()
+    torch.save({"epoch": 7, "state_dict": state, "optimizer": {}}, pickled := tmp_path / "net.ckpt")
+    refused = interplay("push", "checkpoint", pickled, url=service.url)
+    assert refused.returncode == 2
+    assert "interplay convert FILE -o OUT.safetensors" in refused.stderr
+    out = tmp_path / "net.safetensors"
+    described = ("--architecture", json.dumps(architecture))
+    converted = interplay("convert", pickled, "-o", out, *described)
+    assert converted.returncode == 0, converted.stderr
+    assert "4 tensors, 910 numbers under 'state_dict'" in converted.stdout
+    assert "left out epoch: int" in converted.stdout
+    again = interplay("convert", pickled, "-o", out)
+    assert (again.returncode, "--overwrite" in again.stderr) == (2, True)
+    as_json = interplay(
+        "convert", pickled, "-o", out, "--overwrite", "--architecture", json.dumps(architecture), "--json"
+    )
+    assert json.loads(as_json.stdout)["left_out"] == {"epoch": "int", "optimizer": "dict of 0"}
+    pushed = interplay("push", "checkpoint", out, "--json", url=service.url)
+    assert json.loads(pushed.stdout)["n_parameters"] == 910
+
+
+def test_convert_says_what_it_cannot_open(tmp_path: Path) -> None:
+    """A whole network in a pickle is a matter of exit code 2 and advice, never of a traceback."""
+    torch.save(torch.nn.Linear(2, 2), path := tmp_path / "whole.pt")
+    ran = interplay("convert", path, "-o", tmp_path / "x.safetensors")
+    assert (ran.returncode, "Traceback" in ran.stderr) == (2, False)
+    assert "state_dict()" in ran.stderr
+    assert not (tmp_path / "x.safetensors").exists()

@@ -13,8 +13,9 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from analysis.alignment import aligned
+from analysis.clock import Clock
 from analysis.errors import AnalysisError
-from analysis.evaluation import Clock, Evaluation, EvaluationOptions, evaluate_features, evaluate_network
+from analysis.evaluation import Evaluation, EvaluationOptions, evaluate_features, evaluate_network
 from analysis.networks import LoadedNetwork, load_network
 from analysis.paths import Path, even_grid, next_point, recalibrate
 from analysis.probes import Preprocess, Probe, load_feature_set, load_probe

@@ -131,6 +131,8 @@ def _improve(
     products = sum((_products(fixed[name], moved[name], dim) for name, dim in axes), start=torch.zeros(()))
     _, columns = linear_sum_assignment(products.numpy(), maximize=True)
     found = torch.from_numpy(columns)
+    if torch.equal(found, torch.arange(len(found))):
+        return found, 0.0
     names = {name for name, _ in axes}
     before = {name: moved[name] for name in names}
     # A tensor that has the group on two axes makes the objective quadratic: what the assignment says is then a guess.

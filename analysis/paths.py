@@ -20,7 +20,7 @@ State = Mapping[str, Shaped[Tensor, "..."]]
 # A path is linearly connected where the error on it rises by no more than this (Frankle et al. 2020).
 CONNECTED = 0.02
 # Parameters that become float64 at a time: what is measured is never copied as a whole.
-_CHUNK = 2**20
+_CHUNK = 2**18
 # An adaptive grid begins with so many points, ends with at most so many, and stops where the barrier moves by less.
 _FIRST_POINTS, _MOST_POINTS, _SETTLED = 17, 65, 1e-3
 

@@ -20,7 +20,7 @@ _SIZES = [64, *[2048] * 25, 10]
 _SAMPLES = 64
 _GRID = [0.0, 1.0, 0.5]
 # Beside the copies: activations, metrics (at d = 2,048), buffers of the linear algebra, the interpreter's own growth.
-_BESIDE = 0.1
+_BESIDE = 0.05
 
 
 def rows(device: torch.device | str = "cpu") -> list[Row]:

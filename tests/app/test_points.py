@@ -9,7 +9,10 @@ import torch
 from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
 
+from app.database import make_engine, write
+from app.models import Report
 from app.reports import PathReport, PruningReport, SeriesReport
+from app.settings import Settings
 from tests.app.test_uploads import problem
 from tests.conftest import MLP
 from tests.services import Service
@@ -214,6 +217,23 @@ def test_precision_is_named_and_takes_part_in_what_is_reused(
     assert firsts[0]["all"]["loss"] == pytest.approx(wide["splits"]["all"]["loss"], rel=0.05)
     assert [point["reused_report_id"] for point in reports[1]["points"]] == [None, own["id"]]
     assert reports[0]["summary"]["alignment"]["change_of_logits"] < 1e-5
+
+
+def test_reports_from_before_an_option_are_reused(any_service: Service, ends: tuple[str, str], probe_id: str) -> None:
+    """An evaluation whose report does not name the precision was one in float32."""
+    own = _report(any_service, checkpoint_id=ends[0], probe_id=probe_id, options=FEW)
+    older = json.loads(json.dumps(own))
+    del older["provenance"]["precision"], older["provenance"]["options"]["precision"]
+    place = any_service.environment
+    url = place.get("INTERPLAY_DATABASE_URL", "")
+    engine = make_engine(Settings(data_dir=Path(place["INTERPLAY_DATA_DIR"]), database_url=url))
+    with write(engine) as session:
+        session.get_one(Report, own["id"]).content = json.dumps(older)
+    engine.dispose()
+    request = {"kind": "series", "axis": {"name": "x", "values": [0, 1]}, "checkpoint_ids": ends, "probe_id": probe_id}
+    for options, reused in ((FEW, own["id"]), ({**FEW, "precision": "bfloat16"}, None)):
+        report = _report(any_service, **request, options=options)
+        assert report["points"][0]["reused_report_id"] == reused
 
 
 def test_analyses_of_several_checkpoints_are_found_by_each(

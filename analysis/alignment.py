@@ -5,7 +5,6 @@ Which axes of which tensors must be permuted together follows from the network's
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -14,13 +13,15 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from analysis.errors import AnalysisError
-from analysis.extraction import exact_convolutions
+from analysis.extraction import arithmetic
 from analysis.tracing import tied_axes
 
 State = Mapping[str, Shaped[Tensor, "..."]]
 
 # A sweep that gains less than this share of the objective has gained nothing but rounding.
 _NOTHING = 1e-12
+# Parameters that become float64 at a time.
+_CHUNK = 2**20
 # Logits of float32 networks that differ by less, of their largest, differ by the order of their sums.
 _SAME = 1e-4
 
@@ -97,16 +98,17 @@ def weight_matching(
     Returns:
         The permutations; the objective is never below that of leaving everything as it was.
 
-    Numerics: float64 on the CPU; memory for both networks in it. O(n^3) for a group of n units, and O(n P) for P
-        parameters that it touches, each sweep.
+    Numerics: float64 on the CPU, a few parameters at a time. Memory for a copy of the permuted parameters and for some
+        matrices of n x n; from a GPU both networks' parameters are copied to the CPU. O(n^3) for a group of n units,
+        and O(n P) for P parameters that it touches, each sweep.
 
     Source: Ainsworth, Hayase, Srinivasa 2022, "Git Re-Basin", algorithm 1.
     """
     names = {name for group in groups for name, _ in group.axes if name in reference}
-    fixed = {name: reference[name].detach().double().cpu() for name in names}
-    moved = {name: state[name].detach().double().cpu() for name in names}
+    fixed = {name: reference[name].detach().cpu() for name in names}
+    moved = {name: state[name].detach().cpu() for name in names}
     permutations = [torch.arange(group.size) for group in groups]
-    scale = sum(float(tensor.norm()) * float(moved[name].norm()) for name, tensor in fixed.items())
+    scale = sum(_length(tensor) * _length(moved[name]) for name, tensor in fixed.items())
     gain, sweeps = 0.0, 0
     while sweeps < most_sweeps:
         sweeps += 1
@@ -126,24 +128,44 @@ def _improve(
     axes: Sequence[tuple[str, int]], fixed: State, moved: dict[str, Tensor]
 ) -> tuple[Int64[Tensor, " n"], float]:
     """The best permutation of one group with all others as they are, applied to `moved`, and what it gains."""
-    products: Float64[Tensor, "n n"] = sum(
-        (_rows(fixed[name], dim) @ _rows(moved[name], dim).T for name, dim in axes),
-        start=torch.zeros((), dtype=torch.float64),
-    )
+    products = sum((_products(fixed[name], moved[name], dim) for name, dim in axes), start=torch.zeros(()))
     _, columns = linear_sum_assignment(products.numpy(), maximize=True)
     found = torch.from_numpy(columns)
+    if torch.equal(found, torch.arange(len(found))):
+        return found, 0.0
     names = {name for name, _ in axes}
     before = {name: moved[name] for name in names}
     # A tensor that has the group on two axes makes the objective quadratic: what the assignment says is then a guess.
     after = permuted(before, [PermutationGroup(len(found), tuple(axes))], [found])
-    gain = sum(float((fixed[name] * (after[name] - before[name])).sum()) for name in names)
+    gain = sum(_gain(fixed[name], before[name], after[name]) for name in names)
     if gain <= 0:
         return torch.arange(len(found)), 0.0
     moved.update(after)
     return found, gain
 
 
-def _rows(tensor: Float64[Tensor, "..."], dim: int) -> Float64[Tensor, "n m"]:
+def _length(tensor: Float[Tensor, "..."]) -> float:
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
+
+
+def _products(fixed: Float[Tensor, "..."], moved: Float[Tensor, "..."], dim: int) -> Float64[Tensor, "n n"]:
+    """Inner products of each unit of one tensor with each of the other, a few parameters of a unit at a time."""
+    fixed, moved = _rows(fixed, dim), _rows(moved, dim)
+    size = len(fixed)
+    found = torch.zeros(size, size, dtype=torch.float64)
+    columns = max(_CHUNK // size, 1)
+    for a, b in zip(torch.split(fixed, columns, dim=1), torch.split(moved, columns, dim=1), strict=True):
+        found.addmm_(a.double(), b.double().T)
+    return found
+
+
+def _gain(fixed: Float[Tensor, "..."], before: Float[Tensor, "..."], after: Float[Tensor, "..."]) -> float:
+    """How much a tensor's inner product with the other network's rises."""
+    pieces = zip(*(torch.split(tensor.flatten(), _CHUNK) for tensor in (fixed, before, after)), strict=True)
+    return sum(float(a.double() @ (c.double() - b.double())) for a, b, c in pieces)
+
+
+def _rows(tensor: Float[Tensor, "..."], dim: int) -> Float[Tensor, "n m"]:
     return tensor.movedim(dim, 0).flatten(1) if tensor.ndim > 1 else tensor[:, None]
 
 
@@ -181,12 +203,13 @@ def aligned(
     alignment = weight_matching(groups, *parameters, generator=generator)
     state = permuted(second.state_dict(), groups, alignment.permutations)
     # As the evaluation computes: TF32 would round what the order of sums has moved by a little to steps of 10 bits.
-    arithmetic = exact_convolutions() if inputs.device.type == "cuda" else nullcontext()
-    with torch.no_grad(), arithmetic:
+    # And in float32 whatever the evaluation's precision: a tie of bfloat16 logits would hide a wrong permutation.
+    with torch.no_grad(), arithmetic(inputs.device):
         before = second(inputs)
         second.load_state_dict(state)
         after = second(inputs)
-    return state, alignment, check_same_function(before, after)
+    # The module's own tensors: with the permuted ones beside them there would be two copies of B.
+    return second.state_dict(), alignment, check_same_function(before, after)
 
 
 def check_same_function(before: Float[Tensor, "b c"], after: Float[Tensor, "b c"]) -> float:

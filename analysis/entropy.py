@@ -23,7 +23,7 @@ _ONE_DIRECTION = 1e-13
 def check_finite(name: str, tensor: Tensor) -> None:
     """Raise an AnalysisError of kind `non-finite-values` where a tensor, called `name`, holds NaN or infinity."""
     # A sum is finite only where every term is; it is ten times as fast as looking at each.
-    if bool(torch.isfinite(tensor.sum())):
+    if math.isfinite(tensor.sum().item()):
         return
     wrong = int((~torch.isfinite(tensor)).sum())
     if wrong:

@@ -1,9 +1,7 @@
 """Everything that is measured on what a network's head receives: predictions, MIR and HDR, neural collapse."""
 
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,10 +9,11 @@ from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
 from analysis.classes import LabelledFeatures, class_statistics, computing_dtype
+from analysis.clock import Clock
 from analysis.collapse import Collapse, CollapsePass, Optimum, neural_collapse, optimum
 from analysis.entropy import check_finite, unit_rows
 from analysis.errors import AnalysisError, Kind
-from analysis.extraction import Progress, extract_features
+from analysis.extraction import Precision, Progress, extract_features
 from analysis.networks import LoadedNetwork
 from analysis.probes import FeatureSet, Probe
 from analysis.spectrum import (
@@ -31,11 +30,11 @@ from analysis.spectrum import (
 )
 
 __all__ = [
-    "Clock",
     "Distance",
     "Evaluation",
     "EvaluationOptions",
     "Interplay",
+    "Precision",
     "Progress",
     "SplitEvaluation",
     "evaluate_features",
@@ -59,12 +58,15 @@ class EvaluationOptions:
         seed: of the permutations, of their subsample, and of the probes that bound a pinched spectrum.
         tolerance: change of MIR that counts as settled; 0 takes the exact spectrum, whatever it costs.
         batch_size: inputs at a time; None leaves the choice to us.
+        precision: of the network's forward pass, see `extraction.extract_features`; what is computed from features and
+            logits is float64 either way.
     """
 
     null_permutations: int = 10
     seed: int = 0
     tolerance: float = 1e-4
     batch_size: int | None = None
+    precision: Precision = "float32"
 
     def __post_init__(self) -> None:
         if self.null_permutations < 0:
@@ -128,8 +130,9 @@ class Evaluation:
 
     Attributes:
         splits: `all`, and `train` and `test` where the probe has such samples.
-        timings_seconds: by phase: features, predictions, entropies (with the reading that the collapse
-            shares), null, collapse.
+        timings_seconds: by phase, which together are the whole evaluation: features (the pass over the probe alone),
+            predictions, entropies (with the reading that the collapse shares), null, collapse, and statistics: choosing
+            a split's samples, class counts and means, and what belongs to no other.
         batch_size: that the pass over the probe ended with; None for a feature set.
         n_features: d.
         n_classes: C.
@@ -172,9 +175,14 @@ def evaluate_network(
     clock = Clock()
     with clock.phase("features"):
         features, logits, batch_size = extract_features(
-            network, probe, device=device, batch_size=options.batch_size, progress=progress
+            network,
+            probe,
+            device=device,
+            batch_size=options.batch_size,
+            precision=options.precision,
+            progress=progress,
         )
-    data = _Data(features, logits, probe.labels.to(device), network.weight.to(device), probe.split)
+        data = _Data(features, logits, probe.labels.to(device), network.weight.to(device), probe.split)
     return _evaluate(data, "invalid-probe", batch_size, options, progress, clock)
 
 
@@ -190,7 +198,7 @@ def evaluate_features(
     Args:
         feature_set: where it has no logits they are features @ head^T, plus the bias where it has one.
         device: where everything is computed.
-        options: default: as EvaluationOptions says; the batch size has no meaning here.
+        options: default: as EvaluationOptions says; batch size and precision have no meaning here.
         progress: called as the work goes on.
 
     Returns:
@@ -212,7 +220,7 @@ def evaluate_features(
             logits = features @ head.to(features.dtype).T
             if feature_set.head_bias is not None:
                 logits += feature_set.head_bias.to(logits)
-    data = _Data(features, logits, feature_set.labels.to(device), head, feature_set.split)
+        data = _Data(features, logits, feature_set.labels.to(device), head, feature_set.split)
     return _evaluate(data, "invalid-feature-set", None, options or EvaluationOptions(), progress, clock)
 
 
@@ -234,22 +242,6 @@ class _Predictions:
     loss: Float64[Tensor, " n"]
 
 
-class Clock:
-    """Seconds by phase."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Count what runs inside under a name."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-
 def _evaluate(
     data: _Data,
     label_error: Kind,
@@ -259,29 +251,37 @@ def _evaluate(
     clock: Clock,
 ) -> Evaluation:
     n_classes, n_features = data.head.shape
-    check_finite("head", data.head)
-    check_finite("logits", data.logits)
-    _check_labels(data.labels, n_classes, label_error)
-    with clock.phase("predictions"):
-        predictions = _predict(data.logits, data.labels)
+    # The phase of all that has no other, so that no time of an evaluation is left uncounted.
+    with clock.phase("statistics"):
+        check_finite("head", data.head)
+        with clock.phase("predictions"):
+            check_finite("logits", data.logits)
+            _check_labels(data.labels, n_classes, label_error)
+            predictions = _predict(data.logits, data.labels)
+        members = _members(data)
+        done, total = 0, _PARTS_OF_A_SPLIT * len(members)
+
+        def step() -> None:
+            nonlocal done
+            done += 1
+            if progress:
+                progress("metrics", done, total)
+
+        splits = {
+            name: _Split(data, chosen, predictions, options, clock, step).evaluate() for name, chosen in members.items()
+        }
+    return Evaluation(splits, clock.seconds, batch_size, n_features, n_classes)
+
+
+def _members(data: _Data) -> dict[str, Bool[Tensor, " n"] | None]:
+    """Which samples each split has; None for all."""
     members: dict[str, Bool[Tensor, " n"] | None] = {"all": None}
     if data.split is not None:
         for name, number in (("train", 0), ("test", 1)):
             chosen = (data.split == number).to(data.labels.device)
             if bool(chosen.any()):
                 members[name] = chosen
-    done, total = 0, _PARTS_OF_A_SPLIT * len(members)
-
-    def step() -> None:
-        nonlocal done
-        done += 1
-        if progress:
-            progress("metrics", done, total)
-
-    splits = {
-        name: _Split(data, chosen, predictions, options, clock, step).evaluate() for name, chosen in members.items()
-    }
-    return Evaluation(splits, clock.seconds, batch_size, n_features, n_classes)
+    return members
 
 
 def _check_labels(labels: Int[Tensor, " n"], n_classes: int, kind: Kind) -> None:
@@ -355,7 +355,8 @@ class _Split:
     def evaluate(self) -> SplitEvaluation:
         """All metrics of the split."""
         interplay: dict[str, dict[str, Interplay]] = {"sample": {}, "class_mean": {}}
-        pairings = [self._pairing(centred) for centred in (False, True)]
+        with self.clock.phase("entropies"):
+            pairings = [self._pairing(centred) for centred in (False, True)]
         entropies, collapse = self._read(pairings)
         for index, centring in enumerate(("none", "global")):
             interplay["sample"][centring] = self._sample_level(pairings[index], entropies[index])
@@ -363,14 +364,17 @@ class _Split:
             interplay["class_mean"][centring] = self._class_mean_level(centring == "global")
             self.step()
         self.step()
-        correct = self.predicted == self.labels
+        with self.clock.phase("predictions"):
+            correct = self.predicted == self.labels
+            accuracy, loss = float(correct.double().mean()), float(self.losses.mean())
+            calibration_error = _calibration_error(self.confidence, correct)
         entropy = interplay["sample"]["global"].entropy_features
         return SplitEvaluation(
             n_samples=len(self.labels),
             class_counts=self.class_counts,
-            accuracy=float(correct.double().mean()),
-            loss=float(self.losses.mean()),
-            calibration_error=_calibration_error(self.confidence, correct),
+            accuracy=accuracy,
+            loss=loss,
+            calibration_error=calibration_error,
             effective_rank=None if entropy is None else math.exp(entropy),
             interplay=interplay,
             collapse=collapse,
@@ -420,7 +424,8 @@ class _Split:
 
     def _sample_level(self, pairing: _Pairing, entropies: Entropies | None) -> Interplay:
         labelled, alone = pairing.labelled, pairing.alone
-        degenerate = sum(len(rows) - len(labelled.directions(rows)) for rows in alone)
+        with self.clock.phase("entropies"):
+            degenerate = sum(len(rows) - len(labelled.directions(rows)) for rows in alone)
         degenerate += entropies.degenerate_samples if entropies else labelled.n_samples
         null = None
         if entropies is not None and self.options.null_permutations:
@@ -429,12 +434,12 @@ class _Split:
         return self._interplay("sample", entropies, null, degenerate, len(alone))
 
     def _class_mean_level(self, centred: bool) -> Interplay:
-        head, usable = self._head_directions(centred)
-        centre = self._centre(centred)
-        means, directed = unit_rows(self.statistics.means - centre, self.statistics.sizes + centre.norm())
-        usable = usable & directed
-        means, head = means[usable], head[usable]
         with self.clock.phase("entropies"):
+            head, usable = self._head_directions(centred)
+            centre = self._centre(centred)
+            means, directed = unit_rows(self.statistics.means - centre, self.statistics.sizes + centre.norm())
+            usable = usable & directed
+            means, head = means[usable], head[usable]
             entropies = pair_entropies(means, head) if len(means) else None
         null = None
         if entropies is not None and self.options.null_permutations:

@@ -1,9 +1,9 @@
 """One pass of a network over a probe: what its classification head receives, and its logits."""
 
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -16,6 +16,8 @@ from analysis.probes import Probe
 
 Progress = Callable[[str, int, int], None]
 """Called with a phase (`features`, `metrics`), what is done and of how much."""
+Precision = Literal["float32", "bfloat16"]
+"""What a network's forward pass computes in: float32, or bfloat16 where torch.autocast takes it."""
 
 
 def extract_features(
@@ -24,6 +26,7 @@ def extract_features(
     *,
     device: torch.device,
     batch_size: int | None = None,
+    precision: Precision = "float32",
     progress: Progress | None = None,
 ) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n c"], int]:
     """What the head receives for every input of a probe, and the network's logits.
@@ -33,25 +36,29 @@ def extract_features(
         probe: whose inputs are passed, in order.
         device: where the pass runs and where the result lies.
         batch_size: inputs at a time; None for about 16 MiB of them on a processor and 128 MiB on a GPU, at most 1024.
+        precision: of the forward pass; `bfloat16` runs it under torch.autocast.
         progress: called with phase `features` after every batch.
 
     Returns:
-        Features, logits and the batch size of the pass: it is halved, and the pass begun again, when memory runs out.
+        Features, logits, both float32, and the batch size of the pass: it is halved, and the pass begun again, when
+        memory runs out.
 
     Raises:
         AnalysisError: `inputs-refused` where the network fails on inputs of this shape, `head-not-found` where the head
             is not run once or is not what gives the logits, `non-finite-values`, `out-of-memory`, `invalid-probe`.
 
-    Numerics: float32 as the network computes, without TF32; in evaluation mode.
+    Numerics: float32 as the network computes, without TF32; in evaluation mode. Under autocast every value that the
+        network gave in bfloat16 is kept as it is, a float32 number of 8 bits: a logit is then off by up to 1 part in
+        256 of itself, and logits closer than that may be equal, of which the first is the largest.
     """
     n = len(probe.labels)
     if n == 0:
         raise AnalysisError("invalid-probe", "The probe has no samples.")
-    module = network.module.to(device).eval()
+    module = _ready(network.module, device)
     size = min(batch_size or _first_batch_size(probe.inputs, device), n)
     while True:
         try:
-            features, logits = _pass(module, network, probe, size, device, progress)
+            features, logits = _pass(module, network, probe, size, device, precision, progress)
             break
         except RuntimeError as error:
             if not _is_out_of_memory(error):
@@ -62,9 +69,21 @@ def extract_features(
         size //= 2
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    check_finite("features", features)
-    check_finite("logits", logits)
+    # One sum over both, so that a GPU is waited for once; where it is not finite, each is looked at for itself.
+    if not math.isfinite((features.sum() + logits.sum()).item()):
+        check_finite("features", features)
+        check_finite("logits", logits)
     return features, logits, size
+
+
+def _ready(module: nn.Module, device: torch.device) -> nn.Module:
+    """The network on the device and in evaluation mode."""
+    # A path comes with the same network at every point: setting what is set takes six times as long as looking.
+    if any(tensor.device != device for tensor in (*module.parameters(), *module.buffers())):
+        module.to(device)
+    if any(part.training for part in module.modules()):
+        module.eval()
+    return module
 
 
 def _first_batch_size(inputs: Tensor, device: torch.device) -> int:
@@ -76,11 +95,19 @@ def _first_batch_size(inputs: Tensor, device: torch.device) -> int:
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
+    # The second is a processor's allocator, the third the one of pinned memory.
+    told = ("not enough memory", "CUDA error: out of memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in told)
 
 
 def _pass(
-    module: nn.Module, network: LoadedNetwork, probe: Probe, size: int, device: torch.device, progress: Progress | None
+    module: nn.Module,
+    network: LoadedNetwork,
+    probe: Probe,
+    size: int,
+    device: torch.device,
+    precision: Precision,
+    progress: Progress | None,
 ) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n c"]]:
     n, (n_classes, n_features) = len(probe.labels), network.weight.shape
     features = torch.empty(n, n_features, device=device)
@@ -90,10 +117,9 @@ def _pass(
     def receive(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         received.append(args[0] if args else kwargs.get("input"))
 
-    arithmetic = exact_convolutions() if device.type == "cuda" else nullcontext()
     handle = module.get_submodule(network.head_name).register_forward_pre_hook(receive, with_kwargs=True)
     try:
-        with torch.inference_mode(), arithmetic:
+        with torch.inference_mode(), arithmetic(device, precision):
             done = 0
             for batch in probe.batches(size, device=device):
                 received.clear()
@@ -152,6 +178,11 @@ def _head_input(received: list[Any], network: LoadedNetwork, batch: Tensor) -> T
     return value
 
 
-def exact_convolutions() -> AbstractContextManager[None]:
-    """Convolutions without TF32, which rounds their inputs to 10 bits, and the same ones in every run."""
-    return torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+@contextmanager
+def arithmetic(device: torch.device, precision: Precision = "float32") -> Iterator[None]:
+    """The same numbers in every run: on a GPU convolutions without TF32, which rounds their inputs to 10 bits, and the
+    same ones each time; with `bfloat16` under autocast."""
+    on_gpu, narrow = device.type == "cuda", precision == "bfloat16"
+    flags = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False) if on_gpu else nullcontext()
+    with flags, torch.autocast(device.type, dtype=torch.bfloat16) if narrow else nullcontext():
+        yield

@@ -10,6 +10,7 @@ from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from analysis.errors import AnalysisError
+from analysis.extraction import Precision, arithmetic
 from analysis.networks import LoadedNetwork
 from analysis.probes import Probe
 
@@ -18,6 +19,8 @@ State = Mapping[str, Shaped[Tensor, "..."]]
 
 # A path is linearly connected where the error on it rises by no more than this (Frankle et al. 2020).
 CONNECTED = 0.02
+# Parameters that become float64 at a time: what is measured is never copied as a whole.
+_CHUNK = 2**18
 # An adaptive grid begins with so many points, ends with at most so many, and stops where the barrier moves by less.
 _FIRST_POINTS, _MOST_POINTS, _SETTLED = 17, 65, 1e-3
 
@@ -68,15 +71,18 @@ class Path:
         """Euclidean distance and cosine of the two ends' parameters, all of them as one vector; None without length."""
         dot = first = second = apart = 0.0
         for name, _ in self.network.module.named_parameters():
-            a, b = self.first[name].double(), self.second[name].double()
-            dot += float((a * b).sum())
-            first, second = first + float(a.square().sum()), second + float(b.square().sum())
-            apart += float((a - b).square().sum())
+            pieces = (torch.split(end[name].flatten(), _CHUNK) for end in (self.first, self.second))
+            for a, b in ((a.double(), b.double()) for a, b in zip(*pieces, strict=True)):
+                dot += float(a @ b)
+                first, second = first + float(a @ a), second + float(b @ b)
+                apart += float((a - b).square().sum())
         length = (first * second) ** 0.5
         return apart**0.5, dot / length if length > 0 else None
 
 
-def recalibrate(network: LoadedNetwork, probe: Probe, *, device: torch.device, batch_size: int) -> int:
+def recalibrate(
+    network: LoadedNetwork, probe: Probe, *, device: torch.device, batch_size: int, precision: Precision = "float32"
+) -> int:
     """Take the running statistics of batch normalisation anew, by one pass over the probe's inputs.
 
     Args:
@@ -84,6 +90,7 @@ def recalibrate(network: LoadedNetwork, probe: Probe, *, device: torch.device, b
         probe: whose inputs are passed, in order.
         device: where the network is.
         batch_size: inputs at a time; 1 is taken as 2, as a sample alone has no variance.
+        precision: of the evaluation that follows, so that the statistics are those of the activations it will see.
 
     Returns:
         How many layers have such statistics; without any nothing is passed.
@@ -93,6 +100,7 @@ def recalibrate(network: LoadedNetwork, probe: Probe, *, device: torch.device, b
 
     Numerics: every sample weighs the same: a batch of b samples enters with b over those seen so far. Variances are
         the batches' own, so that smaller ones say less; a last batch of a single sample is left out, which has none.
+        Statistics are float32, also those of activations in bfloat16.
 
     Source: Jordan et al. 2022, "REPAIR: REnormalizing Permuted Activations for Interpolation Repair".
     """
@@ -111,7 +119,7 @@ def recalibrate(network: LoadedNetwork, probe: Probe, *, device: torch.device, b
         for layer in layers:
             layer.reset_running_stats()
             layer.train()
-        with torch.no_grad():
+        with torch.no_grad(), arithmetic(device, precision):
             for batch in probe.batches(max(batch_size, 2), device=device):
                 if seen and len(batch) == 1:
                     continue

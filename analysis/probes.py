@@ -2,6 +2,7 @@
 
 import zipfile
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import isfinite, prod
@@ -87,7 +88,8 @@ class Probe:
 
         Args:
             batch_size: samples at a time, at least 1; the last batch may be smaller.
-            device: where the batches go. They travel as stored and become float32 there.
+            device: where the batches go. They travel as stored and become float32 there; to a GPU from pinned memory,
+                each while the one before it is computed with.
 
         Returns:
             Preprocessed float32 batches.
@@ -97,10 +99,11 @@ class Probe:
         """
         if batch_size < 1:
             raise AnalysisError("invalid-argument", f"batch_size must be at least 1, not {batch_size}.")
-        return (
-            _prepared(self.inputs[start : start + batch_size].to(device), self.preprocess)
-            for start in range(0, self.inputs.shape[0], batch_size)
-        )
+        device = torch.device(device)
+        parts = torch.split(self.inputs, batch_size)
+        away = device.type == "cuda" and self.inputs.device.type == "cpu"
+        moved = _sent_ahead(parts, device) if away else (part.to(device) for part in parts)
+        return (_prepared(part, self.preprocess) for part in moved)
 
     def prepared(self, device: torch.device | str, *, most_bytes: int = 2**30) -> "Probe":
         """The same probe with its inputs as a network takes them, on the device, for passes that come again.
@@ -293,6 +296,35 @@ def _require_finite(
             raise AnalysisError(
                 "non-finite-values", f"{name} holds NaN or infinity, first in row {row}.", tensor=name, row=row
             )
+
+
+def _sent_ahead(parts: Sequence[Shaped[Tensor, "..."]], device: torch.device) -> Iterator[Shaped[Tensor, "..."]]:
+    """Parts on a GPU, each on its way while the caller computes with the one before.
+
+    Memory: three parts on the GPU (computed with, arrived, on its way) and at most as many pinned, whose memory torch
+    takes back once their copies are done.
+    """
+    copies: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    computed: deque[torch.cuda.Event] = deque()
+
+    def send(part: Shaped[Tensor, "..."]) -> tuple[Shaped[Tensor, "..."], torch.cuda.Event]:
+        with torch.cuda.stream(copies):
+            return part.pin_memory().to(device, non_blocking=True), copies.record_event()
+
+    following = send(parts[0]) if parts else None
+    for index in range(len(parts)):
+        assert following is not None, "there is one for each part"
+        sent, arrived = following
+        if len(computed) == 2:
+            # Launching runs ahead of computing: without a halt the whole probe would end up there.
+            computed.popleft().synchronize()
+        following = send(parts[index + 1]) if index + 1 < len(parts) else None
+        computing = torch.cuda.current_stream(device)
+        computing.wait_event(arrived)
+        # Its memory belongs to the stream of copies, which must not reuse it before it has been computed with.
+        sent.record_stream(computing)
+        yield sent
+        computed.append(torch.cuda.current_stream(device).record_event())
 
 
 def _prepared(batch: Shaped[Tensor, "n ..."], preprocess: Preprocess | None) -> Float32[Tensor, "n ..."]:

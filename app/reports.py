@@ -149,6 +149,9 @@ class Provenance(Strict, Generic[Options]):
     threads: int
     feature_dtype: str
     spectrum_dtype: str
+    precision: Literal["float32", "bfloat16"] | None = Field(
+        default=None, description="Of the network's forward pass; null for a feature set."
+    )
     batch_size: int | None
     options: Options
 

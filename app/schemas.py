@@ -95,6 +95,10 @@ class EvaluationOptions(Strict):
     seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of the permutations and of their subsample.")
     tolerance: float = Field(default=1e-4, ge=0, le=0.1, description="Largest change of MIR that counts as settled.")
     batch_size: int | None = Field(default=None, ge=1, le=1_000_000, description="Inputs at a time; default: chosen.")
+    precision: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="Of the network's forward pass; `bfloat16` runs it under autocast. A feature set has none.",
+    )
 
 
 class EvenGrid(Strict):

@@ -1,10 +1,11 @@
 """Points of a path and feature extraction, each beside the bare loop of PyTorch that it cannot do without."""
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from analysis.evaluation import EvaluationOptions, evaluate_network
 from analysis.extraction import extract_features
@@ -13,13 +14,15 @@ from analysis.paths import Path, even_grid
 from analysis.probes import Probe
 
 Row = dict[str, object]
-# The demo's network, and one whose pass takes seconds: of that a few points, each the same work.
+# The demo's network, and one whose pass takes seconds: of that a few points, each the same work. The last two numbers
+# are points of a path and how often each is taken: of a shared machine the least is what nothing has disturbed.
 CASES = {
     "the demo's network": (
-        {"name": "mlp", "args": {"sizes": [64, 512, 512, 64, 10], "norm": "batch"}}, "head", (64,), 1797, 25,
+        {"name": "mlp", "args": {"sizes": [64, 512, 512, 64, 10], "norm": "batch"}}, "head", (64,), 1797, 25, 8,
     ),
     "WRN-28-2": (
         {"name": "wide_resnet", "args": {"depth": 28, "widen_factor": 2, "n_classes": 10}}, "fc", (3, 32, 32), 2000, 3,
+        2,
     ),
 }  # fmt: skip
 
@@ -38,38 +41,29 @@ def rows(device: torch.device | str = "cpu") -> list[Row]:
 
 
 def _case(name: str, device: torch.device) -> list[Row]:
-    architecture, head_name, shape, n, points = CASES[name]
+    architecture, head_name, shape, n, points, rounds = CASES[name]
     first, second = (_network({"family": "builtin", **architecture}, head_name, seed, device) for seed in (0, 1))
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(n) % 10
     probe = Probe(torch.randn(n, *shape, generator=generator), labels, None, 10, None).prepared(device)
     size = extract_features(first, probe, device=device)[2]
-    batches = list(probe.batches(size, device=device))
-    path, options = Path(first, second.module.state_dict()), EvaluationOptions(null_permutations=0)
-    metrics = 0.0
-
-    def walk() -> None:
-        nonlocal metrics
-        metrics = 0.0
-        for w in even_grid(points):
-            evaluation = evaluate_network(path.move_to(w), probe, device=device, options=options)
-            metrics += sum(seconds for phase, seconds in evaluation.timings_seconds.items() if phase != "features")
 
     def loop() -> None:
-        for _ in range(points):
-            _bare(second.module, batches)
+        with torch.inference_mode():
+            for batch in batches:
+                second.module(batch)
 
+    def extract() -> None:
+        extract_features(first, probe, device=device, batch_size=size)
+
+    batches = list(probe.batches(size, device=device))
+    path = Path(first, second.module.state_dict())
+    own, bare, metrics = _walk(path, probe, even_grid(points), rounds, loop, device)
     # In turns, so that what else the machine does falls on both sides.
-    rounds = [(_seconds(walk, device) - metrics, _seconds(loop, device)) for _ in range(3 if points > 3 else 2)]
-    own, bare = (min(times) for times in zip(*rounds, strict=True))
-    extraction = [
-        (
-            _seconds(lambda: extract_features(first, probe, device=device, batch_size=size), device),
-            _seconds(lambda: _bare(second.module, batches), device),
-        )
-        for _ in range(7 if points > 3 else 2)
+    turns = [
+        (_seconds(extract, device), _seconds(loop, device)) for _ in range(points * rounds if points > 3 else rounds)
     ]
-    extracted, alone = (min(times) for times in zip(*extraction, strict=True))
+    extracted, alone = (min(times) for times in zip(*turns, strict=True))
     return [
         {
             "case": f"path of {points} points, {name}, {n:,} inputs",
@@ -93,6 +87,35 @@ def _case(name: str, device: torch.device) -> list[Row]:
     ]
 
 
+def _walk(
+    path: Path, probe: Probe, grid: Sequence[float], rounds: int, loop: Callable[[], None], device: torch.device
+) -> tuple[float, float, float]:
+    """Seconds of a path beside its metrics, of as many loops, and of the metrics: the sum over points of each's least.
+
+    What a point takes beside its metrics is all of it less the evaluation's phases other than `features`; time that is
+    in no phase is the path's. Points come from metrics that have emptied the caches; the loops find them full.
+    """
+    options = EvaluationOptions(null_permutations=0)
+    own, bare, metrics = ([math.inf] * len(grid) for _ in range(3))
+    for _ in range(rounds):
+        for index, w in enumerate(grid):
+            phases: dict[str, float] = {}
+
+            def point(w: float = w, phases: dict[str, float] = phases) -> None:
+                network = path.move_to(w)
+                phases.update(evaluate_network(network, probe, device=device, options=options).timings_seconds)
+
+            whole = _seconds(point, device)
+            of_metrics = sum(seconds for phase, seconds in phases.items() if phase != "features")
+            # A pass that takes seconds fills the caches by itself.
+            if len(grid) > 3:
+                loop()
+            own[index] = min(own[index], whole - of_metrics)
+            metrics[index] = min(metrics[index], of_metrics)
+            bare[index] = min(bare[index], _seconds(loop, device))
+    return sum(own), sum(bare), sum(metrics)
+
+
 def _network(architecture: dict[str, object], head_name: str, seed: int, device: torch.device) -> LoadedNetwork:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -100,12 +123,6 @@ def _network(architecture: dict[str, object], head_name: str, seed: int, device:
     head = module.get_submodule(head_name)
     assert isinstance(head, nn.Linear)
     return LoadedNetwork(module, head_name, head.weight.detach(), head.bias.detach())
-
-
-def _bare(module: nn.Module, batches: list[Tensor]) -> None:
-    with torch.inference_mode():
-        for batch in batches:
-            module(batch)
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:

@@ -197,7 +197,8 @@ class Client:
             probe_id: with `checkpoint_id`.
             feature_set_id: alone.
             kind: what to compute.
-            options: `null_permutations`, `seed`, `tolerance`, `batch_size`; what is left out has its default.
+            options: `null_permutations`, `seed`, `tolerance`, `batch_size`, `precision` ("float32", or "bfloat16" for a
+                forward pass under autocast); what is left out has its default.
             idempotency_key: the same key and request give the same analysis; default: a new key each call.
         """
         subject = {"checkpoint_id": checkpoint_id, "probe_id": probe_id, "feature_set_id": feature_set_id}

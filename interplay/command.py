@@ -55,6 +55,13 @@ class Listed(enum.StrEnum):
     REPORTS = "reports"
 
 
+class Precision(enum.StrEnum):
+    """What a network's forward pass computes in."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
 class Deletable(enum.StrEnum):
     """What `delete` can delete."""
 
@@ -233,6 +240,9 @@ Permutations = Annotated[int | None, typer.Option(min=0, help="Permutations of t
 Seed = Annotated[int | None, typer.Option(min=0, help="Seed of all that is drawn.")]
 Tolerance = Annotated[float | None, typer.Option(min=0, help="Error of MIR that is small enough; 0 is exact.")]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Inputs at a time.")]
+PrecisionOption = Annotated[
+    Precision | None, typer.Option(help="Of the forward pass; bfloat16 runs it under autocast. Default: float32.")
+]
 IdempotencyKey = Annotated[
     str | None, typer.Option(metavar="KEY", help="The same key and request give the same analysis.")
 ]
@@ -249,6 +259,7 @@ def analyze(
     seed: Seed = None,
     tolerance: Tolerance = None,
     batch_size: BatchSize = None,
+    precision: PrecisionOption = None,
     idempotency_key: IdempotencyKey = None,
     url: Url = None,
     api_key: ApiKey = None,
@@ -265,7 +276,7 @@ def analyze(
             checkpoint_id=checkpoint,
             probe_id=probe,
             feature_set_id=features,
-            options=_options(permutations, seed, tolerance, batch_size),
+            options=_options(permutations, seed, tolerance, batch_size, precision),
             idempotency_key=idempotency_key,
         )
         _follow(client, analysis, wait, timeout, as_json)
@@ -290,6 +301,7 @@ def analyze_path(
     seed: Seed = None,
     tolerance: Tolerance = None,
     batch_size: BatchSize = None,
+    precision: PrecisionOption = None,
     idempotency_key: IdempotencyKey = None,
     url: Url = None,
     api_key: ApiKey = None,
@@ -298,7 +310,7 @@ def analyze_path(
     """Queue the straight line between the weights of two checkpoints: loss, error, MIR and HDR on it, and barriers."""
     if sum((points is not None, bool(at), adaptive)) > 1:
         raise typer.BadParameter("Give one of --points, --at and --adaptive.")
-    options = _options(permutations, seed, tolerance, batch_size)
+    options = _options(permutations, seed, tolerance, batch_size, precision)
     if points is not None:
         options["grid"] = {"points": points}
     elif at:
@@ -333,13 +345,14 @@ def analyze_pruning(
     seed: Seed = None,
     tolerance: Tolerance = None,
     batch_size: BatchSize = None,
+    precision: PrecisionOption = None,
     idempotency_key: IdempotencyKey = None,
     url: Url = None,
     api_key: ApiKey = None,
     as_json: AsJson = False,
 ) -> None:
     """Queue a sweep of magnitude pruning over sparsities."""
-    options = _options(permutations, seed, tolerance, batch_size)
+    options = _options(permutations, seed, tolerance, batch_size, precision)
     if sparsity:
         options["sparsities"] = sparsity
     if layerwise:
@@ -364,6 +377,7 @@ def analyze_series(
     seed: Seed = None,
     tolerance: Tolerance = None,
     batch_size: BatchSize = None,
+    precision: PrecisionOption = None,
     idempotency_key: IdempotencyKey = None,
     url: Url = None,
     api_key: ApiKey = None,
@@ -380,7 +394,7 @@ def analyze_series(
             raise typer.BadParameter(f"{number} is there twice.")
         by_number[x] = checkpoint
     with _client(url, api_key) as client:
-        options = _options(permutations, seed, tolerance, batch_size)
+        options = _options(permutations, seed, tolerance, batch_size, precision)
         analysis = client.create_series(
             axis, by_number, probe_id=probe, options=options, idempotency_key=idempotency_key
         )
@@ -388,9 +402,19 @@ def analyze_series(
 
 
 def _options(
-    permutations: int | None, seed: int | None, tolerance: float | None, batch_size: int | None
+    permutations: int | None,
+    seed: int | None,
+    tolerance: float | None,
+    batch_size: int | None,
+    precision: Precision | None,
 ) -> dict[str, Any]:
-    chosen = {"null_permutations": permutations, "seed": seed, "tolerance": tolerance, "batch_size": batch_size}
+    chosen = {
+        "null_permutations": permutations,
+        "seed": seed,
+        "tolerance": tolerance,
+        "batch_size": batch_size,
+        "precision": None if precision is None else precision.value,
+    }
     return {key: value for key, value in chosen.items() if value is not None}
 
 

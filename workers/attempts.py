@@ -18,6 +18,7 @@ from app.errors import problem
 from app.models import Analysis, AnalysisCheckpoint, Checkpoint, FeatureSet, MetadataEntry, Probe, Report, now
 from app.reports import DEFINITIONS_VERSION, SCHEMA_VERSION
 from app.reports import Report as AnyReport
+from app.schemas import EvaluationOptions
 
 _REPORTS: TypeAdapter[Any] = TypeAdapter(AnyReport)
 
@@ -85,8 +86,11 @@ def evaluation_of(engine: sa.Engine, task: dict[str, Any], position: int) -> dic
     with read(engine) as session:
         for content in session.scalars(reports):
             report: dict[str, Any] = json.loads(content)
-            same = report["provenance"]["options"] == task["options"]
-            if same and report["definitions_version"] == DEFINITIONS_VERSION:
+            # As the schema reads them: a report from before an option was there was computed with its default.
+            theirs, ours = (
+                EvaluationOptions(**options) for options in (report["provenance"]["options"], task["options"])
+            )
+            if theirs == ours and report["definitions_version"] == DEFINITIONS_VERSION:
                 return report
     return None
 

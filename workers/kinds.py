@@ -13,8 +13,9 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from analysis.alignment import aligned
+from analysis.clock import Clock
 from analysis.errors import AnalysisError
-from analysis.evaluation import Clock, Evaluation, EvaluationOptions, evaluate_features, evaluate_network
+from analysis.evaluation import Evaluation, EvaluationOptions, evaluate_features, evaluate_network
 from analysis.networks import LoadedNetwork, load_network
 from analysis.paths import Path, even_grid, next_point, recalibrate
 from analysis.probes import Preprocess, Probe, load_feature_set, load_probe
@@ -85,6 +86,7 @@ def _evaluation(
         "provenance": {
             **provenance,
             "feature_dtype": str(feature_dtype).removeprefix("torch."),
+            "precision": None if subject["kind"] == "feature_set" else options.precision,
             "batch_size": evaluation.batch_size,
         },
         "timings_seconds": {**clock.seconds, **evaluation.timings_seconds},
@@ -98,7 +100,7 @@ def _path_point(task: Task, device: torch.device, on_progress: OnProgress) -> di
     w = next_point(grid, known)
     assert w is not None, "the last point has said that it was the last"
     total = len(grid) if grid != "adaptive" else max(_ADAPTIVE_POINTS, len(known) + 1)
-    clock, on_progress = Clock(), _of_point(on_progress, len(known), total)
+    clock, options, on_progress = Clock(), _options(task), _of_point(on_progress, len(known), total)
     with clock.phase("load"):
         path, probe, alignment = _warm(task, on_progress, lambda: _load_path(task, device))
     with clock.phase("mix"):
@@ -108,12 +110,16 @@ def _path_point(task: Task, device: torch.device, on_progress: OnProgress) -> di
     if task["options"]["normalisation"] == "recalibrate" and w not in (0.0, 1.0):
         with clock.phase("recalibrate"):
             on_progress("recalibrating", 0, 0)
-            layers = recalibrate(network, probe, device=device, batch_size=task["points"][0]["batch_size"])
-    evaluation = evaluate_network(network, probe, device=device, options=_options(task), progress=on_progress)
+            size = task["points"][0]["batch_size"]
+            layers = recalibrate(network, probe, device=device, batch_size=size, precision=options.precision)
+    evaluation = evaluate_network(network, probe, device=device, options=options, progress=on_progress)
     loss = evaluation.splits["all"].loss
     assert loss is not None, "a loss is defined where there are samples"
     last = next_point(grid, {**known, w: loss}) is None
-    distance, cosine = path.distances() if last else (None, None)
+    distance = cosine = None
+    if last:
+        with clock.phase("distances"):
+            distance, cosine = path.distances()
     about: dict[str, Any] = {"w": w, "loss": loss, "l2_distance": distance, "cosine": cosine}
     about |= {"recalibrated_layers": layers, "alignment": alignment}
     return _point({"w": w}, network, evaluation, clock, last, total if not last else len(known) + 1, **about)
@@ -183,7 +189,12 @@ def _common(task: Task, provenance: dict[str, Any]) -> dict[str, Any]:
     sizes = [point["known"]["batch_size"] for point in task["points"] if point["known"].get("batch_size")]
     return {
         "probe": task["probe"],
-        "provenance": {**provenance, "feature_dtype": "float32", "batch_size": min(sizes, default=None)},
+        "provenance": {
+            **provenance,
+            "feature_dtype": "float32",
+            "precision": _options(task).precision,
+            "batch_size": min(sizes, default=None),
+        },
         "timings_seconds": timings,
     }
 

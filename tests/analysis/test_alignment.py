@@ -362,3 +362,11 @@ def test_a_network_that_computes_something_else_is_refused() -> None:
     assert caught.value.members["change"] > 1e-3
     with pytest.raises(AnalysisError):
         check_same_function(logits, logits * float("nan"))
+
+
+def test_an_aligned_network_is_held_once() -> None:
+    """What comes back are the second network's own tensors, so that a path has no fourth copy of the parameters."""
+    (first, inputs), (second, _) = (_network("mlp", seed) for seed in (0, 1))
+    state = aligned(first, second, inputs, generator=torch.Generator().manual_seed(0))[0]
+    own = second.state_dict()
+    assert all(tensor.data_ptr() == own[name].data_ptr() for name, tensor in state.items())

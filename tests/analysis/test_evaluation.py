@@ -2,18 +2,21 @@
 
 import dataclasses
 import math
+import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from analysis.clock import Clock
 from analysis.errors import AnalysisError
 from analysis.evaluation import (
     Evaluation,
     EvaluationOptions,
+    Precision,
     SplitEvaluation,
     evaluate_features,
     evaluate_network,
@@ -23,6 +26,7 @@ from analysis.networks import LoadedNetwork
 from analysis.probes import FeatureSet, Probe
 from app import reports
 from tests.analysis import reference
+from tests.analysis.networks import ARCHITECTURES, network_of, probe_of
 
 CPU = torch.device("cpu")
 
@@ -104,7 +108,7 @@ def test_a_network_on_a_probe_with_splits() -> None:
     )
     assert (found.batch_size, found.n_features, found.n_classes) == (32, 8, 5)
     assert list(found.splits) == ["all", "train", "test"]
-    assert set(found.timings_seconds) == {"features", "predictions", "entropies", "null", "collapse"}
+    assert set(found.timings_seconds) == {"features", "predictions", "statistics", "entropies", "null", "collapse"}
     assert seen == [("features", n, 90) for n in (32, 64, 90)] + [("metrics", n, 15) for n in range(1, 16)]
     features = nn.Sequential(*list(network.module.children())[:3])(probe.inputs)
     assert probe.split is not None
@@ -134,6 +138,36 @@ def test_features_alone_give_the_same_as_their_network() -> None:
     plain = evaluate_features(_feature_set(features, labels, network.weight), device=CPU).splits["all"]
     scores = (features @ network.weight.T).double()
     assert plain.loss == pytest.approx(float(nn.functional.cross_entropy(scores, probe.labels)), rel=1e-6)
+
+
+def test_the_phases_are_the_whole_evaluation() -> None:
+    """What is in no phase is less than a hundredth, in the best of ten runs."""
+    network, probe = _network(), _probe(n=2000)
+    shares = []
+    for _ in range(10):
+        start = time.perf_counter()
+        found = evaluate_network(network, probe, device=CPU)
+        shares.append(sum(found.timings_seconds.values()) / (time.perf_counter() - start))
+    assert 0.99 < max(shares) <= 1
+
+
+def test_a_phase_within_another_is_counted_once() -> None:
+    """Its time is its own and not that of the phase around it, also where it is come back to or ends in an error."""
+    clock = Clock()
+
+    def work() -> None:
+        with clock.phase("outer"):
+            for seconds in (0.02, 0.02, -1.0):
+                with clock.phase("inner"):
+                    time.sleep(seconds)
+
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match="non-negative"):
+        work()
+    whole = time.perf_counter() - start
+    assert clock.seconds["inner"] >= 0.04
+    assert clock.seconds["outer"] + clock.seconds["inner"] <= whole
+    assert clock.seconds["outer"] < clock.seconds["inner"]
 
 
 def test_an_evaluation_repeats_exactly_and_follows_its_seed() -> None:
@@ -318,6 +352,74 @@ def test_values_that_are_not_finite_are_named() -> None:
             with pytest.raises(AnalysisError) as caught:
                 attempt()
             assert (caught.value.kind, caught.value.members["tensor"]) == ("non-finite-values", name)
+
+
+def test_logits_alone_may_overflow_and_a_sum_alone_may() -> None:
+    """Finite features with infinite logits name the logits; finite numbers whose sum is infinite are no error."""
+    network, probe = _network(), _probe()
+    state = network.module.state_dict()
+    state["3.weight"].fill_(3e38)
+    with pytest.raises(AnalysisError) as caught:
+        extract_features(network, probe, device=CPU)
+    assert (caught.value.kind, caught.value.members["tensor"]) == ("non-finite-values", "logits")
+    state["3.weight"].zero_()
+    state["3.bias"].fill_(3e38)
+    logits = extract_features(network, probe, device=CPU)[1]
+    assert bool((logits == torch.tensor(3e38)).all())
+    assert math.isinf(float(logits.sum()))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_under_autocast_features_are_what_the_head_receives(name: str) -> None:
+    """Those of a plain loop under torch.autocast, kept in float32; close to float32's, and not the same."""
+    network, probe = network_of(name, 0), probe_of(name)
+    received: list[Tensor] = []
+    handle = network.module.get_submodule(network.head_name).register_forward_pre_hook(
+        lambda _, args: received.append(args[0])
+    )
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = network.module(probe.inputs)
+    handle.remove()
+    assert expected.dtype == torch.bfloat16
+    features, logits, _ = extract_features(network, probe, device=CPU, batch_size=60, precision="bfloat16")
+    assert (features.dtype, logits.dtype) == (torch.float32, torch.float32)
+    assert torch.equal(features, received[0].float())
+    assert torch.equal(logits, expected.float())
+    wide, wide_logits, _ = extract_features(network, probe, device=CPU, batch_size=60)
+    for narrow, exact in ((features, wide), (logits, wide_logits)):
+        assert 0 < float((narrow - exact).norm()) < 0.05 * float(exact.norm())
+
+
+def test_an_evaluation_in_bfloat16_is_near_that_in_float32() -> None:
+    """The pass alone is narrow: metrics are close, not equal, and the next evaluation is float32 again."""
+    network, probe = network_of("mlp", 0), probe_of("mlp")
+    first = evaluate_network(network, probe, device=CPU)
+    narrow = evaluate_network(network, probe, device=CPU, options=EvaluationOptions(precision="bfloat16"))
+    assert evaluate_network(network, probe, device=CPU).splits == first.splits
+    found, expected = narrow.splits["all"], first.splits["all"]
+    _check(found)
+    assert found.loss is not None
+    assert expected.loss is not None
+    assert 0 < abs(found.loss - expected.loss) < 0.02 * expected.loss
+    mir, wide_mir = found.interplay["sample"]["global"].mir, expected.interplay["sample"]["global"].mir
+    assert mir is not None
+    assert wide_mir is not None
+    assert 0 < abs(mir - wide_mir) < 0.01
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("precision", get_args(Precision))
+def test_on_a_gpu_features_are_those_of_the_processor(precision: Precision) -> None:
+    """In batches that are sent ahead, of inputs that lie there already, and under autocast; features stay there."""
+    cuda, network, probe = torch.device("cuda"), network_of("cnn", 0), probe_of("cnn", 200)
+    expected = extract_features(network, probe, device=CPU, batch_size=16, precision=precision)[:2]
+    near = 1e-4 if precision == "float32" else 0.05
+    for given in (probe, probe.prepared(cuda)):
+        features, logits, _ = extract_features(network, given, device=cuda, batch_size=16, precision=precision)
+        assert features.is_cuda
+        assert logits.is_cuda
+        torch.testing.assert_close((features.cpu(), logits.cpu()), expected, rtol=near, atol=near)
 
 
 def test_labels_must_fit_the_head() -> None:

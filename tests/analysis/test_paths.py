@@ -140,6 +140,28 @@ def test_recalibration_is_deterministic_and_weighs_samples_alike() -> None:
     torch.testing.assert_close(found[0]["norms.0.running_mean"], mean, rtol=1e-4, atol=1e-5)
 
 
+def test_recalibration_under_autocast_takes_the_statistics_of_its_activations() -> None:
+    """Of the first layer's output in bfloat16, in float32; a deeper network with images runs through as well."""
+    network, probe = network_of("mlp", 0), probe_of("mlp")
+    state = network.module.state_dict()
+    recalibrate(network, probe, device=CPU, batch_size=60, precision="bfloat16")
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        activations = network.module.get_submodule("layers.0")(probe.inputs)
+    assert activations.dtype == torch.bfloat16
+    assert state["norms.0.running_mean"].dtype == torch.float32
+    narrow, wide = (
+        activations.float().mean(dim=0),
+        torch.nn.functional.linear(probe.inputs, state["layers.0.weight"], state["layers.0.bias"]).mean(dim=0),
+    )
+    found = state["norms.0.running_mean"]
+    torch.testing.assert_close(found, narrow, rtol=1e-5, atol=1e-5)
+    assert float((found - wide).abs().max()) > 10 * float((found - narrow).abs().max())
+    for name in ("cnn", "resnet"):
+        other = network_of(name, 0)
+        assert recalibrate(other, probe_of(name), device=CPU, batch_size=20, precision="bfloat16") > 0
+        assert all(bool(torch.isfinite(tensor).all()) for tensor in other.module.state_dict().values())
+
+
 def test_a_last_batch_of_one_sample_is_no_obstacle() -> None:
     """It has no variance; without statistics to take, nothing is passed at all."""
     assert recalibrate(network_of("mlp", 0), probe_of("mlp", 61), device=CPU, batch_size=20) == 2
@@ -149,6 +171,25 @@ def test_a_last_batch_of_one_sample_is_no_obstacle() -> None:
     network = network_of("mlp", 0)
     network.module.norms = torch.nn.ModuleList([torch.nn.Identity(), torch.nn.Identity()])
     assert recalibrate(network, probe_of("mlp"), device=CPU, batch_size=20) == 0
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_path_on_a_gpu_is_that_of_the_processor() -> None:
+    """Loss and MIR of its points."""
+    cuda, probe = torch.device("cuda"), probe_of("mlp")
+    paths_by_device = {}
+    for device in (CPU, cuda):
+        first, second = (network_of("mlp", seed) for seed in (0, 1))
+        first.module.to(device)
+        paths_by_device[device] = Path(first, second.module.to(device).state_dict())
+    for w in (0.0, 0.3, 1.0):
+        here, there = (
+            evaluate_network(path.move_to(w), probe, device=device, options=EXACT).splits["all"]
+            for device, path in paths_by_device.items()
+        )
+        assert there.loss == pytest.approx(here.loss, rel=1e-4)
+        assert there.interplay["sample"]["none"].mir == pytest.approx(here.interplay["sample"]["none"].mir, abs=1e-4)
 
 
 @given(

@@ -100,6 +100,7 @@ def test_feature_set_gives_the_same_numbers(
         service.wait(service.analyze(**pair(service, mlp_checkpoint_file, digits_probe_file))["id"])
     )
     assert mine["subject"]["kind"] == mine["probe"]["kind"] == "feature_set"
+    assert mine["provenance"]["precision"] is None
     for name, split in mine["splits"].items():
         other = theirs["splits"][name]
         assert split["accuracy"] == other["accuracy"]

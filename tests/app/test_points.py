@@ -9,7 +9,10 @@ import torch
 from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
 
+from app.database import make_engine, write
+from app.models import Report
 from app.reports import PathReport, PruningReport, SeriesReport
+from app.settings import Settings
 from tests.app.test_uploads import problem
 from tests.conftest import MLP
 from tests.services import Service
@@ -186,6 +189,53 @@ def test_a_series_reuses_evaluations_that_there_are(
     assert [point["reused_report_id"] for point in other["points"]] == [None] * 3
 
 
+def test_precision_is_named_and_takes_part_in_what_is_reused(
+    any_service: Service, ends: tuple[str, str], probe_id: str
+) -> None:
+    """Points in bfloat16 are those of evaluations in it, near those in float32; a series reuses none of another."""
+    narrow = {**FEW, "precision": "bfloat16"}
+    wide = _report(any_service, checkpoint_id=ends[0], probe_id=probe_id, options=FEW)
+    assert (wide["provenance"]["precision"], wide["provenance"]["options"]["precision"]) == ("float32", "float32")
+    own = _report(any_service, checkpoint_id=ends[1], probe_id=probe_id, options=narrow)
+    path = {"kind": "path", "checkpoint_a_id": ends[0], "checkpoint_b_id": ends[1]}
+    series = {"kind": "series", "axis": {"name": "noise", "values": [0, 0.3]}, "checkpoint_ids": ends}
+    grid = {"grid": {"points": 2}, "alignment": "weight_matching"}
+    reports = [
+        _report(any_service, **path, probe_id=probe_id, options={**narrow, **grid}),
+        _report(any_service, **series, probe_id=probe_id, options=narrow),
+        _report(
+            any_service, kind="pruning", checkpoint_id=ends[0], probe_id=probe_id, options={**narrow, "sparsities": [0]}
+        ),
+    ]
+    for report in (own, *reports):
+        provenance = report["provenance"]
+        assert (provenance["precision"], provenance["options"]["precision"]) == ("bfloat16", "bfloat16")
+        assert provenance["feature_dtype"] == "float32"
+    firsts = [report["points"][0]["splits"] for report in reports]
+    assert firsts[0] == firsts[1] == firsts[2]
+    assert firsts[0]["all"]["loss"] != wide["splits"]["all"]["loss"]
+    assert firsts[0]["all"]["loss"] == pytest.approx(wide["splits"]["all"]["loss"], rel=0.05)
+    assert [point["reused_report_id"] for point in reports[1]["points"]] == [None, own["id"]]
+    assert reports[0]["summary"]["alignment"]["change_of_logits"] < 1e-5
+
+
+def test_reports_from_before_an_option_are_reused(any_service: Service, ends: tuple[str, str], probe_id: str) -> None:
+    """An evaluation whose report does not name the precision was one in float32."""
+    own = _report(any_service, checkpoint_id=ends[0], probe_id=probe_id, options=FEW)
+    older = json.loads(json.dumps(own))
+    del older["provenance"]["precision"], older["provenance"]["options"]["precision"]
+    place = any_service.environment
+    url = place.get("INTERPLAY_DATABASE_URL", "")
+    engine = make_engine(Settings(data_dir=Path(place["INTERPLAY_DATA_DIR"]), database_url=url))
+    with write(engine) as session:
+        session.get_one(Report, own["id"]).content = json.dumps(older)
+    engine.dispose()
+    request = {"kind": "series", "axis": {"name": "x", "values": [0, 1]}, "checkpoint_ids": ends, "probe_id": probe_id}
+    for options, reused in ((FEW, own["id"]), ({**FEW, "precision": "bfloat16"}, None)):
+        report = _report(any_service, **request, options=options)
+        assert report["points"][0]["reused_report_id"] == reused
+
+
 def test_analyses_of_several_checkpoints_are_found_by_each(
     any_service: Service, ends: tuple[str, str], probe_id: str
 ) -> None:
@@ -253,6 +303,7 @@ def test_a_point_that_fails_is_named(
         ({"kind": "series", "axis": {"name": "x", "values": [2, 1]}}, ["body", "axis"]),
         ({"kind": "series", "axis": {"name": "x", "values": [1, 2]}, "checkpoint_ids": ["a", "b", "c"]}, ["body"]),
         ({"kind": "evaluation", "options": {"sparsities": [0.1]}}, ["body", "options", "sparsities"]),
+        ({"kind": "pruning", "options": {"precision": "float16"}}, ["body", "options", "precision"]),
         ({"kind": "nonsense"}, ["body"]),
     ],
 )

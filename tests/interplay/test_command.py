@@ -362,10 +362,12 @@ def test_cancel_and_unknown_ids(service: Service, mlp_checkpoint_file: Path, dig
     queued = as_json(
         interplay(
             *("analyze", "--checkpoint", checkpoint["id"], "--probe", probe["id"], "--permutations", "1000", "--json"),
+            *("--precision", "bfloat16"),
             url=service.url,
         )
     )
     assert queued["options"]["null_permutations"] == 1000
+    assert queued["options"]["precision"] == "bfloat16"
     cancelled = interplay("cancel", queued["id"], url=service.url)
     assert cancelled.returncode == 0, cancelled.stderr
     assert queued["id"] in cancelled.stdout

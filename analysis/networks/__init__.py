@@ -13,6 +13,7 @@ of a file into the network's, and `ignored_names(network)`, which names of a fil
 import importlib
 import importlib.util
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -24,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from analysis.errors import AnalysisError
-from analysis.networks.building import Bounded, initialisation
+from analysis.networks.building import Bounded, ConstantsOnCpu, WithoutInitialisation
 
 # The module of each family; for all but the first, also the name of the package it needs and of the extra that has it.
 FAMILIES: Mapping[str, str] = {
@@ -88,7 +89,7 @@ def build(
         AnalysisError: `invalid-architecture`; `family-unavailable` where the family's package is missing here.
     """
     network, _ = _build_on_meta(architecture, n_tensors)
-    return network if torch.device(device).type == "meta" else _build(architecture, device, initialised=True)
+    return network if torch.device(device).type == "meta" else _create(architecture, device)
 
 
 def expected_tensors(architecture: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -136,7 +137,8 @@ def load_network(
             "checkpoint-mismatch", f"The file is not complete, valid safetensors: {error}.", reason="unreadable"
         ) from None
     # Parameters take address space here and no memory: each is replaced before it is written to.
-    network = _build(architecture, "cpu", initialised=False)
+    with WithoutInitialisation():
+        network = _create(architecture, "cpu")
     names = _tied_names(network)
     network.load_state_dict(tensors, assign=True)
     _tie(network, names)
@@ -151,18 +153,29 @@ def load_network(
 
 def _build_on_meta(architecture: Mapping[str, Any], n_tensors: int) -> tuple[nn.Module, Bounded]:
     bounds = Bounded(n_tensors)
-    with bounds:
-        network = _build(architecture, "meta", initialised=False)
-    return network, bounds
+    with bounds, WithoutInitialisation():
+        try:
+            return _create(architecture, "meta"), bounds
+        except AnalysisError as error:
+            # Refused by us, and not by a library that looked at values which its tensors do not have.
+            if error.__cause__ is None:
+                raise
+        return _create(architecture, "meta", constants=ConstantsOnCpu()), bounds
 
 
-def _build(architecture: Mapping[str, Any], device: torch.device | str, *, initialised: bool) -> nn.Module:
+def _create(
+    architecture: Mapping[str, Any],
+    device: torch.device | str,
+    constants: AbstractContextManager[Any] | None = None,
+) -> nn.Module:
     family = _family(architecture)
     try:
-        with torch.device(device), initialisation(initialised):
+        with torch.device(device), constants or nullcontext():
             network: nn.Module = family.create(architecture)
     except AnalysisError:
         raise
+    except ImportError as error:
+        raise _unavailable(architecture["family"], error) from error
     except MemoryError:
         raise AnalysisError("out-of-memory", "The network's own constants do not fit the memory.") from None
     except Exception as error:
@@ -195,15 +208,19 @@ def _family(architecture: Mapping[str, Any]) -> ModuleType:
         return importlib.import_module(FAMILIES[family])
     except (ImportError, RuntimeError) as error:
         # RuntimeError is what torchvision raises beside another torch than its own.
-        missing = isinstance(error, ModuleNotFoundError) and error.name == family
-        reason = "it is not installed" if missing else f"importing it failed: {error}"
-        raise AnalysisError(
-            "family-unavailable",
-            f"This worker has no networks of the family {family!r}: {reason}. Install it on the worker with "
-            f"`pip install interplay[{family}]`; GET /v1/version lists what each worker has.",
-            family=family,
-            extra=family,
-        ) from error
+        raise _unavailable(family, error) from error
+
+
+def _unavailable(family: str, error: Exception) -> AnalysisError:
+    missing = isinstance(error, ModuleNotFoundError) and error.name == family
+    reason = "it is not installed" if missing else f"importing it failed ({str(error).strip().splitlines()[0]})"
+    return AnalysisError(
+        "family-unavailable",
+        f"This worker has no networks of the family {family!r}: {reason}. Install it there with "
+        f"`pip install interplay[{family}]`; GET /v1/version lists what each worker has.",
+        family=family,
+        extra=family,
+    )
 
 
 def _head_name(network: nn.Module, architecture: Mapping[str, Any], asked: str | None) -> str:

@@ -7,7 +7,6 @@ anything, such as lists as long as the depth, is bounded by the description's ow
 
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from math import isfinite, prod
 from typing import Any
 
@@ -103,9 +102,21 @@ class WithoutInitialisation(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def initialisation(wanted: bool) -> AbstractContextManager[Any]:
-    """The context in which constructors fill parameters, or do not."""
-    return nullcontext() if wanted else WithoutInitialisation()
+class ConstantsOnCpu(TorchFunctionMode):
+    """Sequences of numbers have values although torch's default device has none.
+
+    Some constructors compute their layers' sizes with tensors, as torchvision's RegNet does.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func not in (torch.arange, torch.linspace, torch.tensor) or "device" in kwargs:
+            return func(*args, **kwargs)
+        made = func(*args, **kwargs, device="cpu")
+        # What is computed from a sequence is no longer free, and may have its length squared.
+        if made.numel() > MAX_LIST:
+            raise refused(f"The description asks for a constant of {made.numel()} elements")
+        return made
 
 
 def check_plain(value: Any, *, name: str = "", nesting: int = 0) -> None:
@@ -161,6 +172,25 @@ def require_classes(n_classes: Any) -> None:
     if type(n_classes) is not int or not 2 <= n_classes <= MAX_CLASSES:
         what = "a single output is a regression" if n_classes == 1 else f"not {n_classes!r}"
         raise refused(f"A classifier has 2 to {MAX_CLASSES} classes; {what}")
+
+
+def take_one_tensor(network: nn.Module) -> nn.Module:
+    """Let a network that takes images or vectors take them by the name `pixel_values` as well.
+
+    Raises:
+        AnalysisError: `inputs-refused`, when it is called with other names.
+    """
+
+    def single(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not args or not isinstance(args[0], Mapping):
+            return None
+        if set(args[0]) != {"pixel_values"}:
+            names = ", ".join(args[0])
+            raise AnalysisError("inputs-refused", f"The network takes inputs or pixel_values; the probe has {names}.")
+        return (args[0]["pixel_values"],)
+
+    network.register_forward_pre_hook(single)
+    return network
 
 
 def name_of(network: nn.Module, module: nn.Module) -> str | None:

@@ -22,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from analysis.errors import AnalysisError
+from analysis.networks.building import take_one_tensor
 
 Activation = Literal["relu", "gelu", "tanh"]
 Norm = Literal["none", "batch", "layer"]
@@ -176,7 +177,7 @@ def create(description: Mapping[str, Any]) -> nn.Module:
     name = description["name"]
     if name not in BUILDERS:
         raise AnalysisError("invalid-architecture", f"The name must be one of {', '.join(BUILDERS)}, not {name!r}.")
-    return BUILDERS[name](**description["args"])
+    return take_one_tensor(BUILDERS[name](**description["args"]))
 
 
 def head(network: nn.Module, description: Mapping[str, Any]) -> str:

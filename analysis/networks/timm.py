@@ -7,7 +7,7 @@ import timm
 from torch import nn
 
 from analysis.errors import AnalysisError
-from analysis.networks.building import check_plain, name_of, refused, require_classes
+from analysis.networks.building import check_plain, name_of, refused, require_classes, take_one_tensor
 
 #: Arguments that would fetch weights or files, choose a device, or make something other than a classifier.
 FORBIDDEN = (
@@ -32,7 +32,7 @@ def create(description: Mapping[str, Any]) -> nn.Module:
     check_plain(args)
     network: nn.Module = timm.create_model(name, pretrained=False, **args)
     require_classes(getattr(network, "num_classes", None))
-    return network
+    return take_one_tensor(network)
 
 
 def head(network: nn.Module, description: Mapping[str, Any]) -> str | None:

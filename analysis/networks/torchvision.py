@@ -6,7 +6,7 @@ from typing import Any
 import torchvision
 from torch import nn
 
-from analysis.networks.building import check_plain, refused, require_classes
+from analysis.networks.building import check_plain, refused, require_classes, take_one_tensor
 
 #: Arguments that would fetch weights or say how to.
 FORBIDDEN = ("pretrained", "pretrained_backbone", "progress", "weights", "weights_backbone")
@@ -30,8 +30,7 @@ def create(description: Mapping[str, Any]) -> nn.Module:
     if name in ("googlenet", "inception_v3"):
         # These two warn where nothing says whether they should sample initial weights, which takes a minute.
         args = {"init_weights": False, **args}
-    network: nn.Module = builder(weights=None, **args)
-    return network
+    return take_one_tensor(builder(weights=None, **args))
 
 
 def head(network: nn.Module, description: Mapping[str, Any]) -> str | None:

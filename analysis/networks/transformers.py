@@ -164,7 +164,8 @@ def _take_batches(network: nn.Module, single: str) -> None:
     network.register_forward_pre_hook(spread, with_kwargs=True)
     network.register_forward_hook(lambda _, __, output: getattr(output, "logits", output))
     for name, module in network.named_modules():
-        if isinstance(module, nn.Embedding):
+        # Not those derived from it: some take other arguments than the rows that are asked for.
+        if type(module) is nn.Embedding:
             module.register_forward_pre_hook(_within(name))
 
 

@@ -14,6 +14,9 @@ from sklearn.datasets import load_digits
 from analysis.networks import build
 from tests import services
 from tests.databases import fresh_database, postgres_server
+from tests.operators.operators import define_before_torchvision
+
+define_before_torchvision()
 
 MLP = {"family": "builtin", "name": "mlp", "args": {"sizes": [64, 32, 10], "activation": "relu", "norm": "none"}}
 

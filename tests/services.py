@@ -15,6 +15,8 @@ import httpx
 import psutil
 
 T = TypeVar("T")
+# What makes torchvision importable beside a CPU build of torch, in every process of a service.
+_OPERATORS = Path(__file__).parent / "operators"
 # Nothing here is slow; a shared machine may be.
 PATIENCE_SECONDS = 90.0
 
@@ -87,6 +89,7 @@ def running(data_dir: Path, *, command: str = "serve", ready: bool = True, **set
     """
     environment = {
         **{key: value for key, value in os.environ.items() if not key.startswith("INTERPLAY_")},
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(_OPERATORS), os.environ.get("PYTHONPATH")])),
         "INTERPLAY_DATA_DIR": str(data_dir),
         "INTERPLAY_THREADS": "1",
         **{f"INTERPLAY_{key.upper()}": value for key, value in settings.items()},

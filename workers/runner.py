@@ -14,7 +14,7 @@ import torch
 
 import analysis
 from analysis.errors import AnalysisError
-from analysis.networks import FAMILIES
+from analysis.networks import available_families
 from app.errors import problem
 from workers import kinds
 from workers.kinds import OnProgress, Task
@@ -47,7 +47,7 @@ def set_up(device: str, threads: int) -> torch.device:
 def describe(device: torch.device) -> dict[str, Any]:
     """What this worker offers."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    return {"device": name, "torch_version": torch.__version__, "families": list(FAMILIES)}
+    return {"device": name, "torch_version": torch.__version__, "families": available_families()}
 
 
 def run(task: Task, device: torch.device, on_progress: OnProgress) -> dict[str, Any]:

@@ -1,0 +1,5 @@
+"""Run by every Python process that the tests start, this folder being on its PYTHONPATH; see operators.py beside it."""
+
+import operators
+
+operators.define_before_torchvision()

@@ -1,7 +1,7 @@
 """One pass of a network over a probe: what its classification head receives, and its logits.
 
-Features are the rows for which features @ head.T + bias are the logits. That is checked here for every sample: a network
-that does something else to its head's output, or has two heads, would otherwise be given measures of something else.
+Features are the rows for which features @ head.T + bias are the logits. That is checked here for every sample: of a
+network that does something else to its head's output, or has two heads, the measures would be of something else.
 """
 
 import math
@@ -50,8 +50,8 @@ def extract_features(
             is not run once or is not what gives the logits, `non-finite-values`, `out-of-memory`, `invalid-probe`.
 
     Numerics: float32 as the network computes, without TF32; in evaluation mode. A head that runs on several tokens of a
-        sample, as those of text networks may, gives the logits at one of them; that token's features are taken. Features
-        and head must give the logits to 1e-5 of the product of their lengths.
+        sample, as those of text networks may, gives the logits at one of them; that token's features are taken.
+        Features and head must give the logits to 1e-5 of the product of their lengths.
     """
     n = len(probe.labels)
     if n == 0:
@@ -186,9 +186,7 @@ def _tokens_of_logits(
     raise _not_the_head(network, f"For each sample it runs on {given.shape[1]} tokens, none of which gives the logits,")
 
 
-def _asked_tokens(
-    network: LoadedNetwork, batch: Inputs, given: Float[Tensor, "n t c"]
-) -> Int64[Tensor, " n"] | None:
+def _asked_tokens(network: LoadedNetwork, batch: Inputs, given: Float[Tensor, "n t c"]) -> Int64[Tensor, " n"] | None:
     """The tokens that come through when the head gives each token's own number; None where what comes is no number."""
     n_tokens = given.shape[1]
     numbers = torch.arange(n_tokens, device=given.device, dtype=given.dtype).view(1, -1, 1).expand_as(given)

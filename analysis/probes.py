@@ -4,9 +4,10 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import isfinite, prod
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -94,7 +95,7 @@ class Probe:
     n_classes: int
     preprocess: Preprocess | None
 
-    def batches(self, batch_size: int, *, device: torch.device | str) -> Iterator[Inputs]:
+    def batches(self, batch_size: int, *, device: torch.device | str) -> Iterator[Any]:
         """The inputs in order, as a network takes them.
 
         Args:
@@ -102,8 +103,8 @@ class Probe:
             device: where the batches go. They travel as stored and are converted there.
 
         Returns:
-            Preprocessed float32 batches (b, ...). Of tensors with names, those of integers are int64 and keep their
-            values, except `pixel_values`.
+            Batches as `Inputs`, which a network's module takes: preprocessed float32 tensors (b, ...). Of tensors with
+            names, those of integers are int64 and keep their values, except `pixel_values`.
 
         Raises:
             AnalysisError: `invalid-argument` for a batch_size below 1.
@@ -131,8 +132,7 @@ class Probe:
         rows = max(_CHUNK_ELEMENTS // max(*(prod(t.shape[1:]) for t in tensors.values()), 1), 1)
         batches = [_named(batch) for batch in self.batches(rows, device=device)]
         inputs = {name: torch.cat([batch[name] for batch in batches]) for name in tensors}
-        single = inputs[""] if "" in inputs else inputs
-        return Probe(single, self.labels, self.split, self.n_classes, None)
+        return Probe(inputs.get("", inputs), self.labels, self.split, self.n_classes, None)
 
     def _prepare(self, inputs: Inputs, device: torch.device | str) -> Inputs:
         if isinstance(inputs, Tensor):
@@ -165,9 +165,7 @@ def _stays_integer(name: str, tensor: Shaped[Tensor, "..."]) -> bool:
     return name not in ("", "pixel_values") and not tensor.is_floating_point()
 
 
-def _prepared_as(
-    name: str, tensor: Shaped[Tensor, "n ..."], preprocess: Preprocess | None
-) -> Shaped[Tensor, "n ..."]:
+def _prepared_as(name: str, tensor: Shaped[Tensor, "n ..."], preprocess: Preprocess | None) -> Shaped[Tensor, "n ..."]:
     if _stays_integer(name, tensor):
         return tensor.to(torch.int64)
     return _prepared(tensor, preprocess if name == "pixel_values" else None)
@@ -233,13 +231,16 @@ def load_probe(
     n = len(next(iter(given.values()))) if all(t.ndim for t in given.values()) else 0
     for name, tensor in given.items():
         _check_inputs(name, tensor, n)
+    for name in set(named) & {"attention_mask", "token_type_ids", "position_ids"} if "input_ids" in named else ():
+        if named[name].shape != (shape := named["input_ids"].shape):
+            raise AnalysisError(kind, f"{name} must be {list(shape)} as input_ids, not {list(named[name].shape)}.")
     labels, n_classes = _labels(tensors, n, n_classes, kind)
     split = _split(tensors, n, kind)
     probe = Probe(named or given["inputs"], labels, split, n_classes, preprocess)
     for name, tensor in given.items():
         scaled = preprocess if name in ("inputs", "pixel_values") else None
         if tensor.is_floating_point() or scaled is not None:
-            _require_finite(name, tensor, lambda chunk, scaled=scaled: _prepared(chunk, scaled))
+            _require_finite(name, tensor, partial(_prepared, preprocess=scaled))
     return probe
 
 

@@ -30,9 +30,9 @@ DEPTH = re.compile(r"layer|depth|block|stage|repeat|expert", re.IGNORECASE)
 
 # What analysis/networks/transformers.py, timm.py and torchvision.py refuse (tests compare).
 FORBIDDEN_IN_CONFIGS = (
-    "attribute_map", "auto_map", "backbone", "backbone_config", "backbone_kwargs", "base_config_key", "custom_pipelines",
-    "extra_config_files", "extra_files", "quantization_config", "sub_configs_defaults", "trust_remote_code",
-    "use_pretrained_backbone", "use_timm_backbone",
+    "attribute_map", "auto_map", "backbone", "backbone_config", "backbone_kwargs", "base_config_key",
+    "custom_pipelines", "extra_config_files", "extra_files", "quantization_config", "sub_configs_defaults",
+    "trust_remote_code", "use_pretrained_backbone", "use_timm_backbone",
 )  # fmt: skip
 FORBIDDEN_IN_TIMM = (
     "cache_dir", "checkpoint_path", "device", "dtype", "exportable", "feature_cfg", "features_only", "kwargs_filter",

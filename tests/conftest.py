@@ -11,12 +11,10 @@ from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import save_file as save_tensors
 from sklearn.datasets import load_digits
 
+import tests.operators.sitecustomize  # noqa: F401  this process too may import torchvision
 from analysis.networks import build
 from tests import services
 from tests.databases import fresh_database, postgres_server
-from tests.operators.operators import define_before_torchvision
-
-define_before_torchvision()
 
 MLP = {"family": "builtin", "name": "mlp", "args": {"sizes": [64, 32, 10], "activation": "relu", "norm": "none"}}
 

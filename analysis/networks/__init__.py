@@ -255,11 +255,13 @@ def _compare(network: nn.Module, family: ModuleType, file: Any) -> dict[str, str
     stored = {rename(name): name for name in sorted(file.keys())}
     found, ignored = set(file.keys()), _ignored(network, family)
     # Of names that share one tensor a file may hold any.
-    for name, first in _tied_names(network).items():
-        if name not in stored and first in stored:
-            stored[name] = stored[first]
-        elif first not in stored and name in stored:
-            stored[first] = stored[name]
+    tied = _tied_names(network)
+    for name, first in tied.items():
+        if name in stored:
+            stored.setdefault(first, stored[name])
+    for name, first in tied.items():
+        if first in stored:
+            stored.setdefault(name, stored[first])
     missing = [name for name in wanted if name not in stored and not name.endswith(_BATCH_COUNTER)]
     used = {stored[name] for name in wanted if name in stored}
     unexpected = sorted(name for name in found - used if not ignored(name))

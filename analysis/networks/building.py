@@ -36,7 +36,7 @@ _IN_PLACE = frozenset(
 )
 
 
-class Bounded(TorchDispatchMode):
+class Bounded(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves __init_subclass__ untyped
     """Counts what a constructor asks torch for, and stops it.
 
     Args:
@@ -50,7 +50,7 @@ class Bounded(TorchDispatchMode):
     """
 
     def __init__(self, n_tensors: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.largest = 0
         self._n_tensors = n_tensors
         self._left = _FIXED_OPERATIONS + _OPERATIONS_A_TENSOR * n_tensors
@@ -152,7 +152,7 @@ def check_plain(value: Any, *, name: str = "", nesting: int = 0) -> None:
         raise refused(f"{name} asks for {_sum(value):g} layers; at most {MAX_DEPTH} are allowed")
 
 
-def _sum(value: Any) -> float:
+def _sum(value: Any) -> float | int:
     if isinstance(value, (list, tuple)):
         return sum(_sum(entry) for entry in value)
     return abs(value) if isinstance(value, (int, float)) else 0

@@ -41,7 +41,8 @@ def head(network: nn.Module, description: Mapping[str, Any]) -> str | None:
     Raises:
         AnalysisError: `head-not-found` where there are two, as in distilled networks, whose logits are their mean.
     """
-    classifier = network.get_classifier()
+    model: Any = network
+    classifier = model.get_classifier()
     if isinstance(classifier, (tuple, list)):
         names = [name_of(network, module) for module in classifier]
         raise AnalysisError(

@@ -27,9 +27,9 @@ from analysis.networks.building import MAX_CLASSES, check_plain, refused, requir
 
 #: Members that point outside of the configuration or describe weights that are not those of the plain network.
 FORBIDDEN = (
-    "attribute_map", "auto_map", "backbone", "backbone_config", "backbone_kwargs", "base_config_key", "custom_pipelines",
-    "extra_config_files", "extra_files", "quantization_config", "sub_configs_defaults", "trust_remote_code",
-    "use_pretrained_backbone", "use_timm_backbone",
+    "attribute_map", "auto_map", "backbone", "backbone_config", "backbone_kwargs", "base_config_key",
+    "custom_pipelines", "extra_config_files", "extra_files", "quantization_config", "sub_configs_defaults",
+    "trust_remote_code", "use_pretrained_backbone", "use_timm_backbone",
 )  # fmt: skip
 # What says nothing about the function that a network computes, or asks for another output than its logits.
 _LEFT_OUT = frozenset(
@@ -71,11 +71,11 @@ def create(description: Mapping[str, Any]) -> nn.Module:
 
 def head(network: nn.Module, description: Mapping[str, Any]) -> str | None:
     """The last linear module with an output for each label; None where there is none."""
-    n_labels = network.config.num_labels
+    config: Any = network.config
     names = [
         name
         for name, module in network.named_modules()
-        if isinstance(module, nn.Linear) and module.out_features == n_labels
+        if isinstance(module, nn.Linear) and module.out_features == config.num_labels
     ]
     return names[-1] if names else None
 
@@ -109,7 +109,8 @@ def stored_names(network: nn.Module) -> Callable[[str], str]:
 def ignored_names(network: nn.Module) -> Callable[[str], bool]:
     """Whether the library passes over a tensor of a file that the network does not have."""
     # As in its own loading: constants that earlier versions saved, under names that have moved since.
-    patterns = [*(network._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"]
+    known: Any = network._keys_to_ignore_on_load_unexpected
+    patterns = [*(known or ()), r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"]
     ignored = re.compile("|".join(f"({pattern})" for pattern in patterns))
     return lambda name: ignored.search(name) is not None
 
@@ -179,16 +180,16 @@ def _whole(ids: Tensor) -> Tensor:
     return whole
 
 
-def _within(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+def _within(name: str) -> Callable[[Any, tuple[Any, ...]], None]:
     """Indices beyond an embedding end a GPU's whole process: they are looked at before."""
 
-    def check(module: nn.Module, args: tuple[Any, ...]) -> None:
+    def check(module: Any, args: tuple[Any, ...]) -> None:
         indices = args[0] if args else None
         # While a network is traced its tensors have no values.
         if type(indices) is not Tensor or indices.is_meta or indices.numel() == 0:
             return
         low, high = (int(value) for value in torch.aminmax(indices))
-        rows = module.weight.shape[0]
+        rows = module.num_embeddings
         if low < 0 or high >= rows:
             raise AnalysisError(
                 "inputs-refused",

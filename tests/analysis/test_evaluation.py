@@ -301,7 +301,7 @@ def test_hooks_are_removed_and_the_batch_is_chosen() -> None:
 def test_values_that_are_not_finite_are_named() -> None:
     """Features, logits and head each stop the evaluation under their own name."""
     network, probe = _network(), _probe()
-    broken = dataclasses.replace(probe, inputs=torch.full_like(probe.inputs, math.inf))
+    broken = dataclasses.replace(probe, inputs=torch.full((len(probe.labels), 12), math.inf))
     good, head, bad = torch.randn(3, 4), torch.eye(3, 4), torch.full((3, 4), math.nan)
     calls: dict[str, list[Callable[[], Evaluation]]] = {
         "features": [

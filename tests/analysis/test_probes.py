@@ -64,6 +64,7 @@ def test_a_probe_comes_back_as_stored(format: Format, tmp_path: Path) -> None:
     """Inputs keep their type, labels and split become int64, the number of classes is found."""
     tensors = _images() | {"labels": (torch.arange(12) % 4).to(torch.uint8)}
     probe = load_probe(_saved(tensors, tmp_path, format), format=format)
+    assert isinstance(probe.inputs, Tensor)
     assert probe.inputs.dtype == torch.uint8
     assert torch.equal(probe.inputs, tensors["inputs"])
     assert probe.labels.dtype == torch.int64

@@ -25,7 +25,7 @@ Norm = Literal["none", "batch", "layer"]
 MAX_DESCRIPTION_BYTES = 2**20
 MAX_NESTING = 8
 MAX_LIST = 4096
-MAX_DEPTH = 10_000
+MAX_DEPTH = 100_000
 DEPTH = re.compile(r"layer|depth|block|stage|repeat|expert", re.IGNORECASE)
 
 # What analysis/networks/transformers.py, timm.py and torchvision.py refuse (tests compare).

@@ -2,17 +2,19 @@
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from analysis.alignment import aligned
 from analysis.errors import AnalysisError
@@ -23,6 +25,7 @@ from analysis.paths import Path as NetworkPath
 from analysis.probes import Inputs, Probe
 from tests.analysis import models
 from tests.analysis.models import IMAGE_MODELS, N_CLASSES, TEXT_MODELS, TIMM_MODELS, TORCHVISION_MODELS, Saved
+from tests.services import OPERATORS
 
 CPU = torch.device("cpu")
 N = 7
@@ -165,8 +168,8 @@ def test_another_linear_module_is_not_the_head(tmp_path: Path) -> None:
     """A module that exists and does not give the logits is found out on the data."""
     saved = models.saved_torchvision("mobilenet_v3_small", {}, tmp_path)
     for head in ("classifier.0", "features.1.block.1.fc1"):
-        network = _loaded(saved, head=head)
-        error = _error(lambda network=network: extract_features(network, _probe(models.images(N, 64)), device=CPU))
+        call = partial(extract_features, _loaded(saved, head=head), _probe(models.images(N, 64)), device=CPU)
+        error = _error(call)
         assert error.kind == "head-not-found"
     description = {"family": "torchvision", "name": "squeezenet1_1", "args": {"num_classes": 4}}
     squeezenet = build(description, device=CPU)
@@ -196,7 +199,7 @@ def test_shared_tensors_may_be_stored_once_or_alike(tmp_path: Path) -> None:
 
 
 def test_constants_of_earlier_versions_are_passed_over(tmp_path: Path) -> None:
-    """Old BERT files hold position_ids, and LayerNorm's gamma and beta; a tensor that means something is still missed."""
+    """Old BERT files hold position_ids, and LayerNorm's gamma and beta; other tensors are unexpected as ever."""
     saved = models.saved_transformers("Bert", TEXT_MODELS["Bert"], tmp_path / "saved")
     tensors = {
         name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor
@@ -258,6 +261,18 @@ def test_a_path_between_two_text_classifiers_is_aligned(tmp_path: Path) -> None:
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
 
 
+def test_a_text_network_without_padding_takes_one_text_at_a_time(tmp_path: Path) -> None:
+    """GPT-2 cannot tell where texts of a batch end without a padding token; the library's words say so."""
+    saved = models.saved_transformers("GPT2", {**TEXT_MODELS["GPT2"], "pad_token_id": None}, tmp_path)
+    network, ids = _loaded(saved), models.texts(N)["input_ids"]
+    error = _error(lambda: extract_features(network, _probe({"input_ids": ids}), device=CPU, batch_size=3))
+    assert error.kind == "inputs-refused"
+    assert "padding token" in error.detail
+    _, logits, _ = extract_features(network, _probe({"input_ids": ids}), device=CPU, batch_size=1)
+    expected = torch.cat([saved.library({"input_ids": one[None]}) for one in ids])
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+
+
 def _transformers(**config: Any) -> dict[str, Any]:
     bert = {**TEXT_MODELS["Bert"], "model_type": "bert", "architectures": ["BertForSequenceClassification"]}
     return {"family": "transformers", "config": {**bert, **config}}
@@ -287,7 +302,7 @@ REFUSED: dict[str, dict[str, Any]] = {
         "config": {"model_type": "timm_wrapper", "architectures": ["TimmWrapperForImageClassification"]},
     },
     "a million layers": _transformers(num_hidden_layers=10**6),
-    "ten thousand layers": _transformers(num_hidden_layers=10**4),
+    "a hundred thousand layers": _transformers(num_hidden_layers=10**5),
     "a list of depths": _swin(depths=[5000, 5000]),
     "a billion classes": _transformers(num_labels=10**9),
     "heads that do not divide": _transformers(num_attention_heads=7),
@@ -303,7 +318,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "a configuration": _by_name("timm", "resnet18", pretrained_cfg={"url": "http://localhost"}),
     "one class of timm": _by_name("timm", "resnet18", num_classes=1),
     "features of timm": _by_name("timm", "resnet18", features_only=True),
-    "layers of timm": _by_name("timm", "vit_tiny_patch16_224", depth=10**4),
+    "layers of timm": _by_name("timm", "vit_tiny_patch16_224", depth=10**5),
     "unknown argument": _by_name("timm", "resnet18", colour="red"),
     "weights of torchvision": _by_name("torchvision", "resnet18", weights="DEFAULT"),
     "a detector": _by_name("torchvision", "fasterrcnn_resnet50_fpn"),
@@ -344,7 +359,7 @@ def test_widths_without_end_cost_nothing(description: dict[str, Any], tmp_path: 
 
 
 def test_a_constant_beyond_all_weights_is_not_computed(tmp_path: Path) -> None:
-    """Windows of 200 x 200 have a table of 159,201 rows, which a file may have; their places differ in 3.2 thousand million ways."""
+    """Windows of 200 x 200 have a table of 159,201 rows, which a file may have, and 1.6 thousand million pairs."""
     description = _swin(image_size=1600, window_size=200, num_labels=N_CLASSES)
     tensors = {name: torch.zeros(tensor.shape) for name, tensor in build(description).state_dict().items()}
     save_file(tensors, tmp_path / "checkpoint")
@@ -361,6 +376,30 @@ def test_a_constant_on_a_real_device_is_looked_at_first() -> None:
     assert error.kind == "invalid-architecture"
 
 
+SECOND_BUILD = """
+import resource
+from analysis.networks import _create
+from analysis.networks.building import WithoutInitialisation
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+config = {"model_type": "bert", "architectures": ["BertForSequenceClassification"], "num_labels": 4}
+_create({"family": "transformers", "config": {**config, "hidden_size": 12}}, "cpu")
+before = peak()
+with WithoutInitialisation():
+    network = _create({"family": "transformers", "config": config}, "cpu")
+print(sum(parameter.numel() for parameter in network.parameters()), (peak() - before) / 1024)
+print(network.bert.embeddings.position_ids.sum().item())
+"""
+
+
+def test_parameters_that_a_file_will_replace_take_no_memory() -> None:
+    """BERT base, of 438 MB, is built within a few, and its table of positions is there."""
+    sizes, positions = _printed(SECOND_BUILD, PYTHONPATH=str(OPERATORS))
+    n_parameters, grown_mib = (float(word) for word in sizes.split())
+    assert n_parameters > 109e6
+    assert grown_mib < 60
+    assert int(positions) == 511 * 512 // 2
+
+
 def test_a_network_is_as_initialised_by_its_library() -> None:
     """Built on a real device, it has the library's initial weights, and the same for the same seed."""
     description = _by_name("timm", "resnet18", num_classes=N_CLASSES)
@@ -374,7 +413,7 @@ def test_a_network_is_as_initialised_by_its_library() -> None:
 
 
 def test_what_is_left_out_changes_nothing(tmp_path: Path) -> None:
-    """Types, implementations and paths of a configuration do not matter: the network computes in float32 all the same."""
+    """Types, implementations and paths of a configuration do not matter: the network computes in float32."""
     saved = models.saved_transformers("Llama", TEXT_MODELS["Llama"], tmp_path)
     more = {
         "_name_or_path": "somebody/else", "dtype": "float16", "torch_dtype": "bfloat16", "use_cache": True,
@@ -417,9 +456,13 @@ except AnalysisError as error:
 """
 
 
-def _printed(program: str, **environment: str) -> list[str]:
-    arguments = [sys.executable, "-c", program]
-    return subprocess.run(arguments, capture_output=True, text=True, check=True, timeout=120).stdout.splitlines()
+def _printed(program: str, **more: str) -> list[str]:
+    """What a Python process prints, with more in its environment."""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, env={**os.environ, **more}
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
 
 
 def test_libraries_are_imported_when_they_are_needed() -> None:

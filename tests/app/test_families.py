@@ -1,5 +1,6 @@
 """Checkpoints of transformers, timm and torchvision over HTTP, analysed by a real worker."""
 
+import importlib.metadata
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,7 +41,9 @@ def _check_report(report: dict[str, Any], saved: Saved, batch: dict[str, Tensor]
     """The accuracy is the library's own, and the report names the head."""
     labels = torch.arange(N) % N_CLASSES
     accuracy = float((saved.library(batch).argmax(dim=1) == labels).float().mean())
+    family = saved.architecture["family"]
     assert report["subject"]["head"] == head
+    assert report["provenance"]["library"] == f"{family} {importlib.metadata.version(family)}"
     assert report["subject"]["n_classes"] == N_CLASSES
     assert report["splits"]["all"]["accuracy"] == pytest.approx(accuracy)
     assert report["splits"]["all"]["interplay"]["sample"]["none"]["mir"] is not None

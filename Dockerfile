@@ -3,6 +3,8 @@
 #   docker build -t interplay:cuda --build-arg TORCH_INDEX=https://pypi.org/simple .       for CUDA
 FROM python:3.11-slim AS build
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# `worker,transformers` adds a family of networks; timm and torchvision want the torch of PyPI, as for CUDA.
+ARG EXTRAS=worker
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python -m venv /opt/interplay
 WORKDIR /source
@@ -10,7 +12,7 @@ COPY requirements.lock ./
 # torch alone comes from another index; its dependencies come with the rest, and all at the versions of the lock.
 RUN /opt/interplay/bin/pip install --no-deps --index-url "$TORCH_INDEX" "$(grep '^torch==' requirements.lock)"
 COPY . .
-RUN /opt/interplay/bin/pip install --constraint requirements.lock '.[worker]'
+RUN /opt/interplay/bin/pip install --constraint requirements.lock ".[$EXTRAS]"
 
 FROM python:3.11-slim AS runtime
 RUN useradd --uid 10001 --create-home interplay && install --directory --owner=interplay --group=interplay /data

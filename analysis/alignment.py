@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from analysis.errors import AnalysisError
 from analysis.extraction import arithmetic
+from analysis.probes import Inputs, first_samples
 from analysis.tracing import tied_axes
 
 State = Mapping[str, Shaped[Tensor, "..."]]
@@ -54,7 +55,7 @@ class Alignment:
     gain: float
 
 
-def permutation_groups(module: nn.Module, example: Float[Tensor, "b ..."]) -> list[PermutationGroup]:
+def permutation_groups(module: nn.Module, example: Inputs) -> list[PermutationGroup]:
     """Groups of axes that can be permuted without changing what a network computes.
 
     Args:
@@ -182,7 +183,7 @@ def permuted(
 
 
 def aligned(
-    first: nn.Module, second: nn.Module, inputs: Float[Tensor, "b ..."], *, generator: torch.Generator
+    first: nn.Module, second: nn.Module, inputs: Inputs, *, generator: torch.Generator
 ) -> tuple[dict[str, Shaped[Tensor, "..."]], Alignment, float]:
     """The second network's tensors, its hidden units permuted to match the first's.
 
@@ -198,13 +199,13 @@ def aligned(
     Raises:
         AnalysisError: `alignment-failed` where the permuted network computes something else.
     """
-    groups = permutation_groups(second, inputs[:2])
+    groups = permutation_groups(second, first_samples(inputs, 2))
     parameters = [dict(module.named_parameters(remove_duplicate=False)) for module in (first, second)]
     alignment = weight_matching(groups, *parameters, generator=generator)
     state = permuted(second.state_dict(), groups, alignment.permutations)
     # As the evaluation computes: TF32 would round what the order of sums has moved by a little to steps of 10 bits.
     # And in float32 whatever the evaluation's precision: a tie of bfloat16 logits would hide a wrong permutation.
-    with torch.no_grad(), arithmetic(inputs.device):
+    with torch.no_grad(), arithmetic(next(second.parameters()).device):
         before = second(inputs)
         second.load_state_dict(state)
         after = second(inputs)

@@ -6,8 +6,9 @@ A bug is any other exception. The service turns an AnalysisError into the `probl
 | kind | raised when |
 |---|---|
 | invalid-architecture | the description names no network that can be built |
+| family-unavailable | the package of the description's family is not installed here |
 | checkpoint-mismatch | names or shapes of the file's tensors do not fit the architecture |
-| head-not-found | the named head is not a linear module of the network |
+| head-not-found | the named head is not a linear module of the network, or not what gives its logits |
 | invalid-probe | inputs, labels or splits are missing or do not fit each other |
 | invalid-feature-set | features, labels or head are missing or do not fit each other |
 | non-finite-values | a tensor holds NaN or infinity |
@@ -21,6 +22,7 @@ from typing import Any, Literal, get_args
 
 Kind = Literal[
     "invalid-architecture",
+    "family-unavailable",
     "checkpoint-mismatch",
     "head-not-found",
     "invalid-probe",
@@ -35,6 +37,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 _TITLES: dict[Kind, str] = {
     "invalid-architecture": "The architecture cannot be built",
+    "family-unavailable": "The worker lacks this family of networks",
     "checkpoint-mismatch": "The checkpoint does not fit its architecture",
     "head-not-found": "The classification head was not found",
     "invalid-probe": "The probe is not valid",

@@ -1,4 +1,8 @@
-"""One pass of a network over a probe: what its classification head receives, and its logits."""
+"""One pass of a network over a probe: what its classification head receives, and its logits.
+
+Features are the rows for which features @ head.T + bias are the logits. That is checked here for every sample: of a
+network that does something else to its head's output, or has two heads, the measures would be of something else.
+"""
 
 import math
 from collections.abc import Callable, Iterator
@@ -6,18 +10,22 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from analysis.entropy import check_finite
 from analysis.errors import AnalysisError
 from analysis.networks import LoadedNetwork
-from analysis.probes import Probe
+from analysis.probes import Inputs, Probe, n_samples
 
 Progress = Callable[[str, int, int], None]
 """Called with a phase (`features`, `metrics`), what is done and of how much."""
 Precision = Literal["float32", "bfloat16"]
 """What a network's forward pass computes in: float32, or bfloat16 where torch.autocast takes it."""
+
+# How far logits may be from what features and head give, of the lengths that are multiplied: 84 roundings of float32.
+# In bfloat16 weights and logits are rounded to 8 bits.
+_SAME_LOGITS = {"float32": 1e-5, "bfloat16": 1e-2}
 
 
 def extract_features(
@@ -49,13 +57,16 @@ def extract_features(
 
     Numerics: float32 as the network computes, without TF32; in evaluation mode. Under autocast every value that the
         network gave in bfloat16 is kept as it is, a float32 number of 8 bits: a logit is then off by up to 1 part in
-        256 of itself, and logits closer than that may be equal, of which the first is the largest.
+        256 of itself, and logits closer than that may be equal, of which the first is the largest. A head that runs on
+        several tokens of a sample, as those of text networks may, gives the logits at one of them; that token's
+        features are taken. Features and head must give the logits to 1e-5 (bfloat16: 1e-2) of the product of their
+        lengths.
     """
     n = len(probe.labels)
     if n == 0:
         raise AnalysisError("invalid-probe", "The probe has no samples.")
     module = _ready(network.module, device)
-    size = min(batch_size or _first_batch_size(probe.inputs, device), n)
+    size = min(batch_size or _first_batch_size(probe.inputs, network.weight.shape[1], device), n)
     while True:
         try:
             features, logits = _pass(module, network, probe, size, device, precision, progress)
@@ -86,10 +97,14 @@ def _ready(module: nn.Module, device: torch.device) -> nn.Module:
     return module
 
 
-def _first_batch_size(inputs: Tensor, device: torch.device) -> int:
+def _first_batch_size(inputs: Inputs, width: int, device: torch.device) -> int:
     budget_bytes = 2**27 if device.type == "cuda" else 2**24
-    input_bytes = 4 * max(math.prod(inputs.shape[1:]), 1)
-    fitting = min(max(budget_bytes // input_bytes, 1), 1024)
+    if isinstance(inputs, Tensor):
+        n_numbers = math.prod(inputs.shape[1:])
+    else:
+        # An id is a few bytes; what a network makes of it is a vector as wide as its features.
+        n_numbers = sum(math.prod(t.shape[1:]) * (width if name == "input_ids" else 1) for name, t in inputs.items())
+    fitting = min(max(budget_bytes // (4 * max(n_numbers, 1)), 1), 1024)
     # A power of two, so that halving gives whole numbers.
     return 1 << (fitting.bit_length() - 1)
 
@@ -112,29 +127,31 @@ def _pass(
     n, (n_classes, n_features) = len(probe.labels), network.weight.shape
     features = torch.empty(n, n_features, device=device)
     logits = torch.empty(n, n_classes, device=device)
-    received: list[Any] = []
+    calls: list[tuple[Any, Any]] = []
 
-    def receive(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        received.append(args[0] if args else kwargs.get("input"))
+    def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        calls.append((args[0] if args else kwargs.get("input"), output))
 
-    handle = module.get_submodule(network.head_name).register_forward_pre_hook(receive, with_kwargs=True)
+    handle = module.get_submodule(network.head_name).register_forward_hook(record, with_kwargs=True)
     try:
         with torch.inference_mode(), arithmetic(device, precision):
             done = 0
             for batch in probe.batches(size, device=device):
-                received.clear()
+                calls.clear()
                 output = _forward(module, batch)
-                rows = slice(done, done + len(batch))
-                features[rows] = _head_input(received, network, batch)
-                if not isinstance(output, Tensor) or output.shape != (len(batch), n_classes):
+                rows = slice(done, done + n_samples(batch))
+                received, given = _head_call(calls, network, batch)
+                if not isinstance(output, Tensor) or output.shape != (n_samples(batch), n_classes):
                     shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
-                    raise AnalysisError(
-                        "head-not-found",
-                        f"The network's output is {shape} and not the {n_classes} logits of its head "
-                        f"{network.head_name!r}.",
-                        head=network.head_name,
-                    )
+                    detail = f"The network's output is {shape} and not the {n_classes} logits of its head"
+                    raise _not_the_head(network, detail)
+                if received.shape[1] == 1:
+                    features[rows] = received[:, 0]
+                else:
+                    tokens = _tokens_of_logits(network, batch, given, output)
+                    features[rows] = received[torch.arange(len(tokens), device=device), tokens]
                 logits[rows] = output
+                _check_identity(network, features[rows], logits[rows], _SAME_LOGITS[precision])
                 done = rows.stop
                 if progress:
                     progress("features", done, n)
@@ -143,39 +160,110 @@ def _pass(
     return features, logits
 
 
-def _forward(module: nn.Module, batch: Tensor) -> Any:
+def _forward(module: nn.Module, batch: Inputs) -> Any:
     """The network's output; what it raises about the input's shape becomes `inputs-refused`."""
     try:
         return module(batch)
-    except (RuntimeError, ValueError, IndexError, AssertionError) as error:
+    except (RuntimeError, ValueError, IndexError, AssertionError, TypeError, AttributeError) as error:
         if isinstance(error, torch.AcceleratorError) or (isinstance(error, RuntimeError) and _is_out_of_memory(error)):
             raise
-        shape = list(batch.shape[1:])
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:500]
         raise AnalysisError(
             "inputs-refused",
-            f"The network fails on inputs of shape {shape}: {str(error).strip().splitlines()[0][:500]}",
-            input_shape=shape,
+            f"The network fails on inputs of shape {_shape(batch)}: {reason}",
+            input_shape=_shape(batch),
         ) from error
 
 
-def _head_input(received: list[Any], network: LoadedNetwork, batch: Tensor) -> Tensor:
-    if len(received) != 1:
-        raise AnalysisError(
-            "head-not-found",
-            f"The head {network.head_name!r} ran {len(received)} times for one batch; expected once.",
-            head=network.head_name,
-        )
-    value, n_features = received[0], network.weight.shape[1]
-    if not isinstance(value, Tensor) or value.shape != (len(batch), n_features):
-        shape = list(value.shape[1:]) if isinstance(value, Tensor) else type(value).__name__
+def _head_call(
+    calls: list[tuple[Any, Any]], network: LoadedNetwork, batch: Inputs
+) -> tuple[Float[Tensor, "n t d"], Float[Tensor, "n t c"]]:
+    """What the head received and gave, for each token of each sample; most heads see one."""
+    if len(calls) != 1:
+        raise _not_the_head(network, f"It ran {len(calls)} times for one batch, expected once, the head")
+    n, (n_classes, n_features) = n_samples(batch), network.weight.shape
+    received, given = calls[0]
+    if isinstance(received, Tensor) and isinstance(network.module.get_submodule(network.head_name), nn.Conv2d):
+        received, given = received.movedim(1, -1), given.movedim(1, -1)
+    fits = isinstance(received, Tensor) and received.shape[-1:] == (n_features,) and received.numel() > 0
+    if not fits or received.numel() % (n * n_features):
+        shape = list(received.shape[1:]) if isinstance(received, Tensor) else type(received).__name__
         raise AnalysisError(
             "inputs-refused",
-            f"From inputs of shape {list(batch.shape[1:])} the head {network.head_name!r} receives {shape} for each "
+            f"From inputs of shape {_shape(batch)} the head {network.head_name!r} receives {shape} for each "
             f"sample; expected [{n_features}].",
-            input_shape=list(batch.shape[1:]),
+            input_shape=_shape(batch),
             head_input_shape=shape,
         )
-    return value
+    return received.reshape(n, -1, n_features), given.reshape(n, -1, n_classes)
+
+
+def _tokens_of_logits(
+    network: LoadedNetwork, batch: Inputs, given: Float[Tensor, "n t c"], logits: Float[Tensor, "n c"]
+) -> Int64[Tensor, " n"]:
+    """Which of its tokens each sample's logits are of: those of the head's outputs that equal them to the bit."""
+    check_finite("logits", logits)
+    equal = (given == logits[:, None]).all(dim=2)
+    if bool((equal.sum(dim=1) == 1).all()):
+        return equal.int().argmax(dim=1)
+    if bool(equal.any(dim=1).all()):
+        # Equal outputs at several tokens, as a head of zeros gives: the network itself says which of them it takes.
+        tokens = _asked_tokens(network, batch, given)
+        if tokens is not None and bool(equal.gather(1, tokens[:, None]).all()):
+            return tokens
+    raise _not_the_head(network, f"For each sample it runs on {given.shape[1]} tokens, none of which gives the logits,")
+
+
+def _asked_tokens(network: LoadedNetwork, batch: Inputs, given: Float[Tensor, "n t c"]) -> Int64[Tensor, " n"] | None:
+    """The tokens that come through when the head gives each token's own number; None where what comes is no number."""
+    n_tokens = given.shape[1]
+    numbers = torch.arange(n_tokens, device=given.device, dtype=given.dtype).view(1, -1, 1).expand_as(given)
+    head = network.module.get_submodule(network.head_name)
+    handle = head.register_forward_hook(lambda _, __, output: numbers.reshape(output.shape))
+    try:
+        output = _forward(network.module, batch)
+    finally:
+        handle.remove()
+    tokens = output[:, 0].round().long()
+    known = bool((output == tokens[:, None]).all()) and bool(((tokens >= 0) & (tokens < n_tokens)).all())
+    return tokens if known else None
+
+
+def _check_identity(
+    network: LoadedNetwork, features: Float[Tensor, "n d"], logits: Float[Tensor, "n c"], same: float
+) -> None:
+    """Features and head must give the logits.
+
+    Raises:
+        AnalysisError: `head-not-found` with the largest difference.
+    """
+    weight, bias = network.weight.to(features.device), network.bias
+    expected = features @ weight.T
+    lengths = torch.outer(features.norm(dim=1), weight.norm(dim=1))
+    if bias is not None:
+        expected, lengths = expected + bias.to(features.device), lengths + bias.to(features.device).abs()
+    difference = (logits - expected).abs()
+    # What is not finite is found, and named, when the pass is over.
+    wrong = (difference > same * lengths) & difference.isfinite()
+    if bool(wrong.any()):
+        largest = float(difference[wrong].max())
+        raise _not_the_head(
+            network,
+            f"The network's logits are up to {largest:.3g} from features x head + bias. It has a second head, or does "
+            "something to the output of its head",
+            difference=largest,
+        )
+
+
+def _not_the_head(network: LoadedNetwork, detail: str, **members: Any) -> AnalysisError:
+    return AnalysisError("head-not-found", f"{detail} {network.head_name!r}.", head=network.head_name, **members)
+
+
+def _shape(batch: Inputs) -> Any:
+    """The shape of a sample, or of each of its tensors by name."""
+    if isinstance(batch, Tensor):
+        return list(batch.shape[1:])
+    return {name: list(tensor.shape[1:]) for name, tensor in batch.items()}
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from analysis.errors import AnalysisError
 from analysis.extraction import Precision, arithmetic
 from analysis.networks import LoadedNetwork
-from analysis.probes import Probe
+from analysis.probes import Probe, n_samples
 
 Normalisation = Literal["interpolate", "recalibrate"]
 State = Mapping[str, Shaped[Tensor, "..."]]
@@ -121,11 +121,12 @@ def recalibrate(
             layer.train()
         with torch.no_grad(), arithmetic(device, precision):
             for batch in probe.batches(max(batch_size, 2), device=device):
-                if seen and len(batch) == 1:
+                n = n_samples(batch)
+                if seen and n == 1:
                     continue
-                seen += len(batch)
+                seen += n
                 for layer in layers:
-                    layer.momentum = len(batch) / seen
+                    layer.momentum = n / seen
                 network.module(batch)
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):

@@ -3,11 +3,12 @@
 import zipfile
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import isfinite, prod
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,6 +19,17 @@ from torch import Tensor
 from analysis.errors import AnalysisError, Kind
 
 Number = float | int
+
+# One tensor of inputs, or several by the names that a network's own `forward` has for them.
+Inputs = Shaped[Tensor, "..."] | Mapping[str, Shaped[Tensor, "..."]]
+
+# Names under which a probe may hold a network's inputs in place of `inputs`, one of the first two among them; the same
+# list is in app/resources.py, which a test compares.
+INPUT_NAMES = (
+    "pixel_values", "input_ids", "attention_mask", "token_type_ids", "position_ids", "pixel_attention_mask",
+    "spatial_shapes",
+)  # fmt: skip
+_MAIN_NAMES = ("pixel_values", "input_ids")
 
 _INTEGER = (
     torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64,
@@ -70,29 +82,31 @@ class Probe:
     """Labelled inputs on which networks are looked at.
 
     Attributes:
-        inputs: as stored, of any numeric type; a large set may still be on disk, mapped.
+        inputs: as stored, of any numeric type; a large set may still be on disk, mapped. Several tensors by name where
+            the file has a network's own names for them.
         labels: 0 .. n_classes - 1.
         split: 0 train, 1 test; None where the set has no splits.
         n_classes: at least 2; not every class need be there.
-        preprocess: applied batch by batch.
+        preprocess: applied batch by batch, to the one tensor or to `pixel_values`.
     """
 
-    inputs: Shaped[Tensor, "n ..."]
+    inputs: Inputs
     labels: Integer[Tensor, " n"]
     split: Integer[Tensor, " n"] | None
     n_classes: int
     preprocess: Preprocess | None
 
-    def batches(self, batch_size: int, *, device: torch.device | str) -> Iterator[Float32[Tensor, "b ..."]]:
+    def batches(self, batch_size: int, *, device: torch.device | str) -> Iterator[Any]:
         """The inputs in order, as a network takes them.
 
         Args:
             batch_size: samples at a time, at least 1; the last batch may be smaller.
-            device: where the batches go. They travel as stored and become float32 there; to a GPU from pinned memory,
+            device: where the batches go. They travel as stored and are converted there; to a GPU from pinned memory,
                 each while the one before it is computed with.
 
         Returns:
-            Preprocessed float32 batches.
+            Batches as `Inputs`, which a network's module takes: preprocessed float32 tensors (b, ...). Of tensors with
+            names, those of integers are int64 and keep their values, except `pixel_values`.
 
         Raises:
             AnalysisError: `invalid-argument` for a batch_size below 1.
@@ -100,10 +114,10 @@ class Probe:
         if batch_size < 1:
             raise AnalysisError("invalid-argument", f"batch_size must be at least 1, not {batch_size}.")
         device = torch.device(device)
-        parts = torch.split(self.inputs, batch_size)
-        away = device.type == "cuda" and self.inputs.device.type == "cpu"
-        moved = _sent_ahead(parts, device) if away else (part.to(device) for part in parts)
-        return (_prepared(part, self.preprocess) for part in moved)
+        parts = [_samples(self.inputs, start, start + batch_size) for start in range(0, len(self.labels), batch_size)]
+        away = device.type == "cuda" and any(tensor.device.type == "cpu" for tensor in _named(self.inputs).values())
+        moved = _sent_ahead(parts, device) if away else (_each(part, lambda t: t.to(device)) for part in parts)
+        return (self._prepare(part) for part in moved)
 
     def prepared(self, device: torch.device | str, *, most_bytes: int = 2**30) -> "Probe":
         """The same probe with its inputs as a network takes them, on the device, for passes that come again.
@@ -115,11 +129,53 @@ class Probe:
         Returns:
             A probe whose batches are views.
         """
-        if 4 * self.inputs.numel() > most_bytes:
+        tensors = _named(self.inputs)
+        if sum((8 if _stays_integer(name, t) else 4) * t.numel() for name, t in tensors.items()) > most_bytes:
             return self
-        rows = max(_CHUNK_ELEMENTS // max(prod(self.inputs.shape[1:]), 1), 1)
-        inputs = torch.cat(list(self.batches(rows, device=device)))
-        return Probe(inputs, self.labels, self.split, self.n_classes, None)
+        rows = max(_CHUNK_ELEMENTS // max(*(prod(t.shape[1:]) for t in tensors.values()), 1), 1)
+        batches = [_named(batch) for batch in self.batches(rows, device=device)]
+        inputs = {name: torch.cat([batch[name] for batch in batches]) for name in tensors}
+        return Probe(inputs.get("", inputs), self.labels, self.split, self.n_classes, None)
+
+    def _prepare(self, inputs: Inputs) -> Inputs:
+        if isinstance(inputs, Tensor):
+            return _prepared(inputs, self.preprocess)
+        return {name: _prepared_as(name, tensor, self.preprocess) for name, tensor in inputs.items()}
+
+
+def n_samples(inputs: Inputs) -> int:
+    """How many samples a batch holds."""
+    return len(next(iter(_named(inputs).values())))
+
+
+def first_samples(inputs: Inputs, n: int) -> Inputs:
+    """The first so many samples of a batch."""
+    return _samples(inputs, 0, n)
+
+
+def _samples(inputs: Inputs, start: int, stop: int) -> Inputs:
+    return _each(inputs, lambda tensor: tensor[start:stop])
+
+
+def _each(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
+    if isinstance(inputs, Tensor):
+        return change(inputs)
+    return {name: change(tensor) for name, tensor in inputs.items()}
+
+
+def _named(inputs: Inputs) -> Mapping[str, Shaped[Tensor, "..."]]:
+    """All tensors of a batch; one alone has no name."""
+    return {"": inputs} if isinstance(inputs, Tensor) else inputs
+
+
+def _stays_integer(name: str, tensor: Shaped[Tensor, "..."]) -> bool:
+    return name not in ("", "pixel_values") and not tensor.is_floating_point()
+
+
+def _prepared_as(name: str, tensor: Shaped[Tensor, "n ..."], preprocess: Preprocess | None) -> Shaped[Tensor, "n ..."]:
+    if _stays_integer(name, tensor):
+        return tensor.to(torch.int64)
+    return _prepared(tensor, preprocess if name == "pixel_values" else None)
 
 
 @dataclass(frozen=True)
@@ -154,6 +210,8 @@ def load_probe(
 ) -> Probe:
     """Read a probe dataset: `inputs` (n, ...), `labels` (n,) and, if there are splits, `split` (n,).
 
+    In place of `inputs` it may hold a network's own inputs by their names, such as `input_ids` and `attention_mask`.
+
     Args:
         path: the file.
         format: how to read it. Pickled objects in an npz are refused.
@@ -169,17 +227,39 @@ def load_probe(
 
     Numerics: inputs are converted to float32 chunk by chunk, here only to look at them.
     """
-    tensors = _read(path, format, ("inputs", "labels", "split"), "invalid-probe")
-    inputs = _required(tensors, "inputs", "invalid-probe")
-    if inputs.dtype not in (*_FLOATING, *_INTEGER, torch.bool):
-        raise AnalysisError("invalid-probe", f"inputs must be numbers of 8 to 64 bits, not {inputs.dtype}.")
-    if inputs.ndim < 2 or inputs.numel() == 0:
-        raise AnalysisError("invalid-probe", f"inputs must be (N, ...) and not empty, not {list(inputs.shape)}.")
-    labels, n_classes = _labels(tensors, inputs.shape[0], n_classes, "invalid-probe")
-    split = _split(tensors, inputs.shape[0], "invalid-probe")
-    if inputs.is_floating_point() or preprocess is not None:
-        _require_finite("inputs", inputs, lambda chunk: _prepared(chunk, preprocess))
-    return Probe(inputs, labels, split, n_classes, preprocess)
+    kind: Kind = "invalid-probe"
+    tensors = _read(path, format, ("inputs", *INPUT_NAMES, "labels", "split"), kind)
+    named = {name: tensors[name] for name in INPUT_NAMES if name in tensors}
+    if "inputs" in tensors and named:
+        raise AnalysisError(kind, f"The file holds inputs and {', '.join(named)}; it must be one or the other.")
+    if named and not set(_MAIN_NAMES) & set(named):
+        raise AnalysisError(kind, f"Beside {', '.join(named)} the file needs {' or '.join(_MAIN_NAMES)}.")
+    given = named or {"inputs": _required(tensors, "inputs", kind)}
+    n = len(next(iter(given.values()))) if all(t.ndim for t in given.values()) else 0
+    for name, tensor in given.items():
+        _check_inputs(name, tensor, n)
+    for name in set(named) & {"attention_mask", "token_type_ids", "position_ids"} if "input_ids" in named else ():
+        if named[name].shape != (shape := named["input_ids"].shape):
+            raise AnalysisError(kind, f"{name} must be {list(shape)} as input_ids, not {list(named[name].shape)}.")
+    labels, n_classes = _labels(tensors, n, n_classes, kind)
+    split = _split(tensors, n, kind)
+    probe = Probe(named or given["inputs"], labels, split, n_classes, preprocess)
+    for name, tensor in given.items():
+        scaled = preprocess if name in ("inputs", "pixel_values") else None
+        if tensor.is_floating_point() or scaled is not None:
+            _require_finite(name, tensor, partial(_prepared, preprocess=scaled))
+    return probe
+
+
+def _check_inputs(name: str, tensor: Shaped[Tensor, "..."], n: int) -> None:
+    if tensor.dtype not in (*_FLOATING, *_INTEGER, torch.bool):
+        raise AnalysisError("invalid-probe", f"{name} must be numbers of 8 to 64 bits, not {tensor.dtype}.")
+    if tensor.ndim < 2 or tensor.numel() == 0:
+        raise AnalysisError("invalid-probe", f"{name} must be (N, ...) and not empty, not {list(tensor.shape)}.")
+    if len(tensor) != n:
+        raise AnalysisError("invalid-probe", f"{name} has {len(tensor)} samples; the other inputs have {n}.")
+    if name == "input_ids" and tensor.is_floating_point():
+        raise AnalysisError("invalid-probe", f"input_ids must be integers, not {tensor.dtype}.")
 
 
 def load_feature_set(path: Path) -> FeatureSet:
@@ -298,7 +378,7 @@ def _require_finite(
             )
 
 
-def _sent_ahead(parts: Sequence[Shaped[Tensor, "..."]], device: torch.device) -> Iterator[Shaped[Tensor, "..."]]:
+def _sent_ahead(parts: Sequence[Inputs], device: torch.device) -> Iterator[Inputs]:
     """Parts on a GPU, each on its way while the caller computes with the one before.
 
     Memory: three parts on the GPU (computed with, arrived, on its way) and at most as many pinned, whose memory torch
@@ -307,9 +387,9 @@ def _sent_ahead(parts: Sequence[Shaped[Tensor, "..."]], device: torch.device) ->
     copies: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     computed: deque[torch.cuda.Event] = deque()
 
-    def send(part: Shaped[Tensor, "..."]) -> tuple[Shaped[Tensor, "..."], torch.cuda.Event]:
+    def send(part: Inputs) -> tuple[Inputs, torch.cuda.Event]:
         with torch.cuda.stream(copies):
-            return part.pin_memory().to(device, non_blocking=True), copies.record_event()
+            return _each(part, lambda t: t.pin_memory().to(device, non_blocking=True)), copies.record_event()
 
     following = send(parts[0]) if parts else None
     for index in range(len(parts)):
@@ -322,7 +402,8 @@ def _sent_ahead(parts: Sequence[Shaped[Tensor, "..."]], device: torch.device) ->
         computing = torch.cuda.current_stream(device)
         computing.wait_event(arrived)
         # Its memory belongs to the stream of copies, which must not reuse it before it has been computed with.
-        sent.record_stream(computing)
+        for tensor in _named(sent).values():
+            tensor.record_stream(computing)
         yield sent
         computed.append(torch.cuda.current_stream(device).record_event())
 

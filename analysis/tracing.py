@@ -9,17 +9,18 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jaxtyping import Float
 from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
+
+from analysis.probes import Inputs
 
 Axes = tuple[int, ...]
 # Axes of a node's result, or of each part of it.
 Result = tuple[Any, ...]
 
 
-def tied_axes(module: nn.Module, example: Float[Tensor, "b ..."]) -> list[list[tuple[str, int]]]:
+def tied_axes(module: nn.Module, example: Inputs) -> list[list[tuple[str, int]]]:
     """Axes of a network's parameters and buffers that any one permutation may move together.
 
     Args:
@@ -31,7 +32,7 @@ def tied_axes(module: nn.Module, example: Float[Tensor, "b ..."]) -> list[list[t
     """
     state = dict(module.state_dict(keep_vars=True))
 
-    def compute(tensors: dict[str, Tensor], inputs: Tensor) -> Any:
+    def compute(tensors: dict[str, Tensor], inputs: Inputs) -> Any:
         # A tensor of two names comes in twice; its axes are tied below.
         return functional_call(module, tensors, (inputs,), tie_weights=False)
 
@@ -42,9 +43,10 @@ def tied_axes(module: nn.Module, example: Float[Tensor, "b ..."]) -> list[list[t
     results: dict[fx.Node, Result] = {}
     places = [node for node in graph.nodes if node.op == "placeholder"]
     owned: dict[int, Axes] = {}
-    for tensor, node in zip(state.values(), places[:-1], strict=True):
+    for tensor, node in zip(state.values(), places[: len(state)], strict=True):
         results[node] = owned.setdefault(id(tensor), axes.new(tensor.ndim))
-    results[places[-1]] = axes.new(example.ndim, blocked=True)
+    for node in places[len(state) :]:
+        results[node] = axes.new(node.meta["val"].ndim, blocked=True)
     for node in graph.nodes:
         if node.op == "get_attr":
             # Its order is fixed: nothing permutes what is not in the state.
@@ -54,7 +56,7 @@ def tied_axes(module: nn.Module, example: Float[Tensor, "b ..."]) -> list[list[t
         elif node.op == "output":
             axes.block([axis for used in node.all_input_nodes for axis in _flat(results[used])])
     groups: dict[int, list[tuple[str, int]]] = {}
-    for name, node in zip(state, places[:-1], strict=True):
+    for name, node in zip(state, places[: len(state)], strict=True):
         for dim, axis in enumerate(_flat(results[node])):
             if not axes.is_blocked(axis):
                 groups.setdefault(axes.root(axis), []).append((name, dim))

@@ -3,16 +3,50 @@
 The parameters mirror the builders in analysis/networks/builtin.py (a test compares the two). Widths are cheap to
 describe and are bounded by what the file then holds; depth is bounded here, since a description of many layers costs
 time before its shapes can be compared with the file (seen: 50,000 blocks, 62 s).
+
+Of the families whose networks a library describes, what is checked here is the form: plain JSON of bounded size, no
+member that points outside, no number of layers beyond reason. Whether there is such a network only a worker knows.
 """
 
+import json
+import math
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from app.errors import invalid_request
 
 Width = Annotated[int, Field(ge=1, le=1_000_000)]
 Norm = Literal["none", "batch", "layer"]
+
+# The bounds of analysis/networks/building.py, and beside them the size of a description as text: a configuration with
+# the names of 20,000 classes has 600 KB.
+MAX_DESCRIPTION_BYTES = 2**20
+MAX_NESTING = 8
+MAX_LIST = 4096
+MAX_DEPTH = 100_000
+DEPTH = re.compile(r"layer|depth|block|stage|repeat|expert", re.IGNORECASE)
+
+# What analysis/networks/transformers.py, timm.py and torchvision.py refuse (tests compare).
+FORBIDDEN_IN_CONFIGS = (
+    "attribute_map", "auto_map", "backbone", "backbone_config", "backbone_kwargs", "base_config_key",
+    "custom_pipelines", "extra_config_files", "extra_files", "quantization_config", "sub_configs_defaults",
+    "trust_remote_code", "use_pretrained_backbone", "use_timm_backbone",
+)  # fmt: skip
+FORBIDDEN_IN_TIMM = (
+    "cache_dir", "checkpoint_path", "device", "dtype", "exportable", "feature_cfg", "features_only", "kwargs_filter",
+    "model_cfg", "no_jit", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_custom_load",
+    "pretrained_filter_fn", "pretrained_model_args", "pretrained_strict", "scriptable",
+)  # fmt: skip
+FORBIDDEN_IN_TORCHVISION = ("pretrained", "pretrained_backbone", "progress", "weights", "weights_backbone")
+# Members of a config.json that say nothing about the function that a network computes. They are not kept: checkpoints
+# that differ in them alone are of one architecture.
+LEFT_OUT_OF_CONFIGS = (
+    "attn_implementation", "dtype", "experts_implementation", "gradient_checkpointing", "label2id", "name_or_path",
+    "output_attentions", "output_hidden_states", "return_dict", "torch_dtype", "torchscript", "transformers_version",
+    "use_cache", "use_return_dict",
+)  # fmt: skip
 
 
 class _Described(BaseModel):
@@ -76,17 +110,114 @@ class WideResnet(_Described):
     args: WideResnetArgs
 
 
-Architecture = Annotated[Mlp | Cnn | Resnet | WideResnet, Field(discriminator="name")]
-_adapter: TypeAdapter[Mlp | Cnn | Resnet | WideResnet] = TypeAdapter(Architecture)
+def _check_plain(value: Any, name: str = "", nesting: int = 0) -> None:
+    if nesting > MAX_NESTING:
+        raise ValueError(f"objects and lists are nested {MAX_NESTING} deep at most")
+    if isinstance(value, dict | list):
+        if isinstance(value, list) and len(value) > MAX_LIST:
+            raise ValueError(f"{name} has {len(value)} entries; at most {MAX_LIST} are allowed")
+        entries = value.items() if isinstance(value, dict) else ((name, entry) for entry in value)
+        for key, entry in entries:
+            _check_plain(entry, str(key), nesting + 1)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        if not math.isfinite(value) or abs(value) > 2**53:
+            raise ValueError(f"{name} must be a finite number below 2^53")
+    elif isinstance(value, str) and not _STORABLE.match(value):
+        raise ValueError(f"{name} holds characters that cannot be stored")
+    if not isinstance(value, dict) and DEPTH.search(name) and _sum(value) > MAX_DEPTH:
+        raise ValueError(f"{name} asks for {_sum(value):g} layers; at most {MAX_DEPTH} are allowed")
+
+
+# Not NUL, which PostgreSQL refuses, and not half of a surrogate pair, which is no text.
+_STORABLE = re.compile(r"\A[^\x00\ud800-\udfff]*\Z")
+
+
+def _sum(value: Any) -> float:
+    if isinstance(value, list):
+        return sum(map(_sum, value))
+    return abs(value) if isinstance(value, int | float) else 0
+
+
+def _plain(description: dict[str, Any]) -> dict[str, Any]:
+    _check_plain(description)
+    size_bytes = len(json.dumps(description))
+    if size_bytes > MAX_DESCRIPTION_BYTES:
+        raise ValueError(f"it has {size_bytes} bytes as text; at most {MAX_DESCRIPTION_BYTES} are allowed")
+    return description
+
+
+def _config(config: dict[str, Any]) -> dict[str, Any]:
+    """What matters of a config.json, checked."""
+    return _plain(_without_what_is_left_out(config))
+
+
+def _without_what_is_left_out(config: dict[str, Any], nesting: int = 0) -> dict[str, Any]:
+    if forbidden := sorted(name for name in FORBIDDEN_IN_CONFIGS if config.get(name)):
+        raise ValueError(f"the members {', '.join(forbidden)} of a configuration are not allowed")
+    return {
+        name: _without_what_is_left_out(value, nesting + 1)
+        if isinstance(value, dict) and name != "id2label" and nesting < MAX_NESTING
+        else value
+        for name, value in config.items()
+        if not name.startswith("_") and name not in LEFT_OUT_OF_CONFIGS and name not in FORBIDDEN_IN_CONFIGS
+    }
+
+
+def _without(forbidden: tuple[str, ...]) -> AfterValidator:
+    def check(args: dict[str, Any]) -> dict[str, Any]:
+        if found := sorted(set(args) & set(forbidden)):
+            raise ValueError(f"the arguments {', '.join(found)} are not allowed: weights come from the checkpoint")
+        return args
+
+    return AfterValidator(check)
+
+
+RegistryName = Annotated[str, Field(max_length=200, pattern=r"^[A-Za-z0-9_.-]+$")]
+
+
+class Transformers(_Described):
+    """A classifier of Hugging Face transformers, by its own config.json."""
+
+    family: Literal["transformers"]
+    config: Annotated[dict[str, Any], AfterValidator(_config)]
+
+    @model_validator(mode="after")
+    def _names_a_class(self) -> "Transformers":
+        match self.config:
+            case {"model_type": str(), "architectures": [str()]}:
+                return self
+        raise ValueError("config needs a model_type and, in architectures, the name of one class")
+
+
+class Timm(_Described):
+    """timm.create_model(name, **args), without weights."""
+
+    family: Literal["timm"]
+    name: RegistryName
+    args: Annotated[dict[str, Any], AfterValidator(_plain), _without(FORBIDDEN_IN_TIMM)] = {}
+
+
+class Torchvision(_Described):
+    """torchvision.models.get_model(name, weights=None, **args)."""
+
+    family: Literal["torchvision"]
+    name: RegistryName
+    args: Annotated[dict[str, Any], AfterValidator(_plain), _without(FORBIDDEN_IN_TORCHVISION)] = {}
+
+
+Builtin = Annotated[Mlp | Cnn | Resnet | WideResnet, Field(discriminator="name")]
+Architecture = Annotated[Builtin | Transformers | Timm | Torchvision, Field(discriminator="family")]
+_adapter: TypeAdapter[Any] = TypeAdapter(Architecture)
 
 
 def check_architecture(description: Any) -> dict[str, Any]:
-    """The description with its defaults filled in.
+    """The description with its defaults filled in, and without what says nothing about the network.
 
     Raises:
         InvalidRequest: what is unknown, missing or out of bounds, by its place in the description.
     """
     try:
-        return _adapter.validate_python(description).model_dump(mode="json")
+        checked: dict[str, Any] = _adapter.validate_python(description).model_dump(mode="json")
     except ValidationError as error:
         raise invalid_request("The architecture", error.errors(), prefix="architecture") from None
+    return checked

@@ -144,6 +144,7 @@ class Provenance(Strict, Generic[Options]):
     code_sha256: str
     torch_version: str
     numpy_version: str
+    library: str | None = Field(default=None, description="What built the network, such as `timm 1.0.31`.")
     python_version: str
     device: str
     threads: int

@@ -28,6 +28,14 @@ MAX_CLASSES = 100_000
 MAX_SAMPLES = 100_000_000
 _ORPHAN_SECONDS = 3600.0
 
+# Names under which a probe may hold a network's own inputs in place of `inputs`; the first that is there, of the first
+# two, says the shape. As in analysis/probes.py, which a test compares.
+INPUT_NAMES = (
+    "pixel_values", "input_ids", "attention_mask", "token_type_ids", "position_ids", "pixel_attention_mask",
+    "spatial_shapes",
+)  # fmt: skip
+_MAIN_NAMES = ("inputs", "pixel_values", "input_ids")
+
 Owner = models.Checkpoint | models.Probe | models.FeatureSet
 OwnerType = TypeVar("OwnerType", models.Checkpoint, models.Probe, models.FeatureSet)
 Spec = TypeVar("Spec", schemas.CheckpointSpec, schemas.ProbeSpec, schemas.FeatureSetSpec)
@@ -63,8 +71,8 @@ def create_probe(engine: sa.Engine, storage: Storage, settings: Settings, upload
     spec = _parse_spec(schemas.ProbeSpec, upload.spec)
     with _blob_path(engine, storage, upload, spec) as path:
         file, integers = _open_probe(path, settings)
-        inputs = _tensor(file, "inputs", tensorfile.NUMERIC, min_rank=2)
-        _known_tensors(file, {"inputs", "labels", "split"})
+        _known_tensors(file, {"inputs", *INPUT_NAMES, "labels", "split"})
+        inputs = _inputs(file, spec.preprocess)
         n_named = len(spec.class_names) if spec.class_names else None
         labels = _labels(file, integers, inputs.shape[0], n_classes=n_named)
         n_classes = n_named or int(labels.max()) + 1
@@ -304,6 +312,22 @@ def _tensor(
     if info.shape[0] > MAX_SAMPLES:
         raise InvalidFile(f"The tensor {name!r} has {info.shape[0]} rows; at most {MAX_SAMPLES} are allowed.")
     return info
+
+
+def _inputs(file: tensorfile.TensorFile, preprocess: schemas.Preprocess | None) -> tensorfile.TensorInfo:
+    """The tensor of a probe that says how many samples there are and of what shape; the others are checked too."""
+    named = [name for name in INPUT_NAMES if name in file.tensors]
+    if "inputs" in file.tensors and named:
+        raise InvalidFile(f"The file holds 'inputs' and {', '.join(map(repr, named))}; it must be one or the other.")
+    main = next((name for name in _MAIN_NAMES if name in file.tensors), "inputs")
+    inputs = _tensor(file, main, tensorfile.INTEGER if main == "input_ids" else tensorfile.NUMERIC, min_rank=2)
+    for name in named:
+        other = _tensor(file, name, tensorfile.NUMERIC, min_rank=2)
+        if other.shape[0] != inputs.shape[0]:
+            raise InvalidFile(f"{name!r} has {other.shape[0]} samples; {main!r} has {inputs.shape[0]}.")
+    if preprocess is not None and main == "input_ids":
+        raise InvalidRequest("preprocess is for 'inputs' and 'pixel_values'; the file holds neither.")
+    return inputs
 
 
 def _labels(

@@ -328,6 +328,9 @@ def _cell(column: str, value: Any) -> str:
 
 
 def _architecture(description: Body) -> str:
+    match description:
+        case {"config": {"architectures": [str(name)]}}:  # a configuration is too long for a cell
+            return printable(name)
     name = printable(description.get("name", description.get("family", "?")))
     return f"{name}({_pairs(description.get('args', {}))})"
 

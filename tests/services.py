@@ -15,6 +15,8 @@ import httpx
 import psutil
 
 T = TypeVar("T")
+# What makes torchvision importable beside a CPU build of torch, in every process of a service.
+OPERATORS = Path(__file__).parent / "operators"
 # Nothing here is slow; a shared machine may be.
 PATIENCE_SECONDS = 90.0
 
@@ -80,13 +82,16 @@ def until(probe: Callable[[], T | None], *, seconds: float = PATIENCE_SECONDS) -
 
 
 @contextmanager
-def running(data_dir: Path, *, command: str = "serve", ready: bool = True, **settings: str) -> Iterator[Service]:
+def running(
+    data_dir: Path, *, command: str = "serve", ready: bool = True, site: Path = OPERATORS, **settings: str
+) -> Iterator[Service]:
     """A service in a folder of its own; at the end it must stop by itself, with all that it started.
 
-    With `ready` the block begins once an analysis would run.
+    With `ready` the block begins once an analysis would run. `site` has the sitecustomize of its processes.
     """
     environment = {
         **{key: value for key, value in os.environ.items() if not key.startswith("INTERPLAY_")},
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")])),
         "INTERPLAY_DATA_DIR": str(data_dir),
         "INTERPLAY_THREADS": "1",
         **{f"INTERPLAY_{key.upper()}": value for key, value in settings.items()},

@@ -153,7 +153,7 @@ def test_health_check_tells_a_service_from_none(service: Service, tmp_path: Path
 
 def test_image_installs_the_lock_and_cpu_torch_by_default() -> None:
     """Every package comes at its locked version; torch is the CPU build unless a build argument says otherwise."""
-    assert arguments_of("ARG") == ["TORCH_INDEX=https://download.pytorch.org/whl/cpu"]
+    assert arguments_of("ARG") == ["TORCH_INDEX=https://download.pytorch.org/whl/cpu", "EXTRAS=worker"]
     installs = [run for run in arguments_of("RUN") if "pip install" in run]
     assert installs
     assert all("requirements.lock" in run for run in installs)

@@ -14,7 +14,7 @@ import torch
 
 import analysis
 from analysis.errors import AnalysisError
-from analysis.networks import FAMILIES
+from analysis.networks import available_families
 from app.errors import problem
 from workers import kinds
 from workers.kinds import OnProgress, Task
@@ -47,7 +47,7 @@ def set_up(device: str, threads: int) -> torch.device:
 def describe(device: torch.device) -> dict[str, Any]:
     """What this worker offers."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    return {"device": name, "torch_version": torch.__version__, "families": list(FAMILIES)}
+    return {"device": name, "torch_version": torch.__version__, "families": available_families()}
 
 
 def run(task: Task, device: torch.device, on_progress: OnProgress) -> dict[str, Any]:
@@ -70,12 +70,22 @@ def _provenance(task: Task, device: torch.device) -> dict[str, Any]:
         "code_sha256": _code_sha256(),
         "torch_version": torch.__version__,
         "numpy_version": np.__version__,
+        "library": _library(task["subjects"][0].get("architecture")),
         "python_version": platform.python_version(),
         "device": describe(device)["device"],
         "threads": torch.get_num_threads(),
         "spectrum_dtype": "float64",
         "options": task["options"],
     }
+
+
+def _library(architecture: dict[str, Any] | None) -> str | None:
+    """What builds a network of another family than ours; nothing where it is missing, as the analysis then fails."""
+    family = architecture["family"] if architecture else "builtin"
+    try:
+        return None if family == "builtin" else f"{family} {importlib.metadata.version(family)}"
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 @cache

@@ -1,12 +1,20 @@
 """From the description of an architecture and a safetensors file to a network that is ready to run.
 
-A description is `{"family": ..., "name": ..., "args": {...}}`. The network is built on torch's meta device, where
-tensors have shapes and no memory, and compared with the file's header before a byte of weights is read: what a
-description can make us allocate is bounded by what the file holds.
+A description is `{"family": ..., "name": ..., "args": {...}}`, or `{"family": "transformers", "config": {...}}`. The
+network is built on torch's meta device, where tensors have shapes and no memory, and compared with the file's header
+before a byte of weights is read: what a description can make us allocate is bounded by what the file holds. Then it is
+built once more with memory, so that what no file holds, such as tables of positions, is what its own constructor makes.
+
+A family is a module with `create(description)`, the network on whatever device is torch's default then, and
+`head(network, description)`, the name of its classification head. It may have `stored_names(network)`, what turns names
+of a file into the network's, and `ignored_names(network)`, which names of a file do not matter.
 """
 
+import importlib
+import importlib.util
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -18,10 +26,18 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from analysis.errors import AnalysisError
-from analysis.networks import builtin
+from analysis.networks.building import Bounded, ConstantsOnCpu, WithoutInitialisation
 
-# A family is a module with BUILDERS (name -> function of keyword arguments) and HEADS (name -> module name).
-FAMILIES: Mapping[str, ModuleType] = {"builtin": builtin}
+# The module of each family; for all but the first, also the name of the package it needs and of the extra that has it.
+FAMILIES: Mapping[str, str] = {
+    "builtin": "analysis.networks.builtin",
+    "transformers": "analysis.networks.transformers",
+    "timm": "analysis.networks.timm",
+    "torchvision": "analysis.networks.torchvision",
+}
+
+# A file's header has no more tensors than this.
+_MOST_TENSORS = 100_000
 
 # Names in one list of an error's members; the true number stands beside it.
 _MAX_LISTED = 20
@@ -39,7 +55,8 @@ class LoadedNetwork:
     """A network in evaluation mode, without gradients, in float32.
 
     Attributes:
-        module: takes inputs (n, ...), gives logits (n, c).
+        module: takes a batch, gives logits (n, c). A batch is one tensor of inputs (n, ...), or a mapping of several by
+            the names that the network has for them.
         head_name: module name of the classification head; what it receives are the features.
         weight: the head's rows.
         bias: the head's bias, where it has one.
@@ -51,31 +68,29 @@ class LoadedNetwork:
     bias: Float32[Tensor, " c"] | None
 
 
-def build(architecture: Mapping[str, Any], *, device: torch.device | str = "meta") -> nn.Module:
+def available_families() -> list[str]:
+    """The families whose packages are installed here; none is imported."""
+    return [name for name in FAMILIES if name == "builtin" or importlib.util.find_spec(name) is not None]
+
+
+def build(
+    architecture: Mapping[str, Any], *, device: torch.device | str = "meta", n_tensors: int = _MOST_TENSORS
+) -> nn.Module:
     """Build a network from its description.
 
     Args:
-        architecture: family, name and the arguments of the family's builder.
+        architecture: family, and what the family's networks are described by.
         device: `meta` gives shapes without memory; elsewhere parameters are initialised from torch's global generator.
+        n_tensors: of the file that the network will be compared with; one that asks for far more is not built.
 
     Returns:
         The network, in training mode.
 
     Raises:
-        AnalysisError: `invalid-architecture`.
+        AnalysisError: `invalid-architecture`; `family-unavailable` where the family's package is missing here.
     """
-    family, name, args = _parse(architecture)
-    builder = family.BUILDERS[name]
-    try:
-        with torch.device("meta"):
-            network: nn.Module = builder(**args)
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        # Without memory or a device in play, whatever torch refuses is the description's fault.
-        raise AnalysisError("invalid-architecture", f"The arguments of {name!r} are refused: {error}") from error
-    if torch.device(device).type != "meta":
-        with torch.device(device):
-            network = builder(**args)
-    return network
+    network, _ = _build_on_meta(architecture, n_tensors)
+    return network if torch.device(device).type == "meta" else _create(architecture, device)
 
 
 def expected_tensors(architecture: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -94,7 +109,8 @@ def load_network(
 
     Args:
         architecture: see `build`.
-        path: safetensors; names and shapes must be the network's. `num_batches_tracked` may be missing.
+        path: safetensors; names and shapes must be the network's, or names those under which the family's library saves
+            it. `num_batches_tracked` may be missing, and so may all but one of the names of a shared tensor.
         head: module name of the classification head, a linear module. Default: the family's own.
         device: where the network goes.
 
@@ -102,77 +118,163 @@ def load_network(
         The network in evaluation mode and its head.
 
     Raises:
-        AnalysisError: `invalid-architecture`; `head-not-found` with the candidates; `checkpoint-mismatch` with the
-            names that are missing, unexpected, misshaped or mistyped, at most 20 each, and their numbers;
-            `non-finite-values` with the first tensor's name and the number of such tensors; `out-of-memory`.
+        AnalysisError: `invalid-architecture`; `family-unavailable`; `head-not-found` with the candidates;
+            `checkpoint-mismatch` with the names that are missing, unexpected, misshaped or mistyped, at most 20 each,
+            and their numbers, or with a reason; `non-finite-values` with the first tensor's name and
+            the number of such tensors; `out-of-memory`.
 
     Numerics: floating-point tensors of any width become float32, integer buffers keep their values; a float64 value
     too large for float32 counts as not finite. Tensors are read one at a time.
     """
-    network = build(architecture)
-    head_name = _head_name(network, _default_head(architecture) if head is None else head)
-    wanted = network.state_dict()
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            _compare(wanted, file)
-            tensors = _read(wanted, file, torch.device(device))
+            template, bounds = _build_on_meta(architecture, len(file.keys()))
+            head_name = _head_name(template, architecture, head)
+            stored = _compare(template, _family(architecture), file)
+            bounds.check_largest({name: tuple(tensor.shape) for name, tensor in template.state_dict().items()})
+            tensors = _read(template.state_dict(), stored, file, torch.device(device))
     except torch.OutOfMemoryError as error:
         raise AnalysisError("out-of-memory", f"The network's weights do not fit the memory of {device}.") from error
     except SafetensorError as error:
         raise AnalysisError(
             "checkpoint-mismatch", f"The file is not complete, valid safetensors: {error}.", reason="unreadable"
         ) from None
+    # Parameters take address space here and no memory: each is replaced before it is written to.
+    with WithoutInitialisation():
+        network = _create(architecture, "cpu")
+    names = _tied_names(network)
     network.load_state_dict(tensors, assign=True)
+    _tie(network, names)
+    network.to(device).eval().requires_grad_(False)
     _require_memory(network)
-    network.eval().requires_grad_(False)
     linear = network.get_submodule(head_name)
-    assert isinstance(linear, nn.Linear), "_head_name has seen to it"
+    assert isinstance(linear, nn.Linear | nn.Conv2d), "_head_name has seen to it"
     bias: Tensor | None = linear.bias
-    return LoadedNetwork(network, head_name, linear.weight.detach(), None if bias is None else bias.detach())
+    # A 1x1 convolution's rows are its weights without the two dimensions of one place.
+    return LoadedNetwork(network, head_name, linear.weight.detach().flatten(1), None if bias is None else bias.detach())
 
 
-def _parse(architecture: Mapping[str, Any]) -> tuple[ModuleType, str, dict[str, Any]]:
+def _build_on_meta(architecture: Mapping[str, Any], n_tensors: int) -> tuple[nn.Module, Bounded]:
+    bounds = Bounded(n_tensors)
+    # Our own builders bound their depth themselves; for the counter torch loads its compiler, 1.2 s and 800 modules.
+    counted = nullcontext() if architecture.get("family") == "builtin" else bounds
+    with counted, WithoutInitialisation():
+        try:
+            return _create(architecture, "meta"), bounds
+        except AnalysisError as error:
+            # Refused by us, and not by a library that looked at values which its tensors do not have.
+            if error.__cause__ is None:
+                raise
+        return _create(architecture, "meta", constants=ConstantsOnCpu()), bounds
+
+
+def _create(
+    architecture: Mapping[str, Any],
+    device: torch.device | str,
+    constants: AbstractContextManager[Any] | None = None,
+) -> nn.Module:
+    family = _family(architecture)
+    try:
+        with torch.device(device), constants or nullcontext():
+            network: nn.Module = family.create(architecture)
+    except AnalysisError:
+        raise
+    except ImportError as error:
+        raise _unavailable(architecture["family"], error) from error
+    except MemoryError:
+        raise AnalysisError("out-of-memory", "The network's own constants do not fit the memory.") from None
+    except Exception as error:
+        # Whatever a library raises for arguments that it has not seen before, they are the description's fault.
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:500]
+        raise AnalysisError("invalid-architecture", f"The description is refused: {reason}") from error
+    return network
+
+
+def _family(architecture: Mapping[str, Any]) -> ModuleType:
+    """The module of a description's family, imported here: most workers never see a network of most families.
+
+    Raises:
+        AnalysisError: `invalid-architecture` for a description of another form; `family-unavailable`.
+    """
     match dict(architecture):
-        case {"family": str(family), "name": str(name), "args": dict(args), **others} if not others:
+        case {"family": "transformers", "config": dict(), **others} if not others:
+            family = "transformers"
+        case {"family": str(family), "name": str(), "args": dict(), **others} if not others:
             pass
         case _:
             raise AnalysisError(
-                "invalid-architecture", "A description has the members family and name, texts, and args, an object."
+                "invalid-architecture",
+                "A description has the members family and name, texts, and args, an object; of the family "
+                "transformers it has family and config, an object.",
             )
-    if family not in FAMILIES:
+    if family not in FAMILIES or (family == "transformers" and "config" not in architecture):
         raise AnalysisError("invalid-architecture", f"The family must be one of {', '.join(FAMILIES)}, not {family!r}.")
-    if name not in (names := FAMILIES[family].BUILDERS):
-        raise AnalysisError("invalid-architecture", f"The name must be one of {', '.join(names)}, not {name!r}.")
-    return FAMILIES[family], name, args
+    try:
+        return importlib.import_module(FAMILIES[family])
+    except (ImportError, RuntimeError) as error:
+        # RuntimeError is what torchvision raises beside another torch than its own.
+        raise _unavailable(family, error) from error
 
 
-def _default_head(architecture: Mapping[str, Any]) -> str:
-    family, name, _ = _parse(architecture)
-    head: str = family.HEADS[name]
-    return head
+def _unavailable(family: str, error: Exception) -> AnalysisError:
+    missing = isinstance(error, ModuleNotFoundError) and error.name == family
+    reason = "it is not installed" if missing else f"importing it failed ({str(error).strip().splitlines()[0]})"
+    return AnalysisError(
+        "family-unavailable",
+        f"This worker has no networks of the family {family!r}: {reason}. Install it there with "
+        f"`pip install interplay[{family}]`; GET /v1/version lists what each worker has.",
+        family=family,
+        extra=family,
+    )
 
 
-def _head_name(network: nn.Module, name: str) -> str:
-    candidates = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+def _head_name(network: nn.Module, architecture: Mapping[str, Any], asked: str | None) -> str:
+    """The head that was asked for, or else the family's own."""
+    candidates = [name for name, module in network.named_modules() if _is_linear(module)]
+    name = _family(architecture).head(network, architecture) if asked is None else asked
     if name not in candidates:
+        what = f"not {name!r}" if name is not None else "and this one does not end with one"
         raise AnalysisError(
             "head-not-found",
-            f"The head must be a linear module of the network ({', '.join(candidates[:_MAX_LISTED])}), not {name!r}.",
+            f"The head must be a linear module of the network ({', '.join(candidates[:_MAX_LISTED])}), {what}.",
             candidates=candidates,
         )
-    return name
+    return str(name)
 
 
-def _compare(wanted: Mapping[str, Shaped[Tensor, "..."]], file: Any) -> None:
-    """Names, shapes and kinds of number of a file's header against the network's, before any tensor is read."""
-    found = set(file.keys())
-    missing = [name for name in wanted if name not in found and not name.endswith(_BATCH_COUNTER)]
-    unexpected = sorted(found - set(wanted))
+def _is_linear(module: nn.Module) -> bool:
+    """Linear, or a convolution that is linear in the channels of one place."""
+    if isinstance(module, nn.Conv2d):
+        return (module.kernel_size, module.stride, module.padding, module.groups) == ((1, 1), (1, 1), (0, 0), 1)
+    return isinstance(module, nn.Linear)
+
+
+def _compare(network: nn.Module, family: ModuleType, file: Any) -> dict[str, str]:
+    """Names, shapes and kinds of number of a file's header against the network's, before any tensor is read.
+
+    Returns:
+        The file's name of each of the network's tensors that it holds, by the network's own name.
+    """
+    wanted = network.state_dict()
+    rename: Callable[[str], str] = family.stored_names(network) if hasattr(family, "stored_names") else str
+    stored = {rename(name): name for name in sorted(file.keys())}
+    found, ignored = set(file.keys()), _ignored(network, family)
+    # Of names that share one tensor a file may hold any.
+    tied = _tied_names(network)
+    for name, first in tied.items():
+        if name in stored:
+            stored.setdefault(first, stored[name])
+    for name, first in tied.items():
+        if first in stored:
+            stored.setdefault(name, stored[first])
+    missing = [name for name in wanted if name not in stored and not name.endswith(_BATCH_COUNTER)]
+    used = {stored[name] for name in wanted if name in stored}
+    unexpected = sorted(name for name in found - used if not ignored(name))
     misshaped, mistyped = [], []
     for name, tensor in wanted.items():
-        if name not in found:
+        if name not in stored:
             continue
-        header = file.get_slice(name)
+        header = file.get_slice(stored[name])
         shape, dtype = list(header.get_shape()), header.get_dtype()
         if shape != list(tensor.shape):
             misshaped.append({"name": name, "expected": list(tensor.shape), "found": shape})
@@ -187,6 +289,44 @@ def _compare(wanted: Mapping[str, Shaped[Tensor, "..."]], file: Any) -> None:
             **{what: entries[:_MAX_LISTED] for what, entries in lists.items()},
             **{f"n_{what}": len(entries) for what, entries in lists.items()},
         )
+    return stored
+
+
+def _ignored(network: nn.Module, family: ModuleType) -> Callable[[str], bool]:
+    """Whether a tensor of a file is one that the network computes for itself."""
+    computed = {name for name, _ in network.named_buffers()} - set(network.state_dict())
+    of_family: Callable[[str], bool] = (
+        family.ignored_names(network) if hasattr(family, "ignored_names") else lambda _: False
+    )
+    return lambda name: name in computed or of_family(name)
+
+
+def _tied_names(network: nn.Module) -> dict[str, str]:
+    """For each further name of a parameter that has several, the first one."""
+    first: dict[int, str] = {}
+    return {
+        name: first[id(parameter)]
+        for name, parameter in network.named_parameters(remove_duplicate=False)
+        if first.setdefault(id(parameter), name) != name
+    }
+
+
+def _tie(network: nn.Module, names: Mapping[str, str]) -> None:
+    """Make names share one parameter again, as they did before a file's tensors were assigned.
+
+    Raises:
+        AnalysisError: `checkpoint-mismatch` where the file holds different tensors under them.
+    """
+    for name, first in names.items():
+        parameter = network.get_parameter(first)
+        if not torch.equal(network.get_parameter(name), parameter):
+            raise AnalysisError(
+                "checkpoint-mismatch",
+                f"The network uses one tensor as {first!r} and {name!r}; the file holds two that differ.",
+                reason="tied",
+            )
+        place, _, leaf = name.rpartition(".")
+        setattr(network.get_submodule(place), leaf, parameter)
 
 
 def _allowed(name: str, tensor: Shaped[Tensor, "..."]) -> tuple[str, ...]:
@@ -195,17 +335,18 @@ def _allowed(name: str, tensor: Shaped[Tensor, "..."]) -> tuple[str, ...]:
     return (*_INTEGER, *_FLOATING) if name.endswith(_BATCH_COUNTER) else _INTEGER
 
 
-def _read(wanted: Mapping[str, Shaped[Tensor, "..."]], file: Any, device: torch.device) -> dict[str, Tensor]:
-    found = set(file.keys())
+def _read(
+    wanted: Mapping[str, Shaped[Tensor, "..."]], stored: Mapping[str, str], file: Any, device: torch.device
+) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     broken: list[str] = []
     for name, expected in wanted.items():
-        if name not in found:
+        if name not in stored:
             tensors[name] = torch.zeros(expected.shape, dtype=expected.dtype, device=device)
             continue
         # A copy, even where the type stays: what the file is mapped to must not outlive the file.
         dtype = torch.float32 if expected.is_floating_point() else expected.dtype
-        tensor = file.get_tensor(name).to(dtype=dtype, device=device, copy=True)
+        tensor = file.get_tensor(stored[name]).to(dtype=dtype, device=device, copy=True)
         # A sum is finite only where every term is, and needs no memory; where it is not, each term is looked at.
         if expected.is_floating_point() and not (
             math.isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())
@@ -224,7 +365,7 @@ def _read(wanted: Mapping[str, Shaped[Tensor, "..."]], file: Any, device: torch.
 
 
 def _require_memory(network: nn.Module) -> None:
-    """A buffer that no checkpoint holds stays on the meta device unless its family has rebuilt it: a bug of ours."""
+    """Everything was built with memory the second time: what has none is a bug of ours."""
     on_meta = [name for name, buffer in network.named_buffers() if buffer.is_meta]
     if on_meta:
         raise RuntimeError(f"buffers without memory after loading: {on_meta}")

@@ -14,14 +14,15 @@ A normalisation that is "none" has no parameters. "layer" normalises over all fe
 convolutions, over channels and positions, with a scale and a shift for each channel (GroupNorm of one group).
 """
 
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from analysis.errors import AnalysisError
+from analysis.networks.building import take_one_tensor
 
 Activation = Literal["relu", "gelu", "tanh"]
 Norm = Literal["none", "batch", "layer"]
@@ -165,6 +166,23 @@ class WideResnet(nn.Module):
         x = self.block3(self.block2(self.block1(self.conv1(inputs))))
         logits: Tensor = self.fc(torch.relu(self.bn1(x)).mean(dim=(2, 3)))
         return logits
+
+
+def create(description: Mapping[str, Any]) -> nn.Module:
+    """A network from `{"name": ..., "args": {...}}`, one of the builders below.
+
+    Raises:
+        AnalysisError: `invalid-architecture`; TypeError for an argument that the builder does not have.
+    """
+    name = description["name"]
+    if name not in BUILDERS:
+        raise AnalysisError("invalid-architecture", f"The name must be one of {', '.join(BUILDERS)}, not {name!r}.")
+    return take_one_tensor(BUILDERS[name](**description["args"]))
+
+
+def head(network: nn.Module, description: Mapping[str, Any]) -> str:
+    """The name of the classification head."""
+    return HEADS[description["name"]]
 
 
 def mlp(*, sizes: Sequence[int], activation: Activation = "relu", norm: Norm = "none") -> nn.Module:

@@ -115,7 +115,7 @@ def test_a_permuted_copy_is_recovered(key: str) -> None:
 def test_a_permuted_copy_has_a_barrier_without_alignment_and_none_with_it(name: str) -> None:
     """The loss on the way to a permuted copy of the same network, for mlp, cnn and resnet."""
     options, probe = EvaluationOptions(null_permutations=0), probe_of(name)
-    inputs = probe.inputs[:8]
+    inputs = next(probe.batches(8, device="cpu"))
     groups = permutation_groups(network_of(name, 0).module, inputs[:2])
     found = []
     for align in (False, True):

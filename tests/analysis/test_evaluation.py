@@ -295,7 +295,7 @@ def test_the_batch_is_halved_until_it_fits(error: type[RuntimeError], message: s
 
 
 class _Tokens(nn.Module):
-    """Runs its head on every token, or on nothing."""
+    """Gives the mean of its head's outputs over three tokens, or runs no head."""
 
     def __init__(self, on_tokens: bool) -> None:
         super().__init__()
@@ -306,20 +306,20 @@ class _Tokens(nn.Module):
 
 
 def test_inputs_that_do_not_fit_are_refused_with_their_shape() -> None:
-    """Wrong width, and a head that receives a vector for every token."""
-    cases: list[LoadedNetwork] = [_network(n_inputs=11, n_classes=3), _loaded(_Tokens(True), "head")]
-    for network in cases:
-        with pytest.raises(AnalysisError) as caught:
-            extract_features(network, _probe(n_classes=3), device=CPU)
-        assert caught.value.kind == "inputs-refused"
-        assert caught.value.members["input_shape"] == [12]
+    """A network that takes another width says so with the shape that came."""
+    with pytest.raises(AnalysisError) as caught:
+        extract_features(_network(n_inputs=11, n_classes=3), _probe(n_classes=3), device=CPU)
+    assert caught.value.kind == "inputs-refused"
+    assert caught.value.members["input_shape"] == [12]
 
 
 def test_a_head_that_does_not_run_is_not_found() -> None:
-    """The features are what the head receives, once."""
-    with pytest.raises(AnalysisError) as caught:
-        extract_features(_loaded(_Tokens(False), "head"), _probe(n_classes=3), device=CPU)
-    assert caught.value.kind == "head-not-found"
+    """The features are what the head receives, once; of several tokens one must give the logits."""
+    for on_tokens in (False, True):
+        with pytest.raises(AnalysisError) as caught:
+            extract_features(_loaded(_Tokens(on_tokens), "head"), _probe(n_classes=3), device=CPU)
+        assert caught.value.kind == "head-not-found"
+        assert caught.value.members["head"] == "head"
 
 
 def test_hooks_are_removed_and_the_batch_is_chosen() -> None:
@@ -335,7 +335,7 @@ def test_hooks_are_removed_and_the_batch_is_chosen() -> None:
 def test_values_that_are_not_finite_are_named() -> None:
     """Features, logits and head each stop the evaluation under their own name."""
     network, probe = _network(), _probe()
-    broken = dataclasses.replace(probe, inputs=torch.full_like(probe.inputs, math.inf))
+    broken = dataclasses.replace(probe, inputs=torch.full((len(probe.labels), 12), math.inf))
     good, head, bad = torch.randn(3, 4), torch.eye(3, 4), torch.full((3, 4), math.nan)
     calls: dict[str, list[Callable[[], Evaluation]]] = {
         "features": [

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from analysis.errors import AnalysisError
-from analysis.networks import FAMILIES, build, builtin, expected_tensors, load_network
+from analysis.networks import build, builtin, expected_tensors, load_network
 from app import architectures
 
 Architecture = dict[str, Any]
@@ -426,4 +426,3 @@ def test_build_on_a_device_is_seeded_by_torch() -> None:
     for name, tensor in first.state_dict().items():
         assert torch.equal(tensor, second.state_dict()[name])
     assert all(tensor.is_meta for tensor in build(SMALL).state_dict().values())
-    assert list(FAMILIES) == ["builtin"]

@@ -149,6 +149,7 @@ def test_recalibration_under_autocast_takes_the_statistics_of_its_activations() 
         activations = network.module.get_submodule("layers.0")(probe.inputs)
     assert activations.dtype == torch.bfloat16
     assert state["norms.0.running_mean"].dtype == torch.float32
+    assert isinstance(probe.inputs, torch.Tensor)
     narrow, wide = (
         activations.float().mean(dim=0),
         torch.nn.functional.linear(probe.inputs, state["layers.0.weight"], state["layers.0.bias"]).mean(dim=0),

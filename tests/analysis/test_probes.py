@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 
 from analysis.errors import AnalysisError
-from analysis.probes import FeatureSet, Preprocess, Probe, load_feature_set, load_probe
+from analysis.probes import (
+    INPUT_NAMES,
+    FeatureSet,
+    Preprocess,
+    Probe,
+    first_samples,
+    load_feature_set,
+    load_probe,
+    n_samples,
+)
 
 Format = Literal["safetensors", "npz"]
 FORMATS: tuple[Format, ...] = ("safetensors", "npz")
@@ -64,6 +73,7 @@ def test_a_probe_comes_back_as_stored(format: Format, tmp_path: Path) -> None:
     """Inputs keep their type, labels and split become int64, the number of classes is found."""
     tensors = _images() | {"labels": (torch.arange(12) % 4).to(torch.uint8)}
     probe = load_probe(_saved(tensors, tmp_path, format), format=format)
+    assert isinstance(probe.inputs, Tensor)
     assert probe.inputs.dtype == torch.uint8
     assert torch.equal(probe.inputs, tensors["inputs"])
     assert probe.labels.dtype == torch.int64
@@ -427,3 +437,77 @@ def test_batches_that_are_sent_ahead_are_the_same(dtype: torch.dtype) -> None:
         torch.testing.assert_close((there + 0 * busy[0, 0]).cpu(), here)
         count += len(here)
     assert count == 1000
+
+
+def _texts(n: int = 12) -> dict[str, Tensor]:
+    ids = torch.arange(n * 5).reshape(n, 5)
+    return {"input_ids": ids, "attention_mask": (ids % 5 < 4).to(torch.int8), "labels": torch.arange(n) % 4}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_tensors_may_have_the_names_of_a_network(format: Format, tmp_path: Path) -> None:
+    """Batches are the tensors by name; integers are int64 and keep their values, also once prepared."""
+    tensors = _texts()
+    probe = load_probe(_saved(tensors, tmp_path, format), format=format)
+    for one in (probe, probe.prepared("cpu")):
+        batches = list(one.batches(5, device="cpu"))
+        assert [len(batch["input_ids"]) for batch in batches] == [5, 5, 2]
+        for name in ("input_ids", "attention_mask"):
+            found = torch.cat([batch[name] for batch in batches])
+            assert found.dtype == torch.int64
+            assert torch.equal(found, tensors[name].long())
+    assert probe.prepared("cpu", most_bytes=100) is probe
+    assert (n_samples(probe.inputs), n_samples(first_samples(probe.inputs, 3))) == (12, 3)
+
+
+def test_pixel_values_are_preprocessed_as_inputs_are(tmp_path: Path) -> None:
+    """By either name the batches are the same numbers; a mask beside them stays as it is."""
+    images = _images()
+    preprocess = Preprocess(scale=1 / 255, mean=(0.1, 0.2, 0.3), std=0.5)
+    probe = load_probe(_saved(images, tmp_path), format="safetensors", preprocess=preprocess)
+    [expected] = probe.batches(12, device="cpu")
+    mask = torch.ones(12, 4, 5, dtype=torch.uint8)
+    named = {"pixel_values": images["inputs"], "pixel_attention_mask": mask, "labels": images["labels"]}
+    probe = load_probe(_saved(named, tmp_path), format="safetensors", preprocess=preprocess)
+    [batch] = probe.batches(12, device="cpu")
+    assert torch.equal(batch["pixel_values"], expected)
+    assert torch.equal(batch["pixel_attention_mask"], mask.long())
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"inputs": torch.zeros(12, 2)}, "one or the other"),
+        ({"input_ids": None}, "pixel_values or input_ids"),
+        ({"input_ids": torch.zeros(12, 5)}, "input_ids must be integers"),
+        ({"attention_mask": torch.ones(12, 4)}, "attention_mask must be [12, 5]"),
+        ({"attention_mask": torch.ones(11, 5)}, "attention_mask has 11 samples"),
+        ({"token_type_ids": torch.ones(12)}, "token_type_ids must be (N, ...)"),
+        ({"labels": None}, "'labels'"),
+    ],
+)
+def test_named_tensors_that_do_not_fit_are_refused(
+    changes: dict[str, Tensor | None], word: str, tmp_path: Path
+) -> None:
+    """Two kinds of inputs, masks alone, ids that are no integers, shapes that differ."""
+    tensors = {name: tensor for name, tensor in {**_texts(), **changes}.items() if tensor is not None}
+    error = _error(load_probe, _saved(tensors, tmp_path), format="safetensors")
+    assert error.kind == "invalid-probe"
+    assert word in error.detail
+
+
+def test_pixel_values_that_are_not_finite_are_named(tmp_path: Path) -> None:
+    """By their own name and row."""
+    pixels = torch.zeros(12, 3, 2, 2)
+    pixels[7, 1] = float("nan")
+    error = _error(
+        load_probe, _saved({"pixel_values": pixels, "labels": torch.arange(12) % 4}, tmp_path), format="safetensors"
+    )
+    assert (error.kind, error.members) == ("non-finite-values", {"tensor": "pixel_values", "row": 7})
+
+
+def test_app_knows_the_same_names() -> None:
+    """What the API lets through is what is read here."""
+    from app.resources import INPUT_NAMES as OF_APP
+
+    assert OF_APP == INPUT_NAMES

@@ -162,3 +162,13 @@ def test_progress_line(status: str, total: int, line: str) -> None:
     """A running analysis says how far it is and at what; a queued one is only queued."""
     progress = {"done": 3, "total": total, "phase": "loading"}
     assert rendering.progress_line({"status": status, "progress": progress}) == line
+
+
+def test_configuration_is_shown_by_the_name_of_its_class() -> None:
+    """A config.json has hundreds of members; a cell has room for what it is of."""
+    config = {"architectures": ["ViTForImageClassification"], "model_type": "vit", "hidden_size": 768}
+    report = evaluation_report()
+    report["subject"]["architecture"] = {"family": "transformers", "config": config}
+    text = rendered(rendering.report_view(report))
+    assert "ViTForImageClassification" in text
+    assert "768" not in text.split("ViTForImageClassification")[1].splitlines()[0]

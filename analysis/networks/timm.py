@@ -1,0 +1,54 @@
+"""Networks of timm, by the name under which it registers them; never pretrained, never from a hub or a file."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import timm
+from torch import nn
+
+from analysis.errors import AnalysisError
+from analysis.networks.building import check_plain, name_of, refused, require_classes, take_one_tensor
+
+#: Arguments that would fetch weights or files, choose a device, or make something other than a classifier.
+FORBIDDEN = (
+    "cache_dir", "checkpoint_path", "device", "dtype", "exportable", "feature_cfg", "features_only", "kwargs_filter",
+    "model_cfg", "no_jit", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_custom_load",
+    "pretrained_filter_fn", "pretrained_model_args", "pretrained_strict", "scriptable",
+)  # fmt: skip
+
+
+def create(description: Mapping[str, Any]) -> nn.Module:
+    """A network from `{"name": ..., "args": {...}}`: timm.create_model(name, pretrained=False, **args).
+
+    Raises:
+        AnalysisError: `invalid-architecture`; what timm itself raises, of any type.
+    """
+    name, args = description["name"], description["args"]
+    # A name with a scheme (hf-hub:, local-dir:) would read elsewhere; those of the registry have none.
+    if ":" in name or "/" in name or not timm.is_model(name):
+        raise refused(f"timm {timm.__version__} has no network {name!r}")
+    if forbidden := sorted(set(args) & set(FORBIDDEN)):
+        raise refused(f"The arguments {', '.join(forbidden)} are not allowed: weights come from the checkpoint")
+    check_plain(args)
+    network: nn.Module = timm.create_model(name, pretrained=False, **args)
+    require_classes(getattr(network, "num_classes", None))
+    return take_one_tensor(network)
+
+
+def head(network: nn.Module, description: Mapping[str, Any]) -> str | None:
+    """What timm itself calls the classifier; None where it is not one module.
+
+    Raises:
+        AnalysisError: `head-not-found` where there are two, as in distilled networks, whose logits are their mean.
+    """
+    model: Any = network
+    classifier = model.get_classifier()
+    if isinstance(classifier, (tuple, list)):
+        names = [name_of(network, module) for module in classifier]
+        raise AnalysisError(
+            "head-not-found",
+            f"{description['name']} has {len(names)} heads ({', '.join(map(str, names))}), whose mean it gives; its "
+            "logits are no one head's.",
+            candidates=names,
+        )
+    return name_of(network, classifier) if isinstance(classifier, nn.Module) else None

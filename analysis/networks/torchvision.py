@@ -1,0 +1,39 @@
+"""Classification networks of torchvision, by the name under which it registers them; never with its weights."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torchvision
+from torch import nn
+
+from analysis.networks.building import check_plain, refused, require_classes, take_one_tensor
+
+#: Arguments that would fetch weights or say how to.
+FORBIDDEN = ("pretrained", "pretrained_backbone", "progress", "weights", "weights_backbone")
+
+
+def create(description: Mapping[str, Any]) -> nn.Module:
+    """A network from `{"name": ..., "args": {...}}`: torchvision.models.get_model(name, weights=None, **args).
+
+    Raises:
+        AnalysisError: `invalid-architecture`; what torchvision itself raises, of any type.
+    """
+    name, args = description["name"], description["args"]
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name not in known:
+        raise refused(f"torchvision {torchvision.__version__} has no classification network {name!r}")
+    if forbidden := sorted(set(args) & set(FORBIDDEN)):
+        raise refused(f"The arguments {', '.join(forbidden)} are not allowed: weights come from the checkpoint")
+    check_plain(args)
+    require_classes(args.get("num_classes", 1000))
+    builder = torchvision.models.get_model_builder(name)
+    if name in ("googlenet", "inception_v3"):
+        # These two warn where nothing says whether they should sample initial weights, which takes a minute.
+        args = {"init_weights": False, **args}
+    return take_one_tensor(builder(weights=None, **args))
+
+
+def head(network: nn.Module, description: Mapping[str, Any]) -> str | None:
+    """The last linear module, which torchvision's classifiers end with; None where there is none."""
+    names = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+    return names[-1] if names else None

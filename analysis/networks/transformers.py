@@ -1,0 +1,201 @@
+"""Classifiers of Hugging Face transformers, built from their own config.json and from nothing else.
+
+The configuration class is the one that the library registers for `model_type`, the network class one of those that it
+registers there for image or sequence classification: no `auto_map`, no `from_pretrained`, no hub. Members that name
+places, devices, number types or implementations are left out, so that every network computes in float32 with the
+library's own attention.
+"""
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
+
+from analysis.errors import AnalysisError
+from analysis.networks.building import MAX_CLASSES, check_plain, refused, require_classes
+
+#: Members that point outside of the configuration or describe weights that are not those of the plain network.
+FORBIDDEN = (
+    "attribute_map", "auto_map", "backbone", "backbone_config", "backbone_kwargs", "base_config_key",
+    "custom_pipelines", "extra_config_files", "extra_files", "quantization_config", "sub_configs_defaults",
+    "trust_remote_code", "use_pretrained_backbone", "use_timm_backbone",
+)  # fmt: skip
+# What says nothing about the function that a network computes, or asks for another output than its logits.
+_LEFT_OUT = frozenset(
+    (
+        "architectures", "attn_implementation", "dtype", "experts_implementation", "gradient_checkpointing", "label2id",
+        "model_type", "name_or_path", "output_attentions", "output_hidden_states", "return_dict", "torch_dtype",
+        "torchscript", "transformers_version", "use_cache", "use_return_dict",
+    )
+)  # fmt: skip
+# Its networks are timm's own, fetched by name; the family `timm` builds them.
+_ELSEWHERE = ("timm_wrapper",)
+
+
+def create(description: Mapping[str, Any]) -> nn.Module:
+    """A network from `{"config": {...}}`, called with a batch and giving logits.
+
+    It takes one tensor, or a mapping of tensors by the names that the library's own `forward` has for them, such as
+    input_ids and attention_mask.
+
+    Raises:
+        AnalysisError: `invalid-architecture`; what the library itself raises, of any type.
+    """
+    config = description["config"]
+    check_plain(config)
+    model_type, name = config.get("model_type"), _class_name(config)
+    values = _cleaned(config)
+    if isinstance(values.get("num_labels"), int) and values["num_labels"] > MAX_CLASSES:
+        raise refused(f"num_labels is {values['num_labels']}; at most {MAX_CLASSES} are allowed")
+    parsed = CONFIG_MAPPING[model_type](**values)
+    require_classes(parsed.num_labels)
+    if parsed.problem_type == "regression":
+        raise refused("The configuration's problem_type is a regression; a classifier is needed")
+    # Nobody generates: what earlier positions computed is not kept for later ones.
+    parsed.use_cache = False
+    network: nn.Module = getattr(transformers, name)(parsed)
+    _take_batches(network, "pixel_values" if "ImageClassification" in name else "input_ids")
+    return network
+
+
+def head(network: nn.Module, description: Mapping[str, Any]) -> str | None:
+    """The last linear module with an output for each label; None where there is none."""
+    config: Any = network.config
+    names = [
+        name
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Linear) and module.out_features == config.num_labels
+    ]
+    return names[-1] if names else None
+
+
+def stored_names(network: nn.Module) -> Callable[[str], str]:
+    """What turns a name of a saved file into the network's own, as the library's loading does.
+
+    The library saves some networks, such as Swin, under names of earlier versions, and loads still older ones.
+    """
+    mapping = get_model_conversion_mapping(network)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    state, prefix = network.state_dict(), network.base_model_prefix
+
+    def rename(stored: str) -> str:
+        name, converter = rename_source_key(stored, renamings, converters, prefix, state)
+        if name not in state and stored in state:
+            return stored
+        if converter is not None:
+            raise AnalysisError(
+                "checkpoint-mismatch",
+                f"The library merges or splits the stored tensor {stored!r} when it loads it, which this service does "
+                "not. Load it with the library and save `model.state_dict()` instead.",
+                reason="conversion",
+            )
+        return str(name)
+
+    return rename
+
+
+def ignored_names(network: nn.Module) -> Callable[[str], bool]:
+    """Whether the library passes over a tensor of a file that the network does not have."""
+    # As in its own loading: constants that earlier versions saved, under names that have moved since.
+    known: Any = network._keys_to_ignore_on_load_unexpected
+    patterns = [*(known or ()), r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"]
+    ignored = re.compile("|".join(f"({pattern})" for pattern in patterns))
+    return lambda name: ignored.search(name) is not None
+
+
+def _class_name(config: Mapping[str, Any]) -> str:
+    """The network's class, where the library registers it for this model type and one of the two tasks."""
+    model_type, architectures = config.get("model_type"), config.get("architectures")
+    known: list[str] = []
+    for mapping in (MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES):
+        names = mapping.get(model_type, ()) if isinstance(model_type, str) and model_type not in _ELSEWHERE else ()
+        known += [names] if isinstance(names, str) else names
+    if not known:
+        raise refused(
+            f"transformers {transformers.__version__} has no image or sequence classifier for the model_type "
+            f"{model_type!r}"
+        )
+    match architectures:
+        case [str(name)] if name in known:
+            return name
+    raise refused(f"architectures must be a list of one of {', '.join(known)}, not {architectures!r}")
+
+
+def _cleaned(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what is left out, in nested configurations too."""
+    if forbidden := sorted(name for name in FORBIDDEN if config.get(name)):
+        raise refused(f"The members {', '.join(forbidden)} of a configuration are not allowed")
+    return {
+        name: _cleaned(value) if isinstance(value, dict) and name != "id2label" else value
+        for name, value in config.items()
+        if name not in _LEFT_OUT and name not in FORBIDDEN and not name.startswith("_")
+    }
+
+
+def _take_batches(network: nn.Module, single: str) -> None:
+    """Let the network take one batch and give its logits, its modules' names being left as they are."""
+    names = [name for name in inspect.signature(network.forward).parameters if name not in ("labels", "kwargs")]
+
+    def spread(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if len(args) != 1:
+            return args, kwargs
+        batch = dict(args[0]) if isinstance(args[0], Mapping) else {single: args[0]}
+        if unknown := sorted(set(batch) - set(names)):
+            raise AnalysisError(
+                "inputs-refused",
+                f"{type(network).__name__} takes {', '.join(names)}; the probe has {', '.join(unknown)} too.",
+                unknown=unknown,
+            )
+        if "input_ids" in batch:
+            batch["input_ids"] = _whole(batch["input_ids"])
+        return (), {**batch, **kwargs}
+
+    network.register_forward_pre_hook(spread, with_kwargs=True)
+    network.register_forward_hook(lambda _, __, output: getattr(output, "logits", output))
+    for name, module in network.named_modules():
+        # Not those derived from it: some take other arguments than the rows that are asked for.
+        if type(module) is nn.Embedding:
+            module.register_forward_pre_hook(_within(name))
+
+
+def _whole(ids: Tensor) -> Tensor:
+    if not ids.is_floating_point():
+        return ids
+    whole = ids.long()
+    # A probe's plain `inputs` come as float32, in which every id below 2^24 is exact.
+    if type(ids) is Tensor and not bool((whole == ids).all()):
+        raise AnalysisError("inputs-refused", "The network takes ids of tokens, which are whole numbers.")
+    return whole
+
+
+def _within(name: str) -> Callable[[Any, tuple[Any, ...]], None]:
+    """Indices beyond an embedding end a GPU's whole process: they are looked at before."""
+
+    def check(module: Any, args: tuple[Any, ...]) -> None:
+        indices = args[0] if args else None
+        # While a network is traced its tensors have no values.
+        if type(indices) is not Tensor or indices.is_meta or indices.numel() == 0:
+            return
+        low, high = (int(value) for value in torch.aminmax(indices))
+        rows = module.num_embeddings
+        if low < 0 or high >= rows:
+            raise AnalysisError(
+                "inputs-refused",
+                f"The embedding {name!r} has {rows} rows; the inputs ask for {low if low < 0 else high}.",
+                embedding=name,
+                rows=rows,
+            )
+
+    return check

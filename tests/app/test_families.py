@@ -1,0 +1,202 @@
+"""Checkpoints of transformers, timm and torchvision over HTTP, analysed by a real worker."""
+
+import importlib.metadata
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save, save_file
+from torch import Tensor
+
+from tests import services
+from tests.analysis import models
+from tests.analysis.models import IMAGE_MODELS, N_CLASSES, TEXT_MODELS, Saved
+from tests.app.test_uploads import problem
+from tests.services import Service
+
+N = 24
+
+
+def _probe(service: Service, tensors: dict[str, Tensor], **spec: Any) -> dict[str, Any]:
+    labels = torch.arange(N) % N_CLASSES
+    response = service.post("/v1/probes", {"name": "probe", **spec}, save({**tensors, "labels": labels}))
+    assert response.status_code == 201, response.text
+    return dict(response.json())
+
+
+def _evaluated(service: Service, saved: Saved, batch: dict[str, Tensor], **spec: Any) -> dict[str, Any]:
+    checkpoint = service.post(
+        "/v1/checkpoints", {"name": "net", "architecture": saved.architecture, **spec}, saved.path
+    )
+    assert checkpoint.status_code == 201, checkpoint.text
+    probe = _probe(service, batch)
+    analysis = service.analyze(checkpoint_id=checkpoint.json()["id"], probe_id=probe["id"])
+    return service.wait(analysis["id"])
+
+
+def _check_report(report: dict[str, Any], saved: Saved, batch: dict[str, Tensor], head: str) -> None:
+    """The accuracy is the library's own, and the report names the head."""
+    labels = torch.arange(N) % N_CLASSES
+    accuracy = float((saved.library(batch).argmax(dim=1) == labels).float().mean())
+    family = saved.architecture["family"]
+    assert report["subject"]["head"] == head
+    assert report["provenance"]["library"] == f"{family} {importlib.metadata.version(family)}"
+    assert report["subject"]["n_classes"] == N_CLASSES
+    assert report["splits"]["all"]["accuracy"] == pytest.approx(accuracy)
+    assert report["splits"]["all"]["interplay"]["sample"]["none"]["mir"] is not None
+
+
+@pytest.mark.parametrize(("name", "head"), [("ViT", "classifier"), ("Swin", "classifier")])
+def test_image_classifier_of_transformers(service: Service, tmp_path: Path, name: str, head: str) -> None:
+    """The files of `save_pretrained` go in as they are; the probe has `pixel_values`."""
+    saved, batch = models.saved_transformers(name, IMAGE_MODELS[name], tmp_path), models.images(N)
+    _check_report(service.report(_evaluated(service, saved, batch)), saved, batch, head)
+
+
+@pytest.mark.parametrize(("name", "head"), [("Roberta", "classifier.out_proj"), ("GPT2", "score")])
+def test_text_classifier_of_transformers(service: Service, tmp_path: Path, name: str, head: str) -> None:
+    """The probe has `input_ids` and `attention_mask`, which stay the integers that they are."""
+    saved, batch = models.saved_transformers(name, TEXT_MODELS[name], tmp_path), models.texts(N)
+    _check_report(service.report(_evaluated(service, saved, batch)), saved, batch, head)
+
+
+def test_networks_of_timm_and_torchvision(service: Service, tmp_path: Path) -> None:
+    """By name and arguments."""
+    batch = models.images(N, 64)
+    timm = models.saved_timm("resnet18", {}, tmp_path)
+    _check_report(service.report(_evaluated(service, timm, batch)), timm, batch, "fc")
+    torchvision = models.saved_torchvision("mobilenet_v3_small", {}, tmp_path)
+    _check_report(service.report(_evaluated(service, torchvision, batch)), torchvision, batch, "classifier.3")
+
+
+def test_path_between_two_text_classifiers(service: Service, tmp_path: Path) -> None:
+    """What varies works on several tensors of inputs as on one; who saved a configuration is no difference."""
+    ids = []
+    for number in (0, 1):
+        saved = models.saved_transformers("Bert", TEXT_MODELS["Bert"], tmp_path / str(number))
+        config = {**saved.architecture["config"], "transformers_version": f"5.{number}", "_name_or_path": str(number)}
+        spec = {"name": str(number), "architecture": {"family": "transformers", "config": config}}
+        ids.append(service.post("/v1/checkpoints", spec, saved.path).json()["id"])
+    probe = _probe(service, models.texts(N))
+    body = {"kind": "path", "checkpoint_a_id": ids[0], "checkpoint_b_id": ids[1], "probe_id": probe["id"]}
+    options = {"grid": {"points": 3}, "alignment": "weight_matching", "null_permutations": 0}
+    answer = service.client.post("/v1/analyses", json={**body, "options": options})
+    assert answer.status_code == 202, answer.text
+    report = service.report(service.wait(answer.json()["id"]))
+    assert len(report["points"]) == 3
+
+
+def test_two_heads_fail_with_their_names(service: Service, tmp_path: Path) -> None:
+    """A distilled network's logits are no one head's: the analysis says so in place of a number."""
+    saved = models.saved_timm("deit_tiny_distilled_patch16_224", {"img_size": 64, "depth": 1}, tmp_path)
+    for spec in ({}, {"head": "head"}):
+        failed = _evaluated(service, saved, models.images(N, 64), **spec)
+        assert failed["status"] == "failed"
+        assert failed["problem"]["type"] == "urn:interplay:problem:head-not-found"
+
+
+def test_version_lists_the_families(service: Service) -> None:
+    """GET /v1/version says what each worker can build."""
+    [worker] = service.client.get("/v1/version").json()["workers"]
+    assert worker["families"] == ["builtin", "transformers", "timm", "torchvision"]
+
+
+WITHOUT_TIMM = """
+import sys
+from importlib.machinery import PathFinder
+
+
+class Without(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] == "timm" else PathFinder.find_spec(name, path, target)
+
+
+sys.meta_path = [Without if finder is PathFinder else finder for finder in sys.meta_path]
+"""
+
+
+@pytest.fixture
+def without_timm(tmp_path: Path) -> Iterator[Service]:
+    """A service whose processes find no timm."""
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(WITHOUT_TIMM)
+    with services.running(tmp_path / "data", site=site) as service:
+        yield service
+
+
+def test_a_worker_without_the_family_says_what_to_install(without_timm: Service, tmp_path: Path) -> None:
+    """The analysis fails with a problem that names the extra, and the worker does not announce the family."""
+    [worker] = without_timm.client.get("/v1/version").json()["workers"]
+    assert worker["families"] == ["builtin", "transformers", "torchvision"]
+    saved = models.saved_timm("resnet18", {}, tmp_path)
+    failed = _evaluated(without_timm, saved, models.images(N))
+    assert failed["status"] == "failed"
+    assert failed["problem"]["type"] == "urn:interplay:problem:family-unavailable"
+    assert failed["problem"]["extra"] == "timm"
+    assert "pip install interplay[timm]" in failed["problem"]["detail"]
+
+
+BERT = {"model_type": "bert", "architectures": ["BertForSequenceClassification"]}
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "code": ({"family": "transformers", "config": {**BERT, "auto_map": {"AutoModel": "a.B"}}}, "auto_map"),
+    "nested code": (
+        {"family": "transformers", "config": {**BERT, "text_config": {"trust_remote_code": True}}},
+        "trust_remote_code",
+    ),
+    "no class": ({"family": "transformers", "config": {"model_type": "bert"}}, "architectures"),
+    "a name beside": ({"family": "transformers", "name": "bert", "config": BERT}, "name"),
+    "layers": ({"family": "transformers", "config": {**BERT, "num_hidden_layers": 10**6}}, "num_hidden_layers"),
+    "nested": ({"family": "transformers", "config": {**BERT, "a": json.loads("[" * 30 + "]" * 30)}}, "nested"),
+    "large": ({"family": "timm", "name": "resnet18", "args": {"a": "x" * 2**20}}, "bytes"),
+    "a hub": ({"family": "timm", "name": "hf-hub:timm/resnet18", "args": {}}, "name"),
+    "weights": ({"family": "timm", "name": "resnet18", "args": {"pretrained": True}}, "pretrained"),
+    "a file": ({"family": "timm", "name": "resnet18", "args": {"checkpoint_path": "/etc/passwd"}}, "checkpoint_path"),
+    "weights of torchvision": ({"family": "torchvision", "name": "resnet18", "args": {"weights": "X"}}, "weights"),
+    "NUL": ({"family": "torchvision", "name": "resnet18", "args": {"a": "\0"}}, "stored"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_descriptions_are_refused_when_they_come(service: Service, tmp_path: Path, case: str) -> None:
+    """The API refuses by form, without torch, in the spec and in the file's own metadata alike."""
+    architecture, word = REFUSED[case]
+    path = tmp_path / "checkpoint"
+    save_file({"weight": torch.zeros(2)}, path, metadata={"architecture": json.dumps(architecture)})
+    answers = [service.post("/v1/checkpoints", {"name": "a"}, path)]
+    if case != "large":  # as a spec it is over the limit of specs
+        answers.append(service.post("/v1/checkpoints", {"name": "a", "architecture": architecture}, path))
+    for answer in answers:
+        assert word in problem(answer, 422, "invalid-request")["detail"]
+
+
+def test_probes_with_names_are_described(service: Service) -> None:
+    """The shape is that of the pixels or the ids."""
+    assert _probe(service, models.texts(N))["input_shape"] == [10]
+    assert _probe(service, models.images(N), preprocess={"mean": [0.5] * 3})["input_shape"] == [3, 32, 32]
+
+
+@pytest.mark.parametrize(
+    ("tensors", "word"),
+    [
+        ({"attention_mask": torch.ones(N, 10, dtype=torch.int64)}, "'inputs'"),
+        ({**models.texts(N), "inputs": torch.zeros(N, 3)}, "one or the other"),
+        ({"input_ids": torch.zeros(N, 10)}, "F32"),
+        ({**models.texts(N), "token_type_ids": torch.zeros(N - 1, 10, dtype=torch.int64)}, "token_type_ids"),
+        ({**models.texts(N), "input_embeds": torch.zeros(N, 10, 2)}, "input_embeds"),
+    ],
+)
+def test_probes_that_do_not_fit_are_refused(service: Service, tensors: dict[str, Tensor], word: str) -> None:
+    """Masks alone, two kinds of inputs, ids that are no integers, other numbers of samples, unknown names."""
+    content = save({**tensors, "labels": torch.arange(N) % N_CLASSES})
+    assert word in problem(service.post("/v1/probes", {"name": "a"}, content), 422, "invalid-file")["detail"]
+
+
+def test_preprocessing_of_ids_is_refused(service: Service) -> None:
+    """Numbers to scale pixels with mean nothing for texts."""
+    content = save({**models.texts(N), "labels": torch.arange(N) % N_CLASSES})
+    problem(service.post("/v1/probes", {"name": "a", "preprocess": {"scale": 0.5}}, content), 422, "invalid-request")

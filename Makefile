@@ -4,6 +4,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 ARGS   ?=
+# Most tests wait for processes: two at a time keep two cores busy. A file's tests stay together, as they share services.
+TESTS  ?= -n 2 --dist loadfile
 
 .PHONY: setup demo phenomena test bench check format lock clean
 .DEFAULT_GOAL := setup
@@ -26,7 +28,7 @@ phenomena: setup
 	  $(BIN)/python -m examples.$$example --output docs/phenomena || exit; done
 
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(TESTS) $(ARGS)
 
 # Never part of the tests. ARGS: --device cuda, --threads 2, --output FILE.
 bench: setup

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -81,6 +81,16 @@ class TensorFile:
         )
 
 
+@dataclass(frozen=True)
+class Header:
+    """What a safetensors file says of itself; `spans` are the tensors' bytes, counted from `data_start`."""
+
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+    spans: dict[str, tuple[int, int]]
+    data_start: int
+
+
 def inspect_safetensors(path: Path) -> TensorFile:
     """Check a safetensors file as a whole and say what it holds; no tensor's bytes are read.
 
@@ -88,13 +98,14 @@ def inspect_safetensors(path: Path) -> TensorFile:
         InvalidFile: it is not safetensors, is cut short, or its header breaks a limit.
     """
     _refuse_pickles(path)
-    tensors, metadata = _read_header(path)
+    with path.open("rb") as opened:
+        header = read_header(opened, path.stat().st_size)
     try:
         with safe_open(path, framework="np") as file:
             file.keys()
     except (SafetensorError, OSError, ValueError) as error:
         raise InvalidFile(f"The file is not complete, valid safetensors: {error}.") from None
-    return TensorFile("safetensors", tensors, metadata)
+    return TensorFile("safetensors", header.tensors, header.metadata)
 
 
 def _refuse_pickles(path: Path) -> None:
@@ -110,24 +121,31 @@ def _refuse_pickles(path: Path) -> None:
         )
 
 
-def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    size_bytes = path.stat().st_size
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        if len(prefix) < 8:
-            raise InvalidFile(f"The file is not safetensors: it has {size_bytes} bytes, not even a header's length.")
-        header_bytes = int.from_bytes(prefix, "little")
-        if header_bytes > MAX_HEADER_BYTES:
-            raise InvalidFile(
-                f"The file is not safetensors that this service accepts: its first eight bytes announce a header of "
-                f"{header_bytes} bytes; at most {MAX_HEADER_BYTES} are allowed."
-            )
-        if header_bytes + 8 > size_bytes:
-            raise InvalidFile(
-                f"The file is not complete safetensors: a header of {header_bytes} bytes is announced, "
-                f"{size_bytes - 8} follow."
-            )
-        raw = file.read(header_bytes)
+def read_header(file: BinaryIO, size_bytes: int) -> Header:
+    """The header at the start of a safetensors file, checked against the limits.
+
+    Args:
+        file: at its start; read up to where the tensors' data begin.
+        size_bytes: of the whole file.
+
+    Raises:
+        InvalidFile: it is no header of safetensors, is cut short, or breaks a limit.
+    """
+    prefix = file.read(8)
+    if len(prefix) < 8:
+        raise InvalidFile(f"The file is not safetensors: it has {size_bytes} bytes, not even a header's length.")
+    header_bytes = int.from_bytes(prefix, "little")
+    if header_bytes > MAX_HEADER_BYTES:
+        raise InvalidFile(
+            f"The file is not safetensors that this service accepts: its first eight bytes announce a header of "
+            f"{header_bytes} bytes; at most {MAX_HEADER_BYTES} are allowed."
+        )
+    if header_bytes + 8 > size_bytes:
+        raise InvalidFile(
+            f"The file is not complete safetensors: a header of {header_bytes} bytes is announced, "
+            f"{size_bytes - 8} follow."
+        )
+    raw = file.read(header_bytes)
     if not raw.startswith(b"{"):
         raise InvalidFile("The file is not safetensors: its header does not start with '{'.")
     try:
@@ -140,7 +158,9 @@ def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         raise InvalidFile("The header's __metadata__ must map strings to strings.")
     if len(header) > MAX_TENSORS:
         raise InvalidFile(f"The file announces {len(header)} tensors; at most {MAX_TENSORS} are allowed.")
-    return {name: _tensor_info(name, entry) for name, entry in header.items()}, metadata
+    tensors = {name: _tensor_info(name, entry) for name, entry in header.items()}
+    spans = {name: (entry["data_offsets"][0], entry["data_offsets"][1]) for name, entry in header.items()}
+    return Header(tensors, metadata, spans, 8 + header_bytes)
 
 
 def _object_reader() -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:

@@ -1,0 +1,291 @@
+"""A Hugging Face folder in a zip or a tar: what describes the network, and its weights in one file or in shards.
+
+Nothing is unpacked under a name that the archive chose. The weights are written anew, as one safetensors file that
+holds the tensors of all shards: that is what the service keeps, so everything behind this module knows one form.
+"""
+
+import json
+import struct
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, Protocol, cast
+
+from app import tensorfile
+from app.errors import InvalidFile
+from app.tensorfile import Header
+
+MAX_MEMBERS = 10_000
+# Descriptions are read whole; an index names every tensor.
+_MAX_JSON_BYTES = 32 * 2**20
+_COPY_BYTES = 2**20
+_BROKEN = (
+    tarfile.TarError, zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, RuntimeError, NotImplementedError,
+    struct.error, KeyError,
+)  # fmt: skip
+
+
+class Written(Protocol):
+    """What weights are written to."""
+
+    def write(self, data: bytes, /) -> object: ...
+
+
+@dataclass(frozen=True)
+class Member:
+    """A file of the archive: its size in bytes, and how to open it."""
+
+    size: int
+    open: Callable[[], BinaryIO]
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The files of a folder that matter here.
+
+    Attributes:
+        config: config.json, where there is one.
+        preprocessor: preprocessor_config.json, likewise.
+        tokenizer: tokenizer.json, likewise.
+        shards: safetensors files by name, in the order in which their tensors will stand.
+        weight_map: which shard the index puts each tensor into; None without an index.
+    """
+
+    config: dict[str, Any] | None
+    preprocessor: dict[str, Any] | None
+    tokenizer: dict[str, Any] | None
+    shards: dict[str, Member]
+    weight_map: dict[str, str] | None
+
+
+def is_archive(path: Path) -> bool:
+    """Whether the file is a zip or a tar, plain or compressed; a file of torch.save, a zip too, is none."""
+    with path.open("rb") as file:
+        start = file.read(8)
+    if start[:4] == b"PK\x03\x04":
+        try:
+            with zipfile.ZipFile(path) as archive:
+                return not any(name.endswith("/data.pkl") for name in archive.namelist()[:100])
+        except _BROKEN:
+            return False
+    # A safetensors header's length is never so large that it begins like one of these.
+    return start[:2] == b"\x1f\x8b" or start[:3] == b"BZh" or start[:6] == b"\xfd7zXZ\x00" or tarfile.is_tarfile(path)
+
+
+@contextmanager
+def open_folder(path: Path, *, max_bytes: int) -> Iterator[Folder]:
+    """Look into an archive; members can be read inside the block.
+
+    Args:
+        path: what `is_archive` has passed.
+        max_bytes: of all members together, unpacked.
+
+    Raises:
+        InvalidFile: a member climbs out or is a link, there are too many or too large ones, no weights, shards that
+            the index names and that are missing, or the archive is broken.
+    """
+    with ExitStack() as stack:
+        try:
+            opened = _zip_members if zipfile.is_zipfile(path) else _tar_members
+            folder = _folder(_collected(opened(path, stack), max_bytes))
+        except _BROKEN as error:
+            raise InvalidFile(f"The archive cannot be read: {_words(error)}.") from None
+        yield folder
+
+
+def write_weights(folder: Folder, target: Written) -> None:
+    """Write the tensors of all shards as one safetensors file.
+
+    Raises:
+        InvalidFile: a shard is broken, two hold one name, or the index and the shards do not agree.
+    """
+    headers = {name: _shard(name, member) for name, member in folder.shards.items()}
+    _check_index(folder, headers)
+    merged: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, header in headers.items():
+        if twice := sorted(set(header.tensors) & set(merged)):
+            raise InvalidFile(f"Two shards hold the tensor {twice[0]!r}; the second is {name!r}.", tensor=twice[0])
+        for tensor, info in header.tensors.items():
+            span = [offset + end for end in header.spans[tensor]]
+            merged[tensor] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": span}
+        offset += folder.shards[name].size - header.data_start
+    text = json.dumps(merged, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    target.write(len(text).to_bytes(8, "little") + text)
+    for name, member in folder.shards.items():
+        _copy(name, member, headers[name].data_start, target)
+
+
+def _shard(name: str, member: Member) -> Header:
+    try:
+        with member.open() as file:
+            header = tensorfile.read_header(file, member.size)
+    except InvalidFile as error:
+        raise InvalidFile(f"In {name!r}: {error.detail}", file=name) from None
+    except _BROKEN as error:
+        raise InvalidFile(f"{name!r} in the archive cannot be read: {_words(error)}.", file=name) from None
+    data_bytes = member.size - header.data_start
+    if any(not 0 <= begin <= end <= data_bytes for begin, end in header.spans.values()):
+        raise InvalidFile(
+            f"{name!r} is cut short: a tensor would end beyond its {data_bytes} bytes of data.", file=name
+        )
+    return header
+
+
+def _copy(name: str, member: Member, start: int, target: Written) -> None:
+    left = member.size - start
+    try:
+        with member.open() as file:
+            _skip(file, start)
+            while left and (chunk := file.read(min(_COPY_BYTES, left))):
+                target.write(chunk)
+                left -= len(chunk)
+    except _BROKEN as error:
+        raise InvalidFile(f"{name!r} in the archive cannot be read: {_words(error)}.", file=name) from None
+    if left:
+        raise InvalidFile(f"{name!r} in the archive ends {left} bytes early.", file=name)
+
+
+def _skip(file: BinaryIO, n_bytes: int) -> None:
+    while n_bytes and (chunk := file.read(min(_COPY_BYTES, n_bytes))):
+        n_bytes -= len(chunk)
+
+
+def _check_index(folder: Folder, headers: Mapping[str, Header]) -> None:
+    if folder.weight_map is None:
+        return
+    wrong = sorted(tensor for tensor, shard in folder.weight_map.items() if tensor not in headers[shard].tensors)
+    if wrong:
+        raise InvalidFile(
+            f"The index names {len(wrong)} tensors that are not in the shard it gives for them, first {wrong[0]!r}.",
+            missing=wrong[:20],
+        )
+
+
+def _folder(members: Mapping[PurePosixPath, Member]) -> Folder:
+    weights = [path for path in members if path.suffix == ".safetensors"]
+    if not weights:
+        pickled = sorted(str(path) for path in members if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        advice = "; of " + pickled[0] + " it opens none: interplay convert FILE -o OUT.safetensors" if pickled else ""
+        raise InvalidFile(f"The archive holds no safetensors file{advice}.", members=sorted(map(str, members))[:20])
+    configs = [path for path in members if path.name == "config.json"]
+    # The outermost folder that describes a network; copies of others may lie below it.
+    root = min(configs or weights, key=lambda path: (len(path.parts), path)).parent
+    inside = {path.name: member for path, member in members.items() if path.parent == root}
+    index = next((name for name in sorted(inside) if name.endswith(".safetensors.index.json")), None)
+    weight_map = None if index is None else _weight_map(index, inside[index])
+    if weight_map is not None:
+        names = sorted(set(weight_map.values()))
+        if absent := [name for name in names if name not in inside]:
+            raise InvalidFile(
+                f"The index names {len(absent)} shards that the archive does not hold, first {absent[0]!r}.",
+                missing=absent[:20],
+            )
+    else:
+        names = [name for name in sorted(inside) if name.endswith(".safetensors")]
+        # Libraries save one file under this name; others beside it are other things, such as an optimizer's state.
+        names = ["model.safetensors"] if "model.safetensors" in names else names
+        if len(names) != 1:
+            raise InvalidFile(
+                f"The archive's folder holds {len(names)} safetensors files and no model.safetensors.index.json that "
+                "says how they belong together.",
+                files=names[:20],
+            )
+    return Folder(
+        config=_json(inside, "config.json"),
+        preprocessor=_json(inside, "preprocessor_config.json"),
+        tokenizer=_json(inside, "tokenizer.json"),
+        shards={name: inside[name] for name in names},
+        weight_map=weight_map,
+    )
+
+
+def _weight_map(name: str, member: Member) -> dict[str, str]:
+    index = _json({name: member}, name)
+    weight_map = None if index is None else index.get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise InvalidFile(f"{name!r} has no weight_map from tensors to files.")
+    if len(weight_map) > tensorfile.MAX_TENSORS:
+        raise InvalidFile(f"{name!r} names {len(weight_map)} tensors; at most {tensorfile.MAX_TENSORS} are allowed.")
+    return weight_map
+
+
+def _json(members: Mapping[str, Member], name: str) -> dict[str, Any] | None:
+    if name not in members:
+        return None
+    member = members[name]
+    if member.size > _MAX_JSON_BYTES:
+        raise InvalidFile(f"{name!r} has {member.size} bytes; at most {_MAX_JSON_BYTES} are read.")
+    with member.open() as file:
+        text = file.read(_MAX_JSON_BYTES)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        raise InvalidFile(f"{name!r} in the archive is not JSON.") from None
+    if not isinstance(value, dict):
+        raise InvalidFile(f"{name!r} in the archive is not a JSON object.")
+    return value
+
+
+def _zip_members(path: Path, stack: ExitStack) -> Iterator[tuple[str, Member]]:
+    archive = stack.enter_context(zipfile.ZipFile(path))
+    for info in archive.infolist():
+        # The upper half of a zip's external attributes is the file's mode on Unix; 0xA000 is a link.
+        if (info.external_attr >> 16) & 0xF000 == 0xA000:
+            raise _refused(info.filename, "is a link")
+        if not info.is_dir():
+            yield info.filename, Member(info.file_size, partial(_opened_zip, archive, info))
+
+
+def _opened_zip(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> BinaryIO:
+    return cast(BinaryIO, archive.open(info))
+
+
+def _tar_members(path: Path, stack: ExitStack) -> Iterator[tuple[str, Member]]:
+    archive = stack.enter_context(tarfile.open(path))  # noqa: SIM115
+    for info in archive:
+        if info.issym() or info.islnk():
+            raise _refused(info.name, "is a link")
+        if info.isfile():
+            yield info.name, Member(info.size, partial(_opened_tar, archive, info))
+        elif not info.isdir():
+            raise _refused(info.name, "is neither a file nor a folder")
+
+
+def _opened_tar(archive: tarfile.TarFile, info: tarfile.TarInfo) -> BinaryIO:
+    file = archive.extractfile(info)
+    assert file is not None, "it is a file"
+    return cast(BinaryIO, file)
+
+
+def _collected(members: Iterable[tuple[str, Member]], max_bytes: int) -> dict[PurePosixPath, Member]:
+    """By path; counted as they come, so that a bomb is noticed before its list is whole."""
+    found: dict[PurePosixPath, Member] = {}
+    unpacked = 0
+    for name, member in members:
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or "\\" in name or not name.isprintable():
+            raise _refused(name, "leads out of the archive or is no plain path")
+        if path in found:
+            raise _refused(name, "is there twice")
+        found[path] = member
+        unpacked += member.size
+        if len(found) > MAX_MEMBERS:
+            raise InvalidFile(f"The archive has more than {MAX_MEMBERS} members.")
+        if unpacked > max_bytes:
+            raise InvalidFile(f"The archive would unpack to more than {max_bytes} bytes.", limit_bytes=max_bytes)
+    return found
+
+
+def _refused(name: str, why: str) -> InvalidFile:
+    return InvalidFile(f"The archive's member {name[:200]!r} {why}.", member=name[:200])
+
+
+def _words(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300].rstrip(".")

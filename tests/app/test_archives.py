@@ -1,0 +1,228 @@
+"""Hugging Face folders in archives: whole weights out of shards, and what is not let in."""
+
+import io
+import json
+import tarfile
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save
+
+from app import tensorfile
+from app.archives import is_archive, open_folder, write_weights
+from app.errors import InvalidFile
+
+LIMIT = 2**24
+Files = Mapping[str, bytes]
+Packer = Callable[[Files, Path], Path]
+
+
+def tarred(files: Files, path: Path, mode: str = "w") -> Path:
+    """The files as a tar."""
+    with tarfile.open(path, mode) as archive:  # type: ignore[call-overload]
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return path
+
+
+def gzipped(files: Files, path: Path) -> Path:
+    """The files as a compressed tar."""
+    return tarred(files, path, "w:gz")
+
+
+def zipped(files: Files, path: Path) -> Path:
+    """The files as a compressed zip."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return path
+
+
+def sharded() -> tuple[dict[str, bytes], dict[str, torch.Tensor]]:
+    """A folder of two shards of several types, its index and descriptions, and all tensors."""
+    generator = torch.Generator().manual_seed(0)
+    first = {"a.weight": torch.randn(7, 5, generator=generator), "a.bias": torch.randn(7, generator=generator).half()}
+    second = {
+        "b.weight": torch.randn(3, 7, generator=generator).bfloat16(),
+        "b.steps": torch.tensor([3, 4]),
+        "b.scale": torch.tensor(2.0),
+    }
+    names = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    weight_map = dict.fromkeys(first, names[0]) | dict.fromkeys(second, names[1])
+    files = {
+        "net/README.md": b"hello",
+        "net/config.json": json.dumps({"model_type": "vit"}).encode(),
+        "net/preprocessor_config.json": b'{"do_resize": true}',
+        "net/model.safetensors.index.json": json.dumps({"metadata": {}, "weight_map": weight_map}).encode(),
+        f"net/{names[0]}": save(first),
+        f"net/{names[1]}": save(second),
+        "net/checkpoints/old/config.json": b'{"model_type": "other"}',
+    }
+    return files, {**first, **second}
+
+
+def merged(path: Path, target: Path) -> Path:
+    """The weights of an archive, written anew."""
+    assert is_archive(path)
+    with open_folder(path, max_bytes=LIMIT) as folder, target.open("wb") as file:
+        write_weights(folder, file)
+    return target
+
+
+@pytest.mark.parametrize("pack", [tarred, gzipped, zipped])
+def test_shards_become_one_file(tmp_path: Path, pack: Packer) -> None:
+    """Every tensor bit for bit, whatever the archive; the same weights give the same file."""
+    files, tensors = sharded()
+    out = merged(pack(files, tmp_path / "net"), tmp_path / "out.safetensors")
+    assert tensorfile.inspect_safetensors(out).tensors.keys() == tensors.keys()
+    written = load_file(out)
+    for name, tensor in tensors.items():
+        assert written[name].dtype == tensor.dtype
+        assert torch.equal(written[name], tensor)
+    again = merged(tarred(dict(reversed(files.items())), tmp_path / "other"), tmp_path / "again.safetensors")
+    assert again.read_bytes() == out.read_bytes()
+
+
+def test_descriptions_are_those_of_the_outermost_folder(tmp_path: Path) -> None:
+    """A copy of another network further in is not taken for it."""
+    with open_folder(tarred(sharded()[0], tmp_path / "x.tar"), max_bytes=LIMIT) as folder:
+        assert folder.config == {"model_type": "vit"}
+        assert folder.preprocessor == {"do_resize": True}
+        assert folder.tokenizer is None
+
+
+def test_one_file_needs_no_index(tmp_path: Path) -> None:
+    """`model.safetensors` is the network, also beside an optimizer's; its bytes of data are kept as they are."""
+    files = {"config.json": b"{}", "model.safetensors": save({"w": torch.ones(3)}), "optimizer.safetensors": b"x"}
+    out = merged(zipped(files, tmp_path / "x.zip"), tmp_path / "out.safetensors")
+    with safe_open(out, framework="np") as file:
+        assert np.array_equal(file.get_tensor("w"), np.ones(3, dtype=np.float32))
+
+
+def without(name: str) -> Files:
+    """The folder lacks a file."""
+    files, _ = sharded()
+    return {key: content for key, content in files.items() if not key.endswith(name)}
+
+
+def changed(name: str, content: bytes) -> Files:
+    """A file of the folder holds something else."""
+    files, _ = sharded()
+    return {**files, f"net/{name}": content}
+
+
+def cut(name: str, left: int) -> Files:
+    """A file of the folder ends early."""
+    files, _ = sharded()
+    return {**files, f"net/{name}": files[f"net/{name}"][:left]}
+
+
+SECOND = "model-00002-of-00002.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("files", "words", "members"),
+    [
+        (without(SECOND), "1 shards that the archive does not hold", {"missing": [SECOND]}),
+        (without(".index.json"), "2 safetensors files and no", {}),
+        (without("safetensors"), "no safetensors file", {}),
+        (changed("model.safetensors.index.json", b"[]"), "not a JSON object", {}),
+        (changed("model.safetensors.index.json", b"{}"), "no weight_map", {}),
+        (changed("config.json", b"{"), "not JSON", {}),
+        (changed(SECOND, save({"b.weight": torch.ones(1)})), "2 tensors that are not in the shard", {}),
+        (
+            changed(
+                SECOND,
+                save({"a.bias": torch.ones(1), **{n: torch.ones(1) for n in ("b.weight", "b.steps", "b.scale")}}),
+            ),
+            "Two shards hold the tensor 'a.bias'",
+            {"tensor": "a.bias"},
+        ),
+        (cut(SECOND, 40), "a header of", {"file": SECOND}),
+        (cut(SECOND, -10), "cut short", {"file": SECOND}),
+        (changed(SECOND, b"nonsense" * 9), SECOND, {"file": SECOND}),
+        ({"pytorch_model.bin": b"x", "config.json": b"{}"}, "interplay convert", {}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+@pytest.mark.parametrize("pack", [tarred, zipped])
+def test_what_does_not_fit_together_is_named(
+    tmp_path: Path, files: Files, words: str, members: dict[str, Any], pack: Packer
+) -> None:
+    """Shards that are missing, doubled, cut or of another network; descriptions that are none."""
+    with pytest.raises(InvalidFile) as caught:
+        merged(pack(files, tmp_path / "x"), tmp_path / "out")
+    assert words in caught.value.detail
+    assert members.items() <= caught.value.members.items()
+
+
+@pytest.mark.parametrize(
+    "name", ["../evil.safetensors", "/etc/evil.safetensors", "a/../../b.safetensors", "a\\b", "a\nb"]
+)
+@pytest.mark.parametrize("pack", [tarred, zipped])
+def test_paths_that_climb_out_are_refused(tmp_path: Path, name: str, pack: Packer) -> None:
+    """Also beside a good folder, and by name."""
+    with pytest.raises(InvalidFile, match="leads out of the archive") as caught:
+        merged(pack({**sharded()[0], name: b"x"}, tmp_path / "x"), tmp_path / "out")
+    assert caught.value.members["member"] == name
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE])
+def test_links_and_devices_in_a_tar_are_refused(tmp_path: Path, kind: bytes) -> None:
+    """Whatever they point at."""
+    path = tarred(sharded()[0], tmp_path / "x.tar")
+    with tarfile.open(path, "a") as archive:
+        info = tarfile.TarInfo("net/model.safetensors")
+        info.type, info.linkname = kind, "/etc/passwd"
+        archive.addfile(info)
+    with pytest.raises(InvalidFile, match=r"is a link|neither a file nor a folder"):
+        merged(path, tmp_path / "out")
+
+
+def test_links_in_a_zip_are_refused(tmp_path: Path) -> None:
+    """A zip tells them by the mode of a file on Unix."""
+    path = zipped(sharded()[0], tmp_path / "x.zip")
+    with zipfile.ZipFile(path, "a") as archive:
+        info = zipfile.ZipInfo("net/model.safetensors")
+        info.external_attr = 0o120777 << 16
+        archive.writestr(info, "/etc/passwd")
+    with pytest.raises(InvalidFile, match="is a link"):
+        merged(path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("pack", [gzipped, zipped])
+def test_bombs_are_refused_before_they_unpack(tmp_path: Path, pack: Packer) -> None:
+    """64 MiB of zeros in a few kilobytes."""
+    path = pack({**sharded()[0], "net/zeros": bytes(2**26)}, tmp_path / "x")
+    assert path.stat().st_size < 2**20
+    with pytest.raises(InvalidFile, match="would unpack to more than"):
+        merged(path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("pack", [tarred, gzipped, zipped])
+def test_archives_that_are_cut_are_refused(tmp_path: Path, pack: Packer) -> None:
+    """Wherever they end, one kind of error or another kind of file."""
+    whole = pack(sharded()[0], tmp_path / "x").read_bytes()
+    for share in (0.1, 0.3, 0.5):  # the rest of the tar holds nothing that is needed
+        (path := tmp_path / "cut").write_bytes(whole[: int(len(whole) * share)])
+        if is_archive(path):
+            with pytest.raises(InvalidFile):
+                merged(path, tmp_path / "out")
+
+
+def test_other_files_are_no_archives(tmp_path: Path) -> None:
+    """Safetensors of any header, a file of torch.save, nothing at all."""
+    (path := tmp_path / "x").write_bytes(save({"w": torch.ones(3)}))
+    assert not is_archive(path)
+    path.write_bytes(b"")
+    assert not is_archive(path)
+    torch.save({"w": torch.ones(3)}, path)
+    assert not is_archive(path)

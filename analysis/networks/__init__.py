@@ -13,7 +13,7 @@ of a file into the network's, and `ignored_names(network)`, which names of a fil
 import importlib
 import importlib.util
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,7 +103,13 @@ def expected_tensors(architecture: Mapping[str, Any]) -> dict[str, tuple[int, ..
 
 
 def load_network(
-    architecture: Mapping[str, Any], path: Path, *, head: str | None, device: torch.device | str
+    architecture: Mapping[str, Any],
+    path: Path,
+    *,
+    head: str | None,
+    device: torch.device | str,
+    prefix: str = "",
+    ignored: Collection[str] = (),
 ) -> LoadedNetwork:
     """Build the described network and fill it from a safetensors file.
 
@@ -113,6 +119,9 @@ def load_network(
             it. `num_batches_tracked` may be missing, and so may all but one of the names of a shared tensor.
         head: module name of the classification head, a linear module. Default: the family's own.
         device: where the network goes.
+        prefix: what stands before every name of the file, such as `module.`; it is taken off, unless the network's own
+            names begin so.
+        ignored: names of tensors of the file that are no weights, such as an optimizer's.
 
     Returns:
         The network in evaluation mode and its head.
@@ -130,7 +139,8 @@ def load_network(
         with safe_open(path, framework="pt", device="cpu") as file:
             template, bounds = _build_on_meta(architecture, len(file.keys()))
             head_name = _head_name(template, architecture, head)
-            stored = _compare(template, _family(architecture), file)
+            plain = _plain_names(template, file.keys(), prefix, ignored)
+            stored = _compare(template, _family(architecture), file, plain)
             bounds.check_largest({name: tuple(tensor.shape) for name, tensor in template.state_dict().items()})
             tensors = _read(template.state_dict(), stored, file, torch.device(device))
     except torch.OutOfMemoryError as error:
@@ -249,16 +259,29 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear)
 
 
-def _compare(network: nn.Module, family: ModuleType, file: Any) -> dict[str, str]:
+def _plain_names(network: nn.Module, names: Collection[str], prefix: str, ignored: Collection[str]) -> dict[str, str]:
+    """The file's name of each of its weights by what it is without a training's wrappers."""
+    own = any(name.startswith(prefix) for name in network.state_dict())
+    left_out = set(ignored)
+    return {name if own else name.removeprefix(prefix): name for name in sorted(names) if name not in left_out}
+
+
+def _compare(network: nn.Module, family: ModuleType, file: Any, plain: Mapping[str, str]) -> dict[str, str]:
     """Names, shapes and kinds of number of a file's header against the network's, before any tensor is read.
+
+    Args:
+        network: on the meta device.
+        family: of the network.
+        file: opened.
+        plain: the file's names of what takes part, by plainer names.
 
     Returns:
         The file's name of each of the network's tensors that it holds, by the network's own name.
     """
     wanted = network.state_dict()
     rename: Callable[[str], str] = family.stored_names(network) if hasattr(family, "stored_names") else str
-    stored = {rename(name): name for name in sorted(file.keys())}
-    found, ignored = set(file.keys()), _ignored(network, family)
+    stored = {rename(name): full for name, full in plain.items()}
+    ignored = _ignored(network, family)
     # Of names that share one tensor a file may hold any.
     tied = _tied_names(network)
     for name, first in tied.items():
@@ -269,7 +292,7 @@ def _compare(network: nn.Module, family: ModuleType, file: Any) -> dict[str, str
             stored.setdefault(name, stored[first])
     missing = [name for name in wanted if name not in stored and not name.endswith(_BATCH_COUNTER)]
     used = {stored[name] for name in wanted if name in stored}
-    unexpected = sorted(name for name in found - used if not ignored(name))
+    unexpected = sorted(full for name, full in plain.items() if full not in used and not ignored(name))
     misshaped, mistyped = [], []
     for name, tensor in wanted.items():
         if name not in stored:
@@ -280,12 +303,17 @@ def _compare(network: nn.Module, family: ModuleType, file: Any) -> dict[str, str
             misshaped.append({"name": name, "expected": list(tensor.shape), "found": shape})
         if dtype not in _allowed(name, tensor):
             mistyped.append({"name": name, "expected": str(tensor.dtype).removeprefix("torch."), "found": dtype})
-    lists = {"missing": missing, "unexpected": unexpected, "misshaped": misshaped, "mistyped": mistyped}
+    lists: dict[str, list[Any]] = {
+        "missing": missing,
+        "unexpected": unexpected,
+        "misshaped": misshaped,
+        "mistyped": mistyped,
+    }
     if any(lists.values()):
         counts = ", ".join(f"{len(entries)} {what}" for what, entries in lists.items() if entries)
         raise AnalysisError(
             "checkpoint-mismatch",
-            f"Of the {len(wanted)} tensors of the architecture and the {len(found)} of the file: {counts}.",
+            f"Of the {len(wanted)} tensors of the architecture and the {len(plain)} of the file: {counts}.",
             **{what: entries[:_MAX_LISTED] for what, entries in lists.items()},
             **{f"n_{what}": len(entries) for what, entries in lists.items()},
         )

@@ -205,8 +205,16 @@ class Torchvision(_Described):
     args: Annotated[dict[str, Any], AfterValidator(_plain), _without(FORBIDDEN_IN_TORCHVISION)] = {}
 
 
+class Custom(_Described):
+    """A network of the operator's own, which a package on the worker declares under `interplay.networks`."""
+
+    family: Literal["custom"]
+    name: RegistryName
+    args: Annotated[dict[str, Any], AfterValidator(_plain)] = {}
+
+
 Builtin = Annotated[Mlp | Cnn | Resnet | WideResnet, Field(discriminator="name")]
-Architecture = Annotated[Builtin | Transformers | Timm | Torchvision, Field(discriminator="family")]
+Architecture = Annotated[Builtin | Transformers | Timm | Torchvision | Custom, Field(discriminator="family")]
 _adapter: TypeAdapter[Any] = TypeAdapter(Architecture)
 
 

@@ -26,14 +26,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from analysis.errors import AnalysisError
+from analysis.networks import custom
 from analysis.networks.building import Bounded, ConstantsOnCpu, WithoutInitialisation
 
-# The module of each family; for all but the first, also the name of the package it needs and of the extra that has it.
+# The module of each family; of those that a library makes, also the name of its package and of the extra that has it.
 FAMILIES: Mapping[str, str] = {
     "builtin": "analysis.networks.builtin",
     "transformers": "analysis.networks.transformers",
     "timm": "analysis.networks.timm",
     "torchvision": "analysis.networks.torchvision",
+    "custom": "analysis.networks.custom",
 }
 
 # A file's header has no more tensors than this.
@@ -70,7 +72,8 @@ class LoadedNetwork:
 
 def available_families() -> list[str]:
     """The families whose packages are installed here; none is imported."""
-    return [name for name in FAMILIES if name == "builtin" or importlib.util.find_spec(name) is not None]
+    here = {"builtin": True, "custom": bool(custom.names())}
+    return [name for name in FAMILIES if here.get(name) or (name not in here and importlib.util.find_spec(name))]
 
 
 def build(

@@ -200,3 +200,9 @@ def take_one_tensor(network: nn.Module) -> nn.Module:
 def name_of(network: nn.Module, module: nn.Module) -> str | None:
     """The name of a module within a network."""
     return next((name for name, found in network.named_modules() if found is module), None)
+
+
+def last_linear(network: nn.Module) -> str | None:
+    """The module name of the last linear module, in the order in which they were made; None where there is none."""
+    names = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+    return names[-1] if names else None

@@ -6,7 +6,7 @@ from typing import Any
 import torchvision
 from torch import nn
 
-from analysis.networks.building import check_plain, refused, require_classes, take_one_tensor
+from analysis.networks.building import check_plain, last_linear, refused, require_classes, take_one_tensor
 
 #: Arguments that would fetch weights or say how to.
 FORBIDDEN = ("pretrained", "pretrained_backbone", "progress", "weights", "weights_backbone")
@@ -35,5 +35,4 @@ def create(description: Mapping[str, Any]) -> nn.Module:
 
 def head(network: nn.Module, description: Mapping[str, Any]) -> str | None:
     """The last linear module, which torchvision's classifiers end with; None where there is none."""
-    names = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
-    return names[-1] if names else None
+    return last_linear(network)

@@ -6,6 +6,7 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from jaxtyping import Int32, UInt8
 from tokenizers import Tokenizer
@@ -95,8 +96,8 @@ def tokenise(
     return Tokens(torch.from_numpy(input_ids), torch.from_numpy(attention_mask), length, pad_id, n_truncated)
 
 
-def _encode(tokenizer: Tokenizer, texts: Iterable[str]) -> tuple[list[np.ndarray[Any, Any]], int]:
-    ids: list[np.ndarray[Any, Any]] = []
+def _encode(tokenizer: Tokenizer, texts: Iterable[str]) -> tuple[list[npt.NDArray[np.int32]], int]:
+    ids: list[npt.NDArray[np.int32]] = []
     n_truncated, remaining = 0, iter(texts)
     while chunk := list(islice(remaining, _TEXTS_AT_A_TIME)):
         for encoding in tokenizer.encode_batch(chunk):

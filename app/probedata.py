@@ -121,6 +121,12 @@ def _inputs(file: tensorfile.TensorFile, preprocess: schemas.Preprocess | None) 
 
 
 def _check_preprocess(preprocess: schemas.Preprocess | None, size: int) -> None:
+    of_images = [name for name in ("resize", "crop", "colour") if getattr(preprocess, name, None) is not None]
+    if of_images:
+        raise InvalidRequest(
+            f"preprocess.{of_images[0]} is for images in files (Parquet, a zip of class folders); the file holds "
+            "tensors, which are taken as they are."
+        )
     for name in ("mean", "std") if preprocess else ():
         values = getattr(preprocess, name)
         if isinstance(values, list) and len(values) != size:

@@ -20,7 +20,7 @@ def zipped_folder(folder: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="interplay-") as place:
         archive_path = Path(place) / "folder.zip"
         with zipfile.ZipFile(archive_path, "w", zipfile.ZIP_STORED, strict_timestamps=False) as archive:
-            seen: set[Path] = set()
+            seen = {folder.resolve()}
             for root, folders, files in os.walk(folder, followlinks=True):
                 # A link to a folder above would never end.
                 folders[:] = sorted(name for name in folders if _is_new(Path(root, name), seen))

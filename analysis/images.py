@@ -36,6 +36,8 @@ _BROKEN_IMAGE = (
 )  # fmt: skip
 # One byte a channel holds no more: converted, such pixels would be cut off at 255.
 _DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
+# Small batches take turns of their own length; so many images even them out.
+_AHEAD = 64
 _FILTERS = {
     "nearest": Image.Resampling.NEAREST,
     "box": Image.Resampling.BOX,
@@ -69,7 +71,7 @@ class Images:
     def batches(self, batch_size: int) -> Iterator[UInt8[Tensor, "b c h w"]]:
         """The images in order, as grey levels.
 
-        While a batch is out, the next one is decoded: at most two batches are held.
+        While a batch is out, the next ones are decoded: one, or as many as have 64 images.
 
         Raises:
             AnalysisError: `invalid-probe` for an image that is broken, too large, or of another size, by its row.
@@ -77,6 +79,7 @@ class Images:
         sizes = [min(batch_size, len(self.rows) - start) for start in range(0, len(self.rows), batch_size)]
         files = zip(self.rows, self.read(self.rows), strict=True)
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
+        n_ahead = max(1, -(-_AHEAD // batch_size))
         ahead: deque[tuple[npt.NDArray[np.uint8], list[Future[None]]]] = deque()
         try:
             for size in sizes:
@@ -86,7 +89,7 @@ class Images:
                     for place, (row, (name, content)) in zip(batch, files, strict=False)
                 ]
                 ahead.append((batch, futures))
-                if len(ahead) == 2:
+                if len(ahead) > n_ahead:
                     yield _done(*ahead.popleft())
             while ahead:
                 yield _done(*ahead.popleft())

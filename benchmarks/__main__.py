@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import losses, paths, spectra
+from benchmarks import decoding, losses, paths, spectra
 
-PARTS = {"spectra": spectra, "losses": losses, "paths": paths}
+PARTS = {"spectra": spectra, "losses": losses, "paths": paths, "decoding": decoding}
 
 
 def main() -> None:

@@ -144,8 +144,8 @@ def test_prepared_images_are_the_same(most_bytes: int) -> None:
 
 
 def test_what_is_decoded_ahead_is_bounded() -> None:
-    """While one batch is out, one more has been read and no third."""
-    contents = [encoded(picture(seed, 8, 8)) for seed in range(30)]
+    """While one batch is out, one more has been read, of small batches as many as have 64 images, and no other."""
+    contents = [encoded(picture(seed % 9, 8, 8)) for seed in range(300)]
     read_rows: list[int] = []
 
     def read(rows: Sequence[int]) -> Iterator[tuple[str, bytes]]:
@@ -153,12 +153,18 @@ def test_what_is_decoded_ahead_is_bounded() -> None:
             read_rows.append(row)
             yield "", contents[row]
 
-    images = open_images(read, range(30), None, most_pixels=MOST, threads=2)
+    images = open_images(read, range(300), None, most_pixels=MOST, threads=2)
+    read_rows.clear()
+    large = images.batches(70)
+    for number in range(1, 4):
+        next(large)
+        assert len(read_rows) == 70 * (number + 1)
+    large.close()  # type: ignore[attr-defined]
     read_rows.clear()
     batches = images.batches(5)
     for number in range(1, 5):
         next(batches)
-        assert len(read_rows) == 5 * (number + 1)
+        assert len(read_rows) == 5 * (number + 13)
     threads = threading.active_count()
     batches.close()  # type: ignore[attr-defined]
     deadline = time.monotonic() + 5

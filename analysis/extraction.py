@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from analysis.entropy import check_finite
 from analysis.errors import AnalysisError
+from analysis.images import Images
 from analysis.networks import LoadedNetwork
 from analysis.probes import Inputs, Probe, n_samples
 
@@ -97,9 +98,9 @@ def _ready(module: nn.Module, device: torch.device) -> nn.Module:
     return module
 
 
-def _first_batch_size(inputs: Inputs, width: int, device: torch.device) -> int:
+def _first_batch_size(inputs: Inputs | Images, width: int, device: torch.device) -> int:
     budget_bytes = 2**27 if device.type == "cuda" else 2**24
-    if isinstance(inputs, Tensor):
+    if isinstance(inputs, Tensor | Images):
         n_numbers = math.prod(inputs.shape[1:])
     else:
         # An id is a few bytes; what a network makes of it is a vector as wide as its features.

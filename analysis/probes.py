@@ -3,22 +3,22 @@
 import zipfile
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from math import isfinite, prod
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int64, Integer, Shaped
+from jaxtyping import Float, Float32, Int64, Integer, Shaped, UInt8
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from analysis.errors import AnalysisError, Kind
-
-Number = float | int
+from analysis.images import Images
+from analysis.preprocess import Preprocess
 
 # One tensor of inputs, or several by the names that a network's own `forward` has for them.
 Inputs = Shaped[Tensor, "..."] | Mapping[str, Shaped[Tensor, "..."]]
@@ -47,50 +47,19 @@ _CHUNK_ELEMENTS = 2**24
 
 
 @dataclass(frozen=True)
-class Preprocess:
-    """What happens to inputs before a network sees them: x * scale, then (x - mean) / std.
-
-    Attributes:
-        scale: such as 1/255.
-        mean, std: one number, or one for each place along dimension 1 of a batch (channels of images, features of
-            rows). std is above 0.
-
-    Raises:
-        AnalysisError: `invalid-probe` for a number that is not finite or a std that is not above 0.
-    """
-
-    scale: Number = 1.0
-    mean: Number | Sequence[Number] = 0.0
-    std: Number | Sequence[Number] = 1.0
-
-    def __post_init__(self) -> None:
-        numbers = (self.scale, *_numbers(self.mean), *_numbers(self.std))
-        if not all(isfinite(number) for number in numbers) or not all(number > 0 for number in _numbers(self.std)):
-            raise AnalysisError("invalid-probe", f"Preprocessing needs finite numbers and std above 0, not {self}.")
-
-    def __call__(self, inputs: Float32[Tensor, "n ..."]) -> Float32[Tensor, "n ..."]:
-        """Preprocess a batch.
-
-        Raises:
-            AnalysisError: `invalid-probe` where mean or std have not as many numbers as dimension 1 places.
-        """
-        return (inputs * self.scale - _along_channels(self.mean, inputs)) / _along_channels(self.std, inputs)
-
-
-@dataclass(frozen=True)
 class Probe:
     """Labelled inputs on which networks are looked at.
 
     Attributes:
         inputs: as stored, of any numeric type; a large set may still be on disk, mapped. Several tensors by name where
-            the file has a network's own names for them.
+            the file has a network's own names for them. Images in files are decoded batch by batch.
         labels: 0 .. n_classes - 1.
         split: 0 train, 1 test; None where the set has no splits.
         n_classes: at least 2; not every class need be there.
         preprocess: applied batch by batch, to the one tensor or to `pixel_values`.
     """
 
-    inputs: Inputs
+    inputs: Inputs | Images
     labels: Integer[Tensor, " n"]
     split: Integer[Tensor, " n"] | None
     n_classes: int
@@ -109,13 +78,20 @@ class Probe:
             names, those of integers are int64 and keep their values, except `pixel_values`.
 
         Raises:
-            AnalysisError: `invalid-argument` for a batch_size below 1.
+            AnalysisError: `invalid-argument` for a batch_size below 1; of images, while they are decoded,
+                `invalid-probe`.
         """
         if batch_size < 1:
             raise AnalysisError("invalid-argument", f"batch_size must be at least 1, not {batch_size}.")
         device = torch.device(device)
-        parts = [_samples(self.inputs, start, start + batch_size) for start in range(0, len(self.labels), batch_size)]
-        away = device.type == "cuda" and any(tensor.device.type == "cpu" for tensor in _named(self.inputs).values())
+        parts: Iterable[Inputs]
+        if isinstance(self.inputs, Images):
+            parts, on_cpu = self.inputs.batches(batch_size), True
+        else:
+            starts = range(0, len(self.labels), batch_size)
+            parts = (_samples(self.inputs, start, start + batch_size) for start in starts)
+            on_cpu = any(tensor.device.type == "cpu" for tensor in _named(self.inputs).values())
+        away = device.type == "cuda" and on_cpu
         moved = _sent_ahead(parts, device) if away else (_each(part, lambda t: t.to(device)) for part in parts)
         return (self._prepare(part) for part in moved)
 
@@ -124,11 +100,16 @@ class Probe:
 
         Args:
             device: where the batches will be asked for.
-            most_bytes: of prepared inputs; a larger probe is given back as it is and prepared batch by batch.
+            most_bytes: of prepared inputs; a larger probe is given back as it is and prepared batch by batch. Images
+                are kept decoded, as grey levels, up to twice as much.
 
         Returns:
             A probe whose batches are views.
         """
+        if isinstance(self.inputs, Images):
+            if prod(self.inputs.shape) > 2 * most_bytes:
+                return self
+            return replace(self, inputs=_decoded(self.inputs)).prepared(device, most_bytes=most_bytes)
         tensors = _named(self.inputs)
         if sum((8 if _stays_integer(name, t) else 4) * t.numel() for name, t in tensors.items()) > most_bytes:
             return self
@@ -137,10 +118,61 @@ class Probe:
         inputs = {name: torch.cat([batch[name] for batch in batches]) for name in tensors}
         return Probe(inputs.get("", inputs), self.labels, self.split, self.n_classes, None)
 
+    def take(self, rows: Int64[Tensor, " m"]) -> "Probe":
+        """The samples of these rows alone, in their order. Of images in files nothing is taken here."""
+        assert not isinstance(self.inputs, Images), "images are opened for the rows that are wanted"
+        taken = {name: tensor[rows] for name, tensor in _named(self.inputs).items()}
+        split = None if self.split is None else self.split[rows]
+        return replace(self, inputs=taken.get("", taken), labels=self.labels[rows], split=split)
+
     def _prepare(self, inputs: Inputs) -> Inputs:
         if isinstance(inputs, Tensor):
             return _prepared(inputs, self.preprocess)
         return {name: _prepared_as(name, tensor, self.preprocess) for name, tensor in inputs.items()}
+
+
+def _decoded(images: Images) -> UInt8[Tensor, "n c h w"]:
+    pixels = torch.empty(images.shape, dtype=torch.uint8)
+    rows = max(_CHUNK_ELEMENTS // prod(images.shape[1:]), 1)
+    for start, batch in zip(range(0, len(pixels), rows), images.batches(rows), strict=True):
+        pixels[start : start + len(batch)] = batch
+    return pixels
+
+
+def stratified_rows(
+    labels: Integer[Tensor, " n"], split: Integer[Tensor, " n"] | None, n_samples: int, *, seed: int
+) -> Int64[Tensor, " m"]:
+    """A part of a probe in which each class of each split has its share, by the largest remainders.
+
+    Args:
+        labels, split: of the probe.
+        n_samples: how many, at most n.
+        seed: of what is drawn within a class; the same seed gives the same rows.
+
+    Returns:
+        Rows in rising order, m = n_samples of them.
+
+    Raises:
+        AnalysisError: `invalid-argument` where fewer than two classes would be left.
+    """
+    strata = labels.long() * 2 + (0 if split is None else split.long())
+    values, places, counts = torch.unique(strata, return_inverse=True, return_counts=True)
+    shares = counts.double() * (n_samples / len(labels))
+    taken = shares.floor().long()
+    missing = n_samples - int(taken.sum())
+    # Of equal remainders the larger class goes first, then the lower label.
+    order = sorted(range(len(values)), key=lambda i: (-float(shares[i] - taken[i]), -int(counts[i]), i))
+    taken[order[:missing]] += 1
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randperm(len(labels), generator=generator)
+    # Each sample's place among those of its stratum, in the order in which they were drawn.
+    by_stratum = drawn[torch.argsort(places[drawn], stable=True)]
+    starts = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+    rank = torch.arange(len(labels)) - starts
+    rows = by_stratum[rank < torch.repeat_interleave(taken, counts)].sort().values
+    if len(torch.unique(labels[rows])) < 2:
+        raise AnalysisError("invalid-argument", f"{n_samples} samples of this probe are of one class; ask for more.")
+    return rows
 
 
 def n_samples(inputs: Inputs) -> int:
@@ -199,6 +231,16 @@ class FeatureSet:
     head_bias: Float[Tensor, " c"] | None
     logits: Float[Tensor, "n c"] | None
     split: Integer[Tensor, " n"] | None
+
+    def take(self, rows: Int64[Tensor, " m"]) -> "FeatureSet":
+        """The samples of these rows alone, in their order."""
+        return replace(
+            self,
+            features=self.features[rows],
+            labels=self.labels[rows],
+            logits=None if self.logits is None else self.logits[rows],
+            split=None if self.split is None else self.split[rows],
+        )
 
 
 def load_probe(
@@ -378,7 +420,7 @@ def _require_finite(
             )
 
 
-def _sent_ahead(parts: Sequence[Inputs], device: torch.device) -> Iterator[Inputs]:
+def _sent_ahead(parts: Iterable[Inputs], device: torch.device) -> Iterator[Inputs]:
     """Parts on a GPU, each on its way while the caller computes with the one before.
 
     Memory: three parts on the GPU (computed with, arrived, on its way) and at most as many pinned, whose memory torch
@@ -391,14 +433,14 @@ def _sent_ahead(parts: Sequence[Inputs], device: torch.device) -> Iterator[Input
         with torch.cuda.stream(copies):
             return _each(part, lambda t: t.pin_memory().to(device, non_blocking=True)), copies.record_event()
 
-    following = send(parts[0]) if parts else None
-    for index in range(len(parts)):
-        assert following is not None, "there is one for each part"
+    sending = map(send, parts)
+    following = next(sending, None)
+    while following is not None:
         sent, arrived = following
         if len(computed) == 2:
             # Launching runs ahead of computing: without a halt the whole probe would end up there.
             computed.popleft().synchronize()
-        following = send(parts[index + 1]) if index + 1 < len(parts) else None
+        following = next(sending, None)
         computing = torch.cuda.current_stream(device)
         computing.wait_event(arrived)
         # Its memory belongs to the stream of copies, which must not reuse it before it has been computed with.
@@ -411,20 +453,3 @@ def _sent_ahead(parts: Sequence[Inputs], device: torch.device) -> Iterator[Input
 def _prepared(batch: Shaped[Tensor, "n ..."], preprocess: Preprocess | None) -> Float32[Tensor, "n ..."]:
     batch = batch.to(torch.float32)
     return batch if preprocess is None else preprocess(batch)
-
-
-def _numbers(value: Number | Sequence[Number]) -> Sequence[Number]:
-    return value if isinstance(value, Sequence) else (value,)
-
-
-def _along_channels(
-    value: Number | Sequence[Number], inputs: Float32[Tensor, "n ..."]
-) -> Float32[Tensor, "..."] | Number:
-    if not isinstance(value, Sequence):
-        return value
-    if inputs.ndim < 2 or len(value) != inputs.shape[1]:
-        raise AnalysisError(
-            "invalid-probe",
-            f"Preprocessing gives {len(value)} numbers for dimension 1 of inputs of the shape {list(inputs.shape)}.",
-        )
-    return torch.tensor(value, dtype=torch.float32, device=inputs.device).view(1, -1, *[1] * (inputs.ndim - 2))

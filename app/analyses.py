@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 from app import models, queue, resources, schemas
 from app.database import read, write
 from app.errors import ArchitecturesDiffer, IdempotencyConflict, NotCancellable, NotFound
+from app.labels import match_labels
 from app.listing import Listing, page
 from app.models import Analysis, AnalysisCheckpoint, Report
 
@@ -30,6 +31,7 @@ def create(
     Raises:
         NotFound: what it should look at does not exist.
         ArchitecturesDiffer: checkpoints that should be compared are of different networks.
+        LabelsDiffer: the probe's class names are not the checkpoint's.
         IdempotencyConflict: the key was used with another body.
     """
     body = request.model_dump(mode="json")
@@ -199,9 +201,10 @@ def _lock_subjects(session: Session, request: schemas.AnalysisRequest, checkpoin
     if feature_set_id := _feature_set_id(request):
         return resources.get(session, models.FeatureSet, feature_set_id, lock="share").name
     assert request.probe_id is not None
-    resources.get(session, models.Probe, request.probe_id, lock="share")
+    probe = resources.get(session, models.Probe, request.probe_id, lock="share")
     rows = [resources.get(session, models.Checkpoint, id_, lock="share") for id_ in checkpoint_ids]
     _require_one_architecture(rows)
+    match_labels(probe.class_names, rows[0].architecture)
     if len(rows) == 1:
         return rows[0].name
     return f"{rows[0].name} to {rows[-1].name}"[:200]

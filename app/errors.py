@@ -4,6 +4,7 @@
     ├── InvalidRequest      422  the request's JSON, form or query
     ├── InvalidFile         422  an uploaded file
     ├── ArchitecturesDiffer 422  checkpoints of one path or series
+    ├── LabelsDiffer        422  class names of a probe that are not those of the checkpoint
     ├── UploadIncomplete    400  the body ended or stalled before the form did
     ├── TooLarge            413
     ├── UnsupportedMedia    415
@@ -74,6 +75,10 @@ class InvalidFile(ServiceError):
 
 class ArchitecturesDiffer(ServiceError):
     kind, title, status = "architectures-differ", "The checkpoints have different architectures", 422
+
+
+class LabelsDiffer(ServiceError):
+    kind, title, status = "labels-differ", "The probe's classes are not the checkpoint's", 422
 
 
 class UploadIncomplete(ServiceError):

@@ -85,6 +85,8 @@ class Checkpoint(Resource):
     n_parameters: Mapped[int] = mapped_column(sa.BigInteger)
     architecture: Mapped[dict[str, Any]]
     head: Mapped[str | None]
+    preprocess: Mapped[dict[str, Any] | None]
+    tokenizer_sha256: Mapped[str | None] = mapped_column(sa.ForeignKey("blobs.sha256"), index=True)
     metadata_: Mapped[dict[str, Any]] = mapped_column("metadata")
 
 
@@ -96,13 +98,17 @@ class Probe(Resource):
     sha256: Mapped[str] = mapped_column(sa.ForeignKey("blobs.sha256"), index=True)
     size_bytes: Mapped[int] = mapped_column(sa.BigInteger)
     format: Mapped[str] = mapped_column(sa.String(20))
+    content: Mapped[str] = mapped_column(sa.String(20), server_default="tensors")
+    columns: Mapped[dict[str, Any] | None]
     n_samples: Mapped[int]
     n_classes: Mapped[int]
     class_counts: Mapped[list[int]]
     class_names: Mapped[list[str] | None]
-    input_shape: Mapped[list[int]]
+    input_shape: Mapped[list[int] | None]
     splits: Mapped[dict[str, Any]]
     preprocess: Mapped[dict[str, Any] | None]
+    tokenizer_sha256: Mapped[str | None] = mapped_column(sa.ForeignKey("blobs.sha256"), index=True)
+    max_length: Mapped[int | None]
     metadata_: Mapped[dict[str, Any]] = mapped_column("metadata")
 
 

@@ -121,6 +121,31 @@ class Subject(Strict):
     metadata: dict[str, Any]
 
 
+class Tokenizer(Strict):
+    """How texts became tokens."""
+
+    sha256: str
+    source: Literal["probe", "checkpoint"]
+    max_length: int
+    pad_id: int | None
+    n_truncated: int
+
+
+class LabelMap(Strict):
+    """How the probe's labels became the checkpoint's."""
+
+    matched: Literal["order", "name", "name_ignoring_case"]
+    reordered: bool = Field(description="Class counts of the splits are then in the checkpoint's order.")
+
+
+class Samples(Strict):
+    """A part of the probe, drawn in proportion to classes and splits."""
+
+    used: int
+    of: int
+    seed: int
+
+
 class ProbeSubject(Strict):
     """The data; of a feature set, its own."""
 
@@ -132,8 +157,14 @@ class ProbeSubject(Strict):
     n_classes: int
     class_counts: list[int]
     class_names: list[str] | None
+    format: str | None
+    content: str | None
     input_shape: list[int] | None
-    preprocess: Preprocess | None
+    preprocess: Preprocess | None = Field(description="That was applied.")
+    preprocess_source: Literal["probe", "checkpoint", "timm"] | None
+    tokenizer: Tokenizer | None
+    label_map: LabelMap | None
+    samples: Samples | None
 
 
 Options = TypeVar("Options", bound=EvaluationOptions)

@@ -4,37 +4,34 @@ A blob's row is locked by whoever takes it into use or removes it, so a file is 
 """
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import sqlalchemy as sa
 from pydantic import ValidationError
 from sqlalchemy.orm import Session
 
-from app import models, schemas, tensorfile
+from app import models, probedata, schemas, tensorfile
 from app.architectures import check_architecture
 from app.database import read, write
-from app.errors import InUse, InvalidFile, InvalidRequest, NotFound, invalid_request
+from app.errors import InUse, InvalidFile, InvalidRequest, NotFound, TooLarge, invalid_request
+from app.preprocessing import given_preprocess
 from app.settings import Settings
 from app.storage import StagedFile, Storage
+from app.tensordata import (
+    MAX_CLASSES,
+    read_labels,
+    read_splits,
+    require_known,
+    require_tensor,
+    safetensors_integers,
+)
 from app.uploads import Upload
 
-# A class costs a number in every row and report, a sample eight bytes while its label is checked.
-MAX_CLASSES = 100_000
-MAX_SAMPLES = 100_000_000
 _ORPHAN_SECONDS = 3600.0
-
-# Names under which a probe may hold a network's own inputs in place of `inputs`; the first that is there, of the first
-# two, says the shape. As in analysis/probes.py, which a test compares.
-INPUT_NAMES = (
-    "pixel_values", "input_ids", "attention_mask", "token_type_ids", "position_ids", "pixel_attention_mask",
-    "spatial_shapes",
-)  # fmt: skip
-_MAIN_NAMES = ("inputs", "pixel_values", "input_ids")
 
 Owner = models.Checkpoint | models.Probe | models.FeatureSet
 OwnerType = TypeVar("OwnerType", models.Checkpoint, models.Probe, models.FeatureSet)
@@ -43,13 +40,21 @@ _HOLD_BLOB = sa.text(
     "INSERT INTO blobs (sha256, size_bytes) VALUES (:sha256, :size_bytes) "
     "ON CONFLICT (sha256) DO UPDATE SET size_bytes = excluded.size_bytes"
 )
-_OWNERS: tuple[type[Owner], ...] = (models.Checkpoint, models.Probe, models.FeatureSet)
+# Every column that refers to a blob.
+_USES = (
+    models.Checkpoint.sha256,
+    models.Probe.sha256,
+    models.FeatureSet.sha256,
+    models.Checkpoint.tokenizer_sha256,
+    models.Probe.tokenizer_sha256,
+)
 
 
-def create_checkpoint(engine: sa.Engine, storage: Storage, upload: Upload) -> models.Checkpoint:
+def create_checkpoint(engine: sa.Engine, storage: Storage, settings: Settings, upload: Upload) -> models.Checkpoint:
     """Keep a checkpoint; its header is checked, its weights are not read (the worker does that)."""
-    spec = _parse_spec(schemas.CheckpointSpec, upload.spec)
-    with _blob_path(engine, storage, upload, spec) as path:
+    spec = _parse_spec(schemas.CheckpointSpec, upload.spec, settings)
+    with _blob_path(engine, storage, upload, spec) as path, ExitStack() as stack:
+        tokenizer = _staged_tokenizer(storage, settings, spec.tokenizer, stack)
         file = tensorfile.inspect_safetensors(path)
         description = spec.architecture
         if description is None:
@@ -61,54 +66,44 @@ def create_checkpoint(engine: sa.Engine, storage: Storage, upload: Upload) -> mo
             n_parameters=file.n_parameters,
             architecture=check_architecture(description),
             head=spec.head,
+            preprocess=None if spec.preprocess is None else given_preprocess(spec.preprocess),
+            tokenizer_sha256=None if tokenizer is None else tokenizer.sha256,
             metadata_=spec.metadata,
         )
-    return _keep(engine, storage, upload.file, checkpoint)
+        return _keep(engine, storage, [upload.file, tokenizer], checkpoint)
 
 
 def create_probe(engine: sa.Engine, storage: Storage, settings: Settings, upload: Upload) -> models.Probe:
-    """Keep a probe dataset; labels and splits are read and checked."""
-    spec = _parse_spec(schemas.ProbeSpec, upload.spec)
-    with _blob_path(engine, storage, upload, spec) as path:
-        file, integers = _open_probe(path, settings)
-        _known_tensors(file, {"inputs", *INPUT_NAMES, "labels", "split"})
-        inputs = _inputs(file, spec.preprocess)
-        n_named = len(spec.class_names) if spec.class_names else None
-        labels = _labels(file, integers, inputs.shape[0], n_classes=n_named)
-        n_classes = n_named or int(labels.max()) + 1
-        _check_preprocess(spec.preprocess, inputs.shape[1])
+    """Keep a probe dataset; labels and splits are read and checked, images and texts are not decoded."""
+    spec = _parse_spec(schemas.ProbeSpec, upload.spec, settings)
+    with _blob_path(engine, storage, upload, spec) as path, ExitStack() as stack:
+        tokenizer = _staged_tokenizer(storage, settings, spec.tokenizer, stack)
         probe = models.Probe(
             name=spec.name,
             sha256=_sha256(upload, spec),
             size_bytes=path.stat().st_size,
-            format=file.format,
-            n_samples=inputs.shape[0],
-            n_classes=n_classes,
-            class_counts=np.bincount(labels, minlength=n_classes).tolist(),
-            class_names=spec.class_names,
-            input_shape=list(inputs.shape[1:]),
-            splits=_splits(file, integers, inputs.shape[0]),
-            preprocess=spec.preprocess.model_dump() if spec.preprocess else None,
+            **probedata.describe(path, spec, settings),
+            tokenizer_sha256=None if tokenizer is None else tokenizer.sha256,
             metadata_=spec.metadata,
         )
-    return _keep(engine, storage, upload.file, probe)
+        return _keep(engine, storage, [upload.file, tokenizer], probe)
 
 
-def create_feature_set(engine: sa.Engine, storage: Storage, upload: Upload) -> models.FeatureSet:
+def create_feature_set(engine: sa.Engine, storage: Storage, settings: Settings, upload: Upload) -> models.FeatureSet:
     """Keep features, labels and head that somebody extracted elsewhere."""
-    spec = _parse_spec(schemas.FeatureSetSpec, upload.spec)
+    spec = _parse_spec(schemas.FeatureSetSpec, upload.spec, settings)
     with _blob_path(engine, storage, upload, spec) as path:
         file = tensorfile.inspect_safetensors(path)
-        _known_tensors(file, {"features", "labels", "head", "head_bias", "logits", "split"})
-        n_samples, n_features = _tensor(file, "features", tensorfile.FLOATING, rank=2).shape
-        n_classes, _ = _tensor(file, "head", tensorfile.FLOATING, shape=(None, n_features)).shape
+        require_known(file, {"features", "labels", "head", "head_bias", "logits", "split"})
+        n_samples, n_features = require_tensor(file, "features", tensorfile.FLOATING, rank=2).shape
+        n_classes, _ = require_tensor(file, "head", tensorfile.FLOATING, shape=(None, n_features)).shape
         if n_classes > MAX_CLASSES:
             raise InvalidFile(f"The head has {n_classes} rows; at most {MAX_CLASSES} classes are allowed.")
         if "head_bias" in file.tensors:
-            _tensor(file, "head_bias", tensorfile.FLOATING, shape=(n_classes,))
+            require_tensor(file, "head_bias", tensorfile.FLOATING, shape=(n_classes,))
         if "logits" in file.tensors:
-            _tensor(file, "logits", tensorfile.FLOATING, shape=(n_samples, n_classes))
-        labels = _labels(file, _safetensors_integers(path), n_samples, n_classes=n_classes)
+            require_tensor(file, "logits", tensorfile.FLOATING, shape=(n_samples, n_classes))
+        labels = read_labels(file, safetensors_integers(path), n_samples, n_classes=n_classes)
         feature_set = models.FeatureSet(
             name=spec.name,
             sha256=_sha256(upload, spec),
@@ -117,10 +112,10 @@ def create_feature_set(engine: sa.Engine, storage: Storage, upload: Upload) -> m
             n_classes=n_classes,
             n_features=n_features,
             class_counts=np.bincount(labels, minlength=n_classes).tolist(),
-            splits=_splits(file, _safetensors_integers(path), n_samples),
+            splits=read_splits(file, safetensors_integers(path), n_samples),
             metadata_=spec.metadata,
         )
-    return _keep(engine, storage, upload.file, feature_set)
+    return _keep(engine, storage, [upload.file], feature_set)
 
 
 def get(
@@ -160,13 +155,14 @@ def delete(engine: sa.Engine, storage: Storage, model: type[OwnerType], id_: str
             )
         session.execute(sa.delete(models.MetadataEntry).where(models.MetadataEntry.resource_id == id_))
         session.delete(row)
-    _release(engine, storage, row.sha256)
+    for sha256 in _hashes(row):
+        _release(engine, storage, sha256)
 
 
 def sweep(engine: sa.Engine, storage: Storage) -> None:
     """Remove what crashes left behind: abandoned uploads, blobs without a use, files without a row."""
     storage.remove_abandoned()
-    unused = sa.select(models.Blob.sha256).where(*(_no_use(models.Blob.sha256, owner) for owner in _OWNERS))
+    unused = sa.select(models.Blob.sha256).where(*_no_use(models.Blob.sha256))
     with read(engine) as session:
         hashes = list(session.scalars(unused))
         known = set(session.scalars(sa.select(models.Blob.sha256)))
@@ -181,18 +177,21 @@ def sweep(engine: sa.Engine, storage: Storage) -> None:
             _release(engine, storage, sha256)
 
 
-def _keep(engine: sa.Engine, storage: Storage, file: StagedFile | None, row: OwnerType) -> OwnerType:
-    """Put the blob in place and insert the row, in this order: a crash in between leaves a file, never a bare row."""
-    if file is not None:
+def _keep(engine: sa.Engine, storage: Storage, staged: Sequence[StagedFile | None], row: OwnerType) -> OwnerType:
+    """Put the blobs in place and insert the row, in this order: a crash in between leaves a file, never a bare row."""
+    files: dict[str, StagedFile] = {file.sha256: file for file in staged if file is not None}
+    for file in files.values():
         storage.put(file)
     with write(engine) as session:
-        if file is not None:
-            # Locks the row against `_release`, also where it exists already.
-            session.execute(_HOLD_BLOB, {"sha256": row.sha256, "size_bytes": row.size_bytes})
-        elif session.get(models.Blob, row.sha256, with_for_update=True) is None:
-            raise NotFound(f"The service no longer holds a blob with the sha256 {row.sha256}.")
-        if file is not None and not storage.has(row.sha256):
-            storage.put(file)
+        # In one order, so that two uploads of the same files never wait for each other.
+        for sha256 in sorted({row.sha256, *files}):
+            if sha256 in files:
+                # Locks the row against `_release`, also where it exists already.
+                session.execute(_HOLD_BLOB, {"sha256": sha256, "size_bytes": files[sha256].size_bytes})
+            elif session.get(models.Blob, sha256, with_for_update=True) is None:
+                raise NotFound(f"The service no longer holds a blob with the sha256 {sha256}.")
+            if sha256 in files and not storage.has(sha256):
+                storage.put(files[sha256])
         session.add(row)
         session.flush()
         session.add_all(models.MetadataEntry.entries(row.id, row.metadata_))
@@ -202,15 +201,37 @@ def _keep(engine: sa.Engine, storage: Storage, file: StagedFile | None, row: Own
 def _release(engine: sa.Engine, storage: Storage, sha256: str) -> None:
     with write(engine) as session:
         blob = session.get(models.Blob, sha256, with_for_update=True)
-        if blob is None or not session.scalar(sa.select(sa.and_(*(_no_use(sha256, owner) for owner in _OWNERS)))):
+        if blob is None or not session.scalar(sa.select(sa.and_(*_no_use(sha256)))):
             return
         session.delete(blob)
         session.flush()
         storage.delete(sha256)
 
 
-def _no_use(sha256: Any, owner: type[Owner]) -> sa.ColumnElement[bool]:
-    return ~sa.exists().where(owner.sha256 == sha256)
+def _no_use(sha256: Any) -> list[sa.ColumnElement[bool]]:
+    """True, all of it, of a blob that no row refers to."""
+    return [~sa.exists().where(column == sha256) for column in _USES]
+
+
+def _hashes(row: Owner) -> list[str]:
+    return [sha256 for sha256 in (row.sha256, getattr(row, "tokenizer_sha256", None)) if sha256 is not None]
+
+
+def _staged_tokenizer(
+    storage: Storage, settings: Settings, tokenizer: dict[str, Any] | None, stack: ExitStack
+) -> StagedFile | None:
+    """A spec's tokenizer as a blob of its own, which checkpoints and probes share."""
+    if tokenizer is None:
+        return None
+    if not isinstance(tokenizer.get("model"), dict):
+        raise InvalidRequest("tokenizer must be the content of a tokenizer.json, which has a 'model'.")
+    text = json.dumps(tokenizer, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
+    if len(text) > settings.max_tokenizer_bytes:
+        limit = settings.max_tokenizer_bytes
+        raise TooLarge(f"The tokenizer has {len(text)} bytes; at most {limit} are allowed.", limit_bytes=limit)
+    staged = stack.enter_context(storage.stage())
+    staged.write(text)
+    return staged
 
 
 @contextmanager
@@ -241,11 +262,19 @@ def _sha256(upload: Upload, spec: Spec) -> str:
     return sha256
 
 
-def _parse_spec(model: type[Spec], text: bytes) -> Spec:
+def _parse_spec(model: type[Spec], text: bytes, settings: Settings) -> Spec:
+    limit = settings.max_spec_bytes
+    too_large = TooLarge(f"The spec has more than the {limit} bytes that are allowed.", limit_bytes=limit)
+    # What came in may be larger by a tokenizer, and by nothing else.
+    if len(text) > limit and b'"tokenizer"' not in text:
+        raise too_large
     try:
-        return model.model_validate_json(text)
+        spec = model.model_validate_json(text)
     except ValidationError as error:
         raise invalid_request("The spec", error.errors(), prefix="spec") from None
+    if len(text) > limit and getattr(spec, "tokenizer", None) is None:
+        raise too_large
+    return spec
 
 
 def _embedded_architecture(file: tensorfile.TensorFile) -> Any:
@@ -259,111 +288,6 @@ def _embedded_architecture(file: tensorfile.TensorFile) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError):
         raise InvalidFile("The architecture in the file's own metadata is not JSON.") from None
-
-
-Integers = Callable[[str], npt.NDArray[np.int64]]
-
-
-def _safetensors_integers(path: Path) -> Integers:
-    return lambda name: tensorfile.read_integers(path, name)
-
-
-def _open_probe(path: Path, settings: Settings) -> tuple[tensorfile.TensorFile, Integers]:
-    with path.open("rb") as file:
-        is_zip = file.read(2) == b"PK"
-    if is_zip:
-        archive = tensorfile.inspect_npz(path, max_bytes=settings.max_npz_bytes, max_ratio=settings.max_npz_ratio)
-        return archive, lambda name: tensorfile.read_npz_integers(path, name)
-    return tensorfile.inspect_safetensors(path), _safetensors_integers(path)
-
-
-def _known_tensors(file: tensorfile.TensorFile, names: set[str]) -> None:
-    if unknown := sorted(set(file.tensors) - names):
-        raise InvalidFile(
-            f"The file holds {', '.join(map(repr, unknown[:20]))}; only {', '.join(sorted(names))} are known.",
-            unexpected=unknown[:20],
-        )
-
-
-def _tensor(
-    file: tensorfile.TensorFile,
-    name: str,
-    dtypes: tuple[str, ...],
-    *,
-    rank: int | None = None,
-    min_rank: int = 0,
-    shape: tuple[int | None, ...] | None = None,
-) -> tensorfile.TensorInfo:
-    info = file.tensors.get(name)
-    if info is None:
-        found = ", ".join(sorted(file.tensors)[:20]) or "nothing"
-        raise InvalidFile(f"The file has no tensor {name!r}; it holds {found}.")
-    if info.dtype not in dtypes:
-        raise InvalidFile(f"The tensor {name!r} has the dtype {info.dtype}; expected one of {', '.join(dtypes)}.")
-    rank = len(shape) if shape else rank
-    if len(info.shape) < min_rank or rank not in (None, len(info.shape)):
-        wanted = f"{rank}" if rank else f"at least {min_rank}"
-        raise InvalidFile(f"The tensor {name!r} has the shape {list(info.shape)}; expected {wanted} dimensions.")
-    if any(size not in (None, have) for size, have in zip(shape or (), info.shape, strict=False)):
-        wanted = ", ".join("any" if size is None else str(size) for size in shape or ())
-        raise InvalidFile(f"The tensor {name!r} has the shape {list(info.shape)}; expected [{wanted}].")
-    if 0 in info.shape:
-        raise InvalidFile(f"The tensor {name!r} is empty: its shape is {list(info.shape)}.")
-    if info.shape[0] > MAX_SAMPLES:
-        raise InvalidFile(f"The tensor {name!r} has {info.shape[0]} rows; at most {MAX_SAMPLES} are allowed.")
-    return info
-
-
-def _inputs(file: tensorfile.TensorFile, preprocess: schemas.Preprocess | None) -> tensorfile.TensorInfo:
-    """The tensor of a probe that says how many samples there are and of what shape; the others are checked too."""
-    named = [name for name in INPUT_NAMES if name in file.tensors]
-    if "inputs" in file.tensors and named:
-        raise InvalidFile(f"The file holds 'inputs' and {', '.join(map(repr, named))}; it must be one or the other.")
-    main = next((name for name in _MAIN_NAMES if name in file.tensors), "inputs")
-    inputs = _tensor(file, main, tensorfile.INTEGER if main == "input_ids" else tensorfile.NUMERIC, min_rank=2)
-    for name in named:
-        other = _tensor(file, name, tensorfile.NUMERIC, min_rank=2)
-        if other.shape[0] != inputs.shape[0]:
-            raise InvalidFile(f"{name!r} has {other.shape[0]} samples; {main!r} has {inputs.shape[0]}.")
-    if preprocess is not None and main == "input_ids":
-        raise InvalidRequest("preprocess is for 'inputs' and 'pixel_values'; the file holds neither.")
-    return inputs
-
-
-def _labels(
-    file: tensorfile.TensorFile, integers: Integers, n_samples: int, *, n_classes: int | None
-) -> npt.NDArray[np.int64]:
-    _tensor(file, "labels", tensorfile.INTEGER, shape=(n_samples,))
-    labels = integers("labels")
-    allowed = n_classes if n_classes is not None else MAX_CLASSES
-    if labels.min() < 0 or labels.max() >= allowed:
-        raise InvalidFile(
-            f"Labels must lie in 0..{allowed - 1}; they lie in {labels.min()}..{labels.max()}.",
-            n_outside=int(((labels < 0) | (labels >= allowed)).sum()),
-        )
-    if labels.min() == labels.max():
-        raise InvalidFile(f"Every label is {labels[0]}; at least two classes must be present.")
-    return labels
-
-
-def _splits(file: tensorfile.TensorFile, integers: Integers, n_samples: int) -> dict[str, int]:
-    if "split" not in file.tensors:
-        return {}
-    _tensor(file, "split", (*tensorfile.INTEGER, "BOOL"), shape=(n_samples,))
-    split = integers("split")
-    if split.min() < 0 or split.max() > 1:
-        raise InvalidFile(f"'split' holds 0 for train and 1 for test; it has values in {split.min()}..{split.max()}.")
-    counts = {"train": int((split == 0).sum()), "test": int((split == 1).sum())}
-    return {name: count for name, count in counts.items() if count}
-
-
-def _check_preprocess(preprocess: schemas.Preprocess | None, size: int) -> None:
-    for name in ("mean", "std") if preprocess else ():
-        values = getattr(preprocess, name)
-        if isinstance(values, list) and len(values) != size:
-            raise InvalidRequest(
-                f"preprocess.{name} has {len(values)} entries; dimension 1 of the inputs has the size {size}."
-            )
 
 
 def _noun(model: type[Owner]) -> str:

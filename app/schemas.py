@@ -56,16 +56,55 @@ class CheckpointSpec(Strict):
     head: str | None = Field(
         default=None, max_length=500, pattern=PLAIN_TEXT, description="Module name of the head; default: by family."
     )
+    preprocess: dict[str, Any] | None = Field(
+        default=None, description="Of images, where a probe gives none: as of a probe, or a preprocessor_config.json."
+    )
+    tokenizer: dict[str, Any] | None = Field(default=None, description="Content of a tokenizer.json, for texts.")
     metadata: Metadata = {}
     sha256: Sha256 | None = Field(default=None, description="Instead of a file: a blob that the service holds.")
 
 
-class Preprocess(Strict):
-    """What happens to `inputs` before the network sees them: x * scale, then (x - mean) / std."""
+Side = Annotated[int, Field(ge=1, le=4096)]
+Sides = Annotated[list[Side], Field(min_length=2, max_length=2)]
 
-    scale: FiniteFloat = 1.0
+
+class Preprocess(Strict):
+    """What happens to inputs before the network sees them: x * scale, then (x - mean) / std; of images resize, centre
+    crop and colour first, in grey levels 0 to 255."""
+
+    scale: FiniteFloat | None = Field(default=None, description="Default: 1; 1/255 of images that are decoded.")
     mean: FiniteFloat | list[FiniteFloat] = 0.0
     std: PositiveFloat | list[PositiveFloat] = 1.0
+    resize: Side | Sides | None = Field(default=None, description="Shorter side, or [height, width], in pixels.")
+    resample: Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"] = Field(
+        default="bilinear", description="Pillow's filter, antialiased."
+    )
+    crop: Side | Sides | None = Field(default=None, description="Side, or [height, width], about the centre.")
+    crop_offset: Literal["rounded", "floored"] = Field(
+        default="rounded", description="Half of an odd number of pixels: as torchvision, or as transformers has it."
+    )
+    colour: Literal["rgb", "grey"] | None = Field(default=None, description="null: grey stays grey, all else is RGB.")
+
+    def for_images(self) -> "Preprocess":
+        """All of it said, of images that are decoded."""
+        crop = [self.crop, self.crop] if isinstance(self.crop, int) else self.crop
+        return self.model_copy(update={"scale": 1 / 255 if self.scale is None else self.scale, "crop": crop})
+
+    def for_tensors(self) -> "Preprocess":
+        """All of it said, of tensors, which are not resized."""
+        return self.model_copy(update={"scale": 1.0 if self.scale is None else self.scale})
+
+
+ColumnName = Annotated[str, Field(min_length=1, max_length=200)]
+
+
+class Columns(Strict):
+    """Names of columns, where they are not the usual ones."""
+
+    image: ColumnName | None = Field(default=None, description="Default: image, img.")
+    text: ColumnName | None = Field(default=None, description="Default: text, sentence, content.")
+    label: ColumnName | None = Field(default=None, description="Default: label, labels, fine_label.")
+    split: ColumnName | None = Field(default=None, description="Default: split, where there is one.")
 
 
 class ProbeSpec(Strict):
@@ -76,6 +115,11 @@ class ProbeSpec(Strict):
         default=None, min_length=2, max_length=100_000
     )
     preprocess: Preprocess | None = None
+    columns: Columns | None = Field(default=None, description="Of Parquet, CSV and JSON lines.")
+    tokenizer: dict[str, Any] | None = Field(default=None, description="Content of a tokenizer.json, for texts.")
+    max_length: int | None = Field(
+        default=None, ge=1, le=100_000, description="Tokens of a text that are kept; default: see docs/report.md."
+    )
     metadata: Metadata = {}
     sha256: Sha256 | None = None
 
@@ -98,6 +142,9 @@ class EvaluationOptions(Strict):
     precision: Literal["float32", "bfloat16"] = Field(
         default="float32",
         description="Of the network's forward pass; `bfloat16` runs it under autocast. A feature set has none.",
+    )
+    samples: int | None = Field(
+        default=None, ge=2, description="So many of the probe's, drawn in proportion to classes and splits."
     )
 
 
@@ -246,6 +293,8 @@ class Checkpoint(Strict):
     n_parameters: int
     architecture: dict[str, Any]
     head: str | None
+    preprocess: Preprocess | None
+    tokenizer_sha256: str | None
     metadata: dict[str, Any]
     created_at: datetime
 
@@ -255,14 +304,18 @@ class Probe(Strict):
     name: str
     sha256: str
     size_bytes: int
-    format: Literal["safetensors", "npz"]
+    format: Literal["safetensors", "npz", "parquet", "imagefolder", "csv", "jsonl"]
+    content: Literal["tensors", "images", "texts"]
+    columns: dict[str, str] | None
     n_samples: int
     n_classes: int
     class_counts: list[int]
     class_names: list[str] | None
-    input_shape: list[int]
+    input_shape: list[int] | None = Field(description="Of tensors; images and texts differ.")
     splits: dict[str, int]
     preprocess: Preprocess | None
+    tokenizer_sha256: str | None
+    max_length: int | None
     metadata: dict[str, Any]
     created_at: datetime
 

@@ -38,6 +38,21 @@ class Settings(BaseSettings):
     )
     max_npz_bytes: int = Field(default=20 * 2**30, ge=1, description="Largest unpacked size of an npz probe.")
     max_npz_ratio: float = Field(default=200.0, gt=1, description="Largest unpacked-to-packed ratio of an npz probe.")
+    max_image_pixels: int = Field(
+        default=64_000_000, ge=1, description="Largest image of a probe, looked at before it is decoded."
+    )
+    max_rows: int = Field(default=10_000_000, ge=1, description="Most images or texts of a probe.")
+    max_members: int = Field(default=1_000_000, ge=1, description="Most files in a zip of images.")
+    max_unpacked_bytes: int = Field(
+        default=20 * 2**30, ge=1, description="Largest unpacked size of a zip of images or a Parquet file."
+    )
+    max_unpacked_ratio: float = Field(
+        default=200.0, gt=1, description="Largest unpacked-to-packed ratio of a zip of images or a Parquet file."
+    )
+    max_text_bytes: int = Field(default=2**30, ge=1, description="Largest size of all texts of a probe.")
+    max_tokenizer_bytes: int = Field(
+        default=32 * 2**20, ge=1, description="Largest `tokenizer` of a spec; it comes on top of max_spec_bytes."
+    )
     analysis_timeout_seconds: float = Field(
         default=6 * 3600.0, gt=0, description="An attempt that computes for longer fails."
     )

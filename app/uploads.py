@@ -92,7 +92,7 @@ def _refuse_announced_size(request: Request, settings: Settings) -> None:
 
 
 def _largest_body(settings: Settings) -> int:
-    return settings.max_upload_bytes + settings.max_spec_bytes + _FORM_BYTES
+    return settings.max_upload_bytes + settings.max_spec_bytes + settings.max_tokenizer_bytes + _FORM_BYTES
 
 
 def _too_large(settings: Settings, size_bytes: int) -> TooLarge:
@@ -177,8 +177,9 @@ class _Parts:
             return
         assert self.spec is not None
         self.spec += memoryview(data)[start:end]
-        if len(self.spec) > self._settings.max_spec_bytes:
-            limit = self._settings.max_spec_bytes
+        # A tokenizer comes within the spec, beside what else it says.
+        limit = self._settings.max_spec_bytes + self._settings.max_tokenizer_bytes
+        if len(self.spec) > limit:
             raise TooLarge(f"The spec has more than the {limit} bytes that are allowed.", limit_bytes=limit)
 
     def _end(self) -> None:

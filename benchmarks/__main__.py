@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import losses, memory, paths, spectra
+from benchmarks import decoding, losses, memory, paths, spectra
 
-PARTS = {"spectra": spectra, "losses": losses, "paths": paths, "memory": memory}
+PARTS = {"spectra": spectra, "losses": losses, "paths": paths, "memory": memory, "decoding": decoding}
 
 
 def main() -> None:

@@ -29,6 +29,8 @@ from urllib.parse import quote
 
 import httpx
 
+from interplay.folders import zipped_folder
+
 DEFAULT_URL = "http://127.0.0.1:8321"
 Body = dict[str, Any]
 # Mappings do not vary in their keys: without it a dict of whole numbers would not do.
@@ -140,6 +142,8 @@ class Client:
         name: str,
         architecture: Mapping[str, Any] | None = None,
         head: str | None = None,
+        preprocess: Mapping[str, Any] | None = None,
+        tokenizer: Mapping[str, Any] | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> Body:
         """Upload a safetensors checkpoint; it streams from disk, whatever its size.
@@ -149,9 +153,18 @@ class Client:
             name: what people will call it; need not be unique.
             architecture: description of the network; default: the one in the file's own metadata.
             head: module name of the classification head; default: the family's own.
+            preprocess: of images, where a probe gives none: as of a probe, or a preprocessor_config.json.
+            tokenizer: content of a tokenizer.json, for texts of probes that bring none.
             metadata: such as run, epoch, tags; text, numbers, booleans or lists of these.
         """
-        spec = {"name": name, "architecture": architecture, "head": head, "metadata": metadata}
+        spec = {
+            "name": name,
+            "architecture": architecture,
+            "head": head,
+            "preprocess": preprocess,
+            "tokenizer": tokenizer,
+            "metadata": metadata,
+        }
         return self._push("checkpoints", Path(path), spec)
 
     def push_probe(
@@ -161,20 +174,40 @@ class Client:
         name: str,
         class_names: Sequence[str] | None = None,
         preprocess: Mapping[str, Any] | None = None,
+        columns: Mapping[str, str] | None = None,
+        tokenizer: Mapping[str, Any] | None = None,
+        max_length: int | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> Body:
-        """Upload a probe dataset: safetensors or npz with `inputs`, `labels` and, optionally, `split`.
+        """Upload a probe dataset; what is in the file is found by its content.
 
         Args:
-            path: the file.
+            path: safetensors or npz with `inputs`, `labels` and, optionally, `split`; Parquet with images or texts and
+                labels; CSV or JSON lines with texts and labels; a zip of class folders with images, or such a folder
+                itself, which is zipped, uncompressed, beside the system's other temporary files.
             name: what people will call it.
-            class_names: one for each class, in the order of the labels.
-            preprocess: `scale`, `mean`, `std`; networks see (inputs * scale - mean) / std.
+            class_names: one for each class, in the order of the labels, where the file has none.
+            preprocess: `scale`, `mean`, `std`; networks see (inputs * scale - mean) / std. Of images `resize`,
+                `resample`, `crop`, `colour` come first; default: what the checkpoint brings.
+            columns: names of columns by `image`, `text`, `label`, `split`, where they are not the usual ones.
+            tokenizer: content of a tokenizer.json, for texts; default: what the checkpoint brings.
+            max_length: tokens of a text that are kept.
             metadata: as for a checkpoint.
         """
-        names = None if class_names is None else [*class_names]
-        spec = {"name": name, "class_names": names, "preprocess": preprocess, "metadata": metadata}
-        return self._push("probes", Path(path), spec)
+        spec = {
+            "name": name,
+            "class_names": None if class_names is None else [*class_names],
+            "preprocess": preprocess,
+            "columns": columns,
+            "tokenizer": tokenizer,
+            "max_length": max_length,
+            "metadata": metadata,
+        }
+        path = Path(path)
+        if not path.is_dir():
+            return self._push("probes", path, spec)
+        with zipped_folder(path) as archive:
+            return self._push("probes", archive, spec)
 
     def push_feature_set(self, path: str | Path, *, name: str, metadata: Mapping[str, Any] | None = None) -> Body:
         """Upload features, labels and head of a network that the service cannot build (safetensors)."""
@@ -197,8 +230,8 @@ class Client:
             probe_id: with `checkpoint_id`.
             feature_set_id: alone.
             kind: what to compute.
-            options: `null_permutations`, `seed`, `tolerance`, `batch_size`, `precision` ("float32", or "bfloat16" for a
-                forward pass under autocast); what is left out has its default.
+            options: `null_permutations`, `seed`, `tolerance`, `batch_size`, `samples`, `precision` ("float32", or
+                "bfloat16" for a forward pass under autocast); what is left out has its default.
             idempotency_key: the same key and request give the same analysis; default: a new key each call.
         """
         subject = {"checkpoint_id": checkpoint_id, "probe_id": probe_id, "feature_set_id": feature_set_id}

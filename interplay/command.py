@@ -87,6 +87,8 @@ ApiKey = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value on stdout, nothing else.")]
 File = Annotated[Path, typer.Argument(exists=True, dir_okay=False, readable=True, metavar="FILE", show_default=False)]
+FileOrFolder = Annotated[Path, typer.Argument(exists=True, readable=True, metavar="FILE|FOLDER", show_default=False)]
+Tokenizer = Annotated[str | None, typer.Option(metavar="FILE|JSON", help="A tokenizer.json, for texts.")]
 Name = Annotated[str | None, typer.Option("--name", help="What people will call it. Default: the file's stem.")]
 Metadata = Annotated[
     list[str] | None,
@@ -133,6 +135,11 @@ def push_checkpoint(
     ] = None,
     name: Name = None,
     head: Annotated[str | None, typer.Option(help="Module name of the head. Default: by family.")] = None,
+    preprocess: Annotated[
+        str | None,
+        typer.Option(metavar="FILE|JSON", help="Of images, where a probe gives none; also a preprocessor_config.json."),
+    ] = None,
+    tokenizer: Tokenizer = None,
     metadata: Metadata = None,
     url: Url = None,
     api_key: ApiKey = None,
@@ -140,30 +147,44 @@ def push_checkpoint(
 ) -> None:
     """Upload a checkpoint (safetensors)."""
     described = _json_object("--architecture", architecture)
+    brought = {
+        "preprocess": _json_object("--preprocess", preprocess),
+        "tokenizer": _json_object("--tokenizer", tokenizer),
+    }
     pairs = _metadata(metadata)
     with _client(url, api_key) as client:
         body = client.push_checkpoint(
-            file, name=name or file.stem, architecture=described, head=head, metadata=pairs or None
+            file, name=name or file.stem, architecture=described, head=head, **brought, metadata=pairs or None
         )
     _print(body, as_json, rendering.resource_text("checkpoint", body))
 
 
 @push.command("probe")
 def push_probe(
-    file: File,
+    file: FileOrFolder,
     name: Name = None,
     class_names: Annotated[
         str | None, typer.Option(metavar="FILE|JSON", help='A list such as ["cat", "dog"], in the order of the labels.')
     ] = None,
     preprocess: Annotated[
-        str | None, typer.Option(metavar="FILE|JSON", help='Such as {"scale": 0.0039, "mean": [0.5], "std": [0.2]}.')
+        str | None,
+        typer.Option(metavar="FILE|JSON", help='Such as {"resize": 256, "crop": 224, "mean": [0.5], "std": [0.2]}.'),
     ] = None,
+    column: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ROLE=NAME", help="image, text, label or split, such as image=photo; may be repeated."),
+    ] = None,
+    tokenizer: Tokenizer = None,
+    max_length: Annotated[int | None, typer.Option(min=1, help="Tokens of a text that are kept.")] = None,
     metadata: Metadata = None,
     url: Url = None,
     api_key: ApiKey = None,
     as_json: AsJson = False,
 ) -> None:
-    """Upload a probe dataset (safetensors or npz: inputs, labels, optional split)."""
+    """Upload a probe dataset: tensors (safetensors, npz), or images or texts with labels.
+
+    Images come as Parquet, as a zip of class folders, or as such a folder itself; texts as Parquet, CSV or JSON lines.
+    """
     names = _json_value("--class-names", class_names)
     if names is not None and not (isinstance(names, list) and all(isinstance(entry, str) for entry in names)):
         raise typer.BadParameter("must be a JSON list of texts", param_hint="--class-names")
@@ -171,7 +192,14 @@ def push_probe(
     pairs = _metadata(metadata)
     with _client(url, api_key) as client:
         body = client.push_probe(
-            file, name=name or file.stem, class_names=names, preprocess=prepared, metadata=pairs or None
+            file,
+            name=name or file.resolve().stem,
+            class_names=names,
+            preprocess=prepared,
+            columns=dict(_pair(entry, "--column") for entry in column) if column else None,
+            tokenizer=_json_object("--tokenizer", tokenizer),
+            max_length=max_length,
+            metadata=pairs or None,
         )
     _print(body, as_json, rendering.resource_text("probe", body))
 
@@ -243,6 +271,7 @@ BatchSize = Annotated[int | None, typer.Option(min=1, help="Inputs at a time.")]
 PrecisionOption = Annotated[
     Precision | None, typer.Option(help="Of the forward pass; bfloat16 runs it under autocast. Default: float32.")
 ]
+Samples = Annotated[int | None, typer.Option(min=2, help="So many of the probe's, drawn from each class and split.")]
 IdempotencyKey = Annotated[
     str | None, typer.Option(metavar="KEY", help="The same key and request give the same analysis.")
 ]
@@ -260,6 +289,7 @@ def analyze(
     tolerance: Tolerance = None,
     batch_size: BatchSize = None,
     precision: PrecisionOption = None,
+    samples: Samples = None,
     idempotency_key: IdempotencyKey = None,
     url: Url = None,
     api_key: ApiKey = None,
@@ -276,7 +306,7 @@ def analyze(
             checkpoint_id=checkpoint,
             probe_id=probe,
             feature_set_id=features,
-            options=_options(permutations, seed, tolerance, batch_size, precision),
+            options=_options(permutations, seed, tolerance, batch_size, precision, samples),
             idempotency_key=idempotency_key,
         )
         _follow(client, analysis, wait, timeout, as_json)
@@ -302,6 +332,7 @@ def analyze_path(
     tolerance: Tolerance = None,
     batch_size: BatchSize = None,
     precision: PrecisionOption = None,
+    samples: Samples = None,
     idempotency_key: IdempotencyKey = None,
     url: Url = None,
     api_key: ApiKey = None,
@@ -310,7 +341,7 @@ def analyze_path(
     """Queue the straight line between the weights of two checkpoints: loss, error, MIR and HDR on it, and barriers."""
     if sum((points is not None, bool(at), adaptive)) > 1:
         raise typer.BadParameter("Give one of --points, --at and --adaptive.")
-    options = _options(permutations, seed, tolerance, batch_size, precision)
+    options = _options(permutations, seed, tolerance, batch_size, precision, samples)
     if points is not None:
         options["grid"] = {"points": points}
     elif at:
@@ -346,13 +377,14 @@ def analyze_pruning(
     tolerance: Tolerance = None,
     batch_size: BatchSize = None,
     precision: PrecisionOption = None,
+    samples: Samples = None,
     idempotency_key: IdempotencyKey = None,
     url: Url = None,
     api_key: ApiKey = None,
     as_json: AsJson = False,
 ) -> None:
     """Queue a sweep of magnitude pruning over sparsities."""
-    options = _options(permutations, seed, tolerance, batch_size, precision)
+    options = _options(permutations, seed, tolerance, batch_size, precision, samples)
     if sparsity:
         options["sparsities"] = sparsity
     if layerwise:
@@ -378,6 +410,7 @@ def analyze_series(
     tolerance: Tolerance = None,
     batch_size: BatchSize = None,
     precision: PrecisionOption = None,
+    samples: Samples = None,
     idempotency_key: IdempotencyKey = None,
     url: Url = None,
     api_key: ApiKey = None,
@@ -394,7 +427,7 @@ def analyze_series(
             raise typer.BadParameter(f"{number} is there twice.")
         by_number[x] = checkpoint
     with _client(url, api_key) as client:
-        options = _options(permutations, seed, tolerance, batch_size, precision)
+        options = _options(permutations, seed, tolerance, batch_size, precision, samples)
         analysis = client.create_series(
             axis, by_number, probe_id=probe, options=options, idempotency_key=idempotency_key
         )
@@ -407,6 +440,7 @@ def _options(
     tolerance: float | None,
     batch_size: int | None,
     precision: Precision | None,
+    samples: int | None,
 ) -> dict[str, Any]:
     chosen = {
         "null_permutations": permutations,
@@ -414,6 +448,7 @@ def _options(
         "tolerance": tolerance,
         "batch_size": batch_size,
         "precision": None if precision is None else precision.value,
+        "samples": samples,
     }
     return {key: value for key, value in chosen.items() if value is not None}
 

@@ -51,7 +51,7 @@ _SUMMARIES: dict[str, dict[str, str]] = {
 }
 _COLUMNS: dict[str, tuple[str, ...]] = {
     "checkpoints": ("id", "name", "created_at", "n_parameters", "size_bytes", "architecture", "metadata"),
-    "probes": ("id", "name", "created_at", "n_samples", "n_classes", "input_shape", "splits"),
+    "probes": ("id", "name", "created_at", "n_samples", "n_classes", "content", "input_shape", "splits"),
     "feature-sets": ("id", "name", "created_at", "n_samples", "n_classes", "n_features", "metadata"),
     "analyses": ("id", "name", "kind", "status", "progress", "created_at", "report_id"),
     "reports": ("id", "name", "kind", "analysis_id", "created_at"),

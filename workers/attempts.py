@@ -69,7 +69,8 @@ def begin(engine: sa.Engine, analysis_id: str, max_attempts: int) -> dict[str, A
             **task,
             "subjects": [_subject("checkpoint", checkpoint) for checkpoint in checkpoints],
             "probe": _data("probe", probe),
-            "probe_format": probe.format,
+            "file": {name: getattr(probe, name) for name in _OF_FILE},
+            "brought": [{name: getattr(checkpoint, name) for name in _OF_BROUGHT} for checkpoint in checkpoints],
         }
 
 
@@ -168,9 +169,14 @@ _OF_DATA = (
     "n_classes",
     "class_counts",
     "class_names",
+    "format",
+    "content",
     "input_shape",
     "preprocess",
 )
+# What says how a probe's file is read, and what a checkpoint brings for it.
+_OF_FILE = ("columns", "tokenizer_sha256", "max_length")
+_OF_BROUGHT = ("preprocess", "tokenizer_sha256")
 
 
 def _subject(kind: str, row: Checkpoint | FeatureSet) -> dict[str, Any]:

@@ -18,9 +18,10 @@ from analysis.errors import AnalysisError
 from analysis.evaluation import Evaluation, EvaluationOptions, evaluate_features, evaluate_network
 from analysis.networks import LoadedNetwork, load_network
 from analysis.paths import Path, even_grid, next_point, recalibrate
-from analysis.probes import Preprocess, Probe, load_feature_set, load_probe
+from analysis.probes import Probe
 from analysis.pruning import Pruning
 from workers import summaries
+from workers.probes import About, read_feature_set, read_probe
 
 Task = dict[str, Any]
 OnProgress = Callable[[str, int, int], None]
@@ -66,23 +67,24 @@ def _evaluation(
     task: Task, device: torch.device, on_progress: OnProgress, provenance: dict[str, Any]
 ) -> dict[str, Any]:
     """An evaluation of a checkpoint on a probe, or of a feature set."""
-    clock, subject, options = Clock(), task["subjects"][0], EvaluationOptions(**task["options"])
+    clock, subject, options = Clock(), task["subjects"][0], _options(task)
     feature_dtype, head = torch.float32, None
     on_progress("loading", 0, 0)
     if subject["kind"] == "feature_set":
         with clock.phase("load"):
-            feature_set = load_feature_set(_file(task, subject))
+            feature_set, about = read_feature_set(task)
         feature_dtype = feature_set.features.dtype
         evaluation = evaluate_features(feature_set, device=device, options=options, progress=on_progress)
     else:
         with clock.phase("load"):
-            probe, network = _load_probe(task), _load_network(task, 0, device)
+            network = _load_network(task, 0, device)
+            probe, about = read_probe(task, network)
         head = network.head_name
         evaluation = evaluate_network(network, probe, device=device, options=options, progress=on_progress)
     known = {"n_features": evaluation.n_features, "n_classes": evaluation.n_classes, "head": head}
     return {
         "subject": {**subject, **known},
-        "probe": task["probe"],
+        "probe": about,
         "provenance": {
             **provenance,
             "feature_dtype": str(feature_dtype).removeprefix("torch."),
@@ -102,7 +104,7 @@ def _path_point(task: Task, device: torch.device, on_progress: OnProgress) -> di
     total = len(grid) if grid != "adaptive" else max(_ADAPTIVE_POINTS, len(known) + 1)
     clock, options, on_progress = Clock(), _options(task), _of_point(on_progress, len(known), total)
     with clock.phase("load"):
-        path, probe, alignment = _warm(task, on_progress, lambda: _load_path(task, device))
+        path, probe, about_probe, alignment = _warm(task, on_progress, lambda: _load_path(task, device))
     with clock.phase("mix"):
         network = path.move_to(w)
     layers = None
@@ -121,7 +123,7 @@ def _path_point(task: Task, device: torch.device, on_progress: OnProgress) -> di
         with clock.phase("distances"):
             distance, cosine = path.distances()
     about: dict[str, Any] = {"w": w, "loss": loss, "l2_distance": distance, "cosine": cosine}
-    about |= {"recalibrated_layers": layers, "alignment": alignment}
+    about |= {"recalibrated_layers": layers, "alignment": alignment, "probe": about_probe}
     return _point({"w": w}, network, evaluation, clock, last, total if not last else len(known) + 1, **about)
 
 
@@ -129,24 +131,26 @@ def _pruning_point(task: Task, device: torch.device, on_progress: OnProgress) ->
     position, sparsities = len(task["points"]), task["options"]["sparsities"]
     clock, on_progress = Clock(), _of_point(on_progress, position, len(sparsities))
     with clock.phase("load"):
-        pruning, probe = _warm(task, on_progress, lambda: _load_pruning(task, device))
+        pruning, probe, about = _warm(task, on_progress, lambda: _load_pruning(task, device))
     with clock.phase("prune"):
         n_pruned = pruning.prune_to(sparsities[position])
     evaluation = evaluate_network(pruning.network, probe, device=device, options=_options(task), progress=on_progress)
     point = {"sparsity": sparsities[position], "n_pruned": n_pruned}
     last = position == len(sparsities) - 1
-    return _point(point, pruning.network, evaluation, clock, last, len(sparsities), n_prunable=pruning.n_prunable)
+    known = {"n_prunable": pruning.n_prunable, "probe": about}
+    return _point(point, pruning.network, evaluation, clock, last, len(sparsities), **known)
 
 
 def _series_point(task: Task, device: torch.device, on_progress: OnProgress) -> dict[str, Any]:
     position, total = len(task["points"]), len(task["subjects"])
     clock, on_progress = Clock(), _of_point(on_progress, position, total)
     with clock.phase("load"):
-        probe = _warm(task, on_progress, lambda: _load_probe(task).prepared(device))
         network = _load_network(task, position, device)
+        probe, about = _warm(task, on_progress, lambda: _load_probe(task, network, device))
     evaluation = evaluate_network(network, probe, device=device, options=_options(task), progress=on_progress)
     point = {"x": task["axis"]["values"][position], "checkpoint_id": task["subjects"][position]["id"]}
-    return _point({**point, "reused_report_id": None}, network, evaluation, clock, position == total - 1, total)
+    point["reused_report_id"] = None
+    return _point(point, network, evaluation, clock, position == total - 1, total, probe=about)
 
 
 _POINTS: dict[str, Callable[[Task, torch.device, OnProgress], dict[str, Any]]] = {
@@ -188,7 +192,7 @@ def _common(task: Task, provenance: dict[str, Any]) -> dict[str, Any]:
             timings[phase] = timings.get(phase, 0.0) + seconds
     sizes = [point["known"]["batch_size"] for point in task["points"] if point["known"].get("batch_size")]
     return {
-        "probe": task["probe"],
+        "probe": task["points"][0]["known"]["probe"],
         "provenance": {
             **provenance,
             "feature_dtype": "float32",
@@ -229,23 +233,23 @@ def _warm(task: Task, on_progress: OnProgress, load: Callable[[], T]) -> T:
     return kept
 
 
-def _load_path(task: Task, device: torch.device) -> tuple[Path, Probe, dict[str, Any] | None]:
-    """The path, the probe, and how B was aligned to A where that was asked for."""
+def _load_path(task: Task, device: torch.device) -> tuple[Path, Probe, About, dict[str, Any] | None]:
+    """The path, the probe and what to say of it, and how B was aligned to A where that was asked for."""
     first, second = (_load_network(task, position, device) for position in (0, 1))
-    probe = _load_probe(task).prepared(device)
+    probe, about_probe = _load_probe(task, first, device)
     if task["options"]["alignment"] == "none":
-        return Path(first, second.module.state_dict()), probe, None
+        return Path(first, second.module.state_dict()), probe, about_probe, None
     batch = next(probe.batches(_CHECKED_INPUTS, device=device))
     generator = torch.Generator().manual_seed(task["options"]["seed"])
     state, alignment, change = aligned(first.module, second.module, batch, generator=generator)
     about = {"n_groups": len(alignment.permutations), "sweeps": alignment.sweeps, "gain": alignment.gain}
-    return Path(first, state), probe, {**about, "change_of_logits": change}
+    return Path(first, state), probe, about_probe, {**about, "change_of_logits": change}
 
 
-def _load_pruning(task: Task, device: torch.device) -> tuple[Pruning, Probe]:
+def _load_pruning(task: Task, device: torch.device) -> tuple[Pruning, Probe, About]:
     options, network = task["options"], _load_network(task, 0, device)
     pruning = Pruning(network, options["scope"], include_head=options["include_head"])
-    return pruning, _load_probe(task).prepared(device)
+    return pruning, *_load_probe(task, network, device)
 
 
 def _load_network(task: Task, position: int, device: torch.device) -> LoadedNetwork:
@@ -253,11 +257,10 @@ def _load_network(task: Task, position: int, device: torch.device) -> LoadedNetw
     return load_network(subject["architecture"], _file(task, subject), head=subject["head"], device=device)
 
 
-def _load_probe(task: Task) -> Probe:
-    probe = task["probe"]
-    preprocess = Preprocess(**probe["preprocess"]) if probe["preprocess"] else None
-    path = _file(task, probe)
-    return load_probe(path, format=task["probe_format"], preprocess=preprocess, n_classes=probe["n_classes"])
+def _load_probe(task: Task, network: LoadedNetwork, device: torch.device) -> tuple[Probe, About]:
+    """The probe, made ready for passes that come again, and what to say of it."""
+    probe, about = read_probe(task, network)
+    return probe.prepared(device), about
 
 
 def _file(task: Task, resource: dict[str, Any]) -> FilePath:

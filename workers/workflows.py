@@ -16,6 +16,7 @@ import sqlalchemy as sa
 from dbos import DBOS
 
 from app import queue
+from app.datafile import Limits
 from app.errors import problem
 from app.settings import Settings
 from app.storage import Storage, StorageUnavailable
@@ -106,7 +107,7 @@ def _compute(host: Host, analysis_id: str, task: dict[str, Any]) -> Result:
         fetched = _fetch_patiently(host.storage, task, stack, on_tick)
         if isinstance(fetched, Result):
             return fetched
-        task = {**task, **fetched}
+        task = {**task, **fetched, "limits": _limits(host.settings)}
         for _ in range(_CHILD_ATTEMPTS):
             try:
                 return host.child.run(task, on_tick)
@@ -150,7 +151,14 @@ def _fetch(storage: Storage, task: dict[str, Any], stack: ExitStack) -> dict[str
     hashes = [subject["sha256"] for subject in subjects]
     if task["probe"]["kind"] == "probe":
         hashes.append(task["probe"]["sha256"])
+        tokenizers = (owner["tokenizer_sha256"] for owner in (task["file"], *task["brought"]))
+        hashes += [sha256 for sha256 in tokenizers if sha256 is not None]
     return {"paths": {sha256: str(stack.enter_context(storage.local_copy(sha256))) for sha256 in dict.fromkeys(hashes)}}
+
+
+def _limits(settings: Settings) -> dict[str, Any]:
+    """What the operator allows of a probe's file, as the child takes it."""
+    return {"dataset": asdict(Limits.of(settings)), "image_pixels": settings.max_image_pixels}
 
 
 def _reused(task: dict[str, Any], position: int, report: dict[str, Any]) -> dict[str, Any]:
@@ -163,6 +171,7 @@ def _reused(task: dict[str, Any], position: int, report: dict[str, Any]) -> dict
     }
     subject = report["subject"]
     known = {"n_features": subject["n_features"], "n_classes": subject["n_classes"], "head": subject["head"]}
+    known["probe"] = report["probe"]
     total = len(task["subjects"])
     return {"point": point, "known": known, "timings_seconds": {}, "last": position == total - 1, "total": total}
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import timm
+from timm.data import resolve_data_config
 from torch import nn
 
 from analysis.errors import AnalysisError
@@ -33,6 +34,20 @@ def create(description: Mapping[str, Any]) -> nn.Module:
     network: nn.Module = timm.create_model(name, pretrained=False, **args)
     require_classes(getattr(network, "num_classes", None))
     return take_one_tensor(network)
+
+
+def data_config(network: nn.Module, description: Mapping[str, Any]) -> dict[str, Any]:
+    """What timm itself says of a network's images: input_size, interpolation, mean, std, crop_pct, crop_mode.
+
+    Args:
+        network: as `create` made it.
+        description: whose arguments img_size and in_chans come before the registered ones.
+    """
+    asked: dict[str, Any] = {name: description["args"].get(name) for name in ("img_size", "in_chans")}
+    if isinstance(asked["img_size"], list):
+        channels = asked["in_chans"] or 3
+        asked = {"input_size": (channels, *asked["img_size"])}
+    return dict(resolve_data_config(asked, model=network))
 
 
 def head(network: nn.Module, description: Mapping[str, Any]) -> str | None:

@@ -39,7 +39,7 @@ async def create_checkpoint(request: Request, response: Response, service: Servi
     """Upload a checkpoint."""
 
     def keep(upload: Upload) -> models.Checkpoint:
-        return resources.create_checkpoint(service.engine, service.storage, upload)
+        return resources.create_checkpoint(service.engine, service.storage, service.settings, upload)
 
     return await _create(request, response, service, schemas.Checkpoint, keep)
 
@@ -48,7 +48,11 @@ async def create_checkpoint(request: Request, response: Response, service: Servi
     "/probes",
     status_code=201,
     response_model=schemas.Probe,
-    openapi_extra=_upload_body(schemas.ProbeSpec, "safetensors or npz: inputs (N, ...), labels (N,), split (N,)"),
+    openapi_extra=_upload_body(
+        schemas.ProbeSpec,
+        "safetensors or npz: inputs (N, ...), labels (N,), split (N,); or Parquet, a zip of class folders with images, "
+        "CSV or JSON lines with texts and labels",
+    ),
     responses=problems(400, 404, 413, 415, 422, 503),
 )
 async def create_probe(request: Request, response: Response, service: ServiceDep) -> schemas.Probe:
@@ -74,7 +78,7 @@ async def create_feature_set(request: Request, response: Response, service: Serv
     """Upload features, labels and head of a network that the service cannot build."""
 
     def keep(upload: Upload) -> models.FeatureSet:
-        return resources.create_feature_set(service.engine, service.storage, upload)
+        return resources.create_feature_set(service.engine, service.storage, service.settings, upload)
 
     return await _create(request, response, service, schemas.FeatureSet, keep)
 

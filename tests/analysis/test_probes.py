@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from analysis.errors import AnalysisError
+from analysis.preprocess import Preprocess
 from analysis.probes import (
     INPUT_NAMES,
     FeatureSet,
-    Preprocess,
     Probe,
     first_samples,
     load_feature_set,
@@ -457,6 +457,7 @@ def test_tensors_may_have_the_names_of_a_network(format: Format, tmp_path: Path)
             assert found.dtype == torch.int64
             assert torch.equal(found, tensors[name].long())
     assert probe.prepared("cpu", most_bytes=100) is probe
+    assert isinstance(probe.inputs, Tensor | dict)
     assert (n_samples(probe.inputs), n_samples(first_samples(probe.inputs, 3))) == (12, 3)
 
 
@@ -508,6 +509,6 @@ def test_pixel_values_that_are_not_finite_are_named(tmp_path: Path) -> None:
 
 def test_app_knows_the_same_names() -> None:
     """What the API lets through is what is read here."""
-    from app.resources import INPUT_NAMES as OF_APP
+    from app.probedata import INPUT_NAMES as OF_APP
 
     assert OF_APP == INPUT_NAMES

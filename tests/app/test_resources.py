@@ -59,7 +59,14 @@ def test_probe_is_described(any_service: Service, digits_probe_file: Path) -> No
     assert (body["n_samples"], body["n_classes"], body["input_shape"]) == (1797, 10, [64])
     assert body["class_counts"] == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
     assert body["splits"] == {"train": 1437, "test": 360}
-    assert body["preprocess"] == {"scale": 0.0625, "mean": 0.0, "std": 1.0}
+    assert {name: body["preprocess"][name] for name in ("scale", "mean", "std", "resize", "crop")} == {
+        "scale": 0.0625,
+        "mean": 0.0,
+        "std": 1.0,
+        "resize": None,
+        "crop": None,
+    }
+    assert (body["content"], body["format"]) == ("tensors", "safetensors")
     assert any_service.client.get(response.headers["Location"]).json() == body
 
 

@@ -1,0 +1,130 @@
+"""Texts as a text network takes them: ids of tokens, and a mask of those that are not padding."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from jaxtyping import Int32, UInt8
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from analysis.errors import AnalysisError
+
+#: Kept of a text where neither the probe nor the tokenizer nor the network says how much.
+DEFAULT_MAX_LENGTH = 512
+
+# Under these names tokenizers know padding where their file does not say which token it is.
+_PADDING_TOKENS = ("[PAD]", "<pad>", "<|pad|>", "<PAD>")
+# How networks' configurations call the positions that they have.
+_POSITIONS = ("max_position_embeddings", "n_positions")
+_TEXTS_AT_A_TIME = 1024
+# Ids and masks, five bytes each, that are held.
+_MOST_TOKENS = 2**31
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokenised texts, padded to the longest of them.
+
+    Attributes:
+        input_ids: of the tokens, and of padding.
+        attention_mask: 1 for tokens, 0 for padding.
+        max_length: more tokens of a text were cut off.
+        pad_id: None where nothing had to be padded.
+        n_truncated: texts of which tokens were cut off.
+    """
+
+    input_ids: Int32[Tensor, "n t"]
+    attention_mask: UInt8[Tensor, "n t"]
+    max_length: int
+    pad_id: int | None
+    n_truncated: int
+
+
+def tokenise(
+    texts: Iterable[str], definition: str, *, max_length: int | None = None, config: Mapping[str, Any] | None = None
+) -> Tokens:
+    """Tokenise texts with the special tokens that the tokenizer adds, truncated and padded on one side.
+
+    Args:
+        texts: in order, at least one.
+        definition: content of a tokenizer.json.
+        max_length: tokens of a text that are kept. Default: what the tokenizer itself says, else 512 or the network's
+            positions, whichever is less.
+        config: of the network; its `pad_token_id` comes first, then the tokenizer's padding, then the usual names.
+
+    Returns:
+        Ids and masks; padding is on the right unless the tokenizer says left.
+
+    Raises:
+        AnalysisError: `invalid-probe` where the tokenizer cannot be built or does not take a text, where texts differ
+            in length and nothing says what pads them, or where they are more than 2^31 tokens.
+    """
+    config = config or {}
+    try:
+        tokenizer = Tokenizer.from_str(definition)
+        padding, truncation = tokenizer.padding or {}, tokenizer.truncation or {}
+        tokenizer.no_padding()
+        length = max_length or truncation.get("max_length") or _default_length(config)
+        tokenizer.enable_truncation(length, direction=truncation.get("direction", "right"))
+        ids, n_truncated = _encode(tokenizer, texts)
+    except Exception as error:
+        # The library raises nothing more particular.
+        if isinstance(error, AnalysisError):
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        raise AnalysisError("invalid-probe", f"The tokenizer cannot be used: {reason}.") from error
+    longest = max(map(len, ids))
+    if len(ids) * longest > _MOST_TOKENS:
+        raise AnalysisError(
+            "invalid-probe",
+            f"{len(ids)} texts padded to {longest} tokens are more than can be held; options.samples takes fewer.",
+        )
+    pad_id = None
+    if any(len(tokens) < longest for tokens in ids):
+        pad_id = _pad_id(tokenizer, padding, config)
+    input_ids = np.full((len(ids), longest), pad_id or 0, np.int32)
+    attention_mask = np.zeros((len(ids), longest), np.uint8)
+    on_left = padding.get("direction") == "left"
+    for row, tokens in enumerate(ids):
+        place = slice(longest - len(tokens), longest) if on_left else slice(0, len(tokens))
+        input_ids[row, place], attention_mask[row, place] = tokens, 1
+    return Tokens(torch.from_numpy(input_ids), torch.from_numpy(attention_mask), length, pad_id, n_truncated)
+
+
+def _encode(tokenizer: Tokenizer, texts: Iterable[str]) -> tuple[list[npt.NDArray[np.int32]], int]:
+    ids: list[npt.NDArray[np.int32]] = []
+    n_truncated, remaining = 0, iter(texts)
+    while chunk := list(islice(remaining, _TEXTS_AT_A_TIME)):
+        for encoding in tokenizer.encode_batch(chunk):
+            if not encoding.ids:
+                raise AnalysisError("invalid-probe", f"The tokenizer makes no token of the text number {len(ids)}.")
+            n_truncated += bool(encoding.overflowing)
+            ids.append(np.array(encoding.ids, np.int32))
+    if not ids:
+        raise AnalysisError("invalid-probe", "There are no texts.")
+    return ids, n_truncated
+
+
+def _default_length(config: Mapping[str, Any]) -> int:
+    positions: list[int] = [config[name] for name in _POSITIONS if isinstance(config.get(name), int)]
+    return min([DEFAULT_MAX_LENGTH, *positions])
+
+
+def _pad_id(tokenizer: Tokenizer, padding: Mapping[str, Any], config: Mapping[str, Any]) -> int:
+    if isinstance(config.get("pad_token_id"), int):
+        return int(config["pad_token_id"])
+    if "pad_id" in padding:
+        return int(padding["pad_id"])
+    for token in _PADDING_TOKENS:
+        if (number := tokenizer.token_to_id(token)) is not None:
+            return int(number)
+    raise AnalysisError(
+        "invalid-probe",
+        "Texts differ in length, and neither the network's config (pad_token_id) nor the tokenizer (padding, or a "
+        f"token named {', '.join(_PADDING_TOKENS)}) says what pads them.",
+    )

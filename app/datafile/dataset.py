@@ -1,0 +1,237 @@
+"""What every format of datasets comes to: labels, splits, and files or texts by row."""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from app.errors import InvalidFile
+from app.settings import Settings
+
+Format = Literal["parquet", "imagefolder", "csv", "jsonl"]
+Content = Literal["images", "texts"]
+
+MAX_CLASSES = 100_000
+MAX_IMAGE_BYTES = 256 * 2**20
+# Longer than what any tokenizer keeps of it; also the longest field that Python's csv accepts.
+MAX_TEXT_CHARACTERS = 131_072
+MAX_CLASS_NAME_CHARACTERS = 200
+
+#: By role, the names under which a column is found where none is given.
+USUAL_COLUMNS = {
+    "image": ("image", "img"),
+    "text": ("text", "sentence", "content"),
+    "label": ("label", "labels", "fine_label"),
+    "split": ("split",),
+}
+_SPLITS = {
+    **dict.fromkeys(("train", "training"), 0),
+    **dict.fromkeys(("test", "testing", "val", "valid", "validation", "dev", "eval", "evaluation"), 1),
+}
+_INTEGER = re.compile(r"[+-]?[0-9]{1,18}\Z")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a file may come to, looked at before it is unpacked."""
+
+    rows: int
+    members: int
+    unpacked_bytes: int
+    ratio: float
+    text_bytes: int
+
+    @classmethod
+    def of(cls, settings: Settings) -> "Limits":
+        """The limits that the operator has set."""
+        return cls(
+            rows=settings.max_rows,
+            members=settings.max_members,
+            unpacked_bytes=settings.max_unpacked_bytes,
+            ratio=settings.max_unpacked_ratio,
+            text_bytes=settings.max_text_bytes,
+        )
+
+    def check_unpacked(self, what: str, unpacked_bytes: int, packed_bytes: int) -> None:
+        """Raise InvalidFile where a file announces to unpack to too much."""
+        if unpacked_bytes > self.unpacked_bytes:
+            raise InvalidFile(
+                f"The {what} would unpack to {unpacked_bytes} bytes; at most {self.unpacked_bytes} are allowed."
+            )
+        if unpacked_bytes > self.ratio * packed_bytes:
+            raise InvalidFile(
+                f"The {what} would unpack to {unpacked_bytes / max(packed_bytes, 1):.0f} times its size; at most "
+                f"{self.ratio:g} times is allowed."
+            )
+
+    def check_rows(self, n_rows: int) -> None:
+        """Raise InvalidFile where there are none, or too many."""
+        if n_rows == 0:
+            raise InvalidFile("The file has no rows.")
+        if n_rows > self.rows:
+            raise InvalidFile(f"The file has {n_rows} rows or more; at most {self.rows} are allowed.")
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset whose structure has been checked; its images have not been decoded.
+
+    Attributes:
+        format: of the file.
+        content: what a row holds.
+        labels: 0 .. C - 1, one a row; as stored where they are integers.
+        split: 0 train, 1 test; None without splits.
+        class_names: in the order of the labels, where the file has them.
+        columns: names by role; None of a zip.
+        read: name (may be empty) and content of the rows that are asked for, in rising order; texts as UTF-8.
+    """
+
+    format: Format
+    content: Content
+    labels: npt.NDArray[np.int64]
+    split: npt.NDArray[np.int64] | None
+    class_names: list[str] | None
+    columns: dict[str, str] | None
+    read: Callable[[Sequence[int]], Iterator[tuple[str, bytes]]]
+
+
+def choose_columns(available: Sequence[str], named: Mapping[str, str], roles: Sequence[str]) -> dict[str, str]:
+    """Names of columns by role: one of images or texts, one of labels, perhaps one of splits.
+
+    Args:
+        available: what the file has.
+        named: by role, names that somebody gave.
+        roles: those that the format can have.
+
+    Raises:
+        InvalidFile: a column that is not there, or is needed and not found; `columns` lists what there is.
+    """
+    listed = ", ".join(map(repr, available[:50]))
+    for role, name in named.items():
+        if role not in roles:
+            raise InvalidFile(
+                f"Files of this format have no column of the role {role!r}; they have {', '.join(roles)}."
+            )
+        if name not in available:
+            raise InvalidFile(f"There is no column {name!r}; the file has {listed}.", columns=list(available[:50]))
+    chosen = dict(named)
+    data_roles = [role for role in ("image", "text") if role in roles]
+    missing = ["label", "split"] if chosen.keys() & data_roles else [*data_roles, "label", "split"]
+    for role in missing:
+        if found := next((name for name in USUAL_COLUMNS[role] if name in available), None):
+            chosen.setdefault(role, found)
+    given = [role for role in data_roles if role in chosen]
+    for problem, needed in ((len(given) == 0, data_roles), ("label" not in chosen, ["label"])):
+        if problem:
+            usual = ", ".join(name for role in needed for name in USUAL_COLUMNS[role])
+            raise InvalidFile(
+                f"There is no column of {' or '.join(needed)}s under a usual name ({usual}); the file has {listed}. "
+                f'Name it in the spec: "columns": {{"{needed[-1]}": ...}}.',
+                columns=list(available[:50]),
+            )
+    if len(given) == 2:
+        raise InvalidFile(
+            f"The file has images ({chosen['image']!r}) and texts ({chosen['text']!r}); name the one to take in the "
+            'spec, such as "columns": {"image": ...}.',
+            columns=list(available[:50]),
+        )
+    return {role: chosen[role] for role in (*given, "label", "split") if role in chosen}
+
+
+class Labels:
+    """Collects the labels of rows: integers as they are, or names, whose order is sorted."""
+
+    def __init__(self) -> None:
+        self._values: list[int] = []
+        self._numbers: dict[str, int] = {}
+
+    def add(self, value: Any, row: int) -> None:
+        """One row's label, an integer or a name.
+
+        Raises:
+            InvalidFile: it is missing, or neither.
+        """
+        if value is None or value == "":
+            raise InvalidFile(f"Row {row} has no label.", row=row)
+        if isinstance(value, bool) or not isinstance(value, int | str):
+            raise InvalidFile(f"The label of row {row} is {str(value)[:80]!r}; expected an integer or a name.", row=row)
+        if isinstance(value, str):
+            value = self.number_of(value)
+        elif self._numbers or not -(2**63) <= value < 2**63:
+            raise InvalidFile(f"The label of row {row} is {value}; those of other rows are names.", row=row)
+        self._values.append(value)
+
+    def number_of(self, name: str) -> int:
+        """A name's place among those that have been seen."""
+        if name not in self._numbers:
+            check_class_name(name)
+            if len(self._numbers) >= MAX_CLASSES:
+                raise InvalidFile(f"The labels are more than {MAX_CLASSES} different names.")
+            if self._values and not self._numbers:
+                raise InvalidFile(f"Some labels are integers and some are names, such as {name[:80]!r}.")
+            self._numbers[name] = len(self._numbers)
+        return self._numbers[name]
+
+    def finish(self) -> tuple[npt.NDArray[np.int64], list[str] | None]:
+        """The labels, and the names of classes where they were names that are not all integers."""
+        values = np.array(self._values, np.int64)
+        return finish_labels(values, list(self._numbers)) if self._numbers else (values, None)
+
+
+def finish_labels(
+    places: npt.NDArray[np.int64], names: Sequence[str]
+) -> tuple[npt.NDArray[np.int64], list[str] | None]:
+    """Labels from each row's place in a list of names: integers where all names are, else sorted names' numbers."""
+    if all(_INTEGER.match(name) for name in names):
+        return np.array([int(name) for name in names], np.int64)[places], None
+    order = sorted(names)
+    numbers = {name: number for number, name in enumerate(order)}
+    return np.array([numbers[name] for name in names], np.int64)[places], order
+
+
+def check_class_name(name: str) -> None:
+    """Raise InvalidFile for a name that cannot be stored or shown."""
+    if len(name) > MAX_CLASS_NAME_CHARACTERS or any(character < " " for character in name):
+        raise InvalidFile(
+            f"A class is named {name[:80]!r}; names have at most {MAX_CLASS_NAME_CHARACTERS} characters, none of them "
+            "control characters."
+        )
+
+
+def split_number(value: Any, row: int) -> int:
+    """0 for train, 1 for test, of a name or a number.
+
+    Raises:
+        InvalidFile: it is neither.
+    """
+    if isinstance(value, str):
+        number = _SPLITS.get(value.strip().lower(), {"0": 0, "1": 1}.get(value.strip()))
+    else:
+        number = int(value) if value in (0, 1) else None
+    if number is None:
+        raise InvalidFile(
+            f"The split of row {row} is {str(value)[:80]!r}; expected one of {', '.join(_SPLITS)}, or 0 for train and "
+            "1 for test.",
+            row=row,
+        )
+    return number
+
+
+def split_of_folder(name: str) -> int | None:
+    """0 or 1 for a folder that is named after a split."""
+    return _SPLITS.get(name.lower())
+
+
+def in_order(contents: Iterable[tuple[str, bytes]], rows: Sequence[int]) -> Iterator[tuple[str, bytes]]:
+    """Of everything in order, the rows that are asked for, in rising order."""
+    wanted = iter(rows)
+    row = next(wanted, None)
+    for number, content in enumerate(contents):
+        if row is None:
+            return
+        if number == row:
+            yield content
+            row = next(wanted, None)

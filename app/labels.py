@@ -1,0 +1,92 @@
+"""Labels of a probe in the order of a checkpoint's classes, matched by name.
+
+A probe's labels count its own class names; a checkpoint's head counts those of its `id2label`. Where both have names
+they must meet, or every accuracy would be of the wrong classes.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from app.errors import LabelsDiffer
+
+_LISTED = 20
+_DEFAULT_NAME = re.compile(r"LABEL_\d+\Z")
+
+
+@dataclass(frozen=True)
+class LabelMap:
+    """How a probe's labels become a checkpoint's.
+
+    Attributes:
+        matched: by "order" where one of the two has no names; by "name"; by "name_ignoring_case".
+        numbers: of each of the probe's classes, its place in the checkpoint's head; None leaves the labels as they are.
+    """
+
+    matched: Literal["order", "name", "name_ignoring_case"]
+    numbers: list[int] | None
+
+
+def match_labels(class_names: Sequence[str] | None, architecture: Mapping[str, Any]) -> LabelMap:
+    """Match a probe's class names with those that a checkpoint's architecture has.
+
+    Args:
+        class_names: of the probe, in the order of its labels.
+        architecture: a description; transformers' may have `id2label` in its config. LABEL_0, LABEL_1, ... say nothing.
+
+    Raises:
+        LabelsDiffer: a name of the probe is none, or several, of the checkpoint's; both lists are in it.
+    """
+    labels = _id2label(architecture)
+    if class_names is None or labels is None:
+        return LabelMap("order", None)
+    if list(class_names) == list(labels.values()) and list(labels) == list(range(len(labels))):
+        return LabelMap("name", None)
+    exact: dict[str, list[int]] = {}
+    folded: dict[str, list[int]] = {}
+    for number, name in labels.items():
+        exact.setdefault(name, []).append(number)
+        folded.setdefault(name.casefold(), []).append(number)
+    found = [exact.get(name) or folded.get(name.casefold()) or [] for name in class_names]
+    numbers = [places[0] for places in found if len(places) == 1]
+    if len(set(numbers)) < len(class_names):
+        missing = [name for name, places in zip(class_names, found, strict=True) if len(places) != 1]
+        raise _differ(missing, class_names, list(labels.values()))
+    by_name = all(name in exact for name in class_names)
+    same = numbers == list(range(len(numbers)))
+    return LabelMap("name" if by_name else "name_ignoring_case", None if same else numbers)
+
+
+def _id2label(architecture: Mapping[str, Any]) -> dict[int, str] | None:
+    """Names by their place in the head, in this order; None where there are none, or the library's own."""
+    match architecture.get("config"):
+        case {"id2label": dict(given)} if given:
+            pass
+        case _:
+            return None
+    try:
+        labels = {int(number): str(name) for number, name in given.items()}
+    except ValueError:
+        return None
+    if all(_DEFAULT_NAME.match(name) for name in labels.values()):
+        return None
+    return dict(sorted(labels.items()))
+
+
+def _differ(missing: Sequence[str], class_names: Sequence[str], labels: Sequence[str]) -> LabelsDiffer:
+    which = f"Of the probe's classes {', '.join(map(repr, missing[:5]))}" if missing else "Two of the probe's classes"
+    return LabelsDiffer(
+        f"{which} cannot be matched, each with one of the checkpoint's. The probe has {_quoted(class_names)}; the "
+        f"checkpoint's id2label has {_quoted(labels)}. Give the probe the checkpoint's names as class_names, or leave "
+        "id2label out of the config, which takes the labels in their order.",
+        unmatched=list(missing[:_LISTED]),
+        class_names=list(class_names[:_LISTED]),
+        id2label=list(labels[:_LISTED]),
+    )
+
+
+def _quoted(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:_LISTED])) + (
+        f" and {len(names) - _LISTED} others" if len(names) > _LISTED else ""
+    )

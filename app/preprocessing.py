@@ -1,0 +1,202 @@
+"""Preprocessing in the words of other libraries, turned into ours: Hugging Face's preprocessor_config.json, timm's data
+configuration. What ours cannot say is refused, never left out.
+
+Each library resizes and crops in its own way; `analysis/images.py` has both, and tests compare them with the libraries.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from app.errors import InvalidRequest, invalid_request
+from app.schemas import Preprocess
+
+_RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
+
+
+@dataclass(frozen=True)
+class _Processor:
+    """What a class of transformers does where its configuration is silent."""
+
+    resample: int
+    crops: bool = False
+    square: bool = True
+
+
+# Those whose resizing and crop are the library's own, plain ones (and ConvNeXT's, see below).
+_PROCESSORS = {
+    "ViT": _Processor(2),
+    "DeiT": _Processor(3, crops=True),
+    "Beit": _Processor(3),
+    "Siglip": _Processor(3),
+    "CLIP": _Processor(3, crops=True, square=False),
+    "Bit": _Processor(3, crops=True, square=False),
+    "MobileNetV1": _Processor(2, crops=True, square=False),
+    "MobileNetV2": _Processor(2, crops=True, square=False),
+    "ConvNext": _Processor(3, square=False),
+}
+_SWITCHED_OFF = (
+    "do_flip_channel_order",
+    "do_pad",
+    "do_thumbnail",
+    "do_align_long_axis",
+    "do_split_image",
+    "rescale_offset",
+)
+
+
+def given_preprocess(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A preprocessing as somebody gave it with a checkpoint: in our own words, or a preprocessor_config.json.
+
+    Raises:
+        InvalidRequest: it is neither, or says what ours cannot.
+    """
+    if any(name.startswith("do_") or name in ("image_processor_type", "feature_extractor_type") for name in given):
+        return from_preprocessor_config(given)
+    return _checked(given)
+
+
+def from_preprocessor_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Our preprocessing from a preprocessor_config.json of an image processor of transformers.
+
+    Args:
+        config: with do_resize, size, resample, do_center_crop, crop_size, do_rescale, rescale_factor, do_normalize,
+            image_mean, image_std; of ConvNeXT crop_pct.
+
+    Returns:
+        `schemas.Preprocess` as JSON values, all of it.
+
+    Raises:
+        InvalidRequest: a processor that does something else to images, or sizes in other words.
+    """
+    name, processor = _processor(config)
+    for switch in _SWITCHED_OFF:
+        if config.get(switch):
+            raise _refused(f"{switch} is {config[switch]!r}")
+    found: dict[str, Any] = {"crop_offset": "floored", "scale": 1.0}
+    if config.get("do_resize", True):
+        resample = config.get("resample", processor.resample)
+        if resample not in _RESAMPLE or isinstance(resample, bool):
+            raise _refused(f"resample is {resample!r}; known are {_RESAMPLE}")
+        found["resample"] = _RESAMPLE[resample]
+        found |= _convnext_size(config) if name == "ConvNext" else {"resize": _size(config, "size", processor.square)}
+    if config.get("do_center_crop", processor.crops):
+        if "crop" in found:
+            raise _refused("do_center_crop is true beside crop_pct")
+        found["crop"] = _size(config, "crop_size", square=True)
+    if config.get("do_rescale", True):
+        found["scale"] = config.get("rescale_factor", 1 / 255)
+    if config.get("do_normalize", True):
+        for member, ours in (("image_mean", "mean"), ("image_std", "std")):
+            if config.get(member) is None:
+                raise _refused(f"do_normalize is true and {member} is missing")
+            found[ours] = config[member]
+    mean = found.get("mean")
+    if config.get("do_convert_rgb") or not isinstance(mean, list) or len(mean) == 3:
+        found["colour"] = "rgb"
+    elif len(mean) == 1:
+        found["colour"] = "grey"
+    return _checked(found)
+
+
+def from_timm(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Our preprocessing from timm's data configuration of a network, as its own evaluation does it.
+
+    Args:
+        config: with input_size (channels, height, width), interpolation, mean, std, crop_pct, crop_mode, as
+            timm.data.resolve_data_config gives it.
+
+    Returns:
+        `schemas.Preprocess` as JSON values, all of it.
+
+    Raises:
+        InvalidRequest: borders that are padded (crop_mode "border"), sides that differ unless the mode is "squash",
+            a filter that is drawn ("random"), other numbers of channels than one and three.
+    """
+    match config.get("input_size"):
+        case [1 | 3 as channels, int(height), int(width)] | (1 | 3 as channels, int(height), int(width)):
+            pass
+        case other:
+            raise _refused(f"input_size is {other!r}; expected [3, height, width], or one channel")
+    mode, crop_pct = config.get("crop_mode", "center"), config.get("crop_pct", 0.875)
+    if not isinstance(crop_pct, int | float) or not 0 < crop_pct <= 2:
+        raise _refused(f"crop_pct is {crop_pct!r}")
+    sides = [math.floor(height / crop_pct), math.floor(width / crop_pct)]
+    if mode == "squash":
+        resize: Any = sides
+    elif mode == "center" and height == width:
+        resize = sides[0]
+    else:
+        raise _refused(f"crop_mode is {mode!r} for images of {height} x {width}")
+    found = {
+        "resize": resize,
+        "resample": config.get("interpolation", "bilinear"),
+        "crop": [height, width],
+        "crop_offset": "rounded",
+        "colour": "rgb" if channels == 3 else "grey",
+        "scale": 1 / 255,
+    }
+    for member in ("mean", "std"):
+        numbers = list(config.get(member, ()))
+        if len(numbers) != channels:
+            raise _refused(f"{member} has {len(numbers)} numbers for {channels} channels")
+        found[member] = numbers
+    return _checked(found)
+
+
+def _processor(config: Mapping[str, Any]) -> tuple[str, _Processor]:
+    given = config.get("image_processor_type") or config.get("feature_extractor_type")
+    if given is None:
+        # Files of early versions name no class; with sizes by side there is nothing that only the class would know.
+        if isinstance(config.get("size"), dict) and "resample" in config and "crop_pct" not in config:
+            return "", _Processor(config["resample"], crops="crop_size" in config)
+        raise _refused("it names no image_processor_type")
+    name = re.sub(r"(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", str(given))
+    if name not in _PROCESSORS:
+        raise _refused(f"its image_processor_type is {given!r}; known are {', '.join(_PROCESSORS)}")
+    return name, _PROCESSORS[name]
+
+
+def _size(config: Mapping[str, Any], member: str, square: bool) -> Any:
+    """One number, or height and width."""
+    match config.get(member):
+        case {"height": int(height), "width": int(width), **others} if not others:
+            return [height, width]
+        case {"shortest_edge": int(side), **others} if not any(others.values()) and member == "size":
+            return side
+        case int(side) if not isinstance(side, bool):
+            return [side, side] if square else side
+        case other:
+            raise _refused(f"{member} is {other!r}; expected height and width, or shortest_edge")
+
+
+def _convnext_size(config: Mapping[str, Any]) -> dict[str, Any]:
+    """ConvNeXT's own: below 384 the shorter side is size / crop_pct and the centre is cut out, else it is squashed."""
+    side = _size(config, "size", square=False)
+    if not isinstance(side, int):
+        raise _refused(f"size is {config['size']!r}; expected shortest_edge")
+    crop_pct = config.get("crop_pct", 224 / 256)
+    if not isinstance(crop_pct, int | float) or not 0 < crop_pct <= 2:
+        raise _refused(f"crop_pct is {crop_pct!r}")
+    if side < 384:
+        return {"resize": int(side / crop_pct), "crop": [side, side]}
+    return {"resize": [side, side]}
+
+
+def _checked(found: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        # Of images: what is not said to be otherwise is scaled to 0 to 1.
+        return Preprocess.model_validate(found).for_images().model_dump(mode="json")
+    except ValidationError as error:
+        raise invalid_request("The preprocessing", error.errors(), prefix="preprocess") from None
+
+
+def _refused(reason: str) -> InvalidRequest:
+    return InvalidRequest(
+        f"This preprocessing cannot be expressed here: {reason}. Give preprocess in the service's own words (resize, "
+        "resample, crop, colour, scale, mean, std)."
+    )

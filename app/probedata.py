@@ -1,0 +1,144 @@
+"""What a probe's file says of itself: tensors with labels, or a dataset of images or texts.
+
+Which of the two is found by the file's content. What is not the file's but the spec's is checked against it here.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from app import datafile, schemas, tensorfile
+from app.errors import InvalidFile, InvalidRequest
+from app.settings import Settings
+from app.tensordata import (
+    Integers,
+    check_labels,
+    read_labels,
+    read_splits,
+    require_known,
+    require_tensor,
+    safetensors_integers,
+    split_counts,
+)
+
+# Names under which a probe may hold a network's own inputs in place of `inputs`; the first that is there, of the first
+# two, says the shape. As in analysis/probes.py, which a test compares.
+INPUT_NAMES = (
+    "pixel_values", "input_ids", "attention_mask", "token_type_ids", "position_ids", "pixel_attention_mask",
+    "spatial_shapes",
+)  # fmt: skip
+_MAIN_NAMES = ("inputs", "pixel_values", "input_ids")
+
+
+def describe(path: Path, spec: schemas.ProbeSpec, settings: Settings) -> dict[str, Any]:
+    """The columns of a probe's row that come from its file, by name.
+
+    Raises:
+        InvalidFile: the file is broken, over a limit, or its labels and samples do not fit each other.
+        InvalidRequest: the spec says what makes no sense for such a file.
+    """
+    format = datafile.detect(path, datafile.Limits.of(settings))
+    if format is None:
+        return _tensors(path, spec, settings)
+    columns = spec.columns.model_dump(exclude_none=True) if spec.columns else None
+    dataset = datafile.open_dataset(path, format, datafile.Limits.of(settings), columns)
+    return _dataset(dataset, spec)
+
+
+def _tensors(path: Path, spec: schemas.ProbeSpec, settings: Settings) -> dict[str, Any]:
+    for member in ("columns", "tokenizer", "max_length"):
+        if getattr(spec, member) is not None:
+            raise InvalidRequest(f"{member} is for Parquet, CSV and JSON lines; the file holds tensors.")
+    file, integers = _open_probe(path, settings)
+    require_known(file, {"inputs", *INPUT_NAMES, "labels", "split"})
+    inputs = _inputs(file, spec.preprocess)
+    n_named = len(spec.class_names) if spec.class_names else None
+    labels = read_labels(file, integers, inputs.shape[0], n_classes=n_named)
+    _check_preprocess(spec.preprocess, inputs.shape[1])
+    return {
+        "format": file.format,
+        "content": "tensors",
+        "n_samples": inputs.shape[0],
+        **_classes(labels, spec.class_names),
+        "input_shape": list(inputs.shape[1:]),
+        "splits": read_splits(file, integers, inputs.shape[0]),
+        "preprocess": spec.preprocess.for_tensors().model_dump(mode="json") if spec.preprocess else None,
+    }
+
+
+def _dataset(dataset: datafile.Dataset, spec: schemas.ProbeSpec) -> dict[str, Any]:
+    if dataset.content == "texts" and spec.preprocess is not None:
+        raise InvalidRequest("preprocess is for images; the file holds texts.")
+    if dataset.content == "images" and not (spec.tokenizer is None and spec.max_length is None):
+        raise InvalidRequest("tokenizer and max_length are for texts; the file holds images.")
+    names = dataset.class_names
+    if names is not None and spec.class_names is not None and names != spec.class_names:
+        raise InvalidRequest(
+            f"class_names are {_listed(spec.class_names)}; the file's own are {_listed(names)}, in this order. Leave "
+            "class_names out.",
+        )
+    names = names or spec.class_names
+    check_labels(dataset.labels, len(names) if names else None)
+    return {
+        "format": dataset.format,
+        "content": dataset.content,
+        "columns": dataset.columns,
+        "n_samples": len(dataset.labels),
+        **_classes(dataset.labels, names),
+        "input_shape": None,
+        "splits": {} if dataset.split is None else split_counts(dataset.split),
+        "preprocess": spec.preprocess.for_images().model_dump(mode="json") if spec.preprocess else None,
+        "max_length": spec.max_length,
+    }
+
+
+def _classes(labels: npt.NDArray[np.int64], names: list[str] | None) -> dict[str, Any]:
+    n_classes = len(names) if names else int(labels.max()) + 1
+    counts = np.bincount(labels, minlength=n_classes).tolist()
+    return {"n_classes": n_classes, "class_counts": counts, "class_names": names}
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(map(repr, names[:20])) + (", ..." if len(names) > 20 else "")
+
+
+def _inputs(file: tensorfile.TensorFile, preprocess: schemas.Preprocess | None) -> tensorfile.TensorInfo:
+    """The tensor of a probe that says how many samples there are and of what shape; the others are checked too."""
+    named = [name for name in INPUT_NAMES if name in file.tensors]
+    if "inputs" in file.tensors and named:
+        raise InvalidFile(f"The file holds 'inputs' and {', '.join(map(repr, named))}; it must be one or the other.")
+    main = next((name for name in _MAIN_NAMES if name in file.tensors), "inputs")
+    inputs = require_tensor(file, main, tensorfile.INTEGER if main == "input_ids" else tensorfile.NUMERIC, min_rank=2)
+    for name in named:
+        other = require_tensor(file, name, tensorfile.NUMERIC, min_rank=2)
+        if other.shape[0] != inputs.shape[0]:
+            raise InvalidFile(f"{name!r} has {other.shape[0]} samples; {main!r} has {inputs.shape[0]}.")
+    if preprocess is not None and main == "input_ids":
+        raise InvalidRequest("preprocess is for 'inputs' and 'pixel_values'; the file holds neither.")
+    return inputs
+
+
+def _check_preprocess(preprocess: schemas.Preprocess | None, size: int) -> None:
+    of_images = [name for name in ("resize", "crop", "colour") if getattr(preprocess, name, None) is not None]
+    if of_images:
+        raise InvalidRequest(
+            f"preprocess.{of_images[0]} is for images in files (Parquet, a zip of class folders); the file holds "
+            "tensors, which are taken as they are."
+        )
+    for name in ("mean", "std") if preprocess else ():
+        values = getattr(preprocess, name)
+        if isinstance(values, list) and len(values) != size:
+            raise InvalidRequest(
+                f"preprocess.{name} has {len(values)} entries; dimension 1 of the inputs has the size {size}."
+            )
+
+
+def _open_probe(path: Path, settings: Settings) -> tuple[tensorfile.TensorFile, Integers]:
+    with path.open("rb") as file:
+        is_zip = file.read(2) == b"PK"
+    if is_zip:
+        archive = tensorfile.inspect_npz(path, max_bytes=settings.max_npz_bytes, max_ratio=settings.max_npz_ratio)
+        return archive, lambda name: tensorfile.read_npz_integers(path, name)
+    return tensorfile.inspect_safetensors(path), safetensors_integers(path)

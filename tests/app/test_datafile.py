@@ -1,0 +1,332 @@
+"""Datasets from strangers: what is read of them, and what is refused, without a service."""
+
+import csv
+import io
+import json
+import stat
+import struct
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from app.datafile import Dataset, Limits, detect, open_dataset
+from app.errors import InvalidFile
+from app.settings import Settings
+from tests.datafiles import encoded, image_column, parquet, picture, saved, zipped
+
+LIMITS = Limits.of(Settings())
+PICTURES = [encoded(picture(seed, 6, 5)) for seed in range(6)]
+
+
+def _open(content: bytes, folder: Path, limits: Limits = LIMITS, columns: Mapping[str, str] | None = None) -> Dataset:
+    path = saved(content, folder, "a.bin")
+    format = detect(path, limits)
+    assert format is not None
+    return open_dataset(path, format, limits, columns)
+
+
+def _refused(content: bytes, folder: Path, limits: Limits = LIMITS, **columns: str) -> InvalidFile:
+    """Why a file is refused, when it is opened or when it is read."""
+
+    def read() -> None:
+        dataset = _open(content, folder, limits, columns or None)
+        list(dataset.read(range(len(dataset.labels))))
+
+    with pytest.raises(InvalidFile) as raised:
+        read()
+    return raised.value
+
+
+def _contents(dataset: Dataset, rows: Any = None) -> list[bytes]:
+    return [content for _, content in dataset.read(range(len(dataset.labels)) if rows is None else rows)]
+
+
+# --- Parquet --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows_a_group", [1, 2, 100])
+def test_parquet_of_hugging_face(tmp_path: Path, rows_a_group: int) -> None:
+    """Images in a struct, classes named by the schema, a column of splits; any rows can be read, in rising order."""
+    content = parquet(
+        {
+            "img": image_column(PICTURES, [f"{i}.png" for i in range(6)]),
+            "fine_label": [0, 2, 1, 0, 2, 1],
+            "split": ["train", "train", "validation", "test", "train", "train"],
+        },
+        names={"fine_label": ["cat", "dog", "eel"]},
+        row_group_size=rows_a_group,
+    )
+    dataset = _open(content, tmp_path)
+    assert (dataset.format, dataset.content, dataset.class_names) == ("parquet", "images", ["cat", "dog", "eel"])
+    assert dataset.columns == {"image": "img", "label": "fine_label", "split": "split"}
+    assert dataset.labels.tolist() == [0, 2, 1, 0, 2, 1]
+    assert dataset.split is not None
+    assert dataset.split.tolist() == [0, 0, 1, 1, 0, 0]
+    assert list(dataset.read(range(6))) == [(f"{i}.png", PICTURES[i]) for i in range(6)]
+    assert _contents(dataset, [1, 4, 5]) == [PICTURES[1], PICTURES[4], PICTURES[5]]
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected", "names"),
+    [
+        (pa.array(["dog", "cat", "dog"]), [1, 0, 1], ["cat", "dog"]),
+        (pa.array(["dog", "cat", "dog"], pa.large_string()), [1, 0, 1], ["cat", "dog"]),
+        (pa.array(["dog", "cat", "dog"]).dictionary_encode(), [1, 0, 1], ["cat", "dog"]),
+        (
+            pa.DictionaryArray.from_arrays(pa.array([2, 1, 2]), pa.array(["unused", "cat", "dog"])),
+            [1, 0, 1],
+            ["cat", "dog"],
+        ),
+        (pa.array(["10", "9", "10"]), [10, 9, 10], None),
+        (pa.array([3, 0, 3], pa.uint8()), [3, 0, 3], None),
+    ],
+)
+def test_labels_of_parquet(tmp_path: Path, labels: pa.Array, expected: list[int], names: list[str] | None) -> None:
+    """Names become their places in sorted order, names that are integers those integers."""
+    dataset = _open(parquet({"text": ["a", "b", "c"], "label": labels}), tmp_path)
+    assert dataset.labels.tolist() == expected
+    assert dataset.class_names == names
+    assert _contents(dataset) == [b"a", b"b", b"c"]
+
+
+def test_columns_can_be_named(tmp_path: Path) -> None:
+    """Plain bytes are images too; of images and texts in one file the spec chooses."""
+    content = parquet({"photo": PICTURES, "caption": list("abcdef"), "species": [0, 1] * 3})
+    dataset = _open(content, tmp_path, columns={"image": "photo", "label": "species"})
+    assert (dataset.content, _contents(dataset)) == ("images", PICTURES)
+    dataset = _open(content, tmp_path, columns={"text": "caption", "label": "species"})
+    assert (dataset.content, _contents(dataset)) == ("texts", [b"a", b"b", b"c", b"d", b"e", b"f"])
+
+
+TWO = {"image": image_column(PICTURES[:2]), "label": [0, 1]}
+BAD_PARQUET: dict[str, tuple[Callable[[], bytes], str]] = {
+    "no images or texts": (lambda: parquet({"photo": PICTURES[:2], "label": [0, 1]}), "'photo', 'label'"),
+    "no labels": (lambda: parquet({"image": PICTURES[:2], "species": [0, 1]}), "'image', 'species'"),
+    "images and texts": (lambda: parquet({**TWO, "text": ["a", "b"]}), "name the one to take"),
+    "a label is missing": (lambda: parquet({**TWO, "label": pa.array([0, None])}), "Row 1"),
+    "a name is missing": (lambda: parquet({**TWO, "label": pa.array(["a", None])}), "Row 1"),
+    "labels are fractions": (lambda: parquet({**TWO, "label": [0.5, 1.0]}), "double"),
+    "a label of -1": (lambda: parquet({**TWO, "label": [0, -1]}, names={"label": ["a", "b"]}), "row 1 is -1"),
+    "a class twice": (lambda: parquet(TWO, names={"label": ["a", "a"]}), "each once"),
+    "images are numbers": (lambda: parquet({**TWO, "image": [1, 2]}), "int64"),
+    "an image is missing": (lambda: parquet({**TWO, "image": image_column([PICTURES[0], None])}), "Row 1"),
+    "a path and no bytes": (
+        lambda: parquet({**TWO, "image": image_column([PICTURES[0], None], [None, "a/b.png"])}),
+        "'a/b.png'",
+    ),
+    "a text is missing": (lambda: parquet({"text": ["a", " "], "label": [0, 1]}), "Row 1"),
+    "a text is too long": (lambda: parquet({"text": ["a", "b" * 131_073], "label": [0, 1]}), "131072"),
+    "an unknown split": (lambda: parquet({**TWO, "split": ["train", "holdout"]}), "holdout"),
+    "no rows": (lambda: parquet({"text": pa.array([], pa.string()), "label": pa.array([], pa.int64())}), "no rows"),
+    "cut short": (lambda: parquet(TWO)[:-5], "footer"),
+    "a footer too large": (lambda: parquet(TWO)[:-8] + struct.pack("<I", 2**30) + b"PAR1", "footer"),
+    "broken inside": (lambda: parquet(TWO)[:4] + bytes(400) + parquet(TWO)[404:], "Parquet"),
+    "only a start": (lambda: b"PAR1" + bytes(100), "footer"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PARQUET)
+def test_bad_parquet_is_refused(tmp_path: Path, case: str) -> None:
+    """What is missing is named, by column or row; the columns that there are are listed."""
+    make, word = BAD_PARQUET[case]
+    assert word in _refused(make(), tmp_path).detail
+
+
+def test_a_named_column_that_is_not_there(tmp_path: Path) -> None:
+    """The problem lists the columns."""
+    error = _refused(parquet({"photo": PICTURES[:2], "label": [0, 1]}), tmp_path, image="foto")
+    assert error.members["columns"] == ["photo", "label"]
+    assert "'foto'" in error.detail
+
+
+def test_parquet_over_the_limits_is_refused(tmp_path: Path) -> None:
+    """Rows, bytes and ratio are looked at in the footer; one text repeated a million times is one."""
+    small = parquet(TWO)
+    assert "2 rows" in _refused(small, tmp_path, replace(LIMITS, rows=1)).detail
+    assert "unpack" in _refused(small, tmp_path, replace(LIMITS, unpacked_bytes=100)).detail
+    bomb = parquet({"text": ["a" * 100_000] * 500, "label": [0, 1] * 250}, use_dictionary=False, compression="zstd")
+    assert "times its size" in _refused(bomb, tmp_path).detail
+    assert "texts may have" in _refused(bomb, tmp_path, replace(LIMITS, ratio=1e9, text_bytes=10**6)).detail
+
+
+# --- zips of class folders ------------------------------------------------------------------------------------------
+
+IMAGE = PICTURES[0]
+
+
+@pytest.mark.parametrize("prefix", ["", "pets/", "a/b/"])
+def test_class_folders(tmp_path: Path, prefix: str) -> None:
+    """Folders are the classes, in sorted order; what holds them all, and what file managers leave, is no class."""
+    names = ["dog/2.png", "cat/1.jpg", "dog/1.PNG", ".DS_Store", "__MACOSX/cat/._1.jpg", "cat/Thumbs.db"]
+    content = zipped({**{prefix + name: IMAGE for name in names}, "README.txt": b"", prefix + "cat/": b""})
+    dataset = _open(content, tmp_path)
+    assert (dataset.format, dataset.content, dataset.class_names) == ("imagefolder", "images", ["cat", "dog"])
+    assert dataset.split is None
+    assert list(dataset.read([0, 2])) == [(f"{prefix}cat/1.jpg", IMAGE), (f"{prefix}dog/2.png", IMAGE)]
+    assert dataset.labels.tolist() == [0, 1, 1]
+
+
+@pytest.mark.parametrize("prefix", ["", "pets/"])
+def test_split_folders(tmp_path: Path, prefix: str) -> None:
+    """Two levels are splits and classes; validation counts as test."""
+    names = ["train/dog/1.png", "train/cat/1.png", "val/cat/2.png", "test/dog/3.png"]
+    dataset = _open(zipped({prefix + name: IMAGE for name in names}), tmp_path)
+    assert dataset.split is not None
+    found = [name for name, _ in dataset.read(range(4))]
+    assert found == [prefix + name for name in (names[1], names[2], names[0], names[3])]
+    assert (dataset.labels.tolist(), dataset.split.tolist()) == ([0, 0, 1, 1], [0, 1, 0, 1])
+    only = _open(zipped({prefix + name: IMAGE for name in names[:2]}), tmp_path)
+    assert only.split is not None
+    assert (only.class_names, only.split.tolist()) == (["cat", "dog"], [0, 0])
+
+
+def _with_mode(name: str, mode: int) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("cat/1.png", IMAGE)
+        link = zipfile.ZipInfo(name)
+        link.external_attr = mode << 16
+        archive.writestr(link, "/etc/passwd")
+    return buffer.getvalue()
+
+
+def _overwritten(content: bytes, at: int, new: bytes) -> bytes:
+    start = content.rindex(b"PK\x05\x06") + at
+    return content[:start] + new + content[start + len(new) :]
+
+
+GOOD_ZIP = {"cat/1.png": IMAGE, "dog/1.png": IMAGE}
+BAD_ZIPS: dict[str, tuple[Callable[[], bytes], str]] = {
+    "climbs out": (lambda: zipped({**GOOD_ZIP, "../../evil.png": IMAGE}), "leads out"),
+    "climbs out in the middle": (lambda: zipped({**GOOD_ZIP, "cat/../../evil.png": IMAGE}), "leads out"),
+    "absolute": (lambda: zipped({**GOOD_ZIP, "/etc/cat/1.png": IMAGE}), "leads out"),
+    "of Windows": (lambda: zipped({**GOOD_ZIP, "cat\\..\\1.png": IMAGE}), "leads out"),
+    "a link": (lambda: _with_mode("dog/1.png", stat.S_IFLNK | 0o777), "a link"),
+    "a device": (lambda: _with_mode("dog/1.png", stat.S_IFBLK | 0o777), "a device"),
+    "an empty class": (lambda: zipped({**GOOD_ZIP, "eel/": b""}), "'eel'"),
+    "no images": (lambda: zipped({"cat/1.txt": b"a"}), "no images"),
+    "a text among images": (lambda: zipped({**GOOD_ZIP, "cat/notes.txt": b"a"}), "cat/notes.txt"),
+    "no folders": (lambda: zipped({"1.png": IMAGE, "2.png": IMAGE}), "class folders"),
+    "folders of two depths": (lambda: zipped({**GOOD_ZIP, "big/cat/1.png": IMAGE}), "class folders"),
+    "unknown splits": (lambda: zipped({"a/cat/1.png": IMAGE, "b/dog/1.png": IMAGE}), "named after splits"),
+    "a name of control characters": (lambda: zipped({**GOOD_ZIP, "c\x1bat/1.png": IMAGE}), "printable"),
+    "bzip2": (lambda: zipped(GOOD_ZIP, compression=zipfile.ZIP_BZIP2), "neither stored nor deflated"),
+    "a bomb": (
+        lambda: zipped({**GOOD_ZIP, "cat/2.png": bytes(10**7)}, compression=zipfile.ZIP_DEFLATED),
+        "times its size",
+    ),
+    "a million files announced": (lambda: _overwritten(zipped(GOOD_ZIP), 12, struct.pack("<L", 2**31)), "lists"),
+    "the end missing": (lambda: zipped(GOOD_ZIP)[:-30], "end of its list"),
+    "the list broken": (lambda: _overwritten(zipped(GOOD_ZIP), 16, struct.pack("<L", 5)), "zip"),
+    "an image broken": (lambda: zipped(GOOD_ZIP).replace(IMAGE, bytes(len(IMAGE)), 1), "Row 0 (cat/1.png)"),
+    "a class of a long name": (lambda: zipped({**GOOD_ZIP, "e" * 201 + "/1.png": IMAGE}), "200 characters"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ZIPS)
+def test_bad_zip_is_refused(tmp_path: Path, case: str) -> None:
+    """Paths that climb out, links, bombs, classes without images: each says what it is."""
+    make, word = BAD_ZIPS[case]
+    assert word in _refused(make(), tmp_path).detail
+
+
+def test_zips_over_the_limits_are_refused(tmp_path: Path) -> None:
+    """Files, bytes and rows."""
+    content = zipped(GOOD_ZIP)
+    assert "at most 1 are allowed" in _refused(content, tmp_path, replace(LIMITS, members=1)).detail
+    assert "unpack" in _refused(content, tmp_path, replace(LIMITS, unpacked_bytes=10)).detail
+    assert "rows" in _refused(content, tmp_path, replace(LIMITS, rows=1)).detail
+
+
+def test_an_npz_is_no_dataset(tmp_path: Path) -> None:
+    """A zip of .npy files alone holds tensors."""
+    buffer = io.BytesIO()
+    np.savez(buffer, inputs=np.zeros((2, 3)), labels=np.zeros(2))
+    assert detect(saved(buffer.getvalue(), tmp_path, "images.zip"), LIMITS) is None
+
+
+# --- lines ----------------------------------------------------------------------------------------------------------
+
+
+def _csv(rows: list[list[str]], delimiter: str = ",", encoding: str = "utf-8") -> bytes:
+    buffer = io.StringIO()
+    csv.writer(buffer, delimiter=delimiter).writerows(rows)
+    return buffer.getvalue().encode(encoding)
+
+
+def _jsonl(*rows: Any) -> bytes:
+    return "\n".join(json.dumps(row) for row in rows).encode()
+
+
+ROWS = [["text", "label", "split"], ['a, "b"\nc', "pos", "train"], ["Größe ✓", "neg", "test"], ["d", "pos", "test"]]
+
+
+@pytest.mark.parametrize(
+    ("content", "format"),
+    [
+        (_csv(ROWS), "csv"),
+        (_csv(ROWS, "\t"), "csv"),
+        (_csv(ROWS, encoding="utf-8-sig"), "csv"),
+        (_jsonl(*(dict(zip(ROWS[0], row, strict=True)) for row in ROWS[1:])), "jsonl"),
+        (b"\n".join(_jsonl(dict(zip(ROWS[0], row, strict=True))) + b"\r\n" for row in ROWS[1:]), "jsonl"),
+    ],
+)
+def test_lines_of_texts(tmp_path: Path, content: bytes, format: str) -> None:
+    """CSV and JSON lines give the same texts, labels and splits."""
+    dataset = _open(content, tmp_path)
+    assert (dataset.format, dataset.content, dataset.class_names) == (format, "texts", ["neg", "pos"])
+    assert dataset.split is not None
+    assert (dataset.labels.tolist(), dataset.split.tolist()) == ([1, 0, 1], [0, 1, 1])
+    assert [text.decode().replace("\r\n", "\n") for text in _contents(dataset)] == [row[0] for row in ROWS[1:]]
+    assert _contents(dataset, [1]) == ["Größe ✓".encode()]
+
+
+def test_labels_that_are_integers(tmp_path: Path) -> None:
+    """In JSON as numbers, in CSV as the texts of numbers."""
+    assert _open(_jsonl({"text": "a", "label": 2}, {"text": "b", "label": 0}), tmp_path).labels.tolist() == [2, 0]
+    dataset = _open(_csv([["sentence", "labels"], ["a", "2"], ["b", "0"]]), tmp_path)
+    assert (dataset.labels.tolist(), dataset.class_names) == ([2, 0], None)
+
+
+A, B = {"text": "a", "label": "x"}, {"text": "b", "label": "y"}
+BAD_LINES: dict[str, tuple[bytes, str]] = {
+    "no such column": (_csv([["words", "label"], ["a", "x"]]), "'words', 'label'"),
+    "no labels": (_jsonl({"text": "a", "klass": 1}), "'text', 'klass'"),
+    "a label is missing": (_csv([["text", "label"], ["a", "x"], ["b", ""]]), "Row 1 has no label"),
+    "a label is missing in JSON": (_jsonl(A, {"text": "b"}), "Row 1 has no label"),
+    "a label that is a list": (_jsonl(A, {"text": "b", "label": [1]}), "row 1"),
+    "labels of both kinds": (_jsonl({"text": "a", "label": 1}, B), "names"),
+    "labels of both kinds, names first": (_jsonl(A, {"text": "a", "label": 1}), "names"),
+    "a text is missing": (_jsonl(A, {"label": "y"}), "Row 1 has no text"),
+    "a text is a number": (_jsonl(A, {"text": 3, "label": "y"}), "Row 1 has no text"),
+    "half of a pair": (b'{"text": "\\ud800", "label": 1}', "row 0"),
+    "an unknown split": (_jsonl({**A, "split": "x"}), "'x'"),
+    "fields too few": (b"text,label\na,x\nb\n", "Row 1 (line 3) has 1 fields"),
+    "a field too long": (_csv([["text", "label"], ["a" * 131_073, "x"]]), "131072"),
+    "a line too long": (b"text,label\n" + b"a" * (2**20 + 1), "Line 2"),
+    "a quote that is not closed": (b'text,label\n"a,x\n', "malformed"),
+    "a name twice": (b"text,label,label\na,b,c", "each once"),
+    "not UTF-8": (b"text,label\ncaf\xe9,x\n", "UTF-8"),
+    "not JSON": (b'{"text": "a", "label": 1}\n{"text": ', "Row 1 (line 2)"),
+    "not objects": (b'{"text": "a", "label": 1}\n[1]', "Row 1 (line 2)"),
+    "no rows": (b"text,label\n", "no rows"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LINES)
+def test_bad_lines_are_refused(tmp_path: Path, case: str) -> None:
+    """By row, counted from 0, and by line where that is another number."""
+    content, word = BAD_LINES[case]
+    assert word in _refused(content, tmp_path).detail
+
+
+def test_lines_over_the_limits_are_refused(tmp_path: Path) -> None:
+    """Rows, and bytes of the file."""
+    assert "rows" in _refused(_jsonl(A, B), tmp_path, replace(LIMITS, rows=1)).detail
+    assert "bytes" in _refused(_jsonl(A, B), tmp_path, replace(LIMITS, text_bytes=10)).detail

@@ -1,0 +1,76 @@
+"""Files of probe data as people have them: Parquet, zips of class folders, images of every format."""
+
+import io
+import json
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+
+def picture(seed: int, width: int = 40, height: int = 32, mode: str = "RGB") -> Image.Image:
+    """An image that is smooth in places and noisy in others, so that filters differ on it."""
+    generator = np.random.default_rng(seed)
+    y, x = np.mgrid[0:height, 0:width]
+    waves = 127 + 80 * np.sin(x[..., None] / (2 + seed % 5) + np.arange(3)) * np.cos(y[..., None] / 7)
+    noise = generator.normal(scale=25, size=(height, width, 3)) * (x > width // 2)[..., None]
+    return Image.fromarray(np.clip(waves + noise, 0, 255).astype(np.uint8)).convert(mode)
+
+
+def encoded(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
+    """The image as a file."""
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def png_of_size(width: int, height: int) -> bytes:
+    """A PNG that announces so many pixels and holds hardly any bytes."""
+    content = bytearray(encoded(Image.new("L", (1, 1))))
+    content[16:24] = width.to_bytes(4, "big") + height.to_bytes(4, "big")
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    return bytes(content)
+
+
+def zipped(files: Mapping[str, bytes], *, compression: int = zipfile.ZIP_STORED) -> bytes:
+    """A zip of these files; a name that ends with / is a folder."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+def parquet(
+    columns: Mapping[str, Sequence[Any] | pa.Array], *, names: Mapping[str, Sequence[str]] | None = None, **options: Any
+) -> bytes:
+    """A Parquet file; `names` are ClassLabels by column, as Hugging Face's `datasets` writes them."""
+    table = pa.table(dict(columns))
+    if names is not None:
+        features = {column: {"names": list(given), "_type": "ClassLabel"} for column, given in names.items()}
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, **options)
+    return buffer.getvalue()
+
+
+def image_column(contents: Sequence[bytes | None], paths: Sequence[str | None] | None = None) -> pa.Array:
+    """Images as `datasets` stores them: a struct of bytes and path."""
+    rows = [
+        {"bytes": content, "path": path}
+        for content, path in zip(contents, paths or [None] * len(contents), strict=True)
+    ]
+    return pa.array(rows, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+
+
+def saved(content: bytes, folder: Path, name: str = "file") -> Path:
+    """The content as a file whose name says nothing."""
+    path = folder / name
+    path.write_bytes(content)
+    return path

@@ -1,0 +1,98 @@
+"""Folders of images, Parquet and texts from the command line and the client, into a real service."""
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from interplay import Client, ProblemError
+from interplay.folders import zipped_folder
+from tests.analysis import models
+from tests.analysis.models import IMAGE_MODELS
+from tests.datafiles import encoded, parquet, picture, saved
+from tests.interplay.test_command import interplay
+from tests.services import Service
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two classes of three images, in splits, as a camera and a file manager leave them."""
+    for split in ("train", "test"):
+        for number, name in enumerate(("cat", "dog")):
+            place = tmp_path / "pets" / split / name
+            place.mkdir(parents=True)
+            for i in range(3):
+                place.joinpath(f"{i}.png").write_bytes(encoded(picture(10 * number + i, 20, 20)))
+    (tmp_path / "pets" / ".DS_Store").write_bytes(b"x")
+    return tmp_path / "pets"
+
+
+def _pushed(*arguments: str | Path, url: str) -> dict[str, Any]:
+    ran = interplay("push", *arguments, "--json", url=url)
+    assert ran.returncode == 0, ran.stderr
+    return dict(json.loads(ran.stdout))
+
+
+def test_a_folder_of_class_folders(service: Service, folder: Path, tmp_path: Path) -> None:
+    """Zipped on the way, analysed with what the checkpoint's preprocessor_config.json says, on a part of it."""
+    probe = _pushed("probe", folder, url=service.url)
+    assert (probe["name"], probe["format"], probe["class_names"]) == ("pets", "imagefolder", ["cat", "dog"])
+    assert probe["splits"] == {"train": 6, "test": 6}
+    vit = models.saved_transformers("ViT", IMAGE_MODELS["ViT"], tmp_path)
+    config = saved(
+        b'{"image_processor_type": "ViTImageProcessor", "size": {"height": 32, "width": 32}, "do_normalize": false}',
+        tmp_path,
+        "preprocessor_config.json",
+    )
+    architecture = json.dumps(vit.architecture)
+    arguments = ("checkpoint", vit.path, "--architecture", architecture, "--preprocess", config)
+    checkpoint = _pushed(*arguments, url=service.url)
+    assert checkpoint["preprocess"]["resize"] == [32, 32]
+    ran = interplay(
+        "analyze", "--checkpoint", checkpoint["id"], "--probe", probe["id"], "--samples", "8", "--permutations", "0",
+        "--wait", "--json", url=service.url,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    report = service.report(json.loads(ran.stdout))
+    assert report["probe"]["samples"] == {"used": 8, "of": 12, "seed": 0}
+    assert report["probe"]["preprocess_source"] == "checkpoint"
+
+
+def test_a_class_without_images_is_noticed(service: Service, folder: Path) -> None:
+    """Empty folders go along."""
+    (folder / "train" / "eel").mkdir()
+    with Client(service.url) as client, pytest.raises(ProblemError, match="train/eel"):
+        client.push_probe(folder, name="pets")
+
+
+def test_columns_and_tokenizers_are_options(service: Service, tmp_path: Path) -> None:
+    """`--column role=name` may be repeated; a tokenizer is a file or JSON."""
+    file = saved(parquet({"review": ["good", "bad"], "verdict": ["yes", "no"]}), tmp_path, "reviews")
+    refused = interplay("push", "probe", file, url=service.url)
+    assert refused.returncode == 2
+    assert "'review', 'verdict'" in refused.stderr
+    tokenizer = saved(b'{"model": {"type": "WordLevel", "vocab": {}}}', tmp_path, "tokenizer.json")
+    columns = ("--column", "text=review", "--column", "label=verdict")
+    probe = _pushed("probe", file, *columns, "--tokenizer", tokenizer, "--max-length", "9", url=service.url)
+    assert probe["columns"] == {"text": "review", "label": "verdict"}
+    assert (probe["class_names"], probe["max_length"]) == (["no", "yes"], 9)
+    assert probe["tokenizer_sha256"] is not None
+    wrong = interplay("push", "probe", file, "--column", "review", url=service.url)
+    assert (wrong.returncode, "KEY=VALUE" in wrong.stderr) == (2, True)
+
+
+def test_zipped_folders(folder: Path) -> None:
+    """Stored, not packed again; links are followed and those that lead round are not; nothing is left behind."""
+    (folder / "train" / "dog" / "linked.png").symlink_to(folder / "train" / "cat" / "0.png")
+    (folder / "train" / "round").symlink_to(folder)
+    with zipped_folder(folder) as path:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            assert "train/dog/linked.png" in names
+            assert not any(archive.getinfo(name).external_attr >> 28 == 0o12 for name in names)
+            assert {archive.getinfo(name).compress_type for name in names} == {zipfile.ZIP_STORED}
+        assert sorted(names)[:2] == [".DS_Store", "test/cat/0.png"]
+        assert len(names) == 14
+    assert not path.exists()

@@ -1,0 +1,191 @@
+"""From a task to the probe that it is about, and what the report says of that. Runs in the child.
+
+Tensors, images and texts all become a Probe here: drawn from where samples were asked for, with the labels in the
+checkpoint's order, and with the preprocessing and the tokenizer of the probe, or else those of the checkpoint.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from analysis.errors import AnalysisError
+from analysis.images import open_images
+from analysis.networks import LoadedNetwork
+from analysis.preprocess import Preprocess
+from analysis.probes import FeatureSet, Probe, load_feature_set, load_probe, stratified_rows
+from analysis.texts import tokenise
+from app.datafile import Dataset, Limits, open_dataset
+from app.errors import ServiceError
+from app.labels import match_labels
+from app.preprocessing import from_timm
+
+Task = dict[str, Any]
+About = dict[str, Any]
+
+# Threads that decode images; more are no faster than one disk.
+_MOST_THREADS = 32
+_NOTHING_DONE: About = {"preprocess_source": None, "tokenizer": None, "label_map": None, "samples": None}
+
+
+def read_feature_set(task: Task) -> tuple[FeatureSet, About]:
+    """The feature set of a task, and the `probe` section of its report."""
+    feature_set = load_feature_set(_path(task, task["probe"]["sha256"]))
+    about = {**task["probe"], **_NOTHING_DONE}
+    rows = _rows(task, feature_set.labels, feature_set.split)
+    if rows is None:
+        return feature_set, about
+    return feature_set.take(rows), {**about, "samples": _samples(task, len(rows))}
+
+
+def read_probe(task: Task, network: LoadedNetwork) -> tuple[Probe, About]:
+    """The probe of a task, and the `probe` section of its report.
+
+    Args:
+        task: as `attempts.begin` made it, with paths and limits.
+        network: one of those that will see it.
+
+    Raises:
+        AnalysisError: `invalid-probe` and what else the file, the preprocessing or the tokenizer can be refused for.
+    """
+    about = {**task["probe"], **_NOTHING_DONE}
+    try:
+        probe = _tensors(task, about) if about["content"] == "tensors" else _dataset(task, network, about)
+        mapping = match_labels(about["class_names"], task["subjects"][0]["architecture"])
+    except ServiceError as error:
+        raise _as_analysis_error(error) from error
+    about["label_map"] = {"matched": mapping.matched, "reordered": mapping.numbers is not None}
+    if mapping.numbers is not None:
+        labels = torch.tensor(mapping.numbers)[probe.labels]
+        probe = Probe(probe.inputs, labels, probe.split, len(network.weight), probe.preprocess)
+    return probe, about
+
+
+def _tensors(task: Task, about: About) -> Probe:
+    given = about["preprocess"]
+    about["preprocess_source"] = "probe" if given else None
+    probe = load_probe(
+        _path(task, about["sha256"]),
+        format=about["format"],
+        preprocess=_preprocess(given),
+        n_classes=about["n_classes"],
+    )
+    rows = _rows(task, probe.labels, probe.split)
+    if rows is None:
+        return probe
+    about["samples"] = _samples(task, len(rows))
+    return probe.take(rows)
+
+
+def _dataset(task: Task, network: LoadedNetwork, about: About) -> Probe:
+    limits = Limits(**task["limits"]["dataset"])
+    dataset = open_dataset(_path(task, about["sha256"]), about["format"], limits, task["file"]["columns"])
+    labels = torch.from_numpy(dataset.labels)
+    split = None if dataset.split is None else torch.from_numpy(dataset.split)
+    rows = _rows(task, labels, split)
+    if rows is not None:
+        about["samples"] = _samples(task, len(rows))
+        labels, split = labels[rows], None if split is None else split[rows]
+    chosen = range(about["n_samples"]) if rows is None else rows.tolist()
+    if dataset.content == "texts":
+        inputs = _tokens(task, dataset, chosen, about)
+        return Probe(inputs, labels, split, about["n_classes"], None)
+    about["preprocess"], about["preprocess_source"] = _of_images(task, network)
+    preprocess = _preprocess(about["preprocess"]) or Preprocess()
+    images = open_images(
+        lambda rows: _checked(dataset.read(rows)),
+        chosen,
+        preprocess,
+        most_pixels=task["limits"]["image_pixels"],
+        threads=min(max(torch.get_num_threads(), 2), _MOST_THREADS),
+    )
+    return Probe(images, labels, split, about["n_classes"], preprocess)
+
+
+def _of_images(task: Task, network: LoadedNetwork) -> tuple[Any, str | None]:
+    """The preprocessing of the probe, else of the checkpoint, else timm's own for the network; and whose it is."""
+    if given := task["probe"]["preprocess"]:
+        return given, "probe"
+    brought = _brought(task, "preprocess")
+    if brought is not None:
+        return brought, "checkpoint"
+    architecture = task["subjects"][0]["architecture"]
+    if architecture["family"] == "timm":
+        from analysis.networks.timm import data_config
+
+        return from_timm(data_config(network.module, architecture)), "timm"
+    # Grey levels as they are would be no sensible input of any network.
+    return {"scale": 1 / 255}, None
+
+
+def _tokens(task: Task, dataset: Dataset, rows: Sequence[int], about: About) -> dict[str, torch.Tensor]:
+    own, brought = task["file"]["tokenizer_sha256"], _brought(task, "tokenizer_sha256")
+    sha256 = own or brought
+    if sha256 is None:
+        raise AnalysisError(
+            "invalid-probe",
+            "The probe holds texts, and neither it nor the checkpoint came with a tokenizer. Give one of them a "
+            "tokenizer (the content of tokenizer.json).",
+        )
+    config = task["subjects"][0]["architecture"].get("config", {})
+    texts = (content.decode() for _, content in _checked(dataset.read(rows)))
+    definition = _path(task, sha256).read_text(encoding="utf-8")
+    tokens = tokenise(texts, definition, max_length=task["file"]["max_length"], config=config)
+    about["tokenizer"] = {
+        "sha256": sha256,
+        "source": "probe" if own else "checkpoint",
+        "max_length": tokens.max_length,
+        "pad_id": tokens.pad_id,
+        "n_truncated": tokens.n_truncated,
+    }
+    return {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask}
+
+
+def _brought(task: Task, member: str) -> Any:
+    """What the checkpoints bring, all of them the same; None where none does.
+
+    Raises:
+        AnalysisError: `invalid-probe` where they bring different ones.
+    """
+    values = [brought[member] for brought in task["brought"]]
+    if any(value != values[0] for value in values):
+        what = "preprocessings" if member == "preprocess" else "tokenizers"
+        raise AnalysisError(
+            "invalid-probe",
+            f"The checkpoints bring different {what}, so their numbers would not be of the same inputs. Give the probe "
+            "one of its own.",
+        )
+    return values[0]
+
+
+def _preprocess(given: dict[str, Any] | None) -> Preprocess | None:
+    return None if given is None else Preprocess(**given)
+
+
+def _rows(task: Task, labels: torch.Tensor, split: torch.Tensor | None) -> torch.Tensor | None:
+    """Which samples were asked for; None for all."""
+    n = task["options"].get("samples")
+    if n is None or n >= len(labels):
+        return None
+    return stratified_rows(labels, split, n, seed=task["options"]["seed"])
+
+
+def _samples(task: Task, used: int) -> dict[str, int]:
+    return {"used": used, "of": task["probe"]["n_samples"], "seed": task["options"]["seed"]}
+
+
+def _checked(contents: Iterator[tuple[str, bytes]]) -> Iterator[tuple[str, bytes]]:
+    """What is wrong with the file in the middle is the analysis's problem."""
+    try:
+        yield from contents
+    except ServiceError as error:
+        raise _as_analysis_error(error) from error
+
+
+def _as_analysis_error(error: ServiceError) -> AnalysisError:
+    return AnalysisError("invalid-probe", error.detail, **error.members)
+
+
+def _path(task: Task, sha256: str) -> Path:
+    return Path(task["paths"][sha256])

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from app.errors import invalid_request
+from app.errors import InvalidRequest, invalid_request
 
 Width = Annotated[int, Field(ge=1, le=1_000_000)]
 Norm = Literal["none", "batch", "layer"]
@@ -229,3 +229,24 @@ def check_architecture(description: Any) -> dict[str, Any]:
     except ValidationError as error:
         raise invalid_request("The architecture", error.errors(), prefix="architecture") from None
     return checked
+
+
+def architecture_of_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The description that a folder's config.json is: of transformers, of a folder that timm wrote, or our own.
+
+    Raises:
+        InvalidRequest: it says of no family that we know.
+    """
+    match config:
+        case {"family": str()}:
+            return config
+        case {"model_type": str()}:
+            return {"family": "transformers", "config": config}
+        case {"architecture": str(name)}:
+            args = config.get("model_args") or {}
+            classes = {"num_classes": config["num_classes"]} if "num_classes" in config else {}
+            return {"family": "timm", "name": name, "args": {**classes, **args}}
+    raise InvalidRequest(
+        "config.json names neither a model_type, as transformers' do, nor an architecture, as timm's do; give the "
+        "spec an 'architecture'."
+    )

@@ -85,6 +85,8 @@ class Checkpoint(Resource):
     n_parameters: Mapped[int] = mapped_column(sa.BigInteger)
     architecture: Mapped[dict[str, Any]]
     head: Mapped[str | None]
+    prefix: Mapped[str] = mapped_column(sa.String(200), server_default="")
+    ignored: Mapped[dict[str, Any]] = mapped_column(server_default="{}")
     preprocess: Mapped[dict[str, Any] | None]
     tokenizer_sha256: Mapped[str | None] = mapped_column(sa.ForeignKey("blobs.sha256"), index=True)
     metadata_: Mapped[dict[str, Any]] = mapped_column("metadata")

@@ -116,6 +116,8 @@ class Subject(Strict):
     n_parameters: int | None
     architecture: dict[str, Any] | None
     head: str | None
+    prefix: str | None = None
+    ignored: dict[str, int] | None = None
     n_features: int
     n_classes: int
     metadata: dict[str, Any]

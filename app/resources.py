@@ -14,8 +14,8 @@ import sqlalchemy as sa
 from pydantic import ValidationError
 from sqlalchemy.orm import Session
 
-from app import models, probedata, schemas, tensorfile
-from app.architectures import check_architecture
+from app import archives, models, probedata, schemas, tensorfile
+from app.architectures import architecture_of_config, check_architecture
 from app.database import read, write
 from app.errors import InUse, InvalidFile, InvalidRequest, NotFound, TooLarge, invalid_request
 from app.preprocessing import given_preprocess
@@ -30,6 +30,7 @@ from app.tensordata import (
     safetensors_integers,
 )
 from app.uploads import Upload
+from app.weights import weight_names
 
 _ORPHAN_SECONDS = 3600.0
 
@@ -54,23 +55,30 @@ def create_checkpoint(engine: sa.Engine, storage: Storage, settings: Settings, u
     """Keep a checkpoint; its header is checked, its weights are not read (the worker does that)."""
     spec = _parse_spec(schemas.CheckpointSpec, upload.spec, settings)
     with _blob_path(engine, storage, upload, spec) as path, ExitStack() as stack:
+        weights, sha256 = upload.file, _sha256(upload, spec)
+        if archives.is_archive(path):
+            weights, spec = _out_of_archive(storage, settings, path, spec, stack)
+            path, sha256 = weights.path, weights.sha256
         tokenizer = _staged_tokenizer(storage, settings, spec.tokenizer, stack)
         file = tensorfile.inspect_safetensors(path)
         description = spec.architecture
         if description is None:
             description = _embedded_architecture(file)
+        names = weight_names(file.tensors)
         checkpoint = models.Checkpoint(
             name=spec.name,
-            sha256=_sha256(upload, spec),
+            sha256=sha256,
             size_bytes=path.stat().st_size,
-            n_parameters=file.n_parameters,
+            n_parameters=file.n_parameters(names.ignored),
             architecture=check_architecture(description),
             head=spec.head,
+            prefix=names.prefix,
+            ignored=names.ignored,
             preprocess=None if spec.preprocess is None else given_preprocess(spec.preprocess),
             tokenizer_sha256=None if tokenizer is None else tokenizer.sha256,
             metadata_=spec.metadata,
         )
-        return _keep(engine, storage, [upload.file, tokenizer], checkpoint)
+        return _keep(engine, storage, [weights, tokenizer], checkpoint)
 
 
 def create_probe(engine: sa.Engine, storage: Storage, settings: Settings, upload: Upload) -> models.Probe:
@@ -254,6 +262,23 @@ def _blob_path(engine: sa.Engine, storage: Storage, upload: Upload, spec: Spec) 
             yield path
     except FileNotFoundError:
         raise missing from None
+
+
+def _out_of_archive(
+    storage: Storage, settings: Settings, path: Path, spec: schemas.CheckpointSpec, stack: ExitStack
+) -> tuple[StagedFile, schemas.CheckpointSpec]:
+    """The weights of a Hugging Face folder as one staged file; the spec, completed by what the folder says."""
+    with archives.open_folder(path, max_bytes=settings.max_upload_bytes) as folder:
+        weights = stack.enter_context(storage.stage())
+        archives.write_weights(folder, weights)
+    weights.flush()
+    brought = {
+        "architecture": None if folder.config is None else architecture_of_config(folder.config),
+        "preprocess": folder.preprocessor,
+        "tokenizer": folder.tokenizer,
+    }
+    missing = {name: value for name, value in brought.items() if getattr(spec, name) is None}
+    return weights, spec.model_copy(update=missing)
 
 
 def _sha256(upload: Upload, spec: Spec) -> str:

@@ -293,6 +293,8 @@ class Checkpoint(Strict):
     n_parameters: int
     architecture: dict[str, Any]
     head: str | None
+    prefix: str = Field(description="Before every weight's name; taken off where the network's own names lack it.")
+    ignored: dict[str, int] = Field(description="Tensors that are no weights, by how their names begin: how many.")
     preprocess: Preprocess | None
     tokenizer_sha256: str | None
     metadata: dict[str, Any]

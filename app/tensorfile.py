@@ -14,7 +14,7 @@ import tokenize
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -71,13 +71,17 @@ class TensorFile:
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
 
-    @property
-    def n_parameters(self) -> int:
-        """Elements of the floating-point tensors, running statistics of normalisation layers left out."""
+    def n_parameters(self, ignored: Iterable[str] = ()) -> int:
+        """Elements of the floating-point tensors but for running statistics of normalisation layers.
+
+        Args:
+            ignored: how names of further tensors begin that are no parameters.
+        """
+        left_out = tuple(ignored)
         return sum(
             info.n_elements
             for name, info in self.tensors.items()
-            if info.is_floating and not name.endswith(_RUNNING_STATISTICS)
+            if info.is_floating and not name.endswith(_RUNNING_STATISTICS) and not name.startswith(left_out)
         )
 
 

@@ -1,5 +1,6 @@
 """Names of a checkpoint's tensors as training leaves them: wrappers before each, other tensors beside them."""
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -14,10 +15,10 @@ _BESIDE = (
 
 @dataclass(frozen=True)
 class WeightNames:
-    """What stands before every weight's name, and which tensors are no weights."""
+    """What stands before every weight's name, and how many tensors are no weights, by how their names begin."""
 
     prefix: str
-    ignored: list[str]
+    ignored: dict[str, int]
 
 
 def weight_names(names: Iterable[str]) -> WeightNames:
@@ -27,17 +28,19 @@ def weight_names(names: Iterable[str]) -> WeightNames:
     the weights. A network whose own names begin like a wrapper's keeps them: whoever loads it compares.
 
     >>> weight_names(["module.head.weight", "module.head.bias", "optimizer.0.exp_avg"])
-    WeightNames(prefix='module.', ignored=['optimizer.0.exp_avg'])
+    WeightNames(prefix='module.', ignored={'optimizer.': 1})
     """
     every = list(names)
     weights = [name for name in every if not name.startswith(_BESIDE)]
-    ignored = sorted(set(every) - set(weights))
+    ignored = Counter(beginning for name in every for beginning in _BESIDE if name.startswith(beginning))
     if not weights:
-        weights, ignored = every, []
+        weights, ignored = every, Counter()
     prefix = ""
-    while found := [one for one in (*_WRAPPERS, *_BESIDE) if all(n.startswith(prefix + one) for n in weights)]:
-        # A name that would be nothing but its wrapper is no longer a name.
-        if not weights or any(name == prefix + found[0] for name in weights):
-            break
-        prefix += found[0]
-    return WeightNames(prefix, ignored)
+    while wrapper := next((one for one in (*_WRAPPERS, *_BESIDE) if _all_begin(weights, prefix + one)), None):
+        prefix += wrapper
+    return WeightNames(prefix, dict(sorted(ignored.items())))
+
+
+def _all_begin(names: list[str], beginning: str) -> bool:
+    """Whether something is left of every name behind it."""
+    return bool(names) and all(name.startswith(beginning) and name != beginning for name in names)

@@ -29,7 +29,7 @@ from urllib.parse import quote
 
 import httpx
 
-from interplay.folders import zipped_folder
+from interplay.folders import packed_checkpoint, zipped_folder
 
 DEFAULT_URL = "http://127.0.0.1:8321"
 Body = dict[str, Any]
@@ -149,9 +149,10 @@ class Client:
         """Upload a safetensors checkpoint; it streams from disk, whatever its size.
 
         Args:
-            path: the file.
+            path: the file, or a Hugging Face folder: config.json, weights in one file or in shards with their index,
+                preprocessor_config.json and tokenizer.json where there are such. An archive of one will do as well.
             name: what people will call it; need not be unique.
-            architecture: description of the network; default: the one in the file's own metadata.
+            architecture: description of the network; default: the one in the file's own metadata, or config.json.
             head: module name of the classification head; default: the family's own.
             preprocess: of images, where a probe gives none: as of a probe, or a preprocessor_config.json.
             tokenizer: content of a tokenizer.json, for texts of probes that bring none.
@@ -165,7 +166,11 @@ class Client:
             "tokenizer": tokenizer,
             "metadata": metadata,
         }
-        return self._push("checkpoints", Path(path), spec)
+        path = Path(path)
+        if not path.is_dir():
+            return self._push("checkpoints", path, spec)
+        with packed_checkpoint(path) as archive:
+            return self._push("checkpoints", archive, spec)
 
     def push_probe(
         self,

@@ -128,10 +128,12 @@ def interplay(
 
 @push.command("checkpoint")
 def push_checkpoint(
-    file: File,
+    file: FileOrFolder,
     architecture: Annotated[
         str | None,
-        typer.Option(metavar="FILE|JSON", help="The network's description. Default: the one in the file's metadata."),
+        typer.Option(
+            metavar="FILE|JSON", help="The network's description. Default: of the file's metadata, or config.json."
+        ),
     ] = None,
     name: Name = None,
     head: Annotated[str | None, typer.Option(help="Module name of the head. Default: by family.")] = None,
@@ -145,7 +147,7 @@ def push_checkpoint(
     api_key: ApiKey = None,
     as_json: AsJson = False,
 ) -> None:
-    """Upload a checkpoint (safetensors)."""
+    """Upload a checkpoint: safetensors, or a Hugging Face folder (config.json, weights in one file or in shards)."""
     described = _json_object("--architecture", architecture)
     brought = {
         "preprocess": _json_object("--preprocess", preprocess),
@@ -154,7 +156,7 @@ def push_checkpoint(
     pairs = _metadata(metadata)
     with _client(url, api_key) as client:
         body = client.push_checkpoint(
-            file, name=name or file.stem, architecture=described, head=head, **brought, metadata=pairs or None
+            file, name=name or _stem(file), architecture=described, head=head, **brought, metadata=pairs or None
         )
     _print(body, as_json, rendering.resource_text("checkpoint", body))
 
@@ -216,7 +218,7 @@ def push_features(
     """Upload features, labels and head of a network that the service cannot build (safetensors)."""
     pairs = _metadata(metadata)
     with _client(url, api_key) as client:
-        body = client.push_feature_set(file, name=name or file.stem, metadata=pairs or None)
+        body = client.push_feature_set(file, name=name or _stem(file), metadata=pairs or None)
     _print(body, as_json, rendering.resource_text("feature set", body))
 
 
@@ -613,6 +615,11 @@ def _add_server_command(name: str, module: list[str], needs: dict[str, str], sum
 
 for _name, (_module, _needs, _summary) in _SERVER_COMMANDS.items():
     _add_server_command(_name, _module, _needs, _summary)
+
+
+def _stem(path: Path) -> str:
+    """What a file is called without its ending; a folder's own name, also of `.`."""
+    return path.resolve().name if path.is_dir() else path.stem
 
 
 def _client(url: str | None, api_key: str | None) -> Client:

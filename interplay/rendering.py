@@ -144,6 +144,9 @@ def resource_text(noun: str, body: Body) -> str:
     facts = [f"{noun} {body['id']}", printable(body["name"])]
     if "n_parameters" in body:
         facts.append(f"{body['n_parameters']:,} parameters")
+    if body.get("prefix"):
+        facts.append(f"names without {printable(body['prefix'])}")
+    facts += [f"{n:,} tensors {printable(beginning)}* left out" for beginning, n in body.get("ignored", {}).items()]
     if "n_samples" in body:
         facts.append(f"{body['n_samples']:,} samples of {body['n_classes']} classes")
     if "n_features" in body:

@@ -160,7 +160,7 @@ def _report(row: Analysis, body: dict[str, Any]) -> Report:
 
 
 # A feature set has neither network nor inputs: what a report says of those is null.
-_OF_SUBJECT = ("id", "name", "sha256", "size_bytes", "n_parameters", "architecture", "head")
+_OF_SUBJECT = ("id", "name", "sha256", "size_bytes", "n_parameters", "architecture", "head", "prefix", "ignored")
 _OF_DATA = (
     "id",
     "name",

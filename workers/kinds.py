@@ -254,7 +254,14 @@ def _load_pruning(task: Task, device: torch.device) -> tuple[Pruning, Probe, Abo
 
 def _load_network(task: Task, position: int, device: torch.device) -> LoadedNetwork:
     subject = task["subjects"][position]
-    return load_network(subject["architecture"], _file(task, subject), head=subject["head"], device=device)
+    return load_network(
+        subject["architecture"],
+        _file(task, subject),
+        head=subject["head"],
+        device=device,
+        prefix=subject["prefix"],
+        ignored=[*subject["ignored"]],
+    )
 
 
 def _load_probe(task: Task, network: LoadedNetwork, device: torch.device) -> tuple[Probe, About]:

@@ -124,7 +124,7 @@ def load_network(
         device: where the network goes.
         prefix: what stands before every name of the file, such as `module.`; it is taken off, unless the network's own
             names begin so.
-        ignored: names of tensors of the file that are no weights, such as an optimizer's.
+        ignored: how names of tensors of the file begin that are no weights, such as `optimizer.`.
 
     Returns:
         The network in evaluation mode and its head.
@@ -265,8 +265,8 @@ def _is_linear(module: nn.Module) -> bool:
 def _plain_names(network: nn.Module, names: Collection[str], prefix: str, ignored: Collection[str]) -> dict[str, str]:
     """The file's name of each of its weights by what it is without a training's wrappers."""
     own = any(name.startswith(prefix) for name in network.state_dict())
-    left_out = set(ignored)
-    return {name if own else name.removeprefix(prefix): name for name in sorted(names) if name not in left_out}
+    weights = [name for name in sorted(names) if not name.startswith(tuple(ignored))]
+    return {name if own else name.removeprefix(prefix): name for name in weights}
 
 
 def _compare(network: nn.Module, family: ModuleType, file: Any, plain: Mapping[str, str]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Probes of images and texts; checkpoints that bring a preprocessing and a tokenizer.
+"""Probes of images and texts; checkpoints that bring a preprocessing, a tokenizer, and names as training leaves them.
 
 Revision ID: 0003
 Revises: 0002
@@ -21,6 +21,8 @@ _PROBES = sa.table("probes", sa.column("content"), sa.column("input_shape", sa.J
 def upgrade() -> None:
     """Upgrade schema; what there is holds tensors."""
     with op.batch_alter_table("checkpoints") as batch:
+        batch.add_column(sa.Column("prefix", sa.String(200), nullable=False, server_default=""))
+        batch.add_column(sa.Column("ignored", sa.JSON(), nullable=False, server_default="{}"))
         batch.add_column(sa.Column("preprocess", sa.JSON(), nullable=True))
         _add_tokenizer(batch, "checkpoints")
     with op.batch_alter_table("probes") as batch:
@@ -41,7 +43,8 @@ def downgrade() -> None:
             batch.drop_column(column)
     with op.batch_alter_table("checkpoints") as batch:
         _drop_tokenizer(batch, "checkpoints")
-        batch.drop_column("preprocess")
+        for column in ("preprocess", "ignored", "prefix"):
+            batch.drop_column(column)
 
 
 def _add_tokenizer(batch: BatchOperations, table: str) -> None:

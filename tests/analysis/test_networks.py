@@ -435,10 +435,10 @@ def test_wrappers_are_taken_off_and_tensors_beside_weights_left_out(tmp_path: Pa
     beside = {"optimizer.exp_avg": torch.tensor([torch.nan]), "ema_model.head.bias": torch.ones(2)}
     path = _saved({**wrapped, **beside}, tmp_path / "wrapped")
     options: dict[str, Any] = {"head": None, "device": "cpu"}
-    network = load_network(SMALL, path, prefix="_orig_mod.module.", ignored=sorted(beside), **options)
+    network = load_network(SMALL, path, prefix="_orig_mod.module.", ignored=["optimizer.", "ema_model."], **options)
     loaded = network.module.state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
-    for given in list[dict[str, Any]]([{}, {"prefix": "_orig_mod.module."}, {"ignored": sorted(beside)}]):
+    for given in list[dict[str, Any]]([{}, {"prefix": "_orig_mod.module."}, {"ignored": ["optimizer.", "ema_model."]}]):
         with pytest.raises(AnalysisError) as caught:
             load_network(SMALL, path, **given, **options)
         assert caught.value.kind == "checkpoint-mismatch"

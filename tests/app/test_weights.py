@@ -16,20 +16,20 @@ def test_the_example_in_the_docstring_holds() -> None:
 @pytest.mark.parametrize(
     ("names", "prefix", "ignored"),
     [
-        (["head.weight", "head.bias"], "", []),
-        (["module.head.weight", "module.layers.0.weight"], "module.", []),
-        (["_orig_mod.module.head.weight", "_orig_mod.module.fc.weight"], "_orig_mod.module.", []),
-        (["model.vit.x", "model.classifier.weight"], "model.", []),
-        (["state_dict.model.a", "state_dict.model.b"], "state_dict.model.", []),
-        (["model.layers.0.q", "score.weight"], "", []),
-        (["model.a", "ema_model.a", "optimizer.state.0"], "model.", ["ema_model.a", "optimizer.state.0"]),
-        (["ema.a", "ema.b"], "ema.", []),
-        (["optimal.weight", "emaciated.weight"], "", []),
-        (["module.", "module.a"], "", []),
-        ([], "", []),
+        (["head.weight", "head.bias"], "", {}),
+        (["module.head.weight", "module.layers.0.weight"], "module.", {}),
+        (["_orig_mod.module.head.weight", "_orig_mod.module.fc.weight"], "_orig_mod.module.", {}),
+        (["model.vit.x", "model.classifier.weight"], "model.", {}),
+        (["state_dict.model.a", "state_dict.model.b"], "state_dict.model.", {}),
+        (["model.layers.0.q", "score.weight"], "", {}),
+        (["model.a", "ema_model.a", "optimizer.state.0", "optimizer.b"], "model.", {"ema_model.": 1, "optimizer.": 2}),
+        (["ema.a", "ema.b"], "ema.", {}),
+        (["optimal.weight", "emaciated.weight"], "", {}),
+        (["module.", "module.a"], "", {}),
+        ([], "", {}),
     ],
 )
-def test_names_as_training_leaves_them(names: list[str], prefix: str, ignored: list[str]) -> None:
+def test_names_as_training_leaves_them(names: list[str], prefix: str, ignored: dict[str, int]) -> None:
     """A prefix is only what all weights share; what is beside them is listed, unless nothing else is there."""
     found = weight_names(names)
     assert (found.prefix, found.ignored) == (prefix, ignored)

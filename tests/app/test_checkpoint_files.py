@@ -1,0 +1,130 @@
+"""Checkpoints as people have them, over HTTP: folders, shards, wrapped names, tensors beside the weights."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save, save_file
+
+from interplay import Client
+from tests.analysis import models
+from tests.analysis.models import IMAGE_MODELS, N_CLASSES, Saved
+from tests.app.test_archives import SECOND, gzipped, sharded, tarred, without
+from tests.app.test_uploads import problem
+from tests.conftest import MLP
+from tests.interplay.test_command import interplay
+from tests.services import Service
+
+N = 24
+PREPROCESSOR = {
+    "do_resize": True, "size": {"height": 32, "width": 32}, "resample": 2, "do_rescale": True,
+    "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory: pytest.TempPathFactory) -> tuple[Saved, Path]:
+    """A classifier as its library saved it, and the same in a folder of several shards."""
+    folder = tmp_path_factory.mktemp("vit")
+    saved = models.saved_transformers("ViT", IMAGE_MODELS["ViT"], folder / "whole")
+    model = transformers.ViTForImageClassification.from_pretrained(folder / "whole")
+    model.save_pretrained(folder / "shards", max_shard_size="20KB")
+    (folder / "shards" / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
+    (folder / "shards" / "training_args.bin").write_bytes(b"a pickle")
+    return saved, folder / "shards"
+
+
+def evaluated(service: Service, checkpoint_id: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """The report of a checkpoint on these tensors."""
+    probe = service.post("/v1/probes", {"name": "probe"}, save(tensors)).json()
+    return service.report(service.wait(service.analyze(checkpoint_id=checkpoint_id, probe_id=probe["id"])["id"]))
+
+
+def test_a_folder_of_shards_is_one_call(service: Service, vit: tuple[Saved, Path]) -> None:
+    """Pushed as a folder: the library's own accuracy, its preprocessing, one blob; the same folder is the same blob."""
+    saved, folder = vit
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    with Client(service.url) as client:
+        checkpoint = client.push_checkpoint(folder, name="vit")
+        again = client.push_checkpoint(folder, name="again")
+    assert checkpoint["architecture"]["family"] == "transformers"
+    assert checkpoint["preprocess"]["resize"] == [32, 32]
+    assert (checkpoint["prefix"], checkpoint["ignored"]) == ("", {})
+    assert checkpoint["sha256"] == again["sha256"]
+    batch, labels = models.images(N), torch.arange(N) % N_CLASSES
+    report = evaluated(service, checkpoint["id"], {**batch, "labels": labels})
+    accuracy = float((saved.library(batch).argmax(dim=1) == labels).float().mean())
+    assert report["splits"]["all"]["accuracy"] == pytest.approx(accuracy)
+
+
+def test_a_folder_from_the_command_line(service: Service, vit: tuple[Saved, Path], tmp_path: Path) -> None:
+    """Named after itself; without weights it can send, it says what it holds."""
+    pushed = interplay("push", "checkpoint", vit[1], "--json", url=service.url)
+    assert json.loads(pushed.stdout)["name"] == "shards"
+    shutil.copy(vit[1] / "config.json", tmp_path)
+    refused = interplay("push", "checkpoint", tmp_path, url=service.url)
+    assert refused.returncode == 2
+    assert "no safetensors file" in refused.stderr
+    assert "config.json" in refused.stderr
+
+
+def test_a_folder_that_timm_wrote(service: Service, tmp_path: Path) -> None:
+    """Its config.json names the network and the number of its classes."""
+    saved = models.saved_timm("resnet10t", {"num_classes": N_CLASSES}, tmp_path)
+    config = {"architecture": "resnet10t", "num_classes": N_CLASSES, "pretrained_cfg": {"input_size": [3, 32, 32]}}
+    files = {"config.json": json.dumps(config).encode(), "model.safetensors": saved.path.read_bytes()}
+    checkpoint = service.post("/v1/checkpoints", {"name": "timm"}, gzipped(files, tmp_path / "x.tar.gz"))
+    assert checkpoint.status_code == 201, checkpoint.text
+    assert checkpoint.json()["architecture"] == saved.architecture
+
+
+def test_names_as_training_leaves_them(
+    service: Service, mlp_checkpoint_file: Path, digits_probe_file: Path, tmp_path: Path
+) -> None:
+    """Wrappers are taken off, an optimizer's tensors left out; response and report say so, and nothing else differs."""
+    state = load_file(mlp_checkpoint_file)
+    beside = {"optimizer.state.0.exp_avg": torch.ones(9), "ema_model.head.bias": torch.full((10,), torch.nan)}
+    wrapped = {**{f"_orig_mod.module.{name}": tensor for name, tensor in state.items()}, **beside}
+    save_file(wrapped, path := tmp_path / "wrapped.safetensors")
+    plain = service.post("/v1/checkpoints", {"name": "plain"}, mlp_checkpoint_file).json()
+    found = service.post("/v1/checkpoints", {"name": "wrapped", "architecture": MLP}, path).json()
+    assert found["prefix"] == "_orig_mod.module."
+    assert found["ignored"] == {"ema_model.": 1, "optimizer.": 1}
+    assert found["n_parameters"] == plain["n_parameters"]
+    probe = service.post("/v1/probes", {"name": "digits", "preprocess": {"scale": 0.0625}}, digits_probe_file).json()
+    reports = [
+        service.report(service.wait(service.analyze(checkpoint_id=row["id"], probe_id=probe["id"])["id"]))
+        for row in (plain, found)
+    ]
+    assert reports[0]["splits"] == reports[1]["splits"]
+    assert reports[1]["subject"]["prefix"] == "_orig_mod.module."
+    assert reports[1]["subject"]["ignored"] == found["ignored"]
+
+
+def test_a_config_whose_sizes_are_not_the_files_fails(
+    service: Service, vit: tuple[Saved, Path], tmp_path: Path
+) -> None:
+    """The analysis names the tensors and both shapes."""
+    saved, _ = vit
+    config = {**saved.architecture["config"], "intermediate_size": 99}
+    files = {"config.json": json.dumps(config).encode(), "model.safetensors": saved.path.read_bytes()}
+    checkpoint = service.post("/v1/checkpoints", {"name": "odd"}, tarred(files, tmp_path / "x.tar")).json()
+    probe = service.post(
+        "/v1/probes", {"name": "p"}, save({**models.images(N), "labels": torch.arange(N) % N_CLASSES})
+    ).json()
+    analysis = service.wait(service.analyze(checkpoint_id=checkpoint["id"], probe_id=probe["id"])["id"])
+    assert analysis["problem"]["type"] == "urn:interplay:problem:checkpoint-mismatch"
+    assert any(99 in entry["expected"] for entry in analysis["problem"]["misshaped"])
+
+
+def test_an_archive_that_does_not_fit_together_is_refused(service: Service, tmp_path: Path) -> None:
+    """With the shard that is missing; a configuration of no family we know needs an architecture in the spec."""
+    response = service.post("/v1/checkpoints", {"name": "x"}, tarred(without(SECOND), tmp_path / "a.tar"))
+    assert problem(response, 422, "invalid-file")["missing"] == [SECOND]
+    unknown = {**sharded()[0], "net/config.json": b"{}"}
+    response = service.post("/v1/checkpoints", {"name": "x"}, tarred(unknown, tmp_path / "b.tar"))
+    assert "architecture" in problem(response, 422, "invalid-request")["detail"]

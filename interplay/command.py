@@ -131,9 +131,7 @@ def push_checkpoint(
     file: FileOrFolder,
     architecture: Annotated[
         str | None,
-        typer.Option(
-            metavar="FILE|JSON", help="The network's description. Default: of the file's metadata, or config.json."
-        ),
+        typer.Option(metavar="FILE|JSON", help="The network's description. Default: in the file, or config.json."),
     ] = None,
     name: Name = None,
     head: Annotated[str | None, typer.Option(help="Module name of the head. Default: by family.")] = None,

@@ -47,7 +47,7 @@ def evaluated(service: Service, checkpoint_id: str, tensors: dict[str, torch.Ten
 def test_a_folder_of_shards_is_one_call(service: Service, vit: tuple[Saved, Path]) -> None:
     """Pushed as a folder: the library's own accuracy, its preprocessing, one blob; the same folder is the same blob."""
     saved, folder = vit
-    assert len(list(folder.glob("*.safetensors"))) > 2
+    assert len(list(folder.glob("*.safetensors"))) >= 2
     with Client(service.url) as client:
         checkpoint = client.push_checkpoint(folder, name="vit")
         again = client.push_checkpoint(folder, name="again")
@@ -74,7 +74,7 @@ def test_a_folder_from_the_command_line(service: Service, vit: tuple[Saved, Path
 
 def test_a_folder_that_timm_wrote(service: Service, tmp_path: Path) -> None:
     """Its config.json names the network and the number of its classes."""
-    saved = models.saved_timm("resnet10t", {"num_classes": N_CLASSES}, tmp_path)
+    saved = models.saved_timm("resnet10t", {}, tmp_path)
     config = {"architecture": "resnet10t", "num_classes": N_CLASSES, "pretrained_cfg": {"input_size": [3, 32, 32]}}
     files = {"config.json": json.dumps(config).encode(), "model.safetensors": saved.path.read_bytes()}
     checkpoint = service.post("/v1/checkpoints", {"name": "timm"}, gzipped(files, tmp_path / "x.tar.gz"))

@@ -42,7 +42,7 @@ class Settings(BaseSettings):
         default=64_000_000, ge=1, description="Largest image of a probe, looked at before it is decoded."
     )
     max_rows: int = Field(default=10_000_000, ge=1, description="Most images or texts of a probe.")
-    max_members: int = Field(default=1_000_000, ge=1, description="Most files in a zip of images.")
+    max_members: int = Field(default=200_000, ge=1, description="Most files in a zip of images.")
     max_unpacked_bytes: int = Field(
         default=20 * 2**30, ge=1, description="Largest unpacked size of a zip of images or a Parquet file."
     )

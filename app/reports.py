@@ -181,6 +181,7 @@ class Provenance(Strict, Generic[Options]):
     feature_dtype: str
     spectrum_dtype: str
     batch_size: int | None
+    features_reused: bool = Field(description="Features and logits are those that an earlier analysis computed.")
     options: Options
 
 

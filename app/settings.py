@@ -53,6 +53,9 @@ class Settings(BaseSettings):
     max_tokenizer_bytes: int = Field(
         default=32 * 2**20, ge=1, description="Largest `tokenizer` of a spec; it comes on top of max_spec_bytes."
     )
+    max_features_bytes: int = Field(
+        default=10 * 2**30, ge=0, description="Features kept for analyses that come again; 0 keeps none."
+    )
     analysis_timeout_seconds: float = Field(
         default=6 * 3600.0, gt=0, description="An attempt that computes for longer fails."
     )

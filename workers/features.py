@@ -106,7 +106,7 @@ def name_of(task: dict[str, Any], provenance: dict[str, Any]) -> str:
         "brought": task["brought"],
         "batch_size": options["batch_size"],
         # Without samples nothing is drawn.
-        "samples": [options["samples"], options["seed"]] if options["samples"] else None,
+        "samples": [options["samples"], options["seed"]] if options.get("samples") else None,
         "machine": {key: provenance[key] for key in ("device", "threads", "torch_version")},
         "code": _code_sha256(),
         "libraries": _versions(),

@@ -229,7 +229,8 @@ def _common(task: Task, provenance: dict[str, Any]) -> dict[str, Any]:
             timings[phase] = timings.get(phase, 0.0) + seconds
     sizes = [point["known"]["batch_size"] for point in task["points"] if point["known"].get("batch_size")]
     return {
-        "probe": task["points"][0]["known"]["probe"],
+        # A point that an earlier version computed says nothing of the probe.
+        "probe": task["points"][0]["known"].get("probe", task["probe"]),
         "provenance": {
             **provenance,
             "feature_dtype": "float32",

@@ -80,7 +80,7 @@ def from_preprocessor_config(config: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {"crop_offset": "floored", "scale": 1.0}
     if config.get("do_resize", True):
         resample = config.get("resample", processor.resample)
-        if resample not in _RESAMPLE or isinstance(resample, bool):
+        if not isinstance(resample, int) or isinstance(resample, bool) or resample not in _RESAMPLE:
             raise _refused(f"resample is {resample!r}; known are {_RESAMPLE}")
         found["resample"] = _RESAMPLE[resample]
         found |= _convnext_size(config) if name == "ConvNext" else {"resize": _size(config, "size", processor.square)}
@@ -123,7 +123,7 @@ def from_timm(config: Mapping[str, Any]) -> dict[str, Any]:
         case other:
             raise _refused(f"input_size is {other!r}; expected [3, height, width], or one channel")
     mode, crop_pct = config.get("crop_mode", "center"), config.get("crop_pct", 0.875)
-    if not isinstance(crop_pct, int | float) or not 0 < crop_pct <= 2:
+    if not isinstance(crop_pct, int | float) or not 0.1 <= crop_pct <= 2:
         raise _refused(f"crop_pct is {crop_pct!r}")
     sides = [math.floor(height / crop_pct), math.floor(width / crop_pct)]
     if mode == "squash":
@@ -180,7 +180,7 @@ def _convnext_size(config: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(side, int):
         raise _refused(f"size is {config['size']!r}; expected shortest_edge")
     crop_pct = config.get("crop_pct", 224 / 256)
-    if not isinstance(crop_pct, int | float) or not 0 < crop_pct <= 2:
+    if not isinstance(crop_pct, int | float) or not 0.1 <= crop_pct <= 2:
         raise _refused(f"crop_pct is {crop_pct!r}")
     if side < 384:
         return {"resize": int(side / crop_pct), "crop": [side, side]}

@@ -41,10 +41,22 @@ def describe(path: Path, spec: schemas.ProbeSpec, settings: Settings) -> dict[st
     """
     format = datafile.detect(path, datafile.Limits.of(settings))
     if format is None:
+        _require_tensors(path)
         return _tensors(path, spec, settings)
     columns = spec.columns.model_dump(exclude_none=True) if spec.columns else None
     dataset = datafile.open_dataset(path, format, datafile.Limits.of(settings), columns)
     return _dataset(dataset, spec)
+
+
+def _require_tensors(path: Path) -> None:
+    """Raise InvalidFile where a file does not even begin as one of tensors."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    if not start.startswith(b"PK") and start[8:] != b"{":
+        raise InvalidFile(
+            "The file is none of those that a probe can be: safetensors or npz with inputs and labels; Parquet, a zip "
+            "of class folders with images, CSV with a header, or JSON lines."
+        )
 
 
 def _tensors(path: Path, spec: schemas.ProbeSpec, settings: Settings) -> dict[str, Any]:

@@ -149,7 +149,7 @@ class Samples(Strict):
 
 
 class ProbeSubject(Strict):
-    """The data; of a feature set, its own."""
+    """The data; of a feature set, its own. Reports of earlier versions lack what has a default."""
 
     kind: Literal["probe", "feature_set"]
     id: str
@@ -159,14 +159,14 @@ class ProbeSubject(Strict):
     n_classes: int
     class_counts: list[int]
     class_names: list[str] | None
-    format: str | None
-    content: str | None
+    format: str | None = None
+    content: str | None = None
     input_shape: list[int] | None
     preprocess: Preprocess | None = Field(description="That was applied.")
-    preprocess_source: Literal["probe", "checkpoint", "timm"] | None
-    tokenizer: Tokenizer | None
-    label_map: LabelMap | None
-    samples: Samples | None
+    preprocess_source: Literal["probe", "checkpoint", "timm"] | None = None
+    tokenizer: Tokenizer | None = None
+    label_map: LabelMap | None = None
+    samples: Samples | None = None
 
 
 Options = TypeVar("Options", bound=EvaluationOptions)
@@ -187,6 +187,9 @@ class Provenance(Strict, Generic[Options]):
         default=None, description="Of the network's forward pass; null for a feature set."
     )
     batch_size: int | None
+    features_reused: bool = Field(
+        default=False, description="Features and logits are those that an earlier analysis computed."
+    )
     options: Options
 
 

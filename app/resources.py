@@ -183,6 +183,9 @@ def sweep(engine: sa.Engine, storage: Storage) -> None:
             with write(engine) as session:
                 session.execute(_HOLD_BLOB, {"sha256": sha256, "size_bytes": 0})
             _release(engine, storage, sha256)
+    for entry in storage.list_features():
+        if not entry.blobs <= known - set(hashes):
+            storage.delete_features(entry.name)
 
 
 def _keep(engine: sa.Engine, storage: Storage, staged: Sequence[StagedFile | None], row: OwnerType) -> OwnerType:
@@ -214,6 +217,9 @@ def _release(engine: sa.Engine, storage: Storage, sha256: str) -> None:
         session.delete(blob)
         session.flush()
         storage.delete(sha256)
+    for entry in storage.list_features():
+        if sha256 in entry.blobs:
+            storage.delete_features(entry.name)
 
 
 def _no_use(sha256: Any) -> list[sa.ColumnElement[bool]]:

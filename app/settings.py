@@ -42,7 +42,7 @@ class Settings(BaseSettings):
         default=64_000_000, ge=1, description="Largest image of a probe, looked at before it is decoded."
     )
     max_rows: int = Field(default=10_000_000, ge=1, description="Most images or texts of a probe.")
-    max_members: int = Field(default=1_000_000, ge=1, description="Most files in a zip of images.")
+    max_members: int = Field(default=200_000, ge=1, description="Most files in a zip of images.")
     max_unpacked_bytes: int = Field(
         default=20 * 2**30, ge=1, description="Largest unpacked size of a zip of images or a Parquet file."
     )
@@ -52,6 +52,9 @@ class Settings(BaseSettings):
     max_text_bytes: int = Field(default=2**30, ge=1, description="Largest size of all texts of a probe.")
     max_tokenizer_bytes: int = Field(
         default=32 * 2**20, ge=1, description="Largest `tokenizer` of a spec; it comes on top of max_spec_bytes."
+    )
+    max_features_bytes: int = Field(
+        default=10 * 2**30, ge=0, description="Features kept for analyses that come again; 0 keeps none."
     )
     analysis_timeout_seconds: float = Field(
         default=6 * 3600.0, gt=0, description="An attempt that computes for longer fails."

@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +22,9 @@ import obstore.exceptions
 from obstore.store import LocalStore, ObjectStore, from_url
 
 from app.settings import Settings
+
+# Where workers keep features, beside the blobs.
+_FEATURES = "features"
 
 
 class StorageUnavailable(Exception):
@@ -79,6 +83,19 @@ class StagedFile:
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self.path.unlink(missing_ok=True)
         self._file.close()
+
+
+@dataclass(frozen=True)
+class StoredFeatures:
+    """Features that workers keep: a name that begins with the sha256 of a checkpoint and of a probe, joined by -."""
+
+    name: str
+    size_bytes: int
+    stored_at: datetime
+
+    @property
+    def blobs(self) -> set[str]:
+        return set(self.name.split("-")[:2])
 
 
 class Storage:
@@ -165,6 +182,50 @@ class Storage:
                 raise FileNotFoundError(f"{sha256}: the store returned other bytes")
             with suppress(FileExistsError):
                 os.link(staged.path, cached)
+
+    def put_features(self, name: str, staged: StagedFile) -> None:
+        """Keep features under a name, whole or not at all; done already where there are some."""
+        with _reaching_storage():
+            staged.flush()
+            if self._folder is None:
+                with staged.path.open("rb") as file:
+                    obstore.put(self._store, f"{_FEATURES}/{name}", file)
+                return
+            final = self._folder / _FEATURES / name
+            final.parent.mkdir(exist_ok=True)
+            staged.sync()
+            with suppress(FileExistsError):
+                os.link(staged.path, final)
+
+    @contextmanager
+    def features(self, name: str) -> Iterator[Path]:
+        """A path to read kept features at, for as long as the block lasts.
+
+        Raises:
+            FileNotFoundError: there are none of this name.
+        """
+        if self._folder is not None:
+            yield self._folder / _FEATURES / name
+            return
+        with self.stage() as staged:
+            with _reaching_storage():
+                for chunk in obstore.get(self._store, f"{_FEATURES}/{name}").stream(min_chunk_size=8 * 2**20):
+                    staged.write(bytes(chunk))
+                staged.flush()
+            yield staged.path
+
+    def list_features(self) -> list[StoredFeatures]:
+        """All features that are kept."""
+        with _reaching_storage():
+            return [
+                StoredFeatures(entry["path"].rpartition("/")[2], entry["size"], entry["last_modified"])
+                for entries in obstore.list(self._store, prefix=_FEATURES)
+                for entry in entries
+            ]
+
+    def delete_features(self, name: str) -> None:
+        with suppress(FileNotFoundError), _reaching_storage():
+            obstore.delete(self._store, f"{_FEATURES}/{name}")
 
     def blobs_older_than(self, seconds: float) -> Iterator[str]:
         """The sha256 of every file that has lain in the store for so long."""

@@ -12,7 +12,10 @@ import torch
 from safetensors.torch import save_file
 
 from analysis.networks import build
+from app.settings import Settings
+from app.storage import Storage
 from workers import kinds
+from workers.features import FeatureCache
 
 Row = dict[str, object]
 # 100 million parameters, beside which a batch, its activations and what is measured on them are next to nothing.
@@ -36,6 +39,7 @@ def rows(device: torch.device | str = "cpu") -> list[Row]:
     # A C library that keeps what was freed for later would be measured with it.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
     with tempfile.TemporaryDirectory() as folder:
+        environment["INTERPLAY_DATA_DIR"] = folder
         task, n_bytes = _task(_SIZES, Path(folder), "large")
         small, _ = _task([64, 16, 10], Path(folder), "small")
         command = [sys.executable, "-m", "benchmarks.memory", str(device)]
@@ -65,20 +69,23 @@ def _task(sizes: list[int], folder: Path, prefix: str) -> tuple[dict[str, Any], 
         n_bytes = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
         paths[name] = str(folder / f"{prefix}-{name}.safetensors")
         save_file(state, paths[name])
-        subjects.append({"sha256": name, "architecture": architecture, "head": None})
+        subjects.append({"sha256": name, "architecture": architecture, "head": None, "prefix": "", "ignored": {}})
     paths["probe"] = str(folder / f"{prefix}-probe.safetensors")
     save_file({"inputs": torch.randn(_SAMPLES, 64), "labels": torch.arange(_SAMPLES) % 10}, paths["probe"])
     options = {"grid": {"values": _GRID}, "normalisation": "interpolate", "alignment": "none", "seed": 0}
-    probe = {"sha256": "probe", "n_classes": 10, "preprocess": None}
+    about = {"n_classes": 10, "class_names": None, "preprocess": None}
+    probe = {"sha256": "probe", "format": "safetensors", "content": "tensors", **about}
     task = {"analysis_id": prefix, "kind": "path", "step": "point", "options": {**options, "null_permutations": 0}}
-    return {**task, "subjects": subjects, "probe": probe, "probe_format": "safetensors", "paths": paths}, n_bytes
+    return {**task, "subjects": subjects, "probe": probe, "paths": paths}, n_bytes
 
 
 def _walk(task: dict[str, Any], device: torch.device) -> None:
+    # A path keeps no features.
+    cache = FeatureCache(Storage(Settings()), 0)
     known: list[dict[str, Any]] = []
     last = False
     while not last:
-        body = kinds.compute({**task, "points": known}, device, lambda phase, done, total: None, {})
+        body = kinds.compute({**task, "points": known}, device, cache, lambda phase, done, total: None, {})
         known.append(body["known"])
         last = body["last"]
 

@@ -23,6 +23,7 @@ from typing import Any
 
 from app.errors import problem
 from app.settings import Settings, load_settings, start_logging
+from app.storage import Storage
 from workers.attempts import Progress, Result
 
 logger = logging.getLogger("interplay")
@@ -164,6 +165,7 @@ def _serve_tasks() -> None:
 
     # Late, so that the reader above already watches for the worker's end while torch loads.
     from workers import runner
+    from workers.features import FeatureCache
 
     def send(message: Message) -> None:
         output.write(json.dumps(message, allow_nan=False) + "\n")
@@ -172,11 +174,12 @@ def _serve_tasks() -> None:
     settings = load_settings()
     start_logging(settings)
     device = runner.set_up(settings.device, settings.threads)
+    cache = FeatureCache(Storage(settings), settings.max_features_bytes)
     send({"hello": runner.describe(device)})
 
     def compute(task: Message) -> None:
         stamp = {"analysis_id": task["analysis_id"]}
-        answer = runner.run(task, device, lambda *progress: send({"progress": progress, **stamp}))
+        answer = runner.run(task, device, cache, lambda *progress: send({"progress": progress, **stamp}))
         try:
             send({**answer, **stamp})
         except ValueError:

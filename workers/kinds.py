@@ -16,11 +16,13 @@ from analysis.alignment import aligned
 from analysis.clock import Clock
 from analysis.errors import AnalysisError
 from analysis.evaluation import Evaluation, EvaluationOptions, evaluate_features, evaluate_network
+from analysis.extraction import extract_features
 from analysis.networks import LoadedNetwork, load_network
 from analysis.paths import Path, even_grid, next_point, recalibrate
-from analysis.probes import Probe
+from analysis.probes import FeatureSet, Probe
 from analysis.pruning import Pruning
 from workers import summaries
+from workers.features import FeatureCache, Kept, name_of
 from workers.probes import About, read_feature_set, read_probe
 
 Task = dict[str, Any]
@@ -33,12 +35,15 @@ _CHECKED_INPUTS = 64
 _ADAPTIVE_POINTS = 17
 
 
-def compute(task: Task, device: torch.device, on_progress: OnProgress, provenance: dict[str, Any]) -> dict[str, Any]:
+def compute(
+    task: Task, device: torch.device, cache: FeatureCache, on_progress: OnProgress, provenance: dict[str, Any]
+) -> dict[str, Any]:
     """The body of an evaluation's report, of a point, or of the report of all points.
 
     Args:
         task: as `attempts.begin` made it, with the paths of its files; `step` and `points` where there are points.
         device: where everything is computed.
+        cache: where an evaluation's features are looked for and kept.
         on_progress: called with phase, done and total as the work goes on.
         provenance: what every report says of how it came about.
 
@@ -52,7 +57,7 @@ def compute(task: Task, device: torch.device, on_progress: OnProgress, provenanc
         # Another analysis: what an earlier one held, also one that failed, must not stand in its memory's way.
         _held.clear()
     if task["kind"] == "evaluation":
-        return _evaluation(task, device, on_progress, provenance)
+        return _evaluation(task, device, cache, on_progress, provenance)
     if task["step"] == "point":
         number = len(task["points"]) + 1
         try:
@@ -64,36 +69,83 @@ def compute(task: Task, device: torch.device, on_progress: OnProgress, provenanc
 
 
 def _evaluation(
-    task: Task, device: torch.device, on_progress: OnProgress, provenance: dict[str, Any]
+    task: Task, device: torch.device, cache: FeatureCache, on_progress: OnProgress, provenance: dict[str, Any]
 ) -> dict[str, Any]:
     """An evaluation of a checkpoint on a probe, or of a feature set."""
-    clock, subject, options = Clock(), task["subjects"][0], _options(task)
-    feature_dtype, head = torch.float32, None
+    clock, subject = Clock(), task["subjects"][0]
+    head, batch_size, reused = None, None, False
     on_progress("loading", 0, 0)
     if subject["kind"] == "feature_set":
         with clock.phase("load"):
             feature_set, about = read_feature_set(task)
-        feature_dtype = feature_set.features.dtype
-        evaluation = evaluate_features(feature_set, device=device, options=options, progress=on_progress)
     else:
-        with clock.phase("load"):
-            network = _load_network(task, 0, device)
-            probe, about = read_probe(task, network)
-        head = network.head_name
-        evaluation = evaluate_network(network, probe, device=device, options=options, progress=on_progress)
+        kept, reused = _kept(task, device, cache, on_progress, provenance, clock)
+        feature_set, head, batch_size = kept.feature_set, kept.head_name, kept.batch_size
+        about = {**task["probe"], **kept.about_probe}
+    try:
+        evaluation = evaluate_features(feature_set, device=device, options=_options(task), progress=on_progress)
+    except AnalysisError as error:
+        if subject["kind"] == "checkpoint" and error.kind == "invalid-feature-set":
+            raise AnalysisError("invalid-probe", error.detail, **error.members) from error
+        raise
     known = {"n_features": evaluation.n_features, "n_classes": evaluation.n_classes, "head": head}
+    timings = evaluation.timings_seconds
+    timings["features"] += clock.seconds.pop("features", 0.0)
     return {
         "subject": {**subject, **known},
         "probe": about,
         "provenance": {
             **provenance,
-            "feature_dtype": str(feature_dtype).removeprefix("torch."),
-            "precision": None if subject["kind"] == "feature_set" else options.precision,
-            "batch_size": evaluation.batch_size,
+            "feature_dtype": str(feature_set.features.dtype).removeprefix("torch."),
+            "precision": None if subject["kind"] == "feature_set" else _options(task).precision,
+            "batch_size": batch_size,
+            "features_reused": reused,
         },
-        "timings_seconds": {**clock.seconds, **evaluation.timings_seconds},
+        "timings_seconds": {**clock.seconds, **timings},
         "splits": _splits(evaluation),
     }
+
+
+def _kept(
+    task: Task,
+    device: torch.device,
+    cache: FeatureCache,
+    on_progress: OnProgress,
+    provenance: dict[str, Any],
+    clock: Clock,
+) -> tuple[Kept, bool]:
+    """What an earlier evaluation kept, and True; or what is computed and kept now."""
+    if task["subjects"][0]["architecture"]["family"] == "custom":
+        # The operator's own code is in no name that we could give what it computed.
+        return _extracted(task, device, on_progress, clock), False
+    name = name_of(task, provenance)
+    with clock.phase("load"):
+        found = cache.find(name)
+    if found is not None:
+        return found, True
+    computed = _extracted(task, device, on_progress, clock)
+    with clock.phase("keep"):
+        cache.keep(name, computed)
+    return computed, False
+
+
+def _extracted(task: Task, device: torch.device, on_progress: OnProgress, clock: Clock) -> Kept:
+    """One pass of the network over the probe, as a feature set with the network's own logits."""
+    options = _options(task)
+    with clock.phase("load"):
+        network = _load_network(task, 0, device)
+        probe, about = read_probe(task, network)
+    with clock.phase("features"):
+        features, logits, batch_size = extract_features(
+            network,
+            probe,
+            device=device,
+            batch_size=options.batch_size,
+            precision=options.precision,
+            progress=on_progress,
+        )
+    feature_set = FeatureSet(features, probe.labels, network.weight, None, logits, probe.split)
+    return Kept(feature_set, network.head_name, batch_size, about)
 
 
 def _path_point(task: Task, device: torch.device, on_progress: OnProgress) -> dict[str, Any]:
@@ -192,12 +244,14 @@ def _common(task: Task, provenance: dict[str, Any]) -> dict[str, Any]:
             timings[phase] = timings.get(phase, 0.0) + seconds
     sizes = [point["known"]["batch_size"] for point in task["points"] if point["known"].get("batch_size")]
     return {
-        "probe": task["points"][0]["known"]["probe"],
+        # A point that an earlier version computed says nothing of the probe.
+        "probe": task["points"][0]["known"].get("probe", task["probe"]),
         "provenance": {
             **provenance,
             "feature_dtype": "float32",
             "precision": _options(task).precision,
             "batch_size": min(sizes, default=None),
+            "features_reused": False,
         },
         "timings_seconds": timings,
     }

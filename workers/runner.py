@@ -17,6 +17,7 @@ from analysis.errors import AnalysisError
 from analysis.networks import available_families
 from app.errors import problem
 from workers import kinds
+from workers.features import FeatureCache
 from workers.kinds import OnProgress, Task
 
 logger = logging.getLogger("interplay")
@@ -50,10 +51,10 @@ def describe(device: torch.device) -> dict[str, Any]:
     return {"device": name, "torch_version": torch.__version__, "families": available_families()}
 
 
-def run(task: Task, device: torch.device, on_progress: OnProgress) -> dict[str, Any]:
+def run(task: Task, device: torch.device, cache: FeatureCache, on_progress: OnProgress) -> dict[str, Any]:
     """Compute a task: `{"body": ...}` as `kinds` says, or `{"problem": ...}`."""
     try:
-        return {"body": kinds.compute(task, device, _throttled(on_progress), _provenance(task, device))}
+        return {"body": kinds.compute(task, device, cache, _throttled(on_progress), _provenance(task, device))}
     except AnalysisError as error:
         return {"problem": problem(error.kind, error.title, error.detail, **error.members)}
     except Exception as error:

@@ -35,7 +35,7 @@ def detect(path: Path, limits: Limits) -> Format | None:
         start = file.read(_LOOKED_AT_BYTES)
     if start.startswith(b"PAR1"):
         return "parquet"
-    if start.startswith(b"PK"):
+    if start.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         return None if folders.is_npz(path, limits) else "imagefolder"
     # The length of a safetensors header has zero bytes; text has none.
     text = start.removeprefix(_BYTE_ORDER_MARK).lstrip()

@@ -31,6 +31,8 @@ _SPLITS = {
     **dict.fromkeys(("train", "training"), 0),
     **dict.fromkeys(("test", "testing", "val", "valid", "validation", "dev", "eval", "evaluation"), 1),
 }
+# A control character would end up in terminals, and half of a surrogate pair is no text.
+_STORABLE = re.compile(r"[^\x00-\x1f\ud800-\udfff]+\Z")
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}\Z")
 
 
@@ -109,7 +111,8 @@ def choose_columns(available: Sequence[str], named: Mapping[str, str], roles: Se
     Raises:
         InvalidFile: a column that is not there, or is needed and not found; `columns` lists what there is.
     """
-    listed = ", ".join(map(repr, available[:50]))
+    available = [name.encode(errors="replace").decode() for name in available]
+    listed = ", ".join(repr(name[:200]) for name in available[:50])
     for role, name in named.items():
         if role not in roles:
             raise InvalidFile(
@@ -194,10 +197,10 @@ def finish_labels(
 
 def check_class_name(name: str) -> None:
     """Raise InvalidFile for a name that cannot be stored or shown."""
-    if len(name) > MAX_CLASS_NAME_CHARACTERS or any(character < " " for character in name):
+    if len(name) > MAX_CLASS_NAME_CHARACTERS or not _STORABLE.match(name):
         raise InvalidFile(
-            f"A class is named {name[:80]!r}; names have at most {MAX_CLASS_NAME_CHARACTERS} characters, none of them "
-            "control characters."
+            f"A class is named {name[:80]!r}; names have at most {MAX_CLASS_NAME_CHARACTERS} characters, no control "
+            "characters and no halves of surrogate pairs."
         )
 
 

@@ -21,6 +21,8 @@ _BROKEN_ZIP = (
     struct.error,
 )  # fmt: skip
 _MAX_NAME_BYTES = 1024
+# Of each file in the list: its entry, a name of some length, what some archivers add.
+_DIRECTORY_BYTES = 256
 _END, _END_64, _LOCATOR_64 = b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07"
 
 
@@ -84,15 +86,18 @@ def _bound_directory(path: Path, max_members: int) -> None:
         end = tail.rfind(_END)
         if end < 0 or len(tail) - end < 22:
             raise InvalidFile("The file is not a complete zip: the end of its list of files is missing.")
-        members, directory_bytes = struct.unpack_from("<HL", tail, end + 10)
+        announced = [struct.unpack_from("<HL", tail, end + 10)]
         if end >= 20 and tail[end - 20 : end - 16] == _LOCATOR_64:
             (offset,) = struct.unpack_from("<Q", tail, end - 12)
-            file.seek(min(offset, size_bytes))
-            record = file.read(56)
-            if len(record) < 56 or not record.startswith(_END_64):
-                raise InvalidFile("The file is not a valid zip: the end of its list of files is broken.")
-            members, directory_bytes = struct.unpack_from("<QQ", record, 32)
-    if members > max_members or directory_bytes > max_members * (46 + _MAX_NAME_BYTES):
+            # Python looks for the large numbers right before the locator, others where it points: both must be small.
+            for place in (offset, size_bytes - len(tail) + end - 20 - 56):
+                file.seek(min(max(place, 0), size_bytes))
+                record = file.read(56)
+                if len(record) == 56 and record.startswith(_END_64):
+                    announced.append(struct.unpack_from("<QQ", record, 32))
+    # In a zip with large numbers the small ones are all ones.
+    members, directory_bytes = (max(numbers) for numbers in zip(*(announced[1:] or announced), strict=True))
+    if members > max_members or directory_bytes > max_members * _DIRECTORY_BYTES + 2**16:
         raise InvalidFile(f"The zip lists {members} files or more; at most {max_members} are allowed.")
 
 
@@ -135,7 +140,8 @@ def _sorted_out(names: Sequence[str]) -> tuple[dict[str, tuple[int | None, str]]
     if skipped and split_of_folder(common[skipped - 1]) is not None and depth - skipped == 2:
         skipped -= 1
     levels = depth - skipped
-    strangers = [name for name in files if name not in set(images) and len(PurePosixPath(name).parts) == depth]
+    others = set(files).difference(images)
+    strangers = [name for name in files if name in others and len(PurePosixPath(name).parts) == depth]
     if strangers:
         raise InvalidFile(
             f"{len(strangers)} files beside the images are none, such as {strangers[0][:200]!r}; class folders hold "

@@ -165,23 +165,19 @@ def _labels(path: Path, schema: pa.Schema, column: str) -> tuple[npt.NDArray[np.
         for row, batch in _batches(file, column):
             encoded = batch.column(0).dictionary_encode()
             _require_all(encoded, column, row)
-            local = [numbers.setdefault(_label_name(name), len(numbers)) for name in encoded.dictionary.to_pylist()]
+            local = encoded.indices.to_numpy(zero_copy_only=False)
+            names = encoded.dictionary.to_pylist()
+            global_places = np.zeros(len(names), np.int64)
+            # A dictionary may list names that no row has.
+            for place, first in zip(*np.unique(local, return_index=True), strict=True):
+                if not names[place]:
+                    raise InvalidFile(f"Row {row + int(first)} has no label.", row=row + int(first))
+                check_class_name(names[place])
+                global_places[place] = numbers.setdefault(names[place], len(numbers))
             if len(numbers) > MAX_CLASSES:
                 raise InvalidFile(f"The labels are more than {MAX_CLASSES} different names.")
-            places.append(np.array(local, np.int64)[encoded.indices.to_numpy(zero_copy_only=False)])
-    all_places = np.concatenate(places)
-    # Dictionaries may list names that no row has.
-    used = np.unique(all_places)
-    remaining = np.cumsum(np.isin(np.arange(len(numbers)), used)) - 1
-    names_used = [name for name, place in numbers.items() if place in set(used.tolist())]
-    return finish_labels(remaining[all_places], names_used)
-
-
-def _label_name(name: str | None) -> str:
-    if not name:
-        raise InvalidFile("A label is empty or missing.")
-    check_class_name(name)
-    return name
+            places.append(global_places[local])
+    return finish_labels(np.concatenate(places), list(numbers))
 
 
 def _class_label(schema: pa.Schema, column: str) -> list[str] | None:
@@ -209,8 +205,13 @@ def _splits(file: pq.ParquetFile, column: str) -> npt.NDArray[np.int64]:
     for row, batch in _batches(file, column):
         encoded = batch.column(0).dictionary_encode()
         _require_all(encoded, column, row)
-        numbers = [split_number(value, row) for value in encoded.dictionary.to_pylist()]
-        parts.append(np.array(numbers, np.int64)[encoded.indices.to_numpy(zero_copy_only=False)])
+        places = encoded.indices.to_numpy(zero_copy_only=False)
+        values = encoded.dictionary.to_pylist()
+        numbers = np.zeros(len(values), np.int64)
+        # Those that occur alone, each with the first row that it occurs in.
+        for place, first in zip(*np.unique(places, return_index=True), strict=True):
+            numbers[place] = split_number(values[place], row + int(first))
+        parts.append(numbers[places])
     return np.concatenate(parts)
 
 

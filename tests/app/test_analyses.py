@@ -34,8 +34,10 @@ def pair(service: Service, checkpoint: Path | bytes, probe: Path | bytes, **spec
 
 
 def without_identity(report: dict[str, Any]) -> dict[str, Any]:
-    """A report but for what differs between two runs of the same analysis."""
-    return {key: report[key] for key in ("kind", "provenance", "splits", "schema_version", "definitions_version")}
+    """A report but for what differs between two runs of the same analysis, of which the second reuses features."""
+    kept = {key: report[key] for key in ("kind", "provenance", "splits", "schema_version", "definitions_version")}
+    kept["provenance"] = {key: value for key, value in report["provenance"].items() if key != "features_reused"}
+    return kept
 
 
 def test_evaluation_of_a_checkpoint(any_service: Service, mlp_checkpoint_file: Path, digits_probe_file: Path) -> None:

@@ -110,6 +110,7 @@ BAD_PARQUET: dict[str, tuple[Callable[[], bytes], str]] = {
     "no labels": (lambda: parquet({"image": PICTURES[:2], "species": [0, 1]}), "'image', 'species'"),
     "images and texts": (lambda: parquet({**TWO, "text": ["a", "b"]}), "name the one to take"),
     "a label is missing": (lambda: parquet({**TWO, "label": pa.array([0, None])}), "Row 1"),
+    "a name is empty": (lambda: parquet({**TWO, "label": pa.array(["a", ""])}), "Row 1"),
     "a name is missing": (lambda: parquet({**TWO, "label": pa.array(["a", None])}), "Row 1"),
     "labels are fractions": (lambda: parquet({**TWO, "label": [0.5, 1.0]}), "double"),
     "a label of -1": (lambda: parquet({**TWO, "label": [0, -1]}, names={"label": ["a", "b"]}), "row 1 is -1"),
@@ -122,7 +123,7 @@ BAD_PARQUET: dict[str, tuple[Callable[[], bytes], str]] = {
     ),
     "a text is missing": (lambda: parquet({"text": ["a", " "], "label": [0, 1]}), "Row 1"),
     "a text is too long": (lambda: parquet({"text": ["a", "b" * 131_073], "label": [0, 1]}), "131072"),
-    "an unknown split": (lambda: parquet({**TWO, "split": ["train", "holdout"]}), "holdout"),
+    "an unknown split": (lambda: parquet({**TWO, "split": ["train", "holdout"]}), "row 1 is 'holdout'"),
     "no rows": (lambda: parquet({"text": pa.array([], pa.string()), "label": pa.array([], pa.int64())}), "no rows"),
     "cut short": (lambda: parquet(TWO)[:-5], "footer"),
     "a footer too large": (lambda: parquet(TWO)[:-8] + struct.pack("<I", 2**30) + b"PAR1", "footer"),
@@ -201,6 +202,20 @@ def _overwritten(content: bytes, at: int, new: bytes) -> bytes:
     return content[:start] + new + content[start + len(new) :]
 
 
+def _zip64(content: bytes, members: int, before: int | None = None) -> bytes:
+    """With large numbers at the end; `before` is what stands where Python looks, where that is another record."""
+    end = content.rindex(b"PK\x05\x06")
+    size, offset = struct.unpack_from("<LL", content, end + 12)
+
+    def record(count: int) -> bytes:
+        return struct.pack("<4sQHHLLQQQQ", b"PK\x06\x06", 44, 45, 45, 0, 0, count, count, size, offset)
+
+    records = record(members) + (b"" if before is None else record(before))
+    locator = struct.pack("<4sLQL", b"PK\x06\x07", 0, end, 1)
+    ones = struct.pack("<4sHHHHLLH", b"PK\x05\x06", 0, 0, 65535, 65535, 2**32 - 1, 2**32 - 1, 0)
+    return content[:end] + records + locator + ones
+
+
 GOOD_ZIP = {"cat/1.png": IMAGE, "dog/1.png": IMAGE}
 BAD_ZIPS: dict[str, tuple[Callable[[], bytes], str]] = {
     "climbs out": (lambda: zipped({**GOOD_ZIP, "../../evil.png": IMAGE}), "leads out"),
@@ -222,6 +237,8 @@ BAD_ZIPS: dict[str, tuple[Callable[[], bytes], str]] = {
         "times its size",
     ),
     "a million files announced": (lambda: _overwritten(zipped(GOOD_ZIP), 12, struct.pack("<L", 2**31)), "lists"),
+    "a million files announced in large numbers": (lambda: _zip64(zipped(GOOD_ZIP), 2**31), "lists 2147483648"),
+    "and elsewhere few": (lambda: _zip64(zipped(GOOD_ZIP), 2, before=2**31), "lists 2147483648"),
     "the end missing": (lambda: zipped(GOOD_ZIP)[:-30], "end of its list"),
     "the list broken": (lambda: _overwritten(zipped(GOOD_ZIP), 16, struct.pack("<L", 5)), "zip"),
     "an image broken": (lambda: zipped(GOOD_ZIP).replace(IMAGE, bytes(len(IMAGE)), 1), "Row 0 (cat/1.png)"),
@@ -242,6 +259,11 @@ def test_zips_over_the_limits_are_refused(tmp_path: Path) -> None:
     assert "at most 1 are allowed" in _refused(content, tmp_path, replace(LIMITS, members=1)).detail
     assert "unpack" in _refused(content, tmp_path, replace(LIMITS, unpacked_bytes=10)).detail
     assert "rows" in _refused(content, tmp_path, replace(LIMITS, rows=1)).detail
+
+
+def test_zips_of_large_numbers_are_read(tmp_path: Path) -> None:
+    """As archivers write them for more than 65,535 files."""
+    assert _contents(_open(_zip64(zipped(GOOD_ZIP), 2), tmp_path)) == [IMAGE, IMAGE]
 
 
 def test_an_npz_is_no_dataset(tmp_path: Path) -> None:
@@ -305,6 +327,8 @@ BAD_LINES: dict[str, tuple[bytes, str]] = {
     "labels of both kinds, names first": (_jsonl(A, {"text": "a", "label": 1}), "names"),
     "a text is missing": (_jsonl(A, {"label": "y"}), "Row 1 has no text"),
     "a text is a number": (_jsonl(A, {"text": 3, "label": "y"}), "Row 1 has no text"),
+    "half of a pair in a label": (b'{"text": "a", "label": "\\ud800"}', "surrogate"),
+    "half of a pair in a column": (b'{"\\ud800": "a", "label": "b"}', "'?'"),
     "half of a pair": (b'{"text": "\\ud800", "label": 1}', "row 0"),
     "an unknown split": (_jsonl({**A, "split": "x"}), "'x'"),
     "fields too few": (b"text,label\na,x\nb\n", "Row 1 (line 3) has 1 fields"),

@@ -90,6 +90,7 @@ def test_configurations_of_early_versions() -> None:
     assert from_preprocessor_config(unnamed)["resample"] == "bicubic"
 
 
+_CONVNEXT = {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 8}, "do_normalize": False}
 _VIT = {"image_processor_type": "ViTImageProcessor", "size": {"height": 8, "width": 8}, "do_normalize": False}
 
 
@@ -102,6 +103,9 @@ _VIT = {"image_processor_type": "ViTImageProcessor", "size": {"height": 8, "widt
         ({**_VIT, "size": {"longest_edge": 8}}, "longest_edge"),
         ({**_VIT, "size": {"shortest_edge": 8, "longest_edge": 9}}, "longest_edge"),
         ({**_VIT, "resample": 9}, "resample"),
+        ({**_VIT, "resample": [3]}, "resample"),
+        ({**_CONVNEXT, "crop_pct": 1e-320}, "crop_pct"),
+        ({**_CONVNEXT, "do_center_crop": True}, "do_center_crop"),
         ({**_VIT, "do_normalize": True}, "image_mean"),
         ({"do_resize": True, "size": 224}, "image_processor_type"),
         ({**_VIT, "size": {"height": 10**6, "width": 8}}, "4096"),

@@ -1,0 +1,174 @@
+"""Features that are kept: the same numbers without the network, bounded, whole or not there, gone with their origin."""
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from analysis.networks import build
+from analysis.probes import FeatureSet
+from app.settings import Settings
+from app.storage import Storage
+from tests import services
+from tests.conftest import MLP
+from tests.datafiles import encoded, parquet, picture
+from tests.services import Service
+from workers.features import FeatureCache, Kept
+
+CNN = {"family": "builtin", "name": "cnn", "args": {"n_classes": 3, "channels": [4], "norm": "none"}}
+PARQUET = parquet({"image": [encoded(picture(seed, 16, 16)) for seed in range(12)], "label": [0, 1, 2] * 4})
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A service whose storage no other test fills."""
+    with services.running(tmp_path_factory.mktemp("own") / "data") as service:
+        yield service
+
+
+def _kept(service: Service) -> set[str]:
+    return {path.name for path in (service.data_dir / "blobs" / "features").glob("*")}
+
+
+def _posted(service: Service, collection: str, spec: dict[str, Any], file: bytes | Path) -> dict[str, Any]:
+    response = service.post(f"/v1/{collection}", {"name": "a", **spec}, file)
+    assert response.status_code == 201, response.text
+    return dict(response.json())
+
+
+def _report(service: Service, checkpoint: dict[str, Any], probe: dict[str, Any], **options: Any) -> dict[str, Any]:
+    body = {"checkpoint_id": checkpoint["id"], "probe_id": probe["id"], "options": options}
+    return service.report(service.wait(service.analyze(**body)["id"]))
+
+
+def test_a_second_evaluation_does_not_run_the_network(own: Service, tmp_path: Path) -> None:
+    """Other permutations reuse the features, to the last digit; other inputs do not; deletion removes them."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        save_file(build(CNN, device="cpu").state_dict(), tmp_path / "cnn")
+    checkpoint = _posted(own, "checkpoints", {"architecture": CNN}, tmp_path / "cnn")
+    probe = _posted(own, "probes", {}, PARQUET)
+    first = _report(own, checkpoint, probe, null_permutations=0)
+    assert first["provenance"]["features_reused"] is False
+    stored = own.data_dir / "blobs" / checkpoint["sha256"][:2] / checkpoint["sha256"]
+    content = stored.read_bytes()
+    # Whoever built the network now would fail.
+    stored.write_bytes(b"no network")
+    second = _report(own, checkpoint, probe, null_permutations=3)
+    stored.write_bytes(content)
+    assert second["provenance"]["features_reused"] is True
+    assert second["provenance"]["batch_size"] == first["provenance"]["batch_size"]
+    assert second["subject"] == first["subject"]
+    assert second["probe"] == first["probe"]
+    for split in (first, second):
+        for centring in split["splits"]["all"]["interplay"]["sample"].values():
+            del centring["null"], centring["mir_z"], centring["reasons"]
+        del split["splits"]["all"]["interplay"]["class_mean"]
+    assert second["splits"] == first["splits"]
+    same_file = _posted(own, "probes", {}, PARQUET)
+    again = _report(own, checkpoint, same_file, null_permutations=0)
+    assert (again["provenance"]["features_reused"], again["probe"]["id"]) == (True, same_file["id"])
+    darker = _posted(own, "probes", {"preprocess": {"scale": 0.001}}, PARQUET)
+    others: list[tuple[dict[str, Any], dict[str, int]]] = [
+        (darker, {}),
+        (probe, {"samples": 6}),
+        (probe, {"samples": 6, "seed": 1}),
+        (probe, {"batch_size": 5}),
+    ]
+    for other, options in others:
+        assert _report(own, checkpoint, other, null_permutations=0, **options)["provenance"]["features_reused"] is False
+    assert len(_kept(own)) == 5
+    own.client.delete(f"/v1/probes/{darker['id']}")
+    assert len(_kept(own)) == 5, "the file is still of another probe"
+    own.client.delete(f"/v1/checkpoints/{checkpoint['id']}")
+    assert _kept(own) == set()
+
+
+def test_points_and_uploaded_features_reuse_nothing(own: Service, tmp_path: Path) -> None:
+    """What is pruned is another network each time."""
+    save_file(build(MLP, device="cpu").state_dict(), tmp_path / "mlp")
+    checkpoint = _posted(own, "checkpoints", {"architecture": MLP}, tmp_path / "mlp")
+    save_file({"inputs": torch.randn(20, 64), "labels": torch.arange(20) % 10}, tmp_path / "probe")
+    probe = _posted(own, "probes", {}, tmp_path / "probe")
+    body = {"kind": "pruning", "checkpoint_id": checkpoint["id"], "probe_id": probe["id"]}
+    options = {"sparsities": [0.5], "null_permutations": 0}
+    for _ in range(2):
+        answer = own.client.post("/v1/analyses", json={**body, "options": options})
+        report = own.report(own.wait(answer.json()["id"]))
+        assert report["provenance"]["features_reused"] is False
+    assert _kept(own) == set()
+
+
+def _cache(folder: Path, max_bytes: int) -> tuple[Storage, FeatureCache]:
+    storage = Storage(Settings(data_dir=folder))
+    return storage, FeatureCache(storage, max_bytes)
+
+
+def _entry(seed: int, n: int = 100) -> Kept:
+    features = torch.randn(n, 8, generator=torch.Generator().manual_seed(seed))
+    about = {"preprocess": None, "preprocess_source": None, "tokenizer": None, "label_map": None, "samples": None}
+    return Kept(FeatureSet(features, torch.arange(n) % 2, torch.eye(2, 8), None, features[:, :2], None), "fc", 7, about)
+
+
+def _name(number: int) -> str:
+    return f"{number:064}-{number:064}-{number:032}"
+
+
+def test_what_is_kept_is_found_again(tmp_path: Path) -> None:
+    """Tensors, the head's name, the batch size and what was found out of the probe."""
+    _, cache = _cache(tmp_path, 10**6)
+    entry = _entry(1)
+    assert cache.find(_name(1)) is None
+    cache.keep(_name(1), entry)
+    found = cache.find(_name(1))
+    assert found is not None
+    assert torch.equal(found.feature_set.features, entry.feature_set.features)
+    assert found.feature_set.logits is not None
+    assert found.feature_set.split is None
+    assert (found.head_name, found.batch_size, found.about_probe) == ("fc", 7, entry.about_probe)
+
+
+def test_the_oldest_goes_first(tmp_path: Path) -> None:
+    """Never more than the bound; what is larger than half of it is not kept; 0 keeps and finds nothing."""
+    storage, cache = _cache(tmp_path, 20_000)
+    for number in range(6):
+        cache.keep(_name(number), _entry(number))
+        path = tmp_path / "blobs" / "features" / _name(number)
+        os.utime(path, (1000 + number, 1000 + number))
+        assert sum(entry.size_bytes for entry in storage.list_features()) <= 20_000
+    assert [cache.find(_name(number)) is not None for number in range(6)] == [False, False, False, True, True, True]
+    cache.keep(_name(9), _entry(9, 1000))
+    assert cache.find(_name(9)) is None
+    assert FeatureCache(storage, 0).find(_name(5)) is None
+
+
+def test_broken_entries_are_computed_anew(tmp_path: Path) -> None:
+    """Cut short, not safetensors, without what belongs to it: as if there were none; a kill leaves no entry at all."""
+    storage, cache = _cache(tmp_path, 10**6)
+    cache.keep(_name(1), _entry(1))
+    path = tmp_path / "blobs" / "features" / _name(1)
+    for content in (path.read_bytes()[:-10], b"", b"nonsense"):
+        path.write_bytes(content)
+        assert cache.find(_name(1)) is None
+    save_file({"features": torch.zeros(2, 2)}, path, metadata={"about": "{}"})
+    assert cache.find(_name(1)) is None
+    with storage.stage() as staged:
+        staged.write(b"half")
+        assert cache.find(_name(2)) is None
+    assert [entry.name for entry in storage.list_features()] == [_name(1)]
+
+
+def test_the_sweep_removes_what_is_of_nothing(tmp_path: Path) -> None:
+    """A start of the service removes features whose checkpoint or probe is gone."""
+    _, cache = _cache(tmp_path / "data", 10**6)
+    cache.keep(_name(1), _entry(1))
+    with services.running(tmp_path / "data") as service:
+        deadline = time.monotonic() + 30
+        while _kept(service) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert _kept(service) == set()

@@ -1,0 +1,143 @@
+"""Features and logits of a checkpoint on a probe, kept in the storage for analyses that come again. Runs in the child.
+
+What is kept has the name of all that it depends on, so it is either the same or not found. A cache never fails an
+analysis: what cannot be read or written is computed, or not kept.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from analysis.probes import FeatureSet
+from app.storage import Storage, StorageUnavailable
+
+logger = logging.getLogger("interplay")
+
+# One evaluation is not to push out all others.
+_LARGEST_SHARE = 0.5
+# Libraries that build networks or make inputs of files.
+_LIBRARIES = ("numpy", "pillow", "pyarrow", "timm", "tokenizers", "torchvision", "transformers")
+_TENSORS = ("features", "labels", "head", "logits", "split")
+# Of a report's `probe` section, what was found out when the probe was read.
+_FOUND_OUT = ("preprocess", "preprocess_source", "tokenizer", "label_map", "samples")
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What an evaluation needs of a network and a probe, and what its report says of them."""
+
+    feature_set: FeatureSet
+    head_name: str
+    batch_size: int
+    about_probe: dict[str, Any]
+
+
+class FeatureCache:
+    """Kept features in a storage, at most so many bytes; what came first goes first.
+
+    Args:
+        storage: where blobs live too.
+        max_bytes: of all that is kept; 0 keeps nothing.
+    """
+
+    def __init__(self, storage: Storage, max_bytes: int) -> None:
+        self._storage, self._max_bytes = storage, max_bytes
+
+    def find(self, name: str) -> Kept | None:
+        """What was kept under a name, if it can be read."""
+        if not self._max_bytes:
+            return None
+        try:
+            with self._storage.features(name) as path, safe_open(path, framework="pt", device="cpu") as file:
+                # Copies, since what the file is mapped to must not outlive it.
+                tensors = {key: file.get_tensor(key).clone() for key in _TENSORS if key in set(file.keys())}
+                about = json.loads(file.metadata()["about"])
+            feature_set = FeatureSet(**{"split": None, **tensors}, head_bias=None)
+            return Kept(feature_set, **about)
+        except FileNotFoundError:
+            return None
+        except (StorageUnavailable, SafetensorError, ValueError, KeyError, TypeError) as error:
+            logger.warning("kept features cannot be read: %s", error)
+            return None
+
+    def keep(self, name: str, kept: Kept) -> None:
+        """Keep what was computed, and let go of what is oldest where there is no room."""
+        of_set = {key: getattr(kept.feature_set, key) for key in _TENSORS}
+        tensors = {key: tensor.cpu().contiguous() for key, tensor in of_set.items() if tensor is not None}
+        if sum(tensor.nbytes for tensor in tensors.values()) > _LARGEST_SHARE * self._max_bytes:
+            return
+        about = {"head_name": kept.head_name, "batch_size": kept.batch_size}
+        about["about_probe"] = {key: kept.about_probe[key] for key in _FOUND_OUT}
+        try:
+            content = save(tensors, metadata={"about": json.dumps(about)})
+            self._make_room(len(content))
+            with self._storage.stage() as staged:
+                staged.write(content)
+                self._storage.put_features(name, staged)
+        except StorageUnavailable as error:
+            logger.warning("features were not kept: %s", error)
+
+    def _make_room(self, size_bytes: int) -> None:
+        entries = sorted(self._storage.list_features(), key=lambda entry: entry.stored_at)
+        excess = sum(entry.size_bytes for entry in entries) + size_bytes - self._max_bytes
+        for entry in entries:
+            if excess <= 0:
+                return
+            self._storage.delete_features(entry.name)
+            excess -= entry.size_bytes
+
+
+def name_of(task: dict[str, Any], provenance: dict[str, Any]) -> str:
+    """The name of an evaluation's features: hashes of checkpoint and probe, and of all else that they depend on."""
+    subject, probe, options = task["subjects"][0], task["probe"], task["options"]
+    depends_on = {
+        "subject": {key: subject[key] for key in ("architecture", "head", "prefix", "ignored")},
+        "probe": {key: probe[key] for key in ("format", "content", "preprocess", "class_names", "n_classes")},
+        "file": task["file"],
+        "brought": task["brought"],
+        "batch_size": options["batch_size"],
+        "precision": options["precision"],
+        # Without samples nothing is drawn.
+        "samples": [options["samples"], options["seed"]] if options.get("samples") else None,
+        "machine": {key: provenance[key] for key in ("device", "threads", "torch_version")},
+        "code": _code_sha256(),
+        "libraries": _versions(),
+    }
+    digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
+    return f"{subject['sha256']}-{probe['sha256']}-{digest[:32]}"
+
+
+@cache
+def _versions() -> dict[str, str]:
+    found = {}
+    for library in _LIBRARIES:
+        try:
+            found[library] = importlib.metadata.version(library)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@cache
+def _code_sha256() -> str:
+    """Of everything that stands between a file and its features."""
+    digest = hashlib.sha256()
+    for path in _sources():
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def _sources() -> Iterator[Path]:
+    root = Path(__file__).parent.parent
+    yield from sorted((root / "analysis").rglob("*.py"))
+    yield from sorted((root / "app" / "datafile").glob("*.py"))
+    yield from (root / "app" / "labels.py", root / "app" / "preprocessing.py", root / "workers" / "probes.py")

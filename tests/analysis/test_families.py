@@ -467,8 +467,10 @@ def _printed(program: str, **more: str) -> list[str]:
 
 def test_libraries_are_imported_when_they_are_needed() -> None:
     """What is installed is known, and a built-in network built, without importing one of them."""
-    assert _printed(IMPORTED) == [f"{list(FAMILIES)} []"]
-    assert available_families() == list(FAMILIES)
+    # No package here declares networks of its own; tests/analysis/test_custom.py has one that does.
+    installed = [name for name in FAMILIES if name != "custom"]
+    assert _printed(IMPORTED) == [f"{installed} []"]
+    assert available_families() == installed
 
 
 def test_a_family_that_is_missing_names_its_extra() -> None:

@@ -66,15 +66,17 @@ class Folder:
 def is_archive(path: Path) -> bool:
     """Whether the file is a zip or a tar, plain or compressed; a file of torch.save, a zip too, is none."""
     with path.open("rb") as file:
-        start = file.read(8)
+        start = file.read(512)
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= tensorfile.MAX_HEADER_BYTES:
+        # Safetensors, whose header may have any length, also one that reads like the mark of an archive.
+        return False
     if start[:4] == b"PK\x03\x04":
         try:
             with zipfile.ZipFile(path) as archive:
                 return not any(name.endswith("/data.pkl") for name in archive.namelist()[:100])
         except _BROKEN:
             return False
-    # A safetensors header's length is never so large that it begins like one of these.
-    return start[:2] == b"\x1f\x8b" or start[:3] == b"BZh" or start[:6] == b"\xfd7zXZ\x00" or tarfile.is_tarfile(path)
+    return start[:2] == b"\x1f\x8b" or start[:3] == b"BZh" or start[:6] == b"\xfd7zXZ\x00" or start[257:262] == b"ustar"
 
 
 @contextmanager

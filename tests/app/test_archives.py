@@ -224,5 +224,10 @@ def test_other_files_are_no_archives(tmp_path: Path) -> None:
     assert not is_archive(path)
     path.write_bytes(b"")
     assert not is_archive(path)
+    # A header whose length begins like gzip's mark, and zeros, which tar would take for its own end.
+    path.write_bytes((0x8B1F).to_bytes(8, "little") + b"{" + b" " * 0x8B1E)
+    assert not is_archive(path)
+    path.write_bytes(bytes(2**20))
+    assert not is_archive(path)
     torch.save({"w": torch.ones(3)}, path)
     assert not is_archive(path)

@@ -105,7 +105,8 @@ def name_of(task: dict[str, Any], provenance: dict[str, Any]) -> str:
         "file": task["file"],
         "brought": task["brought"],
         "batch_size": options["batch_size"],
-        "precision": options["precision"],
+        # An analysis that was queued before there was this option has none.
+        "precision": options.get("precision", "float32"),
         # Without samples nothing is drawn.
         "samples": [options["samples"], options["seed"]] if options.get("samples") else None,
         "machine": {key: provenance[key] for key in ("device", "threads", "torch_version")},

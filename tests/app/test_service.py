@@ -288,7 +288,7 @@ def test_other_requests_are_quick_during_an_upload(service: Service) -> None:
     async def upload(client: httpx.AsyncClient) -> int:
         async def body() -> AsyncIterator[bytes]:
             yield b'--b\r\nContent-Disposition: form-data; name="file"; filename="f"\r\n\r\n'
-            for _ in range(64):
+            for _ in range(192):
                 yield bytes(2**20)
             yield b'\r\n--b\r\nContent-Disposition: form-data; name="spec"\r\n\r\n{"name": "big"}\r\n--b--\r\n'
 

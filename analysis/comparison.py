@@ -1,0 +1,414 @@
+"""Two checkpoints on the same samples: the difference of every metric, how sure it is, and where predictions differ.
+
+Both see the same samples, so what a sample does to both drops out of the difference: its standard error is that of one
+paired draw. Samples are drawn within classes. The delta method takes it from influence functions, at the cost of one
+evaluation; the paired bootstrap draws the samples anew, hundreds of times, and finds the bias of finite probes as well.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Float64, Int, Int64
+from scipy.optimize import brentq
+from scipy.stats import binomtest, norm
+from scipy.stats import t as student
+from torch import Tensor
+
+from analysis.clock import Clock
+from analysis.collapse import Collapse
+from analysis.errors import AnalysisError
+from analysis.evaluation import (
+    Evaluation,
+    EvaluationOptions,
+    Interplay,
+    Progress,
+    SplitEvaluation,
+    evaluate_features,
+)
+from analysis.influence import influence, standard_errors
+from analysis.probes import FeatureSet
+
+_OF_SPLIT = ("accuracy", "loss", "calibration_error", "effective_rank")
+_OF_INTERPLAY = (
+    "mir", "hdr", "mutual_information", "entropy_features", "entropy_head", "entropy_joint", "mir_z",
+)  # fmt: skip
+_OF_COLLAPSE = tuple(field.name for field in fields(Collapse) if field.name not in ("absent_classes", "reasons"))
+
+
+@dataclass(frozen=True)
+class ComparisonOptions(EvaluationOptions):
+    """How two checkpoints are compared.
+
+    Attributes:
+        interval: where standard errors come from.
+        resamples: of the bootstrap, at least 20.
+        confidence: of the intervals, 0.5 to 0.9999.
+    """
+
+    interval: Literal["delta", "bootstrap"] = "delta"
+    resamples: int = 200
+    confidence: float = 0.95
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.resamples < 20:
+            raise AnalysisError("invalid-argument", "resamples is at least 20", argument="resamples")
+        if not 0.5 <= self.confidence <= 0.9999:
+            raise AnalysisError("invalid-argument", "confidence is 0.5 to 0.9999", argument="confidence")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A metric of A and of B and B - A; what is not known is None, and `reason` says why.
+
+    Attributes:
+        a, b, difference: as evaluated; None where one of them is not defined.
+        standard_error: of the difference over draws of the samples within classes.
+        low, high: the interval of the difference.
+        significant: whether 0 lies outside of the interval.
+        bias, bias_a, bias_b: of the difference, of A's and of B's value, as the bootstrap estimates it.
+        reason: why there is no standard error: `undefined` (one of the values), `no_derivative` (the delta method does
+            not reach the metric where it is), `undefined_resamples` (of the bootstrap), `no_standard_error` (`mir_z`,
+            itself a statistic).
+    """
+
+    a: float | None
+    b: float | None
+    difference: float | None
+    standard_error: float | None = None
+    low: float | None = None
+    high: float | None = None
+    significant: bool | None = None
+    bias: float | None = None
+    bias_a: float | None = None
+    bias_b: float | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Where the two networks' predicted classes agree, and whether their accuracies differ by more than chance.
+
+    Attributes:
+        agreement: share of samples with the same predicted class.
+        both_correct, only_a_correct, only_b_correct, neither_correct: counts of samples.
+        mcnemar_p: two-sided p value of McNemar's exact test; 1 where no sample is right in one of them alone.
+        smallest_difference: of accuracy, that this probe shows with probability 0.8 at the confidence asked for, given
+            the share of samples on which one alone is right; None where there are too few of them.
+        reason: `too_few_disagreements` where that is so.
+    """
+
+    agreement: float
+    both_correct: int
+    only_a_correct: int
+    only_b_correct: int
+    neither_correct: int
+    mcnemar_p: float
+    smallest_difference: float | None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class ComparedSplit:
+    """One split of both, and the difference of each metric by its path in a split of a report."""
+
+    a: SplitEvaluation
+    b: SplitEvaluation
+    differences: dict[str, Difference]
+    predictions: Predictions
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two evaluations and their differences.
+
+    Attributes:
+        a, b: of all splits.
+        splits: by name, those that both have.
+        timings_seconds: of both evaluations together, and `intervals`.
+    """
+
+    a: Evaluation
+    b: Evaluation
+    splits: dict[str, ComparedSplit]
+    timings_seconds: dict[str, float]
+
+
+def compare(
+    a: FeatureSet,
+    b: FeatureSet,
+    *,
+    device: torch.device,
+    options: ComparisonOptions | None = None,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Evaluate two networks on the same samples and say how far and how surely they differ, as B - A.
+
+    Args:
+        a, b: features, labels and head of each, of the same samples in the same order. Widths may differ.
+        device: where everything is computed.
+        options: default: as ComparisonOptions says.
+        progress: called as the work goes on; phase `resamples` counts those of the bootstrap.
+
+    Returns:
+        The comparison. Intervals are difference +- z times the standard error with z the normal quantile, symmetric
+        about what was evaluated: MIR and HDR of a resample are biased, as it holds samples twice, so the bootstrap's
+        own quantiles would lie beside the value. The estimated bias is stated, not taken off.
+
+    Raises:
+        AnalysisError: `invalid-probe` where the two are of different samples or classes; else as `evaluate_features`.
+
+    Numerics: the error that `method.error_estimate` states for MIR of A and of B is not part of the interval. What
+        `influence` says of NC4 and of the calibration error holds here. float64.
+
+    Source: METRICS, "Comparing two checkpoints"; Efron and Tibshirani 1993, chapter 13; McNemar 1947; Connor 1987.
+    """
+    options = options or ComparisonOptions()
+    if not torch.equal(a.labels, b.labels):
+        detail = "A comparison needs the same samples and the same numbers of their classes for both networks."
+        raise AnalysisError("invalid-probe", detail)
+    clock = Clock()
+    first, second = (evaluate_features(entry, device=device, options=options, progress=progress) for entry in (a, b))
+    splits: dict[str, ComparedSplit] = {}
+    with clock.phase("intervals"):
+        for name, rows in _rows(a.split, len(a.labels)).items():
+            pair = _Pair(_part(a, rows), _part(b, rows), first.splits[name], second.splits[name])
+            if options.interval == "delta":
+                spreads = _by_delta(pair, device)
+            else:
+                done = len(splits) * options.resamples
+                spreads = _by_bootstrap(pair, options, device, _counted(progress, done, len(first.splits), options))
+            splits[name] = ComparedSplit(
+                pair.of_a, pair.of_b, _differences(pair, spreads, options), _predictions(pair, options)
+            )
+    timings = clock.seconds
+    for evaluation in (first, second):
+        for phase, seconds in evaluation.timings_seconds.items():
+            timings[phase] = timings.get(phase, 0.0) + seconds
+    return Comparison(first, second, splits, timings)
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """The samples of one split as both networks see them, and both evaluations."""
+
+    a: FeatureSet
+    b: FeatureSet
+    of_a: SplitEvaluation
+    of_b: SplitEvaluation
+
+
+@dataclass(frozen=True)
+class _Spread:
+    """The standard error of a difference, and biases where they were estimated; or why there is none."""
+
+    standard_error: float | None
+    bias: float | None = None
+    bias_a: float | None = None
+    bias_b: float | None = None
+    reason: str | None = None
+
+
+def _rows(split: Int[Tensor, " n"] | None, n: int) -> dict[str, Int64[Tensor, " _"]]:
+    """Which samples each split has."""
+    rows = {"all": torch.arange(n)}
+    if split is not None:
+        rows |= {name: (split.cpu() == number).nonzero()[:, 0] for name, number in (("train", 0), ("test", 1))}
+    return {name: chosen for name, chosen in rows.items() if len(chosen)}
+
+
+def _part(entry: FeatureSet, rows: Int64[Tensor, " m"]) -> FeatureSet:
+    """Samples as a set of their own."""
+    return replace(entry, split=None).take(rows.to(entry.labels.device))
+
+
+def _logits(entry: FeatureSet) -> Float[Tensor, "n c"]:
+    if entry.logits is not None:
+        return entry.logits
+    logits = entry.features @ entry.head.T
+    return logits if entry.head_bias is None else logits + entry.head_bias
+
+
+def _metrics(split: SplitEvaluation) -> dict[str, float | None]:
+    """Every metric of a split by its path."""
+    found: dict[str, float | None] = {name: getattr(split, name) for name in _OF_SPLIT}
+    for path, entry in _levels(split):
+        found |= {f"{path}.{name}": getattr(entry, name) for name in _OF_INTERPLAY}
+        gaps = {"mir": entry.distance_to_optimum.mir, "hdr": entry.distance_to_optimum.hdr}
+        found |= {f"{path}.distance_to_optimum.{name}": gap for name, gap in gaps.items()}
+    return found | {f"collapse.{name}": getattr(split.collapse, name) for name in _OF_COLLAPSE}
+
+
+def _levels(split: SplitEvaluation) -> Iterator[tuple[str, Interplay]]:
+    for level, centrings in split.interplay.items():
+        for centring, entry in centrings.items():
+            yield f"interplay.{level}.{centring}", entry
+
+
+def _by_delta(pair: _Pair, device: torch.device) -> dict[str, _Spread]:
+    """Standard errors from the difference of both networks' influence functions."""
+    found_a, found_b = (
+        _influences(entry, split, device) for entry, split in ((pair.a, pair.of_a), (pair.b, pair.of_b))
+    )
+    return {path: _Spread(value) for path, value in standard_errors(found_b, found_a).items()}
+
+
+def _influences(entry: FeatureSet, split: SplitEvaluation, device: torch.device) -> dict[str, Float64[Tensor, " n"]]:
+    found = influence(*(tensor.to(device) for tensor in (entry.features, entry.labels, entry.head, _logits(entry))))
+    for path, interplay in _levels(split):
+        for name in ("mir", "hdr"):
+            value, ideal = getattr(interplay, name), getattr(interplay.optimum, name)
+            if value is not None and ideal is not None and f"{path}.{name}" in found:
+                # The optimum stays where the class counts do.
+                sign = 1.0 if value >= ideal else -1.0
+                found[f"{path}.distance_to_optimum.{name}"] = sign * found[f"{path}.{name}"]
+    return found
+
+
+def _by_bootstrap(
+    pair: _Pair, options: ComparisonOptions, device: torch.device, step: Callable[[], None]
+) -> dict[str, _Spread]:
+    """Standard errors and biases from evaluations of the same resamples for both."""
+    generator = torch.Generator().manual_seed(options.seed)
+    # The permutations of the null are no part of what a sample does.
+    plain = EvaluationOptions(null_permutations=0, seed=options.seed, tolerance=options.tolerance)
+    drawn: list[list[dict[str, float | None]]] = [[], []]
+    for _ in range(options.resamples):
+        rows = _resample(pair.a.labels.cpu(), generator)
+        for values, entry in zip(drawn, (pair.a, pair.b), strict=True):
+            again = evaluate_features(_part(entry, rows), device=device, options=plain)
+            values.append(_metrics(again.splits["all"]))
+        step()
+    known_a, known_b = _metrics(pair.of_a), _metrics(pair.of_b)
+    return {
+        path: _spread([entry[path] for entry in drawn[0]], [entry[path] for entry in drawn[1]], a, known_b[path])
+        for path, a in known_a.items()
+        if not path.endswith(".mir_z")
+    }
+
+
+def _spread(
+    drawn_a: Sequence[float | None], drawn_b: Sequence[float | None], a: float | None, b: float | None
+) -> _Spread:
+    if a is None or b is None:
+        return _Spread(None)
+    if None in drawn_a or None in drawn_b:
+        return _Spread(None, reason="undefined_resamples")
+    of_a, of_b = (torch.tensor(values, dtype=torch.float64) for values in (drawn_a, drawn_b))
+    bias_a, bias_b = float(of_a.mean()) - a, float(of_b.mean()) - b
+    return _Spread(float((of_b - of_a).std()), bias_b - bias_a, bias_a, bias_b)
+
+
+def _resample(labels: Int[Tensor, " n"], generator: torch.Generator) -> Int64[Tensor, " n"]:
+    """Rows drawn with replacement, of each class as many as it has."""
+    order = torch.argsort(labels, stable=True)
+    counts = torch.bincount(labels)
+    counts = counts[counts > 0]
+    sizes = torch.repeat_interleave(counts, counts)
+    starts = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+    places = (torch.rand(len(labels), dtype=torch.float64, generator=generator) * sizes).long()
+    return order[starts + places.minimum(sizes - 1)]
+
+
+def _counted(progress: Progress | None, done: int, n_splits: int, options: ComparisonOptions) -> Callable[[], None]:
+    def step() -> None:
+        nonlocal done
+        done += 1
+        if progress:
+            progress("resamples", done, n_splits * options.resamples)
+
+    return step
+
+
+def _differences(pair: _Pair, spreads: Mapping[str, _Spread], options: ComparisonOptions) -> dict[str, Difference]:
+    values_a, values_b = _metrics(pair.of_a), _metrics(pair.of_b)
+    # A standard error from few resamples is itself uncertain: Student's quantile is wider by that.
+    freedom = math.inf if options.interval == "delta" else options.resamples - 1
+    quantile = float(student.ppf((1 + options.confidence) / 2, freedom))
+    found = {}
+    for path, a in values_a.items():
+        # How far MIR is above its permutations is a statistic of the samples, with no standard error of its own.
+        unknown = _Spread(None, reason="no_standard_error" if path.endswith(".mir_z") else "no_derivative")
+        found[path] = _difference(a, values_b[path], spreads.get(path, unknown), quantile)
+    return found
+
+
+def _difference(a: float | None, b: float | None, spread: _Spread, quantile: float) -> Difference:
+    if a is None or b is None:
+        return Difference(a, b, None, reason="undefined")
+    error, difference = spread.standard_error, b - a
+    if error is None:
+        return Difference(a, b, difference, reason=spread.reason)
+    low, high = difference - quantile * error, difference + quantile * error
+    significant = low > 0 or high < 0
+    return Difference(a, b, difference, error, low, high, significant, spread.bias, spread.bias_a, spread.bias_b)
+
+
+def _predictions(pair: _Pair, options: ComparisonOptions) -> Predictions:
+    labels = pair.a.labels
+    predicted_a, predicted_b = _logits(pair.a).argmax(dim=1), _logits(pair.b).argmax(dim=1)
+    right_a, right_b = predicted_a == labels, predicted_b == labels
+    only_a, only_b = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
+    smallest = smallest_difference(len(labels), only_a + only_b, confidence=options.confidence)
+    return Predictions(
+        agreement=float((predicted_a == predicted_b).double().mean()),
+        both_correct=int((right_a & right_b).sum()),
+        only_a_correct=only_a,
+        only_b_correct=only_b,
+        neither_correct=int((~right_a & ~right_b).sum()),
+        mcnemar_p=mcnemar_p(only_a, only_b),
+        smallest_difference=smallest,
+        reason=None if smallest is not None else "too_few_disagreements",
+    )
+
+
+def mcnemar_p(only_a: int, only_b: int) -> float:
+    """Two-sided p value of McNemar's exact test: whether two networks that were right alone so often may be equal.
+
+    Args:
+        only_a, only_b: samples that A, or B, alone had right.
+
+    Returns:
+        0 to 1; 1 where there are none.
+
+    Source: McNemar 1947; exact by the binomial distribution of the discordant pairs.
+
+    >>> round(mcnemar_p(1, 9), 6)
+    0.021484
+    """
+    discordant = only_a + only_b
+    return float(binomtest(only_b, discordant).pvalue) if discordant else 1.0
+
+
+def smallest_difference(n: int, discordant: int, *, confidence: float = 0.95, power: float = 0.8) -> float | None:
+    """The smallest difference of accuracy that a probe shows with this power, for its share of discordant samples.
+
+    Solves n d^2 = (z_a sqrt(q) + z_b sqrt(q - d^2))^2 for d, with q the share of samples on which one network alone
+    is right.
+
+    Args:
+        n: samples.
+        discordant: those on which one network alone is right.
+        confidence: of the two-sided test.
+        power: probability that the test finds the difference.
+
+    Returns:
+        The difference; None where even one network being right in all discordant samples would be no evidence.
+
+    Source: Connor 1987, "Sample size for testing differences in proportions for the paired-sample design".
+
+    >>> round(smallest_difference(1000, 100), 4)
+    0.028
+    """
+    share = discordant / n
+    certain, likely = float(norm.ppf((1 + confidence) / 2)), float(norm.ppf(power))
+
+    def missing(d: float) -> float:
+        return certain * math.sqrt(share) + likely * math.sqrt(max(share - d * d, 0.0)) - d * math.sqrt(n)
+
+    if discordant == 0 or missing(share) > 0:
+        return None
+    return float(brentq(missing, 0.0, share))

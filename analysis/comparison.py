@@ -72,7 +72,8 @@ class Difference:
         bias, bias_a, bias_b: of the difference, of A's and of B's value, as the bootstrap estimates it.
         reason: why there is no standard error: `undefined` (one of the values), `no_derivative` (the delta method does
             not reach the metric where it is), `undefined_resamples` (of the bootstrap), `no_standard_error` (`mir_z`,
-            itself a statistic).
+            itself a statistic). Or `near_zero`: HDR or a distance is 0 within its error, and the standard error is the
+            larger of two.
     """
 
     a: float | None
@@ -171,7 +172,10 @@ def compare(
         detail = "A comparison needs the same samples and the same numbers of their classes for both networks."
         raise AnalysisError("invalid-probe", detail)
     clock = Clock()
-    first, second = (evaluate_features(entry, device=device, options=options, progress=progress) for entry in (a, b))
+    first, second = (
+        evaluate_features(entry, device=device, options=options, progress=_of(name, progress))
+        for name, entry in (("A", a), ("B", b))
+    )
     splits: dict[str, ComparedSplit] = {}
     with clock.phase("intervals"):
         for name, rows in _rows(a.split, len(a.labels)).items():
@@ -253,7 +257,20 @@ def _by_delta(pair: _Pair, device: torch.device) -> dict[str, _Spread]:
     found_a, found_b = (
         _influences(entry, split, device) for entry, split in ((pair.a, pair.of_a), (pair.b, pair.of_b))
     )
-    return {path: _Spread(value) for path, value in standard_errors(found_b, found_a).items()}
+    spreads = {path: _Spread(value) for path, value in standard_errors(found_b, found_a).items()}
+    values_a, values_b = _metrics(pair.of_a), _metrics(pair.of_b)
+    for path in spreads:
+        # HDR and distances are absolute values. Where one of them is 0 within its own error, a draw may take it to the
+        # other side, where it moves the other way: the larger of both possibilities is taken.
+        signed = path.endswith((".hdr", ".distance_to_optimum.mir"))
+        if signed and (_near_zero(values_a[path], found_a[path]) or _near_zero(values_b[path], found_b[path])):
+            turned = standard_errors({path: found_b[path]}, {path: -found_a[path]})[path]
+            spreads[path] = _Spread(max(turned, spreads[path].standard_error or 0.0), reason="near_zero")
+    return spreads
+
+
+def _near_zero(value: float | None, influence: Float64[Tensor, " n"]) -> bool:
+    return value is not None and abs(value) < 2 * float(influence.norm()) / len(influence)
 
 
 def _influences(entry: FeatureSet, split: SplitEvaluation, device: torch.device) -> dict[str, Float64[Tensor, " n"]]:
@@ -313,6 +330,11 @@ def _resample(labels: Int[Tensor, " n"], generator: torch.Generator) -> Int64[Te
     return order[starts + places.minimum(sizes - 1)]
 
 
+def _of(name: str, progress: Progress | None) -> Progress | None:
+    """Progress that says which of the two it is about."""
+    return (lambda phase, done, total: progress(f"{phase} of {name}", done, total)) if progress else None
+
+
 def _counted(progress: Progress | None, done: int, n_splits: int, options: ComparisonOptions) -> Callable[[], None]:
     def step() -> None:
         nonlocal done
@@ -344,7 +366,8 @@ def _difference(a: float | None, b: float | None, spread: _Spread, quantile: flo
         return Difference(a, b, difference, reason=spread.reason)
     low, high = difference - quantile * error, difference + quantile * error
     significant = low > 0 or high < 0
-    return Difference(a, b, difference, error, low, high, significant, spread.bias, spread.bias_a, spread.bias_b)
+    biases = (spread.bias, spread.bias_a, spread.bias_b)
+    return Difference(a, b, difference, error, low, high, significant, *biases, reason=spread.reason)
 
 
 def _predictions(pair: _Pair, options: ComparisonOptions) -> Predictions:
@@ -396,7 +419,8 @@ def smallest_difference(n: int, discordant: int, *, confidence: float = 0.95, po
         power: probability that the test finds the difference.
 
     Returns:
-        The difference; None where even one network being right in all discordant samples would be no evidence.
+        The difference; None where there is none: even if one network were right in all discordant samples, the test
+        would find it less often.
 
     Source: Connor 1987, "Sample size for testing differences in proportions for the paired-sample design".
 

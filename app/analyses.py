@@ -185,7 +185,7 @@ def _same_request(engine: sa.Engine, session: Session, earlier: Analysis, digest
 
 def _checkpoint_ids(request: schemas.AnalysisRequest) -> list[str]:
     match request:
-        case schemas.PathRequest():
+        case schemas.PathRequest() | schemas.ComparisonRequest():
             return [request.checkpoint_a_id, request.checkpoint_b_id]
         case schemas.SeriesRequest():
             return request.checkpoint_ids
@@ -203,8 +203,10 @@ def _lock_subjects(session: Session, request: schemas.AnalysisRequest, checkpoin
     assert request.probe_id is not None
     probe = resources.get(session, models.Probe, request.probe_id, lock="share")
     rows = [resources.get(session, models.Checkpoint, id_, lock="share") for id_ in checkpoint_ids]
-    _require_one_architecture(rows)
-    match_labels(probe.class_names, rows[0].architecture)
+    if request.kind != "comparison":
+        _require_one_architecture(rows)
+    for row in rows:
+        match_labels(probe.class_names, row.architecture)
     if len(rows) == 1:
         return rows[0].name
     return f"{rows[0].name} to {rows[-1].name}"[:200]

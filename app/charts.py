@@ -19,6 +19,7 @@ _COLOURS = {"train": "#0072B2", "test": "#D55E00", "all": "#7F7F7F"}
 # Of each measure: how its axis is called, and the end of the scale that is always shown.
 _LABELS = {"loss": "loss (nats)", "error": "error", "accuracy": "accuracy", "mir": "MIR", "hdr": "HDR"}
 _BARRIERS = {"loss": "loss_barrier", "error": "error_barrier", "mir": "mir_barrier", "hdr": "hdr_barrier"}
+_COMPARED = ("accuracy", "loss", "mir", "hdr")
 _LEGEND = alt.Legend(title=None, orient="bottom", symbolOpacity=1)
 _NOTE = "MIR and HDR: sample level, global centring"
 
@@ -217,6 +218,35 @@ def _evaluation(report: Report) -> alt.ConcatChart:
     )
 
 
+def _difference_of(measure: str) -> Callable[[Report], Panel]:
+    """B - A of one measure with its interval, for each split."""
+    path = measure if measure in ("accuracy", "loss") else f"interplay.sample.global.{measure}"
+
+    def draw(report: Report) -> Panel:
+        rows = [{"split": name, **split["differences"][path]} for name, split in report["splits"].items()]
+        colour = alt.Color("split:N", scale=_scale(rows), legend=None)
+        y = alt.Y("split:N", title=None, sort=list(_COLOURS))
+        base = _chart(rows)
+        layers = [
+            _chart([{"zero": 0}]).mark_rule(strokeDash=[4, 3]).encode(x="zero:Q"),
+            base.mark_rule(strokeWidth=2.5).encode(x=alt.X("low:Q"), x2="high:Q", y=y, color=colour),
+            base.mark_point(filled=True, size=70, opacity=1).encode(
+                x=alt.X("difference:Q", title=f"{_LABELS[measure]}, B - A"), y=y, color=colour
+            ),
+        ]
+        return alt.layer(*layers).properties(width=_WIDTH, height=_HEIGHT // 2)
+
+    return draw
+
+
+def _comparison(report: Report) -> alt.ConcatChart:
+    confidence = f"{report['provenance']['options']['confidence'] * 100:g} %"
+    note = f"lines: {confidence} intervals of the difference; {_NOTE}"
+    return alt.concat(*(_difference_of(measure)(report) for measure in _COMPARED), columns=2).properties(
+        title=alt.TitleParams(f"Comparison: {_about(report)}", subtitle=[_on(report), note], anchor="start")
+    )
+
+
 def _of_points(title: str, measures: Sequence[str]) -> dict[str, Callable[[Report], Any]]:
     panels = {measure: _panel(measure) for measure in measures}
     return {"overview": _overview(*panels.values(), title=title), **panels}
@@ -224,6 +254,7 @@ def _of_points(title: str, measures: Sequence[str]) -> dict[str, Callable[[Repor
 
 _CHARTS: dict[str, dict[str, Callable[[Report], Any]]] = {
     "evaluation": {"overview": _evaluation, "mir": _evaluation_of("mir"), "hdr": _evaluation_of("hdr")},
+    "comparison": {"overview": _comparison, **{measure: _difference_of(measure) for measure in _COMPARED}},
     "path": _of_points("Path", ("loss", "error", "mir", "hdr")),
     "pruning": _of_points("Pruning", ("loss", "accuracy", "mir", "hdr")),
     "series": _of_points("Series", ("loss", "accuracy", "mir", "hdr")),

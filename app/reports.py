@@ -8,7 +8,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import Field, FiniteFloat
 
-from app.schemas import Axis, EvaluationOptions, PathOptions, Preprocess, PruningOptions, Strict
+from app.schemas import Axis, ComparisonOptions, EvaluationOptions, PathOptions, Preprocess, PruningOptions, Strict
 
 SCHEMA_VERSION = "1"
 DEFINITIONS_VERSION = "1"
@@ -210,6 +210,54 @@ class EvaluationReport(_Report):
     splits: dict[str, SplitEvaluation]
 
 
+class Difference(Strict):
+    """A metric of A and of B, and B - A with its standard error and interval; `reason` says why there is none."""
+
+    a: FiniteFloat | None
+    b: FiniteFloat | None
+    difference: FiniteFloat | None
+    standard_error: FiniteFloat | None = Field(description="Over draws of the samples within classes, paired.")
+    low: FiniteFloat | None = Field(description="Of the interval of the difference, at `options.confidence`.")
+    high: FiniteFloat | None
+    significant: bool | None = Field(description="Whether 0 lies outside of the interval.")
+    bias: FiniteFloat | None = Field(description="Of the difference, as the bootstrap estimates it; not taken off.")
+    bias_a: FiniteFloat | None
+    bias_b: FiniteFloat | None
+    reason: str | None
+
+
+class Predictions(Strict):
+    """Where the two networks' predicted classes agree, and whether their accuracies differ by more than chance."""
+
+    agreement: FiniteFloat
+    both_correct: int
+    only_a_correct: int
+    only_b_correct: int
+    neither_correct: int
+    mcnemar_p: FiniteFloat = Field(description="Of McNemar's exact test, two-sided.")
+    smallest_difference: FiniteFloat | None = Field(
+        description="Of accuracy, that this probe shows with probability 0.8 at `options.confidence`."
+    )
+    reason: str | None
+
+
+class ComparedSplit(Strict):
+    a: SplitEvaluation
+    b: SplitEvaluation
+    differences: dict[str, Difference] = Field(description="By the metric's path in a split, such as collapse.nc1.")
+    predictions: Predictions
+
+
+class ComparisonReport(_Report):
+    """Two checkpoints on the same samples; `probe` is as A saw it."""
+
+    kind: Literal["comparison"]
+    subjects: list[Subject] = Field(min_length=2, max_length=2, description="A and B.")
+    probe_b: ProbeSubject = Field(description="The probe as B saw it: each may bring its own preprocessing.")
+    provenance: Provenance[ComparisonOptions]
+    splits: dict[str, ComparedSplit]
+
+
 class Barrier(Strict):
     """How far a value on the path exceeds what it is compared with, and at which w it does so most."""
 
@@ -342,4 +390,6 @@ class SeriesReport(_Report):
     summary: SeriesSummary
 
 
-Report = Annotated[EvaluationReport | PathReport | PruningReport | SeriesReport, Field(discriminator="kind")]
+Report = Annotated[
+    EvaluationReport | ComparisonReport | PathReport | PruningReport | SeriesReport, Field(discriminator="kind")
+]

@@ -148,6 +148,17 @@ class EvaluationOptions(Strict):
     )
 
 
+class ComparisonOptions(EvaluationOptions):
+    """How two checkpoints are compared, and where the intervals of the differences come from."""
+
+    interval: Literal["delta", "bootstrap"] = Field(
+        default="delta",
+        description="`delta` takes standard errors from influence functions, `bootstrap` from paired resamples.",
+    )
+    resamples: int = Field(default=200, ge=20, le=10_000, description="Of the bootstrap, each two evaluations.")
+    confidence: float = Field(default=0.95, ge=0.5, le=0.9999, description="Of the intervals.")
+
+
 class EvenGrid(Strict):
     """So many points evenly from 0 to 1, both ends among them."""
 
@@ -240,6 +251,16 @@ class EvaluationRequest(Strict):
         raise ValueError("give either checkpoint_id and probe_id, or feature_set_id alone")
 
 
+class ComparisonRequest(Strict):
+    """Two checkpoints on the same samples; differences are B - A. Their architectures may differ."""
+
+    kind: Literal["comparison"]
+    checkpoint_a_id: Id
+    checkpoint_b_id: Id
+    probe_id: Id
+    options: ComparisonOptions = ComparisonOptions()
+
+
 class PathRequest(Strict):
     """The straight line between the weights of two checkpoints of one architecture."""
 
@@ -278,7 +299,7 @@ class SeriesRequest(Strict):
 
 
 AnalysisRequest = Annotated[
-    EvaluationRequest | PathRequest | PruningRequest | SeriesRequest, Field(discriminator="kind")
+    EvaluationRequest | ComparisonRequest | PathRequest | PruningRequest | SeriesRequest, Field(discriminator="kind")
 ]
 
 

@@ -312,6 +312,41 @@ def analyze(
         _follow(client, analysis, wait, timeout, as_json)
 
 
+@app.command("compare")
+def analyze_comparison(
+    checkpoint_a: Annotated[str, typer.Argument(metavar="A", help="What B is compared with.", show_default=False)],
+    checkpoint_b: Annotated[str, typer.Argument(metavar="B", help="Its id.", show_default=False)],
+    probe: Annotated[str, typer.Option(metavar="ID", help="The samples that both see.", show_default=False)],
+    bootstrap: Annotated[bool, typer.Option("--bootstrap", help="Standard errors and biases from resamples.")] = False,
+    resamples: Annotated[int | None, typer.Option(min=20, help="Of the bootstrap; default: 200.")] = None,
+    confidence: Annotated[float | None, typer.Option(min=0.5, max=0.9999, help="Of intervals; default: 0.95.")] = None,
+    wait: Wait = False,
+    timeout: Timeout = None,
+    permutations: Permutations = None,
+    seed: Seed = None,
+    tolerance: Tolerance = None,
+    batch_size: BatchSize = None,
+    precision: PrecisionOption = None,
+    samples: Samples = None,
+    idempotency_key: IdempotencyKey = None,
+    url: Url = None,
+    api_key: ApiKey = None,
+    as_json: AsJson = False,
+) -> None:
+    """Queue a comparison of two checkpoints on the same samples: the difference of every metric, and how sure it is."""
+    if resamples is not None and not bootstrap:
+        raise typer.BadParameter("are those of --bootstrap", param_hint="--resamples")
+    options = _options(permutations, seed, tolerance, batch_size, precision, samples)
+    if bootstrap:
+        options["interval"] = "bootstrap"
+    options |= {key: v for key, v in {"resamples": resamples, "confidence": confidence}.items() if v is not None}
+    with _client(url, api_key) as client:
+        analysis = client.create_comparison(
+            checkpoint_a, checkpoint_b, probe_id=probe, options=options, idempotency_key=idempotency_key
+        )
+        _follow(client, analysis, wait, timeout, as_json)
+
+
 @app.command("path")
 def analyze_path(
     checkpoint_a: Annotated[str, typer.Argument(metavar="A", help="The checkpoint at w = 0.", show_default=False)],

@@ -49,6 +49,18 @@ _SUMMARIES: dict[str, dict[str, str]] = {
     "pruning": {"knee": "knee"},
     "series": {"spearman_mir_accuracy": "MIR ~ accuracy", "spearman_hdr_accuracy": "HDR ~ accuracy"},
 }
+_COMPARED = {
+    "accuracy": "accuracy",
+    "loss": "loss",
+    "calibration_error": "calibration error",
+    "interplay.sample.global.mir": "MIR",
+    "interplay.sample.global.hdr": "HDR",
+    "interplay.sample.global.distance_to_optimum.mir": "MIR to optimum",
+    "effective_rank": "effective rank",
+    "collapse.nc1": "NC1",
+    "collapse.nc3": "NC3",
+    "collapse.nc4": "NC4",
+}
 _COLUMNS: dict[str, tuple[str, ...]] = {
     "checkpoints": ("id", "name", "created_at", "n_parameters", "size_bytes", "architecture", "metadata"),
     "probes": ("id", "name", "created_at", "n_samples", "n_classes", "content", "input_shape", "splits"),
@@ -83,6 +95,8 @@ def report_view(report: Body) -> RenderableType:
     """A report of any kind: what was looked at, and what was found."""
     if report["kind"] == "evaluation":
         return _evaluation(report)
+    if report["kind"] == "comparison":
+        return _comparison(report)
     return Group(_heading(report), _points(report), *_summary(report))
 
 
@@ -99,6 +113,42 @@ def _evaluation(report: Body) -> RenderableType:
     if notes:
         parts.append(Text("\n".join(notes), style="dim"))
     return Group(*parts)
+
+
+def _comparison(report: Body) -> RenderableType:
+    """Of each split the differences of the measures that people ask for first, and where predictions differ."""
+    splits: Mapping[str, Body] = report["splits"]
+    confidence = f"{report['provenance']['options']['confidence'] * 100:g} %"
+    parts: list[RenderableType] = [_heading(report)]
+    for name, split in splits.items():
+        table = Table(box=SIMPLE_HEAD)
+        table.add_column(name)
+        for column in ("A", "B", "B - A", f"{confidence} from", "to", ""):
+            table.add_column(column, justify="right")
+        for path, label in _COMPARED.items():
+            found = split["differences"][path]
+            mark = {True: "differs", False: "", None: printable(found["reason"] or "")}[found["significant"]]
+            table.add_row(label, *(number(found[key]) for key in ("a", "b", "difference", "low", "high")), mark)
+        samples = f"{split['a']['n_samples']:,} samples. "
+        parts += [table, Text(samples + _agreement(split["predictions"]), style="dim")]
+    how = {"delta": "influence functions (delta method)", "bootstrap": "a paired bootstrap"}
+    notes = [
+        "",
+        f"Standard errors by {how[report['provenance']['options']['interval']]}, within classes; MIR and HDR: sample "
+        "level, global centring.",
+        "Of many intervals some miss by chance. --json has every metric.",
+    ]
+    return Group(*parts, Text("\n".join(notes), style="dim"))
+
+
+def _agreement(predictions: Body) -> str:
+    smallest = predictions["smallest_difference"]
+    shown = "no difference of accuracy" if smallest is None else f"a difference of accuracy of {number(smallest)}"
+    return (
+        f"Same prediction for {predictions['agreement']:.1%}; right in A alone {predictions['only_a_correct']:,}, in B "
+        f"alone {predictions['only_b_correct']:,} (McNemar p = {number(predictions['mcnemar_p'])}); this probe shows "
+        f"{shown} in 4 of 5 cases."
+    )
 
 
 def collection_view(collection: str, items: Iterable[Body]) -> RenderableType:

@@ -1,11 +1,13 @@
 """Which function of `analysis` computes which kind of analysis. Runs in the child.
 
-An evaluation is one task, its body the report's. What has points takes several: a task of the step `point` gives one
-point, what those after it and the report must know of it, and whether it was the last; a task of the step `report` puts
-all of them together. So each point is recorded when it is done, and none is computed twice after a kill.
+An evaluation or a comparison is one task, its body the report's. What has points takes several: a task of the step
+`point` gives one point, what those after it and the report must know of it, and whether it was the last; a task of the
+step `report` puts all of them together. So each point is recorded when it is done, and none is computed twice after a
+kill.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path as FilePath
 from typing import Any, Literal, TypeVar
@@ -14,6 +16,7 @@ import torch
 
 from analysis.alignment import aligned
 from analysis.clock import Clock
+from analysis.comparison import ComparisonOptions, compare
 from analysis.errors import AnalysisError
 from analysis.evaluation import Evaluation, EvaluationOptions, evaluate_features, evaluate_network
 from analysis.extraction import extract_features
@@ -38,7 +41,7 @@ _ADAPTIVE_POINTS = 17
 def compute(
     task: Task, device: torch.device, cache: FeatureCache, on_progress: OnProgress, provenance: dict[str, Any]
 ) -> dict[str, Any]:
-    """The body of an evaluation's report, of a point, or of the report of all points.
+    """The body of an evaluation's or a comparison's report, of a point, or of the report of all points.
 
     Args:
         task: as `attempts.begin` made it, with the paths of its files; `step` and `points` where there are points.
@@ -56,8 +59,8 @@ def compute(
     if task["analysis_id"] not in _held:
         # Another analysis: what an earlier one held, also one that failed, must not stand in its memory's way.
         _held.clear()
-    if task["kind"] == "evaluation":
-        return _evaluation(task, device, cache, on_progress, provenance)
+    if task["kind"] in _WHOLE:
+        return _WHOLE[task["kind"]](task, device, cache, on_progress, provenance)
     if task["step"] == "point":
         number = len(task["points"]) + 1
         try:
@@ -82,12 +85,8 @@ def _evaluation(
         kept, reused = _kept(task, device, cache, on_progress, provenance, clock)
         feature_set, head, batch_size = kept.feature_set, kept.head_name, kept.batch_size
         about = {**task["probe"], **kept.about_probe}
-    try:
+    with _as_probe() if subject["kind"] == "checkpoint" else nullcontext():
         evaluation = evaluate_features(feature_set, device=device, options=_options(task), progress=on_progress)
-    except AnalysisError as error:
-        if subject["kind"] == "checkpoint" and error.kind == "invalid-feature-set":
-            raise AnalysisError("invalid-probe", error.detail, **error.members) from error
-        raise
     known = {"n_features": evaluation.n_features, "n_classes": evaluation.n_classes, "head": head}
     timings = evaluation.timings_seconds
     timings["features"] += clock.seconds.pop("features", 0.0)
@@ -104,6 +103,59 @@ def _evaluation(
         "timings_seconds": {**clock.seconds, **timings},
         "splits": _splits(evaluation),
     }
+
+
+def _comparison(
+    task: Task, device: torch.device, cache: FeatureCache, on_progress: OnProgress, provenance: dict[str, Any]
+) -> dict[str, Any]:
+    """Two checkpoints on the samples of one probe, each with its own preprocessing where the probe gives none."""
+    clock, kept, reused = Clock(), [], []
+    on_progress("loading", 0, 0)
+    for subject, brought in zip(task["subjects"], task["brought"], strict=True):
+        one = {**task, "subjects": [subject], "brought": [brought]}
+        found, was_there = _kept(one, device, cache, on_progress, provenance, clock)
+        kept.append(found)
+        reused.append(was_there)
+    first, second = (found.feature_set for found in kept)
+    options = ComparisonOptions(**_known(ComparisonOptions, task))
+    with _as_probe():
+        comparison = compare(first, second, device=device, options=options, progress=on_progress)
+    timings = {**clock.seconds, **comparison.timings_seconds}
+    timings["features"] += clock.seconds.get("features", 0.0)
+    return {
+        "subjects": [
+            {**subject, "n_features": entry.n_features, "n_classes": entry.n_classes, "head": found.head_name}
+            for subject, entry, found in zip(task["subjects"], (comparison.a, comparison.b), kept, strict=True)
+        ],
+        "probe": {**task["probe"], **kept[0].about_probe},
+        "probe_b": {**task["probe"], **kept[1].about_probe},
+        "provenance": {
+            **provenance,
+            "feature_dtype": str(first.features.dtype).removeprefix("torch."),
+            "precision": options.precision,
+            "batch_size": min(found.batch_size for found in kept),
+            "features_reused": all(reused),
+        },
+        "timings_seconds": timings,
+        "splits": {name: asdict(split) for name, split in comparison.splits.items()},
+    }
+
+
+_WHOLE: dict[str, Callable[[Task, torch.device, FeatureCache, OnProgress, dict[str, Any]], dict[str, Any]]] = {
+    "evaluation": _evaluation,
+    "comparison": _comparison,
+}
+
+
+@contextmanager
+def _as_probe() -> Iterator[None]:
+    """What is wrong with features of a checkpoint on a probe is wrong with the probe."""
+    try:
+        yield
+    except AnalysisError as error:
+        if error.kind == "invalid-feature-set":
+            raise AnalysisError("invalid-probe", error.detail, **error.members) from error
+        raise
 
 
 def _kept(
@@ -262,8 +314,13 @@ def _splits(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def _options(task: Task) -> EvaluationOptions:
-    names = {field.name for field in fields(EvaluationOptions)}
-    return EvaluationOptions(**{name: value for name, value in task["options"].items() if name in names})
+    return EvaluationOptions(**_known(EvaluationOptions, task))
+
+
+def _known(options: type[EvaluationOptions], task: Task) -> dict[str, Any]:
+    """Of the options that were asked for those that the mathematics takes."""
+    names = {field.name for field in fields(options)}
+    return {name: value for name, value in task["options"].items() if name in names}
 
 
 def _grid(grid: Any) -> Sequence[float] | Literal["adaptive"]:

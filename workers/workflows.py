@@ -65,11 +65,11 @@ def register(host: Host) -> None:
 
 
 def _run(compute: Callable[[dict[str, Any]], Result], task: dict[str, Any]) -> Result:
-    """One step for an evaluation; for what has points one for each, until the last is done, and one for the whole.
+    """One step for an evaluation or a comparison; for what has points one for each, and then one for the whole.
 
     After a kill the steps that were recorded give what they gave, and the first that was not is computed.
     """
-    if task["kind"] == "evaluation":
+    if task["kind"] in ("evaluation", "comparison"):
         return compute(task)
     points: list[dict[str, Any]] = []
     total = 0

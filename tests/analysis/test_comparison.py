@@ -1,0 +1,277 @@
+"""Comparisons: values against the evaluations themselves, standard errors against each other, tests by hand."""
+
+import doctest
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from analysis import comparison as module
+from analysis.comparison import ComparisonOptions, compare, mcnemar_p, smallest_difference
+from analysis.errors import AnalysisError
+from analysis.evaluation import EvaluationOptions, evaluate_features
+from analysis.probes import FeatureSet
+
+CPU = torch.device("cpu")
+F64 = torch.float64
+QUICK = ComparisonOptions(null_permutations=0)
+
+
+def pair(seed: int, counts: list[int], d: int, *, shared: float = 0.8, split: bool = False) -> list[FeatureSet]:
+    """Two networks' features of the same samples, whose noise has a part in common."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, dtype=F64, generator=generator)
+
+    labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    labels = labels[torch.randperm(len(labels), generator=generator)]
+    common = normal(len(labels), d)
+    which = (torch.arange(len(labels)) % 4 == 0).long() if split else None
+    sets = []
+    for spread in (1.0, 0.8):
+        means = normal(len(counts), d)
+        noise = shared * common @ normal(d, d) / d**0.5 + math.sqrt(1 - shared**2) * normal(len(labels), d)
+        head = means + 0.4 * normal(len(counts), d)
+        sets.append(FeatureSet(means[labels] + spread * noise, labels, head, normal(len(counts)), None, which))
+    return sets
+
+
+def test_doctests() -> None:
+    """The examples in the docstrings hold."""
+    assert doctest.testmod(module).failed == 0
+    assert doctest.testmod(module).attempted > 0
+
+
+def test_values_are_those_of_the_evaluations() -> None:
+    """Both sides and every difference are exactly what two evaluations give, on each split."""
+    a, b = pair(0, [40, 30, 50], 6, split=True)
+    comparison = compare(a, b, device=CPU)
+    for entry, found in ((a, comparison.a), (b, comparison.b)):
+        alone = evaluate_features(entry, device=CPU, options=EvaluationOptions())
+        assert found.splits == alone.splits
+    assert list(comparison.splits) == ["all", "train", "test"]
+    for name, split in comparison.splits.items():
+        assert split.a == comparison.a.splits[name]
+        of_b = comparison.b.splits[name]
+        mir = split.differences["interplay.class_mean.global.mir"]
+        assert mir.a == split.a.interplay["class_mean"]["global"].mir
+        assert mir.b == of_b.interplay["class_mean"]["global"].mir
+        for path, found_difference in split.differences.items():
+            values = (found_difference.a, found_difference.b, found_difference.difference)
+            assert None not in values, path
+            assert found_difference.difference == found_difference.b - found_difference.a  # type: ignore[operator]
+        assert split.differences["collapse.nc3"].b == of_b.collapse.nc3
+    assert {"metrics", "intervals"} & comparison.timings_seconds.keys() == {"intervals"}
+
+
+def test_every_metric_of_a_split_is_compared() -> None:
+    """Every number of a split that is a measure has a difference; a field that is added is not forgotten."""
+    a, b = pair(0, [20, 30, 25], 5)
+    split = compare(a, b, device=CPU, options=QUICK).splits["all"]
+
+    def numbers(value: object, path: str) -> set[str]:
+        if isinstance(value, dict):
+            return set().union(*(numbers(member, f"{path}.{key}") for key, member in value.items()))
+        if hasattr(value, "__dataclass_fields__"):
+            return numbers(vars(value), path)
+        return {path.removeprefix(".")} if isinstance(value, float) else set()
+
+    told = {".optimum.", ".method.", ".null."}  # what the measures are read beside
+    expected = {path for path in numbers(split.a, "") if not any(part in path for part in told)}
+    assert expected <= split.differences.keys()
+    assert len(expected) > 40
+
+
+def test_delta_and_bootstrap_agree() -> None:
+    """Both methods give the same standard errors within 15 %, on three cases, for the measures that people gate on."""
+    for seed, counts, d in ((1, [60, 60, 60], 5), (2, [80, 40, 50, 30], 8), (3, [100] * 5, 12)):
+        a, b = pair(seed, counts, d)
+        delta = compare(a, b, device=CPU, options=QUICK).splits["all"].differences
+        options = replace(QUICK, interval="bootstrap", resamples=300)
+        drawn = compare(a, b, device=CPU, options=options).splits["all"].differences
+        for path in ("accuracy", "loss", "interplay.sample.global.mir", "interplay.sample.none.mir", "collapse.nc3"):
+            ratio = delta[path].standard_error / drawn[path].standard_error  # type: ignore[operator]
+            # 300 resamples know a standard error to 4 %.
+            assert 0.85 < ratio < 1.15, (seed, path, ratio)
+        assert drawn["interplay.sample.global.mir"].bias_b is not None
+        assert delta["interplay.sample.global.mir"].bias is None
+        # A resample holds samples twice, so MIR of it is higher.
+        assert drawn["interplay.sample.global.mir"].bias_a > 0  # type: ignore[operator]
+
+
+def test_what_both_share_drops_out() -> None:
+    """A network that was moved a little differs far more surely than one that sees noise of its own."""
+    a, b = pair(5, [60, 60, 60], 6, shared=0.0)
+    moved = replace(a, features=a.features + 0.05 * (b.features - a.features))
+    errors = [
+        compare(a, other, device=CPU, options=QUICK).splits["all"].differences["interplay.sample.global.mir"]
+        for other in (moved, b)
+    ]
+    assert errors[0].standard_error < 0.1 * errors[1].standard_error  # type: ignore[operator]
+
+
+def test_a_network_beside_itself() -> None:
+    """Nothing differs, and nothing is significant."""
+    a, _ = pair(0, [30, 20, 40], 5)
+    split = compare(a, a, device=CPU, options=QUICK).splits["all"]
+    for path, found in split.differences.items():
+        if not path.endswith(".mir_z"):
+            # HDR near 0 is taken with the larger of two errors, so its interval has a width.
+            assert found.difference == 0
+            assert found.low is not None, path
+            assert found.low <= 0 <= found.high  # type: ignore[operator]
+            assert found.significant is False
+    assert split.predictions.agreement == 1
+    assert split.predictions.mcnemar_p == 1
+    assert split.predictions.smallest_difference is None
+    assert split.predictions.reason == "too_few_disagreements"
+
+
+def test_hdr_near_zero_takes_the_larger_error() -> None:
+    """Where the entropies of features and head are the same within their error, the sign of HDR's step is not known."""
+    a, b = pair(7, [50, 50, 50], 4)
+    # Features that are their head rows but for noise: H(K1) and H(K2) nearly the same.
+    near = replace(a, features=a.head[a.labels] + 0.05 * (a.features - a.features.mean(dim=0)))
+    found = compare(near, b, device=CPU, options=QUICK).splits["all"].differences
+    hdr = found["interplay.class_mean.none.hdr"]
+    assert hdr.reason == "near_zero"
+    assert hdr.standard_error is not None
+    assert found["interplay.class_mean.none.mir"].reason is None
+    drawn = compare(near, b, device=CPU, options=replace(QUICK, interval="bootstrap", resamples=100))
+    of_draws = drawn.splits["all"].differences["interplay.class_mean.none.hdr"].standard_error
+    assert hdr.standard_error > 0.85 * of_draws  # type: ignore[operator]
+
+
+def test_counts_of_predictions() -> None:
+    """The four counts and the agreement, on samples that were made to measure."""
+    labels = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
+    of_a = torch.tensor([0, 0, 0, 1, 1, 1, 0, 0])
+    of_b = torch.tensor([0, 0, 1, 0, 1, 0, 1, 0])
+    sets = [
+        FeatureSet(
+            torch.randn(8, 3, dtype=F64, generator=torch.Generator().manual_seed(seed)),
+            labels,
+            torch.eye(2, 3, dtype=F64),
+            None,
+            torch.nn.functional.one_hot(predicted, 2).double(),
+            None,
+        )
+        for seed, predicted in enumerate((of_a, of_b))
+    ]
+    found = compare(sets[0], sets[1], device=CPU, options=QUICK).splits["all"].predictions
+    assert (found.both_correct, found.only_a_correct, found.only_b_correct, found.neither_correct) == (3, 2, 2, 1)
+    assert found.agreement == 0.5
+    assert found.mcnemar_p == 1
+
+
+@pytest.mark.parametrize(("only_a", "only_b"), [(0, 5), (3, 12), (10, 10), (40, 60), (0, 1)])
+def test_mcnemar_by_the_binomial(only_a: int, only_b: int) -> None:
+    """Twice the tail of a fair coin, at most 1."""
+    n = only_a + only_b
+    tail = sum(math.comb(n, k) for k in range(min(only_a, only_b) + 1)) / 2**n
+    assert mcnemar_p(only_a, only_b) == pytest.approx(min(1.0, 2 * tail), rel=1e-9)
+
+
+def test_smallest_difference_is_found_so_often() -> None:
+    """Networks that differ by it are told apart in about 8 of 10 probes, in a simulation of McNemar's test."""
+    n, share = 2000, 0.1
+    d = smallest_difference(n, int(n * share))
+    assert d is not None
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.rand(2000, n, dtype=F64, generator=generator)
+    only_b = (drawn < (share + d) / 2).sum(dim=1).double()
+    only_a = ((drawn >= (share + d) / 2) & (drawn < share)).sum(dim=1).double()
+    found = ((only_b - only_a).abs() / (only_a + only_b).sqrt() > 1.959964).double().mean()
+    assert 0.77 < float(found) < 0.83
+
+
+def test_smallest_difference_of_hopeless_probes() -> None:
+    """Where even the surest outcome is no evidence there is none; more samples show less."""
+    assert smallest_difference(100, 0) is None
+    assert smallest_difference(100, 7) is None
+    assert smallest_difference(100, 8) == pytest.approx(0.08, abs=2e-3)
+    small, large = smallest_difference(1_000, 100), smallest_difference(100_000, 10_000)
+    assert small > 9 * large  # type: ignore[operator]
+    assert smallest_difference(1_000, 100, confidence=0.99) > small  # type: ignore[operator]
+
+
+def test_undefined_values_have_reasons() -> None:
+    """With two classes an optimum is not defined, without permutations there is no z: reasons, no numbers."""
+    a, b = pair(0, [20, 20], 4)
+    found = compare(a, b, device=CPU, options=QUICK).splits["all"].differences
+    assert found["interplay.sample.global.mir_z"].reason == "undefined"
+    assert found["interplay.class_mean.global.distance_to_optimum.mir"].reason == "undefined"
+    assert found["interplay.class_mean.global.distance_to_optimum.mir"].difference is None
+    asked = compare(a, b, device=CPU).splits["all"].differences
+    assert asked["interplay.sample.none.mir_z"].reason == "no_standard_error"
+    assert asked["interplay.sample.none.mir_z"].difference is not None
+
+
+def test_intervals_follow_the_confidence() -> None:
+    """The normal quantile of the confidence, symmetric about the difference."""
+    a, b = pair(4, [40, 40, 40], 5)
+    for confidence, quantile in ((0.95, 1.959964), (0.5, 0.674490)):
+        options = replace(QUICK, confidence=confidence)
+        found = compare(a, b, device=CPU, options=options).splits["all"].differences["loss"]
+        assert found.high - found.difference == pytest.approx(quantile * found.standard_error)  # type: ignore[operator]
+        assert found.difference - found.low == pytest.approx(quantile * found.standard_error)  # type: ignore[operator]
+
+
+def test_bootstrap_is_the_same_again() -> None:
+    """The same seed gives the same numbers, another seed others."""
+    a, b = pair(4, [20, 20, 20], 4)
+    options = replace(QUICK, interval="bootstrap", resamples=20)
+    first, again, other = (
+        compare(a, b, device=CPU, options=replace(options, seed=seed)).splits["all"].differences for seed in (0, 0, 1)
+    )
+    assert first == again
+    assert first["loss"].standard_error != other["loss"].standard_error
+
+
+def test_progress_counts_resamples() -> None:
+    """Of all splits together, after the metrics of A and of B."""
+    a, b = pair(4, [20, 20, 20], 4, split=True)
+    seen: list[tuple[str, int, int]] = []
+    options = replace(QUICK, interval="bootstrap", resamples=20)
+    compare(a, b, device=CPU, options=options, progress=lambda *what: seen.append(what))
+    assert seen[-1] == ("resamples", 60, 60)
+    assert [phase for phase, done, total in seen if done == total] == ["metrics of A", "metrics of B", "resamples"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda b: replace(b, labels=b.labels.flip(0)),
+        lambda b: b.take(torch.arange(len(b.labels) - 1)),
+    ],
+)
+def test_other_samples_are_refused(change: object) -> None:
+    """Samples in another order, or fewer, cannot be compared in pairs."""
+    a, b = pair(4, [20, 20, 21], 4)
+    with pytest.raises(AnalysisError, match="same samples"):
+        compare(a, change(b), device=CPU, options=QUICK)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "argument"),
+    [({"resamples": 19}, "resamples"), ({"confidence": 1.0}, "confidence"), ({"tolerance": -1.0}, "tolerance")],
+)
+def test_options_are_checked(wrong: dict[str, float], argument: str) -> None:
+    """Options out of range are refused by name."""
+    with pytest.raises(AnalysisError) as refusal:
+        ComparisonOptions(**wrong)  # type: ignore[arg-type]
+    assert refusal.value.members["argument"] == argument
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_gpu() -> None:
+    """The same differences and standard errors as on a processor."""
+    a, b = pair(1, [60, 60, 60], 5)
+    there = compare(a, b, device=torch.device("cuda"), options=QUICK).splits["all"].differences
+    here = compare(a, b, device=CPU, options=QUICK).splits["all"].differences
+    for path, found in here.items():
+        assert there[path].difference == pytest.approx(found.difference, abs=1e-9)
+        assert there[path].standard_error == pytest.approx(found.standard_error, rel=1e-6)

@@ -63,6 +63,8 @@ def open_folders(path: Path, limits: Limits, _: Mapping[str, str]) -> Dataset:
     images, folders = _sorted_out(names)
     rows = sorted((name_of_class, split or 0, name) for name, (split, name_of_class) in images.items())
     classes = sorted({name_of_class for name_of_class, _, _ in rows})
+    if all(split_of_folder(name) is not None for name in classes):
+        raise InvalidFile(f"The folders {', '.join(classes)} are splits; within each there must be class folders.")
     _check_classes(classes, folders - {PurePosixPath(name).parts[:-1] for name in images})
     limits.check_rows(len(rows))
     numbers = {name: number for number, name in enumerate(classes)}

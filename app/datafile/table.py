@@ -5,7 +5,7 @@ Nothing of a schema is unpickled: pyarrow loads no Python types from a file.
 
 import json
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,9 @@ from app.datafile.dataset import (
     Content,
     Dataset,
     Limits,
+    Names,
     check_class_name,
     choose_columns,
-    finish_labels,
     split_number,
 )
 from app.errors import InvalidFile
@@ -62,15 +62,17 @@ def open_parquet(path: Path, limits: Limits, columns: Mapping[str, str]) -> Data
 def _open(path: Path, limits: Limits, named: Mapping[str, str]) -> Dataset:
     _bound_footer(path)
     with _file(path) as file:
-        limits.check_rows(file.metadata.num_rows)
         groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
+        # The footer's own number of rows is what nothing else is read by.
+        limits.check_rows(sum(group.num_rows for group in groups))
         limits.check_unpacked("Parquet file", sum(group.total_byte_size for group in groups), path.stat().st_size)
         schema = file.schema_arrow
         chosen = choose_columns(schema.names, named, _ROLES)
         content = _content_of(schema, chosen)
-        if content == "texts":
-            _check_text_bytes(file, chosen["text"], limits)
-        split = None if "split" not in chosen else _splits(file, chosen["split"])
+        for column in chosen.values():
+            if _is_string(schema.field(column).type):
+                _check_text_bytes(file, column, limits)
+        split = _coded(path, chosen["split"], split_number) if "split" in chosen else None
         labels, class_names = _labels(path, schema, chosen["label"])
     return Dataset(
         format="parquet",
@@ -140,14 +142,19 @@ def _chunk_bytes(file: pq.ParquetFile, group: int, column: str) -> int:
     """Bytes that a row group announces for a column and what is nested in it."""
     metadata = file.metadata.row_group(group)
     chunks = (metadata.column(number) for number in range(metadata.num_columns))
-    return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] == column)
+    return sum(
+        chunk.total_uncompressed_size
+        for chunk in chunks
+        # A name may hold dots itself.
+        if chunk.path_in_schema == column or chunk.path_in_schema.startswith(f"{column}.")
+    )
 
 
 def _labels(path: Path, schema: pa.Schema, column: str) -> tuple[npt.NDArray[np.int64], list[str] | None]:
     type_ = schema.field(column).type
     if pa.types.is_integer(type_):
         with _file(path) as file:
-            values = np.concatenate([_integers(batch.column(0), column, row) for row, batch in _batches(file, column)])
+            values = np.concatenate([batch.cast(pa.int64()).to_numpy() for _, batch in _batches(file, column)])
         names = _class_label(schema, column)
         if names is not None and (values.min() < 0 or values.max() >= len(names)):
             row = int(np.flatnonzero((values < 0) | (values >= len(names)))[0])
@@ -159,25 +166,8 @@ def _labels(path: Path, schema: pa.Schema, column: str) -> tuple[npt.NDArray[np.
         return values, names
     if not _is_string(type_):
         raise InvalidFile(f"The column {column!r} has the type {type_}; labels are integers or names.")
-    places, numbers = [], dict[str, int]()
-    # Names come as places in a dictionary: each is looked at once, however often it occurs.
-    with _file(path, [column]) as file:
-        for row, batch in _batches(file, column):
-            encoded = batch.column(0).dictionary_encode()
-            _require_all(encoded, column, row)
-            local = encoded.indices.to_numpy(zero_copy_only=False)
-            names = encoded.dictionary.to_pylist()
-            global_places = np.zeros(len(names), np.int64)
-            # A dictionary may list names that no row has.
-            for place, first in zip(*np.unique(local, return_index=True), strict=True):
-                if not names[place]:
-                    raise InvalidFile(f"Row {row + int(first)} has no label.", row=row + int(first))
-                check_class_name(names[place])
-                global_places[place] = numbers.setdefault(names[place], len(numbers))
-            if len(numbers) > MAX_CLASSES:
-                raise InvalidFile(f"The labels are more than {MAX_CLASSES} different names.")
-            places.append(global_places[local])
-    return finish_labels(np.concatenate(places), list(numbers))
+    found = Names()
+    return found.finish(_coded(path, column, found.number_of))
 
 
 def _class_label(schema: pa.Schema, column: str) -> list[str] | None:
@@ -200,38 +190,39 @@ def _class_label(schema: pa.Schema, column: str) -> list[str] | None:
     return names
 
 
-def _splits(file: pq.ParquetFile, column: str) -> npt.NDArray[np.int64]:
+def _coded(path: Path, column: str, number_of: Callable[[Any, int], int]) -> npt.NDArray[np.int64]:
+    """A column as numbers, by what `number_of` makes of a value and of the row that it first occurs in.
+
+    Values come as places in a dictionary: each is unpacked and looked at once, however often it occurs.
+    """
     parts = []
-    for row, batch in _batches(file, column):
-        encoded = batch.column(0).dictionary_encode()
-        _require_all(encoded, column, row)
-        places = encoded.indices.to_numpy(zero_copy_only=False)
-        values = encoded.dictionary.to_pylist()
-        numbers = np.zeros(len(values), np.int64)
-        # Those that occur alone, each with the first row that it occurs in.
-        for place, first in zip(*np.unique(places, return_index=True), strict=True):
-            numbers[place] = split_number(values[place], row + int(first))
-        parts.append(numbers[places])
+    with _file(path, [column]) as file:
+        for row, batch in _batches(file, column):
+            encoded = batch.dictionary_encode()
+            places = encoded.indices.to_numpy(zero_copy_only=False)
+            values = encoded.dictionary.to_pylist()
+            numbers = np.zeros(len(values), np.int64)
+            # A dictionary may list values that no row has.
+            for place, first in zip(*np.unique(places, return_index=True), strict=True):
+                numbers[place] = number_of(values[place], row + int(first))
+            parts.append(numbers[places])
     return np.concatenate(parts)
 
 
-def _batches(file: pq.ParquetFile, column: str) -> Iterator[tuple[int, pa.RecordBatch]]:
+def _batches(file: pq.ParquetFile, column: str) -> Iterator[tuple[int, pa.Array]]:
+    """A column in parts, each with the row that it begins at.
+
+    Raises:
+        InvalidFile: a row has no value.
+    """
     row = 0
     for batch in file.iter_batches(batch_size=2**16, columns=[column], use_threads=False):
-        yield row, batch
-        row += len(batch)
-
-
-def _integers(values: pa.Array, column: str, first_row: int) -> npt.NDArray[np.int64]:
-    _require_all(values, column, first_row)
-    integers: npt.NDArray[np.int64] = values.cast(pa.int64()).to_numpy()
-    return integers
-
-
-def _require_all(values: pa.Array, column: str, first_row: int) -> None:
-    if values.null_count:
-        row = first_row + int(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))[0])
-        raise InvalidFile(f"Row {row} has no value in the column {column!r}.", row=row)
+        values = batch.column(column)
+        if values.null_count:
+            row += int(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))[0])
+            raise InvalidFile(f"Row {row} has no value in the column {column!r}.", row=row)
+        yield row, values
+        row += len(values)
 
 
 def _read(path: Path, column: str, content: Content, rows: Sequence[int]) -> Iterator[tuple[str, bytes]]:
@@ -257,7 +248,7 @@ def _read_group(
     size = min(max(_BATCH_BYTES // max(_chunk_bytes(file, group, column), 1), 1), _MAX_BATCH_ROWS)
     done = 0
     for batch in file.iter_batches(batch_size=size, row_groups=[group], columns=[column], use_threads=False):
-        values = batch.column(0)
+        values = batch.column(column)
         for row in local[(local >= done) & (local < done + len(batch))].tolist():
             yield _content(values[row - done].as_py(), content, start + row)
         done += len(batch)

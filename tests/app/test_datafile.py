@@ -5,6 +5,7 @@ import io
 import json
 import stat
 import struct
+import time
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from app.datafile import Dataset, Limits, detect, open_dataset
@@ -105,6 +107,14 @@ def test_columns_can_be_named(tmp_path: Path) -> None:
 
 
 TWO = {"image": image_column(PICTURES[:2]), "label": [0, 1]}
+
+
+def _column_twice() -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(pa.table([["a"], [0], [1]], names=["text", "label", "label"]), buffer)
+    return buffer.getvalue()
+
+
 BAD_PARQUET: dict[str, tuple[Callable[[], bytes], str]] = {
     "no images or texts": (lambda: parquet({"photo": PICTURES[:2], "label": [0, 1]}), "'photo', 'label'"),
     "no labels": (lambda: parquet({"image": PICTURES[:2], "species": [0, 1]}), "'image', 'species'"),
@@ -129,6 +139,9 @@ BAD_PARQUET: dict[str, tuple[Callable[[], bytes], str]] = {
     "a footer too large": (lambda: parquet(TWO)[:-8] + struct.pack("<I", 2**30) + b"PAR1", "footer"),
     "broken inside": (lambda: parquet(TWO)[:4] + bytes(400) + parquet(TWO)[404:], "Parquet"),
     "only a start": (lambda: b"PAR1" + bytes(100), "footer"),
+    "a split is missing": (lambda: parquet({**TWO, "split": pa.array(["train", None])}), "Row 1 has no value"),
+    "names with fractions": (lambda: parquet({**TWO, "label": pa.array(["1.0", "10.0"])}), "'1.0'"),
+    "a column twice": (_column_twice, "'label' twice"),
 }
 
 
@@ -154,6 +167,38 @@ def test_parquet_over_the_limits_is_refused(tmp_path: Path) -> None:
     bomb = parquet({"text": ["a" * 100_000] * 500, "label": [0, 1] * 250}, use_dictionary=False, compression="zstd")
     assert "times its size" in _refused(bomb, tmp_path).detail
     assert "texts may have" in _refused(bomb, tmp_path, replace(LIMITS, ratio=1e9, text_bytes=10**6)).detail
+
+
+def test_rows_are_counted_where_they_are_read_by(tmp_path: Path) -> None:
+    """A footer that says 3 in place of 50,000: what the row groups announce is what would be read."""
+    content = parquet({"text": ["a"] * 50_000, "label": [0, 1] * 25_000})
+    footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    # Twice the number in groups of 7 bits: the first such one in the footer is its own.
+    at = content.index(bytes((0xA0, 0x8D, 0x06)), footer)
+    few = content[:at] + bytes((0x86, 0x80, 0x00)) + content[at + 3 :]
+    assert pq.ParquetFile(io.BytesIO(few)).metadata.num_rows == 3
+    assert "50000 rows" in _refused(few, tmp_path, replace(LIMITS, rows=1000)).detail
+
+
+def test_a_long_split_is_unpacked_once(tmp_path: Path) -> None:
+    """Its name is in the file once, for all rows: 6.5 GB if each of them had a copy."""
+    n = 65_536
+    split = pa.DictionaryArray.from_arrays(pa.array(np.zeros(n, np.int32)), pa.array(["x" * 100_000]))
+    content = parquet({"text": ["a"] * n, "label": np.arange(n) % 2, "split": split}, store_schema=False)
+    assert len(content) < 10_000
+    started = time.monotonic()
+    assert "The split of row 0" in _refused(content, tmp_path).detail
+    assert time.monotonic() - started < 2
+
+
+def test_names_with_dots(tmp_path: Path) -> None:
+    """Are columns as others are, with bytes that count."""
+    content = parquet({"label.raw": [5, 6], "label": [1, 0], "my.text": ["a" * 1000, "b" * 1000]}, compression="none")
+    columns = {"text": "my.text"}
+    assert _open(content, tmp_path, columns=columns).labels.tolist() == [1, 0]
+    assert "texts may have" in _refused(content, tmp_path, replace(LIMITS, text_bytes=1000), **columns).detail
+    names = parquet({"text": ["a", "b"], "label": ["a" * 150, "b" * 150]}, compression="none")
+    assert "'label'" in _refused(names, tmp_path, replace(LIMITS, text_bytes=200)).detail
 
 
 # --- zips of class folders ------------------------------------------------------------------------------------------
@@ -242,6 +287,7 @@ BAD_ZIPS: dict[str, tuple[Callable[[], bytes], str]] = {
     "the end missing": (lambda: zipped(GOOD_ZIP)[:-30], "end of its list"),
     "the list broken": (lambda: _overwritten(zipped(GOOD_ZIP), 16, struct.pack("<L", 5)), "zip"),
     "an image broken": (lambda: zipped(GOOD_ZIP).replace(IMAGE, bytes(len(IMAGE)), 1), "Row 0 (cat/1.png)"),
+    "splits without classes": (lambda: zipped({"train/1.png": IMAGE, "test/1.png": IMAGE}), "within each"),
     "a class of a long name": (lambda: zipped({**GOOD_ZIP, "e" * 201 + "/1.png": IMAGE}), "200 characters"),
 }
 
@@ -316,6 +362,19 @@ def test_labels_that_are_integers(tmp_path: Path) -> None:
     assert (dataset.labels.tolist(), dataset.class_names) == ([2, 0], None)
 
 
+def test_white_space_is_no_part_of_a_label(tmp_path: Path) -> None:
+    """Or 10 would come before 2, and a class would be there twice."""
+    rows = "".join(f"t, {number}\n" for number in range(12))
+    dataset = _open(f"text,label\n{rows}".encode(), tmp_path)
+    assert (dataset.labels.tolist(), dataset.class_names) == (list(range(12)), None)
+    assert _open(b"text,label\na,pos \nb,neg\nc, pos\n", tmp_path).class_names == ["neg", "pos"]
+    assert _open(parquet({"text": ["a", "b", "c"], "label": [" 10", "9", "10 "]}), tmp_path).labels.tolist() == [
+        10,
+        9,
+        10,
+    ]
+
+
 A, B = {"text": "a", "label": "x"}, {"text": "b", "label": "y"}
 BAD_LINES: dict[str, tuple[bytes, str]] = {
     "no such column": (_csv([["words", "label"], ["a", "x"]]), "'words', 'label'"),
@@ -323,7 +382,7 @@ BAD_LINES: dict[str, tuple[bytes, str]] = {
     "a label is missing": (_csv([["text", "label"], ["a", "x"], ["b", ""]]), "Row 1 has no label"),
     "a label is missing in JSON": (_jsonl(A, {"text": "b"}), "Row 1 has no label"),
     "a label that is a list": (_jsonl(A, {"text": "b", "label": [1]}), "row 1"),
-    "labels of both kinds": (_jsonl({"text": "a", "label": 1}, B), "names"),
+    "labels of both kinds": (_jsonl({"text": "a", "label": 1}, B), "row 1 is 'y'; those of other rows are integers"),
     "labels of both kinds, names first": (_jsonl(A, {"text": "a", "label": 1}), "names"),
     "a text is missing": (_jsonl(A, {"label": "y"}), "Row 1 has no text"),
     "a text is a number": (_jsonl(A, {"text": 3, "label": "y"}), "Row 1 has no text"),
@@ -340,6 +399,10 @@ BAD_LINES: dict[str, tuple[bytes, str]] = {
     "not JSON": (b'{"text": "a", "label": 1}\n{"text": ', "Row 1 (line 2)"),
     "not objects": (b'{"text": "a", "label": 1}\n[1]', "Row 1 (line 2)"),
     "no rows": (b"text,label\n", "no rows"),
+    "a label of white space": (b"text,label\na,x\nb,  \n", "Row 1 has no label"),
+    "labels with fractions": (b"text,label\na,0.0\nb,10.0\nc,2.0\n", "'0.0'"),
+    "a row of endless fields": (b"text,label\na,b\n" + b'"\n",' * 2**19, "Row 1 has more than 1048576"),
+    "splits that begin late": (_jsonl(A, {**B, "split": "test"}), "Row 1 has a 'split'"),
 }
 
 

@@ -2,9 +2,7 @@
 
 import os
 import stat
-import struct
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -12,18 +10,12 @@ import numpy as np
 
 from app.datafile.dataset import MAX_CLASSES, MAX_IMAGE_BYTES, Dataset, Limits, check_class_name, split_of_folder
 from app.errors import InvalidFile
+from app.zips import BROKEN_ZIP, bound_directory
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 # What file managers leave beside images.
 _LITTER = ("__MACOSX", "Thumbs.db", "desktop.ini")
-_BROKEN_ZIP = (
-    zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, NotImplementedError, RuntimeError, OverflowError,
-    struct.error,
-)  # fmt: skip
 _MAX_NAME_BYTES = 1024
-# Of each file in the list: its entry, a name of some length, what some archivers add.
-_DIRECTORY_BYTES = 256
-_END, _END_64, _LOCATOR_64 = b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07"
 
 
 def is_npz(path: Path, limits: Limits) -> bool:
@@ -32,11 +24,11 @@ def is_npz(path: Path, limits: Limits) -> bool:
     Raises:
         InvalidFile: it is no complete zip, or lists more files than the limits.
     """
-    _bound_directory(path, limits.members)
+    bound_directory(path, limits.members)
     try:
         with zipfile.ZipFile(path) as archive:
             names = [member.filename for member in archive.infolist() if not member.is_dir()]
-    except _BROKEN_ZIP as error:
+    except BROKEN_ZIP as error:
         raise InvalidFile(f"The file is not a valid zip: {error}.") from None
     return all(name.endswith(".npy") for name in names)
 
@@ -48,11 +40,11 @@ def open_folders(path: Path, limits: Limits, _: Mapping[str, str]) -> Dataset:
         InvalidFile: a path that climbs out, a link, a class without images, files that are no images, other levels of
             folders; more files, bytes or a larger ratio than the limits.
     """
-    _bound_directory(path, limits.members)
+    bound_directory(path, limits.members)
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
-    except _BROKEN_ZIP as error:
+    except BROKEN_ZIP as error:
         raise InvalidFile(f"The file is not a valid zip: {error}.") from None
     for member in members:
         _check(member)
@@ -77,30 +69,6 @@ def open_folders(path: Path, limits: Limits, _: Mapping[str, str]) -> Dataset:
         columns=None,
         read=lambda chosen: _read(path, [rows[row][2] for row in chosen], chosen),
     )
-
-
-def _bound_directory(path: Path, max_members: int) -> None:
-    """Bound a zip's list of files before zipfile reads it, whole, into memory."""
-    size_bytes = path.stat().st_size
-    with path.open("rb") as file:
-        file.seek(max(0, size_bytes - 2**16 - 64))
-        tail = file.read()
-        end = tail.rfind(_END)
-        if end < 0 or len(tail) - end < 22:
-            raise InvalidFile("The file is not a complete zip: the end of its list of files is missing.")
-        announced = [struct.unpack_from("<HL", tail, end + 10)]
-        if end >= 20 and tail[end - 20 : end - 16] == _LOCATOR_64:
-            (offset,) = struct.unpack_from("<Q", tail, end - 12)
-            # Python looks for the large numbers right before the locator, others where it points: both must be small.
-            for place in (offset, size_bytes - len(tail) + end - 20 - 56):
-                file.seek(min(max(place, 0), size_bytes))
-                record = file.read(56)
-                if len(record) == 56 and record.startswith(_END_64):
-                    announced.append(struct.unpack_from("<QQ", record, 32))
-    # In a zip with large numbers the small ones are all ones.
-    members, directory_bytes = (max(numbers) for numbers in zip(*(announced[1:] or announced), strict=True))
-    if members > max_members or directory_bytes > max_members * _DIRECTORY_BYTES + 2**16:
-        raise InvalidFile(f"The zip lists {members} files or more; at most {max_members} are allowed.")
 
 
 def _check(member: zipfile.ZipInfo) -> None:
@@ -184,6 +152,6 @@ def _read(path: Path, names: Sequence[str], rows: Sequence[int]) -> Iterator[tup
             try:
                 # No more comes than the size that was checked, whatever the packed bytes hold.
                 content = archive.read(name)
-            except _BROKEN_ZIP as error:
+            except BROKEN_ZIP as error:
                 raise InvalidFile(f"Row {row} ({name}) cannot be read from the zip: {error}.", row=row) from None
             yield name, content

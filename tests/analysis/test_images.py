@@ -173,6 +173,28 @@ def test_what_is_decoded_ahead_is_bounded() -> None:
     assert threading.active_count() < threads
 
 
+def test_files_that_are_held_are_bounded() -> None:
+    """A batch of large files is read as they are decoded, not before."""
+    photograph = encoded(Image.new("L", (3000, 3000)), "BMP")
+    alive: list[int] = [0]
+    most = 0
+
+    class File(bytes):
+        def __del__(self) -> None:
+            alive[0] -= 1
+
+    def read(rows: Sequence[int]) -> Iterator[tuple[str, bytes]]:
+        nonlocal most
+        for _ in rows:
+            alive[0] += 1
+            most = max(most, alive[0])
+            yield "", File(photograph)
+
+    images = open_images(read, range(70), Preprocess(resize=[8, 8], resample="nearest"), most_pixels=MOST, threads=2)
+    assert sum(len(batch) for batch in images.batches(64)) == 70
+    assert 20 < most <= 2**28 // len(photograph) + 3
+
+
 def test_images_of_another_size_are_named() -> None:
     """Without resize and crop all must be as large as the first; the problem says what to give."""
     contents = [encoded(picture(seed, 20 if seed != 5 else 21, 20)) for seed in range(8)]

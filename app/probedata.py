@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from app import datafile, schemas, tensorfile
 from app.errors import InvalidFile, InvalidRequest
+from app.labels import named_labels
 from app.settings import Settings
 from app.tensordata import (
     Integers,
@@ -85,20 +86,14 @@ def _dataset(dataset: datafile.Dataset, spec: schemas.ProbeSpec) -> dict[str, An
         raise InvalidRequest("preprocess is for images; the file holds texts.")
     if dataset.content == "images" and not (spec.tokenizer is None and spec.max_length is None):
         raise InvalidRequest("tokenizer and max_length are for texts; the file holds images.")
-    names = dataset.class_names
-    if names is not None and spec.class_names is not None and names != spec.class_names:
-        raise InvalidRequest(
-            f"class_names are {_listed(spec.class_names)}; the file's own are {_listed(names)}, in this order. Leave "
-            "class_names out.",
-        )
-    names = names or spec.class_names
-    check_labels(dataset.labels, len(names) if names else None)
+    labels, names = named_labels(dataset.labels, dataset.class_names, spec.class_names)
+    check_labels(labels, len(names) if names else None)
     return {
         "format": dataset.format,
         "content": dataset.content,
         "columns": dataset.columns,
-        "n_samples": len(dataset.labels),
-        **_classes(dataset.labels, names),
+        "n_samples": len(labels),
+        **_classes(labels, names),
         "input_shape": None,
         "splits": {} if dataset.split is None else split_counts(dataset.split),
         "preprocess": spec.preprocess.for_images().model_dump(mode="json") if spec.preprocess else None,
@@ -110,10 +105,6 @@ def _classes(labels: npt.NDArray[np.int64], names: list[str] | None) -> dict[str
     n_classes = len(names) if names else int(labels.max()) + 1
     counts = np.bincount(labels, minlength=n_classes).tolist()
     return {"n_classes": n_classes, "class_counts": counts, "class_names": names}
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(map(repr, names[:20])) + (", ..." if len(names) > 20 else "")
 
 
 def _inputs(file: tensorfile.TensorFile, preprocess: schemas.Preprocess | None) -> tensorfile.TensorInfo:

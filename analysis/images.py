@@ -7,7 +7,7 @@ import io
 import struct
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -70,7 +70,7 @@ class Images:
     shape: tuple[int, int, int, int]
     threads: int
 
-    def batches(self, batch_size: int) -> Iterator[UInt8[Tensor, "b c h w"]]:
+    def batches(self, batch_size: int) -> Generator[UInt8[Tensor, "b c h w"], None, None]:
         """The images in order, as grey levels.
 
         While a batch is out, the next ones are decoded: one, or as many as have 64 images. Of their files no more are

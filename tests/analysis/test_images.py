@@ -173,6 +173,32 @@ def test_what_is_decoded_ahead_is_bounded() -> None:
     assert threading.active_count() < threads
 
 
+def test_a_batch_is_prepared_while_the_one_before_is_used() -> None:
+    """In a thread, and no other: none is begun for a caller that does not come back, and none outlives one."""
+    contents = [encoded(picture(seed % 9, 8, 8)) for seed in range(1000)]
+    read_rows: list[int] = []
+
+    def read(rows: Sequence[int]) -> Iterator[tuple[str, bytes]]:
+        for row in rows:
+            read_rows.append(row)
+            yield "", contents[row]
+
+    images = open_images(read, range(1000), None, most_pixels=MOST, threads=2)
+    batches = Probe(images, torch.arange(1000) % 2, None, 2, None).batches(100, device="cpu")
+    read_rows.clear()
+    threads = threading.active_count()
+    next(batches)
+    deadline = time.monotonic() + 5
+    while len(read_rows) < 300 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.05)
+    assert len(read_rows) == 300, "one that is used, one that is prepared, one that is decoded"
+    batches.close()  # type: ignore[attr-defined]
+    while threading.active_count() > threads and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == threads
+
+
 def test_files_that_are_held_are_bounded() -> None:
     """A batch of large files is read as they are decoded, not before."""
     photograph = encoded(Image.new("L", (3000, 3000)), "BMP")

@@ -1,9 +1,10 @@
-"""Zips from strangers: how many files one lists, looked at before the list is read."""
+"""Zips from strangers: how many files one lists, looked at before the list is read, and what none of them may be."""
 
+import stat
 import struct
 import zipfile
 import zlib
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from app.errors import InvalidFile
 
@@ -14,6 +15,7 @@ BROKEN_ZIP = (
 )  # fmt: skip
 # Of each file in the list: its entry, a name of some length, what some archivers add.
 _DIRECTORY_BYTES = 256
+_MAX_NAME_BYTES = 1024
 _END, _END_64, _LOCATOR_64 = b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07"
 
 
@@ -43,3 +45,54 @@ def bound_directory(path: Path, max_members: int) -> None:
     members, directory_bytes = (max(numbers) for numbers in zip(*(announced[1:] or announced), strict=True))
     if members > max_members or directory_bytes > max_members * _DIRECTORY_BYTES + 2**16:
         raise InvalidFile(f"The zip lists {members} files or more; at most {max_members} are allowed.")
+
+
+def members(path: Path, max_members: int) -> list[zipfile.ZipInfo]:
+    """What a zip lists, each with a name that stays where it is put.
+
+    Raises:
+        InvalidFile: as `bound_directory`; a path that climbs out, a link or a device, what is encrypted.
+    """
+    bound_directory(path, max_members)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            found = archive.infolist()
+    except BROKEN_ZIP as error:
+        raise InvalidFile(f"The file is not a valid zip: {error}.") from None
+    for member in found:
+        _check(member)
+    return found
+
+
+def stored_span(path: Path, member: zipfile.ZipInfo) -> tuple[int, int]:
+    """Where the bytes of a member begin, and how many there are.
+
+    Raises:
+        InvalidFile: it is compressed, or lies outside of the file.
+    """
+    name = member.filename[:200]
+    if member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size:
+        raise InvalidFile(
+            f"{name!r} is compressed once more by the zip; store it, as `zip -0` and `interplay push probe FOLDER` do."
+        )
+    with path.open("rb") as file:
+        file.seek(member.header_offset)
+        header = file.read(30)
+    if len(header) == 30 and header.startswith(b"PK\x03\x04"):
+        start = member.header_offset + 30 + sum(struct.unpack_from("<HH", header, 26))
+        if start + member.file_size <= path.stat().st_size:
+            return start, member.file_size
+    raise InvalidFile(f"The zip's entry {name!r} does not lie where the list says.")
+
+
+def _check(member: zipfile.ZipInfo) -> None:
+    name, mode = member.filename, member.external_attr >> 16
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in path.parts[:1]:
+        raise InvalidFile(f"The zip's entry {name[:200]!r} leads out of its folder.")
+    if not name.isprintable() or len(name.encode(errors="replace")) > _MAX_NAME_BYTES:
+        raise InvalidFile(f"The zip's entry {name[:200]!r} must be printable and of at most {_MAX_NAME_BYTES} bytes.")
+    if stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR):
+        raise InvalidFile(f"The zip's entry {name[:200]!r} is a link or a device; only files and folders are allowed.")
+    if member.flag_bits & 1:
+        raise InvalidFile(f"The zip's entry {name[:200]!r} is encrypted.")

@@ -1,36 +1,19 @@
 """A zip of class folders with images: cat/1.png, or train/cat/1.png and test/cat/1.png."""
 
 import os
-import stat
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from app import zips
 from app.datafile.dataset import MAX_CLASSES, MAX_IMAGE_BYTES, Dataset, Limits, check_class_name, split_of_folder
 from app.errors import InvalidFile
-from app.zips import BROKEN_ZIP, bound_directory
 
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 # What file managers leave beside images.
 _LITTER = ("__MACOSX", "Thumbs.db", "desktop.ini")
-_MAX_NAME_BYTES = 1024
-
-
-def is_npz(path: Path, limits: Limits) -> bool:
-    """Whether a zip holds .npy files alone; only its list of files is read.
-
-    Raises:
-        InvalidFile: it is no complete zip, or lists more files than the limits.
-    """
-    bound_directory(path, limits.members)
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = [member.filename for member in archive.infolist() if not member.is_dir()]
-    except BROKEN_ZIP as error:
-        raise InvalidFile(f"The file is not a valid zip: {error}.") from None
-    return all(name.endswith(".npy") for name in names)
 
 
 def open_folders(path: Path, limits: Limits, _: Mapping[str, str]) -> Dataset:
@@ -40,16 +23,11 @@ def open_folders(path: Path, limits: Limits, _: Mapping[str, str]) -> Dataset:
         InvalidFile: a path that climbs out, a link, a class without images, files that are no images, other levels of
             folders; more files, bytes or a larger ratio than the limits.
     """
-    bound_directory(path, limits.members)
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-    except BROKEN_ZIP as error:
-        raise InvalidFile(f"The file is not a valid zip: {error}.") from None
+    members = zips.members(path, limits.members)
     for member in members:
         _check(member)
     limits.check_unpacked("zip", sum(member.file_size for member in members), path.stat().st_size)
-    names = [member.filename for member in members if not _is_litter(member.filename)]
+    names = [member.filename for member in members if not is_litter(member.filename)]
     if len(set(names)) < len(names):
         raise InvalidFile("The zip holds two files of the same name.")
     images, folders = _sorted_out(names)
@@ -72,34 +50,26 @@ def open_folders(path: Path, limits: Limits, _: Mapping[str, str]) -> Dataset:
 
 
 def _check(member: zipfile.ZipInfo) -> None:
-    name, mode = member.filename, member.external_attr >> 16
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in path.parts[:1]:
-        raise InvalidFile(f"The zip's entry {name[:200]!r} leads out of its folder.")
-    if not name.isprintable() or len(name.encode(errors="replace")) > _MAX_NAME_BYTES:
-        raise InvalidFile(f"The zip's entry {name[:200]!r} must be printable and of at most {_MAX_NAME_BYTES} bytes.")
-    if stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR):
-        raise InvalidFile(f"The zip's entry {name[:200]!r} is a link or a device; only files and folders are allowed.")
-    if member.flag_bits & 1:
-        raise InvalidFile(f"The zip's entry {name[:200]!r} is encrypted.")
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise InvalidFile(f"The zip's entry {name[:200]!r} is neither stored nor deflated.")
+        raise InvalidFile(f"The zip's entry {member.filename[:200]!r} is neither stored nor deflated.")
     if member.file_size > MAX_IMAGE_BYTES:
         raise InvalidFile(
-            f"The zip's entry {name[:200]!r} has {member.file_size} bytes; an image may have {MAX_IMAGE_BYTES}."
+            f"The zip's entry {member.filename[:200]!r} has {member.file_size} bytes; an image may have "
+            f"{MAX_IMAGE_BYTES}."
         )
 
 
-def _is_litter(name: str) -> bool:
+def is_litter(name: str) -> bool:
+    """Whether a file is one that people do not know they have."""
     return any(part.startswith(".") or part in _LITTER for part in PurePosixPath(name).parts)
 
 
 def _sorted_out(names: Sequence[str]) -> tuple[dict[str, tuple[int | None, str]], set[tuple[str, ...]]]:
     """Split and class of each image, and the folders that the zip lists; those that hold all the rest are left out."""
     files = [name for name in names if not name.endswith("/")]
-    images = [name for name in files if name.lower().endswith(_SUFFIXES)]
+    images = [name for name in files if name.lower().endswith(SUFFIXES)]
     if not images:
-        raise InvalidFile(f"The zip holds no images ({', '.join(_SUFFIXES)}).")
+        raise InvalidFile(f"The zip holds no images ({', '.join(SUFFIXES)}).")
     common = PurePosixPath(os.path.commonpath([PurePosixPath(name).parent for name in images])).parts
     depths = {len(PurePosixPath(name).parts) for name in images}
     if len(depths) > 1 or depths == {1}:
@@ -115,7 +85,7 @@ def _sorted_out(names: Sequence[str]) -> tuple[dict[str, tuple[int | None, str]]
     if strangers:
         raise InvalidFile(
             f"{len(strangers)} files beside the images are none, such as {strangers[0][:200]!r}; class folders hold "
-            f"{', '.join(_SUFFIXES)} alone."
+            f"{', '.join(SUFFIXES)} alone."
         )
     found = {}
     for name in images:
@@ -152,6 +122,6 @@ def _read(path: Path, names: Sequence[str], rows: Sequence[int]) -> Iterator[tup
             try:
                 # No more comes than the size that was checked, whatever the packed bytes hold.
                 content = archive.read(name)
-            except BROKEN_ZIP as error:
+            except zips.BROKEN_ZIP as error:
                 raise InvalidFile(f"Row {row} ({name}) cannot be read from the zip: {error}.", row=row) from None
             yield name, content

@@ -159,14 +159,14 @@ def test_what_is_decoded_ahead_is_bounded() -> None:
     for number in range(1, 4):
         next(large)
         assert len(read_rows) == 70 * (number + 1)
-    large.close()  # type: ignore[attr-defined]
+    large.close()
     read_rows.clear()
     batches = images.batches(5)
     for number in range(1, 5):
         next(batches)
         assert len(read_rows) == 5 * (number + 13)
     threads = threading.active_count()
-    batches.close()  # type: ignore[attr-defined]
+    batches.close()
     deadline = time.monotonic() + 5
     while threading.active_count() >= threads and time.monotonic() < deadline:
         time.sleep(0.01)

@@ -7,7 +7,7 @@ import stat
 import struct
 import time
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from tests.datafiles import encoded, image_column, parquet, picture, saved, zipp
 
 LIMITS = Limits.of(Settings())
 PICTURES = [encoded(picture(seed, 6, 5)) for seed in range(6)]
+IMAGE = PICTURES[0]
 
 
 def _open(content: bytes, folder: Path, limits: Limits = LIMITS, columns: Mapping[str, str] | None = None) -> Dataset:
@@ -201,9 +202,103 @@ def test_names_with_dots(tmp_path: Path) -> None:
     assert "'label'" in _refused(names, tmp_path, replace(LIMITS, text_bytes=200)).detail
 
 
-# --- zips of class folders ------------------------------------------------------------------------------------------
+# --- Parquet in several files ---------------------------------------------------------------------------------------
 
-IMAGE = PICTURES[0]
+
+def _shard(first: int, labels: Sequence[Any], names: list[str] | None = None, **options: Any) -> bytes:
+    columns = {"image": image_column(PICTURES[first : first + len(labels)]), "label": labels}
+    return parquet(columns, names=None if names is None else {"label": names}, **options)
+
+
+@pytest.mark.parametrize("prefix", ["", "data/", "pets/plain/"])
+def test_shards_are_one_dataset(tmp_path: Path, prefix: str) -> None:
+    """As Hugging Face's `datasets` lays them out: in the order of their names, which also say what the splits are."""
+    files = {
+        "train-00001-of-00002.parquet": _shard(2, ["dog", "ant"], row_group_size=1),
+        "validation-00000-of-00001.parquet": _shard(4, ["cat", "ant"]),
+        "train-00000-of-00002.parquet": _shard(0, ["cat", "dog"]),
+    }
+    content = zipped({**{prefix + name: file for name, file in files.items()}, "README.md": b"a", ".DS_Store": b"b"})
+    dataset = _open(content, tmp_path)
+    assert (dataset.format, dataset.content, dataset.class_names) == ("parquet", "images", ["ant", "cat", "dog"])
+    assert dataset.labels.tolist() == [1, 2, 2, 0, 1, 0]
+    assert dataset.split is not None
+    assert dataset.split.tolist() == [0, 0, 0, 0, 1, 1]
+    assert _contents(dataset) == PICTURES
+    assert _contents(dataset, [1, 3, 4]) == [PICTURES[1], PICTURES[3], PICTURES[4]]
+
+
+@pytest.mark.parametrize(
+    ("names", "split"),
+    [
+        (("train/0.parquet", "test/0.parquet"), [1, 1, 0, 0]),
+        (("0.parquet", "1.parquet"), None),
+        (("test.parquet", "train.parquet"), [1, 1, 0, 0]),
+        (("part-0.parquet", "part-1.parquet"), None),
+    ],
+)
+def test_names_of_shards_say_the_split(tmp_path: Path, names: tuple[str, str], split: list[int] | None) -> None:
+    """Or its folder does; where nothing does there is none, and a column goes before names."""
+    dataset = _open(zipped({name: _shard(0, [0, 1], ["a", "b"]) for name in names}), tmp_path)
+    assert (dataset.split if dataset.split is None else dataset.split.tolist()) == split
+    column = parquet({"text": ["a", "b"], "label": [0, 1], "split": ["test", "train"]})
+    dataset = _open(zipped(dict.fromkeys(names, column)), tmp_path)
+    assert dataset.split is not None
+    assert dataset.split.tolist() == [1, 0, 1, 0]
+
+
+SHARDS = {"train-0.parquet": _shard(0, [0, 1], ["a", "b"]), "train-1.parquet": _shard(2, [1, 0], ["a", "b"])}
+BAD_SHARDS: dict[str, tuple[Callable[[], bytes], str]] = {
+    "packed once more": (lambda: zipped(SHARDS, compression=zipfile.ZIP_DEFLATED), "zip -0"),
+    "other classes": (
+        lambda: zipped({**SHARDS, "train-2.parquet": _shard(0, [0, 1], ["b", "a"])}),
+        "name other classes",
+    ),
+    "another type": (
+        lambda: zipped({**SHARDS, "train-2.parquet": _shard(0, ["a", "b"])}),
+        "string in 'train-2.parquet'",
+    ),
+    "no such column": (
+        lambda: zipped({**SHARDS, "train-2.parquet": parquet({"image": image_column(PICTURES[:1])})}),
+        "no such column in 'train-2.parquet'",
+    ),
+    "a missing label": (lambda: zipped({**SHARDS, "train-2.parquet": _shard(0, [0, -1], ["a", "b"])}), "row 5 is -1"),
+    "a name that is no split": (
+        lambda: zipped({**SHARDS, "unsupervised-0.parquet": SHARDS["train-0.parquet"]}),
+        "some are",
+    ),
+    "two datasets": (
+        lambda: zipped({f"{name}/{i}.parquet": f for i, f in enumerate(SHARDS.values()) for name in ("en", "fr")}),
+        "2 folders",
+    ),
+    "images beside": (lambda: zipped({**SHARDS, "cat/1.png": IMAGE}), "'cat/1.png'"),
+    "climbs out": (lambda: zipped({**SHARDS, "../train-2.parquet": b"a"}), "leads out"),
+    "one cut short": (lambda: zipped({**SHARDS, "train-2.parquet": SHARDS["train-0.parquet"][:-9]}), "train-2.parquet"),
+    "not where the list says": (lambda: _overwritten_list(zipped(SHARDS)), "where the list says"),
+}
+
+
+def _overwritten_list(content: bytes) -> bytes:
+    at = content.index(b"PK\x01\x02") + 42
+    return content[:at] + struct.pack("<L", 7) + content[at + 4 :]
+
+
+@pytest.mark.parametrize("case", BAD_SHARDS)
+def test_bad_shards_are_refused(tmp_path: Path, case: str) -> None:
+    """What differs is named by file; rows are counted through all of them."""
+    make, word = BAD_SHARDS[case]
+    assert word in _refused(make(), tmp_path).detail
+
+
+def test_shards_over_the_limits_are_refused(tmp_path: Path) -> None:
+    """All of them together."""
+    content = zipped(SHARDS)
+    assert "4 rows" in _refused(content, tmp_path, replace(LIMITS, rows=3)).detail
+    assert "unpack" in _refused(content, tmp_path, replace(LIMITS, unpacked_bytes=1000)).detail
+    assert "lists 2 files" in _refused(content, tmp_path, replace(LIMITS, members=1)).detail
+
+
+# --- zips of class folders ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("prefix", ["", "pets/", "a/b/"])

@@ -3,6 +3,11 @@
 Which of the two is found by the file's content. What is not the file's but the spec's is checked against it here.
 """
 
+import json
+import subprocess
+import sys
+import threading
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +37,11 @@ INPUT_NAMES = (
 )  # fmt: skip
 _MAIN_NAMES = ("inputs", "pixel_values", "input_ids")
 
+# A page of Parquet may announce up to 2 GiB; not many at once.
+_reading = threading.BoundedSemaphore(2)
+_READING_SECONDS = 300
+_ERRORS = {error.kind: error for error in (InvalidFile, InvalidRequest)}
+
 
 def describe(path: Path, spec: schemas.ProbeSpec, settings: Settings) -> dict[str, Any]:
     """The columns of a probe's row that come from its file, by name.
@@ -44,9 +54,42 @@ def describe(path: Path, spec: schemas.ProbeSpec, settings: Settings) -> dict[st
     if format is None:
         _require_tensors(path)
         return _tensors(path, spec, settings)
-    columns = spec.columns.model_dump(exclude_none=True) if spec.columns else None
-    dataset = datafile.open_dataset(path, format, datafile.Limits.of(settings), columns)
-    return _dataset(dataset, spec)
+    if format == "parquet":
+        return _in_another_process(path, spec, datafile.Limits.of(settings))
+    return _dataset(path, format, spec, datafile.Limits.of(settings))
+
+
+def _in_another_process(path: Path, spec: schemas.ProbeSpec, limits: datafile.Limits) -> dict[str, Any]:
+    """What a Parquet file says of itself: pyarrow ends its process, or takes gigabytes, for some that are broken."""
+    # Of a tokenizer, which may be large, it matters that there is one.
+    small = spec.model_copy(update={"tokenizer": None if spec.tokenizer is None else {}})
+    task = {"path": str(path), "spec": small.model_dump(mode="json"), "limits": asdict(limits)}
+    command = [sys.executable, "-m", "app.probedata"]
+    with _reading:
+        try:
+            ran = subprocess.run(
+                command, input=json.dumps(task).encode(), stdout=subprocess.PIPE, check=False, timeout=_READING_SECONDS
+            )
+        except subprocess.TimeoutExpired:
+            raise InvalidFile(f"Looking into the Parquet file took more than {_READING_SECONDS} seconds.") from None
+    if ran.returncode < 0:
+        raise InvalidFile("The file is not valid Parquet: the process that looked into it was ended by what it holds.")
+    answer: dict[str, Any] = json.loads(ran.stdout)
+    if "row" not in answer:
+        raise _ERRORS[answer["error"]](answer["detail"], **answer["members"])
+    row: dict[str, Any] = answer["row"]
+    return row
+
+
+def main() -> None:
+    """The other process: a task on standard input, on standard output a row's columns or what is wrong."""
+    task = json.load(sys.stdin)
+    spec, limits = schemas.ProbeSpec(**task["spec"]), datafile.Limits(**task["limits"])
+    try:
+        answer: dict[str, Any] = {"row": _dataset(Path(task["path"]), "parquet", spec, limits)}
+    except (InvalidFile, InvalidRequest) as error:
+        answer = {"error": error.kind, "detail": error.detail, "members": error.members}
+    json.dump(answer, sys.stdout)
 
 
 def _require_tensors(path: Path) -> None:
@@ -81,7 +124,9 @@ def _tensors(path: Path, spec: schemas.ProbeSpec, settings: Settings) -> dict[st
     }
 
 
-def _dataset(dataset: datafile.Dataset, spec: schemas.ProbeSpec) -> dict[str, Any]:
+def _dataset(path: Path, format: datafile.Format, spec: schemas.ProbeSpec, limits: datafile.Limits) -> dict[str, Any]:
+    columns = spec.columns.model_dump(exclude_none=True) if spec.columns else None
+    dataset = datafile.open_dataset(path, format, limits, columns)
     if dataset.content == "texts" and spec.preprocess is not None:
         raise InvalidRequest("preprocess is for images; the file holds texts.")
     if dataset.content == "images" and not (spec.tokenizer is None and spec.max_length is None):
@@ -145,3 +190,7 @@ def _open_probe(path: Path, settings: Settings) -> tuple[tensorfile.TensorFile, 
         archive = tensorfile.inspect_npz(path, max_bytes=settings.max_npz_bytes, max_ratio=settings.max_npz_ratio)
         return archive, lambda name: tensorfile.read_npz_integers(path, name)
     return tensorfile.inspect_safetensors(path), safetensors_integers(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -76,7 +76,7 @@ def stored_span(path: Path, member: zipfile.ZipInfo) -> tuple[int, int]:
             f"{name!r} is compressed once more by the zip; store it, as `zip -0` and `interplay push probe FOLDER` do."
         )
     with path.open("rb") as file:
-        file.seek(member.header_offset)
+        file.seek(max(member.header_offset, 0))
         header = file.read(30)
     if len(header) == 30 and header.startswith(b"PK\x03\x04"):
         start = member.header_offset + 30 + sum(struct.unpack_from("<HH", header, 26))

@@ -1,11 +1,11 @@
 """Parquet in the layout of Hugging Face: a column of images or texts, one of labels, perhaps one of splits.
 
-Nothing of a schema is unpickled: pyarrow loads no Python types from a file.
+Nothing of a schema is unpickled: pyarrow loads no Python types from a file. But some files end the process that it runs
+in: whoever must live opens them in another.
 """
 
 import json
 import re
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -41,9 +41,6 @@ _MAX_FOOTER_BYTES = 16 * 2**20
 _BATCH_BYTES = 256 * 2**20
 _MAX_BATCH_ROWS = 64
 _BROKEN_PARQUET = (pa.ArrowException, OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError)
-
-# A page may announce up to 2 GiB; not many at once.
-_unpacking = threading.BoundedSemaphore(2)
 
 
 @dataclass(frozen=True)
@@ -86,13 +83,12 @@ def open_parquet(path: Path, limits: Limits, columns: Mapping[str, str]) -> Data
     with path.open("rb") as file:
         is_zip = file.read(2) == b"PK"
     sources = _shards(path, limits) if is_zip else [Source(path, 0, path.stat().st_size)]
-    with _unpacking:
-        try:
-            return _open(path, sources, limits, columns)
-        except InvalidFile:
-            raise
-        except _BROKEN_PARQUET as error:
-            raise _broken(error) from None
+    try:
+        return _open(path, sources, limits, columns)
+    except InvalidFile:
+        raise
+    except _BROKEN_PARQUET as error:
+        raise _broken(error) from None
 
 
 def _open(path: Path, sources: Sequence[Source], limits: Limits, named: Mapping[str, str]) -> Dataset:

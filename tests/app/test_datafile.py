@@ -279,7 +279,7 @@ BAD_SHARDS: dict[str, tuple[Callable[[], bytes], str]] = {
 
 
 def _overwritten_list(content: bytes) -> bytes:
-    at = content.index(b"PK\x01\x02") + 42
+    at = content.rindex(b"PK\x01\x02") + 42
     return content[:at] + struct.pack("<L", 7) + content[at + 4 :]
 
 

@@ -287,7 +287,10 @@ def _zip_members(path: Path, stack: ExitStack) -> Iterator[tuple[str, Member | N
         # The upper half of a zip's external attributes is the file's mode on Unix; 0xA000 is a link.
         if (info.external_attr >> 16) & 0xF000 == 0xA000:
             raise _refused(info.filename, "is a link")
-        yield info.filename, None if info.is_dir() else Member(info.file_size, partial(_opened_zip, archive, info))
+        yield (
+            info.filename,
+            None if info.filename.endswith("/") else Member(info.file_size, partial(_opened_zip, archive, info)),
+        )
 
 
 def _opened_zip(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> BinaryIO:
@@ -345,7 +348,7 @@ def _collected(members: Iterable[tuple[str, Member | None]], max_bytes: int) -> 
     unpacked = 0
     for number, (name, member) in enumerate(members, 1):
         path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or "\\" in name or not name.isprintable():
+        if not name or path.is_absolute() or ".." in path.parts or "\\" in name or not name.isprintable():
             raise _refused(name, "leads out of the archive or is no plain path")
         if number > MAX_MEMBERS:
             raise InvalidFile(f"The archive has more than {MAX_MEMBERS} members.")

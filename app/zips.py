@@ -90,8 +90,8 @@ def _check(member: zipfile.ZipInfo) -> None:
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in path.parts[:1]:
         raise InvalidFile(f"The zip's entry {name[:200]!r} leads out of its folder.")
-    if not name.isprintable() or len(name.encode(errors="replace")) > _MAX_NAME_BYTES:
-        raise InvalidFile(f"The zip's entry {name[:200]!r} must be printable and of at most {_MAX_NAME_BYTES} bytes.")
+    if not name.isprintable() or not 0 < len(name.encode(errors="replace")) <= _MAX_NAME_BYTES:
+        raise InvalidFile(f"The zip's entry {name[:200]!r} must be printable and of 1 to {_MAX_NAME_BYTES} bytes.")
     if stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR):
         raise InvalidFile(f"The zip's entry {name[:200]!r} is a link or a device; only files and folders are allowed.")
     if member.flag_bits & 1:

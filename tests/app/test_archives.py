@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save
 from app import tensorfile
 from app.archives import is_archive, open_folder, write_weights
 from app.errors import InvalidFile
+from tests.datafiles import nameless
 
 LIMIT = 2**24
 Files = Mapping[str, bytes]
@@ -184,6 +185,14 @@ def test_paths_that_climb_out_are_refused(tmp_path: Path, name: str, pack: Packe
     with pytest.raises(InvalidFile, match="leads out of the archive") as caught:
         merged(pack({**sharded()[0], name: b"x"}, tmp_path / "x"), tmp_path / "out")
     assert caught.value.members["member"] == name
+
+
+def test_a_member_without_a_name_is_refused(tmp_path: Path) -> None:
+    """Which no archiver writes."""
+    path = zipped({**sharded()[0], "x": b"x"}, tmp_path / "x")
+    path.write_bytes(nameless(path.read_bytes()))
+    with pytest.raises(InvalidFile, match="is no plain path"):
+        merged(path, tmp_path / "out")
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE])

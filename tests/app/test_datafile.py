@@ -20,7 +20,7 @@ import pytest
 from app.datafile import Dataset, Limits, detect, open_dataset
 from app.errors import InvalidFile
 from app.settings import Settings
-from tests.datafiles import encoded, image_column, parquet, picture, saved, zipped
+from tests.datafiles import encoded, image_column, nameless, parquet, picture, saved, zipped
 
 LIMITS = Limits.of(Settings())
 PICTURES = [encoded(picture(seed, 6, 5)) for seed in range(6)]
@@ -371,6 +371,7 @@ BAD_ZIPS: dict[str, tuple[Callable[[], bytes], str]] = {
     "folders of two depths": (lambda: zipped({**GOOD_ZIP, "big/cat/1.png": IMAGE}), "class folders"),
     "unknown splits": (lambda: zipped({"a/cat/1.png": IMAGE, "b/dog/1.png": IMAGE}), "named after splits"),
     "a name of control characters": (lambda: zipped({**GOOD_ZIP, "c\x1bat/1.png": IMAGE}), "printable"),
+    "a name of nothing": (lambda: nameless(zipped({**GOOD_ZIP, "x": IMAGE})), "1 to 1024 bytes"),
     "bzip2": (lambda: zipped(GOOD_ZIP, compression=zipfile.ZIP_BZIP2), "neither stored nor deflated"),
     "a bomb": (
         lambda: zipped({**GOOD_ZIP, "cat/2.png": bytes(10**7)}, compression=zipfile.ZIP_DEFLATED),

@@ -7,7 +7,7 @@ import io
 import struct
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -38,6 +38,8 @@ _BROKEN_IMAGE = (
 _DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 # Small batches take turns of their own length; so many images even them out.
 _AHEAD = 64
+# A thousand photographs that become thumbnails would be some GB.
+_HELD_BYTES = 256 * 2**20
 _FILTERS = {
     "nearest": Image.Resampling.NEAREST,
     "box": Image.Resampling.BOX,
@@ -68,10 +70,11 @@ class Images:
     shape: tuple[int, int, int, int]
     threads: int
 
-    def batches(self, batch_size: int) -> Iterator[UInt8[Tensor, "b c h w"]]:
+    def batches(self, batch_size: int) -> Generator[UInt8[Tensor, "b c h w"], None, None]:
         """The images in order, as grey levels.
 
-        While a batch is out, the next ones are decoded: one, or as many as have 64 images.
+        While a batch is out, the next ones are decoded: one, or as many as have 64 images. Of their files no more are
+        held than 256 MiB.
 
         Raises:
             AnalysisError: `invalid-probe` for an image that is broken, too large, or of another size, by its row.
@@ -81,13 +84,20 @@ class Images:
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
         n_ahead = max(1, -(-_AHEAD // batch_size))
         ahead: deque[tuple[npt.NDArray[np.uint8], list[Future[None]]]] = deque()
+        held: deque[tuple[Future[None], int]] = deque()
+        held_bytes = 0
         try:
             for size in sizes:
-                batch = np.empty((size, *self.shape[1:]), np.uint8)
-                futures = [
-                    pool.submit(self._decode_into, place, row, name, content)
-                    for place, (row, (name, content)) in zip(batch, files, strict=False)
-                ]
+                batch, futures = np.empty((size, *self.shape[1:]), np.uint8), []
+                for place, (row, (name, content)) in zip(batch, files, strict=False):
+                    while held and (held[0][0].done() or held_bytes + len(content) > _HELD_BYTES):
+                        decoded, n_bytes = held.popleft()
+                        # Waits; what it failed of is raised in its turn.
+                        decoded.exception()
+                        held_bytes -= n_bytes
+                    futures.append(pool.submit(self._decode_into, place, row, name, content))
+                    held.append((futures[-1], len(content)))
+                    held_bytes += len(content)
                 ahead.append((batch, futures))
                 if len(ahead) > n_ahead:
                     yield _done(*ahead.popleft())

@@ -3,12 +3,13 @@
 import zipfile
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from analysis.images import Images
 from analysis.preprocess import Preprocess
 
 # One tensor of inputs, or several by the names that a network's own `forward` has for them.
+T = TypeVar("T")
 Inputs = Shaped[Tensor, "..."] | Mapping[str, Shaped[Tensor, "..."]]
 
 # Names under which a probe may hold a network's inputs in place of `inputs`, one of the first two among them; the same
@@ -87,13 +89,17 @@ class Probe:
         parts: Iterable[Inputs]
         if isinstance(self.inputs, Images):
             parts, on_cpu = self.inputs.batches(batch_size), True
+            if device.type == "cuda":
+                parts = _one_ahead(parts)
         else:
             starts = range(0, len(self.labels), batch_size)
             parts = (_samples(self.inputs, start, start + batch_size) for start in starts)
             on_cpu = any(tensor.device.type == "cpu" for tensor in _named(self.inputs).values())
         away = device.type == "cuda" and on_cpu
         moved = _sent_ahead(parts, device) if away else (_each(part, lambda t: t.to(device)) for part in parts)
-        return (self._prepare(part) for part in moved)
+        prepared = (self._prepare(part) for part in moved)
+        # What is decoded is waited for; what lies in memory would gain nothing by a thread.
+        return _one_ahead(prepared) if isinstance(self.inputs, Images) and not away else prepared
 
     def prepared(self, device: torch.device | str, *, most_bytes: int = 2**30) -> "Probe":
         """The same probe with its inputs as a network takes them, on the device, for passes that come again.
@@ -450,6 +456,19 @@ def _sent_ahead(parts: Iterable[Inputs], device: torch.device) -> Iterator[Input
         computed.append(torch.cuda.current_stream(device).record_event())
 
 
+def _one_ahead(items: Generator[T, None, None]) -> Generator[T, None, None]:
+    """The same items, each made in a thread while the caller works with the one before."""
+    pool = ThreadPoolExecutor(1, thread_name_prefix="ahead")
+    try:
+        following = pool.submit(next, items, None)
+        while (item := following.result()) is not None:
+            following = pool.submit(next, items, None)
+            yield item
+    finally:
+        # The thread may still be at an item, and cannot be interrupted.
+        pool.shutdown()
+        items.close()
+
+
 def _prepared(batch: Shaped[Tensor, "n ..."], preprocess: Preprocess | None) -> Float32[Tensor, "n ..."]:
-    batch = batch.to(torch.float32)
-    return batch if preprocess is None else preprocess(batch)
+    return batch.to(torch.float32) if preprocess is None else preprocess(batch)

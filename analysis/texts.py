@@ -70,11 +70,19 @@ def tokenise(
         padding, truncation = tokenizer.padding or {}, tokenizer.truncation or {}
         tokenizer.no_padding()
         length = max_length or truncation.get("max_length") or _default_length(config)
+        added = tokenizer.num_special_tokens_to_add(is_pair=False)
+        if length <= added:
+            raise AnalysisError(
+                "invalid-probe",
+                f"{length} tokens of a text are kept and {added} added to it: nothing of it would be left.",
+            )
         tokenizer.enable_truncation(length, direction=truncation.get("direction", "right"))
         ids, n_truncated = _encode(tokenizer, texts)
-    except Exception as error:
-        # The library raises nothing more particular.
-        if isinstance(error, AnalysisError):
+    except AnalysisError:
+        raise
+    except BaseException as error:
+        # The library raises nothing more particular, and where it panics what is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         raise AnalysisError("invalid-probe", f"The tokenizer cannot be used: {reason}.") from error

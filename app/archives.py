@@ -4,11 +4,13 @@ Nothing is unpacked under a name that the archive chose. The weights are written
 holds the tensors of all shards: that is what the service keeps, so everything behind this module knows one form.
 """
 
+import bz2
+import gzip
 import json
-import struct
+import lzma
 import tarfile
+import tempfile
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -19,15 +21,20 @@ from typing import Any, BinaryIO, Protocol, cast
 from app import tensorfile
 from app.errors import InvalidFile
 from app.tensorfile import Header
+from app.zips import BROKEN_ZIP, bound_directory
 
 MAX_MEMBERS = 10_000
 # Descriptions are read whole; an index names every tensor.
 _MAX_JSON_BYTES = 32 * 2**20
 _COPY_BYTES = 2**20
-_BROKEN = (
-    tarfile.TarError, zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, RuntimeError, NotImplementedError,
-    struct.error, KeyError,
-)  # fmt: skip
+# Of a file of torch.save, to say that it is one: a member for each tensor.
+_MOST_LISTED = 2 * tensorfile.MAX_TENSORS
+# Long names and the like, which tarfile reads in one go, whatever their size.
+_MAX_TAR_HEADER_BYTES = 2**20
+_BROKEN = (*BROKEN_ZIP, tarfile.TarError, lzma.LZMAError, KeyError)
+_ZIP = b"PK\x03\x04"
+# By what a file begins with.
+_UNPACK: dict[bytes, Callable[[Path], Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
 
 
 class Written(Protocol):
@@ -64,19 +71,24 @@ class Folder:
 
 
 def is_archive(path: Path) -> bool:
-    """Whether the file is a zip or a tar, plain or compressed; a file of torch.save, a zip too, is none."""
+    """Whether the file is a zip or a tar, plain or compressed; a file of torch.save, a zip too, is none.
+
+    Raises:
+        InvalidFile: it is a zip that is not complete, or lists files without end.
+    """
     with path.open("rb") as file:
         start = file.read(512)
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= tensorfile.MAX_HEADER_BYTES:
         # Safetensors, whose header may have any length, also one that reads like the mark of an archive.
         return False
-    if start[:4] == b"PK\x03\x04":
+    if start.startswith(_ZIP):
+        bound_directory(path, _MOST_LISTED)
         try:
             with zipfile.ZipFile(path) as archive:
                 return not any(name.endswith("/data.pkl") for name in archive.namelist()[:100])
         except _BROKEN:
             return False
-    return start[:2] == b"\x1f\x8b" or start[:3] == b"BZh" or start[:6] == b"\xfd7zXZ\x00" or start[257:262] == b"ustar"
+    return start.startswith(tuple(_UNPACK)) or start[257:262] == b"ustar"
 
 
 @contextmanager
@@ -84,30 +96,41 @@ def open_folder(path: Path, *, max_bytes: int) -> Iterator[Folder]:
     """Look into an archive; members can be read inside the block.
 
     Args:
-        path: what `is_archive` has passed.
-        max_bytes: of all members together, unpacked.
+        path: what `is_archive` has passed. A compressed tar is unpacked beside it, without a name, for as long.
+        max_bytes: of all members together, unpacked; of a compressed tar, of all of it.
 
     Raises:
         InvalidFile: a member climbs out or is a link, there are too many or too large ones, no weights, shards that
             the index names and that are missing, or the archive is broken.
     """
+    with path.open("rb") as file:
+        start = file.read(8)
     with ExitStack() as stack:
         try:
-            opened = _zip_members if zipfile.is_zipfile(path) else _tar_members
-            folder = _folder(_collected(opened(path, stack), max_bytes))
+            if start.startswith(_ZIP):
+                members = _zip_members(path, stack)
+            else:
+                unpack = next((unpack for mark, unpack in _UNPACK.items() if start.startswith(mark)), None)
+                tar = _unpacked(path, unpack, stack, max_bytes) if unpack else stack.enter_context(path.open("rb"))
+                members = _tar_members(tar, stack)
+            folder = _folder(_collected(members, max_bytes))
         except _BROKEN as error:
             raise InvalidFile(f"The archive cannot be read: {_words(error)}.") from None
         yield folder
 
 
 def write_weights(folder: Folder, target: Written) -> None:
-    """Write the tensors of all shards as one safetensors file.
+    """Write the tensors of all shards as one safetensors file; a single one is written as it is.
 
     Raises:
         InvalidFile: a shard is broken, two hold one name, or the index and the shards do not agree.
     """
     headers = {name: _shard(name, member) for name, member in folder.shards.items()}
     _check_index(folder, headers)
+    if len(folder.shards) == 1:
+        [(name, member)] = folder.shards.items()
+        _copy(name, member, 0, target)
+        return
     merged: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, header in headers.items():
@@ -177,28 +200,9 @@ def _folder(members: Mapping[PurePosixPath, Member]) -> Folder:
         advice = "; of " + pickled[0] + " it opens none: interplay convert FILE -o OUT.safetensors" if pickled else ""
         raise InvalidFile(f"The archive holds no safetensors file{advice}.", members=sorted(map(str, members))[:20])
     configs = [path for path in members if path.name == "config.json"]
-    # The outermost folder that describes a network; copies of others may lie below it.
-    root = min(configs or weights, key=lambda path: (len(path.parts), path)).parent
+    root = _outermost(configs or weights)
     inside = {path.name: member for path, member in members.items() if path.parent == root}
-    index = next((name for name in sorted(inside) if name.endswith(".safetensors.index.json")), None)
-    weight_map = None if index is None else _weight_map(index, inside[index])
-    if weight_map is not None:
-        names = sorted(set(weight_map.values()))
-        if absent := [name for name in names if name not in inside]:
-            raise InvalidFile(
-                f"The index names {len(absent)} shards that the archive does not hold, first {absent[0]!r}.",
-                missing=absent[:20],
-            )
-    else:
-        names = [name for name in sorted(inside) if name.endswith(".safetensors")]
-        # Libraries save one file under this name; others beside it are other things, such as an optimizer's state.
-        names = ["model.safetensors"] if "model.safetensors" in names else names
-        if len(names) != 1:
-            raise InvalidFile(
-                f"The archive's folder holds {len(names)} safetensors files and no model.safetensors.index.json that "
-                "says how they belong together.",
-                files=names[:20],
-            )
+    names, weight_map = _shards(inside)
     return Folder(
         config=_json(inside, "config.json"),
         preprocessor=_json(inside, "preprocessor_config.json"),
@@ -206,6 +210,47 @@ def _folder(members: Mapping[PurePosixPath, Member]) -> Folder:
         shards={name: inside[name] for name in names},
         weight_map=weight_map,
     )
+
+
+def _outermost(paths: Iterable[PurePosixPath]) -> PurePosixPath:
+    """The outermost folder that describes a network; copies of others may lie below it."""
+    folders = sorted({path.parent for path in paths}, key=lambda folder: (len(folder.parts), folder))
+    beside = [str(folder) for folder in folders if len(folder.parts) == len(folders[0].parts)]
+    if len(beside) > 1:
+        raise InvalidFile(
+            f"The archive holds {len(beside)} folders of checkpoints side by side, {', '.join(beside[:20])}; send one.",
+            folders=beside[:20],
+        )
+    return folders[0]
+
+
+def _shards(inside: Mapping[str, Member]) -> tuple[list[str], dict[str, str] | None]:
+    """Names of the files that hold the weights, and what the index says where there are several.
+
+    As libraries look for them: one file under its usual name, and only without it an index.
+    """
+    if "model.safetensors" in inside:
+        # Others beside it are other things, such as an optimizer's state.
+        return ["model.safetensors"], None
+    indexes = sorted(name for name in inside if name.endswith(".safetensors.index.json"))
+    indexes = [name for name in indexes if name == "model.safetensors.index.json"] or indexes
+    files = sorted(name for name in inside if name.endswith(".safetensors"))
+    if len(indexes) == 1:
+        weight_map = _weight_map(indexes[0], inside[indexes[0]])
+        names = sorted(set(weight_map.values()))
+        if absent := [name for name in names if name not in inside]:
+            raise InvalidFile(
+                f"The index names {len(absent)} shards that the archive does not hold, first {absent[0]!r}.",
+                missing=absent[:20],
+            )
+        return names, weight_map
+    if len(files) != 1:
+        raise InvalidFile(
+            f"The archive's folder holds {len(files)} safetensors files and no model.safetensors.index.json that says "
+            "how they belong together.",
+            files=files[:20],
+        )
+    return files, None
 
 
 def _weight_map(name: str, member: Member) -> dict[str, str]:
@@ -235,29 +280,60 @@ def _json(members: Mapping[str, Member], name: str) -> dict[str, Any] | None:
     return value
 
 
-def _zip_members(path: Path, stack: ExitStack) -> Iterator[tuple[str, Member]]:
+def _zip_members(path: Path, stack: ExitStack) -> Iterator[tuple[str, Member | None]]:
+    bound_directory(path, MAX_MEMBERS)
     archive = stack.enter_context(zipfile.ZipFile(path))
     for info in archive.infolist():
         # The upper half of a zip's external attributes is the file's mode on Unix; 0xA000 is a link.
         if (info.external_attr >> 16) & 0xF000 == 0xA000:
             raise _refused(info.filename, "is a link")
-        if not info.is_dir():
-            yield info.filename, Member(info.file_size, partial(_opened_zip, archive, info))
+        yield (
+            info.filename,
+            None if info.filename.endswith("/") else Member(info.file_size, partial(_opened_zip, archive, info)),
+        )
 
 
 def _opened_zip(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> BinaryIO:
     return cast(BinaryIO, archive.open(info))
 
 
-def _tar_members(path: Path, stack: ExitStack) -> Iterator[tuple[str, Member]]:
-    archive = stack.enter_context(tarfile.open(path))  # noqa: SIM115
+def _unpacked(path: Path, unpack: Callable[[Path], Any], stack: ExitStack, max_bytes: int) -> BinaryIO:
+    """A compressed tar, unpacked once: to go back in a compressed one is to unpack it again from its start."""
+    file = stack.enter_context(tempfile.TemporaryFile(dir=path.parent))  # noqa: SIM115
+    with unpack(path) as packed:
+        while chunk := packed.read(_COPY_BYTES):
+            file.write(chunk)
+            if file.tell() > max_bytes:
+                raise _bomb(max_bytes)
+    file.seek(0)
+    return cast(BinaryIO, file)
+
+
+class _Bounded:
+    """A tar of which little is read at once while `listing`: tarfile takes what a header announces, 8 GiB or less."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.tell, self.seek, self._file = file.tell, file.seek, file
+        self.listing = True
+
+    def read(self, n_bytes: int = -1) -> bytes:
+        if self.listing and not 0 <= n_bytes <= _MAX_TAR_HEADER_BYTES:
+            raise InvalidFile(
+                f"The tar announces a header of {n_bytes} bytes; at most {_MAX_TAR_HEADER_BYTES} are read."
+            )
+        return self._file.read(n_bytes)
+
+
+def _tar_members(file: BinaryIO, stack: ExitStack) -> Iterator[tuple[str, Member | None]]:
+    bounded = _Bounded(file)
+    archive = stack.enter_context(tarfile.TarFile(fileobj=cast(BinaryIO, bounded)))
     for info in archive:
         if info.issym() or info.islnk():
             raise _refused(info.name, "is a link")
-        if info.isfile():
-            yield info.name, Member(info.size, partial(_opened_tar, archive, info))
-        elif not info.isdir():
+        if not (info.isfile() or info.isdir()) or info.size < 0:
             raise _refused(info.name, "is neither a file nor a folder")
+        yield info.name, Member(info.size, partial(_opened_tar, archive, info)) if info.isfile() else None
+    bounded.listing = False
 
 
 def _opened_tar(archive: tarfile.TarFile, info: tarfile.TarInfo) -> BinaryIO:
@@ -266,23 +342,29 @@ def _opened_tar(archive: tarfile.TarFile, info: tarfile.TarInfo) -> BinaryIO:
     return cast(BinaryIO, file)
 
 
-def _collected(members: Iterable[tuple[str, Member]], max_bytes: int) -> dict[PurePosixPath, Member]:
-    """By path; counted as they come, so that a bomb is noticed before its list is whole."""
+def _collected(members: Iterable[tuple[str, Member | None]], max_bytes: int) -> dict[PurePosixPath, Member]:
+    """Files by path; counted as they come, folders too, so that a bomb is noticed before its list is whole."""
     found: dict[PurePosixPath, Member] = {}
     unpacked = 0
-    for name, member in members:
+    for number, (name, member) in enumerate(members, 1):
         path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or "\\" in name or not name.isprintable():
+        if not name or path.is_absolute() or ".." in path.parts or "\\" in name or not name.isprintable():
             raise _refused(name, "leads out of the archive or is no plain path")
+        if number > MAX_MEMBERS:
+            raise InvalidFile(f"The archive has more than {MAX_MEMBERS} members.")
+        if member is None:
+            continue
         if path in found:
             raise _refused(name, "is there twice")
         found[path] = member
         unpacked += member.size
-        if len(found) > MAX_MEMBERS:
-            raise InvalidFile(f"The archive has more than {MAX_MEMBERS} members.")
         if unpacked > max_bytes:
-            raise InvalidFile(f"The archive would unpack to more than {max_bytes} bytes.", limit_bytes=max_bytes)
+            raise _bomb(max_bytes)
     return found
+
+
+def _bomb(max_bytes: int) -> InvalidFile:
+    return InvalidFile(f"The archive would unpack to more than {max_bytes} bytes.", limit_bytes=max_bytes)
 
 
 def _refused(name: str, why: str) -> InvalidFile:

@@ -1,4 +1,4 @@
-"""Labels of a probe in the order of a checkpoint's classes, matched by name.
+"""Labels of a probe in the order of its spec's names and of a checkpoint's classes, matched by name.
 
 A probe's labels count its own class names; a checkpoint's head counts those of its `id2label`. Where both have names
 they must meet, or every accuracy would be of the wrong classes.
@@ -9,7 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from app.errors import LabelsDiffer
+import numpy as np
+import numpy.typing as npt
+
+from app.errors import InvalidRequest, LabelsDiffer
 
 _LISTED = 20
 _DEFAULT_NAME = re.compile(r"LABEL_\d+\Z")
@@ -43,19 +46,61 @@ def match_labels(class_names: Sequence[str] | None, architecture: Mapping[str, A
         return LabelMap("order", None)
     if list(class_names) == list(labels.values()) and list(labels) == list(range(len(labels))):
         return LabelMap("name", None)
+    found = _places(class_names, labels)
+    numbers = [places[0] for places in found if len(places) == 1]
+    if len(set(numbers)) < len(class_names):
+        missing = [name for name, places in zip(class_names, found, strict=True) if len(places) != 1]
+        raise _differ(missing, class_names, list(labels.values()))
+    by_name = set(class_names) <= set(labels.values())
+    same = numbers == list(range(len(numbers)))
+    return LabelMap("name" if by_name else "name_ignoring_case", None if same else numbers)
+
+
+def named_labels(
+    labels: npt.NDArray[np.int64], own: list[str] | None, given: list[str] | None
+) -> tuple[npt.NDArray[np.int64], list[str] | None]:
+    """A file's labels in the order of the names that its spec gives, or else of its own, and these names.
+
+    Raises:
+        InvalidRequest: as `name_classes`.
+    """
+    if own is None or given is None:
+        return labels, own or given
+    numbers = name_classes(own, given)
+    return labels if numbers is None else np.array(numbers)[labels], given
+
+
+def name_classes(own: Sequence[str], given: Sequence[str]) -> list[int] | None:
+    """How a file's own classes are numbered by the names that a spec gives: each by its name, in whatever order.
+
+    Where none of the names is the file's, they are other words for its classes, in their order.
+
+    Returns:
+        Of each of the file's classes its place in `given`; None where that is its own.
+
+    Raises:
+        InvalidRequest: some names are the file's and some are not, or there are more or fewer.
+    """
+    found = _places(own, dict(enumerate(given)))
+    if list(own) == list(given) or (len(own) == len(given) and not any(found)):
+        return None
+    numbers = [places[0] for places in found if len(places) == 1]
+    if len(set(numbers)) < len(own):
+        raise InvalidRequest(
+            f"class_names are {_quoted(given)}; the file's own are {_quoted(own)}. Give all of these, in the order "
+            "that the labels should have, or another name for each, in this order, or leave class_names out."
+        )
+    return numbers
+
+
+def _places(names: Sequence[str], labels: Mapping[int, str]) -> list[list[int]]:
+    """Of each name the numbers that have it, else those that have it but for upper and lower case."""
     exact: dict[str, list[int]] = {}
     folded: dict[str, list[int]] = {}
     for number, name in labels.items():
         exact.setdefault(name, []).append(number)
         folded.setdefault(name.casefold(), []).append(number)
-    found = [exact.get(name) or folded.get(name.casefold()) or [] for name in class_names]
-    numbers = [places[0] for places in found if len(places) == 1]
-    if len(set(numbers)) < len(class_names):
-        missing = [name for name, places in zip(class_names, found, strict=True) if len(places) != 1]
-        raise _differ(missing, class_names, list(labels.values()))
-    by_name = all(name in exact for name in class_names)
-    same = numbers == list(range(len(numbers)))
-    return LabelMap("name" if by_name else "name_ignoring_case", None if same else numbers)
+    return [exact.get(name) or folded.get(name.casefold()) or [] for name in names]
 
 
 def _id2label(architecture: Mapping[str, Any]) -> dict[int, str] | None:
@@ -78,8 +123,8 @@ def _differ(missing: Sequence[str], class_names: Sequence[str], labels: Sequence
     which = f"Of the probe's classes {', '.join(map(repr, missing[:5]))}" if missing else "Two of the probe's classes"
     return LabelsDiffer(
         f"{which} cannot be matched, each with one of the checkpoint's. The probe has {_quoted(class_names)}; the "
-        f"checkpoint's id2label has {_quoted(labels)}. Give the probe the checkpoint's names as class_names, or leave "
-        "id2label out of the config, which takes the labels in their order.",
+        f"checkpoint's id2label has {_quoted(labels)}. Give the probe the checkpoint's names as class_names, in "
+        "the order of its own, or leave id2label out of the config, which takes the labels in their order.",
         unmatched=list(missing[:_LISTED]),
         class_names=list(class_names[:_LISTED]),
         id2label=list(labels[:_LISTED]),

@@ -6,7 +6,7 @@ Each library resizes and crops in its own way; `analysis/images.py` has both, an
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,7 @@ _PROCESSORS = {
     "MobileNetV2": _Processor(2, crops=True, square=False),
     "ConvNext": _Processor(3, square=False),
 }
+_TIMM = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
 _SWITCHED_OFF = (
     "do_flip_channel_order",
     "do_pad",
@@ -50,11 +51,13 @@ _SWITCHED_OFF = (
 
 
 def given_preprocess(given: Mapping[str, Any]) -> dict[str, Any]:
-    """A preprocessing as somebody gave it with a checkpoint: in our own words, or a preprocessor_config.json.
+    """A preprocessing as somebody gave it with a checkpoint: in our own words, a preprocessor_config.json, or timm's.
 
     Raises:
-        InvalidRequest: it is neither, or says what ours cannot.
+        InvalidRequest: it is none of these, or says what ours cannot.
     """
+    if "input_size" in given:
+        return from_timm(given)
     if any(name.startswith("do_") or name in ("image_processor_type", "feature_extractor_type") for name in given):
         return from_preprocessor_config(given)
     return _checked(given)
@@ -134,18 +137,42 @@ def from_timm(config: Mapping[str, Any]) -> dict[str, Any]:
         raise _refused(f"crop_mode is {mode!r} for images of {height} x {width}")
     found = {
         "resize": resize,
-        "resample": config.get("interpolation", "bilinear"),
+        "resample": config.get("interpolation", "bicubic"),
         "crop": [height, width],
         "crop_offset": "rounded",
         "colour": "rgb" if channels == 3 else "grey",
         "scale": 1 / 255,
     }
     for member in ("mean", "std"):
-        numbers = list(config.get(member, ()))
-        if len(numbers) != channels:
-            raise _refused(f"{member} has {len(numbers)} numbers for {channels} channels")
-        found[member] = numbers
+        numbers = config.get(member, ())
+        if not isinstance(numbers, Sequence) or len(numbers) != channels:
+            raise _refused(f"{member} is {numbers!r} for {channels} channels")
+        found[member] = list(numbers)
     return _checked(found)
+
+
+def preprocess_of_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What the config.json of a folder that timm wrote says of images; None where it says nothing of such.
+
+    Raises:
+        InvalidRequest: as `from_timm`.
+    """
+    # Early versions of timm had no member of its own for it.
+    data, args = config.get("pretrained_cfg") or config, config.get("model_args") or {}
+    if "architecture" not in config or not isinstance(data, dict) or not isinstance(args, dict):
+        return None
+    found = {name: data[name] for name in _TIMM if data.get(name) is not None}
+    size = found.get("input_size")
+    if not isinstance(size, list) or len(size) != 3:
+        return None
+    # What the network was made for, as timm has it: its arguments before what was registered.
+    side = args.get("img_size", size[1:])
+    channels, sides = args.get("in_chans", size[0]), side if isinstance(side, list) else [side, side]
+    mean = found.get("mean")
+    if channels not in (1, 3) or not isinstance(mean, list) or len(mean) != channels:
+        # Images are no input of such a network.
+        return None
+    return from_timm({**found, "input_size": [channels, *sides]})
 
 
 def _processor(config: Mapping[str, Any]) -> tuple[str, _Processor]:

@@ -3,6 +3,11 @@
 Which of the two is found by the file's content. What is not the file's but the spec's is checked against it here.
 """
 
+import json
+import subprocess
+import sys
+import threading
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +16,7 @@ import numpy.typing as npt
 
 from app import datafile, schemas, tensorfile
 from app.errors import InvalidFile, InvalidRequest
+from app.labels import named_labels
 from app.settings import Settings
 from app.tensordata import (
     Integers,
@@ -31,6 +37,11 @@ INPUT_NAMES = (
 )  # fmt: skip
 _MAIN_NAMES = ("inputs", "pixel_values", "input_ids")
 
+# A page of Parquet may announce up to 2 GiB; not many at once.
+_reading = threading.BoundedSemaphore(2)
+_READING_SECONDS = 300
+_ERRORS = {error.kind: error for error in (InvalidFile, InvalidRequest)}
+
 
 def describe(path: Path, spec: schemas.ProbeSpec, settings: Settings) -> dict[str, Any]:
     """The columns of a probe's row that come from its file, by name.
@@ -43,9 +54,42 @@ def describe(path: Path, spec: schemas.ProbeSpec, settings: Settings) -> dict[st
     if format is None:
         _require_tensors(path)
         return _tensors(path, spec, settings)
-    columns = spec.columns.model_dump(exclude_none=True) if spec.columns else None
-    dataset = datafile.open_dataset(path, format, datafile.Limits.of(settings), columns)
-    return _dataset(dataset, spec)
+    if format == "parquet":
+        return _in_another_process(path, spec, datafile.Limits.of(settings))
+    return _dataset(path, format, spec, datafile.Limits.of(settings))
+
+
+def _in_another_process(path: Path, spec: schemas.ProbeSpec, limits: datafile.Limits) -> dict[str, Any]:
+    """What a Parquet file says of itself: pyarrow ends its process, or takes gigabytes, for some that are broken."""
+    # Of a tokenizer, which may be large, it matters that there is one.
+    small = spec.model_copy(update={"tokenizer": None if spec.tokenizer is None else {}})
+    task = {"path": str(path), "spec": small.model_dump(mode="json"), "limits": asdict(limits)}
+    command = [sys.executable, "-m", "app.probedata"]
+    with _reading:
+        try:
+            ran = subprocess.run(
+                command, input=json.dumps(task).encode(), stdout=subprocess.PIPE, check=False, timeout=_READING_SECONDS
+            )
+        except subprocess.TimeoutExpired:
+            raise InvalidFile(f"Looking into the Parquet file took more than {_READING_SECONDS} seconds.") from None
+    if ran.returncode < 0:
+        raise InvalidFile("The file is not valid Parquet: the process that looked into it was ended by what it holds.")
+    answer: dict[str, Any] = json.loads(ran.stdout)
+    if "row" not in answer:
+        raise _ERRORS[answer["error"]](answer["detail"], **answer["members"])
+    row: dict[str, Any] = answer["row"]
+    return row
+
+
+def main() -> None:
+    """The other process: a task on standard input, on standard output a row's columns or what is wrong."""
+    task = json.load(sys.stdin)
+    spec, limits = schemas.ProbeSpec(**task["spec"]), datafile.Limits(**task["limits"])
+    try:
+        answer: dict[str, Any] = {"row": _dataset(Path(task["path"]), "parquet", spec, limits)}
+    except (InvalidFile, InvalidRequest) as error:
+        answer = {"error": error.kind, "detail": error.detail, "members": error.members}
+    json.dump(answer, sys.stdout)
 
 
 def _require_tensors(path: Path) -> None:
@@ -80,25 +124,21 @@ def _tensors(path: Path, spec: schemas.ProbeSpec, settings: Settings) -> dict[st
     }
 
 
-def _dataset(dataset: datafile.Dataset, spec: schemas.ProbeSpec) -> dict[str, Any]:
+def _dataset(path: Path, format: datafile.Format, spec: schemas.ProbeSpec, limits: datafile.Limits) -> dict[str, Any]:
+    columns = spec.columns.model_dump(exclude_none=True) if spec.columns else None
+    dataset = datafile.open_dataset(path, format, limits, columns)
     if dataset.content == "texts" and spec.preprocess is not None:
         raise InvalidRequest("preprocess is for images; the file holds texts.")
     if dataset.content == "images" and not (spec.tokenizer is None and spec.max_length is None):
         raise InvalidRequest("tokenizer and max_length are for texts; the file holds images.")
-    names = dataset.class_names
-    if names is not None and spec.class_names is not None and names != spec.class_names:
-        raise InvalidRequest(
-            f"class_names are {_listed(spec.class_names)}; the file's own are {_listed(names)}, in this order. Leave "
-            "class_names out.",
-        )
-    names = names or spec.class_names
-    check_labels(dataset.labels, len(names) if names else None)
+    labels, names = named_labels(dataset.labels, dataset.class_names, spec.class_names)
+    check_labels(labels, len(names) if names else None)
     return {
         "format": dataset.format,
         "content": dataset.content,
         "columns": dataset.columns,
-        "n_samples": len(dataset.labels),
-        **_classes(dataset.labels, names),
+        "n_samples": len(labels),
+        **_classes(labels, names),
         "input_shape": None,
         "splits": {} if dataset.split is None else split_counts(dataset.split),
         "preprocess": spec.preprocess.for_images().model_dump(mode="json") if spec.preprocess else None,
@@ -110,10 +150,6 @@ def _classes(labels: npt.NDArray[np.int64], names: list[str] | None) -> dict[str
     n_classes = len(names) if names else int(labels.max()) + 1
     counts = np.bincount(labels, minlength=n_classes).tolist()
     return {"n_classes": n_classes, "class_counts": counts, "class_names": names}
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(map(repr, names[:20])) + (", ..." if len(names) > 20 else "")
 
 
 def _inputs(file: tensorfile.TensorFile, preprocess: schemas.Preprocess | None) -> tensorfile.TensorInfo:
@@ -154,3 +190,7 @@ def _open_probe(path: Path, settings: Settings) -> tuple[tensorfile.TensorFile, 
         archive = tensorfile.inspect_npz(path, max_bytes=settings.max_npz_bytes, max_ratio=settings.max_npz_ratio)
         return archive, lambda name: tensorfile.read_npz_integers(path, name)
     return tensorfile.inspect_safetensors(path), safetensors_integers(path)
+
+
+if __name__ == "__main__":
+    main()

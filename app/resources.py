@@ -18,7 +18,7 @@ from app import archives, models, probedata, schemas, tensorfile
 from app.architectures import architecture_of_config, check_architecture
 from app.database import read, write
 from app.errors import InUse, InvalidFile, InvalidRequest, NotFound, TooLarge, invalid_request
-from app.preprocessing import given_preprocess
+from app.preprocessing import given_preprocess, preprocess_of_config
 from app.settings import Settings
 from app.storage import StagedFile, Storage
 from app.tensordata import (
@@ -274,13 +274,14 @@ def _out_of_archive(
     storage: Storage, settings: Settings, path: Path, spec: schemas.CheckpointSpec, stack: ExitStack
 ) -> tuple[StagedFile, schemas.CheckpointSpec]:
     """The weights of a Hugging Face folder as one staged file; the spec, completed by what the folder says."""
-    with archives.open_folder(path, max_bytes=settings.max_upload_bytes) as folder:
+    unpacked_bytes = int(min(settings.max_upload_bytes, settings.max_unpacked_ratio * path.stat().st_size))
+    with archives.open_folder(path, max_bytes=unpacked_bytes) as folder:
         weights = stack.enter_context(storage.stage())
         archives.write_weights(folder, weights)
     weights.flush()
     brought = {
         "architecture": None if folder.config is None else architecture_of_config(folder.config),
-        "preprocess": folder.preprocessor,
+        "preprocess": folder.preprocessor or preprocess_of_config(folder.config or {}),
         "tokenizer": folder.tokenizer,
     }
     missing = {name: value for name, value in brought.items() if getattr(spec, name) is None}

@@ -112,7 +112,10 @@ class ProbeSpec(Strict):
 
     name: Name
     class_names: list[Annotated[str, Field(max_length=200, pattern=PLAIN_TEXT)]] | None = Field(
-        default=None, min_length=2, max_length=100_000
+        default=None,
+        min_length=2,
+        max_length=100_000,
+        description="In the order of the labels; of a file that has names itself, the order or other names for them.",
     )
     preprocess: Preprocess | None = None
     columns: Columns | None = Field(default=None, description="Of Parquet, CSV and JSON lines.")

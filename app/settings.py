@@ -47,7 +47,9 @@ class Settings(BaseSettings):
         default=20 * 2**30, ge=1, description="Largest unpacked size of a zip of images or a Parquet file."
     )
     max_unpacked_ratio: float = Field(
-        default=200.0, gt=1, description="Largest unpacked-to-packed ratio of a zip of images or a Parquet file."
+        default=200.0,
+        gt=1,
+        description="Largest unpacked-to-packed ratio of a zip, a Parquet file or a checkpoint's folder.",
     )
     max_text_bytes: int = Field(default=2**30, ge=1, description="Largest size of all texts of a probe.")
     max_tokenizer_bytes: int = Field(

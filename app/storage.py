@@ -58,7 +58,7 @@ class StagedFile:
                 break
             self._file.close()  # another process swept it up between its creation and the lock
 
-    def write(self, data: bytes | bytearray) -> None:
+    def write(self, data: bytes | bytearray | memoryview) -> None:
         with _reaching_storage():
             self._file.write(data)
         self._hash.update(data)

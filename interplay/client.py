@@ -188,10 +188,11 @@ class Client:
 
         Args:
             path: safetensors or npz with `inputs`, `labels` and, optionally, `split`; Parquet with images or texts and
-                labels; CSV or JSON lines with texts and labels; a zip of class folders with images, or such a folder
-                itself, which is zipped, uncompressed, beside the system's other temporary files.
+                labels; CSV or JSON lines with texts and labels; a zip of class folders with images, or of Parquet
+                files, or such a folder itself, which is zipped, uncompressed, beside other temporary files.
             name: what people will call it.
-            class_names: one for each class, in the order of the labels, where the file has none.
+            class_names: one for each class, in the order of the labels. Of a file that has names of its own: all of
+                these in the order that the labels should have, or other names for them, in their sorted order.
             preprocess: `scale`, `mean`, `std`; networks see (inputs * scale - mean) / std. Of images `resize`,
                 `resample`, `crop`, `colour` come first; default: what the checkpoint brings.
             columns: names of columns by `image`, `text`, `label`, `split`, where they are not the usual ones.

@@ -47,6 +47,13 @@ def zipped(files: Mapping[str, bytes], *, compression: int = zipfile.ZIP_STORED)
     return buffer.getvalue()
 
 
+def nameless(content: bytes) -> bytes:
+    """A zip whose last entry, named by one letter, has no name in the list: the letter is something extra."""
+    at = content.rindex(b"PK\x01\x02") + 28
+    assert content[at : at + 4] == bytes((1, 0, 0, 0))
+    return content[:at] + bytes((0, 0, 1, 0)) + content[at + 4 :]
+
+
 def parquet(
     columns: Mapping[str, Sequence[Any] | pa.Array], *, names: Mapping[str, Sequence[str]] | None = None, **options: Any
 ) -> bytes:

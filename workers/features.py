@@ -8,17 +8,19 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from torch import Tensor
 
 from analysis.probes import FeatureSet
-from app.storage import Storage, StorageUnavailable
+from app.storage import StagedFile, Storage, StorageUnavailable
 
 logger = logging.getLogger("interplay")
 
@@ -26,6 +28,9 @@ logger = logging.getLogger("interplay")
 _LARGEST_SHARE = 0.5
 # Libraries that build networks or make inputs of files.
 _LIBRARIES = ("numpy", "pillow", "pyarrow", "timm", "tokenizers", "torchvision", "transformers")
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+}  # fmt: skip
 _TENSORS = ("features", "labels", "head", "logits", "split")
 # Of a report's `probe` section, what was found out when the probe was read.
 _FOUND_OUT = ("preprocess", "preprocess_source", "tokenizer", "label_map", "samples")
@@ -65,8 +70,14 @@ class FeatureCache:
             return Kept(feature_set, **about)
         except FileNotFoundError:
             return None
-        except (StorageUnavailable, SafetensorError, ValueError, KeyError, TypeError) as error:
+        except StorageUnavailable as error:
             logger.warning("kept features cannot be read: %s", error)
+            return None
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            logger.warning("kept features are broken and go: %s", error)
+            # Or they would be in the way of those that are computed now.
+            with suppress(StorageUnavailable):
+                self._storage.delete_features(name)
             return None
 
     def keep(self, name: str, kept: Kept) -> None:
@@ -78,10 +89,9 @@ class FeatureCache:
         about = {"head_name": kept.head_name, "batch_size": kept.batch_size}
         about["about_probe"] = {key: kept.about_probe[key] for key in _FOUND_OUT}
         try:
-            content = save(tensors, metadata={"about": json.dumps(about)})
-            self._make_room(len(content))
             with self._storage.stage() as staged:
-                staged.write(content)
+                _write(staged, tensors, {"about": json.dumps(about)})
+                self._make_room(staged.size_bytes)
                 self._storage.put_features(name, staged)
         except StorageUnavailable as error:
             logger.warning("features were not kept: %s", error)
@@ -94,6 +104,21 @@ class FeatureCache:
                 return
             self._storage.delete_features(entry.name)
             excess -= entry.size_bytes
+
+
+def _write(staged: StagedFile, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Safetensors. The library's own `save` copies all of them in memory; its `save_file` writes to another file."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for key, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        header[key] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    staged.write(len(text).to_bytes(8, "little") + text)
+    for tensor in tensors.values():
+        # As bytes, since NumPy knows no bfloat16.
+        staged.write(tensor.view(torch.uint8).numpy().data.cast("B"))
 
 
 def name_of(task: dict[str, Any], provenance: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ from analysis.probes import FeatureSet, Probe, load_feature_set, load_probe, str
 from analysis.texts import tokenise
 from app.datafile import Dataset, Limits, open_dataset
 from app.errors import ServiceError
-from app.labels import match_labels
+from app.labels import match_labels, named_labels
 from app.preprocessing import from_timm
 
 Task = dict[str, Any]
@@ -81,7 +81,7 @@ def _tensors(task: Task, about: About) -> Probe:
 def _dataset(task: Task, network: LoadedNetwork, about: About) -> Probe:
     limits = Limits(**task["limits"]["dataset"])
     dataset = open_dataset(_path(task, about["sha256"]), about["format"], limits, task["file"]["columns"])
-    labels = torch.from_numpy(dataset.labels)
+    labels = torch.from_numpy(named_labels(dataset.labels, dataset.class_names, about["class_names"])[0])
     split = None if dataset.split is None else torch.from_numpy(dataset.split)
     rows = _rows(task, labels, split)
     if rows is not None:

@@ -1,4 +1,6 @@
-"""Datasets of images or texts from strangers: Parquet, a zip of class folders, CSV, JSON lines. No torch, no decoding.
+"""Datasets of images or texts from strangers: Parquet, a zip of Parquet or of class folders, CSV, JSON lines.
+
+No torch, no decoding.
 
 What is in a file is found by its first bytes, never by its name. Structure, labels and splits are read and checked
 here; images and texts are handed out as bytes to whoever decodes them. Rows are counted from 0.
@@ -7,6 +9,7 @@ here; images and texts are handed out as bytes to whoever decodes them. Rows are
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from app import zips
 from app.datafile import folders, lines, table
 from app.datafile.dataset import Dataset, Format, Limits
 from app.errors import InvalidFile
@@ -26,17 +29,21 @@ _OPEN: dict[Format, Callable[[Path, Limits, Mapping[str, str]], Dataset]] = {
 def detect(path: Path, limits: Limits) -> Format | None:
     """Which of these formats a file has, as far as its first bytes say; None for any other, such as tensors.
 
-    A zip is a dataset unless it is an npz, which holds .npy files alone.
+    A zip is a dataset unless it is an npz, which holds .npy files alone: of Parquet files where it holds such, else of
+    images.
 
     Raises:
-        InvalidFile: a zip whose list of files cannot be read, or is over the limits.
+        InvalidFile: a zip whose list of files cannot be read, is over the limits, or leads elsewhere.
     """
     with path.open("rb") as file:
         start = file.read(_LOOKED_AT_BYTES)
     if start.startswith(b"PAR1"):
         return "parquet"
     if start.startswith((b"PK\x03\x04", b"PK\x05\x06")):
-        return None if folders.is_npz(path, limits) else "imagefolder"
+        names = [member.filename for member in zips.members(path, limits.members) if not member.is_dir()]
+        if all(name.endswith(".npy") for name in names):
+            return None
+        return "parquet" if any(map(table.is_shard, names)) else "imagefolder"
     # The length of a safetensors header has zero bytes; text has none.
     text = start.removeprefix(_BYTE_ORDER_MARK).lstrip()
     if b"\0" in start or not text:

@@ -34,6 +34,7 @@ _SPLITS = {
 # A control character would end up in terminals, and half of a surrogate pair is no text.
 _STORABLE = re.compile(r"[^\x00-\x1f\ud800-\udfff]+\Z")
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}\Z")
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?\Z")
 
 
 @dataclass(frozen=True)
@@ -141,58 +142,87 @@ def choose_columns(available: Sequence[str], named: Mapping[str, str], roles: Se
             'spec, such as "columns": {"image": ...}.',
             columns=list(available[:50]),
         )
+    twice = [name for name in chosen.values() if available.count(name) > 1]
+    if twice:
+        raise InvalidFile(f"The file has the column {twice[0]!r} twice; it has {listed}.", columns=list(available[:50]))
     return {role: chosen[role] for role in (*given, "label", "split") if role in chosen}
 
 
+class Names:
+    """Labels that are names, numbered as they come; at the end by sorted order, or as the integers that they spell."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def number_of(self, name: str, row: int) -> int:
+        """A name's place among those that have been seen; white space around it is none of it.
+
+        Raises:
+            InvalidFile: it is empty or cannot be stored, or there are too many.
+        """
+        name = name.strip()
+        if not name:
+            raise InvalidFile(f"Row {row} has no label.", row=row)
+        if name not in self._numbers:
+            check_class_name(name)
+            if len(self._numbers) >= MAX_CLASSES:
+                raise InvalidFile(f"The labels are more than {MAX_CLASSES} different names.")
+            self._numbers[name] = len(self._numbers)
+        return self._numbers[name]
+
+    def finish(self, places: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], list[str] | None]:
+        """Labels from each row's place: integers where all names are, else sorted names' numbers, and these names.
+
+        Raises:
+            InvalidFile: all names are numbers and some have fractions, whose order as names would be another.
+        """
+        names = list(self._numbers)
+        if all(_INTEGER.match(name) for name in names):
+            return np.array([int(name) for name in names], np.int64)[places], None
+        if all(_NUMBER.match(name) for name in names):
+            fraction = next(name for name in names if not _INTEGER.match(name))
+            raise InvalidFile(
+                f"The labels are numbers and some are no integers, such as {fraction!r}; labels are integers or names."
+            )
+        order = sorted(names)
+        numbers = {name: number for number, name in enumerate(order)}
+        return np.array([numbers[name] for name in names], np.int64)[places], order
+
+
 class Labels:
-    """Collects the labels of rows: integers as they are, or names, whose order is sorted."""
+    """Collects the labels of rows, all of them integers or all of them names."""
 
     def __init__(self) -> None:
         self._values: list[int] = []
-        self._numbers: dict[str, int] = {}
+        self._names = Names()
 
     def add(self, value: Any, row: int) -> None:
         """One row's label, an integer or a name.
 
         Raises:
-            InvalidFile: it is missing, or neither.
+            InvalidFile: it is missing, neither, or not what those of other rows are.
         """
-        if value is None or value == "":
+        if value is None:
             raise InvalidFile(f"Row {row} has no label.", row=row)
         if isinstance(value, bool) or not isinstance(value, int | str):
             raise InvalidFile(f"The label of row {row} is {str(value)[:80]!r}; expected an integer or a name.", row=row)
         if isinstance(value, str):
-            value = self.number_of(value)
-        elif self._numbers or not -(2**63) <= value < 2**63:
+            if self._values and not self._names:
+                raise InvalidFile(
+                    f"The label of row {row} is {value[:80]!r}; those of other rows are integers.", row=row
+                )
+            value = self._names.number_of(value, row)
+        elif self._names or not -(2**63) <= value < 2**63:
             raise InvalidFile(f"The label of row {row} is {value}; those of other rows are names.", row=row)
         self._values.append(value)
-
-    def number_of(self, name: str) -> int:
-        """A name's place among those that have been seen."""
-        if name not in self._numbers:
-            check_class_name(name)
-            if len(self._numbers) >= MAX_CLASSES:
-                raise InvalidFile(f"The labels are more than {MAX_CLASSES} different names.")
-            if self._values and not self._numbers:
-                raise InvalidFile(f"Some labels are integers and some are names, such as {name[:80]!r}.")
-            self._numbers[name] = len(self._numbers)
-        return self._numbers[name]
 
     def finish(self) -> tuple[npt.NDArray[np.int64], list[str] | None]:
         """The labels, and the names of classes where they were names that are not all integers."""
         values = np.array(self._values, np.int64)
-        return finish_labels(values, list(self._numbers)) if self._numbers else (values, None)
-
-
-def finish_labels(
-    places: npt.NDArray[np.int64], names: Sequence[str]
-) -> tuple[npt.NDArray[np.int64], list[str] | None]:
-    """Labels from each row's place in a list of names: integers where all names are, else sorted names' numbers."""
-    if all(_INTEGER.match(name) for name in names):
-        return np.array([int(name) for name in names], np.int64)[places], None
-    order = sorted(names)
-    numbers = {name: number for number, name in enumerate(order)}
-    return np.array([numbers[name] for name in names], np.int64)[places], order
+        return self._names.finish(values) if self._names else (values, None)
 
 
 def check_class_name(name: str) -> None:

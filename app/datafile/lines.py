@@ -11,6 +11,7 @@ import numpy as np
 
 from app.datafile.dataset import (
     MAX_TEXT_CHARACTERS,
+    USUAL_COLUMNS,
     Dataset,
     Format,
     Labels,
@@ -23,7 +24,7 @@ from app.errors import InvalidFile
 
 DELIMITERS = (b",", b"\t", b";")
 _ROLES = ("text", "label", "split")
-# Of a file, and of one row of several fields.
+# Of a line, and of a row, which quotes may spread over many lines.
 _MAX_LINE_CHARACTERS = 2**20
 _MAX_COLUMNS = 1000
 
@@ -63,6 +64,8 @@ def _open(path: Path, format: Format, rows: Rows, limits: Limits, named: Mapping
         labels.add(values.get(chosen["label"]), row)
         if "split" in chosen:
             splits.append(split_number(values.get(chosen["split"]), row))
+        elif late := values.keys() & set(USUAL_COLUMNS["split"]):
+            raise InvalidFile(f"Row {row} has a {late.pop()!r}; row 0 has none.", row=row)
         _text(values.get(chosen["text"]), row)
     limits.check_rows(n_rows)
     numbers, class_names = labels.finish()
@@ -115,9 +118,19 @@ def _csv_rows(path: Path) -> Iterator[dict[str, Any]]:
     try:
         header = next(csv.reader([header_line], delimiter=delimiter, strict=True), [])
         _check_header(header)
-        reader = csv.reader(lines, delimiter=delimiter, strict=True)
-        row = 0
+        row, row_characters = 0, 0
+
+        def bounded() -> Iterator[str]:
+            nonlocal row_characters
+            for line in lines:
+                row_characters += len(line)
+                if row_characters > _MAX_LINE_CHARACTERS:
+                    raise InvalidFile(f"Row {row} has more than {_MAX_LINE_CHARACTERS} characters.", row=row)
+                yield line
+
+        reader = csv.reader(bounded(), delimiter=delimiter, strict=True)
         for values in reader:
+            row_characters = 0
             if not values:
                 continue
             if len(values) != len(header):

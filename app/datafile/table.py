@@ -1,13 +1,15 @@
 """Parquet in the layout of Hugging Face: a column of images or texts, one of labels, perhaps one of splits.
 
-Nothing of a schema is unpickled: pyarrow loads no Python types from a file.
+Nothing of a schema is unpickled: pyarrow loads no Python types from a file. But some files end the process that it runs
+in: whoever must live opens them in another.
 """
 
 import json
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from app import zips
 from app.datafile.dataset import (
     MAX_CLASSES,
     MAX_IMAGE_BYTES,
@@ -22,11 +25,14 @@ from app.datafile.dataset import (
     Content,
     Dataset,
     Limits,
+    Names,
     check_class_name,
     choose_columns,
-    finish_labels,
     split_number,
+    split_of_folder,
 )
+from app.datafile.folders import SUFFIXES as IMAGE_SUFFIXES
+from app.datafile.folders import is_litter
 from app.errors import InvalidFile
 
 _ROLES = ("image", "text", "label", "split")
@@ -36,42 +42,78 @@ _BATCH_BYTES = 256 * 2**20
 _MAX_BATCH_ROWS = 64
 _BROKEN_PARQUET = (pa.ArrowException, OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError)
 
-# A page may announce up to 2 GiB; not many at once.
-_unpacking = threading.BoundedSemaphore(2)
+
+@dataclass(frozen=True)
+class Source:
+    """One Parquet file, which may lie within another file.
+
+    Attributes:
+        path: of the file that it lies in.
+        start: its first byte there.
+        size_bytes: its own.
+        name: what messages call it; empty where there is but one.
+        split: 0 train, 1 test, as its name says; None where it says nothing.
+    """
+
+    path: Path
+    start: int
+    size_bytes: int
+    name: str = ""
+    split: int | None = None
+
+    def open(self, dictionary: Sequence[str] = ()) -> pq.ParquetFile:
+        """Mapped, so that what is unpacked is read and nothing else."""
+        with pa.memory_map(str(self.path)) as whole:
+            whole.seek(self.start)
+            content = pa.BufferReader(whole.read_buffer(self.size_bytes))
+        return pq.ParquetFile(content, read_dictionary=list(dictionary), pre_buffer=False)
 
 
 def open_parquet(path: Path, limits: Limits, columns: Mapping[str, str]) -> Dataset:
-    """Labels and splits of a Parquet file; images and texts are not read.
+    """Labels and splits of a Parquet file, or of several of one schema in a zip; images and texts are not read.
 
     Labels are integers, with the names of a ClassLabel in the schema's `huggingface` metadata where it has them, or
-    names, whose classes are sorted.
+    names, whose classes are sorted. Where no column says what the splits are the names of several files may
+    (train-00000-of-00002.parquet, train/0.parquet).
 
     Raises:
         InvalidFile: no such column (`columns` lists what there is) or one of another type; a label or split that is
-            missing; more rows, bytes or a larger ratio than the limits.
+            missing; files that differ; more rows, bytes or a larger ratio than the limits.
     """
-    with _unpacking:
-        try:
-            return _open(path, limits, columns)
-        except InvalidFile:
-            raise
-        except _BROKEN_PARQUET as error:
-            raise _broken(error) from None
+    with path.open("rb") as file:
+        is_zip = file.read(2) == b"PK"
+    sources = _shards(path, limits) if is_zip else [Source(path, 0, path.stat().st_size)]
+    try:
+        return _open(path, sources, limits, columns)
+    except InvalidFile:
+        raise
+    except _BROKEN_PARQUET as error:
+        raise _broken(error) from None
 
 
-def _open(path: Path, limits: Limits, named: Mapping[str, str]) -> Dataset:
-    _bound_footer(path)
-    with _file(path) as file:
-        limits.check_rows(file.metadata.num_rows)
-        groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
-        limits.check_unpacked("Parquet file", sum(group.total_byte_size for group in groups), path.stat().st_size)
-        schema = file.schema_arrow
-        chosen = choose_columns(schema.names, named, _ROLES)
-        content = _content_of(schema, chosen)
-        if content == "texts":
-            _check_text_bytes(file, chosen["text"], limits)
-        split = None if "split" not in chosen else _splits(file, chosen["split"])
-        labels, class_names = _labels(path, schema, chosen["label"])
+def _open(path: Path, sources: Sequence[Source], limits: Limits, named: Mapping[str, str]) -> Dataset:
+    _bound_footers(sources)
+    files = [source.open() for source in sources]
+    groups = [file.metadata.row_group(number) for file in files for number in range(file.num_row_groups)]
+    # The footer's own number of rows is what nothing else is read by.
+    limits.check_rows(sum(group.num_rows for group in groups))
+    limits.check_unpacked("Parquet file", sum(group.total_byte_size for group in groups), path.stat().st_size)
+    schema = files[0].schema_arrow
+    chosen = choose_columns(schema.names, named, _ROLES)
+    for source, file in zip(sources[1:], files[1:], strict=True):
+        _require_same(schema, file.schema_arrow, chosen, sources[0], source)
+    content = _content_of(schema, chosen)
+    for column in chosen.values():
+        if _is_string(schema.field(column).type):
+            _check_text_bytes(files, column, limits)
+    if "split" in chosen:
+        split = _coded(sources, chosen["split"], split_number)
+    elif sources[0].split is not None:
+        n_rows = [sum(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)) for file in files]
+        split = np.repeat(np.array([source.split for source in sources], np.int64), n_rows)
+    else:
+        split = None
+    labels, class_names = _labels(sources, schema, chosen["label"])
     return Dataset(
         format="parquet",
         content=content,
@@ -79,25 +121,76 @@ def _open(path: Path, limits: Limits, named: Mapping[str, str]) -> Dataset:
         split=split,
         class_names=class_names,
         columns=chosen,
-        read=partial(_read, path, chosen["image" if content == "images" else "text"], content),
+        read=partial(_read, sources, chosen["image" if content == "images" else "text"], content),
     )
 
 
-def _file(path: Path, dictionary: Sequence[str] = ()) -> pq.ParquetFile:
-    # Buffered, so that a row group is read as it is unpacked and not as a whole.
-    return pq.ParquetFile(path, read_dictionary=list(dictionary), buffer_size=2**20, pre_buffer=False)
+def is_shard(name: str) -> bool:
+    """Whether a file of a zip is one of Parquet."""
+    return name.endswith(".parquet") and not is_litter(name)
 
 
-def _bound_footer(path: Path) -> None:
-    size_bytes = path.stat().st_size
-    with path.open("rb") as file:
-        file.seek(max(0, size_bytes - 8))
-        end = file.read(8)
-    footer_bytes = int.from_bytes(end[:4], "little")
-    if size_bytes < 12 or end[4:] != b"PAR1" or footer_bytes > size_bytes:
-        raise InvalidFile("The file is not complete Parquet: its footer is missing.")
-    if footer_bytes > _MAX_FOOTER_BYTES:
-        raise InvalidFile(f"The Parquet footer has {footer_bytes} bytes; at most {_MAX_FOOTER_BYTES} are allowed.")
+def _shards(path: Path, limits: Limits) -> list[Source]:
+    """The Parquet files of a zip, by name, as Hugging Face lays them out.
+
+    Raises:
+        InvalidFile: one that is packed once more, images beside them, some named after splits and some not, or folders
+            that are no splits, which may hold other datasets.
+    """
+    members = zips.members(path, limits.members)
+    images = [m.filename for m in members if m.filename.lower().endswith(IMAGE_SUFFIXES) and not is_litter(m.filename)]
+    if images:
+        raise InvalidFile(f"The zip holds Parquet files and images beside them, such as {images[0][:200]!r}.")
+    tables = sorted((member for member in members if is_shard(member.filename)), key=lambda member: member.filename)
+    if len({member.filename for member in tables}) < len(tables):
+        raise InvalidFile("The zip holds two files of the same name.")
+    splits, places = [], set()
+    for member in tables:
+        name = PurePosixPath(member.filename)
+        folder, of_folder = name.parent, split_of_folder(name.parent.name)
+        of_name = split_of_folder(re.split(r"[-_.0-9]", name.name, maxsplit=1)[0])
+        splits.append(of_folder if of_name is None else of_name)
+        places.add(folder if of_folder is None else folder.parent)
+    listed = ", ".join(repr(member.filename[:200]) for member in tables[:10])
+    if len(places) > 1:
+        raise InvalidFile(f"The zip's Parquet files lie in {len(places)} folders that are no splits: {listed}.")
+    if None in splits and any(split is not None for split in splits):
+        raise InvalidFile(f"Some of the zip's Parquet files are named after splits and some are not: {listed}.")
+    return [
+        Source(path, *zips.stored_span(path, member), name=member.filename, split=split)
+        for member, split in zip(tables, splits, strict=True)
+    ]
+
+
+def _require_same(
+    schema: pa.Schema, other: pa.Schema, chosen: Mapping[str, str], first: Source, second: Source
+) -> None:
+    for role, column in chosen.items():
+        found = other.field(column).type if other.names.count(column) == 1 else "no such column"
+        if found != schema.field(column).type:
+            raise InvalidFile(
+                f"The column {column!r} is {schema.field(column).type} in {first.name!r}, {found} in {second.name!r}."
+            )
+        if role == "label" and _class_label(schema, column) != _class_label(other, column):
+            raise InvalidFile(f"{first.name!r} and {second.name!r} name other classes in their schemas.")
+
+
+def _bound_footers(sources: Sequence[Source]) -> None:
+    """Bound what the files say of themselves before it is read, whole, into memory."""
+    in_all = 0
+    for source in sources:
+        with source.path.open("rb") as file:
+            file.seek(source.start + max(0, source.size_bytes - 8))
+            end = file.read(8)
+        footer_bytes = int.from_bytes(end[:4], "little")
+        if source.size_bytes < 12 or end[4:] != b"PAR1" or footer_bytes > source.size_bytes:
+            name = source.name[:200] or "The file"
+            raise InvalidFile(f"{name} is not complete Parquet: its footer is missing.")
+        in_all += footer_bytes
+        if in_all > _MAX_FOOTER_BYTES:
+            raise InvalidFile(
+                f"Parquet's footers have {in_all} bytes or more; at most {_MAX_FOOTER_BYTES} are allowed."
+            )
 
 
 def _content_of(schema: pa.Schema, chosen: Mapping[str, str]) -> Content:
@@ -130,8 +223,8 @@ def _is_string(type_: pa.DataType) -> bool:
     return bool(pa.types.is_string(type_) or pa.types.is_large_string(type_))
 
 
-def _check_text_bytes(file: pq.ParquetFile, column: str, limits: Limits) -> None:
-    n_bytes = sum(_chunk_bytes(file, group, column) for group in range(file.num_row_groups))
+def _check_text_bytes(files: Sequence[pq.ParquetFile], column: str, limits: Limits) -> None:
+    n_bytes = sum(_chunk_bytes(file, group, column) for file in files for group in range(file.num_row_groups))
     if n_bytes > limits.text_bytes:
         raise InvalidFile(f"The column {column!r} has {n_bytes} bytes; texts may have {limits.text_bytes} in one file.")
 
@@ -140,14 +233,20 @@ def _chunk_bytes(file: pq.ParquetFile, group: int, column: str) -> int:
     """Bytes that a row group announces for a column and what is nested in it."""
     metadata = file.metadata.row_group(group)
     chunks = (metadata.column(number) for number in range(metadata.num_columns))
-    return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] == column)
+    return sum(
+        chunk.total_uncompressed_size
+        for chunk in chunks
+        # A name may hold dots itself.
+        if chunk.path_in_schema == column or chunk.path_in_schema.startswith(f"{column}.")
+    )
 
 
-def _labels(path: Path, schema: pa.Schema, column: str) -> tuple[npt.NDArray[np.int64], list[str] | None]:
+def _labels(
+    sources: Sequence[Source], schema: pa.Schema, column: str
+) -> tuple[npt.NDArray[np.int64], list[str] | None]:
     type_ = schema.field(column).type
     if pa.types.is_integer(type_):
-        with _file(path) as file:
-            values = np.concatenate([_integers(batch.column(0), column, row) for row, batch in _batches(file, column)])
+        values = np.concatenate([batch.cast(pa.int64()).to_numpy() for _, batch in _batches(sources, column)])
         names = _class_label(schema, column)
         if names is not None and (values.min() < 0 or values.max() >= len(names)):
             row = int(np.flatnonzero((values < 0) | (values >= len(names)))[0])
@@ -159,25 +258,8 @@ def _labels(path: Path, schema: pa.Schema, column: str) -> tuple[npt.NDArray[np.
         return values, names
     if not _is_string(type_):
         raise InvalidFile(f"The column {column!r} has the type {type_}; labels are integers or names.")
-    places, numbers = [], dict[str, int]()
-    # Names come as places in a dictionary: each is looked at once, however often it occurs.
-    with _file(path, [column]) as file:
-        for row, batch in _batches(file, column):
-            encoded = batch.column(0).dictionary_encode()
-            _require_all(encoded, column, row)
-            local = encoded.indices.to_numpy(zero_copy_only=False)
-            names = encoded.dictionary.to_pylist()
-            global_places = np.zeros(len(names), np.int64)
-            # A dictionary may list names that no row has.
-            for place, first in zip(*np.unique(local, return_index=True), strict=True):
-                if not names[place]:
-                    raise InvalidFile(f"Row {row + int(first)} has no label.", row=row + int(first))
-                check_class_name(names[place])
-                global_places[place] = numbers.setdefault(names[place], len(numbers))
-            if len(numbers) > MAX_CLASSES:
-                raise InvalidFile(f"The labels are more than {MAX_CLASSES} different names.")
-            places.append(global_places[local])
-    return finish_labels(np.concatenate(places), list(numbers))
+    found = Names()
+    return found.finish(_coded(sources, column, found.number_of))
 
 
 def _class_label(schema: pa.Schema, column: str) -> list[str] | None:
@@ -200,45 +282,48 @@ def _class_label(schema: pa.Schema, column: str) -> list[str] | None:
     return names
 
 
-def _splits(file: pq.ParquetFile, column: str) -> npt.NDArray[np.int64]:
+def _coded(sources: Sequence[Source], column: str, number_of: Callable[[Any, int], int]) -> npt.NDArray[np.int64]:
+    """A column as numbers, by what `number_of` makes of a value and of the row that it first occurs in.
+
+    Values come as places in a dictionary: each is unpacked and looked at once, however often it occurs.
+    """
     parts = []
-    for row, batch in _batches(file, column):
-        encoded = batch.column(0).dictionary_encode()
-        _require_all(encoded, column, row)
+    for row, batch in _batches(sources, column, dictionary=[column]):
+        encoded = batch.dictionary_encode()
         places = encoded.indices.to_numpy(zero_copy_only=False)
         values = encoded.dictionary.to_pylist()
         numbers = np.zeros(len(values), np.int64)
-        # Those that occur alone, each with the first row that it occurs in.
+        # A dictionary may list values that no row has.
         for place, first in zip(*np.unique(places, return_index=True), strict=True):
-            numbers[place] = split_number(values[place], row + int(first))
+            numbers[place] = number_of(values[place], row + int(first))
         parts.append(numbers[places])
     return np.concatenate(parts)
 
 
-def _batches(file: pq.ParquetFile, column: str) -> Iterator[tuple[int, pa.RecordBatch]]:
+def _batches(sources: Sequence[Source], column: str, dictionary: Sequence[str] = ()) -> Iterator[tuple[int, pa.Array]]:
+    """A column in parts, each with the row that it begins at.
+
+    Raises:
+        InvalidFile: a row has no value.
+    """
     row = 0
-    for batch in file.iter_batches(batch_size=2**16, columns=[column], use_threads=False):
-        yield row, batch
-        row += len(batch)
+    for source in sources:
+        file = source.open(dictionary)
+        for batch in file.iter_batches(batch_size=2**16, columns=[column], use_threads=False):
+            values = batch.column(column)
+            if values.null_count:
+                row += int(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))[0])
+                raise InvalidFile(f"Row {row} has no value in the column {column!r}.", row=row)
+            yield row, values
+            row += len(values)
 
 
-def _integers(values: pa.Array, column: str, first_row: int) -> npt.NDArray[np.int64]:
-    _require_all(values, column, first_row)
-    integers: npt.NDArray[np.int64] = values.cast(pa.int64()).to_numpy()
-    return integers
-
-
-def _require_all(values: pa.Array, column: str, first_row: int) -> None:
-    if values.null_count:
-        row = first_row + int(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))[0])
-        raise InvalidFile(f"Row {row} has no value in the column {column!r}.", row=row)
-
-
-def _read(path: Path, column: str, content: Content, rows: Sequence[int]) -> Iterator[tuple[str, bytes]]:
+def _read(sources: Sequence[Source], column: str, content: Content, rows: Sequence[int]) -> Iterator[tuple[str, bytes]]:
     wanted = np.asarray(rows, np.int64)
+    start = 0
     try:
-        with _file(path) as file:
-            start = 0
+        for source in sources:
+            file = source.open()
             for group in range(file.num_row_groups):
                 n_rows = file.metadata.row_group(group).num_rows
                 local = wanted[(wanted >= start) & (wanted < start + n_rows)] - start
@@ -257,7 +342,7 @@ def _read_group(
     size = min(max(_BATCH_BYTES // max(_chunk_bytes(file, group, column), 1), 1), _MAX_BATCH_ROWS)
     done = 0
     for batch in file.iter_batches(batch_size=size, row_groups=[group], columns=[column], use_threads=False):
-        values = batch.column(0)
+        values = batch.column(column)
         for row in local[(local >= done) & (local < done + len(batch))].tolist():
             yield _content(values[row - done].as_py(), content, start + row)
         done += len(batch)

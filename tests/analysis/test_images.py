@@ -159,18 +159,66 @@ def test_what_is_decoded_ahead_is_bounded() -> None:
     for number in range(1, 4):
         next(large)
         assert len(read_rows) == 70 * (number + 1)
-    large.close()  # type: ignore[attr-defined]
+    large.close()
     read_rows.clear()
     batches = images.batches(5)
     for number in range(1, 5):
         next(batches)
         assert len(read_rows) == 5 * (number + 13)
     threads = threading.active_count()
-    batches.close()  # type: ignore[attr-defined]
+    batches.close()
     deadline = time.monotonic() + 5
     while threading.active_count() >= threads and time.monotonic() < deadline:
         time.sleep(0.01)
     assert threading.active_count() < threads
+
+
+def test_a_batch_is_prepared_while_the_one_before_is_used() -> None:
+    """In a thread, and no other: none is begun for a caller that does not come back, and none outlives one."""
+    contents = [encoded(picture(seed % 9, 8, 8)) for seed in range(1000)]
+    read_rows: list[int] = []
+
+    def read(rows: Sequence[int]) -> Iterator[tuple[str, bytes]]:
+        for row in rows:
+            read_rows.append(row)
+            yield "", contents[row]
+
+    images = open_images(read, range(1000), None, most_pixels=MOST, threads=2)
+    batches = Probe(images, torch.arange(1000) % 2, None, 2, None).batches(100, device="cpu")
+    read_rows.clear()
+    threads = threading.active_count()
+    next(batches)
+    deadline = time.monotonic() + 5
+    while len(read_rows) < 300 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.05)
+    assert len(read_rows) == 300, "one that is used, one that is prepared, one that is decoded"
+    batches.close()  # type: ignore[attr-defined]
+    while threading.active_count() > threads and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == threads
+
+
+def test_files_that_are_held_are_bounded() -> None:
+    """A batch of large files is read as they are decoded, not before."""
+    photograph = encoded(Image.new("L", (3000, 3000)), "BMP")
+    alive: list[int] = [0]
+    most = 0
+
+    class File(bytes):
+        def __del__(self) -> None:
+            alive[0] -= 1
+
+    def read(rows: Sequence[int]) -> Iterator[tuple[str, bytes]]:
+        nonlocal most
+        for _ in rows:
+            alive[0] += 1
+            most = max(most, alive[0])
+            yield "", File(photograph)
+
+    images = open_images(read, range(70), Preprocess(resize=[8, 8], resample="nearest"), most_pixels=MOST, threads=2)
+    assert sum(len(batch) for batch in images.batches(64)) == 70
+    assert 20 < most <= 2**28 // len(photograph) + 3
 
 
 def test_images_of_another_size_are_named() -> None:

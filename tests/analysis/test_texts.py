@@ -1,6 +1,7 @@
 """Texts to tokens: padding, truncation and what says how."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -26,6 +27,19 @@ def _definition(
     if max_length is not None:
         tokenizer.enable_truncation(max_length)
     return str(tokenizer.to_str())
+
+
+def _framed(max_length: int | None = None, special_tokens: Sequence[str] = ("[CLS]", "[SEP]")) -> str:
+    """Adds two tokens to each text, whose ids it has or, to its own fright, has not."""
+    definition = json.loads(_definition(max_length=max_length))
+    frame = [{"SpecialToken": {"id": name, "type_id": 0}} for name in ("[CLS]", "[SEP]")]
+    definition["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [frame[0], {"Sequence": {"id": "A", "type_id": 0}}, frame[1]],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {name: {"id": name, "ids": [1], "tokens": [name]} for name in special_tokens},
+    }
+    return json.dumps(definition)
 
 
 def test_ids_mask_and_padding() -> None:
@@ -79,6 +93,8 @@ def test_texts_of_one_length_need_no_padding() -> None:
 @pytest.mark.parametrize(
     ("texts", "definition", "word"),
     [
+        (TEXTS, _framed(max_length=2), "2 tokens of a text are kept and 2 added"),
+        (TEXTS, _framed(special_tokens=()), "cannot be used"),
         (TEXTS, _definition(pad_token=None), "pads them"),
         (TEXTS, json.dumps({"model": {"type": "WordLevel"}}), "cannot be used"),
         (TEXTS, "{", "cannot be used"),
@@ -87,7 +103,7 @@ def test_texts_of_one_length_need_no_padding() -> None:
     ],
 )
 def test_what_cannot_be_tokenised(texts: list[str], definition: str, word: str) -> None:
-    """No padding, no tokenizer, a text without tokens, no texts."""
+    """No padding, no tokenizer, one that panics, a text without tokens or without room, no texts."""
     with pytest.raises(AnalysisError) as raised:
         tokenise(texts, definition)
     assert raised.value.kind == "invalid-probe"

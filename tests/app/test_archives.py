@@ -8,15 +8,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 from app import tensorfile
 from app.archives import is_archive, open_folder, write_weights
 from app.errors import InvalidFile
+from tests.datafiles import nameless
 
 LIMIT = 2**24
 Files = Mapping[str, bytes]
@@ -100,11 +99,24 @@ def test_descriptions_are_those_of_the_outermost_folder(tmp_path: Path) -> None:
 
 
 def test_one_file_needs_no_index(tmp_path: Path) -> None:
-    """`model.safetensors` is the network, also beside an optimizer's; its bytes of data are kept as they are."""
-    files = {"config.json": b"{}", "model.safetensors": save({"w": torch.ones(3)}), "optimizer.safetensors": b"x"}
-    out = merged(zipped(files, tmp_path / "x.zip"), tmp_path / "out.safetensors")
-    with safe_open(out, framework="np") as file:
-        assert np.array_equal(file.get_tensor("w"), np.ones(3, dtype=np.float32))
+    """`model.safetensors` is the network, also beside an optimizer's and an index of shards; it stays as it is."""
+    weights = save({"w": torch.ones(3)}, metadata={"architecture": "{}"})
+    files = {"net/config.json": b"{}", "net/model.safetensors": weights, "net/optimizer.safetensors": b"x"}
+    for name, more in (("alone", {}), ("with shards", sharded()[0])):
+        out = merged(zipped({**more, **files}, tmp_path / name), tmp_path / "out.safetensors")
+        assert out.read_bytes() == weights
+
+
+def test_checkpoints_side_by_side_are_refused(tmp_path: Path) -> None:
+    """None of two is taken for the one that was meant; of several indexes the usual one is."""
+    folder = {"config.json": b"{}", "model.safetensors": save({"w": torch.ones(3)})}
+    both = {f"{place}/{name}": content for place in ("a", "b") for name, content in folder.items()}
+    with pytest.raises(InvalidFile, match="side by side, a, b") as caught:
+        merged(zipped(both, tmp_path / "x"), tmp_path / "out")
+    assert caught.value.members["folders"] == ["a", "b"]
+    files, tensors = sharded()
+    files["net/model.fp16.safetensors.index.json"] = b'{"weight_map": {"w": "model.fp16.safetensors"}}'
+    assert load_file(merged(zipped(files, tmp_path / "x"), tmp_path / "out")).keys() == tensors.keys()
 
 
 def without(name: str) -> Files:
@@ -175,6 +187,14 @@ def test_paths_that_climb_out_are_refused(tmp_path: Path, name: str, pack: Packe
     assert caught.value.members["member"] == name
 
 
+def test_a_member_without_a_name_is_refused(tmp_path: Path) -> None:
+    """Which no archiver writes."""
+    path = zipped({**sharded()[0], "x": b"x"}, tmp_path / "x")
+    path.write_bytes(nameless(path.read_bytes()))
+    with pytest.raises(InvalidFile, match="is no plain path"):
+        merged(path, tmp_path / "out")
+
+
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE])
 def test_links_and_devices_in_a_tar_are_refused(tmp_path: Path, kind: bytes) -> None:
     """Whatever they point at."""
@@ -200,10 +220,53 @@ def test_links_in_a_zip_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("pack", [gzipped, zipped])
 def test_bombs_are_refused_before_they_unpack(tmp_path: Path, pack: Packer) -> None:
-    """64 MiB of zeros in a few kilobytes."""
+    """64 MiB of zeros in a few kilobytes; nothing is left of them."""
     path = pack({**sharded()[0], "net/zeros": bytes(2**26)}, tmp_path / "x")
     assert path.stat().st_size < 2**20
     with pytest.raises(InvalidFile, match="would unpack to more than"):
+        merged(path, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME])
+@pytest.mark.parametrize("size", [2**32, -512])
+def test_headers_of_a_tar_are_bounded(tmp_path: Path, kind: bytes, size: int) -> None:
+    """A long name of 4 GiB, or of less than nothing, would be read into memory."""
+    info = tarfile.TarInfo("net/model.safetensors")
+    info.type, info.size = kind, size
+    header = info.tobuf(tarfile.GNU_FORMAT)
+    (path := tmp_path / "x.tar").write_bytes(tarred({"a": b"a"}, tmp_path / "a").read_bytes()[:1024] + header)
+    with pytest.raises(InvalidFile, match=rf"announces a header of {size} bytes"):
+        merged(path, tmp_path / "out")
+
+
+def test_members_are_counted_as_they_come(tmp_path: Path) -> None:
+    """Folders too; a zip says how many it lists, and is believed."""
+    with tarfile.open(tmp_path / "x.tar.gz", "w:gz") as archive:
+        for number in range(10_001):
+            info = tarfile.TarInfo(f"f{number}")
+            info.type = tarfile.DIRTYPE
+            archive.addfile(info)
+    with pytest.raises(InvalidFile, match="more than 10000 members"):
+        merged(tmp_path / "x.tar.gz", tmp_path / "out")
+    content = bytearray(zipped(sharded()[0], path := tmp_path / "x.zip").read_bytes())
+    for listed in (10_001, 60_000):
+        content[-12:-10] = listed.to_bytes(2, "little")
+        path.write_bytes(content)
+        with pytest.raises(InvalidFile, match=f"lists {listed} files"):
+            merged(path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("mode", ["w:gz", "w:bz2", "w:xz"])
+def test_compressed_tars_that_are_broken_are_refused(tmp_path: Path, mode: str) -> None:
+    """In the middle of their bytes, whatever packed them."""
+    path = tarred(sharded()[0], tmp_path / "x", mode)
+    assert merged(path, tmp_path / "out").stat().st_size > 0
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 20] = bytes(byte ^ 255 for byte in content[middle : middle + 20])
+    path.write_bytes(content)
+    with pytest.raises(InvalidFile, match="cannot be read"):
         merged(path, tmp_path / "out")
 
 
@@ -213,9 +276,8 @@ def test_archives_that_are_cut_are_refused(tmp_path: Path, pack: Packer) -> None
     whole = pack(sharded()[0], tmp_path / "x").read_bytes()
     for share in (0.1, 0.3, 0.5):  # the rest of the tar holds nothing that is needed
         (path := tmp_path / "cut").write_bytes(whole[: int(len(whole) * share)])
-        if is_archive(path):
-            with pytest.raises(InvalidFile):
-                merged(path, tmp_path / "out")
+        with pytest.raises(InvalidFile):
+            merged(path, tmp_path / "out")
 
 
 def test_other_files_are_no_archives(tmp_path: Path) -> None:

@@ -73,13 +73,23 @@ def test_a_folder_from_the_command_line(service: Service, vit: tuple[Saved, Path
 
 
 def test_a_folder_that_timm_wrote(service: Service, tmp_path: Path) -> None:
-    """Its config.json names the network and the number of its classes."""
+    """Its config.json names the network, the number of its classes and what images must become."""
     saved = models.saved_timm("resnet10t", {}, tmp_path)
-    config = {"architecture": "resnet10t", "num_classes": N_CLASSES, "pretrained_cfg": {"input_size": [3, 32, 32]}}
+    numbers = {
+        "input_size": [3, 32, 32],
+        "mean": [0.5] * 3,
+        "std": [0.5] * 3,
+        "crop_pct": 1,
+        "interpolation": "bicubic",
+    }
+    config = {"architecture": "resnet10t", "num_classes": N_CLASSES, "pretrained_cfg": numbers}
     files = {"config.json": json.dumps(config).encode(), "model.safetensors": saved.path.read_bytes()}
     checkpoint = service.post("/v1/checkpoints", {"name": "timm"}, gzipped(files, tmp_path / "x.tar.gz"))
     assert checkpoint.status_code == 201, checkpoint.text
     assert checkpoint.json()["architecture"] == saved.architecture
+    assert {name: checkpoint.json()["preprocess"][name] for name in ("resize", "crop", "mean", "std", "resample")} == {
+        "resize": 32, "crop": [32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "resample": "bicubic",
+    }  # fmt: skip
 
 
 def test_names_as_training_leaves_them(
@@ -125,6 +135,9 @@ def test_an_archive_that_does_not_fit_together_is_refused(service: Service, tmp_
     """With the shard that is missing; a configuration of no family we know needs an architecture in the spec."""
     response = service.post("/v1/checkpoints", {"name": "x"}, tarred(without(SECOND), tmp_path / "a.tar"))
     assert problem(response, 422, "invalid-file")["missing"] == [SECOND]
+    zeros = {**sharded()[0], "net/zeros": bytes(2**25)}
+    response = service.post("/v1/checkpoints", {"name": "x"}, gzipped(zeros, tmp_path / "c.tar.gz"))
+    assert "would unpack to more than" in problem(response, 422, "invalid-file")["detail"]
     unknown = {**sharded()[0], "net/config.json": b"{}"}
     response = service.post("/v1/checkpoints", {"name": "x"}, tarred(unknown, tmp_path / "b.tar"))
     assert "architecture" in problem(response, 422, "invalid-request")["detail"]

@@ -5,23 +5,26 @@ import io
 import json
 import stat
 import struct
+import time
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from app.datafile import Dataset, Limits, detect, open_dataset
 from app.errors import InvalidFile
 from app.settings import Settings
-from tests.datafiles import encoded, image_column, parquet, picture, saved, zipped
+from tests.datafiles import encoded, image_column, nameless, parquet, picture, saved, zipped
 
 LIMITS = Limits.of(Settings())
 PICTURES = [encoded(picture(seed, 6, 5)) for seed in range(6)]
+IMAGE = PICTURES[0]
 
 
 def _open(content: bytes, folder: Path, limits: Limits = LIMITS, columns: Mapping[str, str] | None = None) -> Dataset:
@@ -105,6 +108,14 @@ def test_columns_can_be_named(tmp_path: Path) -> None:
 
 
 TWO = {"image": image_column(PICTURES[:2]), "label": [0, 1]}
+
+
+def _column_twice() -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(pa.table([["a"], [0], [1]], names=["text", "label", "label"]), buffer)
+    return buffer.getvalue()
+
+
 BAD_PARQUET: dict[str, tuple[Callable[[], bytes], str]] = {
     "no images or texts": (lambda: parquet({"photo": PICTURES[:2], "label": [0, 1]}), "'photo', 'label'"),
     "no labels": (lambda: parquet({"image": PICTURES[:2], "species": [0, 1]}), "'image', 'species'"),
@@ -129,6 +140,9 @@ BAD_PARQUET: dict[str, tuple[Callable[[], bytes], str]] = {
     "a footer too large": (lambda: parquet(TWO)[:-8] + struct.pack("<I", 2**30) + b"PAR1", "footer"),
     "broken inside": (lambda: parquet(TWO)[:4] + bytes(400) + parquet(TWO)[404:], "Parquet"),
     "only a start": (lambda: b"PAR1" + bytes(100), "footer"),
+    "a split is missing": (lambda: parquet({**TWO, "split": pa.array(["train", None])}), "Row 1 has no value"),
+    "names with fractions": (lambda: parquet({**TWO, "label": pa.array(["1.0", "10.0"])}), "'1.0'"),
+    "a column twice": (_column_twice, "'label' twice"),
 }
 
 
@@ -156,9 +170,135 @@ def test_parquet_over_the_limits_is_refused(tmp_path: Path) -> None:
     assert "texts may have" in _refused(bomb, tmp_path, replace(LIMITS, ratio=1e9, text_bytes=10**6)).detail
 
 
-# --- zips of class folders ------------------------------------------------------------------------------------------
+def test_rows_are_counted_where_they_are_read_by(tmp_path: Path) -> None:
+    """A footer that says 3 in place of 50,000: what the row groups announce is what would be read."""
+    content = parquet({"text": ["a"] * 50_000, "label": [0, 1] * 25_000})
+    footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    # Twice the number in groups of 7 bits: the first such one in the footer is its own.
+    at = content.index(bytes((0xA0, 0x8D, 0x06)), footer)
+    few = content[:at] + bytes((0x86, 0x80, 0x00)) + content[at + 3 :]
+    assert pq.ParquetFile(io.BytesIO(few)).metadata.num_rows == 3
+    assert "50000 rows" in _refused(few, tmp_path, replace(LIMITS, rows=1000)).detail
 
-IMAGE = PICTURES[0]
+
+def test_a_long_split_is_unpacked_once(tmp_path: Path) -> None:
+    """Its name is in the file once, for all rows: 6.5 GB if each of them had a copy."""
+    n = 65_536
+    split = pa.DictionaryArray.from_arrays(pa.array(np.zeros(n, np.int32)), pa.array(["x" * 100_000]))
+    content = parquet({"text": ["a"] * n, "label": np.arange(n) % 2, "split": split}, store_schema=False)
+    assert len(content) < 10_000
+    started = time.monotonic()
+    assert "The split of row 0" in _refused(content, tmp_path).detail
+    assert time.monotonic() - started < 2
+
+
+def test_names_with_dots(tmp_path: Path) -> None:
+    """Are columns as others are, with bytes that count."""
+    content = parquet({"label.raw": [5, 6], "label": [1, 0], "my.text": ["a" * 1000, "b" * 1000]}, compression="none")
+    columns = {"text": "my.text"}
+    assert _open(content, tmp_path, columns=columns).labels.tolist() == [1, 0]
+    assert "texts may have" in _refused(content, tmp_path, replace(LIMITS, text_bytes=1000), **columns).detail
+    names = parquet({"text": ["a", "b"], "label": ["a" * 150, "b" * 150]}, compression="none")
+    assert "'label'" in _refused(names, tmp_path, replace(LIMITS, text_bytes=200)).detail
+
+
+# --- Parquet in several files ---------------------------------------------------------------------------------------
+
+
+def _shard(first: int, labels: Sequence[Any], names: list[str] | None = None, **options: Any) -> bytes:
+    columns = {"image": image_column(PICTURES[first : first + len(labels)]), "label": labels}
+    return parquet(columns, names=None if names is None else {"label": names}, **options)
+
+
+@pytest.mark.parametrize("prefix", ["", "data/", "pets/plain/"])
+def test_shards_are_one_dataset(tmp_path: Path, prefix: str) -> None:
+    """As Hugging Face's `datasets` lays them out: in the order of their names, which also say what the splits are."""
+    files = {
+        "train-00001-of-00002.parquet": _shard(2, ["dog", "ant"], row_group_size=1),
+        "validation-00000-of-00001.parquet": _shard(4, ["cat", "ant"]),
+        "train-00000-of-00002.parquet": _shard(0, ["cat", "dog"]),
+    }
+    content = zipped({**{prefix + name: file for name, file in files.items()}, "README.md": b"a", ".DS_Store": b"b"})
+    dataset = _open(content, tmp_path)
+    assert (dataset.format, dataset.content, dataset.class_names) == ("parquet", "images", ["ant", "cat", "dog"])
+    assert dataset.labels.tolist() == [1, 2, 2, 0, 1, 0]
+    assert dataset.split is not None
+    assert dataset.split.tolist() == [0, 0, 0, 0, 1, 1]
+    assert _contents(dataset) == PICTURES
+    assert _contents(dataset, [1, 3, 4]) == [PICTURES[1], PICTURES[3], PICTURES[4]]
+
+
+@pytest.mark.parametrize(
+    ("names", "split"),
+    [
+        (("train/0.parquet", "test/0.parquet"), [1, 1, 0, 0]),
+        (("0.parquet", "1.parquet"), None),
+        (("test.parquet", "train.parquet"), [1, 1, 0, 0]),
+        (("part-0.parquet", "part-1.parquet"), None),
+    ],
+)
+def test_names_of_shards_say_the_split(tmp_path: Path, names: tuple[str, str], split: list[int] | None) -> None:
+    """Or its folder does; where nothing does there is none, and a column goes before names."""
+    dataset = _open(zipped({name: _shard(0, [0, 1], ["a", "b"]) for name in names}), tmp_path)
+    assert (dataset.split if dataset.split is None else dataset.split.tolist()) == split
+    column = parquet({"text": ["a", "b"], "label": [0, 1], "split": ["test", "train"]})
+    dataset = _open(zipped(dict.fromkeys(names, column)), tmp_path)
+    assert dataset.split is not None
+    assert dataset.split.tolist() == [1, 0, 1, 0]
+
+
+SHARDS = {"train-0.parquet": _shard(0, [0, 1], ["a", "b"]), "train-1.parquet": _shard(2, [1, 0], ["a", "b"])}
+BAD_SHARDS: dict[str, tuple[Callable[[], bytes], str]] = {
+    "packed once more": (lambda: zipped(SHARDS, compression=zipfile.ZIP_DEFLATED), "zip -0"),
+    "other classes": (
+        lambda: zipped({**SHARDS, "train-2.parquet": _shard(0, [0, 1], ["b", "a"])}),
+        "name other classes",
+    ),
+    "another type": (
+        lambda: zipped({**SHARDS, "train-2.parquet": _shard(0, ["a", "b"])}),
+        "string in 'train-2.parquet'",
+    ),
+    "no such column": (
+        lambda: zipped({**SHARDS, "train-2.parquet": parquet({"image": image_column(PICTURES[:1])})}),
+        "no such column in 'train-2.parquet'",
+    ),
+    "a missing label": (lambda: zipped({**SHARDS, "train-2.parquet": _shard(0, [0, -1], ["a", "b"])}), "row 5 is -1"),
+    "a name that is no split": (
+        lambda: zipped({**SHARDS, "unsupervised-0.parquet": SHARDS["train-0.parquet"]}),
+        "some are",
+    ),
+    "two datasets": (
+        lambda: zipped({f"{name}/{i}.parquet": f for i, f in enumerate(SHARDS.values()) for name in ("en", "fr")}),
+        "2 folders",
+    ),
+    "images beside": (lambda: zipped({**SHARDS, "cat/1.png": IMAGE}), "'cat/1.png'"),
+    "climbs out": (lambda: zipped({**SHARDS, "../train-2.parquet": b"a"}), "leads out"),
+    "one cut short": (lambda: zipped({**SHARDS, "train-2.parquet": SHARDS["train-0.parquet"][:-9]}), "train-2.parquet"),
+    "not where the list says": (lambda: _overwritten_list(zipped(SHARDS)), "where the list says"),
+}
+
+
+def _overwritten_list(content: bytes) -> bytes:
+    at = content.rindex(b"PK\x01\x02") + 42
+    return content[:at] + struct.pack("<L", 7) + content[at + 4 :]
+
+
+@pytest.mark.parametrize("case", BAD_SHARDS)
+def test_bad_shards_are_refused(tmp_path: Path, case: str) -> None:
+    """What differs is named by file; rows are counted through all of them."""
+    make, word = BAD_SHARDS[case]
+    assert word in _refused(make(), tmp_path).detail
+
+
+def test_shards_over_the_limits_are_refused(tmp_path: Path) -> None:
+    """All of them together."""
+    content = zipped(SHARDS)
+    assert "4 rows" in _refused(content, tmp_path, replace(LIMITS, rows=3)).detail
+    assert "unpack" in _refused(content, tmp_path, replace(LIMITS, unpacked_bytes=1000)).detail
+    assert "lists 2 files" in _refused(content, tmp_path, replace(LIMITS, members=1)).detail
+
+
+# --- zips of class folders ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("prefix", ["", "pets/", "a/b/"])
@@ -231,6 +371,7 @@ BAD_ZIPS: dict[str, tuple[Callable[[], bytes], str]] = {
     "folders of two depths": (lambda: zipped({**GOOD_ZIP, "big/cat/1.png": IMAGE}), "class folders"),
     "unknown splits": (lambda: zipped({"a/cat/1.png": IMAGE, "b/dog/1.png": IMAGE}), "named after splits"),
     "a name of control characters": (lambda: zipped({**GOOD_ZIP, "c\x1bat/1.png": IMAGE}), "printable"),
+    "a name of nothing": (lambda: nameless(zipped({**GOOD_ZIP, "x": IMAGE})), "1 to 1024 bytes"),
     "bzip2": (lambda: zipped(GOOD_ZIP, compression=zipfile.ZIP_BZIP2), "neither stored nor deflated"),
     "a bomb": (
         lambda: zipped({**GOOD_ZIP, "cat/2.png": bytes(10**7)}, compression=zipfile.ZIP_DEFLATED),
@@ -242,6 +383,7 @@ BAD_ZIPS: dict[str, tuple[Callable[[], bytes], str]] = {
     "the end missing": (lambda: zipped(GOOD_ZIP)[:-30], "end of its list"),
     "the list broken": (lambda: _overwritten(zipped(GOOD_ZIP), 16, struct.pack("<L", 5)), "zip"),
     "an image broken": (lambda: zipped(GOOD_ZIP).replace(IMAGE, bytes(len(IMAGE)), 1), "Row 0 (cat/1.png)"),
+    "splits without classes": (lambda: zipped({"train/1.png": IMAGE, "test/1.png": IMAGE}), "within each"),
     "a class of a long name": (lambda: zipped({**GOOD_ZIP, "e" * 201 + "/1.png": IMAGE}), "200 characters"),
 }
 
@@ -316,6 +458,19 @@ def test_labels_that_are_integers(tmp_path: Path) -> None:
     assert (dataset.labels.tolist(), dataset.class_names) == ([2, 0], None)
 
 
+def test_white_space_is_no_part_of_a_label(tmp_path: Path) -> None:
+    """Or 10 would come before 2, and a class would be there twice."""
+    rows = "".join(f"t, {number}\n" for number in range(12))
+    dataset = _open(f"text,label\n{rows}".encode(), tmp_path)
+    assert (dataset.labels.tolist(), dataset.class_names) == (list(range(12)), None)
+    assert _open(b"text,label\na,pos \nb,neg\nc, pos\n", tmp_path).class_names == ["neg", "pos"]
+    assert _open(parquet({"text": ["a", "b", "c"], "label": [" 10", "9", "10 "]}), tmp_path).labels.tolist() == [
+        10,
+        9,
+        10,
+    ]
+
+
 A, B = {"text": "a", "label": "x"}, {"text": "b", "label": "y"}
 BAD_LINES: dict[str, tuple[bytes, str]] = {
     "no such column": (_csv([["words", "label"], ["a", "x"]]), "'words', 'label'"),
@@ -323,7 +478,7 @@ BAD_LINES: dict[str, tuple[bytes, str]] = {
     "a label is missing": (_csv([["text", "label"], ["a", "x"], ["b", ""]]), "Row 1 has no label"),
     "a label is missing in JSON": (_jsonl(A, {"text": "b"}), "Row 1 has no label"),
     "a label that is a list": (_jsonl(A, {"text": "b", "label": [1]}), "row 1"),
-    "labels of both kinds": (_jsonl({"text": "a", "label": 1}, B), "names"),
+    "labels of both kinds": (_jsonl({"text": "a", "label": 1}, B), "row 1 is 'y'; those of other rows are integers"),
     "labels of both kinds, names first": (_jsonl(A, {"text": "a", "label": 1}), "names"),
     "a text is missing": (_jsonl(A, {"label": "y"}), "Row 1 has no text"),
     "a text is a number": (_jsonl(A, {"text": 3, "label": "y"}), "Row 1 has no text"),
@@ -340,6 +495,10 @@ BAD_LINES: dict[str, tuple[bytes, str]] = {
     "not JSON": (b'{"text": "a", "label": 1}\n{"text": ', "Row 1 (line 2)"),
     "not objects": (b'{"text": "a", "label": 1}\n[1]', "Row 1 (line 2)"),
     "no rows": (b"text,label\n", "no rows"),
+    "a label of white space": (b"text,label\na,x\nb,  \n", "Row 1 has no label"),
+    "labels with fractions": (b"text,label\na,0.0\nb,10.0\nc,2.0\n", "'0.0'"),
+    "a row of endless fields": (b"text,label\na,b\n" + b'"\n",' * 2**19, "Row 1 has more than 1048576"),
+    "splits that begin late": (_jsonl(A, {**B, "split": "test"}), "Row 1 has a 'split'"),
 }
 
 

@@ -1,8 +1,11 @@
 """Features that are kept: the same numbers without the network, bounded, whole or not there, gone with their origin."""
 
 import os
+import resource
 import time
-from collections.abc import Iterator
+import tracemalloc
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +115,8 @@ def _cache(folder: Path, max_bytes: int) -> tuple[Storage, FeatureCache]:
 def _entry(seed: int, n: int = 100) -> Kept:
     features = torch.randn(n, 8, generator=torch.Generator().manual_seed(seed))
     about = {"preprocess": None, "preprocess_source": None, "tokenizer": None, "label_map": None, "samples": None}
-    return Kept(FeatureSet(features, torch.arange(n) % 2, torch.eye(2, 8), None, features[:, :2], None), "fc", 7, about)
+    head = torch.eye(2, 8, dtype=torch.bfloat16)
+    return Kept(FeatureSet(features, torch.arange(n) % 2, head, None, features[:, :2], None), "fc", 7, about)
 
 
 def _name(number: int) -> str:
@@ -128,7 +132,10 @@ def test_what_is_kept_is_found_again(tmp_path: Path) -> None:
     found = cache.find(_name(1))
     assert found is not None
     assert torch.equal(found.feature_set.features, entry.feature_set.features)
+    assert torch.equal(found.feature_set.head, entry.feature_set.head)
+    assert torch.equal(found.feature_set.labels, entry.feature_set.labels)
     assert found.feature_set.logits is not None
+    assert torch.equal(found.feature_set.logits, entry.feature_set.features[:, :2])
     assert found.feature_set.split is None
     assert (found.head_name, found.batch_size, found.about_probe) == ("fc", 7, entry.about_probe)
 
@@ -147,20 +154,60 @@ def test_the_oldest_goes_first(tmp_path: Path) -> None:
     assert FeatureCache(storage, 0).find(_name(5)) is None
 
 
-def test_broken_entries_are_computed_anew(tmp_path: Path) -> None:
-    """Cut short, not safetensors, without what belongs to it: as if there were none; a kill leaves no entry at all."""
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def _without_logits(path: Path) -> None:
+    save_file({"features": torch.zeros(2, 2)}, path, metadata={"about": "{}"})
+
+
+def _emptied(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("break_", [_cut, _without_logits, _emptied])
+def test_broken_entries_are_computed_anew(tmp_path: Path, break_: Callable[[Path], None]) -> None:
+    """Cut short, empty, without what belongs to it: as if there were none, and what is kept next is found again."""
     storage, cache = _cache(tmp_path, 10**6)
     cache.keep(_name(1), _entry(1))
-    path = tmp_path / "blobs" / "features" / _name(1)
-    for content in (path.read_bytes()[:-10], b"", b"nonsense"):
-        path.write_bytes(content)
-        assert cache.find(_name(1)) is None
-    save_file({"features": torch.zeros(2, 2)}, path, metadata={"about": "{}"})
+    break_(tmp_path / "blobs" / "features" / _name(1))
     assert cache.find(_name(1)) is None
+    assert storage.list_features() == []
+    cache.keep(_name(1), _entry(2))
+    found = cache.find(_name(1))
+    assert found is not None
+    assert torch.equal(found.feature_set.features, _entry(2).feature_set.features)
+
+
+def test_a_kill_leaves_no_entry(tmp_path: Path) -> None:
+    """What is written half has no name yet; a disk that is full keeps nothing and fails nothing."""
+    storage, cache = _cache(tmp_path, 10**9)
     with storage.stage() as staged:
         staged.write(b"half")
         assert cache.find(_name(2)) is None
-    assert [entry.name for entry in storage.list_features()] == [_name(1)]
+        assert storage.list_features() == []
+    previous = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, previous[1]))
+    try:
+        cache.keep(_name(1), _entry(1, 10_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, previous)
+    assert storage.list_features() == []
+    assert list((tmp_path / "blobs" / "staging").iterdir()) == []
+
+
+def test_features_are_written_without_a_copy_in_memory(tmp_path: Path) -> None:
+    """They may be several GB."""
+    _, cache = _cache(tmp_path, 10**9)
+    entry = _entry(1, 10)
+    large = replace(entry.feature_set, features=torch.zeros(10, 10**6), head=torch.zeros(2, 10**6))
+    tracemalloc.start()
+    cache.keep(_name(1), replace(entry, feature_set=large))
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert cache.find(_name(1)) is not None
+    assert peak_bytes < 10**7
 
 
 def test_the_sweep_removes_what_is_of_nothing(tmp_path: Path) -> None:

@@ -125,6 +125,19 @@ def test_bad_images_fail_by_row_and_path(service: Service, vit: Saved) -> None:
     assert "resize and crop" in _failure(service, vit, PARQUET)["detail"]
 
 
+def test_a_file_that_ends_the_process_that_reads_it(service: Service) -> None:
+    """A column that is said never to be null, with statistics of one that is: pyarrow ends its process."""
+    whole = parquet({"text": ["a", "b"] * 50, "label": ["x", "y"] * 50})
+    nullable = b"\x25\x02\x18\x05label"
+    assert whole.count(nullable) == 1
+    broken = whole.replace(nullable, b"\x25\x00" + nullable[2:])
+    api = service.process.pid
+    refused = problem(service.post("/v1/probes", {"name": "a"}, broken), 422, "invalid-file")
+    assert "was ended by what it holds" in refused["detail"]
+    assert service.client.get("/healthz").status_code == 200
+    assert (service.process.pid, service.process.poll()) == (api, None)
+
+
 def test_what_makes_no_sense_for_images_is_refused(service: Service, vit: Saved) -> None:
     """A tokenizer, columns of a zip, sizes of tensors, and configurations that we cannot follow."""
     cases: list[tuple[dict[str, Any], bytes, str]] = [

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from app.errors import LabelsDiffer
-from app.labels import LabelMap, match_labels
+from app.errors import InvalidRequest, LabelsDiffer
+from app.labels import LabelMap, match_labels, name_classes
 
 
 def _of(*names: str) -> dict[str, Any]:
@@ -60,3 +60,29 @@ def test_long_lists_are_cut_off() -> None:
     assert len(raised.value.members["id2label"]) == 20
     assert "980 others" in raised.value.detail
     assert len(raised.value.detail) < 1500
+
+
+@pytest.mark.parametrize(
+    ("own", "given", "expected"),
+    [
+        (["cat", "dog"], ["cat", "dog"], None),
+        (["cat", "dog"], ["dog", "cat"], [1, 0]),
+        (["cat", "dog"], ["Dog", "Cat"], [1, 0]),
+        (["cat", "dog"], ["ant", "cat", "dog"], [1, 2]),
+        # Other words for the same classes, of which two may be equal.
+        (["n01", "n02"], ["crane", "dog"], None),
+        (["n01", "n02"], ["crane", "crane"], None),
+    ],
+)
+def test_a_spec_names_the_classes_of_a_file(own: list[str], given: list[str], expected: list[int] | None) -> None:
+    """By their names in whatever order, or by names that are none of them, in their order."""
+    assert name_classes(own, given) == expected
+
+
+@pytest.mark.parametrize(
+    "given", [["cat", "fox"], ["fox", "cow", "hen"], ["fox"], ["cat", "CAT"], ["dog", "dog", "cat"]]
+)
+def test_names_that_may_be_meant_either_way(given: list[str]) -> None:
+    """Partly the file's, more, fewer, or one twice: both lists are shown."""
+    with pytest.raises(InvalidRequest, match="the file's own are 'cat', 'dog'"):
+        name_classes(["cat", "dog"], given)

@@ -16,7 +16,7 @@ from analysis.networks import build
 from analysis.networks.timm import data_config
 from analysis.preprocess import Preprocess
 from app.errors import InvalidRequest
-from app.preprocessing import from_preprocessor_config, from_timm, given_preprocess
+from app.preprocessing import from_preprocessor_config, from_timm, given_preprocess, preprocess_of_config
 from tests.datafiles import encoded, picture
 
 SIZES = [(300, 241), (241, 300), (256, 256), (500, 333), (97, 120)]
@@ -157,6 +157,7 @@ def test_squashed_images_of_timm() -> None:
         ({"input_size": (3, 96, 120)}, "center"),
         ({"interpolation": "random"}, "resample"),
         ({"input_size": (1, 96, 96)}, "1 channels"),
+        ({"mean": 0.5}, "mean is 0.5"),
         ({"input_size": (5, 96, 96)}, "input_size"),
         ({"crop_pct": 0}, "crop_pct"),
     ],
@@ -168,3 +169,28 @@ def test_what_timm_says_and_we_cannot_is_refused(change: dict[str, Any], word: s
     with pytest.raises(InvalidRequest) as raised:
         from_timm({**config, **change})
     assert word in raised.value.detail
+
+
+def test_what_a_folder_of_timm_says_of_images() -> None:
+    """Its own numbers, where they differ from the registered ones; the network's arguments go before."""
+    numbers: dict[str, Any] = {
+        "input_size": [3, 224, 224],
+        "interpolation": "bilinear",
+        "mean": [0.1] * 3,
+        "std": [0.2] * 3,
+    }
+    numbers |= {"crop_pct": 0.7, "crop_mode": "center"}
+    config = {"architecture": "resnet18", "num_classes": 4, "pretrained_cfg": {**numbers, "tag": "mine", "url": None}}
+    found = preprocess_of_config(config)
+    assert found == from_timm(numbers) == given_preprocess(numbers)
+    assert (found["resize"], found["crop"], found["mean"]) == (320, [224, 224], [0.1] * 3)
+    assert preprocess_of_config({"architecture": "resnet18", **numbers}) == found
+    smaller = preprocess_of_config({**config, "model_args": {"img_size": 70}})
+    assert smaller is not None
+    assert (smaller["resize"], smaller["crop"]) == (100, [70, 70])
+    nothing: list[dict[str, Any]] = [{"model_args": {"in_chans": 5}}, {"model_args": {"in_chans": 1}}]
+    nothing += [{"pretrained_cfg": {**numbers, "mean": 3}}, {"pretrained_cfg": {**numbers, "input_size": 3}}]
+    assert [preprocess_of_config({**config, **change}) for change in nothing] == [None] * 4
+    assert preprocess_of_config({"model_type": "vit", **numbers}) is None
+    with pytest.raises(InvalidRequest, match="border"):
+        preprocess_of_config({**config, "pretrained_cfg": {**numbers, "crop_mode": "border"}})

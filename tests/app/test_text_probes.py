@@ -102,6 +102,25 @@ def test_texts_of_parquet_with_the_checkpoints_tokenizer(service: Service, tmp_p
     )
 
 
+def test_class_names_give_the_order_or_other_words(service: Service, tmp_path: Path) -> None:
+    """A file's own names are sorted; a network without names has another order, one with names other words."""
+    saved = models.saved_transformers("Bert", TEXT_MODELS["Bert"], tmp_path)
+    order = ["wild", "calm", "sad", "glad"]
+    file = parquet({"text": TEXTS[:-4], "label": [order[label] for label in LABELS[:-4]]})
+    ordered = _posted(service, "probes", {"tokenizer": _tokenizer(), "class_names": order}, file)
+    plain = _posted(service, "probes", {"tokenizer": _tokenizer()}, parquet({"text": TEXTS[:-4], "label": LABELS[:-4]}))
+    assert (ordered["class_names"], ordered["class_counts"]) == (order, plain["class_counts"])
+    reports = [service.report(_ended(service, saved, probe)) for probe in (ordered, plain)]
+    assert reports[0]["splits"] == reports[1]["splits"]
+    words = [f"very {name}" for name in sorted(order)]
+    config = {**saved.architecture["config"], "id2label": {str(i): f"very {name}" for i, name in enumerate(order)}}
+    named = Saved({"family": "transformers", "config": config}, saved.path, saved.library)
+    renamed = _posted(service, "probes", {"tokenizer": _tokenizer(), "class_names": words}, file)
+    report = service.report(_ended(service, named, renamed))
+    assert report["splits"] == reports[1]["splits"]
+    assert report["probe"]["label_map"] == {"matched": "name", "reordered": True}
+
+
 def _failure(service: Service, saved: Saved, probe: dict[str, Any]) -> dict[str, Any]:
     ended = _ended(service, saved, probe)
     assert ended["status"] == "failed", ended

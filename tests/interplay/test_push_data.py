@@ -60,6 +60,35 @@ def test_a_folder_of_class_folders(service: Service, folder: Path, tmp_path: Pat
     assert report["probe"]["preprocess_source"] == "checkpoint"
 
 
+def test_a_folder_of_parquet_files(service: Service, tmp_path: Path) -> None:
+    """As a clone of a dataset has it: one probe, whose report is that of a single file."""
+    contents = [encoded(picture(seed, 32, 32)) for seed in range(12)]
+    (tmp_path / "pets" / "data").mkdir(parents=True)
+    for name, rows in (
+        ("train-00000-of-00002", range(5)),
+        ("train-00001-of-00002", range(5, 9)),
+        ("test", range(9, 12)),
+    ):
+        columns = {"image": [contents[row] for row in rows], "label": [row % 2 for row in rows]}
+        saved(parquet(columns, names={"label": ["cat", "dog"]}), tmp_path / "pets" / "data", f"{name}.parquet")
+    probe = _pushed("probe", tmp_path / "pets", url=service.url)
+    assert (probe["name"], probe["format"], probe["class_names"]) == ("pets", "parquet", ["cat", "dog"])
+    assert (probe["splits"], probe["class_counts"]) == ({"train": 9, "test": 3}, [6, 6])
+    order = [9, 10, 11, *range(9)]
+    whole = {"image": [contents[row] for row in order], "label": [row % 2 for row in order]}
+    split = ["test"] * 3 + ["train"] * 9
+    single = _pushed("probe", saved(parquet({**whole, "split": split}), tmp_path, "whole"), url=service.url)
+    vit = models.saved_transformers("ViT", IMAGE_MODELS["ViT"], tmp_path)
+    with Client(service.url) as client:
+        checkpoint = client.push_checkpoint(vit.path, name="vit", architecture=vit.architecture)
+        analyses = [
+            client.create_analysis(checkpoint_id=checkpoint["id"], probe_id=each["id"], options={"batch_size": 4})
+            for each in (probe, single)
+        ]
+        reports = [service.report(client.wait(analysis["id"])) for analysis in analyses]
+    assert reports[0]["splits"] == reports[1]["splits"]
+
+
 def test_a_class_without_images_is_noticed(service: Service, folder: Path) -> None:
     """Empty folders go along."""
     (folder / "train" / "eel").mkdir()

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 _ENDED = ("succeeded", "failed", "cancelled")
 _LOOK_SECONDS = 0.25
 # So often something is sent where nothing happens: it keeps proxies from closing, and tells a silent line from a quiet
-# analysis. The client's own patience (interplay/waiting.py) is three of these.
+# analysis. The client (interplay/waiting.py) gives up a stream that is silent for one and a half of these.
 HEARTBEAT_SECONDS = 5.0
 
 

@@ -1,6 +1,6 @@
 """What users import and type: the client of an Interplay service, the `interplay` command, and the training loss.
 
-The loss needs torch, so its names are looked up only when they are asked for.
+What needs torch is looked up only when it is asked for.
 """
 
 from typing import Any
@@ -13,8 +13,39 @@ from interplay.client import (
     ServiceUnreachable,
     WaitTimeout,
 )
+from interplay.results import (
+    Analysis,
+    Checkpoint,
+    EvaluationReport,
+    FeatureSet,
+    PathReport,
+    Probe,
+    PruningReport,
+    Report,
+    ReportSummary,
+    SeriesReport,
+    SucceededAnalysis,
+)
 
-__all__ = ["AnalysisFailed", "Client", "InterplayError", "ProblemError", "ServiceUnreachable", "WaitTimeout"]
+__all__ = [
+    "Analysis",
+    "AnalysisFailed",
+    "Checkpoint",
+    "Client",
+    "EvaluationReport",
+    "FeatureSet",
+    "InterplayError",
+    "PathReport",
+    "Probe",
+    "ProblemError",
+    "PruningReport",
+    "Report",
+    "ReportSummary",
+    "SeriesReport",
+    "ServiceUnreachable",
+    "SucceededAnalysis",
+    "WaitTimeout",
+]
 
 _LOSSES = ("InterplayLoss", "hdr_loss", "mir_loss")
 

@@ -66,6 +66,7 @@ def get_analysis(id: schemas.Id, service: ServiceDep) -> schemas.Analysis:
 
 @router.get(
     "/analyses/{id}/events",
+    status_code=200,
     response_class=EventStream,
     responses={
         200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "Server-sent events"},

@@ -123,7 +123,7 @@ def slow_analysis(client: Client, checkpoint: Path, probe: Path) -> str:
         "checkpoint_id": client.push_checkpoint(checkpoint, name="net")["id"],
         "probe_id": client.push_probe(probe, name="digits", preprocess={"scale": 1 / 16})["id"],
     }
-    return client.create_analysis(**ids, options={"null_permutations": 300}, kind="evaluation")["id"]
+    return client.create_analysis(**ids, options={"null_permutations": 50})["id"]
 
 
 def test_wait_is_one_request(service: Service, mlp_checkpoint_file: Path, digits_probe_file: Path) -> None:

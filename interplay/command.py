@@ -21,7 +21,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from interplay import rendering
+from interplay import export, rendering
 from interplay.client import (
     DEFAULT_URL,
     AnalysisFailed,
@@ -499,6 +499,50 @@ def show(
     with _client(url, api_key) as client:
         body = client.get_report(report)
     _print(body, as_json, None if as_json else rendering.report_view(body))
+
+
+@app.command("export")
+def export_report(
+    report: Annotated[str, typer.Argument(metavar="REPORT", help="A report's id.", show_default=False)],
+    mlflow: Annotated[str | None, typer.Option(metavar="URI", help="Log a run to this MLflow tracking server.")] = None,
+    experiment: Annotated[str, typer.Option(metavar="NAME", help="Of MLflow; made where there is none.")] = "interplay",
+    run_name: Annotated[str | None, typer.Option(metavar="NAME", help="Default: what the report looks at.")] = None,
+    csv: Annotated[
+        Path | None, typer.Option(metavar="FILE", dir_okay=False, help="Write a row for each number, as CSV.")
+    ] = None,
+    parquet: Annotated[Path | None, typer.Option(metavar="FILE", dir_okay=False, help="The same as Parquet.")] = None,
+    url: Url = None,
+    api_key: ApiKey = None,
+    as_json: AsJson = False,
+) -> None:
+    """Hand a report to other tools: MLflow, CSV, Parquet. docs/report.md says what is in them."""
+    if mlflow is None and csv is None and parquet is None:
+        raise typer.BadParameter("Give one or more of --mlflow, --csv and --parquet.")
+    # MLflow tells its makers, and stdout, of each run; and it would try for minutes where nothing listens.
+    for name, value in (
+        ("DISABLE_TELEMETRY", "1"),
+        ("SUPPRESS_PRINTING_URL_TO_STDOUT", "1"),
+        ("HTTP_REQUEST_MAX_RETRIES", "3"),
+    ):
+        os.environ.setdefault(f"MLFLOW_{name}", value)
+    with _client(url, api_key) as client:
+        body = client.get_report(report)
+    done: dict[str, Any] = {"report_id": body["id"]}
+    try:
+        if csv is not None:
+            done["csv"] = {"file": str(csv), "rows": export.write_csv(body, csv)}
+        if parquet is not None:
+            done["parquet"] = {"file": str(parquet), "rows": export.write_parquet(body, parquet)}
+        if mlflow is not None:
+            run = export.log_to_mlflow(body, mlflow, experiment=experiment, run_name=run_name)
+            done["mlflow"] = run._asdict()
+    except export.MissingExtra as error:
+        _fail(EXIT_USAGE, "Not installed", str(error), {})
+    except export.ExportFailed as error:
+        _fail(EXIT_UNREACHABLE, str(error), "", {})
+    except OSError as error:
+        _fail(EXIT_USAGE, "A file cannot be written", str(error), {})
+    _print(done, as_json, rendering.export_text(done))
 
 
 @app.command("list")

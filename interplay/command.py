@@ -1,8 +1,8 @@
-"""The `interplay` command: push, analyze, show, list, cancel and delete over HTTP, and the way into the server.
+"""The `interplay` command: push, analyze, show, export, list, cancel and delete over HTTP, and the way into the server.
 
 Exit codes: 0 fine; 1 the analysis failed, was cancelled or took too long; 2 usage, which includes every problem that
-the service answers with; 3 the service cannot be reached. With --json stdout holds one JSON value and nothing else;
-errors and progress go to stderr.
+the service answers with; 3 the service, or MLflow, cannot be reached. With --json stdout holds one JSON value and
+nothing else; errors and progress go to stderr.
 """
 
 import enum

@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 
-from interplay.transport import Body, ProblemError, ServiceUnreachable, Transport, may_be_done
+from interplay.transport import Body, ProblemError, Retries, ServiceUnreachable, Transport, may_be_done
 
 # After the last byte of an upload the service still moves the file to its storage, which may be a slow bucket.
 _ANSWER_SECONDS = 600.0
@@ -42,7 +42,7 @@ def push(transport: Transport, collection: str, path: Path, spec: Mapping[str, A
             if unknown and not _is_stored_as_it_is(collection, path):
                 raise  # the service could not say whether it has it
             retries.pause(error)
-        if unknown and (kept := _kept(transport, collection, path, spec["name"], began)):
+        if unknown and (kept := _kept(transport, retries, collection, path, spec["name"], began)):
             return kept
 
 
@@ -58,17 +58,20 @@ def _send(transport: Transport, collection: str, path: Path, spec: Mapping[str, 
         return transport.call("POST", f"/v1/{collection}", files=parts, timeout=timeout)
 
 
-def _kept(transport: Transport, collection: str, path: Path, name: str, began: float) -> Body | None:
+def _kept(transport: Transport, retries: Retries, collection: str, path: Path, name: str, began: float) -> Body | None:
     """What an upload made whose answer was lost: of the same file, under the same name, since it began."""
     place = f"/v1/{collection}"
-    asked = transport.send("GET", place, params={"name": name, "limit": 1}, repeatable=True)
-    # By the service's own clock, which gives whole seconds.
-    now = parsedate_to_datetime(asked.headers["Date"])
+    asked = transport.send("GET", place, params={"name": name, "limit": 1}, repeatable=True, retries=retries)
+    try:
+        # The service's own clock, which gives whole seconds.
+        now = parsedate_to_datetime(asked.headers.get("Date", ""))
+    except ValueError:
+        raise ServiceUnreachable(f"Whether {transport.url} has kept the file cannot be told: no date came.") from None
     since = now - timedelta(seconds=time.monotonic() - began + 2)
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     query = {"name": name, "created_after": since.isoformat(), "limit": 100}
-    items: list[Body] = transport.call("GET", place, params=query, repeatable=True)["items"]
+    items: list[Body] = transport.call("GET", place, params=query, repeatable=True, retries=retries)["items"]
     return next((item for item in items if item["sha256"] == sha256), None)
 
 

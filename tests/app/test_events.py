@@ -15,6 +15,7 @@ import pytest
 from tests import services
 from tests.app.test_analyses import SLOW, pair
 from tests.app.test_uploads import problem
+from tests.databases import fresh_database, postgres_server
 from tests.services import Service, until
 
 Event = dict[str, Any]
@@ -150,6 +151,24 @@ def test_many_listeners_leave_room_for_others(any_service: Service, ids: Callabl
     waits, ends = asyncio.run(scenario())
     assert ends == ["cancelled"] * 100
     assert sorted(waits)[len(waits) // 2] < 0.25, waits
+
+
+def test_database_that_is_away_for_a_while(tmp_path: Path, ids: Callable[[Service], dict[str, str]]) -> None:
+    """A stream outlives a restart of the database, and then tells the end."""
+    with (
+        postgres_server() as server,
+        fresh_database(server.url) as url,
+        services.running(tmp_path / "data", database_url=url) as service,
+    ):
+        queued = service.analyze(**ids(service), options=SLOW)
+        path = f"/v1/analyses/{queued['id']}"
+        with service.client.stream("GET", f"{path}/events") as stream:
+            found = events(stream.iter_lines())
+            assert next(found)["event"] == "status"
+            server.restart(away_seconds=2)
+            with httpx.Client(base_url=service.url, trust_env=False) as other:
+                until(lambda: other.post(f"{path}/cancel").status_code == 200)
+            assert [*found][-1]["data"]["status"] == "cancelled"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -117,19 +117,19 @@ def test_limit_in_the_middle_of_a_stream(monkeypatch: pytest.MonkeyPatch) -> Non
 # --- with the service -----------------------------------------------------------------------------------------------
 
 
-def slow_analysis(client: Client, checkpoint: Path, probe: Path) -> str:
-    """The id of an analysis that takes a while."""
+def slow_analysis(client: Client, checkpoint: Path, probe: Path, permutations: int) -> str:
+    """The id of an analysis that takes a while, the longer the more permutations."""
     ids = {
         "checkpoint_id": client.push_checkpoint(checkpoint, name="net")["id"],
         "probe_id": client.push_probe(probe, name="digits", preprocess={"scale": 1 / 16})["id"],
     }
-    return client.create_analysis(**ids, options={"null_permutations": 50})["id"]
+    return client.create_analysis(**ids, options={"null_permutations": permutations})["id"]
 
 
 def test_wait_is_one_request(service: Service, mlp_checkpoint_file: Path, digits_probe_file: Path) -> None:
     """From a real service every change is heard as it happens, without a question in between."""
     with Client(service.url) as client:
-        analysis = slow_analysis(client, mlp_checkpoint_file, digits_probe_file)
+        analysis = slow_analysis(client, mlp_checkpoint_file, digits_probe_file, 15)
         phases: list[str] = []
         # So long a pause that asking could not have seen anything of it.
         ended = client.wait(
@@ -145,7 +145,7 @@ def test_service_that_starts_again_under_a_wait(
 ) -> None:
     """A service that is stopped, and started again on its port, is waited for, and the analysis' end is heard."""
     with services.running(tmp_path / "data") as service, Client(service.url) as client:
-        analysis = slow_analysis(client, mlp_checkpoint_file, digits_probe_file)
+        analysis = slow_analysis(client, mlp_checkpoint_file, digits_probe_file, 50)
         heard: list[str] = []
         ended: list[Any] = []
 

@@ -7,7 +7,7 @@ ARGS   ?=
 # Most tests wait for processes: two at a time keep two cores busy. A file's tests stay together, as they share services.
 TESTS  ?= -n 2 --dist loadfile
 
-.PHONY: setup demo phenomena test bench check format lock clean
+.PHONY: setup demo phenomena test bench check format types lock clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -43,6 +43,10 @@ check: setup
 format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# After a change of what the service answers: writes interplay/results.py anew.
+types: setup
+	$(BIN)/python -m tests.interplay.results
 
 # After a change of pins in pyproject.toml: installs them into an empty environment and writes down all that came.
 # A local label (torch's +cpu) names one index's build and is left out, so that the lock installs from any.

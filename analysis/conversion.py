@@ -105,8 +105,11 @@ def write_safetensors(
     for name, tensor in tensors.items():
         if tensor.layout is not torch.strided or tensor.is_quantized:
             raise ConversionError(f"{name!r} is sparse or quantised; write it as a plain tensor first.")
-    # Copies, as views into one storage would be refused or drag the whole of it along.
-    plain = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
+    # Copies, as views into one storage would be refused or drag the whole of it along; not on a GPU, which may be full.
+    plain = {
+        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
     metadata = {"format": "pt"} | ({} if architecture is None else {"architecture": json.dumps(architecture)})
     save_file(plain, path, metadata=metadata)
 

@@ -128,41 +128,66 @@ def _pass(
     n, (n_classes, n_features) = len(probe.labels), network.weight.shape
     features = torch.empty(n, n_features, device=device)
     logits = torch.empty(n, n_classes, device=device)
+    with recording(network) as calls, torch.inference_mode(), arithmetic(device, precision):
+        done = 0
+        for batch in probe.batches(size, device=device):
+            rows = slice(done, done + n_samples(batch))
+            features[rows], logits[rows] = features_of_batch(network, batch, calls, precision)
+            done = rows.stop
+            if progress:
+                progress("features", done, n)
+    return features, logits
+
+
+@contextmanager
+def recording(network: LoadedNetwork) -> Iterator[list[tuple[Any, Any]]]:
+    """Within the block the list gets what the head receives and gives, call by call."""
     calls: list[tuple[Any, Any]] = []
 
     def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         # A copy: the network may go on to change in place what its head gave.
         calls.append((args[0] if args else kwargs.get("input"), output.clone()))
 
-    head = module.get_submodule(network.head_name)
-    handle = head.register_forward_hook(record, with_kwargs=True)
+    handle = network.module.get_submodule(network.head_name).register_forward_hook(record, with_kwargs=True)
     try:
-        with torch.inference_mode(), arithmetic(device, precision):
-            done = 0
-            for batch in probe.batches(size, device=device):
-                calls.clear()
-                output = _forward(module, batch)
-                rows = slice(done, done + n_samples(batch))
-                received, given = _head_call(calls, network, batch)
-                if not isinstance(output, Tensor) or output.shape != (n_samples(batch), n_classes):
-                    shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
-                    detail = f"The network's output is {shape} and not the {n_classes} logits of its head"
-                    raise _not_the_head(network, detail)
-                if received.shape[1] == 1:
-                    features[rows] = received[:, 0]
-                else:
-                    tokens = _tokens_of_logits(network, batch, given, output)
-                    features[rows] = received[torch.arange(len(tokens), device=device), tokens]
-                logits[rows] = output
-                # Where the logits are a plain linear module's output, untouched, there is nothing to compute again.
-                if type(head) is not nn.Linear or not torch.equal(output, given[:, 0]):
-                    _check_identity(network, features[rows], logits[rows], _SAME_LOGITS[precision])
-                done = rows.stop
-                if progress:
-                    progress("features", done, n)
+        yield calls
     finally:
         handle.remove()
-    return features, logits
+
+
+def features_of_batch(
+    network: LoadedNetwork, batch: Inputs, calls: list[tuple[Any, Any]], precision: Precision | None
+) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n c"]]:
+    """What the head receives for each input of one batch, and the logits, checked against each other.
+
+    Args:
+        network: on the device of the batch.
+        batch: of inputs.
+        calls: of `recording`.
+        precision: of the forward pass; None where its logits' type is to say.
+
+    Raises:
+        AnalysisError: as `extract_features`.
+    """
+    n, n_classes = n_samples(batch), len(network.weight)
+    calls.clear()
+    output = _forward(network.module, batch)
+    received, given = _head_call(calls, network, batch)
+    if not isinstance(output, Tensor) or output.shape != (n, n_classes):
+        shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise _not_the_head(network, f"The network's output is {shape} and not the {n_classes} logits of its head")
+    if received.shape[1] == 1:
+        features = received[:, 0].float()
+    else:
+        tokens = _tokens_of_logits(network, batch, given, output)
+        features = received[torch.arange(n, device=received.device), tokens].float()
+    if precision is None:
+        precision = "float32" if output.dtype in (torch.float32, torch.float64) else "bfloat16"
+    # Where the logits are a plain linear module's output, untouched, there is nothing to compute again.
+    plain = type(network.module.get_submodule(network.head_name)) is nn.Linear
+    if not plain or not torch.equal(output, given[:, 0]):
+        _check_identity(network, features, output.float(), _SAME_LOGITS[precision])
+    return features, output.float()
 
 
 def _forward(module: nn.Module, batch: Inputs) -> Any:

@@ -15,6 +15,7 @@ import uvicorn
 import migrations
 from app import queue
 from app.database import make_engine
+from app.events import Events
 from app.main import create_app
 from app.settings import Settings, load_settings, start_logging
 
@@ -67,8 +68,9 @@ def _migrate(settings: Settings) -> None:
 
 
 def _serve(settings: Settings, *, with_worker: bool) -> int:
+    app = create_app(settings)
     config = uvicorn.Config(
-        create_app(settings),
+        app,
         host=settings.host,
         port=settings.port,
         http="httptools",
@@ -84,7 +86,7 @@ def _serve(settings: Settings, *, with_worker: bool) -> int:
     # Both ways of being stopped end in the `finally` below; uvicorn raises the signal again once it has shut down.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        _AnnouncedServer(config, worker).run(sockets=[listener])
+        _AnnouncedServer(config, worker, app.state.service.events).run(sockets=[listener])
     except KeyboardInterrupt:
         pass
     finally:
@@ -103,11 +105,15 @@ def _bind(settings: Settings) -> socket.socket:
 
 
 class _AnnouncedServer(uvicorn.Server):
-    """Says where it listens on the first line of standard output, and starts the worker once it does."""
+    """Says where it listens on the first line of standard output, and starts the worker once it does.
 
-    def __init__(self, config: uvicorn.Config, worker: "_SupervisedWorker | None") -> None:
+    When it stops, streams of events are ended first: it would wait for them otherwise.
+    """
+
+    def __init__(self, config: uvicorn.Config, worker: "_SupervisedWorker | None", events: Events) -> None:
         super().__init__(config)
         self._worker = worker
+        self._events = events
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -120,6 +126,10 @@ class _AnnouncedServer(uvicorn.Server):
         sys.stdout.flush()
         if self._worker is not None:
             self._worker.start()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._events.close()
+        await super().shutdown(sockets)
 
 
 class _SupervisedWorker:

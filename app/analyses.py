@@ -75,6 +75,12 @@ def get(engine: sa.Engine, id_: str) -> schemas.Analysis:
         return _view(session, engine, id_)
 
 
+def get_several(engine: sa.Engine, ids: Sequence[str]) -> list[schemas.Analysis]:
+    """Those of these that there are, in any order."""
+    with read(engine) as session:
+        return [_resource(*row) for row in session.execute(_select(engine).where(Analysis.id.in_(ids)))]
+
+
 def cancel(engine: sa.Engine, id_: str) -> schemas.Analysis:
     """Note the wish to cancel; what no worker has taken yet ends here, what runs is stopped by its worker.
 

@@ -14,6 +14,7 @@
     ├── InUse               409  what should be deleted is needed
     ├── IdempotencyConflict 409
     ├── NotCancellable      409
+    ├── TooManyStreams      503  of events
     └── Unavailable         503  the database or the storage does not answer
 
 Each kind is documented in docs/problems.md; a test fails where one is not.
@@ -115,6 +116,10 @@ class IdempotencyConflict(ServiceError):
 
 class NotCancellable(ServiceError):
     kind, title, status = "not-cancellable", "The analysis has already ended", 409
+
+
+class TooManyStreams(ServiceError):
+    kind, title, status = "too-many-streams", "Too many streams of events are open", 503
 
 
 class Unavailable(ServiceError):

@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from app import problems, queue, resources
 from app.admission import Admission
 from app.database import make_engine
+from app.events import Events
 from app.routes import Service, analyses, health
 from app.routes import resources as resource_routes
 from app.settings import Settings
@@ -27,7 +28,8 @@ and neural collapse. POST a checkpoint and a probe dataset, queue an analysis, r
 def create_app(settings: Settings) -> FastAPI:
     """The application; it connects to nothing before it serves."""
     engine = make_engine(settings)
-    service = Service(settings, engine, Storage(settings), queue.make_client(engine))
+    events = Events(engine, settings.max_event_streams)
+    service = Service(settings, engine, Storage(settings), queue.make_client(engine), events)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

@@ -58,6 +58,9 @@ class Settings(BaseSettings):
     max_features_bytes: int = Field(
         default=10 * 2**30, ge=0, description="Features kept for analyses that come again; 0 keeps none."
     )
+    max_event_streams: int = Field(
+        default=500, ge=0, description="Streams of events open at a time; clients beyond it ask again and again."
+    )
     analysis_timeout_seconds: float = Field(
         default=6 * 3600.0, gt=0, description="An attempt that computes for longer fails."
     )

@@ -13,7 +13,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 from rich.box import SIMPLE_HEAD
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from examples.service import Service, ServiceFailed, Stopped, check_signals, console, run_example, service
 from examples.training import Digits, Training, load, save_probe
-from interplay import Client
+from interplay import Client, EvaluationReport
 
 CHECKPOINT_EPOCHS = (0, 1, 2, 5, 10, 20, 50, 100, 150, 200)
 ARCHITECTURE = {
@@ -89,7 +88,7 @@ def train(digits: Digits, epochs: int) -> Iterator[tuple[int, dict[str, Tensor]]
 
 def train_and_analyse(
     client: Client, digits: Digits, probe_file: Path, epochs: int
-) -> list[tuple[int, dict[str, Any]]]:
+) -> list[tuple[int, EvaluationReport]]:
     """Push checkpoints while training goes on, queue an analysis of each; the epochs and their reports."""
     class_names = [str(digit) for digit in range(10)]
     probe = client.push_probe(probe_file, name="digits", class_names=class_names, preprocess=digits.preprocess)
@@ -112,13 +111,13 @@ def train_and_analyse(
             queued.append((epoch, analysis["id"]))
         reports = []
         for epoch, analysis_id in queued:
-            analysis = client.wait(analysis_id, timeout_seconds=ANALYSIS_SECONDS, on_progress=lambda _: check_signals())
-            reports.append((epoch, client.get_report(analysis["report_id"])))
+            ended = client.wait(analysis_id, timeout_seconds=ANALYSIS_SECONDS, on_progress=lambda _: check_signals())
+            reports.append((epoch, client.get_report(ended["report_id"], "evaluation")))
             bars.advance(analysing)
     return reports
 
 
-def results_table(reports: list[tuple[int, dict[str, Any]]]) -> Table:
+def results_table(reports: list[tuple[int, EvaluationReport]]) -> Table:
     """One row an epoch."""
     table = Table(box=SIMPLE_HEAD)
     for column in ("epoch", "train acc", "test acc", "MIR", "to optimum", "HDR", "NC1"):
@@ -143,7 +142,7 @@ def results_table(reports: list[tuple[int, dict[str, Any]]]) -> Table:
     return table
 
 
-def keep_up(running: Service, report: dict[str, Any]) -> None:
+def keep_up(running: Service, report: EvaluationReport) -> None:
     """Say what to try next, and wait for Ctrl-C."""
     interplay = Path(sys.executable).with_name("interplay")
     command = interplay.relative_to(Path.cwd()) if interplay.is_relative_to(Path.cwd()) else interplay

@@ -18,7 +18,7 @@ from torch import nn
 
 from examples.service import check_signals, console, run_example, service
 from examples.training import Digits, save_probe
-from interplay import Client
+from interplay import Analysis, Client
 
 Body = dict[str, Any]
 
@@ -55,10 +55,10 @@ class Experiment:
         safetensors.torch.save_file(network.state_dict(), path, metadata={"architecture": json.dumps(architecture)})
         return str(self.client.push_checkpoint(path, name=name)["id"])
 
-    def reports(self, analyses: Sequence[Body]) -> list[Body]:
+    def reports(self, analyses: Sequence[Analysis]) -> list[Body]:
         """Wait for all of them; their reports in the same order."""
         columns = (TextColumn("{task.description:24}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-        found = []
+        found: list[Any] = []
         with Progress(*columns, TimeElapsedColumn(), console=console) as bars:
             waiting = bars.add_task("analyses", total=len(analyses))
             for queued in analyses:

@@ -1,9 +1,10 @@
-"""What users import and type: the client of an Interplay service, the `interplay` command, and the training loss.
+"""What users import and type: the client of a service, the `interplay` command, and what a training script calls.
 
-The loss needs torch, so its names are looked up only when they are asked for.
+What needs torch is looked up only when it is asked for.
 """
 
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from interplay.client import (
     AnalysisFailed,
@@ -13,15 +14,66 @@ from interplay.client import (
     ServiceUnreachable,
     WaitTimeout,
 )
+from interplay.results import (
+    Analysis,
+    Checkpoint,
+    EvaluationReport,
+    FeatureSet,
+    PathReport,
+    Probe,
+    PruningReport,
+    Report,
+    ReportSummary,
+    SeriesReport,
+    SucceededAnalysis,
+)
 
-__all__ = ["AnalysisFailed", "Client", "InterplayError", "ProblemError", "ServiceUnreachable", "WaitTimeout"]
+__all__ = [
+    "Analysis",
+    "AnalysisFailed",
+    "Checkpoint",
+    "Client",
+    "EvaluationReport",
+    "FeatureSet",
+    "InterplayError",
+    "PathReport",
+    "Probe",
+    "ProblemError",
+    "PruningReport",
+    "Report",
+    "ReportSummary",
+    "SeriesReport",
+    "ServiceUnreachable",
+    "SucceededAnalysis",
+    "WaitTimeout",
+]
 
-_LOSSES = ("InterplayLoss", "hdr_loss", "mir_loss")
+# What needs torch, by its module.
+_LATER = {
+    "AnalysisError": "errors",
+    "ConversionError": "conversion",
+    "InterplayLoss": "losses",
+    "capture_features": "capturing",
+    "hdr_loss": "losses",
+    "mir_loss": "losses",
+    "save_checkpoint": "saving",
+}
 
+if TYPE_CHECKING:
+    from analysis.capturing import capture_features as capture_features
+    from analysis.conversion import ConversionError as ConversionError
+    from analysis.errors import AnalysisError as AnalysisError
+    from analysis.losses import InterplayLoss as InterplayLoss
+    from analysis.losses import hdr_loss as hdr_loss
+    from analysis.losses import mir_loss as mir_loss
+    from analysis.saving import save_checkpoint as save_checkpoint
+else:
 
-def __getattr__(name: str) -> Any:
-    if name not in _LOSSES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from analysis import losses
-
-    return getattr(losses, name)
+    def __getattr__(name: str) -> Any:
+        if name not in _LATER:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        try:
+            return getattr(importlib.import_module(f"analysis.{_LATER[name]}"), name)
+        except ModuleNotFoundError as error:
+            text = f"interplay.{name} needs {error.name}, which `pip install 'interplay[worker]'` brings"
+            raise ModuleNotFoundError(text, name=error.name) from error

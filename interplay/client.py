@@ -6,93 +6,64 @@
         analysis = client.create_analysis(checkpoint_id=checkpoint["id"], probe_id=probe["id"])
         report = client.get_report(client.wait(analysis["id"])["report_id"])
 
-Bodies are plain dictionaries, as the service sends them: /docs of a running service lists every field.
-
-    InterplayError          what a caller can expect to catch
-    ├── ProblemError        the service answered with a problem (RFC 9457)
-    ├── ServiceUnreachable  nothing answered at the URL, or what answered is no Interplay service
-    ├── AnalysisFailed      an analysis that was waited for ended as failed or cancelled
-    └── WaitTimeout         it had not ended when the time was up
+Results are plain dictionaries, as the service sends them; interplay/results.py gives editors and mypy their keys. What
+fails for a moment is tried again: interplay/transport.py says what, and what callers can catch.
 """
 
-import ipaddress
-import json
 import os
-import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar
-from urllib.parse import quote
+from typing import Any, Literal, Self, TypeVar, cast, overload
 
 import httpx
 
 from interplay.folders import packed_checkpoint, zipped_folder
+from interplay.results import (
+    Analysis,
+    Checkpoint,
+    EvaluationReport,
+    FeatureSet,
+    PathReport,
+    Probe,
+    PruningReport,
+    Report,
+    ReportSummary,
+    SeriesReport,
+    SucceededAnalysis,
+)
+from interplay.transport import (
+    DEFAULT_URL,
+    AnalysisFailed,
+    Body,
+    InterplayError,
+    ProblemError,
+    ServiceUnreachable,
+    Transport,
+    WaitTimeout,
+    segment,
+)
+from interplay.uploads import push
+from interplay.waiting import looks
 
-DEFAULT_URL = "http://127.0.0.1:8321"
-Body = dict[str, Any]
+__all__ = [
+    "DEFAULT_URL",
+    "AnalysisFailed",
+    "Body",
+    "Client",
+    "InterplayError",
+    "ProblemError",
+    "ServiceUnreachable",
+    "WaitTimeout",
+]
+
 # Mappings do not vary in their keys: without it a dict of whole numbers would not do.
 X = TypeVar("X", bound=float)
 Collection = Literal["checkpoints", "probes", "feature-sets", "analyses", "reports"]
 
-# uvicorn closes a connection that was idle for 5 s. Ours must go first: a request that is written while the other
-# side closes is lost, and an upload cannot be sent twice behind the caller's back.
-_KEEPALIVE_SECONDS = 2.0
-# After the last byte of an upload the service still moves the file to its storage, which may be a slow bucket.
-_UPLOAD_ANSWER_SECONDS = 600.0
-# `wait` outlives a restart of the service that is shorter than this.
-_OUTAGE_SECONDS = 20.0
-
-
-class InterplayError(Exception):
-    """Base of what this client raises; its text is meant for a person."""
-
-
-class ProblemError(InterplayError):
-    """The service answered with a problem.
-
-    Attributes:
-        status: HTTP status.
-        type: identifier of the kind of problem; docs/problems.md lists them.
-        title: the kind in words.
-        detail: what was wrong this time.
-        members: the problem's other members, such as lists of names.
-    """
-
-    def __init__(self, status: int, problem: Mapping[str, Any]) -> None:
-        members = dict(problem)
-        members.pop("status", None)
-        self.status = status
-        self.type = str(members.pop("type", "about:blank"))
-        self.title = str(members.pop("title", f"HTTP {status}"))
-        self.detail = str(members.pop("detail", ""))
-        self.members: Body = members
-        super().__init__(f"{self.title}: {self.detail}" if self.detail else self.title)
-
-
-class ServiceUnreachable(InterplayError):
-    """Nothing answered at the URL in time, or what answered is no Interplay service."""
-
-
-class AnalysisFailed(InterplayError):
-    """An analysis that was waited for ended as `failed` or `cancelled`.
-
-    Attributes:
-        analysis: its last state.
-        problem: why, as the service says it; None where it was cancelled.
-    """
-
-    def __init__(self, analysis: Body) -> None:
-        self.analysis = analysis
-        self.problem: Body | None = analysis.get("problem")
-        reason = f"{self.problem.get('title')}: {self.problem.get('detail')}" if self.problem else analysis["status"]
-        super().__init__(f"Analysis {analysis['id']}: {reason}")
-
-
-class WaitTimeout(InterplayError):
-    """The analysis had not ended when the time was up; it goes on."""
+_RETRY_SECONDS = 30.0
 
 
 class Client:
@@ -102,26 +73,27 @@ class Client:
         url: where the service listens; default the variable INTERPLAY_URL, else http://127.0.0.1:8321.
         api_key: sent as a bearer token; default the variable INTERPLAY_API_KEY, else none.
         timeout: seconds without a sign of life after which a call gives up.
+        retry_seconds: for so long a call that fails for a moment is tried again, in growing pauses; 0 tries once.
+            Default the variable INTERPLAY_RETRY_SECONDS, else 30.
 
     Raises:
-        ValueError: `url` is not an http or https URL.
+        ValueError: `url` is not an http or https URL, or `retry_seconds` no number of seconds.
     """
 
-    def __init__(self, url: str | None = None, api_key: str | None = None, timeout: float = 30.0) -> None:
-        self.url = (url or os.environ.get("INTERPLAY_URL") or DEFAULT_URL).rstrip("/")
-        key = api_key or os.environ.get("INTERPLAY_API_KEY")
-        host = _host(self.url)
-        if key and not (key.isascii() and key.isprintable()):
-            raise ValueError("The API key holds characters that a header cannot carry.")
-        self._timeout = httpx.Timeout(timeout)
-        self._http = httpx.Client(
-            base_url=self.url,
-            headers={"Authorization": f"Bearer {key}"} if key else {},
-            timeout=self._timeout,
-            limits=httpx.Limits(keepalive_expiry=_KEEPALIVE_SECONDS),
-            # A proxy from the environment is for other machines; it cannot reach our loopback.
-            trust_env=not _is_loopback(host),
+    def __init__(
+        self,
+        url: str | None = None,
+        api_key: str | None = None,
+        timeout: float = 30.0,
+        retry_seconds: float | None = None,
+    ) -> None:
+        self._transport = Transport(
+            url or os.environ.get("INTERPLAY_URL") or DEFAULT_URL,
+            api_key or os.environ.get("INTERPLAY_API_KEY"),
+            timeout,
+            _retry_seconds() if retry_seconds is None else retry_seconds,
         )
+        self.url = self._transport.url
 
     def __enter__(self) -> Self:
         return self
@@ -133,7 +105,7 @@ class Client:
 
     def close(self) -> None:
         """Close the connections."""
-        self._http.close()
+        self._transport.close()
 
     def push_checkpoint(
         self,
@@ -145,8 +117,10 @@ class Client:
         preprocess: Mapping[str, Any] | None = None,
         tokenizer: Mapping[str, Any] | None = None,
         metadata: Mapping[str, Any] | None = None,
-    ) -> Body:
+    ) -> Checkpoint:
         """Upload a safetensors checkpoint; it streams from disk, whatever its size.
+
+        Where the answer is lost the service is asked whether it has the file before it is sent again.
 
         Args:
             path: the file, or a Hugging Face folder: config.json, weights in one file or in shards with their index,
@@ -168,9 +142,9 @@ class Client:
         }
         path = Path(path)
         if not path.is_dir():
-            return self._push("checkpoints", path, spec)
+            return cast(Checkpoint, self._push("checkpoints", path, spec))
         with packed_checkpoint(path) as archive:
-            return self._push("checkpoints", archive, spec)
+            return cast(Checkpoint, self._push("checkpoints", archive, spec))
 
     def push_probe(
         self,
@@ -183,7 +157,7 @@ class Client:
         tokenizer: Mapping[str, Any] | None = None,
         max_length: int | None = None,
         metadata: Mapping[str, Any] | None = None,
-    ) -> Body:
+    ) -> Probe:
         """Upload a probe dataset; what is in the file is found by its content.
 
         Args:
@@ -211,13 +185,13 @@ class Client:
         }
         path = Path(path)
         if not path.is_dir():
-            return self._push("probes", path, spec)
+            return cast(Probe, self._push("probes", path, spec))
         with zipped_folder(path) as archive:
-            return self._push("probes", archive, spec)
+            return cast(Probe, self._push("probes", archive, spec))
 
-    def push_feature_set(self, path: str | Path, *, name: str, metadata: Mapping[str, Any] | None = None) -> Body:
+    def push_feature_set(self, path: str | Path, *, name: str, metadata: Mapping[str, Any] | None = None) -> FeatureSet:
         """Upload features, labels and head of a network that the service cannot build (safetensors)."""
-        return self._push("feature-sets", Path(path), {"name": name, "metadata": metadata})
+        return cast(FeatureSet, self._push("feature-sets", Path(path), {"name": name, "metadata": metadata}))
 
     def create_analysis(
         self,
@@ -228,7 +202,7 @@ class Client:
         kind: str = "evaluation",
         options: Mapping[str, Any] | None = None,
         idempotency_key: str | None = None,
-    ) -> Body:
+    ) -> Analysis:
         """Queue an analysis of a checkpoint on a probe, or of a feature set.
 
         Args:
@@ -272,7 +246,7 @@ class Client:
         probe_id: str,
         options: Mapping[str, Any] | None = None,
         idempotency_key: str | None = None,
-    ) -> Body:
+    ) -> Analysis:
         """Queue the straight line between the weights of two checkpoints of one architecture.
 
         Args:
@@ -293,7 +267,7 @@ class Client:
         probe_id: str,
         options: Mapping[str, Any] | None = None,
         idempotency_key: str | None = None,
-    ) -> Body:
+    ) -> Analysis:
         """Queue a sweep of magnitude pruning.
 
         Args:
@@ -313,7 +287,7 @@ class Client:
         probe_id: str,
         options: Mapping[str, Any] | None = None,
         idempotency_key: str | None = None,
-    ) -> Body:
+    ) -> Analysis:
         """Queue checkpoints of one architecture in the order of their numbers.
 
         Args:
@@ -332,14 +306,14 @@ class Client:
         }
         return self._queue(request, options, idempotency_key)
 
-    def _queue(self, request: Body, options: Mapping[str, Any] | None, idempotency_key: str | None) -> Body:
+    def _queue(self, request: Body, options: Mapping[str, Any] | None, idempotency_key: str | None) -> Analysis:
         body = {**request, "options": dict(options or {})}
-        key = idempotency_key or uuid.uuid4().hex
-        return self._call("POST", "/v1/analyses", json=body, headers={"Idempotency-Key": key}, repeatable=True)
+        headers = {"Idempotency-Key": idempotency_key or uuid.uuid4().hex}
+        return cast(Analysis, self._call("POST", "/v1/analyses", json=body, headers=headers, repeatable=True))
 
-    def get_analysis(self, analysis_id: str) -> Body:
+    def get_analysis(self, analysis_id: str) -> Analysis:
         """The state of an analysis."""
-        return self._call("GET", f"/v1/analyses/{_segment(analysis_id)}", repeatable=True)
+        return cast(Analysis, self._call("GET", f"/v1/analyses/{segment(analysis_id)}", repeatable=True))
 
     def wait(
         self,
@@ -347,48 +321,61 @@ class Client:
         *,
         poll_seconds: float = 0.25,
         timeout_seconds: float | None = None,
-        on_progress: Callable[[Body], None] | None = None,
-    ) -> Body:
-        """Block until an analysis has succeeded, and return it. A short outage of the service is sat out.
+        on_progress: Callable[[Analysis], None] | None = None,
+    ) -> SucceededAnalysis:
+        """Block until an analysis has succeeded, and return it.
+
+        The service tells what happens as it happens; where that does not get through, it is asked again and again. A
+        restart of the service is sat out, for as long as calls are tried again.
 
         Args:
             analysis_id: which.
-            poll_seconds: pause between two looks.
+            poll_seconds: pause between two questions, where the service cannot tell by itself.
             timeout_seconds: give up after so long; the analysis goes on.
-            on_progress: called with the analysis at each look.
+            on_progress: called with the analysis whenever something is heard of it.
 
         Raises:
             AnalysisFailed: it failed or was cancelled.
             WaitTimeout: the time was up.
         """
-        started = last_answer = time.monotonic()
-        answered = False
-        while True:
-            try:
-                analysis = self.get_analysis(analysis_id)
-            except (ServiceUnreachable, ProblemError) as error:
-                restarting = not isinstance(error, ProblemError) or error.status in (502, 503, 504)
-                if not (answered and restarting and time.monotonic() - last_answer < _OUTAGE_SECONDS):
-                    raise
-            else:
-                answered, last_answer = True, time.monotonic()
-                if on_progress is not None:
-                    on_progress(analysis)
-                if analysis["status"] == "succeeded":
-                    return analysis
-                if analysis["status"] in ("failed", "cancelled"):
-                    raise AnalysisFailed(analysis)
-            if timeout_seconds is not None and time.monotonic() - started >= timeout_seconds:
-                raise WaitTimeout(f"Analysis {analysis_id} has not ended within {timeout_seconds:g} s; it goes on.")
-            time.sleep(poll_seconds)
+        for state in looks(self._transport, analysis_id, poll_seconds=poll_seconds, timeout_seconds=timeout_seconds):
+            if on_progress is not None:
+                on_progress(cast(Analysis, state))
+            if state["status"] == "succeeded":
+                return cast(SucceededAnalysis, state)
+            if state["status"] in ("failed", "cancelled"):
+                raise AnalysisFailed(state)
+        raise AssertionError("looks go on until the time is up, which raises")
 
-    def cancel(self, analysis_id: str) -> Body:
+    def cancel(self, analysis_id: str) -> Analysis:
         """Stop an analysis at its next step."""
-        return self._call("POST", f"/v1/analyses/{_segment(analysis_id)}/cancel")
+        # To want it twice is to want it.
+        return cast(Analysis, self._call("POST", f"/v1/analyses/{segment(analysis_id)}/cancel", repeatable=True))
 
-    def get_report(self, report_id: str) -> Body:
-        """A report, whole."""
-        return self._call("GET", f"/v1/reports/{_segment(report_id)}", repeatable=True)
+    @overload
+    def get_report(self, report_id: str) -> Report: ...
+    @overload
+    def get_report(self, report_id: str, kind: Literal["evaluation"]) -> EvaluationReport: ...
+    @overload
+    def get_report(self, report_id: str, kind: Literal["path"]) -> PathReport: ...
+    @overload
+    def get_report(self, report_id: str, kind: Literal["pruning"]) -> PruningReport: ...
+    @overload
+    def get_report(self, report_id: str, kind: Literal["series"]) -> SeriesReport: ...
+    def get_report(self, report_id: str, kind: str | None = None) -> Report:
+        """A report, whole.
+
+        Args:
+            report_id: which.
+            kind: what it is expected to be of; with it editors and mypy know the report's keys.
+
+        Raises:
+            InterplayError: it is of another kind.
+        """
+        report = self._call("GET", f"/v1/reports/{segment(report_id)}", repeatable=True)
+        if kind is not None and report.get("kind") != kind:
+            raise InterplayError(f"The report {report_id} is of the kind {report.get('kind')}, not {kind}.")
+        return cast(Report, report)
 
     def get_chart(self, report_id: str, name: str = "overview", *, format: str = "svg") -> bytes:
         """A picture of a report.
@@ -398,14 +385,70 @@ class Client:
             name: `overview` shows the whole; the problem for another name lists what there is.
             format: `svg`, `png`, or `json` for the Vega-Lite specification.
         """
-        path = f"/v1/reports/{_segment(report_id)}/charts/{_segment(name)}.{_segment(format)}"
+        path = f"/v1/reports/{segment(report_id)}/charts/{segment(name)}.{segment(format)}"
         picture: bytes = self._send("GET", path, repeatable=True).content
         return picture
 
     def delete(self, collection: Collection, resource_id: str) -> None:
         """Delete a checkpoint, probe or feature set that no analysis needs."""
-        self._send("DELETE", f"/v1/{collection}/{_segment(resource_id)}")
+        retries = self._transport.retries()
+        try:
+            self._transport.send("DELETE", f"/v1/{collection}/{segment(resource_id)}", repeatable=True, retries=retries)
+        except ProblemError as error:
+            # The first attempt did it, and its answer was lost.
+            if not (error.status == 404 and retries.used):
+                raise
 
+    @overload
+    def list(
+        self,
+        collection: Literal["checkpoints"],
+        *,
+        limit: int | None = None,
+        page_size: int = 100,
+        metadata: Mapping[str, Any] | None = None,
+        **filters: str | datetime | None,
+    ) -> Iterator[Checkpoint]: ...
+    @overload
+    def list(
+        self,
+        collection: Literal["probes"],
+        *,
+        limit: int | None = None,
+        page_size: int = 100,
+        metadata: Mapping[str, Any] | None = None,
+        **filters: str | datetime | None,
+    ) -> Iterator[Probe]: ...
+    @overload
+    def list(
+        self,
+        collection: Literal["feature-sets"],
+        *,
+        limit: int | None = None,
+        page_size: int = 100,
+        metadata: Mapping[str, Any] | None = None,
+        **filters: str | datetime | None,
+    ) -> Iterator[FeatureSet]: ...
+    @overload
+    def list(
+        self,
+        collection: Literal["analyses"],
+        *,
+        limit: int | None = None,
+        page_size: int = 100,
+        metadata: Mapping[str, Any] | None = None,
+        **filters: str | datetime | None,
+    ) -> Iterator[Analysis]: ...
+    @overload
+    def list(
+        self,
+        collection: Literal["reports"],
+        *,
+        limit: int | None = None,
+        page_size: int = 100,
+        metadata: Mapping[str, Any] | None = None,
+        **filters: str | datetime | None,
+    ) -> Iterator[ReportSummary]: ...
     def list(
         self,
         collection: Collection,
@@ -414,7 +457,7 @@ class Client:
         page_size: int = 100,
         metadata: Mapping[str, Any] | None = None,
         **filters: str | datetime | None,
-    ) -> Iterator[Body]:
+    ) -> Iterator[Any]:
         """Every resource of a collection that the filters let through, newest first, page by page.
 
         Args:
@@ -446,82 +489,28 @@ class Client:
             query["cursor"] = page["next_cursor"]
 
     def _push(self, collection: Collection, path: Path, spec: Mapping[str, Any]) -> Body:
-        timeout = httpx.Timeout(self._timeout)
-        timeout.read = max(_UPLOAD_ANSWER_SECONDS, timeout.read or 0.0)
-        with path.open("rb") as file:
-            # The spec goes first: whoever looks at what is on its way sees what it is.
-            parts = [
-                ("spec", (None, json.dumps(_given(spec)).encode(), "application/json")),
-                ("file", (path.name, file, "application/octet-stream")),
-            ]
-            return self._call("POST", f"/v1/{collection}", files=parts, timeout=timeout)
+        return push(self._transport, collection, path, _given(spec))
 
     def _call(self, method: str, path: str, **request: Any) -> Body:
-        return self._body(self._send(method, path, **request))
+        return self._transport.call(method, path, **request)
 
     def _send(self, method: str, path: str, **request: Any) -> httpx.Response:
-        response = self._exchange(method, path, **request)
-        if response.is_success:
-            return response
-        try:
-            problem = response.json()
-        except ValueError:
-            problem = None
-        if not isinstance(problem, dict):
-            # Not ours: a proxy between here and the service, or another server.
-            problem = {"title": f"{self.url} answered {response.status_code}", "detail": response.text[:300].strip()}
-        raise ProblemError(response.status_code, problem)
-
-    def _exchange(self, method: str, path: str, *, repeatable: bool = False, **request: Any) -> httpx.Response:
-        try:
-            return self._http.request(method, path, **request)
-        except (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError) as error:
-            if repeatable:  # the connection broke, and doing it twice does no harm
-                return self._exchange(method, path, **request)
-            raise ServiceUnreachable(f"The connection to {self.url} broke: {error or type(error).__name__}.") from error
-        except httpx.TimeoutException as error:
-            raise ServiceUnreachable(f"{self.url} did not answer in time ({type(error).__name__}).") from error
-        except httpx.TransportError as error:
-            raise ServiceUnreachable(f"{self.url} cannot be reached: {error or type(error).__name__}.") from error
-        except httpx.DecodingError as error:
-            raise ServiceUnreachable(f"What answers at {self.url} is no Interplay service: {error}.") from error
-
-    def _body(self, response: httpx.Response) -> Body:
-        try:
-            body = response.json()
-        except ValueError:
-            body = None
-        if not isinstance(body, dict):
-            raise ServiceUnreachable(f"What answers at {self.url} is no Interplay service: its answer is not JSON.")
-        return body
+        return self._transport.send(method, path, **request)
 
 
-def _host(url: str) -> str:
+def _retry_seconds() -> float:
+    text = os.environ.get("INTERPLAY_RETRY_SECONDS") or str(_RETRY_SECONDS)
     try:
-        parsed = httpx.URL(url)
-    except httpx.InvalidURL as error:
-        raise ValueError(f"{url!r} is not a URL: {error}") from None
-    if parsed.scheme not in ("http", "https") or not parsed.host:
-        raise ValueError(f"{url!r} is not an http or https URL, such as {DEFAULT_URL}")
-    return parsed.host
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
+        seconds = float(text)
     except ValueError:
-        return False
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise ValueError(f"INTERPLAY_RETRY_SECONDS is {text!r}; it must be a number of seconds, at least 0.")
+    return seconds
 
 
 def _given(values: Mapping[str, Any]) -> Body:
     return {key: value for key, value in values.items() if value is not None}
-
-
-def _segment(identifier: str) -> str:
-    # An id is typed by people: "a/b" or "?x" must stay one unknown id, never become another route.
-    return quote(identifier, safe="") or "%20"
 
 
 def _metadata_text(value: Any) -> str:

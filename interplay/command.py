@@ -1,8 +1,8 @@
-"""The `interplay` command: push, analyze, show, list, cancel and delete over HTTP, and the way into the server.
+"""The `interplay` command: push, analyze, show, export, list, cancel and delete over HTTP, and the way into the server.
 
 Exit codes: 0 fine; 1 the analysis failed, was cancelled or took too long; 2 usage, which includes every problem that
-the service answers with; 3 the service cannot be reached. With --json stdout holds one JSON value and nothing else;
-errors and progress go to stderr.
+the service answers with; 3 the service, or MLflow, cannot be reached. With --json stdout holds one JSON value and
+nothing else; errors and progress go to stderr.
 """
 
 import enum
@@ -21,16 +21,16 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from interplay import rendering
+from interplay import export, rendering
 from interplay.client import (
     DEFAULT_URL,
     AnalysisFailed,
-    Body,
     Client,
     ProblemError,
     ServiceUnreachable,
     WaitTimeout,
 )
+from interplay.results import Analysis
 
 EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE = 1, 2, 3
 
@@ -536,6 +536,50 @@ def show(
     _print(body, as_json, None if as_json else rendering.report_view(body))
 
 
+@app.command("export")
+def export_report(
+    report: Annotated[str, typer.Argument(metavar="REPORT", help="A report's id.", show_default=False)],
+    mlflow: Annotated[str | None, typer.Option(metavar="URI", help="Log a run to this MLflow tracking server.")] = None,
+    experiment: Annotated[str, typer.Option(metavar="NAME", help="Of MLflow; made where there is none.")] = "interplay",
+    run_name: Annotated[str | None, typer.Option(metavar="NAME", help="Default: what the report looks at.")] = None,
+    csv: Annotated[
+        Path | None, typer.Option(metavar="FILE", dir_okay=False, help="Write a row for each number, as CSV.")
+    ] = None,
+    parquet: Annotated[Path | None, typer.Option(metavar="FILE", dir_okay=False, help="The same as Parquet.")] = None,
+    url: Url = None,
+    api_key: ApiKey = None,
+    as_json: AsJson = False,
+) -> None:
+    """Hand a report to other tools: MLflow, CSV, Parquet. docs/report.md says what is in them."""
+    if mlflow is None and csv is None and parquet is None:
+        raise typer.BadParameter("Give one or more of --mlflow, --csv and --parquet.")
+    # MLflow tells its makers, and stdout, of each run; and it would try for minutes where nothing listens.
+    for name, value in (
+        ("DISABLE_TELEMETRY", "1"),
+        ("SUPPRESS_PRINTING_URL_TO_STDOUT", "1"),
+        ("HTTP_REQUEST_MAX_RETRIES", "3"),
+    ):
+        os.environ.setdefault(f"MLFLOW_{name}", value)
+    with _client(url, api_key) as client:
+        body = client.get_report(report)
+    done: dict[str, Any] = {"report_id": body["id"]}
+    try:
+        if csv is not None:
+            done["csv"] = {"file": str(csv), "rows": export.write_csv(body, csv)}
+        if parquet is not None:
+            done["parquet"] = {"file": str(parquet), "rows": export.write_parquet(body, parquet)}
+        if mlflow is not None:
+            run = export.log_to_mlflow(body, mlflow, experiment=experiment, run_name=run_name)
+            done["mlflow"] = run._asdict()
+    except export.MissingExtra as error:
+        _fail(EXIT_USAGE, "Not installed", str(error), {})
+    except export.ExportFailed as error:
+        _fail(EXIT_UNREACHABLE, str(error), "", {})
+    except OSError as error:
+        _fail(EXIT_USAGE, "A file cannot be written", str(error), {})
+    _print(done, as_json, rendering.export_text(done))
+
+
 @app.command("list")
 def list_collection(
     collection: Annotated[Listed, typer.Argument(show_default=False)],
@@ -675,13 +719,13 @@ def _fail(code: int, title: str, detail: str, members: Any) -> NoReturn:
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[Body], None]]:
+def _progress() -> Iterator[Callable[[Analysis], None]]:
     """Yields what to call with each look at an analysis: a bar on a terminal, elsewhere a line for each change."""
     err = rendering.console(stderr=True)
     if not err.is_terminal:
         seen = [""]
 
-        def print_line(analysis: Body) -> None:
+        def print_line(analysis: Analysis) -> None:
             line = rendering.progress_line(analysis)
             if line != seen[0]:
                 typer.echo(line, err=True)
@@ -693,7 +737,7 @@ def _progress() -> Iterator[Callable[[Body], None]]:
     with Progress(*columns, console=err, transient=True) as bar:
         task = bar.add_task("queued", total=None)
 
-        def move_bar(analysis: Body) -> None:
+        def move_bar(analysis: Analysis) -> None:
             progress = analysis["progress"]
             description = rendering.progress_line(analysis)
             bar.update(task, description=description, completed=progress["done"], total=progress["total"] or None)

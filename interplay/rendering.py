@@ -216,6 +216,16 @@ def conversion_text(body: Body) -> str:
     return "\n".join(lines)
 
 
+def export_text(done: Body) -> str:
+    """Where a report went, a line for each place."""
+    lines = [
+        f"{printable(done[form]['file'])}, {done[form]['rows']:,} rows" for form in ("csv", "parquet") if form in done
+    ]
+    if run := done.get("mlflow"):
+        lines.append(f"MLflow run {printable(run['run_id'])}, {run['n_metrics']:,} metrics")
+    return "\n".join(lines)
+
+
 def _heading(report: Body) -> Table:
     probe, provenance = report["probe"], report["provenance"]
     table = Table.grid(padding=(0, 2))

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import sqlalchemy as sa
 from fastapi import Depends, Request
 
+from app.events import Events
 from app.queue import Client
 from app.schemas import Problem
 from app.settings import Settings
@@ -20,6 +21,7 @@ class Service:
     engine: sa.Engine
     storage: Storage
     queue: Client
+    events: Events
 
 
 def _service(request: Request) -> Service:

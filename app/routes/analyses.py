@@ -9,6 +9,7 @@ from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
 from app import analyses, reports, schemas
 from app.database import read
 from app.errors import NotFound
+from app.events import EventStream
 from app.listing import Listing, listing_with, page
 from app.models import Report
 from app.routes import ServiceDep, problems
@@ -19,6 +20,7 @@ AnalysisListing = Annotated[Listing, Depends(listing_with(*_FILTERS, "status"))]
 ReportListing = Annotated[Listing, Depends(listing_with(*_FILTERS))]
 KindFilter = Annotated[str | None, Query(max_length=30, pattern=schemas.PLAIN_TEXT)]
 IdempotencyKey = Annotated[str | None, Header(min_length=1, max_length=255, pattern=schemas.PLAIN_TEXT)]
+LastEventId = Annotated[str | None, Header(max_length=100, pattern=schemas.PLAIN_TEXT)]
 IdFilter = Annotated[str | None, Query(max_length=36, pattern=schemas.PLAIN_TEXT)]
 
 
@@ -60,6 +62,23 @@ def list_analyses(
 @router.get("/analyses/{id}", responses=problems(404))
 def get_analysis(id: schemas.Id, service: ServiceDep) -> schemas.Analysis:
     return analyses.get(service.engine, id)
+
+
+@router.get(
+    "/analyses/{id}/events",
+    status_code=200,
+    response_class=EventStream,
+    responses={
+        200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "Server-sent events"},
+        **problems(404, 503),
+    },
+)
+async def listen_to_analysis(id: schemas.Id, service: ServiceDep, last_event_id: LastEventId = None) -> Response:
+    """An analysis as it goes on: `event: status`, `progress` and, last, `final`, `data` being the analysis each time.
+
+    Whoever connects again gets its present state, unless `Last-Event-ID` names it. Comments come every few seconds.
+    """
+    return await service.events.listen(id, last_event_id)
 
 
 @router.post("/analyses/{id}/cancel", responses=problems(404, 409))

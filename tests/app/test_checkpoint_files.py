@@ -52,6 +52,7 @@ def test_a_folder_of_shards_is_one_call(service: Service, vit: tuple[Saved, Path
         checkpoint = client.push_checkpoint(folder, name="vit")
         again = client.push_checkpoint(folder, name="again")
     assert checkpoint["architecture"]["family"] == "transformers"
+    assert checkpoint["preprocess"] is not None
     assert checkpoint["preprocess"]["resize"] == [32, 32]
     assert (checkpoint["prefix"], checkpoint["ignored"]) == ("", {})
     assert checkpoint["sha256"] == again["sha256"]

@@ -1,14 +1,16 @@
 """A loopback server that plays faults which a sound service does not have: broken connections, proxies' pages, 503s."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 from typing import Any
 
+Answer = tuple[int, bytes] | tuple[int, bytes, dict[str, str]]
 BREAK = (0, b"")  # close the connection in place of an answer
+HOLD = b"hold"  # in a stream: say nothing more until the other side goes away
 
 
 @dataclass
@@ -25,21 +27,34 @@ class Seen:
 
 @dataclass
 class Scripted:
-    """Where the server listens, what it will answer (the last answer for ever) and what it was asked."""
+    """Where the server listens, what it will answer (the last answer for ever) and what it was asked.
+
+    Streams of events are a script of their own; where that has ended there is no such route.
+    """
 
     url: str
-    answers: list[tuple[int, bytes]]
+    answers: list[Answer]
+    streams: list[list[bytes]]
     seen: list[Seen] = field(default_factory=list)
 
+    def asked(self) -> list[Seen]:
+        """What was asked but for streams of events."""
+        return [seen for seen in self.seen if not seen.target.endswith("/events")]
 
-def answer(body: Any, status: int = 200) -> tuple[int, bytes]:
-    """A JSON answer."""
-    return status, json.dumps(body).encode()
+
+def answer(body: Any, status: int = 200, **headers: str) -> Answer:
+    """A JSON answer; `retry_after` is the header Retry-After."""
+    return status, json.dumps(body).encode(), {name.replace("_", "-"): value for name, value in headers.items()}
+
+
+def event(body: Any, name: str = "status") -> bytes:
+    """One server-sent event."""
+    return f"event: {name}\ndata: {json.dumps(body, ensure_ascii=False)}\n\n".encode()
 
 
 @contextmanager
-def scripted(*answers: tuple[int, bytes]) -> Iterator[Scripted]:
-    """A server that gives these answers, one after the other."""
+def scripted(*answers: Answer, streams: Sequence[list[bytes]] = ()) -> Iterator[Scripted]:
+    """A server that gives these answers, one after the other; a stream is what it sends before it closes."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -54,20 +69,38 @@ def scripted(*answers: tuple[int, bytes]) -> Iterator[Scripted]:
                 chunk = self.rfile.read(min(left, 2**16))
                 start, end, left = start or chunk, (end + chunk)[-200:], left - len(chunk)
             script.seen.append(Seen(self.command, self.path, dict(self.headers), length, start, end))
-            status, body = script.answers.pop(0) if len(script.answers) > 1 else script.answers[0]
+            if self.path.endswith("/events"):
+                self.stream(script.streams.pop(0) if script.streams else None)
+                return
+            status, body, *headers = script.answers.pop(0) if len(script.answers) > 1 else script.answers[0]
             if (status, body) == BREAK:
                 self.close_connection = True
                 return
             self.send_response(status)
+            for name, value in headers[0].items() if headers else ():
+                self.send_header(name, value)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
+
+        def stream(self, chunks: list[bytes] | None) -> None:
+            self.close_connection = True
+            self.send_response(404 if chunks is None else 200)
+            self.send_header("Content-Type", "text/event-stream")
+            self.send_header("Connection", "close")
+            self.end_headers()
+            for chunk in chunks or ():
+                if chunk == HOLD:
+                    self.connection.recv(1)
+                    return
+                self.wfile.write(chunk)
+                self.wfile.flush()
 
         do_GET = do_POST = do_DELETE = respond  # noqa: N815 - names of http.server
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
-    script = Scripted(f"http://127.0.0.1:{server.server_address[1]}", list(answers))
+    script = Scripted(f"http://127.0.0.1:{server.server_address[1]}", list(answers), list(streams))
     thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:

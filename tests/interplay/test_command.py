@@ -56,6 +56,7 @@ def test_installed_entry_point_is_this_command() -> None:
     [
         ("list", "probes"),
         ("show", "x"),
+        ("export", "x", "--csv", "x.csv"),
         ("cancel", "x"),
         ("delete", "probes", "x"),
         ("analyze", "--features", "x"),
@@ -110,6 +111,7 @@ def test_unreachable_service_is_3(arguments: tuple[str, ...], as_json: bool) -> 
         (("push", "checkpoint", __file__, "--metadata", "epoch"), "KEY=VALUE"),
         (("push", "probe", __file__, "--class-names", '{"a": 1}'), "JSON list of texts"),
         (("push", "probe", __file__, "--class-names", "[1, 2]"), "JSON list of texts"),
+        (("export", "x"), "Give one or more of"),
         (("show", "x", "--chart", "x.gif"), ".svg, .png or .json"),
         (("show", "x", "--url", "ftp://x"), "not an http or https URL"),
         (("show", "x", "--api-key", "a\nb"), "header cannot carry"),
@@ -164,7 +166,7 @@ def test_cancelled_analysis_and_a_wait_that_is_too_long_are_1() -> None:
 def test_service_that_vanishes_during_an_upload_is_3() -> None:
     """A connection that breaks in the middle is the service's absence, not a usage error."""
     with scripted(BREAK) as server:
-        ran = interplay("push", "features", __file__, url=server.url)
+        ran = interplay("push", "features", __file__, url=server.url, INTERPLAY_RETRY_SECONDS="1")
     assert ran.returncode == 3
     assert "broke" in ran.stderr
 

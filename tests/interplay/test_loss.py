@@ -15,7 +15,7 @@ def test_loss_is_found_where_users_look_for_it() -> None:
     assert interplay.mir_loss is losses.mir_loss
     assert interplay.hdr_loss is losses.hdr_loss
     with pytest.raises(AttributeError, match="nothing"):
-        _ = interplay.nothing
+        _ = interplay.nothing  # type: ignore[attr-defined]
 
 
 def test_importing_the_client_does_not_load_torch() -> None:

@@ -1,0 +1,596 @@
+"""What the service answers: dictionaries, as JSON has them, with keys and types for editors and mypy.
+
+Made from the service's own models by `make types`; a test fails where the two differ. Times are texts (ISO 8601). A
+report that an earlier version wrote may lack a key that is `NotRequired`.
+"""
+
+from typing import Any, Literal, NotRequired, TypedDict
+
+
+class Alignment(TypedDict):
+    """How B's hidden units were permuted before the path; its last point is then the permuted B."""
+
+    n_groups: int
+    sweeps: int
+    gain: float
+    change_of_logits: float
+
+
+class Axis(TypedDict):
+    """What a series runs along: a name, and for each checkpoint a number, rising."""
+
+    name: str
+    values: list[float]
+
+
+class Progress(TypedDict):
+    done: int
+    total: int
+    phase: str
+
+
+class Analysis(TypedDict):
+    id: str
+    kind: str
+    name: str
+    status: Literal["queued", "running", "succeeded", "failed", "cancelled"]
+    progress: Progress
+    checkpoint_id: str | None
+    checkpoint_ids: list[str]
+    probe_id: str | None
+    feature_set_id: str | None
+    axis: Axis | None
+    options: dict[str, Any]
+    attempts: int
+    created_at: str
+    started_at: str | None
+    finished_at: str | None
+    report_id: str | None
+    problem: dict[str, Any] | None
+
+
+class Barrier(TypedDict):
+    """How far a value on the path exceeds what it is compared with, and at which w it does so most."""
+
+    value: float
+    at: float
+
+
+class BarrierForms(TypedDict):
+    """The three forms in use: Frankle's over the mean of the ends, Entezari's over the chord, their code's at 1/2."""
+
+    frankle: Barrier
+    entezari: Barrier
+    midpoint: float | None
+
+
+class Distance(TypedDict):
+    mir: float | None
+    hdr: float | None
+
+
+class Method(TypedDict):
+    """How the joint spectrum was computed; `error_estimate` bounds the error of MIR."""
+
+    name: str
+    kept: int
+    total: int
+    tail_mass: float
+    error_estimate: float
+
+
+class Null(TypedDict):
+    """The permutation baseline of MIR, and the observed value on the same samples."""
+
+    mean: float
+    std: float
+    n: int
+    n_samples: int
+    observed: float
+
+
+class Optimum(TypedDict):
+    """MIR and HDR where neural collapse leads, for these class counts; `reachable` where d >= C - 1."""
+
+    mir: float | None
+    hdr: float | None
+    reachable: bool
+
+
+class Interplay(TypedDict):
+    """MIR and HDR at one level and centring, with everything needed to read them. Entropies are in nats."""
+
+    mir: float | None
+    hdr: float | None
+    mutual_information: float | None
+    entropy_features: float | None
+    entropy_head: float | None
+    entropy_joint: float | None
+    optimum: Optimum
+    distance_to_optimum: Distance
+    null: Null | None
+    mir_z: float | None
+    degenerate_samples: int
+    degenerate_classes: int
+    method: Method | None
+    reasons: dict[str, str]
+
+
+Centrings = TypedDict("Centrings", {"none": Interplay, "global": Interplay})
+
+
+class Charts(TypedDict):
+    """What GET /v1/reports/{id}/charts/{name}.{format} draws."""
+
+    names: list[str]
+    formats: list[str]
+
+
+class Preprocess(TypedDict):
+    """What happens to inputs before the network sees them: x * scale, then (x - mean) / std; of images resize, centre
+    crop and colour first, in grey levels 0 to 255."""
+
+    scale: NotRequired[float | None]
+    mean: NotRequired[float | list[float]]
+    std: NotRequired[float | list[float]]
+    resize: NotRequired[int | list[int] | None]
+    resample: NotRequired[Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]]
+    crop: NotRequired[int | list[int] | None]
+    crop_offset: NotRequired[Literal["rounded", "floored"]]
+    colour: NotRequired[Literal["rgb", "grey"] | None]
+
+
+class Checkpoint(TypedDict):
+    id: str
+    name: str
+    sha256: str
+    size_bytes: int
+    n_parameters: int
+    architecture: dict[str, Any]
+    head: str | None
+    prefix: str
+    ignored: dict[str, int]
+    preprocess: Preprocess | None
+    tokenizer_sha256: str | None
+    metadata: dict[str, Any]
+    created_at: str
+
+
+class Collapse(TypedDict):
+    nc1: float | None
+    nc1_condition: float | None
+    nc2_equinorm_means: float | None
+    nc2_equinorm_head: float | None
+    nc2_equiangularity_means: float | None
+    nc2_equiangularity_head: float | None
+    nc2_max_angle_means: float | None
+    nc2_max_angle_head: float | None
+    nc3: float | None
+    nc4: float | None
+    absent_classes: int
+    reasons: dict[str, str]
+
+
+class EvaluationOptions(TypedDict):
+    """How an evaluation is computed; the defaults suit nearly everyone."""
+
+    null_permutations: NotRequired[int]
+    seed: NotRequired[int]
+    tolerance: NotRequired[float]
+    batch_size: NotRequired[int | None]
+    precision: NotRequired[Literal["float32", "bfloat16"]]
+    samples: NotRequired[int | None]
+
+
+class LabelMap(TypedDict):
+    """How the probe's labels became the checkpoint's."""
+
+    matched: Literal["order", "name", "name_ignoring_case"]
+    reordered: bool
+
+
+class Samples(TypedDict):
+    """A part of the probe, drawn in proportion to classes and splits."""
+
+    used: int
+    of: int
+    seed: int
+
+
+class Tokenizer(TypedDict):
+    """How texts became tokens."""
+
+    sha256: str
+    source: Literal["probe", "checkpoint"]
+    max_length: int
+    pad_id: int | None
+    n_truncated: int
+
+
+class ProbeSubject(TypedDict):
+    """The data; of a feature set, its own. Reports of earlier versions lack what has a default."""
+
+    kind: Literal["probe", "feature_set"]
+    id: str
+    name: str
+    sha256: str
+    n_samples: int
+    n_classes: int
+    class_counts: list[int]
+    class_names: list[str] | None
+    format: NotRequired[str | None]
+    content: NotRequired[str | None]
+    input_shape: list[int] | None
+    preprocess: Preprocess | None
+    preprocess_source: NotRequired[Literal["probe", "checkpoint", "timm"] | None]
+    tokenizer: NotRequired[Tokenizer | None]
+    label_map: NotRequired[LabelMap | None]
+    samples: NotRequired[Samples | None]
+
+
+class ProvenanceEvaluationOptions(TypedDict):
+    interplay_version: str
+    code_sha256: str
+    torch_version: str
+    numpy_version: str
+    library: NotRequired[str | None]
+    python_version: str
+    device: str
+    threads: int
+    feature_dtype: str
+    spectrum_dtype: str
+    precision: NotRequired[Literal["float32", "bfloat16"] | None]
+    batch_size: int | None
+    features_reused: NotRequired[bool]
+    options: EvaluationOptions
+
+
+class Levels(TypedDict):
+    sample: Centrings
+    class_mean: Centrings
+
+
+class SplitEvaluation(TypedDict):
+    n_samples: int
+    class_counts: list[int]
+    accuracy: float | None
+    loss: float | None
+    calibration_error: float | None
+    effective_rank: float | None
+    interplay: Levels
+    collapse: Collapse
+    reasons: dict[str, str]
+
+
+class Subject(TypedDict):
+    """What was looked at, so that the report is readable after its deletion."""
+
+    kind: Literal["checkpoint", "feature_set"]
+    id: str
+    name: str
+    sha256: str
+    size_bytes: int
+    n_parameters: int | None
+    architecture: dict[str, Any] | None
+    head: str | None
+    prefix: NotRequired[str | None]
+    ignored: NotRequired[dict[str, int] | None]
+    n_features: int
+    n_classes: int
+    metadata: dict[str, Any]
+
+
+class EvaluationReport(TypedDict):
+    schema_version: str
+    definitions_version: str
+    id: str
+    analysis_id: str
+    created_at: str
+    probe: ProbeSubject
+    timings_seconds: dict[str, float]
+    kind: Literal["evaluation"]
+    subject: Subject
+    provenance: ProvenanceEvaluationOptions
+    splits: dict[str, SplitEvaluation]
+
+
+class EvenGrid(TypedDict):
+    """So many points evenly from 0 to 1, both ends among them."""
+
+    points: int
+
+
+class FeatureSet(TypedDict):
+    id: str
+    name: str
+    sha256: str
+    size_bytes: int
+    n_samples: int
+    n_classes: int
+    n_features: int
+    class_counts: list[int]
+    splits: dict[str, int]
+    metadata: dict[str, Any]
+    created_at: str
+
+
+class Generalisation(TypedDict):
+    """First x with a train accuracy of 0.99, first with a test accuracy of 0.99, and how much later that came."""
+
+    train_at: float | None
+    test_at: float | None
+    delay: float | None
+
+
+class Measured(TypedDict):
+    """Which MIR and HDR a summary is of."""
+
+    level: Literal["sample", "class_mean"]
+    centring: Literal["none", "global"]
+
+
+class NamedGrid(TypedDict):
+    """These points; both ends are added where they are not named, as barriers are measured from them."""
+
+    values: list[float]
+
+
+class PathOptions(TypedDict):
+    """Which points of a path, and what happens to the networks there. Each point is a full evaluation."""
+
+    null_permutations: NotRequired[int]
+    seed: NotRequired[int]
+    tolerance: NotRequired[float]
+    batch_size: NotRequired[int | None]
+    precision: NotRequired[Literal["float32", "bfloat16"]]
+    samples: NotRequired[int | None]
+    grid: NotRequired[EvenGrid | NamedGrid | Literal["adaptive"]]
+    normalisation: NotRequired[Literal["interpolate", "recalibrate"]]
+    alignment: NotRequired[Literal["none", "weight_matching"]]
+    extrapolate: NotRequired[bool]
+
+
+class PathPoint(TypedDict):
+    w: float
+    splits: dict[str, SplitEvaluation]
+
+
+class PathSplit(TypedDict):
+    """Of one split. MIR's barrier is how far it falls under the chord, HDR's how far it rises over it."""
+
+    loss_barrier: Barrier | None
+    error_barrier: Barrier | None
+    mir_barrier: Barrier | None
+    hdr_barrier: Barrier | None
+    connected: bool | None
+    loss_forms: BarrierForms | None
+    error_forms: BarrierForms | None
+    reasons: dict[str, str]
+
+
+class PathSummary(TypedDict):
+    splits: dict[str, PathSplit]
+    measured: Measured
+    l2_distance: float
+    cosine: float | None
+    alignment: Alignment | None
+    recalibrated_layers: int | None
+
+
+class ProvenancePathOptions(TypedDict):
+    interplay_version: str
+    code_sha256: str
+    torch_version: str
+    numpy_version: str
+    library: NotRequired[str | None]
+    python_version: str
+    device: str
+    threads: int
+    feature_dtype: str
+    spectrum_dtype: str
+    precision: NotRequired[Literal["float32", "bfloat16"] | None]
+    batch_size: int | None
+    features_reused: NotRequired[bool]
+    options: PathOptions
+
+
+class PathReport(TypedDict):
+    """Points in order of w; at 0 and 1 they are the two checkpoints themselves."""
+
+    schema_version: str
+    definitions_version: str
+    id: str
+    analysis_id: str
+    created_at: str
+    probe: ProbeSubject
+    timings_seconds: dict[str, float]
+    kind: Literal["path"]
+    subjects: list[Subject]
+    provenance: ProvenancePathOptions
+    points: list[PathPoint]
+    summary: PathSummary
+
+
+class Probe(TypedDict):
+    id: str
+    name: str
+    sha256: str
+    size_bytes: int
+    format: Literal["safetensors", "npz", "parquet", "imagefolder", "csv", "jsonl"]
+    content: Literal["tensors", "images", "texts"]
+    columns: dict[str, str] | None
+    n_samples: int
+    n_classes: int
+    class_counts: list[int]
+    class_names: list[str] | None
+    input_shape: list[int] | None
+    splits: dict[str, int]
+    preprocess: Preprocess | None
+    tokenizer_sha256: str | None
+    max_length: int | None
+    metadata: dict[str, Any]
+    created_at: str
+
+
+class PruningOptions(TypedDict):
+    """How much is pruned, and of what. Each sparsity is a full evaluation."""
+
+    null_permutations: NotRequired[int]
+    seed: NotRequired[int]
+    tolerance: NotRequired[float]
+    batch_size: NotRequired[int | None]
+    precision: NotRequired[Literal["float32", "bfloat16"]]
+    samples: NotRequired[int | None]
+    sparsities: NotRequired[list[float]]
+    scope: NotRequired[Literal["global", "layerwise"]]
+    include_head: NotRequired[bool]
+
+
+class ProvenancePruningOptions(TypedDict):
+    interplay_version: str
+    code_sha256: str
+    torch_version: str
+    numpy_version: str
+    library: NotRequired[str | None]
+    python_version: str
+    device: str
+    threads: int
+    feature_dtype: str
+    spectrum_dtype: str
+    precision: NotRequired[Literal["float32", "bfloat16"] | None]
+    batch_size: int | None
+    features_reused: NotRequired[bool]
+    options: PruningOptions
+
+
+class PruningPoint(TypedDict):
+    sparsity: float
+    n_pruned: int
+    splits: dict[str, SplitEvaluation]
+
+
+class PruningSplit(TypedDict):
+    knee: float | None
+    reasons: dict[str, str]
+
+
+class PruningSummary(TypedDict):
+    n_prunable: int
+    splits: dict[str, PruningSplit]
+
+
+class PruningReport(TypedDict):
+    schema_version: str
+    definitions_version: str
+    id: str
+    analysis_id: str
+    created_at: str
+    probe: ProbeSubject
+    timings_seconds: dict[str, float]
+    kind: Literal["pruning"]
+    subject: Subject
+    provenance: ProvenancePruningOptions
+    points: list[PruningPoint]
+    summary: PruningSummary
+
+
+class Readiness(TypedDict):
+    """Answer of /readyz: each part is "ok" or says what is wrong with it."""
+
+    ready: bool
+    database: str
+    storage: str
+    worker: str
+
+
+class ReportSummary(TypedDict):
+    """A report without its content, as collections list it."""
+
+    id: str
+    analysis_id: str
+    kind: str
+    name: str
+    checkpoint_id: str | None
+    checkpoint_ids: list[str]
+    probe_id: str | None
+    feature_set_id: str | None
+    created_at: str
+
+
+class SeriesPoint(TypedDict):
+    x: float
+    checkpoint_id: str
+    reused_report_id: str | None
+    splits: dict[str, SplitEvaluation]
+
+
+class SeriesSplit(TypedDict):
+    """Spearman's rank correlations over the points, and the distances to the optimum at each, in order."""
+
+    spearman_mir_accuracy: float | None
+    spearman_hdr_accuracy: float | None
+    mir_distance: list[float | None]
+    hdr_distance: list[float | None]
+    reasons: dict[str, str]
+
+
+class SeriesSummary(TypedDict):
+    splits: dict[str, SeriesSplit]
+    measured: Measured
+    generalisation: Generalisation | None
+
+
+class SeriesReport(TypedDict):
+    schema_version: str
+    definitions_version: str
+    id: str
+    analysis_id: str
+    created_at: str
+    probe: ProbeSubject
+    timings_seconds: dict[str, float]
+    kind: Literal["series"]
+    axis: Axis
+    subjects: list[Subject]
+    provenance: ProvenanceEvaluationOptions
+    points: list[SeriesPoint]
+    summary: SeriesSummary
+
+
+class SucceededAnalysis(TypedDict):
+    """It has a report."""
+
+    id: str
+    kind: str
+    name: str
+    status: Literal["succeeded"]
+    progress: Progress
+    checkpoint_id: str | None
+    checkpoint_ids: list[str]
+    probe_id: str | None
+    feature_set_id: str | None
+    axis: Axis | None
+    options: dict[str, Any]
+    attempts: int
+    created_at: str
+    started_at: str | None
+    finished_at: str | None
+    report_id: str
+    problem: dict[str, Any] | None
+
+
+class WorkerVersion(TypedDict):
+    id: str
+    device: str | None
+    torch_version: str | None
+    families: list[str] | None
+
+
+class Version(TypedDict):
+    version: str
+    schema_version: str
+    definitions_version: str
+    workers: list[WorkerVersion]
+
+
+Report = EvaluationReport | PathReport | PruningReport | SeriesReport
+"""Told apart by `kind`."""

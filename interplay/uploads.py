@@ -1,0 +1,83 @@
+"""Files on their way to the service, and what happens where the answer to one is lost.
+
+To send a file twice makes two resources of it. So it is sent again at once only where the service did nothing (it was
+busy, or did not even take the connection); where nobody knows, the service is asked first whether it has the file.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from interplay.transport import Body, ProblemError, Retries, ServiceUnreachable, Transport, may_be_done
+
+# After the last byte of an upload the service still moves the file to its storage, which may be a slow bucket.
+_ANSWER_SECONDS = 600.0
+
+
+def push(transport: Transport, collection: str, path: Path, spec: Mapping[str, Any]) -> Body:
+    """Upload a file with its spec; it streams from disk, whatever its size.
+
+    Args:
+        transport: to the service.
+        collection: checkpoints, probes or feature-sets.
+        path: the file.
+        spec: what the service is to know of it, its `name` among that.
+
+    Raises:
+        ProblemError, ServiceUnreachable: it was not kept, or nobody knows.
+    """
+    began, retries = time.monotonic(), transport.retries()
+    while True:
+        try:
+            return _send(transport, collection, path, spec)
+        except (ProblemError, ServiceUnreachable) as error:
+            unknown = may_be_done(error)
+            if unknown and not _is_stored_as_it_is(collection, path):
+                raise  # the service could not say whether it has it
+            retries.pause(error)
+        if unknown and (kept := _kept(transport, retries, collection, path, spec["name"], began)):
+            return kept
+
+
+def _send(transport: Transport, collection: str, path: Path, spec: Mapping[str, Any]) -> Body:
+    timeout = httpx.Timeout(transport.timeout)
+    timeout.read = max(_ANSWER_SECONDS, timeout.read or 0.0)
+    with path.open("rb") as file:
+        # The spec goes first: whoever looks at what is on its way sees what it is.
+        parts = [
+            ("spec", (None, json.dumps(spec).encode(), "application/json")),
+            ("file", (path.name, file, "application/octet-stream")),
+        ]
+        return transport.call("POST", f"/v1/{collection}", files=parts, timeout=timeout)
+
+
+def _kept(transport: Transport, retries: Retries, collection: str, path: Path, name: str, began: float) -> Body | None:
+    """What an upload made whose answer was lost: of the same file, under the same name, since it began."""
+    place = f"/v1/{collection}"
+    asked = transport.send("GET", place, params={"name": name, "limit": 1}, repeatable=True, retries=retries)
+    try:
+        # The service's own clock, which gives whole seconds.
+        now = parsedate_to_datetime(asked.headers.get("Date", ""))
+    except ValueError:
+        raise ServiceUnreachable(f"Whether {transport.url} has kept the file cannot be told: no date came.") from None
+    since = now - timedelta(seconds=time.monotonic() - began + 2)
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    query = {"name": name, "created_after": since.isoformat(), "limit": 100}
+    items: list[Body] = transport.call("GET", place, params=query, repeatable=True, retries=retries)["items"]
+    return next((item for item in items if item["sha256"] == sha256), None)
+
+
+def _is_stored_as_it_is(collection: str, path: Path) -> bool:
+    """Whether the service's sha256 is the file's own: of a checkpoint in an archive it is that of the weights."""
+    if collection != "checkpoints":
+        return True
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{"

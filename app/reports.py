@@ -14,6 +14,7 @@ SCHEMA_VERSION = "1"
 DEFINITIONS_VERSION = "1"
 
 Reasons = dict[str, str]
+SplitName = Literal["all", "train", "test"]
 
 
 class Optimum(Strict):
@@ -207,7 +208,7 @@ class EvaluationReport(_Report):
     kind: Literal["evaluation"]
     subject: Subject
     provenance: Provenance[EvaluationOptions]
-    splits: dict[str, SplitEvaluation]
+    splits: dict[SplitName, SplitEvaluation]
 
 
 class Difference(Strict):
@@ -303,7 +304,7 @@ class Alignment(Strict):
 
 
 class PathSummary(Strict):
-    splits: dict[str, PathSplit]
+    splits: dict[SplitName, PathSplit]
     measured: Measured
     l2_distance: FiniteFloat = Field(description="Euclidean distance of the two ends' parameters.")
     cosine: FiniteFloat | None = Field(description="Of the two ends' parameters.")
@@ -313,7 +314,7 @@ class PathSummary(Strict):
 
 class PathPoint(Strict):
     w: FiniteFloat
-    splits: dict[str, SplitEvaluation]
+    splits: dict[SplitName, SplitEvaluation]
 
 
 class PathReport(_Report):
@@ -329,7 +330,7 @@ class PathReport(_Report):
 class PruningPoint(Strict):
     sparsity: FiniteFloat
     n_pruned: int
-    splits: dict[str, SplitEvaluation]
+    splits: dict[SplitName, SplitEvaluation]
 
 
 class PruningSplit(Strict):
@@ -339,7 +340,7 @@ class PruningSplit(Strict):
 
 class PruningSummary(Strict):
     n_prunable: int
-    splits: dict[str, PruningSplit]
+    splits: dict[SplitName, PruningSplit]
 
 
 class PruningReport(_Report):
@@ -354,7 +355,7 @@ class SeriesPoint(Strict):
     x: FiniteFloat
     checkpoint_id: str
     reused_report_id: str | None = Field(description="The report of an evaluation that there was already.")
-    splits: dict[str, SplitEvaluation]
+    splits: dict[SplitName, SplitEvaluation]
 
 
 class SeriesSplit(Strict):
@@ -376,7 +377,7 @@ class Generalisation(Strict):
 
 
 class SeriesSummary(Strict):
-    splits: dict[str, SeriesSplit]
+    splits: dict[SplitName, SeriesSplit]
     measured: Measured
     generalisation: Generalisation | None = Field(description="Null where the probe has not both splits.")
 

@@ -62,6 +62,43 @@ def evaluation_report(**changes: Any) -> dict[str, Any]:
     return report
 
 
+def comparison_report(differences: dict[str, dict[str, Any]], **options: Any) -> dict[str, Any]:
+    """A comparison of two checkpoints whose test split has these differences; values of A and B follow from them."""
+    report = evaluation_report()
+    a, b = _split(), _split()
+    for path, difference in differences.items():
+        for side, split in (("a", a), ("b", b)):
+            *above, last = path.split(".")
+            holder: Any = split
+            for name in above:
+                holder = holder[name]
+            holder[last] = difference[side]
+    first = report.pop("subject")
+    second = {**first, "id": _ID[:-1] + "2", "name": "digits, epoch 20", "sha256": "3" * 64}
+    report["provenance"]["options"] = {"interval": "delta", "resamples": 200, "confidence": 0.95, **options}
+    report["splits"] = {"test": {"a": a, "b": b, "differences": differences, "predictions": {}}}
+    return {**report, "kind": "comparison", "subjects": [first, second]}
+
+
+def difference(a: float | None, b: float | None, error: float | None, **changes: Any) -> dict[str, Any]:
+    """A difference as a comparison reports it, with the 95 % interval of the normal distribution."""
+    change = None if a is None or b is None else b - a
+    margin = None if error is None else 1.959963984540054 * error
+    known = change is not None and margin is not None
+    return {
+        "a": a,
+        "b": b,
+        "difference": change,
+        "standard_error": error,
+        "low": change - margin if change is not None and margin is not None else None,
+        "high": change + margin if change is not None and margin is not None else None,
+        "significant": abs(change) > margin if change is not None and margin is not None else None,
+        "bias": None,
+        "reason": None if known else "not_computed",
+        **changes,
+    }
+
+
 def _split() -> dict[str, Any]:
     undefined = _interplay(mir=None, hdr=0.0, mir_z=None, null=None, reasons={"mir": "zero_entropy"})
     return {

@@ -40,7 +40,7 @@ class Check(Strict):
         default=None, description="The change as a share of the baseline's value is at most this."
     )
     severity: Literal["fail", "warn"] = Field(default="fail", description="What a number beyond its bounds means.")
-    significance: Annotated[FiniteFloat, Field(strict=True, gt=0, lt=1)] | None = Field(
+    significance: Annotated[FiniteFloat, Field(strict=True, ge=0.5, le=0.9999)] | None = Field(
         default=None,
         description="Confidence, as 0.95, of the interval of the change that decides in place of the change itself.",
     )

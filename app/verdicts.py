@@ -48,7 +48,8 @@ class CheckResult(Strict):
     pass. `decided_by` names the number that was held against the bounds, null where there was none.
     """
 
-    name: str
+    label: str = Field(description="The check's name, else its metric and bounds; of one gate no two are alike.")
+    name: str | None
     metric: str
     severity: Literal["fail", "warn"]
     status: Status
@@ -142,9 +143,9 @@ def sides(gate: GateSpec, report: Report, baseline: Report | None, missing: str 
             _side(report, "b"), _side(report, "a"), absent, differences, options["confidence"], options["interval"]
         )
     if baseline is not None:
-        _require_comparable(report, baseline, reads)
         if gate.kind == "evaluation" and baseline["kind"] == "comparison":
             baseline = _side(baseline, "b")
+        _require_comparable(report, baseline, reads)
     return Sides(report, baseline, absent, None, None, None)
 
 
@@ -171,8 +172,9 @@ def subject_name(report: Report) -> str:
 def _side(comparison: Report, side: Literal["a", "b"]) -> Report:
     """One checkpoint of a comparison, as its own evaluation would report it."""
     splits = {name: split[side] for name, split in comparison["splits"].items()}
-    shared = {name: value for name, value in comparison.items() if name not in ("subjects", "splits")}
-    return {**shared, "subject": comparison["subjects"]["ab".index(side)], "splits": splits}
+    shared = {name: value for name, value in comparison.items() if name not in ("subjects", "splits", "probe_b")}
+    probe = comparison["probe"] if side == "a" else comparison["probe_b"]
+    return {**shared, "subject": comparison["subjects"]["ab".index(side)], "probe": probe, "splits": splits}
 
 
 def _require_subject(comparison: Report, baseline: Report | None) -> None:
@@ -239,7 +241,8 @@ def _judge(check: Check, sides: Sides) -> CheckResult:
         outcomes: dict[str, Status] = {"fail": "undefined", "warn": "warn", "pass": "skip"}
         status = outcomes[check.when_undefined or check.severity]
     return CheckResult(
-        name=check.label,
+        label=check.label,
+        name=check.name,
         metric=check.metric,
         severity=check.severity,
         status=status,

@@ -15,6 +15,7 @@ Bodies are plain dictionaries, as the service sends them: /docs of a running ser
     └── WaitTimeout         it had not ended when the time was up
 """
 
+import hashlib
 import ipaddress
 import json
 import os
@@ -35,7 +36,7 @@ DEFAULT_URL = "http://127.0.0.1:8321"
 Body = dict[str, Any]
 # Mappings do not vary in their keys: without it a dict of whole numbers would not do.
 X = TypeVar("X", bound=float)
-Collection = Literal["checkpoints", "probes", "feature-sets", "analyses", "reports"]
+Collection = Literal["checkpoints", "probes", "feature-sets", "analyses", "reports", "gates", "baselines"]
 
 # uvicorn closes a connection that was idle for 5 s. Ours must go first: a request that is written while the other
 # side closes is lost, and an upload cannot be sent twice behind the caller's back.
@@ -286,6 +287,27 @@ class Client:
         ends = {"checkpoint_a_id": checkpoint_a_id, "checkpoint_b_id": checkpoint_b_id}
         return self._queue({"kind": "path", **ends, "probe_id": probe_id}, options, idempotency_key)
 
+    def create_comparison(
+        self,
+        checkpoint_a_id: str,
+        checkpoint_b_id: str,
+        *,
+        probe_id: str,
+        options: Mapping[str, Any] | None = None,
+        idempotency_key: str | None = None,
+    ) -> Body:
+        """Queue a comparison of two checkpoints on the same samples; their architectures may differ.
+
+        Args:
+            checkpoint_a_id: what B is compared with.
+            checkpoint_b_id: of which differences B - A are given.
+            probe_id: the samples that both see.
+            options: those of `create_analysis`, and `interval` ("delta", "bootstrap"), `resamples`, `confidence`.
+            idempotency_key: as of `create_analysis`.
+        """
+        ends = {"checkpoint_a_id": checkpoint_a_id, "checkpoint_b_id": checkpoint_b_id}
+        return self._queue({"kind": "comparison", **ends, "probe_id": probe_id}, options, idempotency_key)
+
     def create_pruning(
         self,
         checkpoint_id: str,
@@ -401,6 +423,103 @@ class Client:
         path = f"/v1/reports/{_segment(report_id)}/charts/{_segment(name)}.{_segment(format)}"
         picture: bytes = self._send("GET", path, repeatable=True).content
         return picture
+
+    # --- gates and baselines ---
+
+    def create_gate(self, gate: Mapping[str, Any]) -> Body:
+        """Keep a gate as the next version of its name; what equals the current version is that version.
+
+        Args:
+            gate: `name`, `checks`, and optionally `kind` and `description`, as in its file (docs/gates.md).
+        """
+        return self._call("POST", "/v1/gates", json=dict(gate), repeatable=True)
+
+    def get_gate(self, gate: str) -> Body:
+        """A gate by its id, or by its name: then its current version, or NAME@3 for the third."""
+        name, _, version = gate.partition("@")
+        for found in self.list("gates", name=name):
+            if version in ("", str(found["version"])):
+                gate = found["id"]
+                break
+        return self._call("GET", f"/v1/gates/{_segment(gate)}", repeatable=True)
+
+    def judge(
+        self, report_id: str, *, gate_id: str, baseline: str | None = None, baseline_report_id: str | None = None
+    ) -> Body:
+        """The verdict of a gate on a report.
+
+        Args:
+            report_id: of an evaluation, or what else the gate judges; of a comparison its B is judged against its A.
+            gate_id: a version of a gate.
+            baseline: name of what changes are measured against; one that is not there leaves them undefined.
+            baseline_report_id: a report in place of where the baseline points now.
+        """
+        request = {"gate_id": gate_id, "baseline": baseline, "baseline_report_id": baseline_report_id}
+        return self._call("POST", f"/v1/reports/{_segment(report_id)}/gate", json=_given(request), repeatable=True)
+
+    def get_baseline(self, name: str) -> Body:
+        """Where a baseline points."""
+        return self._call("GET", f"/v1/baselines/{_segment(name)}", repeatable=True)
+
+    def set_baseline(
+        self,
+        name: str,
+        report_id: str,
+        *,
+        expected_report_id: str | Literal["any"] | None = "any",
+        note: str | None = None,
+    ) -> Body:
+        """Let a baseline point at a report.
+
+        Args:
+            name: letters, digits, dots, dashes and underscores.
+            report_id: what candidates shall be compared with.
+            expected_report_id: move it only from here, None for only where there is none yet; default: from anywhere.
+            note: why, for the history.
+
+        Raises:
+            ProblemError: status 409 where it is not at `expected_report_id`.
+        """
+        body: Body = {"report_id": report_id, **_given({"note": note})}
+        if expected_report_id != "any":
+            body["expected_report_id"] = expected_report_id
+        return self._call("PUT", f"/v1/baselines/{_segment(name)}", json=body)
+
+    def baseline_history(self, name: str, *, limit: int = 50) -> Sequence[Body]:
+        """The moves that were asked for, newest first; `done` is false where one was refused. At most 200."""
+        history = self._call("GET", f"/v1/baselines/{_segment(name)}/history", params={"limit": limit}, repeatable=True)
+        items: Sequence[Body] = history["items"]
+        return items
+
+    def push_checkpoint_once(self, path: str | Path, *, name: str, **described: Any) -> tuple[Body, bool]:
+        """As `push_checkpoint`, without sending a file whose content the service holds already.
+
+        Returns:
+            The checkpoint, new in either case, and whether the file was sent. A folder always is.
+        """
+        path = Path(path)
+        if path.is_dir():
+            return self.push_checkpoint(path, name=name, **described), True
+        with path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        spec = json.dumps(_given({"name": name, **described, "sha256": sha256})).encode()
+        try:
+            held = self._call("POST", "/v1/checkpoints", files=[("spec", (None, spec, "application/json"))])
+        except ProblemError as error:
+            if error.status != 404:
+                raise
+            return self.push_checkpoint(path, name=name, **described), True
+        return held, False
+
+    def get(self, collection: Collection, resource_id: str) -> Body:
+        """One resource of a collection."""
+        return self._call("GET", f"/v1/{collection}/{_segment(resource_id)}", repeatable=True)
+
+    def find_probe(self, probe: str) -> Body:
+        """A probe by its name, the newest of several, or by its id."""
+        for found in self.list("probes", name=probe, limit=1):
+            return found
+        return self.get("probes", probe)
 
     def delete(self, collection: Collection, resource_id: str) -> None:
         """Delete a checkpoint, probe or feature set that no analysis needs."""

@@ -2,7 +2,7 @@
 
 Exit codes: 0 fine; 1 the analysis failed, was cancelled or took too long; 2 usage, which includes every problem that
 the service answers with; 3 the service cannot be reached. With --json stdout holds one JSON value and nothing else;
-errors and progress go to stderr.
+errors and progress go to stderr. `interplay gate` has codes of its own.
 """
 
 import enum
@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
-from interplay import rendering
+from interplay import gate, rendering
 from interplay.client import AnalysisFailed, Client, ProblemError, ServiceUnreachable, WaitTimeout
 from interplay.options import (
     EXIT_FAILED,
@@ -66,6 +66,7 @@ class Listed(enum.StrEnum):
     FEATURE_SETS = "feature-sets"
     ANALYSES = "analyses"
     REPORTS = "reports"
+    GATES = "gates"
 
 
 class Deletable(enum.StrEnum):
@@ -105,7 +106,7 @@ def main() -> None:
     except WaitTimeout as error:
         fail(EXIT_FAILED, str(error), "", {})
     except OSError as error:  # a file that vanished or changed its rights after the arguments were checked
-        fail(EXIT_USAGE, "A file cannot be read", str(error), {})
+        fail(EXIT_USAGE, "A file cannot be read or written", str(error), {})
 
 
 @app.callback()
@@ -582,6 +583,9 @@ def delete(
     with open_client(url, api_key) as client:
         client.delete(collection.value, resource)
     print_body({"id": resource, "deleted": True}, as_json, f"deleted {rendering.printable(resource)}")
+
+
+gate.register(app)
 
 
 # What each server command runs, the extra that brings it, and a module by which we see whether it is installed.

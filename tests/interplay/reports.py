@@ -77,7 +77,7 @@ def comparison_report(differences: dict[str, dict[str, Any]], **options: Any) ->
     second = {**first, "id": _ID[:-1] + "2", "name": "digits, epoch 20", "sha256": "3" * 64}
     report["provenance"]["options"] = {"interval": "delta", "resamples": 200, "confidence": 0.95, **options}
     report["splits"] = {"test": {"a": a, "b": b, "differences": differences, "predictions": {}}}
-    return {**report, "kind": "comparison", "subjects": [first, second]}
+    return {**report, "kind": "comparison", "subjects": [first, second], "probe_b": report["probe"]}
 
 
 def difference(a: float | None, b: float | None, error: float | None, **changes: Any) -> dict[str, Any]:

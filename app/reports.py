@@ -256,7 +256,7 @@ class ComparisonReport(_Report):
     subjects: list[Subject] = Field(min_length=2, max_length=2, description="A and B.")
     probe_b: ProbeSubject = Field(description="The probe as B saw it: each may bring its own preprocessing.")
     provenance: Provenance[ComparisonOptions]
-    splits: dict[str, ComparedSplit]
+    splits: dict[SplitName, ComparedSplit]
 
 
 class Barrier(Strict):

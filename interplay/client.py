@@ -287,27 +287,6 @@ class Client:
         ends = {"checkpoint_a_id": checkpoint_a_id, "checkpoint_b_id": checkpoint_b_id}
         return self._queue({"kind": "path", **ends, "probe_id": probe_id}, options, idempotency_key)
 
-    def create_comparison(
-        self,
-        checkpoint_a_id: str,
-        checkpoint_b_id: str,
-        *,
-        probe_id: str,
-        options: Mapping[str, Any] | None = None,
-        idempotency_key: str | None = None,
-    ) -> Body:
-        """Queue a comparison of two checkpoints on the same samples; their architectures may differ.
-
-        Args:
-            checkpoint_a_id: what B is compared with.
-            checkpoint_b_id: of which differences B - A are given.
-            probe_id: the samples that both see.
-            options: those of `create_analysis`, and `interval` ("delta", "bootstrap"), `resamples`, `confidence`.
-            idempotency_key: as of `create_analysis`.
-        """
-        ends = {"checkpoint_a_id": checkpoint_a_id, "checkpoint_b_id": checkpoint_b_id}
-        return self._queue({"kind": "comparison", **ends, "probe_id": probe_id}, options, idempotency_key)
-
     def create_pruning(
         self,
         checkpoint_id: str,

@@ -320,11 +320,11 @@ def analyze_comparison(
     """Queue a comparison of two checkpoints on the same samples: the difference of every metric, and how sure it is."""
     if resamples is not None and not bootstrap:
         raise typer.BadParameter("are those of --bootstrap", param_hint="--resamples")
-    options = _options(permutations, seed, tolerance, batch_size, precision, samples)
+    options = evaluation_options(permutations, seed, tolerance, batch_size, precision, samples)
     if bootstrap:
         options["interval"] = "bootstrap"
     options |= {key: v for key, v in {"resamples": resamples, "confidence": confidence}.items() if v is not None}
-    with _client(url, api_key) as client:
+    with open_client(url, api_key) as client:
         analysis = client.create_comparison(
             checkpoint_a, checkpoint_b, probe_id=probe, options=options, idempotency_key=idempotency_key
         )

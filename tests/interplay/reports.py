@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from app.reports import EvaluationReport
+from app.reports import ComparisonReport, EvaluationReport
 
 _ID = "01990000-0000-7000-8000-000000000001"
 
@@ -76,8 +76,20 @@ def comparison_report(differences: dict[str, dict[str, Any]], **options: Any) ->
     first = report.pop("subject")
     second = {**first, "id": _ID[:-1] + "2", "name": "digits, epoch 20", "sha256": "3" * 64}
     report["provenance"]["options"] = {"interval": "delta", "resamples": 200, "confidence": 0.95, **options}
-    report["splits"] = {"test": {"a": a, "b": b, "differences": differences, "predictions": {}}}
-    return {**report, "kind": "comparison", "subjects": [first, second], "probe_b": report["probe"]}
+    predictions = {
+        "agreement": 0.95,
+        "both_correct": 1700,
+        "only_a_correct": 40,
+        "only_b_correct": 30,
+        "neither_correct": 27,
+        "mcnemar_p": 0.28,
+        "smallest_difference": 0.01,
+        "reason": None,
+    }
+    report["splits"] = {"test": {"a": a, "b": b, "differences": differences, "predictions": predictions}}
+    report |= {"kind": "comparison", "subjects": [first, second], "probe_b": report["probe"]}
+    ComparisonReport.model_validate(report)
+    return report
 
 
 def difference(a: float | None, b: float | None, error: float | None, **changes: Any) -> dict[str, Any]:
@@ -94,6 +106,8 @@ def difference(a: float | None, b: float | None, error: float | None, **changes:
         "high": change + margin if change is not None and margin is not None else None,
         "significant": abs(change) > margin if change is not None and margin is not None else None,
         "bias": None,
+        "bias_a": None,
+        "bias_b": None,
         "reason": None if known else "not_computed",
         **changes,
     }

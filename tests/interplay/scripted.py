@@ -63,7 +63,7 @@ def scripted(*answers: tuple[int, bytes]) -> Iterator[Scripted]:
             self.end_headers()
             self.wfile.write(body)
 
-        do_GET = do_POST = do_DELETE = respond  # noqa: N815 - names of http.server
+        do_GET = do_POST = do_PUT = do_DELETE = respond  # noqa: N815 - names of http.server
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True

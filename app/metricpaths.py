@@ -124,6 +124,10 @@ def _follow(annotation: Any, parts: Sequence[str], depth: int = 0) -> Any:
         case "names":
             names, value = _names(annotation)
             return _follow(value, rest, depth + 1) if first in names else _Stuck(depth, names)
+        case "paths":
+            paths, value = _names(annotation)
+            lengths = [length for length in range(1, len(parts) + 1) if ".".join(parts[:length]) in paths]
+            tried = [_follow(value, parts[length:], depth + length) for length in lengths] or [_Stuck(depth, ())]
         case "open":
             value = get_args(annotation)[1]
             tried = [_follow(value, parts[length:], depth + length) for length in range(1, len(parts) + 1)]
@@ -145,7 +149,7 @@ def _leaves(annotation: Any) -> Iterator[tuple[str, ...]]:
     match _shape(annotation):
         case "model":
             members = _fields(annotation)
-        case "names":
+        case "names" | "paths":
             names, value = _names(annotation)
             members = dict.fromkeys(names, value)
         case "open":
@@ -205,7 +209,10 @@ def _shape(annotation: Any) -> str:
     if isinstance(annotation, type) and origin is None and issubclass(annotation, BaseModel):
         return "model"
     if origin is dict:
-        return "names" if get_origin(_bare(get_args(annotation)[0])) is Literal else "open"
+        key = get_args(annotation)[0]
+        if _marked(key):
+            return "paths"
+        return "names" if get_origin(_bare(key)) is Literal else "open"
     if origin is list:
         return "list"
     return "union" if origin in (Union, types.UnionType) else "end"
@@ -216,12 +223,19 @@ def _fields(model: type[BaseModel]) -> dict[str, Any]:
 
 
 def _names(annotation: Any) -> tuple[tuple[str, ...], Any]:
+    """The keys that a dictionary may have, and what is under each."""
     key, value = get_args(annotation)
+    for mark in _marked(key):
+        return tuple(".".join(parts) for parts in _leaves(mark.model)), value
     return get_args(_bare(key)), value
 
 
+def _marked(key: Any) -> list[reports.PathsOf]:
+    return [mark for mark in getattr(key, "__metadata__", ()) if isinstance(mark, reports.PathsOf)]
+
+
 def _noun(annotation: Any) -> str:
-    plain = {"model": "an object", "names": "an object", "open": "an object", "list": "a list"}
+    plain = {**dict.fromkeys(("model", "names", "paths", "open"), "an object"), "list": "a list"}
     if (shape := _shape(annotation)) in plain:
         return plain[shape]
     return {str: "text", bool: "true or false"}.get(annotation, "something else")

@@ -3,6 +3,7 @@
 `docs/report.md` explains every field in words; `definitions_version` names the state of the definitions.
 """
 
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
@@ -242,10 +243,19 @@ class Predictions(Strict):
     reason: str | None
 
 
+@dataclass(frozen=True)
+class PathsOf:
+    """Marks keys of a dictionary that are paths to numbers of another model."""
+
+    model: type[Strict]
+
+
 class ComparedSplit(Strict):
     a: SplitEvaluation
     b: SplitEvaluation
-    differences: dict[str, Difference] = Field(description="By the metric's path in a split, such as collapse.nc1.")
+    differences: dict[Annotated[str, PathsOf(SplitEvaluation)], Difference] = Field(
+        description="By the metric's path in a split, such as collapse.nc1."
+    )
     predictions: Predictions
 
 

@@ -23,12 +23,8 @@ Status = Literal["pass", "warn", "fail", "undefined", "skip"]
 STATUSES: tuple[Status, ...] = ("fail", "undefined", "warn", "skip", "pass")
 DecidedBy = Literal["value", "low", "high", "both"]
 _ENDS: dict[DecidedBy, str] = {"value": "", "low": "its lower end ", "high": "its upper end "}
-_SHOWN = {
-    ("within", False): "the change is shown to be within",
-    ("within", True): "the change is not shown to be within",
-    ("beyond", False): "the change is not shown to be beyond",
-    ("beyond", True): "the change is shown to be beyond",
-}
+_BEYOND = "the change is shown to be beyond"
+_KEPT = {"within": "the change is shown to be within", "beyond": "the change is not shown to be beyond"}
 _NO_BASELINE = "no baseline was given, and the check is of a change against one"
 
 
@@ -317,10 +313,14 @@ def _decide(check: Check, finding: _Finding) -> tuple[bool, DecidedBy, str]:
         relation = ("below" if lower else "above") if beyond else ("at least" if lower else "at most")
         clause = f"{_ENDS[end]}is {relation} {name} {_exact(bound, amount)}"
         if beyond:
-            return True, end, _sentence(check, finding, clause, beyond)
+            return True, end, _sentence(check, finding, clause, _shown(check, finding, bound, lower))
         ends.append(end)
         clauses.append(clause)
-    return False, ends[0] if len(set(ends)) == 1 else "both", _sentence(check, finding, " and ".join(clauses), False)
+    return (
+        False,
+        ends[0] if len(set(ends)) == 1 else "both",
+        _sentence(check, finding, " and ".join(clauses), _KEPT[check.proof]),
+    )
 
 
 def _held(check: Check, finding: _Finding, lower: bool) -> tuple[DecidedBy, float]:
@@ -334,7 +334,15 @@ def _held(check: Check, finding: _Finding, lower: bool) -> tuple[DecidedBy, floa
     return "high", finding.interval.high
 
 
-def _sentence(check: Check, finding: _Finding, clause: str, beyond: bool) -> str:
+def _shown(check: Check, finding: _Finding, bound: float, lower: bool) -> str:
+    """What an interval that fails a bound shows: too little, or that the change is beyond it."""
+    if finding.interval is None or check.proof == "beyond":
+        return _BEYOND
+    farther = finding.interval.high if lower else finding.interval.low
+    return _BEYOND if (farther < bound if lower else farther > bound) else "the change is not shown to be within"
+
+
+def _sentence(check: Check, finding: _Finding, clause: str, shown: str) -> str:
     assert finding.value is not None, "_find has seen to it"
     if finding.change is None or finding.baseline is None:
         return f"{_number(finding.value)} {clause}."
@@ -343,8 +351,7 @@ def _sentence(check: Check, finding: _Finding, clause: str, beyond: bool) -> str
     if finding.interval is None:
         return f"{told} {clause}."
     low, high = _signed(finding.interval.low), _signed(finding.interval.high)
-    outcome = _SHOWN[check.proof, beyond]
-    return f"{told} {finding.interval.confidence * 100:g} % interval {low} to {high}: {clause}, so {outcome}."
+    return f"{told} {finding.interval.confidence * 100:g} % interval {low} to {high}: {clause}, so {shown}."
 
 
 def _rounding(check: Check, finding: _Finding) -> float:

@@ -516,7 +516,7 @@ class Client:
         """Every resource of a collection that the filters let through, newest first, page by page.
 
         Args:
-            collection: checkpoints, probes, feature-sets, analyses or reports.
+            collection: checkpoints, probes, feature-sets, analyses, reports, gates or baselines.
             limit: stop after so many; default: all.
             page_size: how many a request asks for.
             metadata: key and value, or a list of values, that a resource must have, all of them.

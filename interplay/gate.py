@@ -147,7 +147,7 @@ def judge_candidate(
     outputs = _Outputs(junit_file, markdown_file, json_file)
     _require_writable(outputs)
     document = _document(gate)
-    run = Run(document["name"] if document and "name" in document else gate, strict, datetime.now(UTC))
+    run = Run(str(document.get("name", gate)) if document else gate, strict, datetime.now(UTC))
     with open_client(url, api_key) as client:
         try:
             _judge(client, run, gate, document, candidate, baseline, promote)
@@ -207,7 +207,8 @@ def _analysed(client: Client, run: Run, gate: Body, held: Body | None, candidate
             # At the confidence that is asked for the interval is the comparison's own, not the normal one.
             asked = [check["significance"] for check in gate["checks"] if check["significance"] is not None]
             options = {**candidate.options, **({"confidence": asked[0]} if asked else {})}
-            analysis = client.create_comparison(against, checkpoint_id, probe_id=probe_id, options=options)
+            with _named(f"its checkpoint {against} has been deleted; let it point at another report", "--baseline"):
+                analysis = client.create_comparison(against, checkpoint_id, probe_id=probe_id, options=options)
         try:
             with progress_shown() as show_progress:
                 ended = client.wait(analysis["id"], timeout_seconds=candidate.timeout, on_progress=show_progress)
@@ -316,7 +317,7 @@ def _note(run: Run, error: InterplayError, file: Path | None) -> None:
             run.problem = {"type": error.type, "title": error.title, "detail": error.detail, **members}
         case _:
             run.exit_code = EXIT_UNREACHABLE
-            run.problem = {"title": "The service cannot be reached", "detail": str(error)}
+            run.problem = {"title": str(error), "detail": ""}
 
 
 def _placed(file: Path, entry: Body) -> str:

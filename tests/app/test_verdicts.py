@@ -253,7 +253,7 @@ def test_the_end_of_an_interval_at_its_bound_passes() -> None:
 
 
 def test_sentences_of_intervals_say_which_end_decided_and_what_it_shows() -> None:
-    """All four outcomes."""
+    """All outcomes; of what is not within, whether that is known or the probe too small."""
     told = "0.896 after 0.9, a change of -0.004, 95 % interval"
     lower = "its lower end is {} min_change -0.01, so the change is {} to be within."
     check = {"min_change": -0.01, "significance": 0.95}
@@ -265,6 +265,12 @@ def test_sentences_of_intervals_say_which_end_decided_and_what_it_shows() -> Non
     )
     assert judged({**check, "proof": "beyond"}, WORSE).why.endswith(
         "its upper end is below min_change -0.01, so the change is shown to be beyond."
+    )
+    assert judged(check, WORSE).why.endswith(
+        "its lower end is below min_change -0.01, so the change is shown to be beyond."
+    )
+    assert judged({"max_change": 0.01, "significance": 0.95}, BETTER).why.endswith(
+        "so the change is shown to be beyond."
     )
 
 
@@ -317,6 +323,18 @@ def test_a_comparison_is_judged_as_its_b_against_its_a() -> None:
     assert check.status == "pass"
     check = result({"metric": path, "min_change": 0.02, "significance": 0.95}, report)
     assert (check.status, check.value, check.baseline) == ("pass", 0.85, 0.8)
+
+
+def test_a_gate_of_kind_comparison_bounds_any_number_of_one() -> None:
+    """Paths may hold the path of a metric, which has dots itself."""
+    report = comparison_report({"interplay.sample.global.mir": difference(0.8, 0.85, 0.01)})
+    path = "splits.test.differences.interplay.sample.global.mir.low"
+    spec = gate(
+        {"metric": path, "min": 0.03}, {"metric": "splits.test.predictions.agreement", "min": 0.9}, kind="comparison"
+    )
+    low, agreement = verdicts.judge(spec, verdicts.sides(spec, report, None))
+    assert (low.status, low.value) == ("pass", report["splits"]["test"]["differences"][path[24:-4]]["low"])
+    assert (agreement.status, agreement.value) == ("pass", 0.95)
 
 
 # --- baselines ------------------------------------------------------------------------------------------------------
@@ -447,6 +465,8 @@ def test_names_of_gates_fit_into_urls_and_comments(name: str) -> None:
         ("path", "points.first.splits.test.loss", "points.0.splits.test.loss"),
         ("pruning", "summary.splits.test.kne", "summary.splits.test.knee"),
         ("series", "summary.generalisation.dely", "summary.generalisation.delay"),
+        ("comparison", "splits.test.differences.acuracy.low", "splits.test.differences.accuracy.low"),
+        ("comparison", "splits.test.differences.collapse.nc1.lo", "splits.test.differences.collapse.nc1.low"),
     ],
 )
 def test_an_unknown_path_is_refused_with_the_nearest_real_one(kind: str, path: str, nearest: str) -> None:
@@ -484,6 +504,7 @@ def test_every_number_of_the_report_models_has_a_path() -> None:
         assert len(paths) > 300
         for path in paths:
             require_number(kind, path.replace("*", "any"))
+    assert "splits.test.differences.interplay.sample.global.mir.low" in number_paths("comparison")
     report = evaluation_report()
 
     def numbers(value: Any, path: str) -> list[str]:

@@ -186,6 +186,22 @@ def test_significance_without_a_baseline_yet_is_undefined(place: Place) -> None:
     assert interplay("baseline", "set", name, report[1], url=place.url).returncode == 0
 
 
+def test_a_baseline_whose_checkpoint_was_deleted_cannot_be_compared_with(place: Place) -> None:
+    """Its report stays, and is enough for points; intervals need the network. The message says what to do."""
+    name = fresh_name()
+    with Client(place.url) as client:
+        checkpoint = client.push_checkpoint(place.good, name="gone")
+        probe_id = client.find_probe(place.probe)["id"]
+        analysis = client.create_analysis(checkpoint_id=checkpoint["id"], probe_id=probe_id)
+        client.set_baseline(name, client.wait(analysis["id"], timeout_seconds=120)["report_id"])
+        client.delete("checkpoints", checkpoint["id"])
+    files = ("--checkpoint", place.good, "--probe", place.probe, "--baseline", name)
+    ran = place.run("--gate", place.gate({"min_change": -0.1, "significance": 0.95}), *files)
+    assert ran.returncode == 2
+    assert "has been deleted; let it point at another report" in message(ran)
+    assert place.run("--gate", place.gate({"min_change": -0.1}), *files).returncode == 0
+
+
 # --- exit codes -----------------------------------------------------------------------------------------------------
 
 

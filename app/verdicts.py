@@ -211,10 +211,13 @@ def _circumstances(report: Report) -> dict[str, Any]:
     probe = report["probe"]
     # What a checkpoint brings is part of it and may differ; what a probe says is part of the data.
     preprocess = probe["preprocess"] if probe.get("preprocess_source") == "probe" else None
-    samples = probe.get("samples") or {}
+    samples, tokenizer = probe.get("samples") or {}, probe.get("tokenizer") or {}
     return {
         "probe.sha256": probe["sha256"],
+        # The same file may be read by other columns.
+        "probe.class_counts": probe["class_counts"],
         "probe.preprocess": preprocess,
+        "probe.tokenizer.sha256": tokenizer.get("sha256") if tokenizer.get("source") == "probe" else None,
         "probe.samples.used": samples.get("used"),
         "probe.samples.seed": samples.get("seed"),
         # Reports of before the option are float32.

@@ -354,6 +354,7 @@ def changed(member: str, value: Any) -> dict[str, Any]:
     ("member", "value"),
     [
         ("probe.sha256", "9" * 64),
+        ("probe.class_counts", [1797] + [0] * 9),
         ("probe.samples", {"used": 100, "of": 1797, "seed": 0}),
         ("provenance.precision", "bfloat16"),
         ("definitions_version", "2"),
@@ -376,6 +377,24 @@ def test_preprocessing_is_the_datas_or_the_checkpoints() -> None:
     report["probe"]["preprocess_source"] = "probe"
     with pytest.raises(NotComparable, match=r"probe\.preprocess"):
         verdicts.sides(spec, report, evaluation_report())
+
+
+def test_another_draw_of_samples_is_another_probe() -> None:
+    """So many of so many, drawn with another seed, are other samples."""
+    report, baseline = (changed("probe.samples", {"used": 100, "of": 1797, "seed": seed}) for seed in (0, 1))
+    verdicts.sides(gate({"min_change": 0}), report, report)
+    with pytest.raises(NotComparable, match=r"probe\.samples\.seed"):
+        verdicts.sides(gate({"min_change": 0}), report, baseline)
+
+
+def test_a_tokenizer_is_the_datas_or_the_checkpoints() -> None:
+    """As a preprocessing is."""
+    tokenizer = {"sha256": "4" * 64, "source": "checkpoint", "max_length": 9, "pad_id": 0, "n_truncated": 0}
+    report = changed("probe.tokenizer", tokenizer)
+    verdicts.sides(gate({"min_change": 0}), report, evaluation_report())
+    tokenizer["source"] = "probe"
+    with pytest.raises(NotComparable, match=r"probe\.tokenizer\.sha256"):
+        verdicts.sides(gate({"min_change": 0}), report, evaluation_report())
 
 
 def test_precision_of_before_the_option_is_float32() -> None:

@@ -5,6 +5,7 @@
     ├── InvalidFile         422  an uploaded file
     ├── ArchitecturesDiffer 422  checkpoints of one path or series
     ├── LabelsDiffer        422  class names of a probe that are not those of the checkpoint
+    ├── NotComparable       422  a gate, a report and a baseline that do not belong together
     ├── UploadIncomplete    400  the body ended or stalled before the form did
     ├── TooLarge            413
     ├── UnsupportedMedia    415
@@ -15,6 +16,7 @@
     ├── IdempotencyConflict 409
     ├── NotCancellable      409
     ├── TooManyStreams      503  of events
+    ├── BaselineMoved       409  it is no longer where the caller saw it
     └── Unavailable         503  the database or the storage does not answer
 
 Each kind is documented in docs/problems.md; a test fails where one is not.
@@ -82,6 +84,10 @@ class LabelsDiffer(ServiceError):
     kind, title, status = "labels-differ", "The probe's classes are not the checkpoint's", 422
 
 
+class NotComparable(ServiceError):
+    kind, title, status = "not-comparable", "The report cannot be judged by this gate or against this baseline", 422
+
+
 class UploadIncomplete(ServiceError):
     kind, title, status = "upload-incomplete", "The upload ended before it was complete", 400
 
@@ -120,6 +126,10 @@ class NotCancellable(ServiceError):
 
 class TooManyStreams(ServiceError):
     kind, title, status = "too-many-streams", "Too many streams of events are open", 503
+
+
+class BaselineMoved(ServiceError):
+    kind, title, status = "baseline-moved", "The baseline has moved", 409
 
 
 class Unavailable(ServiceError):

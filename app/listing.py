@@ -52,7 +52,7 @@ def listing_with(*filters: str) -> Callable[..., Listing]:
 
 def page(
     session: Session,
-    query: sa.Select[Any],
+    query: sa.Select[*tuple[Any, ...]],
     model: type[Resource],
     listing: Listing,
     about: Callable[[sa.Select[str]], sa.ColumnElement[bool]],

@@ -13,7 +13,7 @@ from app import problems, queue, resources
 from app.admission import Admission
 from app.database import make_engine
 from app.events import Events
-from app.routes import Service, analyses, health
+from app.routes import Service, analyses, gates, health
 from app.routes import resources as resource_routes
 from app.settings import Settings
 from app.storage import Storage, StorageUnavailable
@@ -49,7 +49,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(Admission, settings=settings)
     problems.install(app)
     app.include_router(health.health)
-    for router in (resource_routes.router, analyses.router, health.router):
+    for router in (resource_routes.router, analyses.router, gates.router, health.router):
         app.include_router(router, prefix="/v1")
     return app
 

@@ -212,6 +212,45 @@ class Report(Resource):
     content: Mapped[str] = mapped_column(sa.Text)
 
 
+class Gate(Resource):
+    """One version of a gate, immutable; the highest version of a name is the current one."""
+
+    __tablename__ = "gates"
+    __table_args__ = (sa.UniqueConstraint("name", "version"), sa.Index(None, "created_at", "id"))
+
+    name: Mapped[str] = mapped_column(sa.String(100), index=True)
+    version: Mapped[int]
+    kind: Mapped[str] = mapped_column(sa.String(30))
+    description: Mapped[str | None] = mapped_column(sa.String(2000))
+    n_checks: Mapped[int]
+    sha256: Mapped[str] = mapped_column(sa.String(64))
+    content: Mapped[str] = mapped_column(sa.Text)
+
+
+class Baseline(Resource):
+    """A named pointer to a report; null where all that was ever asked for was refused. Its lock orders its moves."""
+
+    __tablename__ = "baselines"
+    __table_args__ = (sa.Index(None, "created_at", "id"),)
+
+    name: Mapped[str] = mapped_column(sa.String(100), unique=True)
+    report_id: Mapped[str | None] = mapped_column(sa.ForeignKey("reports.id"))
+    moved_at: Mapped[datetime | None]
+
+
+class BaselineMove(Resource):
+    """A move that was asked for: done, or refused because the baseline was no longer where the caller saw it."""
+
+    __tablename__ = "baseline_moves"
+    __table_args__ = (sa.Index(None, "created_at", "id"),)
+
+    baseline_id: Mapped[str] = mapped_column(sa.ForeignKey("baselines.id"), index=True)
+    report_id: Mapped[str] = mapped_column(sa.ForeignKey("reports.id"))
+    before_report_id: Mapped[str | None] = mapped_column(sa.String(36))
+    done: Mapped[bool]
+    note: Mapped[str | None] = mapped_column(sa.String(500))
+
+
 class Worker(Base):
     """A worker process, alive until `ended_at` is set by itself or by whoever found it dead."""
 

@@ -3,6 +3,7 @@
 `docs/report.md` explains every field in words; `definitions_version` names the state of the definitions.
 """
 
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
@@ -14,6 +15,7 @@ SCHEMA_VERSION = "1"
 DEFINITIONS_VERSION = "1"
 
 Reasons = dict[str, str]
+SplitName = Literal["all", "train", "test"]
 
 
 class Optimum(Strict):
@@ -207,7 +209,7 @@ class EvaluationReport(_Report):
     kind: Literal["evaluation"]
     subject: Subject
     provenance: Provenance[EvaluationOptions]
-    splits: dict[str, SplitEvaluation]
+    splits: dict[SplitName, SplitEvaluation]
 
 
 class Difference(Strict):
@@ -241,10 +243,19 @@ class Predictions(Strict):
     reason: str | None
 
 
+@dataclass(frozen=True)
+class PathsOf:
+    """Marks keys of a dictionary that are paths to numbers of another model."""
+
+    model: type[Strict]
+
+
 class ComparedSplit(Strict):
     a: SplitEvaluation
     b: SplitEvaluation
-    differences: dict[str, Difference] = Field(description="By the metric's path in a split, such as collapse.nc1.")
+    differences: dict[Annotated[str, PathsOf(SplitEvaluation)], Difference] = Field(
+        description="By the metric's path in a split, such as collapse.nc1."
+    )
     predictions: Predictions
 
 
@@ -255,7 +266,7 @@ class ComparisonReport(_Report):
     subjects: list[Subject] = Field(min_length=2, max_length=2, description="A and B.")
     probe_b: ProbeSubject = Field(description="The probe as B saw it: each may bring its own preprocessing.")
     provenance: Provenance[ComparisonOptions]
-    splits: dict[str, ComparedSplit]
+    splits: dict[SplitName, ComparedSplit]
 
 
 class Barrier(Strict):
@@ -303,7 +314,7 @@ class Alignment(Strict):
 
 
 class PathSummary(Strict):
-    splits: dict[str, PathSplit]
+    splits: dict[SplitName, PathSplit]
     measured: Measured
     l2_distance: FiniteFloat = Field(description="Euclidean distance of the two ends' parameters.")
     cosine: FiniteFloat | None = Field(description="Of the two ends' parameters.")
@@ -313,7 +324,7 @@ class PathSummary(Strict):
 
 class PathPoint(Strict):
     w: FiniteFloat
-    splits: dict[str, SplitEvaluation]
+    splits: dict[SplitName, SplitEvaluation]
 
 
 class PathReport(_Report):
@@ -329,7 +340,7 @@ class PathReport(_Report):
 class PruningPoint(Strict):
     sparsity: FiniteFloat
     n_pruned: int
-    splits: dict[str, SplitEvaluation]
+    splits: dict[SplitName, SplitEvaluation]
 
 
 class PruningSplit(Strict):
@@ -339,7 +350,7 @@ class PruningSplit(Strict):
 
 class PruningSummary(Strict):
     n_prunable: int
-    splits: dict[str, PruningSplit]
+    splits: dict[SplitName, PruningSplit]
 
 
 class PruningReport(_Report):
@@ -354,7 +365,7 @@ class SeriesPoint(Strict):
     x: FiniteFloat
     checkpoint_id: str
     reused_report_id: str | None = Field(description="The report of an evaluation that there was already.")
-    splits: dict[str, SplitEvaluation]
+    splits: dict[SplitName, SplitEvaluation]
 
 
 class SeriesSplit(Strict):
@@ -376,7 +387,7 @@ class Generalisation(Strict):
 
 
 class SeriesSummary(Strict):
-    splits: dict[str, SeriesSplit]
+    splits: dict[SplitName, SeriesSplit]
     measured: Measured
     generalisation: Generalisation | None = Field(description="Null where the probe has not both splits.")
 

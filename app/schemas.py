@@ -39,6 +39,8 @@ def _check_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
 _STORABLE = re.compile(r"\A[^\x00\ud800-\udfff]*\Z")
 PLAIN_TEXT = r"^[^\x00-\x1f]*$"
 Name = Annotated[str, Field(min_length=1, max_length=200, pattern=PLAIN_TEXT)]
+# What becomes part of a URL, of a file's name and of a hidden comment.
+Slug = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 Id = Annotated[str, Field(max_length=36, pattern=PLAIN_TEXT)]
 Metadata = Annotated[dict[str, Any], AfterValidator(_check_metadata)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -422,6 +424,53 @@ class Page(Strict, Generic[Item]):
 
     items: list[Item]
     next_cursor: str | None
+
+
+class GateRequest(Strict):
+    """Which gate judges a report, and against what."""
+
+    gate_id: Id
+    baseline: Slug | None = Field(
+        default=None, description="Name of a baseline; one that is not there yet is no error."
+    )
+    baseline_report_id: Id | None = Field(
+        default=None,
+        description="A report in place of where the baseline points now; `baseline` is then its name alone.",
+    )
+
+
+class BaselinePut(Strict):
+    """Where a baseline shall point."""
+
+    report_id: Id
+    expected_report_id: Id | None = Field(
+        default=None,
+        description="Move it only from here, null: only where there is none yet. Left out: wherever it is.",
+    )
+    note: str | None = Field(default=None, max_length=500, pattern=PLAIN_TEXT, description="Why, for the history.")
+
+
+class Baseline(Strict):
+    """A name for what candidates are compared with."""
+
+    name: str
+    report_id: str
+    report_kind: str
+    checkpoint_id: str | None = Field(description="That an evaluation looked at; of a comparison B.")
+    probe_id: str | None
+    created_at: datetime
+    moved_at: datetime
+
+
+class BaselineMove(Strict):
+    """A move that was asked for; not `done` where the baseline was no longer where the caller had seen it."""
+
+    id: str
+    report_id: str
+    before_report_id: str | None
+    done: bool
+    note: str | None
+    created_at: datetime
 
 
 class Charts(Strict):

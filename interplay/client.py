@@ -10,6 +10,8 @@ Results are plain dictionaries, as the service sends them; interplay/results.py 
 fails for a moment is tried again: interplay/transport.py says what, and what callers can catch.
 """
 
+import hashlib
+import json
 import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -61,7 +63,7 @@ __all__ = [
 
 # Mappings do not vary in their keys: without it a dict of whole numbers would not do.
 X = TypeVar("X", bound=float)
-Collection = Literal["checkpoints", "probes", "feature-sets", "analyses", "reports"]
+Collection = Literal["checkpoints", "probes", "feature-sets", "analyses", "reports", "gates", "baselines"]
 
 _RETRY_SECONDS = 30.0
 
@@ -389,6 +391,103 @@ class Client:
         picture: bytes = self._send("GET", path, repeatable=True).content
         return picture
 
+    # --- gates and baselines ---
+
+    def create_gate(self, gate: Mapping[str, Any]) -> Body:
+        """Keep a gate as the next version of its name; what equals the current version is that version.
+
+        Args:
+            gate: `name`, `checks`, and optionally `kind` and `description`, as in its file (docs/gates.md).
+        """
+        return self._call("POST", "/v1/gates", json=dict(gate), repeatable=True)
+
+    def get_gate(self, gate: str) -> Body:
+        """A gate by its id, or by its name: then its current version, or NAME@3 for the third."""
+        name, _, version = gate.partition("@")
+        for found in self.list("gates", name=name):
+            if version in ("", str(found["version"])):
+                gate = found["id"]
+                break
+        return self._call("GET", f"/v1/gates/{segment(gate)}", repeatable=True)
+
+    def judge(
+        self, report_id: str, *, gate_id: str, baseline: str | None = None, baseline_report_id: str | None = None
+    ) -> Body:
+        """The verdict of a gate on a report.
+
+        Args:
+            report_id: of an evaluation, or what else the gate judges; of a comparison its B is judged against its A.
+            gate_id: a version of a gate.
+            baseline: name of what changes are measured against; one that is not there leaves them undefined.
+            baseline_report_id: a report in place of where the baseline points now.
+        """
+        request = {"gate_id": gate_id, "baseline": baseline, "baseline_report_id": baseline_report_id}
+        return self._call("POST", f"/v1/reports/{segment(report_id)}/gate", json=_given(request), repeatable=True)
+
+    def get_baseline(self, name: str) -> Body:
+        """Where a baseline points."""
+        return self._call("GET", f"/v1/baselines/{segment(name)}", repeatable=True)
+
+    def set_baseline(
+        self,
+        name: str,
+        report_id: str,
+        *,
+        expected_report_id: str | Literal["any"] | None = "any",
+        note: str | None = None,
+    ) -> Body:
+        """Let a baseline point at a report.
+
+        Args:
+            name: letters, digits, dots, dashes and underscores.
+            report_id: what candidates shall be compared with.
+            expected_report_id: move it only from here, None for only where there is none yet; default: from anywhere.
+            note: why, for the history.
+
+        Raises:
+            ProblemError: status 409 where it is not at `expected_report_id`.
+        """
+        body: Body = {"report_id": report_id, **_given({"note": note})}
+        if expected_report_id != "any":
+            body["expected_report_id"] = expected_report_id
+        return self._call("PUT", f"/v1/baselines/{segment(name)}", json=body, repeatable=True)
+
+    def baseline_history(self, name: str, *, limit: int = 50) -> Sequence[Body]:
+        """The moves that were asked for, newest first; `done` is false where one was refused. At most 200."""
+        history = self._call("GET", f"/v1/baselines/{segment(name)}/history", params={"limit": limit}, repeatable=True)
+        items: Sequence[Body] = history["items"]
+        return items
+
+    def push_checkpoint_once(self, path: str | Path, *, name: str, **described: Any) -> tuple[Body, bool]:
+        """As `push_checkpoint`, without sending a file whose content the service holds already.
+
+        Returns:
+            The checkpoint, new in either case, and whether the file was sent. A folder always is.
+        """
+        path = Path(path)
+        if path.is_dir():
+            return self.push_checkpoint(path, name=name, **described), True
+        with path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        spec = json.dumps(_given({"name": name, **described, "sha256": sha256})).encode()
+        try:
+            held = self._call("POST", "/v1/checkpoints", files=[("spec", (None, spec, "application/json"))])
+        except ProblemError as error:
+            if error.status != 404:
+                raise
+            return self.push_checkpoint(path, name=name, **described), True
+        return held, False
+
+    def get(self, collection: Collection, resource_id: str) -> Body:
+        """One resource of a collection."""
+        return self._call("GET", f"/v1/{collection}/{segment(resource_id)}", repeatable=True)
+
+    def find_probe(self, probe: str) -> Body:
+        """A probe by its name, the newest of several, or by its id."""
+        for found in self.list("probes", name=probe, limit=1):
+            return found
+        return self.get("probes", probe)
+
     def delete(self, collection: Collection, resource_id: str) -> None:
         """Delete a checkpoint, probe or feature set that no analysis needs."""
         retries = self._transport.retries()
@@ -461,7 +560,7 @@ class Client:
         """Every resource of a collection that the filters let through, newest first, page by page.
 
         Args:
-            collection: checkpoints, probes, feature-sets, analyses or reports.
+            collection: checkpoints, probes, feature-sets, analyses, reports, gates or baselines.
             limit: stop after so many; default: all.
             page_size: how many a request asks for.
             metadata: key and value, or a list of values, that a resource must have, all of them.

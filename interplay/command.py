@@ -2,37 +2,51 @@
 
 Exit codes: 0 fine; 1 the analysis failed, was cancelled or took too long; 2 usage, which includes every problem that
 the service answers with; 3 the service, or MLflow, cannot be reached. With --json stdout holds one JSON value and
-nothing else; errors and progress go to stderr.
+nothing else; errors and progress go to stderr. `interplay gate` has codes of its own.
 """
 
 import enum
 import importlib.metadata
 import importlib.util
 import io
-import json
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from interplay import export, rendering
-from interplay.client import (
-    DEFAULT_URL,
-    AnalysisFailed,
-    Client,
-    ProblemError,
-    ServiceUnreachable,
-    WaitTimeout,
+from interplay import export, gate, rendering
+from interplay.client import AnalysisFailed, Client, ProblemError, ServiceUnreachable, WaitTimeout
+from interplay.options import (
+    EXIT_FAILED,
+    EXIT_UNREACHABLE,
+    EXIT_USAGE,
+    ApiKey,
+    AsJson,
+    BatchSize,
+    Metadata,
+    Permutations,
+    PrecisionOption,
+    Samples,
+    Seed,
+    Timeout,
+    Tokenizer,
+    Tolerance,
+    Url,
+    evaluation_options,
+    fail,
+    json_object,
+    json_value,
+    metadata_of,
+    open_client,
+    pair,
+    print_body,
+    progress_shown,
+    stem,
 )
 from interplay.results import Analysis
-
-EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE = 1, 2, 3
 
 app = typer.Typer(
     name="interplay",
@@ -53,13 +67,7 @@ class Listed(enum.StrEnum):
     FEATURE_SETS = "feature-sets"
     ANALYSES = "analyses"
     REPORTS = "reports"
-
-
-class Precision(enum.StrEnum):
-    """What a network's forward pass computes in."""
-
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
+    GATES = "gates"
 
 
 class Deletable(enum.StrEnum):
@@ -77,23 +85,9 @@ def _instant(text: str) -> datetime:
         raise typer.BadParameter(f"{text!r} is not a time such as 2026-01-31T12:00") from None
 
 
-Url = Annotated[
-    str | None,
-    typer.Option("--url", envvar="INTERPLAY_URL", help=f"Where the service listens. Default: {DEFAULT_URL}."),
-]
-ApiKey = Annotated[
-    str | None,
-    typer.Option("--api-key", envvar="INTERPLAY_API_KEY", help="Better in the environment than in a shell's history."),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value on stdout, nothing else.")]
 File = Annotated[Path, typer.Argument(exists=True, dir_okay=False, readable=True, metavar="FILE", show_default=False)]
 FileOrFolder = Annotated[Path, typer.Argument(exists=True, readable=True, metavar="FILE|FOLDER", show_default=False)]
-Tokenizer = Annotated[str | None, typer.Option(metavar="FILE|JSON", help="A tokenizer.json, for texts.")]
 Name = Annotated[str | None, typer.Option("--name", help="What people will call it. Default: the file's stem.")]
-Metadata = Annotated[
-    list[str] | None,
-    typer.Option("--metadata", metavar="KEY=VALUE", help="May be repeated; epoch=10 is stored as a number."),
-]
 
 
 def main() -> None:
@@ -105,15 +99,15 @@ def main() -> None:
         app(prog_name="interplay")
     except AnalysisFailed as error:
         problem = error.problem or {"title": f"The analysis was {error.analysis['status']}", "detail": ""}
-        _fail(EXIT_FAILED, problem.get("title", "The analysis failed"), problem.get("detail", ""), problem)
+        fail(EXIT_FAILED, problem.get("title", "The analysis failed"), problem.get("detail", ""), problem)
     except ProblemError as error:
-        _fail(EXIT_USAGE, error.title, error.detail, error.members)
+        fail(EXIT_USAGE, error.title, error.detail, error.members)
     except ServiceUnreachable as error:
-        _fail(EXIT_UNREACHABLE, str(error), "", {})
+        fail(EXIT_UNREACHABLE, str(error), "", {})
     except WaitTimeout as error:
-        _fail(EXIT_FAILED, str(error), "", {})
+        fail(EXIT_FAILED, str(error), "", {})
     except OSError as error:  # a file that vanished or changed its rights after the arguments were checked
-        _fail(EXIT_USAGE, "A file cannot be read", str(error), {})
+        fail(EXIT_USAGE, "A file cannot be read or written", str(error), {})
 
 
 @app.callback()
@@ -146,17 +140,17 @@ def push_checkpoint(
     as_json: AsJson = False,
 ) -> None:
     """Upload a checkpoint: safetensors, or a Hugging Face folder (config.json, weights in one file or in shards)."""
-    described = _json_object("--architecture", architecture)
+    described = json_object("--architecture", architecture)
     brought = {
-        "preprocess": _json_object("--preprocess", preprocess),
-        "tokenizer": _json_object("--tokenizer", tokenizer),
+        "preprocess": json_object("--preprocess", preprocess),
+        "tokenizer": json_object("--tokenizer", tokenizer),
     }
-    pairs = _metadata(metadata)
-    with _client(url, api_key) as client:
+    pairs = metadata_of(metadata)
+    with open_client(url, api_key) as client:
         body = client.push_checkpoint(
-            file, name=name or _stem(file), architecture=described, head=head, **brought, metadata=pairs or None
+            file, name=name or stem(file), architecture=described, head=head, **brought, metadata=pairs or None
         )
-    _print(body, as_json, rendering.resource_text("checkpoint", body))
+    print_body(body, as_json, rendering.resource_text("checkpoint", body))
 
 
 @push.command("probe")
@@ -185,23 +179,23 @@ def push_probe(
 
     Images come as Parquet, as a zip of class folders, or as such a folder itself; texts as Parquet, CSV or JSON lines.
     """
-    names = _json_value("--class-names", class_names)
+    names = json_value("--class-names", class_names)
     if names is not None and not (isinstance(names, list) and all(isinstance(entry, str) for entry in names)):
         raise typer.BadParameter("must be a JSON list of texts", param_hint="--class-names")
-    prepared = _json_object("--preprocess", preprocess)
-    pairs = _metadata(metadata)
-    with _client(url, api_key) as client:
+    prepared = json_object("--preprocess", preprocess)
+    pairs = metadata_of(metadata)
+    with open_client(url, api_key) as client:
         body = client.push_probe(
             file,
             name=name or file.resolve().stem,
             class_names=names,
             preprocess=prepared,
-            columns=dict(_pair(entry, "--column") for entry in column) if column else None,
-            tokenizer=_json_object("--tokenizer", tokenizer),
+            columns=dict(pair(entry, "--column") for entry in column) if column else None,
+            tokenizer=json_object("--tokenizer", tokenizer),
             max_length=max_length,
             metadata=pairs or None,
         )
-    _print(body, as_json, rendering.resource_text("probe", body))
+    print_body(body, as_json, rendering.resource_text("probe", body))
 
 
 @push.command("features")
@@ -214,10 +208,10 @@ def push_features(
     as_json: AsJson = False,
 ) -> None:
     """Upload features, labels and head of a network that the service cannot build (safetensors)."""
-    pairs = _metadata(metadata)
-    with _client(url, api_key) as client:
-        body = client.push_feature_set(file, name=name or _stem(file), metadata=pairs or None)
-    _print(body, as_json, rendering.resource_text("feature set", body))
+    pairs = metadata_of(metadata)
+    with open_client(url, api_key) as client:
+        body = client.push_feature_set(file, name=name or stem(file), metadata=pairs or None)
+    print_body(body, as_json, rendering.resource_text("feature set", body))
 
 
 @app.command()
@@ -236,19 +230,19 @@ def convert(
     as_json: AsJson = False,
 ) -> None:
     """Turn a PyTorch file (.pt, .pth, .ckpt, .bin) into safetensors, here, without running code of the file."""
-    described = _json_object("--architecture", architecture)
+    described = json_object("--architecture", architecture)
     if output.exists() and not overwrite:
         raise typer.BadParameter(f"{str(output)!r} is there already; --overwrite replaces it", param_hint="--output")
     try:
         conversion = importlib.import_module("analysis.conversion")
     except ModuleNotFoundError as error:
         detail = f"`interplay convert` needs PyTorch ({error.name} is missing): pip install 'interplay[worker]'"
-        _fail(EXIT_USAGE, "Not installed", detail, {})
+        fail(EXIT_USAGE, "Not installed", detail, {})
     try:
         weights = conversion.read_weights(file, key=key)
         conversion.write_safetensors(weights.tensors, output, architecture=described)
     except conversion.ConversionError as error:
-        _fail(EXIT_USAGE, "The file cannot be converted", str(error), {})
+        fail(EXIT_USAGE, "The file cannot be converted", str(error), {})
     body = {
         "output": str(output),
         "key": weights.key,
@@ -258,20 +252,11 @@ def convert(
         "others": weights.others,
         "architecture": described,
     }
-    _print(body, as_json, rendering.conversion_text(body))
+    print_body(body, as_json, rendering.conversion_text(body))
 
 
 ProbeId = Annotated[str, typer.Option(metavar="ID", help="What each point is evaluated on.", show_default=False)]
 Wait = Annotated[bool, typer.Option("--wait", help="Wait for the end and show the report.")]
-Timeout = Annotated[float | None, typer.Option(metavar="SECONDS", min=0, help="Wait no longer; the analysis goes on.")]
-Permutations = Annotated[int | None, typer.Option(min=0, help="Permutations of the null baseline.")]
-Seed = Annotated[int | None, typer.Option(min=0, help="Seed of all that is drawn.")]
-Tolerance = Annotated[float | None, typer.Option(min=0, help="Error of MIR that is small enough; 0 is exact.")]
-BatchSize = Annotated[int | None, typer.Option(min=1, help="Inputs at a time.")]
-PrecisionOption = Annotated[
-    Precision | None, typer.Option(help="Of the forward pass; bfloat16 runs it under autocast. Default: float32.")
-]
-Samples = Annotated[int | None, typer.Option(min=2, help="So many of the probe's, drawn from each class and split.")]
 IdempotencyKey = Annotated[
     str | None, typer.Option(metavar="KEY", help="The same key and request give the same analysis.")
 ]
@@ -301,12 +286,12 @@ def analyze(
     """
     if (features is None) == (checkpoint is None and probe is None) or (checkpoint is None) != (probe is None):
         raise typer.BadParameter("Give either --checkpoint and --probe, or --features alone.")
-    with _client(url, api_key) as client:
+    with open_client(url, api_key) as client:
         analysis = client.create_analysis(
             checkpoint_id=checkpoint,
             probe_id=probe,
             feature_set_id=features,
-            options=_options(permutations, seed, tolerance, batch_size, precision, samples),
+            options=evaluation_options(permutations, seed, tolerance, batch_size, precision, samples),
             idempotency_key=idempotency_key,
         )
         _follow(client, analysis, wait, timeout, as_json)
@@ -336,11 +321,11 @@ def analyze_comparison(
     """Queue a comparison of two checkpoints on the same samples: the difference of every metric, and how sure it is."""
     if resamples is not None and not bootstrap:
         raise typer.BadParameter("are those of --bootstrap", param_hint="--resamples")
-    options = _options(permutations, seed, tolerance, batch_size, precision, samples)
+    options = evaluation_options(permutations, seed, tolerance, batch_size, precision, samples)
     if bootstrap:
         options["interval"] = "bootstrap"
     options |= {key: v for key, v in {"resamples": resamples, "confidence": confidence}.items() if v is not None}
-    with _client(url, api_key) as client:
+    with open_client(url, api_key) as client:
         analysis = client.create_comparison(
             checkpoint_a, checkpoint_b, probe_id=probe, options=options, idempotency_key=idempotency_key
         )
@@ -376,7 +361,7 @@ def analyze_path(
     """Queue the straight line between the weights of two checkpoints: loss, error, MIR and HDR on it, and barriers."""
     if sum((points is not None, bool(at), adaptive)) > 1:
         raise typer.BadParameter("Give one of --points, --at and --adaptive.")
-    options = _options(permutations, seed, tolerance, batch_size, precision, samples)
+    options = evaluation_options(permutations, seed, tolerance, batch_size, precision, samples)
     if points is not None:
         options["grid"] = {"points": points}
     elif at:
@@ -389,7 +374,7 @@ def analyze_path(
         options["alignment"] = "weight_matching"
     if extrapolate:
         options["extrapolate"] = True
-    with _client(url, api_key) as client:
+    with open_client(url, api_key) as client:
         analysis = client.create_path(
             checkpoint_a, checkpoint_b, probe_id=probe, options=options, idempotency_key=idempotency_key
         )
@@ -419,14 +404,14 @@ def analyze_pruning(
     as_json: AsJson = False,
 ) -> None:
     """Queue a sweep of magnitude pruning over sparsities."""
-    options = _options(permutations, seed, tolerance, batch_size, precision, samples)
+    options = evaluation_options(permutations, seed, tolerance, batch_size, precision, samples)
     if sparsity:
         options["sparsities"] = sparsity
     if layerwise:
         options["scope"] = "layerwise"
     if include_head:
         options["include_head"] = True
-    with _client(url, api_key) as client:
+    with open_client(url, api_key) as client:
         analysis = client.create_pruning(checkpoint, probe_id=probe, options=options, idempotency_key=idempotency_key)
         _follow(client, analysis, wait, timeout, as_json)
 
@@ -453,7 +438,7 @@ def analyze_series(
 ) -> None:
     """Queue a series of checkpoints, such as those of a training run, in the order of their numbers."""
     by_number: dict[float, str] = {}
-    for number, checkpoint in (_pair(entry, "X=CHECKPOINT") for entry in checkpoints):
+    for number, checkpoint in (pair(entry, "X=CHECKPOINT") for entry in checkpoints):
         try:
             x = float(number)
         except ValueError:
@@ -461,49 +446,30 @@ def analyze_series(
         if x in by_number:
             raise typer.BadParameter(f"{number} is there twice.")
         by_number[x] = checkpoint
-    with _client(url, api_key) as client:
-        options = _options(permutations, seed, tolerance, batch_size, precision, samples)
+    with open_client(url, api_key) as client:
+        options = evaluation_options(permutations, seed, tolerance, batch_size, precision, samples)
         analysis = client.create_series(
             axis, by_number, probe_id=probe, options=options, idempotency_key=idempotency_key
         )
         _follow(client, analysis, wait, timeout, as_json)
 
 
-def _options(
-    permutations: int | None,
-    seed: int | None,
-    tolerance: float | None,
-    batch_size: int | None,
-    precision: Precision | None,
-    samples: int | None,
-) -> dict[str, Any]:
-    chosen = {
-        "null_permutations": permutations,
-        "seed": seed,
-        "tolerance": tolerance,
-        "batch_size": batch_size,
-        "precision": None if precision is None else precision.value,
-        "samples": samples,
-    }
-    return {key: value for key, value in chosen.items() if value is not None}
-
-
 def _follow(client: Client, analysis: Any, wait: bool, timeout: float | None, as_json: bool) -> None:
     """Print an analysis that was just queued; with `wait` its end, and the report for people."""
     if not wait:
-        _print(analysis, as_json, f"analysis {analysis['id']}, {analysis['status']}")
+        print_body(analysis, as_json, f"analysis {analysis['id']}, {analysis['status']}")
         return
     try:
-        with _progress() as show_progress:
+        with progress_shown() as show_progress:
             analysis = client.wait(analysis["id"], timeout_seconds=timeout, on_progress=show_progress)
     except AnalysisFailed as error:
         if as_json:
-            _print(error.analysis, True)
+            print_body(error.analysis, True)
         raise
     except KeyboardInterrupt:
         typer.echo(f"It goes on; to stop it: interplay cancel {analysis['id']}", err=True)
         raise
-    _print(analysis, as_json, None if as_json else rendering.report_view(client.get_report(analysis["report_id"])))
+    print_body(analysis, as_json, None if as_json else rendering.report_view(client.get_report(analysis["report_id"])))
 
 
 @app.command()
@@ -523,17 +489,17 @@ def show(
         format = chart.suffix.removeprefix(".").lower()
         if format not in ("svg", "png", "json"):
             raise typer.BadParameter("ends in .svg, .png or .json", param_hint="--chart")
-        with _client(url, api_key) as client:
+        with open_client(url, api_key) as client:
             picture = client.get_chart(report, chart_name, format=format)
         try:
             chart.write_bytes(picture)
         except OSError as error:
             raise typer.BadParameter(f"cannot be written: {error.strerror}", param_hint="--chart") from None
-        _print({"file": str(chart), "bytes": len(picture)}, as_json, f"{chart}, {len(picture):,} bytes")
+        print_body({"file": str(chart), "bytes": len(picture)}, as_json, f"{chart}, {len(picture):,} bytes")
         return
-    with _client(url, api_key) as client:
+    with open_client(url, api_key) as client:
         body = client.get_report(report)
-    _print(body, as_json, None if as_json else rendering.report_view(body))
+    print_body(body, as_json, None if as_json else rendering.report_view(body))
 
 
 @app.command("export")
@@ -560,7 +526,7 @@ def export_report(
         ("HTTP_REQUEST_MAX_RETRIES", "3"),
     ):
         os.environ.setdefault(f"MLFLOW_{name}", value)
-    with _client(url, api_key) as client:
+    with open_client(url, api_key) as client:
         body = client.get_report(report)
     done: dict[str, Any] = {"report_id": body["id"]}
     try:
@@ -572,12 +538,12 @@ def export_report(
             run = export.log_to_mlflow(body, mlflow, experiment=experiment, run_name=run_name)
             done["mlflow"] = run._asdict()
     except export.MissingExtra as error:
-        _fail(EXIT_USAGE, "Not installed", str(error), {})
+        fail(EXIT_USAGE, "Not installed", str(error), {})
     except export.ExportFailed as error:
-        _fail(EXIT_UNREACHABLE, str(error), "", {})
+        fail(EXIT_UNREACHABLE, str(error), "", {})
     except OSError as error:
-        _fail(EXIT_USAGE, "A file cannot be written", str(error), {})
-    _print(done, as_json, rendering.export_text(done))
+        fail(EXIT_USAGE, "A file cannot be written", str(error), {})
+    print_body(done, as_json, rendering.export_text(done))
 
 
 @app.command("list")
@@ -617,9 +583,9 @@ def list_collection(
         if value is not None:
             raise typer.BadParameter(f"{collection.value} are not filtered by it", param_hint=f"--{option}")
     wanted: dict[str, list[str]] = {}
-    for key, text in map(_pair, metadata or []):
+    for key, text in map(pair, metadata or []):
         wanted.setdefault(key, []).append(text)
-    with _client(url, api_key) as client:
+    with open_client(url, api_key) as client:
         listed = client.list(
             collection.value,
             limit=None if everything else limit,
@@ -634,7 +600,7 @@ def list_collection(
             created_before=before,
         )
         items = [*listed]
-    _print(items, as_json, rendering.collection_view(collection.value, items))
+    print_body(items, as_json, rendering.collection_view(collection.value, items))
 
 
 @app.command()
@@ -645,9 +611,9 @@ def cancel(
     as_json: AsJson = False,
 ) -> None:
     """Stop an analysis at its next step."""
-    with _client(url, api_key) as client:
+    with open_client(url, api_key) as client:
         body = client.cancel(analysis)
-    _print(body, as_json, f"analysis {body['id']}, {body['status']}")
+    print_body(body, as_json, f"analysis {body['id']}, {body['status']}")
 
 
 @app.command()
@@ -659,9 +625,12 @@ def delete(
     as_json: AsJson = False,
 ) -> None:
     """Delete a checkpoint, probe or feature set that no analysis needs."""
-    with _client(url, api_key) as client:
+    with open_client(url, api_key) as client:
         client.delete(collection.value, resource)
-    _print({"id": resource, "deleted": True}, as_json, f"deleted {rendering.printable(resource)}")
+    print_body({"id": resource, "deleted": True}, as_json, f"deleted {rendering.printable(resource)}")
+
+
+gate.register(app)
 
 
 # What each server command runs, the extra that brings it, and a module by which we see whether it is installed.
@@ -678,7 +647,7 @@ def _add_server_command(name: str, module: list[str], needs: dict[str, str], sum
         for extra, witness in needs.items():
             if importlib.util.find_spec(witness) is None:
                 detail = f"`interplay {name}` needs more than the client: pip install 'interplay[{extra}]'"
-                _fail(EXIT_USAGE, "Not installed", detail, {})
+                fail(EXIT_USAGE, "Not installed", detail, {})
         # The current folder must not shadow our packages: "app" is a name that many projects have. The variable,
         # unlike -P, holds for the processes that the service starts, too.
         os.environ["PYTHONSAFEPATH"] = "1"
@@ -692,105 +661,6 @@ def _add_server_command(name: str, module: list[str], needs: dict[str, str], sum
 
 for _name, (_module, _needs, _summary) in _SERVER_COMMANDS.items():
     _add_server_command(_name, _module, _needs, _summary)
-
-
-def _stem(path: Path) -> str:
-    """What a file is called without its ending; a folder's own name, also of `.`."""
-    return path.resolve().name if path.is_dir() else path.stem
-
-
-def _client(url: str | None, api_key: str | None) -> Client:
-    try:
-        return Client(url, api_key)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--url / --api-key") from None
-
-
-def _print(body: Any, as_json: bool, text: Any = None) -> None:
-    if as_json:
-        typer.echo(json.dumps(body, indent=2))
-    else:
-        rendering.console().print(text, soft_wrap=isinstance(text, str))
-
-
-def _fail(code: int, title: str, detail: str, members: Any) -> NoReturn:
-    typer.echo(rendering.problem_text(title, detail, members), err=True)
-    sys.exit(code)
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[Analysis], None]]:
-    """Yields what to call with each look at an analysis: a bar on a terminal, elsewhere a line for each change."""
-    err = rendering.console(stderr=True)
-    if not err.is_terminal:
-        seen = [""]
-
-        def print_line(analysis: Analysis) -> None:
-            line = rendering.progress_line(analysis)
-            if line != seen[0]:
-                typer.echo(line, err=True)
-            seen[0] = line
-
-        yield print_line
-        return
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=err, transient=True) as bar:
-        task = bar.add_task("queued", total=None)
-
-        def move_bar(analysis: Analysis) -> None:
-            progress = analysis["progress"]
-            description = rendering.progress_line(analysis)
-            bar.update(task, description=description, completed=progress["done"], total=progress["total"] or None)
-
-        yield move_bar
-
-
-def _pair(entry: str, hint: str = "--metadata") -> tuple[str, str]:
-    key, separator, value = entry.partition("=")
-    if not key or not separator:
-        raise typer.BadParameter(f"{entry!r} is not of the form KEY=VALUE", param_hint=hint)
-    return key, value
-
-
-def _metadata(entries: list[str] | None) -> dict[str, Any]:
-    return {key: _parsed(value) for key, value in map(_pair, entries or [])}
-
-
-def _parsed(text: str) -> Any:
-    try:
-        return json.loads(text, parse_constant=_not_json)
-    except ValueError:
-        return text
-
-
-def _not_json(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not JSON")
-
-
-def _json_value(option: str, text: str | None) -> Any:
-    """The JSON that an option holds, or that the file which it names holds."""
-    if text is None:
-        return None
-    source = text
-    if not text.lstrip().startswith(("{", "[")):
-        try:
-            source = Path(text).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is not text"
-            raise typer.BadParameter(
-                f"{text!r} is neither JSON nor a readable file: {reason}", param_hint=option
-            ) from None
-    try:
-        return json.loads(source, parse_constant=_not_json)
-    except (ValueError, RecursionError) as error:
-        raise typer.BadParameter(f"not valid JSON: {error}", param_hint=option) from None
-
-
-def _json_object(option: str, text: str | None) -> dict[str, Any] | None:
-    value = _json_value(option, text)
-    if value is not None and not isinstance(value, dict):
-        raise typer.BadParameter("must be a JSON object", param_hint=option)
-    return value
 
 
 def _version(wanted: bool) -> None:

@@ -67,6 +67,9 @@ _COLUMNS: dict[str, tuple[str, ...]] = {
     "feature-sets": ("id", "name", "created_at", "n_samples", "n_classes", "n_features", "metadata"),
     "analyses": ("id", "name", "kind", "status", "progress", "created_at", "report_id"),
     "reports": ("id", "name", "kind", "analysis_id", "created_at"),
+    "gates": ("id", "name", "version", "kind", "n_checks", "created_at", "description"),
+    "baselines": ("name", "report_id", "report_kind", "checkpoint_id", "moved_at"),
+    "moves": ("created_at", "report_id", "before_report_id", "done", "note"),
 }
 
 
@@ -381,7 +384,7 @@ def _cell(column: str, value: Any) -> str:
             return _architecture(value)
         case "progress":
             return f"{value['done']}/{value['total']}"
-        case "created_at":
+        case "created_at" | "moved_at":
             return printable(value)[:19].replace("T", " ")
         case "size_bytes" | "n_parameters" | "n_samples":
             return f"{value:,}"

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from app.reports import EvaluationReport
+from app.reports import ComparisonReport, EvaluationReport
 
 _ID = "01990000-0000-7000-8000-000000000001"
 
@@ -60,6 +60,57 @@ def evaluation_report(**changes: Any) -> dict[str, Any]:
     }
     EvaluationReport.model_validate(report)
     return report
+
+
+def comparison_report(differences: dict[str, dict[str, Any]], **options: Any) -> dict[str, Any]:
+    """A comparison of two checkpoints whose test split has these differences; values of A and B follow from them."""
+    report = evaluation_report()
+    a, b = _split(), _split()
+    for path, difference in differences.items():
+        for side, split in (("a", a), ("b", b)):
+            *above, last = path.split(".")
+            holder: Any = split
+            for name in above:
+                holder = holder[name]
+            holder[last] = difference[side]
+    first = report.pop("subject")
+    second = {**first, "id": _ID[:-1] + "2", "name": "digits, epoch 20", "sha256": "3" * 64}
+    report["provenance"]["options"] = {"interval": "delta", "resamples": 200, "confidence": 0.95, **options}
+    predictions = {
+        "agreement": 0.95,
+        "both_correct": 1700,
+        "only_a_correct": 40,
+        "only_b_correct": 30,
+        "neither_correct": 27,
+        "mcnemar_p": 0.28,
+        "smallest_difference": 0.01,
+        "reason": None,
+    }
+    report["splits"] = {"test": {"a": a, "b": b, "differences": differences, "predictions": predictions}}
+    report |= {"kind": "comparison", "subjects": [first, second], "probe_b": report["probe"]}
+    ComparisonReport.model_validate(report)
+    return report
+
+
+def difference(a: float | None, b: float | None, error: float | None, **changes: Any) -> dict[str, Any]:
+    """A difference as a comparison reports it, with the 95 % interval of the normal distribution."""
+    change = None if a is None or b is None else b - a
+    margin = None if error is None else 1.959963984540054 * error
+    known = change is not None and margin is not None
+    return {
+        "a": a,
+        "b": b,
+        "difference": change,
+        "standard_error": error,
+        "low": change - margin if change is not None and margin is not None else None,
+        "high": change + margin if change is not None and margin is not None else None,
+        "significant": abs(change) > margin if change is not None and margin is not None else None,
+        "bias": None,
+        "bias_a": None,
+        "bias_b": None,
+        "reason": None if known else "not_computed",
+        **changes,
+    }
 
 
 def _split() -> dict[str, Any]:

@@ -96,7 +96,7 @@ def scripted(*answers: Answer, streams: Sequence[list[bytes]] = ()) -> Iterator[
                 self.wfile.write(chunk)
                 self.wfile.flush()
 
-        do_GET = do_POST = do_DELETE = respond  # noqa: N815 - names of http.server
+        do_GET = do_POST = do_PUT = do_DELETE = respond  # noqa: N815 - names of http.server
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True

@@ -25,9 +25,14 @@ import httpx
 from interplay.folders import packed_checkpoint, zipped_folder
 from interplay.results import (
     Analysis,
+    Baseline,
+    BaselineMove,
     Checkpoint,
+    ComparisonReport,
     EvaluationReport,
     FeatureSet,
+    Gate,
+    GateSummary,
     PathReport,
     Probe,
     PruningReport,
@@ -35,6 +40,7 @@ from interplay.results import (
     ReportSummary,
     SeriesReport,
     SucceededAnalysis,
+    Verdict,
 )
 from interplay.transport import (
     DEFAULT_URL,
@@ -227,7 +233,7 @@ class Client:
         probe_id: str,
         options: Mapping[str, Any] | None = None,
         idempotency_key: str | None = None,
-    ) -> Body:
+    ) -> Analysis:
         """Queue a comparison of two checkpoints on the same samples; their architectures may differ.
 
         Args:
@@ -359,6 +365,8 @@ class Client:
     @overload
     def get_report(self, report_id: str, kind: Literal["evaluation"]) -> EvaluationReport: ...
     @overload
+    def get_report(self, report_id: str, kind: Literal["comparison"]) -> ComparisonReport: ...
+    @overload
     def get_report(self, report_id: str, kind: Literal["path"]) -> PathReport: ...
     @overload
     def get_report(self, report_id: str, kind: Literal["pruning"]) -> PruningReport: ...
@@ -393,26 +401,26 @@ class Client:
 
     # --- gates and baselines ---
 
-    def create_gate(self, gate: Mapping[str, Any]) -> Body:
+    def create_gate(self, gate: Mapping[str, Any]) -> Gate:
         """Keep a gate as the next version of its name; what equals the current version is that version.
 
         Args:
             gate: `name`, `checks`, and optionally `kind` and `description`, as in its file (docs/gates.md).
         """
-        return self._call("POST", "/v1/gates", json=dict(gate), repeatable=True)
+        return cast(Gate, self._call("POST", "/v1/gates", json=dict(gate), repeatable=True))
 
-    def get_gate(self, gate: str) -> Body:
+    def get_gate(self, gate: str) -> Gate:
         """A gate by its id, or by its name: then its current version, or NAME@3 for the third."""
         name, _, version = gate.partition("@")
         for found in self.list("gates", name=name):
             if version in ("", str(found["version"])):
                 gate = found["id"]
                 break
-        return self._call("GET", f"/v1/gates/{segment(gate)}", repeatable=True)
+        return cast(Gate, self._call("GET", f"/v1/gates/{segment(gate)}", repeatable=True))
 
     def judge(
         self, report_id: str, *, gate_id: str, baseline: str | None = None, baseline_report_id: str | None = None
-    ) -> Body:
+    ) -> Verdict:
         """The verdict of a gate on a report.
 
         Args:
@@ -422,11 +430,13 @@ class Client:
             baseline_report_id: a report in place of where the baseline points now.
         """
         request = {"gate_id": gate_id, "baseline": baseline, "baseline_report_id": baseline_report_id}
-        return self._call("POST", f"/v1/reports/{segment(report_id)}/gate", json=_given(request), repeatable=True)
+        return cast(
+            Verdict, self._call("POST", f"/v1/reports/{segment(report_id)}/gate", json=_given(request), repeatable=True)
+        )
 
-    def get_baseline(self, name: str) -> Body:
+    def get_baseline(self, name: str) -> Baseline:
         """Where a baseline points."""
-        return self._call("GET", f"/v1/baselines/{segment(name)}", repeatable=True)
+        return cast(Baseline, self._call("GET", f"/v1/baselines/{segment(name)}", repeatable=True))
 
     def set_baseline(
         self,
@@ -435,7 +445,7 @@ class Client:
         *,
         expected_report_id: str | Literal["any"] | None = "any",
         note: str | None = None,
-    ) -> Body:
+    ) -> Baseline:
         """Let a baseline point at a report.
 
         Args:
@@ -450,15 +460,15 @@ class Client:
         body: Body = {"report_id": report_id, **_given({"note": note})}
         if expected_report_id != "any":
             body["expected_report_id"] = expected_report_id
-        return self._call("PUT", f"/v1/baselines/{segment(name)}", json=body, repeatable=True)
+        return cast(Baseline, self._call("PUT", f"/v1/baselines/{segment(name)}", json=body, repeatable=True))
 
-    def baseline_history(self, name: str, *, limit: int = 50) -> Sequence[Body]:
+    def baseline_history(self, name: str, *, limit: int = 50) -> Sequence[BaselineMove]:
         """The moves that were asked for, newest first; `done` is false where one was refused. At most 200."""
         history = self._call("GET", f"/v1/baselines/{segment(name)}/history", params={"limit": limit}, repeatable=True)
-        items: Sequence[Body] = history["items"]
+        items: Sequence[BaselineMove] = history["items"]
         return items
 
-    def push_checkpoint_once(self, path: str | Path, *, name: str, **described: Any) -> tuple[Body, bool]:
+    def push_checkpoint_once(self, path: str | Path, *, name: str, **described: Any) -> tuple[Checkpoint, bool]:
         """As `push_checkpoint`, without sending a file whose content the service holds already.
 
         Returns:
@@ -476,17 +486,17 @@ class Client:
             if error.status != 404:
                 raise
             return self.push_checkpoint(path, name=name, **described), True
-        return held, False
+        return cast(Checkpoint, held), False
 
     def get(self, collection: Collection, resource_id: str) -> Body:
         """One resource of a collection."""
         return self._call("GET", f"/v1/{collection}/{segment(resource_id)}", repeatable=True)
 
-    def find_probe(self, probe: str) -> Body:
+    def find_probe(self, probe: str) -> Probe:
         """A probe by its name, the newest of several, or by its id."""
         for found in self.list("probes", name=probe, limit=1):
             return found
-        return self.get("probes", probe)
+        return cast(Probe, self.get("probes", probe))
 
     def delete(self, collection: Collection, resource_id: str) -> None:
         """Delete a checkpoint, probe or feature set that no analysis needs."""
@@ -548,6 +558,26 @@ class Client:
         metadata: Mapping[str, Any] | None = None,
         **filters: str | datetime | None,
     ) -> Iterator[ReportSummary]: ...
+    @overload
+    def list(
+        self,
+        collection: Literal["gates"],
+        *,
+        limit: int | None = None,
+        page_size: int = 100,
+        metadata: Mapping[str, Any] | None = None,
+        **filters: str | datetime | None,
+    ) -> Iterator[GateSummary]: ...
+    @overload
+    def list(
+        self,
+        collection: Literal["baselines"],
+        *,
+        limit: int | None = None,
+        page_size: int = 100,
+        metadata: Mapping[str, Any] | None = None,
+        **filters: str | datetime | None,
+    ) -> Iterator[Baseline]: ...
     def list(
         self,
         collection: Collection,

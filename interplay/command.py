@@ -46,7 +46,6 @@ from interplay.options import (
     progress_shown,
     stem,
 )
-from interplay.results import Analysis
 
 app = typer.Typer(
     name="interplay",

@@ -43,6 +43,7 @@ from interplay.options import (
     progress_shown,
     stem,
 )
+from interplay.results import Baseline, Gate
 from interplay.verdict import Run, junit, markdown, verdict_view, worst
 
 EXIT_GATE_FAILED, EXIT_ANALYSIS_FAILED, EXIT_UNDEFINED = 1, 4, 5
@@ -192,7 +193,7 @@ def _judge(
 _LINKS = {"charts": "/charts/overview.png", "report": ""}
 
 
-def _analysed(client: Client, run: Run, gate: Body, held: Body | None, candidate: _Candidate) -> str:
+def _analysed(client: Client, run: Run, gate: Gate, held: Baseline | None, candidate: _Candidate) -> str:
     """The id of the candidate's report, once there is one."""
     assert candidate.probe is not None, "the options were checked"
     against = _compared_with(gate, held)
@@ -218,7 +219,7 @@ def _analysed(client: Client, run: Run, gate: Body, held: Body | None, candidate
     return str(ended["report_id"])
 
 
-def _compared_with(gate: Body, held: Body | None) -> str | None:
+def _compared_with(gate: Gate, held: Baseline | None) -> str | None:
     """The baseline's checkpoint, where the gate needs intervals of changes; None where an evaluation will do."""
     if gate["kind"] not in ("evaluation", "comparison"):
         raise typer.BadParameter(
@@ -250,7 +251,7 @@ def _checkpoint(client: Client, candidate: _Candidate) -> str:
     return str(checkpoint["id"])
 
 
-def _baseline(client: Client, name: str) -> Body | None:
+def _baseline(client: Client, name: str) -> Baseline | None:
     """Where a baseline points; None where there is none yet, which is for the gate to judge."""
     try:
         return client.get_baseline(name)

@@ -12,7 +12,8 @@ import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from interplay import rendering
-from interplay.client import DEFAULT_URL, Body, Client
+from interplay.client import DEFAULT_URL, Client
+from interplay.results import Analysis
 
 EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE = 1, 2, 3
 
@@ -93,13 +94,13 @@ def fail(code: int, title: str, detail: str, members: Any) -> NoReturn:
 
 
 @contextmanager
-def progress_shown() -> Iterator[Callable[[Body], None]]:
+def progress_shown() -> Iterator[Callable[[Analysis], None]]:
     """Yields what to call with each look at an analysis: a bar on a terminal, elsewhere a line for each change."""
     err = rendering.console(stderr=True)
     if not err.is_terminal:
         seen = [""]
 
-        def print_line(analysis: Body) -> None:
+        def print_line(analysis: Analysis) -> None:
             line = rendering.progress_line(analysis)
             if line != seen[0]:
                 typer.echo(line, err=True)
@@ -111,7 +112,7 @@ def progress_shown() -> Iterator[Callable[[Body], None]]:
     with Progress(*columns, console=err, transient=True) as bar:
         task = bar.add_task("queued", total=None)
 
-        def move_bar(analysis: Body) -> None:
+        def move_bar(analysis: Analysis) -> None:
             progress = analysis["progress"]
             description = rendering.progress_line(analysis)
             bar.update(task, description=description, completed=progress["done"], total=progress["total"] or None)

@@ -64,6 +64,37 @@ class BarrierForms(TypedDict):
     midpoint: float | None
 
 
+class Baseline(TypedDict):
+    """A name for what candidates are compared with."""
+
+    name: str
+    report_id: str
+    report_kind: str
+    checkpoint_id: str | None
+    probe_id: str | None
+    created_at: str
+    moved_at: str
+
+
+class BaselineMove(TypedDict):
+    """A move that was asked for; not `done` where the baseline was no longer where the caller had seen it."""
+
+    id: str
+    report_id: str
+    before_report_id: str | None
+    done: bool
+    note: str | None
+    created_at: str
+
+
+class BaselineReference(TypedDict):
+    """What the report was compared with; in a comparison its own A. Null members: there is none yet."""
+
+    name: str | None
+    report_id: str | None
+    subject: str | None
+
+
 class Distance(TypedDict):
     mir: float | None
     hdr: float | None
@@ -126,6 +157,54 @@ class Charts(TypedDict):
     formats: list[str]
 
 
+class Check(TypedDict):
+    """Bounds of one number: of its value, of its change, or of its relative change against a baseline."""
+
+    metric: str
+    name: NotRequired[str | None]
+    min: NotRequired[float | None]
+    max: NotRequired[float | None]
+    min_change: NotRequired[float | None]
+    max_change: NotRequired[float | None]
+    min_relative_change: NotRequired[float | None]
+    max_relative_change: NotRequired[float | None]
+    severity: NotRequired[Literal["fail", "warn"]]
+    significance: NotRequired[float | None]
+    proof: NotRequired[Literal["within", "beyond"]]
+    when_undefined: NotRequired[Literal["fail", "warn", "pass"] | None]
+
+
+class Interval(TypedDict):
+    """Of the change; `method` is how its ends were found: the comparison's own, or normal from its standard error."""
+
+    low: float
+    high: float
+    confidence: float
+    method: Literal["delta", "bootstrap", "normal"]
+
+
+class CheckResult(TypedDict):
+    """What became of one check. `undefined` counts as a failure of the gate that no number caused; `skip` is an
+    undefined number that the check lets pass. `decided_by` names the number that was held against the bounds, null
+    where there was none."""
+
+    label: str
+    name: str | None
+    metric: str
+    severity: Literal["fail", "warn"]
+    status: Literal["pass", "warn", "fail", "undefined", "skip"]
+    quantity: Literal["value", "change", "relative_change"]
+    min: float | None
+    max: float | None
+    value: float | None
+    baseline: float | None
+    change: float | None
+    interval: Interval | None
+    decided_by: Literal["value", "low", "high", "both"] | None
+    why: str
+    seconds: float
+
+
 class Preprocess(TypedDict):
     """What happens to inputs before the network sees them: x * scale, then (x - mean) / std; of images resize, centre
     crop and colour first, in grey levels 0 to 255."""
@@ -171,8 +250,61 @@ class Collapse(TypedDict):
     reasons: dict[str, str]
 
 
-class EvaluationOptions(TypedDict):
-    """How an evaluation is computed; the defaults suit nearly everyone."""
+class Difference(TypedDict):
+    """A metric of A and of B, and B - A with its standard error and interval; `reason` says why there is none."""
+
+    a: float | None
+    b: float | None
+    difference: float | None
+    standard_error: float | None
+    low: float | None
+    high: float | None
+    significant: bool | None
+    bias: float | None
+    bias_a: float | None
+    bias_b: float | None
+    reason: str | None
+
+
+class Predictions(TypedDict):
+    """Where the two networks' predicted classes agree, and whether their accuracies differ by more than chance."""
+
+    agreement: float
+    both_correct: int
+    only_a_correct: int
+    only_b_correct: int
+    neither_correct: int
+    mcnemar_p: float
+    smallest_difference: float | None
+    reason: str | None
+
+
+class Levels(TypedDict):
+    sample: Centrings
+    class_mean: Centrings
+
+
+class SplitEvaluation(TypedDict):
+    n_samples: int
+    class_counts: list[int]
+    accuracy: float | None
+    loss: float | None
+    calibration_error: float | None
+    effective_rank: float | None
+    interplay: Levels
+    collapse: Collapse
+    reasons: dict[str, str]
+
+
+class ComparedSplit(TypedDict):
+    a: SplitEvaluation
+    b: SplitEvaluation
+    differences: dict[str, Difference]
+    predictions: Predictions
+
+
+class ComparisonOptions(TypedDict):
+    """How two checkpoints are compared, and where the intervals of the differences come from."""
 
     null_permutations: NotRequired[int]
     seed: NotRequired[int]
@@ -180,6 +312,9 @@ class EvaluationOptions(TypedDict):
     batch_size: NotRequired[int | None]
     precision: NotRequired[Literal["float32", "bfloat16"]]
     samples: NotRequired[int | None]
+    interval: NotRequired[Literal["delta", "bootstrap"]]
+    resamples: NotRequired[int]
+    confidence: NotRequired[float]
 
 
 class LabelMap(TypedDict):
@@ -228,7 +363,7 @@ class ProbeSubject(TypedDict):
     samples: NotRequired[Samples | None]
 
 
-class ProvenanceEvaluationOptions(TypedDict):
+class ProvenanceComparisonOptions(TypedDict):
     interplay_version: str
     code_sha256: str
     torch_version: str
@@ -242,24 +377,7 @@ class ProvenanceEvaluationOptions(TypedDict):
     precision: NotRequired[Literal["float32", "bfloat16"] | None]
     batch_size: int | None
     features_reused: NotRequired[bool]
-    options: EvaluationOptions
-
-
-class Levels(TypedDict):
-    sample: Centrings
-    class_mean: Centrings
-
-
-class SplitEvaluation(TypedDict):
-    n_samples: int
-    class_counts: list[int]
-    accuracy: float | None
-    loss: float | None
-    calibration_error: float | None
-    effective_rank: float | None
-    interplay: Levels
-    collapse: Collapse
-    reasons: dict[str, str]
+    options: ComparisonOptions
 
 
 class Subject(TypedDict):
@@ -278,6 +396,51 @@ class Subject(TypedDict):
     n_features: int
     n_classes: int
     metadata: dict[str, Any]
+
+
+class ComparisonReport(TypedDict):
+    """Two checkpoints on the same samples; `probe` is as A saw it."""
+
+    schema_version: str
+    definitions_version: str
+    id: str
+    analysis_id: str
+    created_at: str
+    probe: ProbeSubject
+    timings_seconds: dict[str, float]
+    kind: Literal["comparison"]
+    subjects: list[Subject]
+    probe_b: ProbeSubject
+    provenance: ProvenanceComparisonOptions
+    splits: dict[str, ComparedSplit]
+
+
+class EvaluationOptions(TypedDict):
+    """How an evaluation is computed; the defaults suit nearly everyone."""
+
+    null_permutations: NotRequired[int]
+    seed: NotRequired[int]
+    tolerance: NotRequired[float]
+    batch_size: NotRequired[int | None]
+    precision: NotRequired[Literal["float32", "bfloat16"]]
+    samples: NotRequired[int | None]
+
+
+class ProvenanceEvaluationOptions(TypedDict):
+    interplay_version: str
+    code_sha256: str
+    torch_version: str
+    numpy_version: str
+    library: NotRequired[str | None]
+    python_version: str
+    device: str
+    threads: int
+    feature_dtype: str
+    spectrum_dtype: str
+    precision: NotRequired[Literal["float32", "bfloat16"] | None]
+    batch_size: int | None
+    features_reused: NotRequired[bool]
+    options: EvaluationOptions
 
 
 class EvaluationReport(TypedDict):
@@ -311,6 +474,37 @@ class FeatureSet(TypedDict):
     class_counts: list[int]
     splits: dict[str, int]
     metadata: dict[str, Any]
+    created_at: str
+
+
+class Gate(TypedDict):
+    """One version of a gate; it never changes."""
+
+    name: str
+    description: NotRequired[str | None]
+    kind: NotRequired[str]
+    checks: list[Check]
+    id: str
+    version: int
+    sha256: str
+    created_at: str
+
+
+class GateReference(TypedDict):
+    id: str
+    name: str
+    version: int
+
+
+class GateSummary(TypedDict):
+    """A gate without its checks, as the collection lists it."""
+
+    id: str
+    name: str
+    version: int
+    kind: str
+    description: str | None
+    n_checks: int
     created_at: str
 
 
@@ -578,6 +772,21 @@ class SucceededAnalysis(TypedDict):
     problem: dict[str, Any] | None
 
 
+class Verdict(TypedDict):
+    """`fail` where a check of that severity failed, else `undefined` where a number was missing, `warn`, `pass`."""
+
+    status: Literal["pass", "warn", "fail", "undefined"]
+    report_id: str
+    report_kind: str
+    subject: str
+    probe: str
+    gate: GateReference
+    baseline: BaselineReference | None
+    counts: dict[str, int]
+    checks: list[CheckResult]
+    judged_at: str
+
+
 class WorkerVersion(TypedDict):
     id: str
     device: str | None
@@ -592,5 +801,5 @@ class Version(TypedDict):
     workers: list[WorkerVersion]
 
 
-Report = EvaluationReport | PathReport | PruningReport | SeriesReport
+Report = EvaluationReport | ComparisonReport | PathReport | PruningReport | SeriesReport
 """Told apart by `kind`."""

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,7 +62,7 @@ class Service:
 
         return until(ended, seconds=seconds)
 
-    def report(self, analysis: dict[str, Any]) -> dict[str, Any]:
+    def report(self, analysis: Mapping[str, Any]) -> dict[str, Any]:
         assert analysis["status"] == "succeeded", analysis
         return dict(self.client.get(f"/v1/reports/{analysis['report_id']}").json())
 

@@ -97,7 +97,7 @@ def test_github_action(repository: Repository) -> None:
     verdict = json.loads((output / "verdict.json").read_text())
     with Client(repository.url) as client:
         assert client.get_baseline(repository.baseline)["report_id"] == verdict["verdict"]["report_id"]
-        subject = client.get_report(verdict["verdict"]["report_id"])["subject"]
+        subject = client.get_report(verdict["verdict"]["report_id"], "evaluation")["subject"]
     assert subject["metadata"] == {"commit": "1234567", "run": "42"}
     code, files = steps()
     assert code == 0

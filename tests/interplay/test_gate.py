@@ -116,7 +116,7 @@ def test_a_checkpoint_is_pushed_analysed_judged_and_promoted(place: Place) -> No
     assert summary.read_text().startswith(marker(ran["gate"]))
     with Client(place.url) as client:
         assert client.get_baseline(name)["report_id"] == ran["verdict"]["report_id"]
-        report = client.get_report(ran["verdict"]["report_id"])
+        report = client.get_report(ran["verdict"]["report_id"], "evaluation")
         assert report["subject"]["metadata"] == {"epoch": 3}
         assert client.get_chart(report["id"], "overview", format="png").startswith(b"\x89PNG")
 
@@ -157,7 +157,7 @@ def test_significance_has_both_checkpoints_compared(place: Place) -> None:
     check = verdict["checks"][0]
     assert (check["interval"]["confidence"], check["interval"]["method"], check["decided_by"]) == (0.9, "delta", "low")
     with Client(place.url) as client:
-        found = client.get_report(verdict["report_id"])["splits"]["test"]["differences"]["accuracy"]
+        found = client.get_report(verdict["report_id"], "comparison")["splits"]["test"]["differences"]["accuracy"]
         assert client.get_baseline(name)["report_kind"] == "comparison"
     assert (check["interval"]["low"], check["interval"]["high"]) == (found["low"], found["high"])
     assert check["change"] == pytest.approx(found["difference"])
@@ -368,7 +368,7 @@ def test_a_baseline_of_another_probe_is_2(place: Place, digits_probe_file: Path)
     name = fresh_name()
     with Client(place.url) as client:
         other = client.push_probe(digits_probe_file, name="other", preprocess={"scale": 0.05})
-        summary = client.get_report(place.report)
+        summary = client.get_report(place.report, "evaluation")
         analysis = client.create_analysis(checkpoint_id=summary["subject"]["id"], probe_id=other["id"])
         client.set_baseline(name, client.wait(analysis["id"], timeout_seconds=120)["report_id"])
     ran = place.judge({"min_change": 0}, arguments=("--baseline", name))

@@ -7,10 +7,10 @@ network that does something else to its head's output, or has two heads, the mea
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 
 from analysis.entropy import check_finite
@@ -27,6 +27,32 @@ Precision = Literal["float32", "bfloat16"]
 # How far logits may be from what features and head give, of the lengths that are multiplied: 84 roundings of float32.
 # In bfloat16 weights and logits are rounded to 8 bits.
 _SAME_LOGITS = {"float32": 1e-5, "bfloat16": 1e-2}
+
+
+@runtime_checkable
+class Collector(Protocol):
+    """Keeps of a pass what is wanted of it."""
+
+    def take(
+        self,
+        rows: slice,
+        batch: Inputs,
+        output: Any,
+        received: Float[Tensor, "b t d"],
+        given: Float[Tensor, "b t c"],
+    ) -> None:
+        """One batch.
+
+        Args:
+            rows: its samples' places in the probe.
+            batch: as the network took it.
+            output: the network's.
+            received: what its head received, for each token of each sample; most heads see one.
+            given: what its head gave, before anything was done to it.
+        """
+
+
+CollectorType = TypeVar("CollectorType", bound=Collector)
 
 
 def extract_features(
@@ -63,15 +89,64 @@ def extract_features(
         features are taken. Features and head must give the logits to 1e-5 (bfloat16: 1e-2) of the product of their
         lengths.
     """
+    samples, size = pass_over(
+        network,
+        probe,
+        lambda: _Samples(network, len(probe.labels), device, precision),
+        device=device,
+        batch_size=batch_size,
+        width=network.weight.shape[1],
+        precision=precision,
+        progress=progress,
+    )
+    features, logits = samples.features, samples.logits
+    # One sum over both, so that a GPU is waited for once; where it is not finite, each is looked at for itself.
+    if not math.isfinite((features.sum() + logits.sum()).item()):
+        check_finite("features", features)
+        check_finite("logits", logits)
+    return features, logits, size
+
+
+def pass_over(
+    network: LoadedNetwork,
+    probe: Probe,
+    begin: Callable[[], CollectorType],
+    *,
+    device: torch.device,
+    batch_size: int | None,
+    width: int,
+    precision: Precision,
+    progress: Progress | None,
+) -> tuple[CollectorType, int]:
+    """Show a network every sample of a probe, in order.
+
+    Args:
+        network: moved to the device and left in evaluation mode.
+        probe: whose inputs are passed.
+        begin: makes what collects; called anew where the pass begins anew.
+        device: where the pass runs.
+        batch_size: samples at a time; None for what `extract_features` says.
+        width: numbers that a network makes of an id of a token, at its widest.
+        precision: of the forward pass.
+        progress: called with phase `features` after every batch.
+
+    Returns:
+        What was collected, and the batch size of the pass: it is halved where memory runs out.
+
+    Raises:
+        AnalysisError: `invalid-probe` for no samples, `inputs-refused`, `head-not-found`, `out-of-memory`, and what the
+            collector raises.
+    """
     n = len(probe.labels)
     if n == 0:
         raise AnalysisError("invalid-probe", "The probe has no samples.")
     module = _ready(network.module, device)
-    size = min(batch_size or _first_batch_size(probe.inputs, network.weight.shape[1], device), n)
+    size = min(batch_size or _first_batch_size(probe.inputs, width, device), n)
     while True:
         try:
-            features, logits = _pass(module, network, probe, size, device, precision, progress)
-            break
+            collector = begin()
+            _pass(module, network, probe, size, device, precision, progress, collector)
+            return collector, size
         except RuntimeError as error:
             if not _is_out_of_memory(error):
                 raise
@@ -81,11 +156,6 @@ def extract_features(
         size //= 2
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    # One sum over both, so that a GPU is waited for once; where it is not finite, each is looked at for itself.
-    if not math.isfinite((features.sum() + logits.sum()).item()):
-        check_finite("features", features)
-        check_finite("logits", logits)
-    return features, logits, size
 
 
 def _ready(module: nn.Module, device: torch.device) -> nn.Module:
@@ -124,48 +194,70 @@ def _pass(
     device: torch.device,
     precision: Precision,
     progress: Progress | None,
-) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n c"]]:
-    n, (n_classes, n_features) = len(probe.labels), network.weight.shape
-    features = torch.empty(n, n_features, device=device)
-    logits = torch.empty(n, n_classes, device=device)
+    collector: Collector,
+) -> None:
+    n = len(probe.labels)
     calls: list[tuple[Any, Any]] = []
 
     def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         # A copy: the network may go on to change in place what its head gave.
         calls.append((args[0] if args else kwargs.get("input"), output.clone()))
 
-    head = module.get_submodule(network.head_name)
-    handle = head.register_forward_hook(record, with_kwargs=True)
+    handle = module.get_submodule(network.head_name).register_forward_hook(record, with_kwargs=True)
     try:
         with torch.inference_mode(), arithmetic(device, precision):
             done = 0
             for batch in probe.batches(size, device=device):
                 calls.clear()
-                output = _forward(module, batch)
+                output = forward(module, batch)
                 rows = slice(done, done + n_samples(batch))
-                received, given = _head_call(calls, network, batch)
-                if not isinstance(output, Tensor) or output.shape != (n_samples(batch), n_classes):
-                    shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
-                    detail = f"The network's output is {shape} and not the {n_classes} logits of its head"
-                    raise _not_the_head(network, detail)
-                if received.shape[1] == 1:
-                    features[rows] = received[:, 0]
-                else:
-                    tokens = _tokens_of_logits(network, batch, given, output)
-                    features[rows] = received[torch.arange(len(tokens), device=device), tokens]
-                logits[rows] = output
-                # Where the logits are a plain linear module's output, untouched, there is nothing to compute again.
-                if type(head) is not nn.Linear or not torch.equal(output, given[:, 0]):
-                    _check_identity(network, features[rows], logits[rows], _SAME_LOGITS[precision])
+                collector.take(rows, batch, output, *_head_call(calls, network, batch))
                 done = rows.stop
                 if progress:
                     progress("features", done, n)
     finally:
         handle.remove()
-    return features, logits
 
 
-def _forward(module: nn.Module, batch: Inputs) -> Any:
+class _Samples:
+    """Features and logits, one row a sample."""
+
+    def __init__(self, network: LoadedNetwork, n: int, device: torch.device, precision: Precision) -> None:
+        n_classes, n_features = network.weight.shape
+        self.features = torch.empty(n, n_features, device=device)
+        self.logits = torch.empty(n, n_classes, device=device)
+        self._network, self._precision = network, precision
+
+    def take(
+        self,
+        rows: slice,
+        batch: Inputs,
+        output: Any,
+        received: Float[Tensor, "b t d"],
+        given: Float[Tensor, "b t c"],
+    ) -> None:
+        network, n_classes = self._network, self.logits.shape[1]
+        if not isinstance(output, Tensor) or output.shape != (n_samples(batch), n_classes):
+            shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            detail = f"The network's output is {shape} and not the {n_classes} logits of its head"
+            raise not_the_head(network, detail)
+        if received.shape[1] == 1:
+            self.features[rows] = received[:, 0]
+        else:
+            tokens = _tokens_of_logits(network, batch, given, output)
+            self.features[rows] = received[torch.arange(len(tokens), device=received.device), tokens]
+        self.logits[rows] = output
+        if not gives_as_it_is(network, output, given[:, 0]):
+            check_identity(network, self.features[rows], self.logits[rows], self._precision)
+
+
+def gives_as_it_is(network: LoadedNetwork, output: Shaped[Tensor, "..."], given: Shaped[Tensor, "..."]) -> bool:
+    """Whether the logits are a plain linear module's output, untouched: there is nothing to compute again."""
+    plain = type(network.module.get_submodule(network.head_name)) is nn.Linear
+    return plain and output.dtype == given.dtype and torch.equal(output, given)
+
+
+def forward(module: nn.Module, batch: Inputs) -> Any:
     """The network's output; what it raises about the input's shape becomes `inputs-refused`."""
     try:
         return module(batch)
@@ -185,7 +277,7 @@ def _head_call(
 ) -> tuple[Float[Tensor, "n t d"], Float[Tensor, "n t c"]]:
     """What the head received and gave, for each token of each sample; most heads see one."""
     if len(calls) != 1:
-        raise _not_the_head(network, f"It ran {len(calls)} times for one batch, expected once, the head")
+        raise not_the_head(network, f"It ran {len(calls)} times for one batch, expected once, the head")
     n, (n_classes, n_features) = n_samples(batch), network.weight.shape
     received, given = calls[0]
     if isinstance(received, Tensor) and isinstance(network.module.get_submodule(network.head_name), nn.Conv2d):
@@ -216,7 +308,7 @@ def _tokens_of_logits(
         tokens = _asked_tokens(network, batch, given)
         if tokens is not None and bool(equal.gather(1, tokens[:, None]).all()):
             return tokens
-    raise _not_the_head(network, f"For each sample it runs on {given.shape[1]} tokens, none of which gives the logits,")
+    raise not_the_head(network, f"For each sample it runs on {given.shape[1]} tokens, none of which gives the logits,")
 
 
 def _asked_tokens(network: LoadedNetwork, batch: Inputs, given: Float[Tensor, "n t c"]) -> Int64[Tensor, " n"] | None:
@@ -226,7 +318,7 @@ def _asked_tokens(network: LoadedNetwork, batch: Inputs, given: Float[Tensor, "n
     head = network.module.get_submodule(network.head_name)
     handle = head.register_forward_hook(lambda _, __, output: numbers.reshape(output.shape))
     try:
-        output = _forward(network.module, batch)
+        output = forward(network.module, batch)
     finally:
         handle.remove()
     tokens = output[:, 0].round().long()
@@ -234,8 +326,8 @@ def _asked_tokens(network: LoadedNetwork, batch: Inputs, given: Float[Tensor, "n
     return tokens if known else None
 
 
-def _check_identity(
-    network: LoadedNetwork, features: Float[Tensor, "n d"], logits: Float[Tensor, "n c"], same: float
+def check_identity(
+    network: LoadedNetwork, features: Float[Tensor, "n d"], logits: Float[Tensor, "n c"], precision: Precision
 ) -> None:
     """Features and head must give the logits.
 
@@ -249,10 +341,10 @@ def _check_identity(
         expected, lengths = expected + bias.to(features.device), lengths + bias.to(features.device).abs()
     difference = (logits - expected).abs()
     # What is not finite is found, and named, when the pass is over.
-    wrong = (difference > same * lengths) & difference.isfinite()
+    wrong = (difference > _SAME_LOGITS[precision] * lengths) & difference.isfinite()
     if bool(wrong.any()):
         largest = float(difference[wrong].max())
-        raise _not_the_head(
+        raise not_the_head(
             network,
             f"The network's logits are up to {largest:.3g} from features x head + bias. It has a second head, or does "
             "something to the output of its head",
@@ -260,7 +352,8 @@ def _check_identity(
         )
 
 
-def _not_the_head(network: LoadedNetwork, detail: str, **members: Any) -> AnalysisError:
+def not_the_head(network: LoadedNetwork, detail: str, **members: Any) -> AnalysisError:
+    """The error of a head whose name is not of what gives the logits."""
     return AnalysisError("head-not-found", f"{detail} {network.head_name!r}.", head=network.head_name, **members)
 
 

@@ -5,6 +5,7 @@
     ├── InvalidFile         422  an uploaded file
     ├── ArchitecturesDiffer 422  checkpoints of one path or series
     ├── LabelsDiffer        422  class names of a probe that are not those of the checkpoint
+    ├── ProbeUnsuitable     422  a probe that networks of the checkpoint's kind cannot be looked at with
     ├── UploadIncomplete    400  the body ended or stalled before the form did
     ├── TooLarge            413
     ├── UnsupportedMedia    415
@@ -79,6 +80,10 @@ class ArchitecturesDiffer(ServiceError):
 
 class LabelsDiffer(ServiceError):
     kind, title, status = "labels-differ", "The probe's classes are not the checkpoint's", 422
+
+
+class ProbeUnsuitable(ServiceError):
+    kind, title, status = "probe-unsuitable", "The probe does not suit the checkpoint", 422
 
 
 class UploadIncomplete(ServiceError):

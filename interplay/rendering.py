@@ -91,7 +91,7 @@ def _evaluation(report: Body) -> RenderableType:
     splits: Mapping[str, Body] = report["splits"]
     parts: list[RenderableType] = [
         _heading(report),
-        _measures(splits),
+        _measures(splits, report["probe"].get("next_tokens")),
         _interplay(splits),
         Text("MIR says little without accuracy and its null: z = (MIR - null mean) / null std.", style="dim"),
     ]
@@ -148,7 +148,7 @@ def resource_text(noun: str, body: Body) -> str:
         facts.append(f"names without {printable(body['prefix'])}")
     facts += [f"{n:,} tensors {printable(beginning)}* left out" for beginning, n in body.get("ignored", {}).items()]
     if "n_samples" in body:
-        facts.append(f"{body['n_samples']:,} samples of {body['n_classes']} classes")
+        facts.append(_size(body))
     if "n_features" in body:
         facts.append(f"{body['n_features']} features")
     return ", ".join(facts)
@@ -173,11 +173,28 @@ def _heading(report: Body) -> Table:
     for subject in report.get("subjects") or [report["subject"]]:
         _describe(table, subject)
     if probe["kind"] == "probe":
-        size = f"{probe['n_samples']:,} samples of {probe['n_classes']} classes"
-        table.add_row("probe", f"{printable(probe['name'])}, {size} ({probe['id']})")
+        table.add_row("probe", f"{printable(probe['name'])}, {_size(probe)} ({probe['id']})")
+        if probe.get("next_tokens"):
+            table.add_row("positions", _next_tokens(probe["next_tokens"]))
     seconds = sum(report["timings_seconds"].values())
     table.add_row("computed", f"on {provenance['device']}, torch {provenance['torch_version']}, in {seconds:.2f} s")
     return table
+
+
+def _size(probe: Body) -> str:
+    classes = f"of {probe['n_classes']} classes" if probe["n_classes"] else "without labels"
+    return f"{probe['n_samples']:,} samples {classes}"
+
+
+def _next_tokens(found: Body) -> str:
+    """What the samples of a language model are, and over which tokens each measure is."""
+    counts = f"{found['n_positions']['all']:,} of {found['n_sequences']['all']:,} sequences"
+    occur, vocabulary = f"{len(found['token_ids']):,}", f"{found['n_vocabulary']:,}"
+    words = (
+        f"{counts} are the samples, the tokens that follow their classes: {occur} of {vocabulary} occur. MIR, HDR and "
+        f"collapse are over these {occur}; accuracy, loss and calibration over all {vocabulary}."
+    )
+    return words + (" Labels of the probe took no part." if found["ignored_labels"] else "")
 
 
 def _describe(table: Table, subject: Body) -> None:
@@ -248,12 +265,15 @@ def _amount(value: Any) -> str:
     return number(value)
 
 
-def _measures(splits: Mapping[str, Body]) -> Table:
+def _measures(splits: Mapping[str, Body], next_tokens: Body | None) -> Table:
     table = Table(box=SIMPLE_HEAD)
     table.add_column("split")
     for name in splits:
         table.add_column(name, justify="right")
-    table.add_row("samples", *(f"{split['n_samples']:,}" for split in splits.values()))
+    counted = "positions" if next_tokens else "samples"
+    table.add_row(counted, *(f"{split['n_samples']:,}" for split in splits.values()))
+    if next_tokens:
+        table.add_row("sequences", *(f"{next_tokens['n_sequences'][name]:,}" for name in splits))
     for key, label in _MEASURES:
         table.add_row(label, *(number(split[key]) for split in splits.values()))
     for key, label in _COLLAPSE:

@@ -41,7 +41,7 @@ def is_npz(path: Path, limits: Limits) -> bool:
     return all(name.endswith(".npy") for name in names)
 
 
-def open_folders(path: Path, limits: Limits, _: Mapping[str, str]) -> Dataset:
+def open_folders(path: Path, limits: Limits, _: Mapping[str, str | None]) -> Dataset:
     """Classes and splits from the folders of a zip; classes are sorted by name, rows by class, split and path.
 
     Raises:
@@ -69,6 +69,7 @@ def open_folders(path: Path, limits: Limits, _: Mapping[str, str]) -> Dataset:
     return Dataset(
         format="imagefolder",
         content="images",
+        n_rows=len(rows),
         labels=np.array([numbers[name] for name, _, _ in rows], np.int64),
         split=None if next(iter(images.values()))[0] is None else np.array([split for _, split, _ in rows], np.int64),
         class_names=classes,

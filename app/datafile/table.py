@@ -40,7 +40,7 @@ _BROKEN_PARQUET = (pa.ArrowException, OSError, ValueError, KeyError, TypeError, 
 _unpacking = threading.BoundedSemaphore(2)
 
 
-def open_parquet(path: Path, limits: Limits, columns: Mapping[str, str]) -> Dataset:
+def open_parquet(path: Path, limits: Limits, columns: Mapping[str, str | None]) -> Dataset:
     """Labels and splits of a Parquet file; images and texts are not read.
 
     Labels are integers, with the names of a ClassLabel in the schema's `huggingface` metadata where it has them, or
@@ -59,10 +59,11 @@ def open_parquet(path: Path, limits: Limits, columns: Mapping[str, str]) -> Data
             raise _broken(error) from None
 
 
-def _open(path: Path, limits: Limits, named: Mapping[str, str]) -> Dataset:
+def _open(path: Path, limits: Limits, named: Mapping[str, str | None]) -> Dataset:
     _bound_footer(path)
     with _file(path) as file:
-        limits.check_rows(file.metadata.num_rows)
+        n_rows = file.metadata.num_rows
+        limits.check_rows(n_rows)
         groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
         limits.check_unpacked("Parquet file", sum(group.total_byte_size for group in groups), path.stat().st_size)
         schema = file.schema_arrow
@@ -71,14 +72,15 @@ def _open(path: Path, limits: Limits, named: Mapping[str, str]) -> Dataset:
         if content == "texts":
             _check_text_bytes(file, chosen["text"], limits)
         split = None if "split" not in chosen else _splits(file, chosen["split"])
-        labels, class_names = _labels(path, schema, chosen["label"])
+        labels, class_names = _labels(path, schema, chosen["label"]) if "label" in chosen else (None, None)
     return Dataset(
         format="parquet",
         content=content,
+        n_rows=n_rows,
         labels=labels,
         split=split,
         class_names=class_names,
-        columns=chosen,
+        columns={"label": None, **chosen},
         read=partial(_read, path, chosen["image" if content == "images" else "text"], content),
     )
 

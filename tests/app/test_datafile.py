@@ -24,27 +24,34 @@ LIMITS = Limits.of(Settings())
 PICTURES = [encoded(picture(seed, 6, 5)) for seed in range(6)]
 
 
-def _open(content: bytes, folder: Path, limits: Limits = LIMITS, columns: Mapping[str, str] | None = None) -> Dataset:
+def _open(
+    content: bytes, folder: Path, limits: Limits = LIMITS, columns: Mapping[str, str | None] | None = None
+) -> Dataset:
     path = saved(content, folder, "a.bin")
     format = detect(path, limits)
     assert format is not None
     return open_dataset(path, format, limits, columns)
 
 
-def _refused(content: bytes, folder: Path, limits: Limits = LIMITS, **columns: str) -> InvalidFile:
+def _refused(content: bytes, folder: Path, limits: Limits = LIMITS, **columns: str | None) -> InvalidFile:
     """Why a file is refused, when it is opened or when it is read."""
 
     def read() -> None:
         dataset = _open(content, folder, limits, columns or None)
-        list(dataset.read(range(len(dataset.labels))))
+        list(dataset.read(range(dataset.n_rows)))
 
     with pytest.raises(InvalidFile) as raised:
         read()
     return raised.value
 
 
+def _labels(dataset: Dataset) -> list[int]:
+    assert dataset.labels is not None
+    return [int(label) for label in dataset.labels]
+
+
 def _contents(dataset: Dataset, rows: Any = None) -> list[bytes]:
-    return [content for _, content in dataset.read(range(len(dataset.labels)) if rows is None else rows)]
+    return [content for _, content in dataset.read(range(dataset.n_rows) if rows is None else rows)]
 
 
 # --- Parquet --------------------------------------------------------------------------------------------------------
@@ -65,7 +72,7 @@ def test_parquet_of_hugging_face(tmp_path: Path, rows_a_group: int) -> None:
     dataset = _open(content, tmp_path)
     assert (dataset.format, dataset.content, dataset.class_names) == ("parquet", "images", ["cat", "dog", "eel"])
     assert dataset.columns == {"image": "img", "label": "fine_label", "split": "split"}
-    assert dataset.labels.tolist() == [0, 2, 1, 0, 2, 1]
+    assert _labels(dataset) == [0, 2, 1, 0, 2, 1]
     assert dataset.split is not None
     assert dataset.split.tolist() == [0, 0, 1, 1, 0, 0]
     assert list(dataset.read(range(6))) == [(f"{i}.png", PICTURES[i]) for i in range(6)]
@@ -90,7 +97,7 @@ def test_parquet_of_hugging_face(tmp_path: Path, rows_a_group: int) -> None:
 def test_labels_of_parquet(tmp_path: Path, labels: pa.Array, expected: list[int], names: list[str] | None) -> None:
     """Names become their places in sorted order, names that are integers those integers."""
     dataset = _open(parquet({"text": ["a", "b", "c"], "label": labels}), tmp_path)
-    assert dataset.labels.tolist() == expected
+    assert _labels(dataset) == expected
     assert dataset.class_names == names
     assert _contents(dataset) == [b"a", b"b", b"c"]
 
@@ -170,7 +177,7 @@ def test_class_folders(tmp_path: Path, prefix: str) -> None:
     assert (dataset.format, dataset.content, dataset.class_names) == ("imagefolder", "images", ["cat", "dog"])
     assert dataset.split is None
     assert list(dataset.read([0, 2])) == [(f"{prefix}cat/1.jpg", IMAGE), (f"{prefix}dog/2.png", IMAGE)]
-    assert dataset.labels.tolist() == [0, 1, 1]
+    assert _labels(dataset) == [0, 1, 1]
 
 
 @pytest.mark.parametrize("prefix", ["", "pets/"])
@@ -181,7 +188,7 @@ def test_split_folders(tmp_path: Path, prefix: str) -> None:
     assert dataset.split is not None
     found = [name for name, _ in dataset.read(range(4))]
     assert found == [prefix + name for name in (names[1], names[2], names[0], names[3])]
-    assert (dataset.labels.tolist(), dataset.split.tolist()) == ([0, 0, 1, 1], [0, 1, 0, 1])
+    assert (_labels(dataset), dataset.split.tolist()) == ([0, 0, 1, 1], [0, 1, 0, 1])
     only = _open(zipped({prefix + name: IMAGE for name in names[:2]}), tmp_path)
     assert only.split is not None
     assert (only.class_names, only.split.tolist()) == (["cat", "dog"], [0, 0])
@@ -304,16 +311,16 @@ def test_lines_of_texts(tmp_path: Path, content: bytes, format: str) -> None:
     dataset = _open(content, tmp_path)
     assert (dataset.format, dataset.content, dataset.class_names) == (format, "texts", ["neg", "pos"])
     assert dataset.split is not None
-    assert (dataset.labels.tolist(), dataset.split.tolist()) == ([1, 0, 1], [0, 1, 1])
+    assert (_labels(dataset), dataset.split.tolist()) == ([1, 0, 1], [0, 1, 1])
     assert [text.decode().replace("\r\n", "\n") for text in _contents(dataset)] == [row[0] for row in ROWS[1:]]
     assert _contents(dataset, [1]) == ["Größe ✓".encode()]
 
 
 def test_labels_that_are_integers(tmp_path: Path) -> None:
     """In JSON as numbers, in CSV as the texts of numbers."""
-    assert _open(_jsonl({"text": "a", "label": 2}, {"text": "b", "label": 0}), tmp_path).labels.tolist() == [2, 0]
+    assert _labels(_open(_jsonl({"text": "a", "label": 2}, {"text": "b", "label": 0}), tmp_path)) == [2, 0]
     dataset = _open(_csv([["sentence", "labels"], ["a", "2"], ["b", "0"]]), tmp_path)
-    assert (dataset.labels.tolist(), dataset.class_names) == ([2, 0], None)
+    assert (_labels(dataset), dataset.class_names) == ([2, 0], None)
 
 
 A, B = {"text": "a", "label": "x"}, {"text": "b", "label": "y"}
@@ -354,3 +361,39 @@ def test_lines_over_the_limits_are_refused(tmp_path: Path) -> None:
     """Rows, and bytes of the file."""
     assert "rows" in _refused(_jsonl(A, B), tmp_path, replace(LIMITS, rows=1)).detail
     assert "bytes" in _refused(_jsonl(A, B), tmp_path, replace(LIMITS, text_bytes=10)).detail
+
+
+def _csv_of(columns: Mapping[str, list[str]]) -> bytes:
+    return _csv([list(columns), *map(list, zip(*columns.values(), strict=True))])
+
+
+def _jsonl_of(columns: Mapping[str, list[str]]) -> bytes:
+    return _jsonl(*(dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)))
+
+
+@pytest.mark.parametrize("write", [_csv_of, _jsonl_of, parquet])
+def test_texts_without_labels(write: Callable[[dict[str, list[str]]], bytes], tmp_path: Path) -> None:
+    """Where nothing beside texts and splits is there, or null says that nothing of it is a label; read again alike."""
+    texts = ["a b", "c"]
+    for content, named in (
+        (write({"text": texts}), None),
+        (write({"text": texts, "split": ["train", "test"]}), None),
+        (write({"text": texts, "label": ["x", "y"], "url": ["u", "v"]}), {"label": None}),
+        (write({"body": texts, "url": ["u", "v"]}), {"text": "body", "label": None}),
+    ):
+        dataset = _open(content, tmp_path, columns=named)
+        again = _open(content, tmp_path, columns=dataset.columns)
+        for found in (dataset, again):
+            assert (found.labels, found.class_names, found.n_rows) == (None, None, 2)
+            assert found.columns is not None
+            assert found.columns["label"] is None
+            assert _contents(found) == [b"a b", b"c"]
+    told = _refused(write({"text": texts, "url": ["u", "v"]}), tmp_path)
+    assert '"columns": {"label": null}' in told.detail
+    assert told.members["columns"] == ["text", "url"]
+
+
+def test_images_need_labels(tmp_path: Path) -> None:
+    """Null names no column for them."""
+    content = parquet({"image": image_column([IMAGE]), "label": [0]})
+    assert "no column of labels" in _refused(content, tmp_path, label=None, image="image").detail

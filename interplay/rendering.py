@@ -21,6 +21,8 @@ _LIST_LIMIT = 20
 _UNDEFINED = "–"
 
 _LEVELS = (("sample", "none"), ("sample", "global"), ("class_mean", "none"), ("class_mean", "global"))
+# An error of MIR that the four digits of a table would hide.
+_NOTICEABLE = 0.005
 _MEASURES = (
     ("accuracy", "accuracy"),
     ("loss", "loss (mean cross-entropy)"),
@@ -188,11 +190,11 @@ def _size(probe: Body) -> str:
 
 def _next_tokens(found: Body) -> str:
     """What the samples of a language model are, and over which tokens each measure is."""
-    counts = f"{found['n_positions']['all']:,} of {found['n_sequences']['all']:,} sequences"
     occur, vocabulary = f"{len(found['token_ids']):,}", f"{found['n_vocabulary']:,}"
     words = (
-        f"{counts} are the samples, the tokens that follow their classes: {occur} of {vocabulary} occur. MIR, HDR and "
-        f"collapse are over these {occur}; accuracy, loss and calibration over all {vocabulary}."
+        f"{found['n_positions']['all']:,} in {found['n_sequences']['all']:,} sequences; each is a sample, its class "
+        f"the token that follows. Of {vocabulary} tokens {occur} occur as classes: MIR, HDR and collapse are of these, "
+        "accuracy, loss and calibration over all."
     )
     return words + (" Labels of the probe took no part." if found["ignored_labels"] else "")
 
@@ -320,6 +322,9 @@ def _notes(splits: Mapping[str, Body]) -> Iterable[str]:
             values = split["interplay"][level][centring]
             place = f"{name}, {level.replace('_', ' ')}, {centring}"
             yield from _reasons(place, values["reasons"])
+            if (method := values["method"]) and method["error_estimate"] > _NOTICEABLE:
+                error, kept = number(method["error_estimate"], 2), f"{method['kept']:,} of {method['total']:,}"
+                yield f"{place}: MIR may be up to {error} higher; {kept} rows of its spectrum were coupled."
             for what in ("samples", "classes"):
                 if values[f"degenerate_{what}"]:
                     yield f"{place}: {values[f'degenerate_{what}']} {what} without a direction were left out."

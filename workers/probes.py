@@ -95,7 +95,7 @@ def _dataset(task: Task, network: LoadedNetwork, about: About) -> Probe:
         labels, split = None if labels is None else labels[rows], None if split is None else split[rows]
     chosen = range(about["n_samples"]) if rows is None else rows.tolist()
     if dataset.content == "texts":
-        inputs, n_classes = _tokens(task, dataset, chosen, about), about["n_classes"]
+        inputs, n_classes = _tokens(task, network, dataset, chosen, about), about["n_classes"]
         if network.predicts_tokens:
             n_classes = len(network.weight)
             labels = next_token_labels(inputs["input_ids"], inputs["attention_mask"], n_vocabulary=n_classes)
@@ -146,7 +146,9 @@ def _of_images(task: Task, network: LoadedNetwork) -> tuple[Any, str | None]:
     return {"scale": 1 / 255}, None
 
 
-def _tokens(task: Task, dataset: Dataset, rows: Sequence[int], about: About) -> dict[str, torch.Tensor]:
+def _tokens(
+    task: Task, network: LoadedNetwork, dataset: Dataset, rows: Sequence[int], about: About
+) -> dict[str, torch.Tensor]:
     own, brought = task["file"]["tokenizer_sha256"], _brought(task, "tokenizer_sha256")
     sha256 = own or brought
     if sha256 is None:
@@ -158,7 +160,13 @@ def _tokens(task: Task, dataset: Dataset, rows: Sequence[int], about: About) -> 
     config = task["subjects"][0]["architecture"].get("config", {})
     texts = (content.decode() for _, content in _checked(dataset.read(rows)))
     definition = _path(task, sha256).read_text(encoding="utf-8")
-    tokens = tokenise(texts, definition, max_length=task["file"]["max_length"], config=config)
+    tokens = tokenise(
+        texts,
+        definition,
+        max_length=task["file"]["max_length"],
+        config=config,
+        any_padding=network.predicts_tokens,
+    )
     about["tokenizer"] = {
         "sha256": sha256,
         "source": "probe" if own else "checkpoint",

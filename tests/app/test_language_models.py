@@ -132,6 +132,20 @@ def _tokenised(texts: list[str]) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
+def test_a_network_without_padding(service: Service, tmp_path: Path) -> None:
+    """Where neither network nor tokenizer has a token that pads, as with GPT-2, texts of any length go in a batch."""
+    saved = models.saved_language_model("GPT2", tmp_path)
+    config = {key: value for key, value in saved.architecture["config"].items() if key != "pad_token_id"}
+    definition = tokenizer()
+    definition["model"]["vocab"]["w40"] = definition["model"]["vocab"].pop("<pad>")
+    bare = Saved({"family": "transformers", "config": config}, saved.path, saved.library)
+    probe = _posted(service, "probes", {"tokenizer": definition}, parquet({"text": TEXTS}))
+    report = _report(service, _checkpoint(service, bare), probe)
+    assert report["splits"]["all"]["loss"] == pytest.approx(_expected(saved, _tokenised(TEXTS))["loss"], rel=1e-5)
+    assert report["probe"]["tokenizer"]["pad_id"] == 0
+    assert report["provenance"]["batch_size"] == len(TEXTS)
+
+
 def test_labels_of_whole_texts_take_no_part(service: Service, tmp_path: Path) -> None:
     """A probe made for classifiers serves a language model too, with or without id2label, and the report says so."""
     saved = models.saved_language_model("GPT2", tmp_path)

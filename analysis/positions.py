@@ -8,7 +8,7 @@ the logits is checked before they go.
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int32
+from jaxtyping import Bool, Float, Int32, Int64
 from torch import Tensor
 
 from analysis.entropy import check_finite
@@ -85,7 +85,7 @@ def extract_positions(
     return FeatureSet(collected.features, labels, head, None, None, split, predictions, vocabulary), size
 
 
-def _places(predicted: Tensor, tokens: Tensor) -> Tensor:
+def _places(predicted: Int64[Tensor, " n"], tokens: Int64[Tensor, " c"]) -> Int64[Tensor, " n"]:
     """Each predicted token's place among the classes; -1 where it is none of them."""
     places = torch.searchsorted(tokens, predicted).clamp(max=len(tokens) - 1)
     return torch.where(tokens[places] == predicted, places, -1)
@@ -140,7 +140,11 @@ class _Collected:
 
 
 def _check_causal(
-    network: LoadedNetwork, batch: Inputs, output: Float[Tensor, "b t c"], kept: Tensor, precision: Precision
+    network: LoadedNetwork,
+    batch: Inputs,
+    output: Float[Tensor, "b t c"],
+    kept: Bool[Tensor, "b t"],
+    precision: Precision,
 ) -> None:
     """Another last token must not change the logits before it.
 

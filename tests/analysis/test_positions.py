@@ -11,6 +11,7 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
+from analysis import texts
 from analysis.alignment import aligned
 from analysis.errors import AnalysisError
 from analysis.evaluation import EvaluationOptions, evaluate_network
@@ -21,7 +22,7 @@ from analysis.positions import extract_positions
 from analysis.probes import Probe
 from analysis.pruning import Pruning
 from analysis.sequences import IGNORED, labels_of_tokens, next_token_labels
-from app import architectures
+from app import architectures, labels
 from tests.analysis import models, reference
 from tests.analysis.models import LANGUAGE_MODELS, Saved
 
@@ -284,6 +285,7 @@ def test_bfloat16_is_the_same_but_for_rounding(tmp_path: Path) -> None:
 def test_the_service_tells_language_models_by_the_same_names() -> None:
     """Without torch, from the description alone."""
     assert architectures.CAUSAL_LM.pattern == CAUSAL_LM.pattern
+    assert labels._POSITIONS == texts._POSITIONS
     for name in ("GPT2LMHeadModel", "LlamaForCausalLM"):
         config = {"model_type": "any", "architectures": [name]}
         assert architectures.is_causal_lm({"family": "transformers", "config": config})

@@ -213,7 +213,7 @@ def aligned(
     return second.state_dict(), alignment, check_same_function(before, after)
 
 
-def check_same_function(before: Float[Tensor, "b c"], after: Float[Tensor, "b c"]) -> float:
+def check_same_function(before: Float[Tensor, "... c"], after: Float[Tensor, "... c"]) -> float:
     """How far logits moved by permuting hidden units, as a share of the largest; it should be rounding alone.
 
     Raises:

@@ -126,7 +126,7 @@ def _of_batch(
         inputs.to(device) if isinstance(inputs, Tensor) else {name: each.to(device) for name, each in inputs.items()}
     )
     with recording(network) as calls:
-        features, logits = features_of_batch(network, on_device, calls, None)
+        features, logits = features_of_batch(network, on_device, calls)
     if labels.shape != (len(features),) or labels.is_floating_point():
         raise AnalysisError(
             "invalid-feature-set",

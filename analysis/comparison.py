@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Float64, Int, Int64
+from jaxtyping import Float64, Int, Int64
 from scipy.optimize import brentq
 from scipy.stats import binomtest, norm
 from scipy.stats import t as student
@@ -29,6 +29,7 @@ from analysis.evaluation import (
     evaluate_features,
 )
 from analysis.influence import influence, standard_errors
+from analysis.predictions import Predictions, predictions_of
 from analysis.probes import FeatureSet
 
 _OF_SPLIT = ("accuracy", "loss", "calibration_error", "effective_rank")
@@ -90,11 +91,12 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Predictions:
+class Agreement:
     """Where the two networks' predicted classes agree, and whether their accuracies differ by more than chance.
 
     Attributes:
-        agreement: share of samples with the same predicted class.
+        agreement: share of samples with the same predicted class. Tokens that no position has as its next, which a
+            language model may predict too, count as different.
         both_correct, only_a_correct, only_b_correct, neither_correct: counts of samples.
         mcnemar_p: two-sided p value of McNemar's exact test; 1 where no sample is right in one of them alone.
         smallest_difference: of accuracy, that this probe shows with probability 0.8 at the confidence asked for, given
@@ -119,7 +121,7 @@ class ComparedSplit:
     a: SplitEvaluation
     b: SplitEvaluation
     differences: dict[str, Difference]
-    predictions: Predictions
+    predictions: Agreement
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,7 @@ def compare(
     Source: METRICS, "Comparing two checkpoints"; Efron and Tibshirani 1993, chapter 13; McNemar 1947; Connor 1987.
     """
     options = options or ComparisonOptions()
-    if not torch.equal(a.labels, b.labels):
+    if not torch.equal(a.labels, b.labels) or not _same_tokens(a, b):
         detail = "A comparison needs the same samples and the same numbers of their classes for both networks."
         raise AnalysisError("invalid-probe", detail)
     clock = Clock()
@@ -186,7 +188,7 @@ def compare(
                 done = len(splits) * options.resamples
                 spreads = _by_bootstrap(pair, options, device, _counted(progress, done, len(first.splits), options))
             splits[name] = ComparedSplit(
-                pair.of_a, pair.of_b, _differences(pair, spreads, options), _predictions(pair, options)
+                pair.of_a, pair.of_b, _differences(pair, spreads, options), _agreement(pair, options)
             )
     timings = clock.seconds
     for evaluation in (first, second):
@@ -229,11 +231,22 @@ def _part(entry: FeatureSet, rows: Int64[Tensor, " m"]) -> FeatureSet:
     return replace(entry, split=None).take(rows.to(entry.labels.device))
 
 
-def _logits(entry: FeatureSet) -> Float[Tensor, "n c"]:
-    if entry.logits is not None:
-        return entry.logits
-    logits = entry.features @ entry.head.T
-    return logits if entry.head_bias is None else logits + entry.head_bias
+def _predictions_of(entry: FeatureSet) -> Predictions:
+    """The network's own where its logits were not kept."""
+    if entry.predictions is not None:
+        return entry.predictions
+    logits = entry.logits
+    if logits is None:
+        logits = entry.features @ entry.head.T
+        logits = logits if entry.head_bias is None else logits + entry.head_bias
+    return predictions_of(logits, entry.labels)
+
+
+def _same_tokens(a: FeatureSet, b: FeatureSet) -> bool:
+    """Whether the classes of two language models are the same tokens; those of other networks have numbers alone."""
+    if a.vocabulary is None or b.vocabulary is None:
+        return a.vocabulary is b.vocabulary
+    return torch.equal(a.vocabulary.tokens, b.vocabulary.tokens)
 
 
 def _metrics(split: SplitEvaluation) -> dict[str, float | None]:
@@ -274,7 +287,8 @@ def _near_zero(value: float | None, influence: Float64[Tensor, " n"]) -> bool:
 
 
 def _influences(entry: FeatureSet, split: SplitEvaluation, device: torch.device) -> dict[str, Float64[Tensor, " n"]]:
-    found = influence(*(tensor.to(device) for tensor in (entry.features, entry.labels, entry.head, _logits(entry))))
+    there = entry.to(device)
+    found = influence(there.features, there.labels, there.head, _predictions_of(there))
     for path, interplay in _levels(split):
         for name in ("mir", "hdr"):
             value, ideal = getattr(interplay, name), getattr(interplay.optimum, name)
@@ -370,14 +384,15 @@ def _difference(a: float | None, b: float | None, spread: _Spread, quantile: flo
     return Difference(a, b, difference, error, low, high, significant, *biases, reason=spread.reason)
 
 
-def _predictions(pair: _Pair, options: ComparisonOptions) -> Predictions:
+def _agreement(pair: _Pair, options: ComparisonOptions) -> Agreement:
     labels = pair.a.labels
-    predicted_a, predicted_b = _logits(pair.a).argmax(dim=1), _logits(pair.b).argmax(dim=1)
+    predicted_a, predicted_b = (_predictions_of(entry).predicted for entry in (pair.a, pair.b))
     right_a, right_b = predicted_a == labels, predicted_b == labels
     only_a, only_b = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
     smallest = smallest_difference(len(labels), only_a + only_b, confidence=options.confidence)
-    return Predictions(
-        agreement=float((predicted_a == predicted_b).double().mean()),
+    return Agreement(
+        # Of a language model -1 is any token that is no class.
+        agreement=float(((predicted_a == predicted_b) & (predicted_a >= 0)).double().mean()),
         both_correct=int((right_a & right_b).sum()),
         only_a_correct=only_a,
         only_b_correct=only_b,

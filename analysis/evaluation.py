@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int
@@ -15,6 +16,8 @@ from analysis.entropy import check_finite, unit_rows
 from analysis.errors import AnalysisError, Kind
 from analysis.extraction import Precision, Progress, extract_features
 from analysis.networks import LoadedNetwork
+from analysis.positions import extract_positions
+from analysis.predictions import Predictions, calibration_error, predictions_of
 from analysis.probes import FeatureSet, Probe
 from analysis.spectrum import (
     Entropies,
@@ -37,6 +40,7 @@ __all__ = [
     "Precision",
     "Progress",
     "SplitEvaluation",
+    "capture",
     "evaluate_features",
     "evaluate_network",
     "extract_features",
@@ -44,7 +48,6 @@ __all__ = [
 
 # A null whose standard deviation is below this has one value: every permutation gives the same Gram matrices.
 _DEGENERATE = 1e-12
-_CALIBRATION_BINS = 15
 # Two levels, two centrings and the collapse: what progress counts.
 _PARTS_OF_A_SPLIT = 5
 
@@ -111,7 +114,11 @@ class Interplay:
 
 @dataclass(frozen=True)
 class SplitEvaluation:
-    """Everything about the samples of one split; `interplay` by level (sample, class_mean) and centring."""
+    """Everything about the samples of one split; `interplay` by level (sample, class_mean) and centring.
+
+    Of a language model samples are positions, and `class_counts` are of the tokens that occur as labels in the probe,
+    in the order of their ids.
+    """
 
     n_samples: int
     class_counts: list[int]
@@ -135,7 +142,7 @@ class Evaluation:
             a split's samples, class counts and means, and what belongs to no other.
         batch_size: that the pass over the probe ended with; None for a feature set.
         n_features: d.
-        n_classes: C.
+        n_classes: C; of a language model its whole vocabulary.
     """
 
     splits: dict[str, SplitEvaluation]
@@ -174,16 +181,37 @@ def evaluate_network(
     options = options or EvaluationOptions()
     clock = Clock()
     with clock.phase("features"):
-        features, logits, batch_size = extract_features(
-            network,
-            probe,
-            device=device,
-            batch_size=options.batch_size,
-            precision=options.precision,
-            progress=progress,
-        )
-        data = _Data(features, logits, probe.labels.to(device), network.weight.to(device), probe.split)
-    return _evaluate(data, "invalid-probe", batch_size, options, progress, clock)
+        feature_set, batch_size = capture(network, probe, device=device, options=options, progress=progress)
+        feature_set = feature_set.to(device)
+    return _evaluate(feature_set, "invalid-probe", batch_size, options, progress, clock)
+
+
+def capture(
+    network: LoadedNetwork,
+    probe: Probe,
+    *,
+    device: torch.device,
+    options: EvaluationOptions,
+    progress: Progress | None = None,
+) -> tuple[FeatureSet, int]:
+    """What an evaluation needs of a network and a probe, and the batch size of the pass: see `evaluate_network`.
+
+    Of a causal language model samples are positions, as `positions.extract_positions` says.
+    """
+    extract = extract_positions if network.predicts_tokens else _extract_samples
+    return extract(
+        network,
+        probe,
+        device=device,
+        batch_size=options.batch_size,
+        precision=options.precision,
+        progress=progress,
+    )
+
+
+def _extract_samples(network: LoadedNetwork, probe: Probe, **how: Any) -> tuple[FeatureSet, int]:
+    features, logits, batch_size = extract_features(network, probe, **how)
+    return FeatureSet(features, probe.labels, network.weight, None, logits, probe.split), batch_size
 
 
 def evaluate_features(
@@ -211,53 +239,34 @@ def evaluate_features(
     """
     clock = Clock()
     with clock.phase("features"):
-        features, head = feature_set.features.to(device), feature_set.head.to(device)
-        for name, tensor in (("features", features), ("head", head)):
+        feature_set = feature_set.to(device)
+        for name, tensor in (("features", feature_set.features), ("head", feature_set.head)):
             check_finite(name, tensor)
-        if feature_set.logits is not None:
-            logits = feature_set.logits.to(device)
-        else:
-            logits = features @ head.to(features.dtype).T
-            if feature_set.head_bias is not None:
-                logits += feature_set.head_bias.to(logits)
-        data = _Data(features, logits, feature_set.labels.to(device), head, feature_set.split)
-    return _evaluate(data, "invalid-feature-set", None, options or EvaluationOptions(), progress, clock)
+        if feature_set.predictions is None and feature_set.logits is None:
+            feature_set = replace(feature_set, logits=_logits(feature_set))
+    return _evaluate(feature_set, "invalid-feature-set", None, options or EvaluationOptions(), progress, clock)
 
 
-@dataclass(frozen=True)
-class _Data:
-    features: Float[Tensor, "n d"]
-    logits: Float[Tensor, "n c"]
-    labels: Int[Tensor, " n"]
-    head: Float[Tensor, "c d"]
-    split: Int[Tensor, " n"] | None
-
-
-@dataclass(frozen=True)
-class _Predictions:
-    """By sample: the class with the largest logit, its probability, and the cross-entropy."""
-
-    predicted: Int[Tensor, " n"]
-    confidence: Float64[Tensor, " n"]
-    loss: Float64[Tensor, " n"]
+def _logits(feature_set: FeatureSet) -> Float[Tensor, "n c"]:
+    logits = feature_set.features @ feature_set.head.to(feature_set.features.dtype).T
+    if feature_set.head_bias is not None:
+        logits += feature_set.head_bias.to(logits)
+    return logits
 
 
 def _evaluate(
-    data: _Data,
+    data: FeatureSet,
     label_error: Kind,
     batch_size: int | None,
     options: EvaluationOptions,
     progress: Progress | None,
     clock: Clock,
 ) -> Evaluation:
-    n_classes, n_features = data.head.shape
     # The phase of all that has no other, so that no time of an evaluation is left uncounted.
     with clock.phase("statistics"):
         check_finite("head", data.head)
         with clock.phase("predictions"):
-            check_finite("logits", data.logits)
-            _check_labels(data.labels, n_classes, label_error)
-            predictions = _predict(data.logits, data.labels)
+            predictions = _predictions(data, label_error)
         members = _members(data)
         done, total = 0, _PARTS_OF_A_SPLIT * len(members)
 
@@ -270,10 +279,25 @@ def _evaluate(
         splits = {
             name: _Split(data, chosen, predictions, options, clock, step).evaluate() for name, chosen in members.items()
         }
-    return Evaluation(splits, clock.seconds, batch_size, n_features, n_classes)
+    return Evaluation(splits, clock.seconds, batch_size, data.head.shape[1], _n_classes(data))
 
 
-def _members(data: _Data) -> dict[str, Bool[Tensor, " n"] | None]:
+def _n_classes(data: FeatureSet) -> int:
+    """C: rows of the head, also of one that was restricted to some of them."""
+    return len(data.head) if data.vocabulary is None else data.vocabulary.size
+
+
+def _predictions(data: FeatureSet, label_error: Kind) -> Predictions:
+    """The network's own where its logits were not kept."""
+    if data.predictions is not None:
+        return data.predictions
+    assert data.logits is not None, "a feature set has logits or predictions by now"
+    check_finite("logits", data.logits)
+    _check_labels(data.labels, len(data.head), label_error)
+    return predictions_of(data.logits, data.labels)
+
+
+def _members(data: FeatureSet) -> dict[str, Bool[Tensor, " n"] | None]:
     """Which samples each split has; None for all."""
     members: dict[str, Bool[Tensor, " n"] | None] = {"all": None}
     if data.split is not None:
@@ -298,26 +322,6 @@ def _check_labels(labels: Int[Tensor, " n"], n_classes: int, kind: Kind) -> None
         )
 
 
-def _predict(logits: Float[Tensor, "n c"], labels: Int[Tensor, " n"]) -> _Predictions:
-    # In parts, so that the float64 copy of the logits stays at 32 MiB.
-    rows = max(2**22 // logits.shape[1], 1)
-    predicted, confidence, loss = [], [], []
-    for part, target in zip(torch.split(logits, rows), torch.split(labels, rows), strict=True):
-        logarithms = part.double().log_softmax(dim=1)
-        largest = logarithms.max(dim=1)
-        predicted.append(largest.indices)
-        confidence.append(largest.values.exp())
-        loss.append(-logarithms.gather(1, target.long()[:, None])[:, 0])
-    return _Predictions(torch.cat(predicted), torch.cat(confidence), torch.cat(loss))
-
-
-def _calibration_error(confidence: Float64[Tensor, " n"], correct: Bool[Tensor, " n"]) -> float:
-    """Expected calibration error: bins (k/15, (k+1)/15] of the top probability, weighted by their samples."""
-    bins = (confidence * _CALIBRATION_BINS).ceil().long().clamp(1, _CALIBRATION_BINS) - 1
-    gaps = confidence.new_zeros(_CALIBRATION_BINS).index_add_(0, bins, correct.double() - confidence)
-    return float(gaps.abs().sum()) / len(confidence)
-
-
 @dataclass(frozen=True)
 class _Pairing:
     """Samples by class beside the head's directions, and the samples of classes whose head row has none."""
@@ -331,9 +335,9 @@ class _Split:
 
     def __init__(
         self,
-        data: _Data,
+        data: FeatureSet,
         chosen: Bool[Tensor, " n"] | None,
-        predictions: _Predictions,
+        predictions: Predictions,
         options: EvaluationOptions,
         clock: Clock,
         step: Callable[[], None],
@@ -347,6 +351,7 @@ class _Split:
         self.options, self.clock, self.step = options, clock, step
         self.statistics = class_statistics(self.features, self.labels, len(data.head))
         self.class_counts: list[int] = torch.bincount(self.labels, minlength=len(data.head)).tolist()
+        self.n_absent = _n_classes(data) - len(self.statistics.classes)
         self.ideal = {
             "sample": optimum(self.class_counts, data.head.shape[1]),
             "class_mean": optimum([1] * len(self.statistics.classes), data.head.shape[1]),
@@ -367,17 +372,17 @@ class _Split:
         with self.clock.phase("predictions"):
             correct = self.predicted == self.labels
             accuracy, loss = float(correct.double().mean()), float(self.losses.mean())
-            calibration_error = _calibration_error(self.confidence, correct)
+            calibration = calibration_error(self.confidence, correct)
         entropy = interplay["sample"]["global"].entropy_features
         return SplitEvaluation(
             n_samples=len(self.labels),
             class_counts=self.class_counts,
             accuracy=accuracy,
             loss=loss,
-            calibration_error=calibration_error,
+            calibration_error=calibration,
             effective_rank=None if entropy is None else math.exp(entropy),
             interplay=interplay,
-            collapse=collapse,
+            collapse=replace(collapse, absent_classes=self.n_absent),
             reasons={"effective_rank": "no_directions"} if entropy is None else {},
         )
 

@@ -7,10 +7,10 @@ network that does something else to its head's output, or has two heads, the mea
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 
 from analysis.entropy import check_finite
@@ -27,6 +27,32 @@ Precision = Literal["float32", "bfloat16"]
 # How far logits may be from what features and head give, of the lengths that are multiplied: 84 roundings of float32.
 # In bfloat16 weights and logits are rounded to 8 bits.
 _SAME_LOGITS = {"float32": 1e-5, "bfloat16": 1e-2}
+
+
+@runtime_checkable
+class Collector(Protocol):
+    """Keeps of a pass what is wanted of it."""
+
+    def take(
+        self,
+        rows: slice,
+        batch: Inputs,
+        output: Any,
+        received: Float[Tensor, "b t d"],
+        given: Float[Tensor, "b t c"],
+    ) -> None:
+        """One batch.
+
+        Args:
+            rows: its samples' places in the probe.
+            batch: as the network took it.
+            output: the network's.
+            received: what its head received, for each token of each sample; most heads see one.
+            given: what its head gave, before anything was done to it.
+        """
+
+
+CollectorType = TypeVar("CollectorType", bound=Collector)
 
 
 def extract_features(
@@ -63,15 +89,64 @@ def extract_features(
         features are taken. Features and head must give the logits to 1e-5 (bfloat16: 1e-2) of the product of their
         lengths.
     """
+    samples, size = pass_over(
+        network,
+        probe,
+        lambda: _Samples(network, len(probe.labels), device, precision),
+        device=device,
+        batch_size=batch_size,
+        width=network.weight.shape[1],
+        precision=precision,
+        progress=progress,
+    )
+    features, logits = samples.features, samples.logits
+    # One sum over both, so that a GPU is waited for once; where it is not finite, each is looked at for itself.
+    if not math.isfinite((features.sum() + logits.sum()).item()):
+        check_finite("features", features)
+        check_finite("logits", logits)
+    return features, logits, size
+
+
+def pass_over(
+    network: LoadedNetwork,
+    probe: Probe,
+    begin: Callable[[], CollectorType],
+    *,
+    device: torch.device,
+    batch_size: int | None,
+    width: int,
+    precision: Precision,
+    progress: Progress | None,
+) -> tuple[CollectorType, int]:
+    """Show a network every sample of a probe, in order.
+
+    Args:
+        network: moved to the device and left in evaluation mode.
+        probe: whose inputs are passed.
+        begin: makes what collects; called anew where the pass begins anew.
+        device: where the pass runs.
+        batch_size: samples at a time; None for what `extract_features` says.
+        width: numbers that a network makes of an id of a token, at its widest.
+        precision: of the forward pass.
+        progress: called with phase `features` after every batch.
+
+    Returns:
+        What was collected, and the batch size of the pass: it is halved where memory runs out.
+
+    Raises:
+        AnalysisError: `invalid-probe` for no samples, `inputs-refused`, `head-not-found`, `out-of-memory`, and what the
+            collector raises.
+    """
     n = len(probe.labels)
     if n == 0:
         raise AnalysisError("invalid-probe", "The probe has no samples.")
     module = _ready(network.module, device)
-    size = min(batch_size or _first_batch_size(probe.inputs, network.weight.shape[1], device), n)
+    size = min(batch_size or _first_batch_size(probe.inputs, width, device), n)
     while True:
         try:
-            features, logits = _pass(module, network, probe, size, device, precision, progress)
-            break
+            collector = begin()
+            _pass(module, network, probe, size, device, precision, progress, collector)
+            return collector, size
         except RuntimeError as error:
             if not _is_out_of_memory(error):
                 raise
@@ -81,11 +156,6 @@ def extract_features(
         size //= 2
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    # One sum over both, so that a GPU is waited for once; where it is not finite, each is looked at for itself.
-    if not math.isfinite((features.sum() + logits.sum()).item()):
-        check_finite("features", features)
-        check_finite("logits", logits)
-    return features, logits, size
 
 
 def _ready(module: nn.Module, device: torch.device) -> nn.Module:
@@ -124,19 +194,19 @@ def _pass(
     device: torch.device,
     precision: Precision,
     progress: Progress | None,
-) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n c"]]:
-    n, (n_classes, n_features) = len(probe.labels), network.weight.shape
-    features = torch.empty(n, n_features, device=device)
-    logits = torch.empty(n, n_classes, device=device)
+    collector: Collector,
+) -> None:
+    n = len(probe.labels)
     with recording(network) as calls, torch.inference_mode(), arithmetic(device, precision):
         done = 0
         for batch in probe.batches(size, device=device):
+            calls.clear()
+            output = forward(module, batch)
             rows = slice(done, done + n_samples(batch))
-            features[rows], logits[rows] = features_of_batch(network, batch, calls, precision)
+            collector.take(rows, batch, output, *_head_call(calls, network, batch))
             done = rows.stop
             if progress:
                 progress("features", done, n)
-    return features, logits
 
 
 @contextmanager
@@ -156,7 +226,7 @@ def recording(network: LoadedNetwork) -> Iterator[list[tuple[Any, Any]]]:
 
 
 def features_of_batch(
-    network: LoadedNetwork, batch: Inputs, calls: list[tuple[Any, Any]], precision: Precision | None
+    network: LoadedNetwork, batch: Inputs, calls: list[tuple[Any, Any]]
 ) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n c"]]:
     """What the head receives for each input of one batch, and the logits, checked against each other.
 
@@ -164,33 +234,69 @@ def features_of_batch(
         network: on the device of the batch.
         batch: of inputs.
         calls: of `recording`.
-        precision: of the forward pass; None where its logits' type is to say.
 
     Raises:
-        AnalysisError: as `extract_features`.
+        AnalysisError: as `extract_features`; how near logits must be is what their type allows.
     """
-    n, n_classes = n_samples(batch), len(network.weight)
     calls.clear()
-    output = _forward(network.module, batch)
+    output = forward(network.module, batch)
+    narrow = isinstance(output, Tensor) and output.dtype not in (torch.float32, torch.float64)
     received, given = _head_call(calls, network, batch)
+    return _of_samples(network, batch, output, received, given, "bfloat16" if narrow else "float32")
+
+
+class _Samples:
+    """Features and logits, one row a sample."""
+
+    def __init__(self, network: LoadedNetwork, n: int, device: torch.device, precision: Precision) -> None:
+        n_classes, n_features = network.weight.shape
+        self.features = torch.empty(n, n_features, device=device)
+        self.logits = torch.empty(n, n_classes, device=device)
+        self._network, self._precision = network, precision
+
+    def take(
+        self,
+        rows: slice,
+        batch: Inputs,
+        output: Any,
+        received: Float[Tensor, "b t d"],
+        given: Float[Tensor, "b t c"],
+    ) -> None:
+        found = _of_samples(self._network, batch, output, received, given, self._precision)
+        self.features[rows], self.logits[rows] = found
+
+
+def _of_samples(
+    network: LoadedNetwork,
+    batch: Inputs,
+    output: Any,
+    received: Float[Tensor, "b t d"],
+    given: Float[Tensor, "b t c"],
+    precision: Precision,
+) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b c"]]:
+    """Features and logits of the samples of a batch, which must be what the head makes of them."""
+    n, n_classes = n_samples(batch), len(network.weight)
     if not isinstance(output, Tensor) or output.shape != (n, n_classes):
         shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise _not_the_head(network, f"The network's output is {shape} and not the {n_classes} logits of its head")
+        raise not_the_head(network, f"The network's output is {shape} and not the {n_classes} logits of its head")
     if received.shape[1] == 1:
         features = received[:, 0].float()
     else:
         tokens = _tokens_of_logits(network, batch, given, output)
         features = received[torch.arange(n, device=received.device), tokens].float()
-    if precision is None:
-        precision = "float32" if output.dtype in (torch.float32, torch.float64) else "bfloat16"
-    # Where the logits are a plain linear module's output, untouched, there is nothing to compute again.
+    logits = output.float()
+    if not gives_as_it_is(network, output, given[:, 0]):
+        check_identity(network, features, logits, precision)
+    return features, logits
+
+
+def gives_as_it_is(network: LoadedNetwork, output: Shaped[Tensor, "..."], given: Shaped[Tensor, "..."]) -> bool:
+    """Whether the logits are a plain linear module's output, untouched: there is nothing to compute again."""
     plain = type(network.module.get_submodule(network.head_name)) is nn.Linear
-    if not plain or not torch.equal(output, given[:, 0]):
-        _check_identity(network, features, output.float(), _SAME_LOGITS[precision])
-    return features, output.float()
+    return plain and output.dtype == given.dtype and torch.equal(output, given)
 
 
-def _forward(module: nn.Module, batch: Inputs) -> Any:
+def forward(module: nn.Module, batch: Inputs) -> Any:
     """The network's output; what it raises about the input's shape becomes `inputs-refused`."""
     try:
         return module(batch)
@@ -210,7 +316,7 @@ def _head_call(
 ) -> tuple[Float[Tensor, "n t d"], Float[Tensor, "n t c"]]:
     """What the head received and gave, for each token of each sample; most heads see one."""
     if len(calls) != 1:
-        raise _not_the_head(network, f"It ran {len(calls)} times for one batch, expected once, the head")
+        raise not_the_head(network, f"It ran {len(calls)} times for one batch, expected once, the head")
     n, (n_classes, n_features) = n_samples(batch), network.weight.shape
     received, given = calls[0]
     if isinstance(received, Tensor) and isinstance(network.module.get_submodule(network.head_name), nn.Conv2d):
@@ -241,7 +347,7 @@ def _tokens_of_logits(
         tokens = _asked_tokens(network, batch, given)
         if tokens is not None and bool(equal.gather(1, tokens[:, None]).all()):
             return tokens
-    raise _not_the_head(network, f"For each sample it runs on {given.shape[1]} tokens, none of which gives the logits,")
+    raise not_the_head(network, f"For each sample it runs on {given.shape[1]} tokens, none of which gives the logits,")
 
 
 def _asked_tokens(network: LoadedNetwork, batch: Inputs, given: Float[Tensor, "n t c"]) -> Int64[Tensor, " n"] | None:
@@ -251,7 +357,7 @@ def _asked_tokens(network: LoadedNetwork, batch: Inputs, given: Float[Tensor, "n
     head = network.module.get_submodule(network.head_name)
     handle = head.register_forward_hook(lambda _, __, output: numbers.reshape(output.shape))
     try:
-        output = _forward(network.module, batch)
+        output = forward(network.module, batch)
     finally:
         handle.remove()
     tokens = output[:, 0].round().long()
@@ -259,8 +365,8 @@ def _asked_tokens(network: LoadedNetwork, batch: Inputs, given: Float[Tensor, "n
     return tokens if known else None
 
 
-def _check_identity(
-    network: LoadedNetwork, features: Float[Tensor, "n d"], logits: Float[Tensor, "n c"], same: float
+def check_identity(
+    network: LoadedNetwork, features: Float[Tensor, "n d"], logits: Float[Tensor, "n c"], precision: Precision
 ) -> None:
     """Features and head must give the logits.
 
@@ -274,10 +380,10 @@ def _check_identity(
         expected, lengths = expected + bias.to(features.device), lengths + bias.to(features.device).abs()
     difference = (logits - expected).abs()
     # What is not finite is found, and named, when the pass is over.
-    wrong = (difference > same * lengths) & difference.isfinite()
+    wrong = (difference > _SAME_LOGITS[precision] * lengths) & difference.isfinite()
     if bool(wrong.any()):
         largest = float(difference[wrong].max())
-        raise _not_the_head(
+        raise not_the_head(
             network,
             f"The network's logits are up to {largest:.3g} from features x head + bias. It has a second head, or does "
             "something to the output of its head",
@@ -285,7 +391,8 @@ def _check_identity(
         )
 
 
-def _not_the_head(network: LoadedNetwork, detail: str, **members: Any) -> AnalysisError:
+def not_the_head(network: LoadedNetwork, detail: str, **members: Any) -> AnalysisError:
+    """The error of a head whose name is not of what gives the logits."""
     return AnalysisError("head-not-found", f"{detail} {network.head_name!r}.", head=network.head_name, **members)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from analysis.entropy import ZERO_ENTROPY, unit_rows
 from analysis.errors import AnalysisError
 from analysis.losses import spectral_entropy
+from analysis.predictions import Predictions, predictions_of
 from analysis.sensitivity import Entropies, Samples, sample_sensitivity
 
 # Principal directions whose couplings are kept: an eigendecomposition of half a second on a processor core.
@@ -32,7 +33,7 @@ def influence(
     features: Float[Tensor, "n d"],
     labels: Int[Tensor, " n"],
     head: Float[Tensor, "c d"],
-    logits: Float[Tensor, "n c"],
+    logits: Float[Tensor, "n c"] | Predictions,
     *,
     largest: int = LARGEST_KEPT,
 ) -> dict[str, Float64[Tensor, " n"]]:
@@ -42,7 +43,7 @@ def influence(
         features: what the head receives, one row a sample.
         labels: 0 to c - 1.
         head: one row a class.
-        logits: what the network predicts from, with the bias.
+        logits: what the network predicts from, with the bias; or what it predicts, where logits are too many to keep.
         largest: most principal directions whose couplings enter the joint entropy, but at least 4 a class on average;
             with n or c d or more it is exact.
 
@@ -137,7 +138,7 @@ def _check(
     features: Float[Tensor, "n d"],
     labels: Int[Tensor, " n"],
     head: Float[Tensor, "c d"],
-    logits: Float[Tensor, "n c"],
+    logits: Float[Tensor, "n c"] | Predictions,
     largest: int,
 ) -> None:
     def require(holds: bool, argument: str, detail: str) -> None:
@@ -149,23 +150,16 @@ def _check(
     lowest, highest = int(labels.min()), int(labels.max())
     fit = f"labels run from {lowest} to {highest}; the head has {len(head)} rows, so 0 to {len(head) - 1} fit"
     require(lowest >= 0 and highest < len(head), "labels", fit)
-    for name, tensor in (("features", features), ("head", head), ("logits", logits)):
+    numbers = logits.loss if isinstance(logits, Predictions) else logits
+    for name, tensor in (("features", features), ("head", head), ("logits", numbers)):
         if not bool(torch.isfinite(tensor).all()):
             raise AnalysisError("non-finite-values", f"{name} hold NaN or infinity", tensor=name)
 
 
-def _of_predictions(samples: Samples, logits: Float[Tensor, "n c"]) -> dict[str, Float64[Tensor, " n"]]:
+def _of_predictions(samples: Samples, logits: Float[Tensor, "n c"] | Predictions) -> dict[str, Float64[Tensor, " n"]]:
     """Accuracy, loss and NC4 are averages over samples; the calibration error is one within each bin."""
-    predicted, confidence, losses = [], [], []
-    # In parts, so that the float64 copy of the logits stays at 32 MiB.
-    rows = max(2**22 // logits.shape[1], 1)
-    for part, target in zip(torch.split(logits, rows), torch.split(samples.labels, rows), strict=True):
-        logarithms = part.double().log_softmax(dim=1)
-        top = logarithms.max(dim=1)
-        predicted.append(top.indices)
-        confidence.append(top.values.exp())
-        losses.append(-logarithms.gather(1, target[:, None])[:, 0])
-    network, certain = torch.cat(predicted), torch.cat(confidence)
+    predictions = logits if isinstance(logits, Predictions) else predictions_of(logits, samples.labels)
+    network, certain = predictions.predicted, predictions.confidence
     correct = (network == samples.labels).double()
     bins = (certain * _CALIBRATION_BINS).ceil().long().clamp(1, _CALIBRATION_BINS) - 1
     gaps = certain.new_zeros(_CALIBRATION_BINS).index_add_(0, bins, correct - certain)
@@ -177,7 +171,7 @@ def _of_predictions(samples: Samples, logits: Float[Tensor, "n c"]) -> dict[str,
         nearest[members] = samples.classes[distances.argmin(dim=1)]
     return {
         "accuracy": correct,
-        "loss": torch.cat(losses),
+        "loss": predictions.loss,
         "calibration_error": gaps.sign()[bins] * (correct - certain),
         "collapse.nc4": (nearest != network).double(),
     }

@@ -45,15 +45,20 @@ class Path:
     def __init__(self, network: LoadedNetwork, other: State) -> None:
         self.network = network
         self.mix = network.module.state_dict()
-        self.first = {name: tensor.clone() for name, tensor in self.mix.items()}
-        self.second = dict(other)
-        shapes = [{name: tuple(tensor.shape) for name, tensor in state.items()} for state in (self.mix, self.second)]
+        shapes = [{name: tuple(tensor.shape) for name, tensor in state.items()} for state in (self.mix, other)]
         if shapes[0] != shapes[1]:
             differing = sorted(
                 name for name in set(shapes[0]) | set(shapes[1]) if shapes[0].get(name) != shapes[1].get(name)
             )
             detail = f"The two ends differ in {len(differing)} names or shapes of tensors, first in {differing[0]!r}."
             raise AnalysisError("invalid-argument", detail, argument="other", differing=differing[:20])
+        # A tensor of several names, as of tied embeddings, is mixed once.
+        names: dict[int, str] = {}
+        for name, tensor in network.module.state_dict(keep_vars=True).items():
+            names.setdefault(id(tensor), name)
+        self.mix = {name: self.mix[name] for name in names.values()}
+        self.first = {name: tensor.clone() for name, tensor in self.mix.items()}
+        self.second = {name: other[name] for name in names.values()}
 
     def move_to(self, w: float) -> LoadedNetwork:
         """The network of the path at w, which is the one that the path was made of."""

@@ -19,7 +19,9 @@ from torch import Tensor
 
 from analysis.errors import AnalysisError, Kind
 from analysis.images import Images
+from analysis.predictions import Predictions
 from analysis.preprocess import Preprocess
+from analysis.sequences import labels_of_tokens
 
 # One tensor of inputs, or several by the names that a network's own `forward` has for them.
 T = TypeVar("T")
@@ -55,14 +57,15 @@ class Probe:
     Attributes:
         inputs: as stored, of any numeric type; a large set may still be on disk, mapped. Several tensors by name where
             the file has a network's own names for them. Images in files are decoded batch by batch.
-        labels: 0 .. n_classes - 1.
+        labels: 0 .. n_classes - 1. For a causal language model (n, t): at each position the token that follows, or
+            IGNORED.
         split: 0 train, 1 test; None where the set has no splits.
         n_classes: at least 2; not every class need be there.
         preprocess: applied batch by batch, to the one tensor or to `pixel_values`.
     """
 
     inputs: Inputs | Images
-    labels: Integer[Tensor, " n"]
+    labels: Integer[Tensor, "n ..."]
     split: Integer[Tensor, " n"] | None
     n_classes: int
     preprocess: Preprocess | None
@@ -146,7 +149,12 @@ def _decoded(images: Images) -> UInt8[Tensor, "n c h w"]:
 
 
 def stratified_rows(
-    labels: Integer[Tensor, " n"], split: Integer[Tensor, " n"] | None, n_samples: int, *, seed: int
+    labels: Integer[Tensor, " n"],
+    split: Integer[Tensor, " n"] | None,
+    n_samples: int,
+    *,
+    seed: int,
+    least_classes: int = 2,
 ) -> Int64[Tensor, " m"]:
     """A part of a probe in which each class of each split has its share, by the largest remainders.
 
@@ -154,12 +162,13 @@ def stratified_rows(
         labels, split: of the probe.
         n_samples: how many, at most n.
         seed: of what is drawn within a class; the same seed gives the same rows.
+        least_classes: that must be left; 1 for sequences, which have no labels as a whole.
 
     Returns:
         Rows in rising order, m = n_samples of them.
 
     Raises:
-        AnalysisError: `invalid-argument` where fewer than two classes would be left.
+        AnalysisError: `invalid-argument` where fewer classes would be left.
     """
     strata = labels.long() * 2 + (0 if split is None else split.long())
     values, places, counts = torch.unique(strata, return_inverse=True, return_counts=True)
@@ -176,7 +185,7 @@ def stratified_rows(
     starts = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
     rank = torch.arange(len(labels)) - starts
     rows = by_stratum[rank < torch.repeat_interleave(taken, counts)].sort().values
-    if len(torch.unique(labels[rows])) < 2:
+    if len(torch.unique(labels[rows])) < least_classes:
         raise AnalysisError("invalid-argument", f"{n_samples} samples of this probe are of one class; ask for more.")
     return rows
 
@@ -217,8 +226,21 @@ def _prepared_as(name: str, tensor: Shaped[Tensor, "n ..."], preprocess: Preproc
 
 
 @dataclass(frozen=True)
+class Vocabulary:
+    """Which of a language model's tokens are classes: those that occur as labels.
+
+    Attributes:
+        tokens: of each class, its id; in rising order.
+        size: tokens that the network knows, over all of which it predicts.
+    """
+
+    tokens: Int64[Tensor, " c"]
+    size: int
+
+
+@dataclass(frozen=True)
 class FeatureSet:
-    """Features, labels and classification head, extracted elsewhere.
+    """Features, labels and classification head, extracted elsewhere or by a network's pass over a probe.
 
     Floating-point tensors share one type: float64 where the file holds any float64, float32 otherwise.
 
@@ -229,6 +251,8 @@ class FeatureSet:
         head_bias: its bias.
         logits: the network's own, where they were uploaded; otherwise features @ head.T + head_bias.
         split: 0 train, 1 test; None where the set has no splits.
+        predictions: in place of logits, where those would be too many to keep.
+        vocabulary: of a language model; its head is restricted to the classes, and -1 predicted for any other token.
     """
 
     features: Float[Tensor, "n d"]
@@ -237,6 +261,16 @@ class FeatureSet:
     head_bias: Float[Tensor, " c"] | None
     logits: Float[Tensor, "n c"] | None
     split: Integer[Tensor, " n"] | None
+    predictions: Predictions | None = None
+    vocabulary: Vocabulary | None = None
+
+    def to(self, device: torch.device) -> "FeatureSet":
+        """The same with what is computed with on a device; what says which they are stays."""
+        on_device = {name: getattr(self, name) for name in ("features", "labels", "head", "head_bias", "logits")}
+        moved: dict[str, Any] = {
+            name: None if tensor is None else tensor.to(device) for name, tensor in on_device.items()
+        }
+        return replace(self, **moved, predictions=None if self.predictions is None else self.predictions.to(device))
 
     def take(self, rows: Int64[Tensor, " m"]) -> "FeatureSet":
         """The samples of these rows alone, in their order."""
@@ -246,6 +280,7 @@ class FeatureSet:
             labels=self.labels[rows],
             logits=None if self.logits is None else self.logits[rows],
             split=None if self.split is None else self.split[rows],
+            predictions=None if self.predictions is None else self.predictions.take(rows),
         )
 
 
@@ -255,6 +290,7 @@ def load_probe(
     format: Literal["safetensors", "npz"],
     preprocess: Preprocess | None = None,
     n_classes: int | None = None,
+    next_tokens: bool = False,
 ) -> Probe:
     """Read a probe dataset: `inputs` (n, ...), `labels` (n,) and, if there are splits, `split` (n,).
 
@@ -265,6 +301,8 @@ def load_probe(
         format: how to read it. Pickled objects in an npz are refused.
         preprocess: what happens to the inputs, batch by batch.
         n_classes: number of classes. Default: the largest label plus 1.
+        next_tokens: for a causal language model whose vocabulary has n_classes tokens: labels are those of
+            `sequences.next_token_labels`, and the file needs none of its own; labels (n,) are passed over.
 
     Returns:
         The probe. Labels and split are int64, inputs as stored.
@@ -289,7 +327,11 @@ def load_probe(
     for name in set(named) & {"attention_mask", "token_type_ids", "position_ids"} if "input_ids" in named else ():
         if named[name].shape != (shape := named["input_ids"].shape):
             raise AnalysisError(kind, f"{name} must be {list(shape)} as input_ids, not {list(named[name].shape)}.")
-    labels, n_classes = _labels(tensors, n, n_classes, kind)
+    if next_tokens:
+        assert n_classes is not None, "a language model's vocabulary is known"
+        labels = labels_of_tokens(given, tensors.get("labels"), n_vocabulary=n_classes)
+    else:
+        labels, n_classes = _labels(tensors, n, n_classes, kind)
     split = _split(tensors, n, kind)
     probe = Probe(named or given["inputs"], labels, split, n_classes, preprocess)
     for name, tensor in given.items():

@@ -1,7 +1,7 @@
 """Magnitude pruning of a network, sparsity by sparsity, in place."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,9 @@ _TOLERATED = 0.01
 class Pruning:
     """A network whose weights of least magnitude are set to zero.
 
-    Prunable are the weights of linear and convolutional modules; biases and normalisation stay, and the head unless
-    it is included.
+    Prunable are the weights of linear and convolutional modules; biases, embeddings and normalisation stay, and the
+    head unless it is included. A weight that several modules share is one weight: with a head that is tied to the input
+    embedding both are pruned.
 
     Args:
         network: from here on it is what is pruned.
@@ -39,11 +40,14 @@ class Pruning:
     def __init__(self, network: LoadedNetwork, scope: Scope, *, include_head: bool = False) -> None:
         self.network, self.scope = network, scope
         kinds = (nn.Linear, nn.modules.conv._ConvNd)
-        self.weights: list[Tensor] = [
-            module.weight.detach()
+        prunable: dict[int, Any] = {
+            id(module.weight): module.weight
             for name, module in network.module.named_modules()
-            if isinstance(module, kinds) and (include_head or name != network.head_name)
-        ]
+            # Conv1D is a linear module of transformers, in GPT-2, which has its weight transposed.
+            if (isinstance(module, kinds) or type(module).__name__ == "Conv1D")
+            and (include_head or name != network.head_name)
+        }
+        self.weights: list[Tensor] = [weight.detach() for weight in prunable.values()]
         if not self.weights:
             detail = "Beside its head the network has no linear or convolutional weights."
             raise AnalysisError("invalid-argument", detail, argument="include_head")

@@ -46,7 +46,12 @@ class Tokens:
 
 
 def tokenise(
-    texts: Iterable[str], definition: str, *, max_length: int | None = None, config: Mapping[str, Any] | None = None
+    texts: Iterable[str],
+    definition: str,
+    *,
+    max_length: int | None = None,
+    config: Mapping[str, Any] | None = None,
+    any_padding: bool = False,
 ) -> Tokens:
     """Tokenise texts with the special tokens that the tokenizer adds, truncated and padded on one side.
 
@@ -56,6 +61,8 @@ def tokenise(
         max_length: tokens of a text that are kept. Default: what the tokenizer itself says, else 512 or the network's
             positions, whichever is less.
         config: of the network; its `pad_token_id` comes first, then the tokenizer's padding, then the usual names.
+        any_padding: whether the token 0 will do where nothing says what pads, as for causal language models, many of
+            which have no padding: what is masked is no sample, and no sample sees it.
 
     Returns:
         Ids and masks; padding is on the right unless the tokenizer says left.
@@ -94,7 +101,7 @@ def tokenise(
         )
     pad_id = None
     if any(len(tokens) < longest for tokens in ids):
-        pad_id = _pad_id(tokenizer, padding, config)
+        pad_id = _pad_id(tokenizer, padding, config, any_padding)
     input_ids = np.full((len(ids), longest), pad_id or 0, np.int32)
     attention_mask = np.zeros((len(ids), longest), np.uint8)
     on_left = padding.get("direction") == "left"
@@ -123,14 +130,17 @@ def _default_length(config: Mapping[str, Any]) -> int:
     return min([DEFAULT_MAX_LENGTH, *positions])
 
 
-def _pad_id(tokenizer: Tokenizer, padding: Mapping[str, Any], config: Mapping[str, Any]) -> int:
-    if isinstance(config.get("pad_token_id"), int):
+def _pad_id(tokenizer: Tokenizer, padding: Mapping[str, Any], config: Mapping[str, Any], any_padding: bool) -> int:
+    # Some configurations have -1 for none.
+    if isinstance(config.get("pad_token_id"), int) and config["pad_token_id"] >= 0:
         return int(config["pad_token_id"])
     if "pad_id" in padding:
         return int(padding["pad_id"])
     for token in _PADDING_TOKENS:
         if (number := tokenizer.token_to_id(token)) is not None:
             return int(number)
+    if any_padding:
+        return 0
     raise AnalysisError(
         "invalid-probe",
         "Texts differ in length, and neither the network's config (pad_token_id) nor the tokenizer (padding, or a "

@@ -13,9 +13,10 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from app import models, queue, resources, schemas
+from app.architectures import is_causal_lm
 from app.database import read, write
 from app.errors import ArchitecturesDiffer, IdempotencyConflict, NotCancellable, NotFound
-from app.labels import match_labels
+from app.labels import match_labels, require_suitable
 from app.listing import Listing, page
 from app.models import Analysis, AnalysisCheckpoint, Report
 
@@ -32,6 +33,7 @@ def create(
         NotFound: what it should look at does not exist.
         ArchitecturesDiffer: checkpoints that should be compared are of different networks.
         LabelsDiffer: the probe's class names are not the checkpoint's.
+        ProbeUnsuitable: the probe has no labels for a classifier, or no tokens for a language model.
         IdempotencyConflict: the key was used with another body.
     """
     body = request.model_dump(mode="json")
@@ -212,7 +214,14 @@ def _lock_subjects(session: Session, request: schemas.AnalysisRequest, checkpoin
     if request.kind != "comparison":
         _require_one_architecture(rows)
     for row in rows:
-        match_labels(probe.class_names, row.architecture)
+        require_suitable(
+            row.architecture,
+            content=probe.content,
+            n_classes=probe.n_classes,
+            input_shape=probe.input_shape,
+        )
+        if not is_causal_lm(row.architecture):
+            match_labels(probe.class_names, row.architecture)
     if len(rows) == 1:
         return rows[0].name
     return f"{rows[0].name} to {rows[-1].name}"[:200]

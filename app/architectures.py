@@ -11,6 +11,7 @@ member that points outside, no number of layers beyond reason. Whether there is 
 import json
 import math
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
@@ -47,6 +48,10 @@ LEFT_OUT_OF_CONFIGS = (
     "output_attentions", "output_hidden_states", "return_dict", "torch_dtype", "torchscript", "transformers_version",
     "use_cache", "use_return_dict",
 )  # fmt: skip
+
+
+# How analysis/networks/transformers.py tells a causal language model (a test compares).
+CAUSAL_LM = re.compile(r"(ForCausalLM|LMHeadModel)\Z")
 
 
 class _Described(BaseModel):
@@ -176,7 +181,7 @@ RegistryName = Annotated[str, Field(max_length=200, pattern=r"^[A-Za-z0-9_.-]+$"
 
 
 class Transformers(_Described):
-    """A classifier of Hugging Face transformers, by its own config.json."""
+    """A classifier or causal language model of Hugging Face transformers, by its own config.json."""
 
     family: Literal["transformers"]
     config: Annotated[dict[str, Any], AfterValidator(_config)]
@@ -229,6 +234,14 @@ def check_architecture(description: Any) -> dict[str, Any]:
     except ValidationError as error:
         raise invalid_request("The architecture", error.errors(), prefix="architecture") from None
     return checked
+
+
+def is_causal_lm(architecture: Mapping[str, Any]) -> bool:
+    """Whether a description is of a causal language model, whose classes are tokens."""
+    match architecture:
+        case {"family": "transformers", "config": {"architectures": [str(name)]}}:
+            return CAUSAL_LM.search(name) is not None
+    return False
 
 
 def architecture_of_config(config: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@
     ├── ArchitecturesDiffer 422  checkpoints of one path or series
     ├── LabelsDiffer        422  class names of a probe that are not those of the checkpoint
     ├── NotComparable       422  a gate, a report and a baseline that do not belong together
+    ├── ProbeUnsuitable     422  a probe that networks of the checkpoint's kind cannot be looked at with
     ├── UploadIncomplete    400  the body ended or stalled before the form did
     ├── TooLarge            413
     ├── UnsupportedMedia    415
@@ -86,6 +87,10 @@ class LabelsDiffer(ServiceError):
 
 class NotComparable(ServiceError):
     kind, title, status = "not-comparable", "The report cannot be judged by this gate or against this baseline", 422
+
+
+class ProbeUnsuitable(ServiceError):
+    kind, title, status = "probe-unsuitable", "The probe does not suit the checkpoint", 422
 
 
 class UploadIncomplete(ServiceError):

@@ -1,7 +1,8 @@
-"""Labels of a probe in the order of its spec's names and of a checkpoint's classes, matched by name.
+"""What a checkpoint's classes are on a probe: labels in the order of its spec's names, matched by name, or tokens.
 
 A probe's labels count its own class names; a checkpoint's head counts those of its `id2label`. Where both have names
-they must meet, or every accuracy would be of the wrong classes.
+they must meet, or every accuracy would be of the wrong classes. A causal language model predicts the tokens of the
+probe's sequences, which need no labels; every other network needs them.
 """
 
 import re
@@ -12,7 +13,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from app.errors import InvalidRequest, LabelsDiffer
+from app.architectures import is_causal_lm
+from app.errors import InvalidRequest, LabelsDiffer, ProbeUnsuitable
 
 _LISTED = 20
 _DEFAULT_NAME = re.compile(r"LABEL_\d+\Z")
@@ -29,6 +31,46 @@ class LabelMap:
 
     matched: Literal["order", "name", "name_ignoring_case"]
     numbers: list[int] | None
+
+
+# How configurations call the positions that a network has; as in analysis/texts.py.
+_POSITIONS = ("max_position_embeddings", "n_positions")
+
+
+def require_suitable(
+    architecture: Mapping[str, Any], *, content: str, n_classes: int, input_shape: Sequence[int] | None
+) -> None:
+    """Raise ProbeUnsuitable where a network of this kind cannot be looked at with such a probe, as far as rows tell.
+
+    Args:
+        architecture: a description.
+        content: of the probe, and so are the others.
+        n_classes: 0 without labels of whole samples.
+        input_shape: of a sample of tensors.
+    """
+    if not is_causal_lm(architecture):
+        if n_classes == 0:
+            raise ProbeUnsuitable(
+                "The probe has no labels of its samples: it is for causal language models (*ForCausalLM), which "
+                "predict its tokens. A classifier needs a probe with labels."
+            )
+        return
+    if content == "images" or (input_shape is not None and len(input_shape) != 1):
+        held = "images" if content == "images" else f"tensors of the shape {list(input_shape or ())}"
+        raise ProbeUnsuitable(
+            f"A causal language model takes texts, or input_ids (N, T); the probe holds {held}.",
+            content=content,
+        )
+    positions = [
+        architecture["config"][name] for name in _POSITIONS if isinstance(architecture["config"].get(name), int)
+    ]
+    if input_shape is not None and positions and input_shape[0] > min(positions):
+        raise ProbeUnsuitable(
+            f"The probe's sequences have {input_shape[0]} tokens, padding included; the network has positions for "
+            f"{min(positions)}.",
+            n_tokens=input_shape[0],
+            n_positions=min(positions),
+        )
 
 
 def match_labels(class_names: Sequence[str] | None, architecture: Mapping[str, Any]) -> LabelMap:

@@ -1,6 +1,7 @@
 """What a probe's file says of itself: tensors with labels, or a dataset of images or texts.
 
-Which of the two is found by the file's content. What is not the file's but the spec's is checked against it here.
+Sequences of tokens and texts need no labels: causal language models predict the tokens. Which of the two is found by
+the file's content. What is not the file's but the spec's is checked against it here.
 """
 
 import json
@@ -110,8 +111,7 @@ def _tensors(path: Path, spec: schemas.ProbeSpec, settings: Settings) -> dict[st
     file, integers = _open_probe(path, settings)
     require_known(file, {"inputs", *INPUT_NAMES, "labels", "split"})
     inputs = _inputs(file, spec.preprocess)
-    n_named = len(spec.class_names) if spec.class_names else None
-    labels = read_labels(file, integers, inputs.shape[0], n_classes=n_named)
+    labels = _labels(file, integers, inputs, spec)
     _check_preprocess(spec.preprocess, inputs.shape[1])
     return {
         "format": file.format,
@@ -125,19 +125,23 @@ def _tensors(path: Path, spec: schemas.ProbeSpec, settings: Settings) -> dict[st
 
 
 def _dataset(path: Path, format: datafile.Format, spec: schemas.ProbeSpec, limits: datafile.Limits) -> dict[str, Any]:
-    columns = spec.columns.model_dump(exclude_none=True) if spec.columns else None
+    columns = spec.columns.named() if spec.columns else None
     dataset = datafile.open_dataset(path, format, limits, columns)
     if dataset.content == "texts" and spec.preprocess is not None:
         raise InvalidRequest("preprocess is for images; the file holds texts.")
     if dataset.content == "images" and not (spec.tokenizer is None and spec.max_length is None):
         raise InvalidRequest("tokenizer and max_length are for texts; the file holds images.")
-    labels, names = named_labels(dataset.labels, dataset.class_names, spec.class_names)
-    check_labels(labels, len(names) if names else None)
+    labels, names = dataset.labels, dataset.class_names
+    if labels is not None:
+        labels, names = named_labels(labels, names, spec.class_names)
+        check_labels(labels, len(names) if names else None)
+    elif spec.class_names is not None:
+        raise InvalidRequest("class_names are of labels; the file has none.")
     return {
         "format": dataset.format,
         "content": dataset.content,
         "columns": dataset.columns,
-        "n_samples": len(labels),
+        "n_samples": dataset.n_rows,
         **_classes(labels, names),
         "input_shape": None,
         "splits": {} if dataset.split is None else split_counts(dataset.split),
@@ -146,7 +150,29 @@ def _dataset(path: Path, format: datafile.Format, spec: schemas.ProbeSpec, limit
     }
 
 
-def _classes(labels: npt.NDArray[np.int64], names: list[str] | None) -> dict[str, Any]:
+def _labels(
+    file: tensorfile.TensorFile, integers: Integers, inputs: tensorfile.TensorInfo, spec: schemas.ProbeSpec
+) -> npt.NDArray[np.int64] | None:
+    """Labels of the samples; None where sequences of tokens have none, or have one at each token."""
+    info = file.tensors.get("labels")
+    if "input_ids" not in file.tensors or (info is not None and len(info.shape) == 1):
+        n_named = len(spec.class_names) if spec.class_names else None
+        return read_labels(file, integers, inputs.shape[0], n_classes=n_named)
+    if spec.class_names is not None:
+        raise InvalidRequest("class_names are of labels of samples; the file has none.")
+    if info is not None:
+        require_tensor(file, "labels", tensorfile.INTEGER, shape=inputs.shape)
+    if len(inputs.shape) != 2 or inputs.shape[1] < 2:
+        raise InvalidFile(
+            "Without labels of samples input_ids must be (N, T) with T at least 2, so that tokens have a next one, "
+            f"not {list(inputs.shape)}."
+        )
+    return None
+
+
+def _classes(labels: npt.NDArray[np.int64] | None, names: list[str] | None) -> dict[str, Any]:
+    if labels is None:
+        return {"n_classes": 0, "class_counts": [], "class_names": None}
     n_classes = len(names) if names else int(labels.max()) + 1
     counts = np.bincount(labels, minlength=n_classes).tolist()
     return {"n_classes": n_classes, "class_counts": counts, "class_names": names}

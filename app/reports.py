@@ -150,6 +150,16 @@ class Samples(Strict):
     seed: int
 
 
+class NextTokens(Strict):
+    """How sequences became samples of a causal language model: each position that has a next token is one."""
+
+    ignored_labels: bool = Field(description="The probe's labels are of whole samples: they took no part.")
+    n_sequences: dict[str, int] = Field(description="By split: those with a position that counts.")
+    n_positions: dict[str, int] = Field(description="By split: its samples.")
+    n_vocabulary: int = Field(description="Tokens that the network knows: accuracy and loss are over all of them.")
+    token_ids: list[int] = Field(description="Those that occur as labels: the classes, in the order of class_counts.")
+
+
 class ProbeSubject(Strict):
     """The data; of a feature set, its own. Reports of earlier versions lack what has a default."""
 
@@ -169,6 +179,7 @@ class ProbeSubject(Strict):
     tokenizer: Tokenizer | None = None
     label_map: LabelMap | None = None
     samples: Samples | None = None
+    next_tokens: NextTokens | None = Field(default=None, description="Of a causal language model.")
 
 
 Options = TypeVar("Options", bound=EvaluationOptions)

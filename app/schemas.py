@@ -105,8 +105,15 @@ class Columns(Strict):
 
     image: ColumnName | None = Field(default=None, description="Default: image, img.")
     text: ColumnName | None = Field(default=None, description="Default: text, sentence, content.")
-    label: ColumnName | None = Field(default=None, description="Default: label, labels, fine_label.")
+    label: ColumnName | None = Field(
+        default=None, description="Default: label, labels, fine_label. null, where it is given: texts without labels."
+    )
     split: ColumnName | None = Field(default=None, description="Default: split, where there is one.")
+
+    def named(self) -> dict[str, str | None]:
+        """Names by role; of labels null where somebody says that there are none."""
+        said = self.model_dump(exclude_unset=True)
+        return {role: name for role, name in said.items() if name is not None or role == "label"}
 
 
 class ProbeSpec(Strict):
@@ -149,7 +156,9 @@ class EvaluationOptions(Strict):
         description="Of the network's forward pass; `bfloat16` runs it under autocast. A feature set has none.",
     )
     samples: int | None = Field(
-        default=None, ge=2, description="So many of the probe's, drawn in proportion to classes and splits."
+        default=None,
+        ge=2,
+        description="So many of the probe's, drawn in proportion to classes and splits; of sequences to splits.",
     )
 
 
@@ -334,9 +343,9 @@ class Probe(Strict):
     size_bytes: int
     format: Literal["safetensors", "npz", "parquet", "imagefolder", "csv", "jsonl"]
     content: Literal["tensors", "images", "texts"]
-    columns: dict[str, str] | None
+    columns: dict[str, str | None] | None
     n_samples: int
-    n_classes: int
+    n_classes: int = Field(description="0 where samples have no labels, as sequences for language models need none.")
     class_counts: list[int]
     class_names: list[str] | None
     input_shape: list[int] | None = Field(description="Of tensors; images and texts differ.")

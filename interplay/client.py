@@ -161,7 +161,7 @@ class Client:
         name: str,
         class_names: Sequence[str] | None = None,
         preprocess: Mapping[str, Any] | None = None,
-        columns: Mapping[str, str] | None = None,
+        columns: Mapping[str, str | None] | None = None,
         tokenizer: Mapping[str, Any] | None = None,
         max_length: int | None = None,
         metadata: Mapping[str, Any] | None = None,
@@ -171,13 +171,15 @@ class Client:
         Args:
             path: safetensors or npz with `inputs`, `labels` and, optionally, `split`; Parquet with images or texts and
                 labels; CSV or JSON lines with texts and labels; a zip of class folders with images, or of Parquet
-                files, or such a folder itself, which is zipped, uncompressed, beside other temporary files.
+                files, or such a folder itself, which is zipped, uncompressed, beside other temporary files. For causal
+                language models texts, or `input_ids` in place of `inputs`, need no labels.
             name: what people will call it.
             class_names: one for each class, in the order of the labels. Of a file that has names of its own: all of
                 these in the order that the labels should have, or other names for them, in their sorted order.
             preprocess: `scale`, `mean`, `std`; networks see (inputs * scale - mean) / std. Of images `resize`,
                 `resample`, `crop`, `colour` come first; default: what the checkpoint brings.
-            columns: names of columns by `image`, `text`, `label`, `split`, where they are not the usual ones.
+            columns: names of columns by `image`, `text`, `label`, `split`, where they are not the usual ones;
+                `label` None for texts without labels.
             tokenizer: content of a tokenizer.json, for texts; default: what the checkpoint brings.
             max_length: tokens of a text that are kept.
             metadata: as for a checkpoint.

@@ -165,7 +165,10 @@ def push_probe(
     ] = None,
     column: Annotated[
         list[str] | None,
-        typer.Option(metavar="ROLE=NAME", help="image, text, label or split, such as image=photo; may be repeated."),
+        typer.Option(
+            metavar="ROLE=NAME",
+            help="image, text, label or split, such as image=photo; label= for texts without labels; may be repeated.",
+        ),
     ] = None,
     tokenizer: Tokenizer = None,
     max_length: Annotated[int | None, typer.Option(min=1, help="Tokens of a text that are kept.")] = None,
@@ -177,6 +180,7 @@ def push_probe(
     """Upload a probe dataset: tensors (safetensors, npz), or images or texts with labels.
 
     Images come as Parquet, as a zip of class folders, or as such a folder itself; texts as Parquet, CSV or JSON lines.
+    For causal language models texts, or tensors with input_ids, need no labels.
     """
     names = json_value("--class-names", class_names)
     if names is not None and not (isinstance(names, list) and all(isinstance(entry, str) for entry in names)):
@@ -189,7 +193,7 @@ def push_probe(
             name=name or file.resolve().stem,
             class_names=names,
             preprocess=prepared,
-            columns=dict(pair(entry, "--column") for entry in column) if column else None,
+            columns={role: name or None for role, name in (pair(entry, "--column") for entry in column or ())} or None,
             tokenizer=json_object("--tokenizer", tokenizer),
             max_length=max_length,
             metadata=pairs or None,

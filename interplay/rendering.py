@@ -21,6 +21,8 @@ _LIST_LIMIT = 20
 _UNDEFINED = "–"
 
 _LEVELS = (("sample", "none"), ("sample", "global"), ("class_mean", "none"), ("class_mean", "global"))
+# An error of MIR that the four digits of a table would hide.
+_NOTICEABLE = 0.005
 _MEASURES = (
     ("accuracy", "accuracy"),
     ("loss", "loss (mean cross-entropy)"),
@@ -108,7 +110,7 @@ def _evaluation(report: Body) -> RenderableType:
     splits: Mapping[str, Body] = report["splits"]
     parts: list[RenderableType] = [
         _heading(report),
-        _measures(splits),
+        _measures(splits, report["probe"].get("next_tokens")),
         _interplay(splits),
         Text("MIR says little without accuracy and its null: z = (MIR - null mean) / null std.", style="dim"),
     ]
@@ -201,7 +203,7 @@ def resource_text(noun: str, body: Body) -> str:
         facts.append(f"names without {printable(body['prefix'])}")
     facts += [f"{n:,} tensors {printable(beginning)}* left out" for beginning, n in body.get("ignored", {}).items()]
     if "n_samples" in body:
-        facts.append(f"{body['n_samples']:,} samples of {body['n_classes']} classes")
+        facts.append(_size(body))
     if "n_features" in body:
         facts.append(f"{body['n_features']} features")
     return ", ".join(facts)
@@ -236,11 +238,28 @@ def _heading(report: Body) -> Table:
     for subject in report.get("subjects") or [report["subject"]]:
         _describe(table, subject)
     if probe["kind"] == "probe":
-        size = f"{probe['n_samples']:,} samples of {probe['n_classes']} classes"
-        table.add_row("probe", f"{printable(probe['name'])}, {size} ({probe['id']})")
+        table.add_row("probe", f"{printable(probe['name'])}, {_size(probe)} ({probe['id']})")
+        if probe.get("next_tokens"):
+            table.add_row("positions", _next_tokens(probe["next_tokens"]))
     seconds = sum(report["timings_seconds"].values())
     table.add_row("computed", f"on {provenance['device']}, torch {provenance['torch_version']}, in {seconds:.2f} s")
     return table
+
+
+def _size(probe: Body) -> str:
+    classes = f"of {probe['n_classes']} classes" if probe["n_classes"] else "without labels"
+    return f"{probe['n_samples']:,} samples {classes}"
+
+
+def _next_tokens(found: Body) -> str:
+    """What the samples of a language model are, and over which tokens each measure is."""
+    occur, vocabulary = f"{len(found['token_ids']):,}", f"{found['n_vocabulary']:,}"
+    words = (
+        f"{found['n_positions']['all']:,} in {found['n_sequences']['all']:,} sequences; each is a sample, its class "
+        f"the token that follows. Of {vocabulary} tokens {occur} occur as classes: MIR, HDR and collapse are of these, "
+        "accuracy, loss and calibration over all."
+    )
+    return words + (" Labels of the probe took no part." if found["ignored_labels"] else "")
 
 
 def _describe(table: Table, subject: Body) -> None:
@@ -311,12 +330,15 @@ def _amount(value: Any) -> str:
     return number(value)
 
 
-def _measures(splits: Mapping[str, Body]) -> Table:
+def _measures(splits: Mapping[str, Body], next_tokens: Body | None) -> Table:
     table = Table(box=SIMPLE_HEAD)
     table.add_column("split")
     for name in splits:
         table.add_column(name, justify="right")
-    table.add_row("samples", *(f"{split['n_samples']:,}" for split in splits.values()))
+    counted = "positions" if next_tokens else "samples"
+    table.add_row(counted, *(f"{split['n_samples']:,}" for split in splits.values()))
+    if next_tokens:
+        table.add_row("sequences", *(f"{next_tokens['n_sequences'][name]:,}" for name in splits))
     for key, label in _MEASURES:
         table.add_row(label, *(number(split[key]) for split in splits.values()))
     for key, label in _COLLAPSE:
@@ -363,6 +385,9 @@ def _notes(splits: Mapping[str, Body]) -> Iterable[str]:
             values = split["interplay"][level][centring]
             place = f"{name}, {level.replace('_', ' ')}, {centring}"
             yield from _reasons(place, values["reasons"])
+            if (method := values["method"]) and method["error_estimate"] > _NOTICEABLE:
+                error, kept = number(method["error_estimate"], 2), f"{method['kept']:,} of {method['total']:,}"
+                yield f"{place}: MIR may be up to {error} higher; {kept} rows of its spectrum were coupled."
             for what in ("samples", "classes"):
                 if values[f"degenerate_{what}"]:
                     yield f"{place}: {values[f'degenerate_{what}']} {what} without a direction were left out."

@@ -324,6 +324,16 @@ class LabelMap(TypedDict):
     reordered: bool
 
 
+class NextTokens(TypedDict):
+    """How sequences became samples of a causal language model: each position that has a next token is one."""
+
+    ignored_labels: bool
+    n_sequences: dict[str, int]
+    n_positions: dict[str, int]
+    n_vocabulary: int
+    token_ids: list[int]
+
+
 class Samples(TypedDict):
     """A part of the probe, drawn in proportion to classes and splits."""
 
@@ -361,6 +371,7 @@ class ProbeSubject(TypedDict):
     tokenizer: NotRequired[Tokenizer | None]
     label_map: NotRequired[LabelMap | None]
     samples: NotRequired[Samples | None]
+    next_tokens: NotRequired[NextTokens | None]
 
 
 class ProvenanceComparisonOptions(TypedDict):
@@ -612,7 +623,7 @@ class Probe(TypedDict):
     size_bytes: int
     format: Literal["safetensors", "npz", "parquet", "imagefolder", "csv", "jsonl"]
     content: Literal["tensors", "images", "texts"]
-    columns: dict[str, str] | None
+    columns: dict[str, str | None] | None
     n_samples: int
     n_classes: int
     class_counts: list[int]

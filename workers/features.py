@@ -19,7 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from analysis.probes import FeatureSet
+from analysis.predictions import Predictions
+from analysis.probes import FeatureSet, Vocabulary
 from app.storage import StagedFile, Storage, StorageUnavailable
 
 logger = logging.getLogger("interplay")
@@ -32,8 +33,9 @@ _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
 }  # fmt: skip
 _TENSORS = ("features", "labels", "head", "logits", "split")
+_OF_PREDICTIONS = ("predicted", "confidence", "loss")
 # Of a report's `probe` section, what was found out when the probe was read.
-_FOUND_OUT = ("preprocess", "preprocess_source", "tokenizer", "label_map", "samples")
+_FOUND_OUT = ("preprocess", "preprocess_source", "tokenizer", "label_map", "samples", "next_tokens")
 
 
 @dataclass(frozen=True)
@@ -64,10 +66,9 @@ class FeatureCache:
         try:
             with self._storage.features(name) as path, safe_open(path, framework="pt", device="cpu") as file:
                 # Copies, since what the file is mapped to must not outlive it.
-                tensors = {key: file.get_tensor(key).clone() for key in _TENSORS if key in set(file.keys())}
+                tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
                 about = json.loads(file.metadata()["about"])
-            feature_set = FeatureSet(**{"split": None, **tensors}, head_bias=None)
-            return Kept(feature_set, **about)
+            return Kept(_feature_set(tensors, about.pop("n_vocabulary")), **about)
         except FileNotFoundError:
             return None
         except StorageUnavailable as error:
@@ -82,11 +83,12 @@ class FeatureCache:
 
     def keep(self, name: str, kept: Kept) -> None:
         """Keep what was computed, and let go of what is oldest where there is no room."""
-        of_set = {key: getattr(kept.feature_set, key) for key in _TENSORS}
-        tensors = {key: tensor.cpu().contiguous() for key, tensor in of_set.items() if tensor is not None}
+        vocabulary = kept.feature_set.vocabulary
+        tensors = {key: tensor.cpu().contiguous() for key, tensor in _tensors(kept.feature_set).items()}
         if sum(tensor.nbytes for tensor in tensors.values()) > _LARGEST_SHARE * self._max_bytes:
             return
-        about = {"head_name": kept.head_name, "batch_size": kept.batch_size}
+        about: dict[str, Any] = {"head_name": kept.head_name, "batch_size": kept.batch_size}
+        about["n_vocabulary"] = None if vocabulary is None else vocabulary.size
         about["about_probe"] = {key: kept.about_probe[key] for key in _FOUND_OUT}
         try:
             with self._storage.stage() as staged:
@@ -119,6 +121,30 @@ def _write(staged: StagedFile, tensors: Mapping[str, Tensor], metadata: dict[str
     for tensor in tensors.values():
         # As bytes, since NumPy knows no bfloat16.
         staged.write(tensor.view(torch.uint8).numpy().data.cast("B"))
+
+
+def _tensors(feature_set: FeatureSet) -> dict[str, Tensor]:
+    """All of a feature set as tensors by name, with the exception of a vocabulary's size."""
+    tensors = {key: getattr(feature_set, key) for key in _TENSORS}
+    if feature_set.predictions is not None:
+        tensors |= {key: getattr(feature_set.predictions, key) for key in _OF_PREDICTIONS}
+    if feature_set.vocabulary is not None:
+        tensors["tokens"] = feature_set.vocabulary.tokens
+    return {key: tensor for key, tensor in tensors.items() if tensor is not None}
+
+
+def _feature_set(tensors: dict[str, Tensor], n_vocabulary: int | None) -> FeatureSet:
+    """What `_tensors` was given."""
+    return FeatureSet(
+        features=tensors["features"],
+        labels=tensors["labels"],
+        head=tensors["head"],
+        head_bias=None,
+        logits=tensors.get("logits"),
+        split=tensors.get("split"),
+        predictions=Predictions(*(tensors[key] for key in _OF_PREDICTIONS)) if "predicted" in tensors else None,
+        vocabulary=None if n_vocabulary is None else Vocabulary(tensors["tokens"], n_vocabulary),
+    )
 
 
 def name_of(task: dict[str, Any], provenance: dict[str, Any]) -> str:

@@ -18,11 +18,10 @@ from analysis.alignment import aligned
 from analysis.clock import Clock
 from analysis.comparison import ComparisonOptions, compare
 from analysis.errors import AnalysisError
-from analysis.evaluation import Evaluation, EvaluationOptions, evaluate_features, evaluate_network
-from analysis.extraction import extract_features
+from analysis.evaluation import Evaluation, EvaluationOptions, capture, evaluate_features, evaluate_network
 from analysis.networks import LoadedNetwork, load_network
 from analysis.paths import Path, even_grid, next_point, recalibrate
-from analysis.probes import FeatureSet, Probe
+from analysis.probes import Probe
 from analysis.pruning import Pruning
 from workers import summaries
 from workers.features import FeatureCache, Kept, name_of
@@ -32,8 +31,9 @@ Task = dict[str, Any]
 OnProgress = Callable[[str, int, int], None]
 T = TypeVar("T")
 
-# Inputs on which an aligned network must compute what it did before.
-_CHECKED_INPUTS = 64
+# Inputs on which an aligned network must compute what it did before; of a language model, which gives logits of a whole
+# vocabulary at each token, sequences.
+_CHECKED_INPUTS, _CHECKED_SEQUENCES = 64, 4
 # Points of an adaptive grid that are certain to come: what progress counts against at first.
 _ADAPTIVE_POINTS = 17
 
@@ -182,21 +182,13 @@ def _kept(
 
 
 def _extracted(task: Task, device: torch.device, on_progress: OnProgress, clock: Clock) -> Kept:
-    """One pass of the network over the probe, as a feature set with the network's own logits."""
+    """One pass of the network over the probe, as a feature set with the network's own logits or predictions."""
     options = _options(task)
     with clock.phase("load"):
         network = _load_network(task, 0, device)
         probe, about = read_probe(task, network)
     with clock.phase("features"):
-        features, logits, batch_size = extract_features(
-            network,
-            probe,
-            device=device,
-            batch_size=options.batch_size,
-            precision=options.precision,
-            progress=on_progress,
-        )
-    feature_set = FeatureSet(features, probe.labels, network.weight, None, logits, probe.split)
+        feature_set, batch_size = capture(network, probe, device=device, options=options, progress=on_progress)
     return Kept(feature_set, network.head_name, batch_size, about)
 
 
@@ -350,7 +342,8 @@ def _load_path(task: Task, device: torch.device) -> tuple[Path, Probe, About, di
     probe, about_probe = _load_probe(task, first, device)
     if task["options"]["alignment"] == "none":
         return Path(first, second.module.state_dict()), probe, about_probe, None
-    batch = next(probe.batches(_CHECKED_INPUTS, device=device))
+    checked = _CHECKED_SEQUENCES if first.predicts_tokens else _CHECKED_INPUTS
+    batch = next(probe.batches(checked, device=device))
     generator = torch.Generator().manual_seed(task["options"]["seed"])
     state, alignment, change = aligned(first.module, second.module, batch, generator=generator)
     about = {"n_groups": len(alignment.permutations), "sweeps": alignment.sweeps, "gain": alignment.gain}

@@ -15,6 +15,7 @@ from analysis.images import open_images
 from analysis.networks import LoadedNetwork
 from analysis.preprocess import Preprocess
 from analysis.probes import FeatureSet, Probe, load_feature_set, load_probe, stratified_rows
+from analysis.sequences import IGNORED, next_token_labels
 from analysis.texts import tokenise
 from app.datafile import Dataset, Limits, open_dataset
 from app.errors import ServiceError
@@ -26,7 +27,7 @@ About = dict[str, Any]
 
 # Threads that decode images; more are no faster than one disk.
 _MOST_THREADS = 32
-_NOTHING_DONE: About = {"preprocess_source": None, "tokenizer": None, "label_map": None, "samples": None}
+_NOTHING_DONE: About = dict.fromkeys(("preprocess_source", "tokenizer", "label_map", "samples", "next_tokens"))
 
 
 def read_feature_set(task: Task) -> tuple[FeatureSet, About]:
@@ -51,7 +52,10 @@ def read_probe(task: Task, network: LoadedNetwork) -> tuple[Probe, About]:
     """
     about = {**task["probe"], **_NOTHING_DONE}
     try:
-        probe = _tensors(task, about) if about["content"] == "tensors" else _dataset(task, network, about)
+        read = _tensors if about["content"] == "tensors" else _dataset
+        probe = read(task, network, about)
+        if network.predicts_tokens:
+            return probe, {**about, "next_tokens": _next_tokens(probe, about)}
         mapping = match_labels(about["class_names"], task["subjects"][0]["architecture"])
     except ServiceError as error:
         raise _as_analysis_error(error) from error
@@ -62,16 +66,17 @@ def read_probe(task: Task, network: LoadedNetwork) -> tuple[Probe, About]:
     return probe, about
 
 
-def _tensors(task: Task, about: About) -> Probe:
+def _tensors(task: Task, network: LoadedNetwork, about: About) -> Probe:
     given = about["preprocess"]
     about["preprocess_source"] = "probe" if given else None
     probe = load_probe(
         _path(task, about["sha256"]),
         format=about["format"],
         preprocess=_preprocess(given),
-        n_classes=about["n_classes"],
+        n_classes=len(network.weight) if network.predicts_tokens else about["n_classes"],
+        next_tokens=network.predicts_tokens,
     )
-    rows = _rows(task, probe.labels, probe.split)
+    rows = _rows(task, None if network.predicts_tokens else probe.labels, probe.split)
     if rows is None:
         return probe
     about["samples"] = _samples(task, len(rows))
@@ -81,16 +86,24 @@ def _tensors(task: Task, about: About) -> Probe:
 def _dataset(task: Task, network: LoadedNetwork, about: About) -> Probe:
     limits = Limits(**task["limits"]["dataset"])
     dataset = open_dataset(_path(task, about["sha256"]), about["format"], limits, task["file"]["columns"])
-    labels = torch.from_numpy(named_labels(dataset.labels, dataset.class_names, about["class_names"])[0])
+    # Where tokens are predicted the labels of whole texts take no part.
+    labels = None
+    if dataset.labels is not None and not network.predicts_tokens:
+        labels = torch.from_numpy(named_labels(dataset.labels, dataset.class_names, about["class_names"])[0])
     split = None if dataset.split is None else torch.from_numpy(dataset.split)
     rows = _rows(task, labels, split)
     if rows is not None:
         about["samples"] = _samples(task, len(rows))
-        labels, split = labels[rows], None if split is None else split[rows]
+        labels, split = None if labels is None else labels[rows], None if split is None else split[rows]
     chosen = range(about["n_samples"]) if rows is None else rows.tolist()
     if dataset.content == "texts":
-        inputs = _tokens(task, dataset, chosen, about)
-        return Probe(inputs, labels, split, about["n_classes"], None)
+        inputs, n_classes = _tokens(task, network, dataset, chosen, about), about["n_classes"]
+        if network.predicts_tokens:
+            n_classes = len(network.weight)
+            labels = next_token_labels(inputs["input_ids"], inputs["attention_mask"], n_vocabulary=n_classes)
+        assert labels is not None, "a classifier's probe has labels, or no analysis is made of it"
+        return Probe(inputs, labels, split, n_classes, None)
+    assert labels is not None, "images have labels, and no language model sees them"
     about["preprocess"], about["preprocess_source"] = _of_images(task, network)
     preprocess = _preprocess(about["preprocess"]) or Preprocess()
     images = open_images(
@@ -101,6 +114,22 @@ def _dataset(task: Task, network: LoadedNetwork, about: About) -> Probe:
         threads=min(max(torch.get_num_threads(), 2), _MOST_THREADS),
     )
     return Probe(images, labels, split, about["n_classes"], preprocess)
+
+
+def _next_tokens(probe: Probe, about: About) -> dict[str, Any]:
+    """What a report says of sequences whose positions are samples."""
+    kept = probe.labels != IGNORED
+    rows = {"all": torch.ones(len(kept), dtype=torch.bool)}
+    if probe.split is not None:
+        rows |= {"train": probe.split == 0, "test": probe.split == 1}
+    counted = {name: kept[chosen] for name, chosen in rows.items() if bool(kept[chosen].any())}
+    return {
+        "ignored_labels": about["n_classes"] > 0,
+        "n_sequences": {name: int(part.any(dim=1).sum()) for name, part in counted.items()},
+        "n_positions": {name: int(part.sum()) for name, part in counted.items()},
+        "n_vocabulary": probe.n_classes,
+        "token_ids": torch.unique(probe.labels[kept]).tolist(),
+    }
 
 
 def _of_images(task: Task, network: LoadedNetwork) -> tuple[Any, str | None]:
@@ -119,7 +148,9 @@ def _of_images(task: Task, network: LoadedNetwork) -> tuple[Any, str | None]:
     return {"scale": 1 / 255}, None
 
 
-def _tokens(task: Task, dataset: Dataset, rows: Sequence[int], about: About) -> dict[str, torch.Tensor]:
+def _tokens(
+    task: Task, network: LoadedNetwork, dataset: Dataset, rows: Sequence[int], about: About
+) -> dict[str, torch.Tensor]:
     own, brought = task["file"]["tokenizer_sha256"], _brought(task, "tokenizer_sha256")
     sha256 = own or brought
     if sha256 is None:
@@ -131,7 +162,13 @@ def _tokens(task: Task, dataset: Dataset, rows: Sequence[int], about: About) -> 
     config = task["subjects"][0]["architecture"].get("config", {})
     texts = (content.decode() for _, content in _checked(dataset.read(rows)))
     definition = _path(task, sha256).read_text(encoding="utf-8")
-    tokens = tokenise(texts, definition, max_length=task["file"]["max_length"], config=config)
+    tokens = tokenise(
+        texts,
+        definition,
+        max_length=task["file"]["max_length"],
+        config=config,
+        any_padding=network.predicts_tokens,
+    )
     about["tokenizer"] = {
         "sha256": sha256,
         "source": "probe" if own else "checkpoint",
@@ -163,12 +200,14 @@ def _preprocess(given: dict[str, Any] | None) -> Preprocess | None:
     return None if given is None else Preprocess(**given)
 
 
-def _rows(task: Task, labels: torch.Tensor, split: torch.Tensor | None) -> torch.Tensor | None:
-    """Which samples were asked for; None for all."""
-    n = task["options"].get("samples")
-    if n is None or n >= len(labels):
+def _rows(task: Task, labels: torch.Tensor | None, split: torch.Tensor | None) -> torch.Tensor | None:
+    """Which samples were asked for, of sequences without labels too; None for all."""
+    n, of, seed = task["options"].get("samples"), task["probe"]["n_samples"], task["options"]["seed"]
+    if n is None or n >= of:
         return None
-    return stratified_rows(labels, split, n, seed=task["options"]["seed"])
+    if labels is None:
+        return stratified_rows(torch.zeros(of, dtype=torch.int64), split, n, seed=seed, least_classes=1)
+    return stratified_rows(labels, split, n, seed=seed)
 
 
 def _samples(task: Task, used: int) -> dict[str, int]:

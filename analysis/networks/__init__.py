@@ -7,7 +7,8 @@ built once more with memory, so that what no file holds, such as tables of posit
 
 A family is a module with `create(description)`, the network on whatever device is torch's default then, and
 `head(network, description)`, the name of its classification head. It may have `stored_names(network)`, what turns names
-of a file into the network's, and `ignored_names(network)`, which names of a file do not matter.
+of a file into the network's, `ignored_names(network)`, which names of a file do not matter, and
+`predicts_tokens(network)`, whether it is a causal language model.
 """
 
 import importlib
@@ -62,12 +63,15 @@ class LoadedNetwork:
         head_name: module name of the classification head; what it receives are the features.
         weight: the head's rows.
         bias: the head's bias, where it has one.
+        predicts_tokens: whether it is a causal language model: its logits (n, t, c) are of the token that follows each
+            of t tokens, its head is the output embedding, and c is its vocabulary.
     """
 
     module: nn.Module
     head_name: str
     weight: Float32[Tensor, "c d"]
     bias: Float32[Tensor, " c"] | None
+    predicts_tokens: bool = False
 
 
 def available_families() -> list[str]:
@@ -163,8 +167,15 @@ def load_network(
     linear = network.get_submodule(head_name)
     assert isinstance(linear, nn.Linear | nn.Conv2d), "_head_name has seen to it"
     bias: Tensor | None = linear.bias
-    # A 1x1 convolution's rows are its weights without the two dimensions of one place.
-    return LoadedNetwork(network, head_name, linear.weight.detach().flatten(1), None if bias is None else bias.detach())
+    family = _family(architecture)
+    return LoadedNetwork(
+        network,
+        head_name,
+        # A 1x1 convolution's rows are its weights without the two dimensions of one place.
+        linear.weight.detach().flatten(1),
+        None if bias is None else bias.detach(),
+        hasattr(family, "predicts_tokens") and family.predicts_tokens(network),
+    )
 
 
 def _build_on_meta(architecture: Mapping[str, Any], n_tensors: int) -> tuple[nn.Module, Bounded]:

@@ -1,9 +1,9 @@
-"""Classifiers of Hugging Face transformers, built from their own config.json and from nothing else.
+"""Networks of Hugging Face transformers, built from their own config.json and from nothing else.
 
 The configuration class is the one that the library registers for `model_type`, the network class one of those that it
-registers there for image or sequence classification: no `auto_map`, no `from_pretrained`, no hub. Members that name
-places, devices, number types or implementations are left out, so that every network computes in float32 with the
-library's own attention.
+registers there for image or sequence classification, or for causal language modelling: no `auto_map`, no
+`from_pretrained`, no hub. Members that name places, devices, number types or implementations are left out, so that
+every network computes in float32 with the library's own attention.
 """
 
 import inspect
@@ -18,12 +18,13 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
 from analysis.errors import AnalysisError
-from analysis.networks.building import MAX_CLASSES, check_plain, refused, require_classes
+from analysis.networks.building import MAX_CLASSES, check_plain, name_of, refused, require_classes
 
 #: Members that point outside of the configuration or describe weights that are not those of the plain network.
 FORBIDDEN = (
@@ -39,12 +40,15 @@ _LEFT_OUT = frozenset(
         "torchscript", "transformers_version", "use_cache", "use_return_dict",
     )
 )  # fmt: skip
+#: How the classes of causal language models are named; the others that are registered as such take images or sound
+#: too, or are decoders of something else. The same is in app/architectures.py, which a test compares.
+CAUSAL_LM = re.compile(r"(ForCausalLM|LMHeadModel)\Z")
 # Its networks are timm's own, fetched by name; the family `timm` builds them.
 _ELSEWHERE = ("timm_wrapper",)
 
 
 def create(description: Mapping[str, Any]) -> nn.Module:
-    """A network from `{"config": {...}}`, called with a batch and giving logits.
+    """A network from `{"config": {...}}`, called with a batch and giving logits; a language model at each token.
 
     It takes one tensor, or a mapping of tensors by the names that the library's own `forward` has for them, such as
     input_ids and attention_mask.
@@ -59,9 +63,10 @@ def create(description: Mapping[str, Any]) -> nn.Module:
     if isinstance(values.get("num_labels"), int) and values["num_labels"] > MAX_CLASSES:
         raise refused(f"num_labels is {values['num_labels']}; at most {MAX_CLASSES} are allowed")
     parsed = CONFIG_MAPPING[model_type](**values)
-    require_classes(parsed.num_labels)
-    if parsed.problem_type == "regression":
-        raise refused("The configuration's problem_type is a regression; a classifier is needed")
+    if not CAUSAL_LM.search(name):
+        require_classes(parsed.num_labels)
+        if parsed.problem_type == "regression":
+            raise refused("The configuration's problem_type is a regression; a classifier is needed")
     # Nobody generates: what earlier positions computed is not kept for later ones.
     parsed.use_cache = False
     network: nn.Module = getattr(transformers, name)(parsed)
@@ -69,9 +74,17 @@ def create(description: Mapping[str, Any]) -> nn.Module:
     return network
 
 
+def predicts_tokens(network: nn.Module) -> bool:
+    """Whether it is a causal language model."""
+    return CAUSAL_LM.search(type(network).__name__) is not None
+
+
 def head(network: nn.Module, description: Mapping[str, Any]) -> str | None:
-    """The last linear module with an output for each label; None where there is none."""
+    """The last linear module with an output for each label, or a language model's output embedding; None without."""
     config: Any = network.config
+    if predicts_tokens(network):
+        model: Any = network
+        return name_of(network, model.get_output_embeddings())
     names = [
         name
         for name, module in network.named_modules()
@@ -116,21 +129,28 @@ def ignored_names(network: nn.Module) -> Callable[[str], bool]:
 
 
 def _class_name(config: Mapping[str, Any]) -> str:
-    """The network's class, where the library registers it for this model type and one of the two tasks."""
+    """The network's class, where the library registers it for this model type and one of the three tasks."""
     model_type, architectures = config.get("model_type"), config.get("architectures")
-    known: list[str] = []
-    for mapping in (MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES):
-        names = mapping.get(model_type, ()) if isinstance(model_type, str) and model_type not in _ELSEWHERE else ()
-        known += [names] if isinstance(names, str) else names
+    known = [
+        *_registered(MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, model_type),
+        *_registered(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, model_type),
+        *filter(CAUSAL_LM.search, _registered(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, model_type)),
+    ]
     if not known:
         raise refused(
-            f"transformers {transformers.__version__} has no image or sequence classifier for the model_type "
-            f"{model_type!r}"
+            f"transformers {transformers.__version__} has no image or sequence classifier, and no causal language "
+            f"model, for the model_type {model_type!r}"
         )
     match architectures:
         case [str(name)] if name in known:
             return name
     raise refused(f"architectures must be a list of one of {', '.join(known)}, not {architectures!r}")
+
+
+def _registered(mapping: Mapping[str, Any], model_type: Any) -> list[str]:
+    """Names of classes that the library has for a model type and a task."""
+    names = mapping.get(model_type, ()) if isinstance(model_type, str) and model_type not in _ELSEWHERE else ()
+    return [names] if isinstance(names, str) else list(names)
 
 
 def _cleaned(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -160,6 +180,8 @@ def _take_batches(network: nn.Module, single: str) -> None:
             )
         if "input_ids" in batch:
             batch["input_ids"] = _whole(batch["input_ids"])
+            if predicts_tokens(network):
+                _require_positions(network, batch["input_ids"])
         return (), {**batch, **kwargs}
 
     network.register_forward_pre_hook(spread, with_kwargs=True)
@@ -168,6 +190,18 @@ def _take_batches(network: nn.Module, single: str) -> None:
         # Not those derived from it: some take other arguments than the rows that are asked for.
         if type(module) is nn.Embedding:
             module.register_forward_pre_hook(_within(name))
+
+
+def _require_positions(network: Any, ids: Tensor) -> None:
+    """Networks with rotary positions compute on beyond those that they were made for."""
+    positions, length = getattr(network.config, "max_position_embeddings", None), ids.shape[-1]
+    if isinstance(positions, int) and length > positions:
+        raise AnalysisError(
+            "inputs-refused",
+            f"The sequences have {length} tokens, padding included; the network has positions for {positions}.",
+            n_tokens=length,
+            n_positions=positions,
+        )
 
 
 def _whole(ids: Tensor) -> Tensor:

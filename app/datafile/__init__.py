@@ -11,14 +11,14 @@ from pathlib import Path
 
 from app import zips
 from app.datafile import folders, lines, table
-from app.datafile.dataset import Dataset, Format, Limits
+from app.datafile.dataset import USUAL_COLUMNS, Dataset, Format, Limits
 from app.errors import InvalidFile
 
 __all__ = ["Dataset", "Format", "Limits", "detect", "open_dataset"]
 
 _LOOKED_AT_BYTES = 4096
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_OPEN: dict[Format, Callable[[Path, Limits, Mapping[str, str]], Dataset]] = {
+_OPEN: dict[Format, Callable[[Path, Limits, Mapping[str, str | None]], Dataset]] = {
     "parquet": table.open_parquet,
     "imagefolder": folders.open_folders,
     "csv": lines.open_csv,
@@ -51,17 +51,22 @@ def detect(path: Path, limits: Limits) -> Format | None:
     if text.startswith(b"{"):
         return "jsonl"
     first_line = text.splitlines()[0]
-    return "csv" if any(delimiter in first_line for delimiter in lines.DELIMITERS) else None
+    # A column of texts alone has no delimiter, and is told by its name.
+    alone = first_line.strip().strip(b'"').decode(errors="replace") in USUAL_COLUMNS["text"]
+    return "csv" if alone or any(delimiter in first_line for delimiter in lines.DELIMITERS) else None
 
 
-def open_dataset(path: Path, format: Format, limits: Limits, columns: Mapping[str, str] | None = None) -> Dataset:
+def open_dataset(
+    path: Path, format: Format, limits: Limits, columns: Mapping[str, str | None] | None = None
+) -> Dataset:
     """Check a file's structure, labels and splits.
 
     Args:
         path: the file, which must be there as long as the dataset is read.
         format: as `detect` gave it.
         limits: what is refused before it is unpacked.
-        columns: names by role (image, text, label, split), where they are not the usual ones.
+        columns: names by role (image, text, label, split), where they are not the usual ones; of labels null where
+            there are none.
 
     Raises:
         InvalidFile: what is missing, broken or over a limit, by row where it is one row's.

@@ -85,67 +85,92 @@ class Dataset:
     Attributes:
         format: of the file.
         content: what a row holds.
-        labels: 0 .. C - 1, one a row; as stored where they are integers.
+        n_rows: how many.
+        labels: 0 .. C - 1, one a row; as stored where they are integers; None of texts without labels.
         split: 0 train, 1 test; None without splits.
         class_names: in the order of the labels, where the file has them.
-        columns: names by role; None of a zip.
+        columns: names by role, of labels null where there are none; None of a zip.
         read: name (may be empty) and content of the rows that are asked for, in rising order; texts as UTF-8.
     """
 
     format: Format
     content: Content
-    labels: npt.NDArray[np.int64]
+    n_rows: int
+    labels: npt.NDArray[np.int64] | None
     split: npt.NDArray[np.int64] | None
     class_names: list[str] | None
-    columns: dict[str, str] | None
+    columns: dict[str, str | None] | None
     read: Callable[[Sequence[int]], Iterator[tuple[str, bytes]]]
 
 
-def choose_columns(available: Sequence[str], named: Mapping[str, str], roles: Sequence[str]) -> dict[str, str]:
+def choose_columns(available: Sequence[str], named: Mapping[str, str | None], roles: Sequence[str]) -> dict[str, str]:
     """Names of columns by role: one of images or texts, one of labels, perhaps one of splits.
+
+    Texts may have no labels, as language models need none: where `named` says so by null, or where there is no column
+    that could be one of labels.
 
     Args:
         available: what the file has.
         named: by role, names that somebody gave.
         roles: those that the format can have.
 
+    Returns:
+        The names; none of labels where there are no labels.
+
     Raises:
         InvalidFile: a column that is not there, or is needed and not found; `columns` lists what there is.
     """
     available = [name.encode(errors="replace").decode() for name in available]
-    listed = ", ".join(repr(name[:200]) for name in available[:50])
     for role, name in named.items():
         if role not in roles:
             raise InvalidFile(
                 f"Files of this format have no column of the role {role!r}; they have {', '.join(roles)}."
             )
-        if name not in available:
-            raise InvalidFile(f"There is no column {name!r}; the file has {listed}.", columns=list(available[:50]))
-    chosen = dict(named)
+        if name is not None and name not in available:
+            raise InvalidFile(
+                f"There is no column {name!r}; the file has {_listed(available)}.", columns=available[:50]
+            )
+    without = "label" in named and named["label"] is None
+    chosen = {role: name for role, name in named.items() if name is not None}
     data_roles = [role for role in ("image", "text") if role in roles]
     missing = ["label", "split"] if chosen.keys() & data_roles else [*data_roles, "label", "split"]
     for role in missing:
         if found := next((name for name in USUAL_COLUMNS[role] if name in available), None):
             chosen.setdefault(role, found)
     given = [role for role in data_roles if role in chosen]
-    for problem, needed in ((len(given) == 0, data_roles), ("label" not in chosen, ["label"])):
-        if problem:
-            usual = ", ".join(name for role in needed for name in USUAL_COLUMNS[role])
-            raise InvalidFile(
-                f"There is no column of {' or '.join(needed)}s under a usual name ({usual}); the file has {listed}. "
-                f'Name it in the spec: "columns": {{"{needed[-1]}": ...}}.',
-                columns=list(available[:50]),
-            )
+    if not given:
+        raise _no_column(available, data_roles)
     if len(given) == 2:
         raise InvalidFile(
             f"The file has images ({chosen['image']!r}) and texts ({chosen['text']!r}); name the one to take in the "
             'spec, such as "columns": {"image": ...}.',
-            columns=list(available[:50]),
+            columns=available[:50],
         )
+    texts = given == ["text"]
+    if texts and without:
+        chosen.pop("label", None)
+    elif without or ("label" not in chosen and not (texts and set(available) == set(chosen.values()))):
+        raise _no_column(available, ["label"], texts=texts)
     twice = [name for name in chosen.values() if available.count(name) > 1]
     if twice:
-        raise InvalidFile(f"The file has the column {twice[0]!r} twice; it has {listed}.", columns=list(available[:50]))
+        raise InvalidFile(
+            f"The file has the column {twice[0]!r} twice; it has {_listed(available)}.", columns=available[:50]
+        )
     return {role: chosen[role] for role in (*given, "label", "split") if role in chosen}
+
+
+def _no_column(available: Sequence[str], needed: Sequence[str], *, texts: bool = False) -> InvalidFile:
+    usual = ", ".join(name for role in needed for name in USUAL_COLUMNS[role])
+    without = ', or "columns": {"label": null} where there are none, for language models' if texts else ""
+    return InvalidFile(
+        f"There is no column of {' or '.join(needed)}s under a usual name ({usual}); the file has "
+        f'{_listed(available)}. Name it in the spec: "columns": {{"{needed[-1]}": ...}}{without}.',
+        columns=list(available[:50]),
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(repr(name[:200]) for name in names[:50])
 
 
 class Names:

@@ -16,7 +16,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".bmp", ".gif", ".webp", ".tif", ".
 _LITTER = ("__MACOSX", "Thumbs.db", "desktop.ini")
 
 
-def open_folders(path: Path, limits: Limits, _: Mapping[str, str]) -> Dataset:
+def open_folders(path: Path, limits: Limits, _: Mapping[str, str | None]) -> Dataset:
     """Classes and splits from the folders of a zip; classes are sorted by name, rows by class, split and path.
 
     Raises:
@@ -41,6 +41,7 @@ def open_folders(path: Path, limits: Limits, _: Mapping[str, str]) -> Dataset:
     return Dataset(
         format="imagefolder",
         content="images",
+        n_rows=len(rows),
         labels=np.array([numbers[name] for name, _, _ in rows], np.int64),
         split=None if next(iter(images.values()))[0] is None else np.array([split for _, split, _ in rows], np.int64),
         class_names=classes,

@@ -31,7 +31,7 @@ _MAX_COLUMNS = 1000
 Rows = Callable[[Path], Iterator[dict[str, Any]]]
 
 
-def open_csv(path: Path, limits: Limits, columns: Mapping[str, str]) -> Dataset:
+def open_csv(path: Path, limits: Limits, columns: Mapping[str, str | None]) -> Dataset:
     """A CSV file with a header, its delimiter the first of , tab ; that the header has.
 
     Raises:
@@ -40,7 +40,7 @@ def open_csv(path: Path, limits: Limits, columns: Mapping[str, str]) -> Dataset:
     return _open(path, "csv", _csv_rows, limits, columns)
 
 
-def open_jsonl(path: Path, limits: Limits, columns: Mapping[str, str]) -> Dataset:
+def open_jsonl(path: Path, limits: Limits, columns: Mapping[str, str | None]) -> Dataset:
     """Lines of JSON, each an object.
 
     Raises:
@@ -49,7 +49,7 @@ def open_jsonl(path: Path, limits: Limits, columns: Mapping[str, str]) -> Datase
     return _open(path, "jsonl", _json_rows, limits, columns)
 
 
-def _open(path: Path, format: Format, rows: Rows, limits: Limits, named: Mapping[str, str]) -> Dataset:
+def _open(path: Path, format: Format, rows: Rows, limits: Limits, named: Mapping[str, str | None]) -> Dataset:
     size_bytes = path.stat().st_size
     if size_bytes > limits.text_bytes:
         raise InvalidFile(f"The file has {size_bytes} bytes; texts may have {limits.text_bytes} in one file.")
@@ -61,7 +61,8 @@ def _open(path: Path, format: Format, rows: Rows, limits: Limits, named: Mapping
         n_rows += 1
         if n_rows > limits.rows:
             limits.check_rows(n_rows)
-        labels.add(values.get(chosen["label"]), row)
+        if "label" in chosen:
+            labels.add(values.get(chosen["label"]), row)
         if "split" in chosen:
             splits.append(split_number(values.get(chosen["split"]), row))
         elif late := values.keys() & set(USUAL_COLUMNS["split"]):
@@ -72,10 +73,11 @@ def _open(path: Path, format: Format, rows: Rows, limits: Limits, named: Mapping
     return Dataset(
         format=format,
         content="texts",
-        labels=numbers,
+        n_rows=n_rows,
+        labels=numbers if "label" in chosen else None,
         split=np.array(splits, np.int64) if "split" in chosen else None,
         class_names=class_names,
-        columns=chosen,
+        columns={"label": None, **chosen},
         read=partial(_read, path, rows, chosen["text"]),
     )
 

@@ -69,7 +69,7 @@ class Source:
         return pq.ParquetFile(content, read_dictionary=list(dictionary), pre_buffer=False)
 
 
-def open_parquet(path: Path, limits: Limits, columns: Mapping[str, str]) -> Dataset:
+def open_parquet(path: Path, limits: Limits, columns: Mapping[str, str | None]) -> Dataset:
     """Labels and splits of a Parquet file, or of several of one schema in a zip; images and texts are not read.
 
     Labels are integers, with the names of a ClassLabel in the schema's `huggingface` metadata where it has them, or
@@ -91,12 +91,13 @@ def open_parquet(path: Path, limits: Limits, columns: Mapping[str, str]) -> Data
         raise _broken(error) from None
 
 
-def _open(path: Path, sources: Sequence[Source], limits: Limits, named: Mapping[str, str]) -> Dataset:
+def _open(path: Path, sources: Sequence[Source], limits: Limits, named: Mapping[str, str | None]) -> Dataset:
     _bound_footers(sources)
     files = [source.open() for source in sources]
     groups = [file.metadata.row_group(number) for file in files for number in range(file.num_row_groups)]
     # The footer's own number of rows is what nothing else is read by.
-    limits.check_rows(sum(group.num_rows for group in groups))
+    n_rows = sum(group.num_rows for group in groups)
+    limits.check_rows(n_rows)
     limits.check_unpacked("Parquet file", sum(group.total_byte_size for group in groups), path.stat().st_size)
     schema = files[0].schema_arrow
     chosen = choose_columns(schema.names, named, _ROLES)
@@ -109,18 +110,19 @@ def _open(path: Path, sources: Sequence[Source], limits: Limits, named: Mapping[
     if "split" in chosen:
         split = _coded(sources, chosen["split"], split_number)
     elif sources[0].split is not None:
-        n_rows = [sum(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)) for file in files]
-        split = np.repeat(np.array([source.split for source in sources], np.int64), n_rows)
+        by_file = [sum(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)) for file in files]
+        split = np.repeat(np.array([source.split for source in sources], np.int64), by_file)
     else:
         split = None
-    labels, class_names = _labels(sources, schema, chosen["label"])
+    labels, class_names = _labels(sources, schema, chosen["label"]) if "label" in chosen else (None, None)
     return Dataset(
         format="parquet",
         content=content,
+        n_rows=n_rows,
         labels=labels,
         split=split,
         class_names=class_names,
-        columns=chosen,
+        columns={"label": None, **chosen},
         read=partial(_read, sources, chosen["image" if content == "images" else "text"], content),
     )
 

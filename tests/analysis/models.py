@@ -59,6 +59,24 @@ TEXT_MODELS: dict[str, dict[str, Any]] = {
     "Llama": {**_TEXT, "num_key_value_heads": 1},
     "Bart": _BART,
 }  # fmt: skip
+# The class of each, and its configuration. Of most the output embedding is the input's, and is not stored.
+LANGUAGE_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "GPT2": ("GPT2LMHeadModel", TEXT_MODELS["GPT2"]),
+    "Llama": ("LlamaForCausalLM", {**TEXT_MODELS["Llama"], "tie_word_embeddings": False}),
+    "Llama, tied": ("LlamaForCausalLM", {**TEXT_MODELS["Llama"], "tie_word_embeddings": True}),
+    "OPT": (
+        "OPTForCausalLM",
+        {
+            "vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 24,
+            "max_position_embeddings": 20, "word_embed_proj_dim": 16, "pad_token_id": PAD,
+        },
+    ),
+    "GPTNeoX": ("GPTNeoXForCausalLM", {**_TEXT, "tie_word_embeddings": False}),
+    "Qwen2": ("Qwen2ForCausalLM", {**TEXT_MODELS["Llama"], "tie_word_embeddings": True}),
+    "Mistral": ("MistralForCausalLM", {**TEXT_MODELS["Llama"], "sliding_window": 6}),
+    # An encoder's class, whose config makes it look back alone; its head has a bias.
+    "Bert": ("BertLMHeadModel", {**_TEXT, "is_decoder": True}),
+}  # fmt: skip
 TIMM_MODELS: dict[str, dict[str, Any]] = {
     "resnet18": {},
     "convnext_atto": {},
@@ -120,7 +138,11 @@ def saved_transformers(name: str, config: Mapping[str, Any], folder: Path, *, ch
     """A classifier with weights at random, saved by `save_pretrained` and loaded again by `from_pretrained`."""
     task = "ImageClassification" if name in IMAGE_MODELS else "SequenceClassification"
     cls: Any = getattr(transformers, f"{name}For{task}")
-    model = cls(cls.config_class(**config, num_labels=N_CLASSES))
+    return _saved_pretrained(cls, cls.config_class(**config, num_labels=N_CLASSES), folder, change)
+
+
+def _saved_pretrained(cls: Any, config: Any, folder: Path, change: Any) -> Saved:
+    model = cls(config)
     at_random(model)
     if change is not None:
         change(model)
@@ -128,6 +150,13 @@ def saved_transformers(name: str, config: Mapping[str, Any], folder: Path, *, ch
     library = cls.from_pretrained(folder).eval()
     description = {"family": "transformers", "config": json.loads((folder / "config.json").read_text())}
     return Saved(description, folder / "model.safetensors", torch.no_grad()(lambda batch: library(**batch).logits))
+
+
+def saved_language_model(name: str, folder: Path, *, change: Any = None) -> Saved:
+    """A causal language model with weights at random, saved by `save_pretrained` and loaded again."""
+    class_name, config = LANGUAGE_MODELS[name]
+    cls: Any = getattr(transformers, class_name)
+    return _saved_pretrained(cls, cls.config_class(**config), folder, change)
 
 
 def saved_timm(name: str, args: Mapping[str, Any], folder: Path) -> Saved:

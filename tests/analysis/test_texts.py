@@ -108,3 +108,11 @@ def test_what_cannot_be_tokenised(texts: list[str], definition: str, word: str) 
         tokenise(texts, definition)
     assert raised.value.kind == "invalid-probe"
     assert word in raised.value.detail
+
+
+def test_any_padding_where_nobody_sees_it() -> None:
+    """Without a token for it 0 pads, on request; what says which comes first, and -1 says nothing."""
+    definition = _definition(pad_token=None)
+    assert tokenise(TEXTS, definition, any_padding=True).pad_id == 0
+    assert tokenise(TEXTS, definition, config={"pad_token_id": -1}, any_padding=True).pad_id == 0
+    assert tokenise(TEXTS, definition, config={"pad_token_id": 4}, any_padding=True).pad_id == 4

@@ -27,27 +27,34 @@ PICTURES = [encoded(picture(seed, 6, 5)) for seed in range(6)]
 IMAGE = PICTURES[0]
 
 
-def _open(content: bytes, folder: Path, limits: Limits = LIMITS, columns: Mapping[str, str] | None = None) -> Dataset:
+def _open(
+    content: bytes, folder: Path, limits: Limits = LIMITS, columns: Mapping[str, str | None] | None = None
+) -> Dataset:
     path = saved(content, folder, "a.bin")
     format = detect(path, limits)
     assert format is not None
     return open_dataset(path, format, limits, columns)
 
 
-def _refused(content: bytes, folder: Path, limits: Limits = LIMITS, **columns: str) -> InvalidFile:
+def _refused(content: bytes, folder: Path, limits: Limits = LIMITS, **columns: str | None) -> InvalidFile:
     """Why a file is refused, when it is opened or when it is read."""
 
     def read() -> None:
         dataset = _open(content, folder, limits, columns or None)
-        list(dataset.read(range(len(dataset.labels))))
+        list(dataset.read(range(dataset.n_rows)))
 
     with pytest.raises(InvalidFile) as raised:
         read()
     return raised.value
 
 
+def _labels(dataset: Dataset) -> list[int]:
+    assert dataset.labels is not None
+    return [int(label) for label in dataset.labels]
+
+
 def _contents(dataset: Dataset, rows: Any = None) -> list[bytes]:
-    return [content for _, content in dataset.read(range(len(dataset.labels)) if rows is None else rows)]
+    return [content for _, content in dataset.read(range(dataset.n_rows) if rows is None else rows)]
 
 
 # --- Parquet --------------------------------------------------------------------------------------------------------
@@ -68,7 +75,7 @@ def test_parquet_of_hugging_face(tmp_path: Path, rows_a_group: int) -> None:
     dataset = _open(content, tmp_path)
     assert (dataset.format, dataset.content, dataset.class_names) == ("parquet", "images", ["cat", "dog", "eel"])
     assert dataset.columns == {"image": "img", "label": "fine_label", "split": "split"}
-    assert dataset.labels.tolist() == [0, 2, 1, 0, 2, 1]
+    assert _labels(dataset) == [0, 2, 1, 0, 2, 1]
     assert dataset.split is not None
     assert dataset.split.tolist() == [0, 0, 1, 1, 0, 0]
     assert list(dataset.read(range(6))) == [(f"{i}.png", PICTURES[i]) for i in range(6)]
@@ -93,7 +100,7 @@ def test_parquet_of_hugging_face(tmp_path: Path, rows_a_group: int) -> None:
 def test_labels_of_parquet(tmp_path: Path, labels: pa.Array, expected: list[int], names: list[str] | None) -> None:
     """Names become their places in sorted order, names that are integers those integers."""
     dataset = _open(parquet({"text": ["a", "b", "c"], "label": labels}), tmp_path)
-    assert dataset.labels.tolist() == expected
+    assert _labels(dataset) == expected
     assert dataset.class_names == names
     assert _contents(dataset) == [b"a", b"b", b"c"]
 
@@ -196,7 +203,7 @@ def test_names_with_dots(tmp_path: Path) -> None:
     """Are columns as others are, with bytes that count."""
     content = parquet({"label.raw": [5, 6], "label": [1, 0], "my.text": ["a" * 1000, "b" * 1000]}, compression="none")
     columns = {"text": "my.text"}
-    assert _open(content, tmp_path, columns=columns).labels.tolist() == [1, 0]
+    assert _labels(_open(content, tmp_path, columns=columns)) == [1, 0]
     assert "texts may have" in _refused(content, tmp_path, replace(LIMITS, text_bytes=1000), **columns).detail
     names = parquet({"text": ["a", "b"], "label": ["a" * 150, "b" * 150]}, compression="none")
     assert "'label'" in _refused(names, tmp_path, replace(LIMITS, text_bytes=200)).detail
@@ -221,7 +228,7 @@ def test_shards_are_one_dataset(tmp_path: Path, prefix: str) -> None:
     content = zipped({**{prefix + name: file for name, file in files.items()}, "README.md": b"a", ".DS_Store": b"b"})
     dataset = _open(content, tmp_path)
     assert (dataset.format, dataset.content, dataset.class_names) == ("parquet", "images", ["ant", "cat", "dog"])
-    assert dataset.labels.tolist() == [1, 2, 2, 0, 1, 0]
+    assert _labels(dataset) == [1, 2, 2, 0, 1, 0]
     assert dataset.split is not None
     assert dataset.split.tolist() == [0, 0, 0, 0, 1, 1]
     assert _contents(dataset) == PICTURES
@@ -310,7 +317,7 @@ def test_class_folders(tmp_path: Path, prefix: str) -> None:
     assert (dataset.format, dataset.content, dataset.class_names) == ("imagefolder", "images", ["cat", "dog"])
     assert dataset.split is None
     assert list(dataset.read([0, 2])) == [(f"{prefix}cat/1.jpg", IMAGE), (f"{prefix}dog/2.png", IMAGE)]
-    assert dataset.labels.tolist() == [0, 1, 1]
+    assert _labels(dataset) == [0, 1, 1]
 
 
 @pytest.mark.parametrize("prefix", ["", "pets/"])
@@ -321,7 +328,7 @@ def test_split_folders(tmp_path: Path, prefix: str) -> None:
     assert dataset.split is not None
     found = [name for name, _ in dataset.read(range(4))]
     assert found == [prefix + name for name in (names[1], names[2], names[0], names[3])]
-    assert (dataset.labels.tolist(), dataset.split.tolist()) == ([0, 0, 1, 1], [0, 1, 0, 1])
+    assert (_labels(dataset), dataset.split.tolist()) == ([0, 0, 1, 1], [0, 1, 0, 1])
     only = _open(zipped({prefix + name: IMAGE for name in names[:2]}), tmp_path)
     assert only.split is not None
     assert (only.class_names, only.split.tolist()) == (["cat", "dog"], [0, 0])
@@ -446,25 +453,25 @@ def test_lines_of_texts(tmp_path: Path, content: bytes, format: str) -> None:
     dataset = _open(content, tmp_path)
     assert (dataset.format, dataset.content, dataset.class_names) == (format, "texts", ["neg", "pos"])
     assert dataset.split is not None
-    assert (dataset.labels.tolist(), dataset.split.tolist()) == ([1, 0, 1], [0, 1, 1])
+    assert (_labels(dataset), dataset.split.tolist()) == ([1, 0, 1], [0, 1, 1])
     assert [text.decode().replace("\r\n", "\n") for text in _contents(dataset)] == [row[0] for row in ROWS[1:]]
     assert _contents(dataset, [1]) == ["Größe ✓".encode()]
 
 
 def test_labels_that_are_integers(tmp_path: Path) -> None:
     """In JSON as numbers, in CSV as the texts of numbers."""
-    assert _open(_jsonl({"text": "a", "label": 2}, {"text": "b", "label": 0}), tmp_path).labels.tolist() == [2, 0]
+    assert _labels(_open(_jsonl({"text": "a", "label": 2}, {"text": "b", "label": 0}), tmp_path)) == [2, 0]
     dataset = _open(_csv([["sentence", "labels"], ["a", "2"], ["b", "0"]]), tmp_path)
-    assert (dataset.labels.tolist(), dataset.class_names) == ([2, 0], None)
+    assert (_labels(dataset), dataset.class_names) == ([2, 0], None)
 
 
 def test_white_space_is_no_part_of_a_label(tmp_path: Path) -> None:
     """Or 10 would come before 2, and a class would be there twice."""
     rows = "".join(f"t, {number}\n" for number in range(12))
     dataset = _open(f"text,label\n{rows}".encode(), tmp_path)
-    assert (dataset.labels.tolist(), dataset.class_names) == (list(range(12)), None)
+    assert (_labels(dataset), dataset.class_names) == (list(range(12)), None)
     assert _open(b"text,label\na,pos \nb,neg\nc, pos\n", tmp_path).class_names == ["neg", "pos"]
-    assert _open(parquet({"text": ["a", "b", "c"], "label": [" 10", "9", "10 "]}), tmp_path).labels.tolist() == [
+    assert _labels(_open(parquet({"text": ["a", "b", "c"], "label": [" 10", "9", "10 "]}), tmp_path)) == [
         10,
         9,
         10,
@@ -513,3 +520,39 @@ def test_lines_over_the_limits_are_refused(tmp_path: Path) -> None:
     """Rows, and bytes of the file."""
     assert "rows" in _refused(_jsonl(A, B), tmp_path, replace(LIMITS, rows=1)).detail
     assert "bytes" in _refused(_jsonl(A, B), tmp_path, replace(LIMITS, text_bytes=10)).detail
+
+
+def _csv_of(columns: Mapping[str, list[str]]) -> bytes:
+    return _csv([list(columns), *map(list, zip(*columns.values(), strict=True))])
+
+
+def _jsonl_of(columns: Mapping[str, list[str]]) -> bytes:
+    return _jsonl(*(dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)))
+
+
+@pytest.mark.parametrize("write", [_csv_of, _jsonl_of, parquet])
+def test_texts_without_labels(write: Callable[[dict[str, list[str]]], bytes], tmp_path: Path) -> None:
+    """Where nothing beside texts and splits is there, or null says that nothing of it is a label; read again alike."""
+    texts = ["a b", "c"]
+    for content, named in (
+        (write({"text": texts}), None),
+        (write({"text": texts, "split": ["train", "test"]}), None),
+        (write({"text": texts, "label": ["x", "y"], "url": ["u", "v"]}), {"label": None}),
+        (write({"body": texts, "url": ["u", "v"]}), {"text": "body", "label": None}),
+    ):
+        dataset = _open(content, tmp_path, columns=named)
+        again = _open(content, tmp_path, columns=dataset.columns)
+        for found in (dataset, again):
+            assert (found.labels, found.class_names, found.n_rows) == (None, None, 2)
+            assert found.columns is not None
+            assert found.columns["label"] is None
+            assert _contents(found) == [b"a b", b"c"]
+    told = _refused(write({"text": texts, "url": ["u", "v"]}), tmp_path)
+    assert '"columns": {"label": null}' in told.detail
+    assert told.members["columns"] == ["text", "url"]
+
+
+def test_images_need_labels(tmp_path: Path) -> None:
+    """Null names no column for them."""
+    content = parquet({"image": image_column([IMAGE]), "label": [0]})
+    assert "no column of labels" in _refused(content, tmp_path, label=None, image="image").detail

@@ -114,7 +114,14 @@ def _cache(folder: Path, max_bytes: int) -> tuple[Storage, FeatureCache]:
 
 def _entry(seed: int, n: int = 100) -> Kept:
     features = torch.randn(n, 8, generator=torch.Generator().manual_seed(seed))
-    about = {"preprocess": None, "preprocess_source": None, "tokenizer": None, "label_map": None, "samples": None}
+    about = {
+        "preprocess": None,
+        "preprocess_source": None,
+        "tokenizer": None,
+        "label_map": None,
+        "samples": None,
+        "next_tokens": None,
+    }
     head = torch.eye(2, 8, dtype=torch.bfloat16)
     return Kept(FeatureSet(features, torch.arange(n) % 2, head, None, features[:, :2], None), "fc", 7, about)
 

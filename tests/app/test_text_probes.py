@@ -26,7 +26,7 @@ NAMES = ["calm", "glad", "sad", "wild"]
 LABELS = [i % N_CLASSES for i in range(24)]
 
 
-def _tokenizer(extra: int = 0) -> dict[str, Any]:
+def tokenizer(extra: int = 0) -> dict[str, Any]:
     """A tokenizer.json of 43 words and as many more as asked for, which are the last of the vocabulary."""
     vocabulary = {"<s>": 0, "<pad>": PAD, "</s>": 2, "<unk>": 3}
     vocabulary |= {word: 4 + number for number, word in enumerate(WORDS)}
@@ -59,7 +59,7 @@ def _ended(service: Service, saved: Saved, probe: dict[str, Any], **spec: Any) -
 def _loss(saved: Saved, max_length: int) -> float:
     """Of the library's own pipeline."""
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(_tokenizer())), pad_token="<pad>", unk_token="<unk>"
+        tokenizer_object=Tokenizer.from_str(json.dumps(tokenizer())), pad_token="<pad>", unk_token="<unk>"
     )
     batch = fast(TEXTS, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
     logits = saved.library({name: batch[name] for name in ("input_ids", "attention_mask")})
@@ -70,7 +70,7 @@ def _loss(saved: Saved, max_length: int) -> float:
 def test_texts_of_csv_with_the_probes_tokenizer(service: Service, tmp_path: Path, name: str) -> None:
     """The loss is that of the library's tokenizer and model, padding and mask included."""
     saved = models.saved_transformers(name, TEXT_MODELS[name], tmp_path)
-    probe = _posted(service, "probes", {"tokenizer": _tokenizer()}, _csv())
+    probe = _posted(service, "probes", {"tokenizer": tokenizer()}, _csv())
     assert (probe["format"], probe["content"], probe["class_counts"]) == ("csv", "texts", [6] * N_CLASSES)
     report = service.report(_ended(service, saved, probe))
     assert report["splits"]["all"]["loss"] == pytest.approx(_loss(saved, 20), abs=1e-6)
@@ -91,7 +91,7 @@ def test_texts_of_parquet_with_the_checkpoints_tokenizer(service: Service, tmp_p
     named = Saved({"family": "transformers", "config": config}, saved.path, saved.library)
     labels = [NAMES[order.index(label)] for label in LABELS]
     probe = _posted(service, "probes", {"max_length": 6}, parquet({"text": TEXTS, "label": labels}))
-    report = service.report(_ended(service, named, probe, tokenizer=_tokenizer()))
+    report = service.report(_ended(service, named, probe, tokenizer=tokenizer()))
     assert report["splits"]["all"]["loss"] == pytest.approx(_loss(saved, 6), abs=1e-6)
     assert report["probe"]["label_map"] == {"matched": "name", "reordered": True}
     used = report["probe"]["tokenizer"]
@@ -107,15 +107,15 @@ def test_class_names_give_the_order_or_other_words(service: Service, tmp_path: P
     saved = models.saved_transformers("Bert", TEXT_MODELS["Bert"], tmp_path)
     order = ["wild", "calm", "sad", "glad"]
     file = parquet({"text": TEXTS[:-4], "label": [order[label] for label in LABELS[:-4]]})
-    ordered = _posted(service, "probes", {"tokenizer": _tokenizer(), "class_names": order}, file)
-    plain = _posted(service, "probes", {"tokenizer": _tokenizer()}, parquet({"text": TEXTS[:-4], "label": LABELS[:-4]}))
+    ordered = _posted(service, "probes", {"tokenizer": tokenizer(), "class_names": order}, file)
+    plain = _posted(service, "probes", {"tokenizer": tokenizer()}, parquet({"text": TEXTS[:-4], "label": LABELS[:-4]}))
     assert (ordered["class_names"], ordered["class_counts"]) == (order, plain["class_counts"])
     reports = [service.report(_ended(service, saved, probe)) for probe in (ordered, plain)]
     assert reports[0]["splits"] == reports[1]["splits"]
     words = [f"very {name}" for name in sorted(order)]
     config = {**saved.architecture["config"], "id2label": {str(i): f"very {name}" for i, name in enumerate(order)}}
     named = Saved({"family": "transformers", "config": config}, saved.path, saved.library)
-    renamed = _posted(service, "probes", {"tokenizer": _tokenizer(), "class_names": words}, file)
+    renamed = _posted(service, "probes", {"tokenizer": tokenizer(), "class_names": words}, file)
     report = service.report(_ended(service, named, renamed))
     assert report["splits"] == reports[1]["splits"]
     assert report["probe"]["label_map"] == {"matched": "name", "reordered": True}
@@ -135,7 +135,7 @@ def test_texts_that_cannot_be_tokenised_fail(service: Service, tmp_path: Path) -
     assert "tokenizer" in bare["detail"]
     broken = _posted(service, "probes", {"tokenizer": {"model": {"type": "Nonsense"}}}, _csv())
     assert _failure(service, saved, broken)["detail"].startswith("The tokenizer cannot be used")
-    beyond = _posted(service, "probes", {"tokenizer": _tokenizer(20)}, _csv([*TEXTS[:-1], "w1 x15"]))
+    beyond = _posted(service, "probes", {"tokenizer": tokenizer(20)}, _csv([*TEXTS[:-1], "w1 x15"]))
     failed = _failure(service, saved, beyond)
     assert failed["type"].endswith("inputs-refused")
     assert failed["rows"] == 50
@@ -161,10 +161,10 @@ def test_tokenizers_are_blobs_that_probes_and_checkpoints_share(service: Service
     """One file for two rows; it goes with the last of them."""
     saved = models.saved_transformers("Bert", TEXT_MODELS["Bert"], tmp_path)
     before = blobs(service)
-    tokenizer = _tokenizer(7)
-    probe = _posted(service, "probes", {"tokenizer": tokenizer}, _csv([*TEXTS[:-1], "w1 w2"]))
+    definition = tokenizer(7)
+    probe = _posted(service, "probes", {"tokenizer": definition}, _csv([*TEXTS[:-1], "w1 w2"]))
     checkpoint = _posted(
-        service, "checkpoints", {"architecture": saved.architecture, "tokenizer": tokenizer}, saved.path
+        service, "checkpoints", {"architecture": saved.architecture, "tokenizer": definition}, saved.path
     )
     assert probe["tokenizer_sha256"] == checkpoint["tokenizer_sha256"]
     added = {path.name for path in blobs(service) - before}

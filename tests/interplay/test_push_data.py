@@ -125,3 +125,11 @@ def test_zipped_folders(folder: Path) -> None:
         assert sorted(names)[:2] == [".DS_Store", "test/cat/0.png"]
         assert len(names) == 14
     assert not path.exists()
+
+
+def test_texts_without_labels(service: Service, tmp_path: Path) -> None:
+    """`--column label=` says that no column is one of labels."""
+    file = tmp_path / "texts.csv"
+    file.write_text("review,verdict\ngood,1\nbad,0\n")
+    probe = _pushed("probe", file, "--column", "text=review", "--column", "label=", url=service.url)
+    assert (probe["columns"], probe["n_classes"]) == ({"text": "review", "label": None}, 0)

@@ -1,0 +1,66 @@
+"""What a network predicts for each sample, and how good that is: loss, confidence, calibration."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Float64, Int, Int64
+from torch import Tensor
+
+_CALIBRATION_BINS = 15
+# Logits that become float64 at a time: 32 MiB.
+_CHUNK_NUMBERS = 2**22
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """By sample.
+
+    Attributes:
+        predicted: the class with the largest logit, of equal ones the first.
+        confidence: its probability.
+        loss: the cross-entropy of the sample's label.
+    """
+
+    predicted: Int64[Tensor, " n"]
+    confidence: Float64[Tensor, " n"]
+    loss: Float64[Tensor, " n"]
+
+    def take(self, rows: Int64[Tensor, " m"]) -> "Predictions":
+        """Those of these samples alone, in their order."""
+        return Predictions(self.predicted[rows], self.confidence[rows], self.loss[rows])
+
+    def to(self, device: torch.device) -> "Predictions":
+        """The same on a device."""
+        return Predictions(self.predicted.to(device), self.confidence.to(device), self.loss.to(device))
+
+
+def predictions_of(logits: Float[Tensor, "n c"], labels: Int[Tensor, " n"]) -> Predictions:
+    """Predictions from logits.
+
+    Args:
+        logits: one sample a row.
+        labels: 0 to c - 1.
+
+    Numerics: float64, some rows at a time, so that no float64 copy of all logits is made.
+    """
+    predicted, confidence, loss = [], [], []
+    size = rows_at_a_time(logits.shape[1])
+    for part, target in zip(torch.split(logits, size), torch.split(labels, size), strict=True):
+        logarithms = part.double().log_softmax(dim=1)
+        largest = logarithms.max(dim=1)
+        predicted.append(largest.indices)
+        confidence.append(largest.values.exp())
+        loss.append(-logarithms.gather(1, target.long()[:, None])[:, 0])
+    return Predictions(torch.cat(predicted), torch.cat(confidence), torch.cat(loss))
+
+
+def rows_at_a_time(n_classes: int) -> int:
+    """Rows of so many logits that may be copied at a time."""
+    return max(_CHUNK_NUMBERS // n_classes, 1)
+
+
+def calibration_error(confidence: Float64[Tensor, " n"], correct: Bool[Tensor, " n"]) -> float:
+    """Expected calibration error: bins (k/15, (k+1)/15] of the top probability, weighted by their samples."""
+    bins = (confidence * _CALIBRATION_BINS).ceil().long().clamp(1, _CALIBRATION_BINS) - 1
+    gaps = confidence.new_zeros(_CALIBRATION_BINS).index_add_(0, bins, correct.double() - confidence)
+    return float(gaps.abs().sum()) / len(confidence)

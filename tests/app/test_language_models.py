@@ -205,6 +205,41 @@ def test_what_varies(service: Service, tmp_path: Path) -> None:
         assert report["probe"]["next_tokens"]["n_vocabulary"] == VOCABULARY
 
 
+@pytest.mark.parametrize("interval", ["delta", "bootstrap"])
+def test_two_language_models_are_compared(service: Service, tmp_path: Path, interval: str) -> None:
+    """Each side is what the library computes, and differences have standard errors."""
+    first = models.saved_language_model("GPT2", tmp_path / "0")
+    second = models.saved_language_model("GPT2", tmp_path / "1", change=_changed)
+    ids = [_checkpoint(service, saved)["id"] for saved in (first, second)]
+    batch = models.texts(N)
+    probe_id = _tensors(service, **batch)["id"]
+    request = {"kind": "comparison", "checkpoint_a_id": ids[0], "checkpoint_b_id": ids[1], "probe_id": probe_id}
+    options = {**FAST, "interval": interval, "resamples": 20}
+    report = service.report(service.wait(service.analyze(**request, options=options)["id"]))
+    split = report["splits"]["all"]
+    for side, saved in (("a", first), ("b", second)):
+        expected = _expected(saved, batch)
+        assert split[side]["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+        assert split[side]["n_samples"] == expected["n"]
+        assert split["differences"]["accuracy"][side] == pytest.approx(expected["accuracy"])
+    assert split["differences"]["loss"]["standard_error"] > 0
+    counts = split["predictions"]
+    assert sum(counts[name] for name in counts if name.endswith("correct")) == split["a"]["n_samples"]
+    assert counts["both_correct"] / split["a"]["n_samples"] <= counts["agreement"] <= 1
+    assert report["probe"]["next_tokens"] == report["probe_b"]["next_tokens"]
+
+
+def test_other_classes_are_not_compared(service: Service, tmp_path: Path) -> None:
+    """A language model beside a classifier: their samples are not the same."""
+    language = _checkpoint(service, models.saved_language_model("GPT2", tmp_path / "language"))
+    classifier = _checkpoint(service, models.saved_transformers("GPT2", TEXT_MODELS["GPT2"], tmp_path / "classifier"))
+    probe = _tensors(service, **models.texts(N), labels=torch.arange(N) % 4)
+    ids = {"checkpoint_a_id": language["id"], "checkpoint_b_id": classifier["id"], "probe_id": probe["id"]}
+    ended = service.wait(service.analyze(kind="comparison", **ids, options={**FAST, "batch_size": 1})["id"])
+    assert ended["status"] == "failed"
+    assert "same samples" in ended["problem"]["detail"]
+
+
 def _changed(model: Any) -> None:
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():

@@ -45,7 +45,7 @@ class ComparisonOptions(EvaluationOptions):
 
     Attributes:
         interval: where standard errors come from.
-        resamples: of the bootstrap, at least 20.
+        resamples: of the bootstrap, at least 10.
         confidence: of the intervals, 0.5 to 0.9999.
     """
 
@@ -55,8 +55,8 @@ class ComparisonOptions(EvaluationOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.resamples < 20:
-            raise AnalysisError("invalid-argument", "resamples is at least 20", argument="resamples")
+        if self.resamples < 10:
+            raise AnalysisError("invalid-argument", "resamples is at least 10", argument="resamples")
         if not 0.5 <= self.confidence <= 0.9999:
             raise AnalysisError("invalid-argument", "confidence is 0.5 to 0.9999", argument="confidence")
 

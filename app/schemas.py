@@ -169,7 +169,7 @@ class ComparisonOptions(EvaluationOptions):
         default="delta",
         description="`delta` takes standard errors from influence functions, `bootstrap` from paired resamples.",
     )
-    resamples: int = Field(default=200, ge=20, le=10_000, description="Of the bootstrap, each two evaluations.")
+    resamples: int = Field(default=200, ge=10, le=10_000, description="Of the bootstrap, each two evaluations.")
     confidence: float = Field(default=0.95, ge=0.5, le=0.9999, description="Of the intervals.")
 
 

@@ -306,7 +306,7 @@ def analyze_comparison(
     checkpoint_b: Annotated[str, typer.Argument(metavar="B", help="Its id.", show_default=False)],
     probe: Annotated[str, typer.Option(metavar="ID", help="The samples that both see.", show_default=False)],
     bootstrap: Annotated[bool, typer.Option("--bootstrap", help="Standard errors and biases from resamples.")] = False,
-    resamples: Annotated[int | None, typer.Option(min=20, help="Of the bootstrap; default: 200.")] = None,
+    resamples: Annotated[int | None, typer.Option(min=10, help="Of the bootstrap; default: 200.")] = None,
     confidence: Annotated[float | None, typer.Option(min=0.5, max=0.9999, help="Of intervals; default: 0.95.")] = None,
     wait: Wait = False,
     timeout: Timeout = None,

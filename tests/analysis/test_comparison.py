@@ -257,7 +257,7 @@ def test_other_samples_are_refused(change: object) -> None:
 
 @pytest.mark.parametrize(
     ("wrong", "argument"),
-    [({"resamples": 19}, "resamples"), ({"confidence": 1.0}, "confidence"), ({"tolerance": -1.0}, "tolerance")],
+    [({"resamples": 9}, "resamples"), ({"confidence": 1.0}, "confidence"), ({"tolerance": -1.0}, "tolerance")],
 )
 def test_options_are_checked(wrong: dict[str, float], argument: str) -> None:
     """Options out of range are refused by name."""

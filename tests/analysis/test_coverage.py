@@ -78,7 +78,7 @@ def _values(split: object) -> Tensor:
         pytest.param(ComparisonOptions(null_permutations=0), (5, 60, 8), id="delta"),
         # Few resamples, as each is two evaluations: Student's quantile makes up for them.
         pytest.param(
-            ComparisonOptions(null_permutations=0, interval="bootstrap", resamples=20), (3, 60, 4), id="bootstrap"
+            ComparisonOptions(null_permutations=0, interval="bootstrap", resamples=10), (3, 60, 4), id="bootstrap"
         ),
     ],
 )

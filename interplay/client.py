@@ -462,7 +462,14 @@ class Client:
         body: Body = {"report_id": report_id, **_given({"note": note})}
         if expected_report_id != "any":
             body["expected_report_id"] = expected_report_id
-        return cast(Baseline, self._call("PUT", f"/v1/baselines/{segment(name)}", json=body, repeatable=True))
+        place, retries = f"/v1/baselines/{segment(name)}", self._transport.retries()
+        try:
+            return cast(Baseline, self._call("PUT", place, json=body, repeatable=True, retries=retries))
+        except ProblemError as error:
+            # The first attempt moved it, and its answer was lost.
+            if error.status == 409 and retries.used and error.members.get("report_id") == report_id:
+                return self.get_baseline(name)
+            raise
 
     def baseline_history(self, name: str, *, limit: int = 50) -> Sequence[BaselineMove]:
         """The moves that were asked for, newest first; `done` is false where one was refused. At most 200."""

@@ -116,6 +116,17 @@ def test_upload_that_was_refused_is_sent_again(tmp_path: Path) -> None:
     assert server.seen[0].body_bytes > 100_000
 
 
+def test_move_of_a_baseline_whose_answer_was_lost() -> None:
+    """It has moved where it was told to; where somebody else moved it, that is what is said."""
+    moved, elsewhere = (answer({"title": "moved", "report_id": name}, 409) for name in ("new", "other"))
+    with scripted(BREAK, moved, answer({"name": "main", "report_id": "new"})) as server, Client(server.url) as client:
+        assert client.set_baseline("main", "new", expected_report_id="old")["report_id"] == "new"
+        assert [seen.method for seen in server.seen] == ["PUT", "PUT", "GET"]
+    for answers in ((BREAK, elsewhere), (moved,)):
+        with scripted(*answers) as server, Client(server.url) as client, pytest.raises(ProblemError, match="moved"):
+            client.set_baseline("main", "new", expected_report_id="old")
+
+
 @pytest.mark.parametrize("kept", [True, False])
 def test_upload_whose_answer_was_lost_is_asked_for(tmp_path: Path, kept: bool) -> None:
     """Where nobody knows whether a file was kept, the service is asked; it is sent again only if it was not."""

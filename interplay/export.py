@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 from interplay.transport import InterplayError
 
 # Members that say what was looked at and how, not what was found: parameters of a run.
-_PARAMETERS = ("axis", "probe", "provenance", "subject", "subjects")
+_PARAMETERS = ("axis", "probe", "probe_b", "provenance", "subject", "subjects")
 _IDENTITY = ("analysis_id", "created_at", "definitions_version", "id", "kind", "schema_version")
 _PLACES = ("w", "sparsity", "x")
 # What MLflow takes at once, and how long its names and values may be.

@@ -157,9 +157,10 @@ def compare(
         progress: called as the work goes on; phase `resamples` counts those of the bootstrap.
 
     Returns:
-        The comparison. Intervals are difference +- z times the standard error with z the normal quantile, symmetric
-        about what was evaluated: MIR and HDR of a resample are biased, as it holds samples twice, so the bootstrap's
-        own quantiles would lie beside the value. The estimated bias is stated, not taken off.
+        The comparison. Intervals are difference +- q times the standard error, with q the normal quantile, or Student's
+        for as many resamples: symmetric about what was evaluated, since MIR and HDR of a resample are biased, as it
+        holds samples twice, and the bootstrap's own quantiles would lie beside the value. The bias that it estimates is
+        stated, not taken off.
 
     Raises:
         AnalysisError: `invalid-probe` where the two are of different samples or classes; else as `evaluate_features`.
@@ -235,11 +236,7 @@ def _predictions_of(entry: FeatureSet) -> Predictions:
     """The network's own where its logits were not kept."""
     if entry.predictions is not None:
         return entry.predictions
-    logits = entry.logits
-    if logits is None:
-        logits = entry.features @ entry.head.T
-        logits = logits if entry.head_bias is None else logits + entry.head_bias
-    return predictions_of(logits, entry.labels)
+    return predictions_of(entry.network_logits(), entry.labels)
 
 
 def _same_tokens(a: FeatureSet, b: FeatureSet) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Float64, Int
+from jaxtyping import Bool, Float64, Int
 from torch import Tensor
 
 from analysis.classes import LabelledFeatures, class_statistics, computing_dtype
@@ -243,15 +243,8 @@ def evaluate_features(
         for name, tensor in (("features", feature_set.features), ("head", feature_set.head)):
             check_finite(name, tensor)
         if feature_set.predictions is None and feature_set.logits is None:
-            feature_set = replace(feature_set, logits=_logits(feature_set))
+            feature_set = replace(feature_set, logits=feature_set.network_logits())
     return _evaluate(feature_set, "invalid-feature-set", None, options or EvaluationOptions(), progress, clock)
-
-
-def _logits(feature_set: FeatureSet) -> Float[Tensor, "n c"]:
-    logits = feature_set.features @ feature_set.head.to(feature_set.features.dtype).T
-    if feature_set.head_bias is not None:
-        logits += feature_set.head_bias.to(logits)
-    return logits
 
 
 def _evaluate(

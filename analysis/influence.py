@@ -17,12 +17,11 @@ from torch import Tensor
 from analysis.entropy import ZERO_ENTROPY, unit_rows
 from analysis.errors import AnalysisError
 from analysis.losses import spectral_entropy
-from analysis.predictions import Predictions, predictions_of
+from analysis.predictions import Predictions, calibration_gaps, predictions_of
 from analysis.sensitivity import Entropies, Samples, sample_sensitivity
 
 # Principal directions whose couplings are kept: an eigendecomposition of half a second on a processor core.
 LARGEST_KEPT = 1024
-_CALIBRATION_BINS = 15
 _ENTROPIES = ("entropy_features", "entropy_head", "entropy_joint")
 _EPS = torch.finfo(torch.float64).eps
 # A standard deviation or a mean of distances below this is 0 but for rounding, where it has no derivative.
@@ -160,9 +159,8 @@ def _of_predictions(samples: Samples, logits: Float[Tensor, "n c"] | Predictions
     """Accuracy, loss and NC4 are averages over samples; the calibration error is one within each bin."""
     predictions = logits if isinstance(logits, Predictions) else predictions_of(logits, samples.labels)
     network, certain = predictions.predicted, predictions.confidence
-    correct = (network == samples.labels).double()
-    bins = (certain * _CALIBRATION_BINS).ceil().long().clamp(1, _CALIBRATION_BINS) - 1
-    gaps = certain.new_zeros(_CALIBRATION_BINS).index_add_(0, bins, correct - certain)
+    right = network == samples.labels
+    correct, (bins, gaps) = right.double(), calibration_gaps(certain, right)
     nearest = torch.empty_like(samples.labels)
     centre = samples.means.mean(dim=0)
     means = samples.means - centre

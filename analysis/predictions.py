@@ -59,8 +59,14 @@ def rows_at_a_time(n_classes: int) -> int:
     return max(_CHUNK_NUMBERS // n_classes, 1)
 
 
-def calibration_error(confidence: Float64[Tensor, " n"], correct: Bool[Tensor, " n"]) -> float:
-    """Expected calibration error: bins (k/15, (k+1)/15] of the top probability, weighted by their samples."""
+def calibration_gaps(
+    confidence: Float64[Tensor, " n"], correct: Bool[Tensor, " n"]
+) -> tuple[Int64[Tensor, " n"], Float64[Tensor, " bins"]]:
+    """Each sample's bin (k/15, (k+1)/15] of the top probability, and by bin the sum of correct - confidence."""
     bins = (confidence * _CALIBRATION_BINS).ceil().long().clamp(1, _CALIBRATION_BINS) - 1
-    gaps = confidence.new_zeros(_CALIBRATION_BINS).index_add_(0, bins, correct.double() - confidence)
-    return float(gaps.abs().sum()) / len(confidence)
+    return bins, confidence.new_zeros(_CALIBRATION_BINS).index_add_(0, bins, correct.double() - confidence)
+
+
+def calibration_error(confidence: Float64[Tensor, " n"], correct: Bool[Tensor, " n"]) -> float:
+    """Expected calibration error: the gaps of all bins, weighted by their samples."""
+    return float(calibration_gaps(confidence, correct)[1].abs().sum()) / len(confidence)

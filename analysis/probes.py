@@ -272,6 +272,13 @@ class FeatureSet:
         }
         return replace(self, **moved, predictions=None if self.predictions is None else self.predictions.to(device))
 
+    def network_logits(self) -> Float[Tensor, "n c"]:
+        """The network's own, or what features, head and bias give."""
+        if self.logits is not None:
+            return self.logits
+        logits = self.features @ self.head.to(self.features.dtype).T
+        return logits if self.head_bias is None else logits + self.head_bias.to(logits)
+
     def take(self, rows: Int64[Tensor, " m"]) -> "FeatureSet":
         """The samples of these rows alone, in their order."""
         return replace(

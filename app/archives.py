@@ -140,9 +140,7 @@ def write_weights(folder: Folder, target: Written) -> None:
             span = [offset + end for end in header.spans[tensor]]
             merged[tensor] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": span}
         offset += folder.shards[name].size - header.data_start
-    text = json.dumps(merged, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    target.write(len(text).to_bytes(8, "little") + text)
+    target.write(tensorfile.header_bytes(merged))
     for name, member in folder.shards.items():
         _copy(name, member, headers[name].data_start, target)
 

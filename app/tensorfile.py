@@ -14,7 +14,7 @@ import tokenize
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -93,6 +93,13 @@ class Header:
     metadata: dict[str, str]
     spans: dict[str, tuple[int, int]]
     data_start: int
+
+
+def header_bytes(entries: Mapping[str, Any]) -> bytes:
+    """The beginning of a safetensors file: the header's length, and the header, padded so that tensors are aligned."""
+    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def inspect_safetensors(path: Path) -> TensorFile:

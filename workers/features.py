@@ -22,6 +22,7 @@ from torch import Tensor
 from analysis.predictions import Predictions
 from analysis.probes import FeatureSet, Vocabulary
 from app.storage import StagedFile, Storage, StorageUnavailable
+from app.tensorfile import header_bytes
 
 logger = logging.getLogger("interplay")
 
@@ -115,9 +116,7 @@ def _write(staged: StagedFile, tensors: Mapping[str, Tensor], metadata: dict[str
     for key, tensor in tensors.items():
         start, end = end, end + tensor.nbytes
         header[key] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    staged.write(len(text).to_bytes(8, "little") + text)
+    staged.write(header_bytes(header))
     for tensor in tensors.values():
         # As bytes, since NumPy knows no bfloat16.
         staged.write(tensor.view(torch.uint8).numpy().data.cast("B"))

@@ -5,6 +5,7 @@ import importlib.metadata
 import logging
 import platform
 import time
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -71,13 +72,18 @@ def _provenance(task: Task, device: torch.device) -> dict[str, Any]:
         "code_sha256": _code_sha256(),
         "torch_version": torch.__version__,
         "numpy_version": np.__version__,
-        "library": _library(task["subjects"][0].get("architecture")),
+        "library": _libraries([subject.get("architecture") for subject in task["subjects"]]),
         "python_version": platform.python_version(),
         "device": describe(device)["device"],
         "threads": torch.get_num_threads(),
         "spectrum_dtype": "float64",
         "options": task["options"],
     }
+
+
+def _libraries(architectures: Sequence[dict[str, Any] | None]) -> str | None:
+    """What builds the networks, each library once: the two of a comparison may be of different ones."""
+    return ", ".join(dict.fromkeys(filter(None, map(_library, architectures)))) or None
 
 
 def _library(architecture: dict[str, Any] | None) -> str | None:

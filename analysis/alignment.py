@@ -13,7 +13,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from analysis.errors import AnalysisError
-from analysis.extraction import arithmetic
+from analysis.precision import arithmetic
 from analysis.probes import Inputs, first_samples
 from analysis.tracing import tied_axes
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from analysis.entropy import check_finite
 from analysis.errors import AnalysisError
-from analysis.extraction import arithmetic, features_of_batch, recording
+from analysis.extraction import features_of_batch, recording
 from analysis.networks import LoadedNetwork
+from analysis.precision import arithmetic
 from analysis.probes import Inputs
 from analysis.saving import unwrapped, write_feature_file
 

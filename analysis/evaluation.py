@@ -14,9 +14,10 @@ from analysis.clock import Clock
 from analysis.collapse import Collapse, CollapsePass, Optimum, neural_collapse, optimum
 from analysis.entropy import check_finite, unit_rows
 from analysis.errors import AnalysisError, Kind
-from analysis.extraction import Precision, Progress, extract_features
+from analysis.extraction import Progress, extract_features
 from analysis.networks import LoadedNetwork
 from analysis.positions import extract_positions
+from analysis.precision import Precision
 from analysis.predictions import Predictions, calibration_error, predictions_of
 from analysis.probes import FeatureSet, Probe
 from analysis.spectrum import (

@@ -6,23 +6,22 @@ network that does something else to its head's output, or has two heads, the mea
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
+from contextlib import contextmanager
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 
+from analysis.batching import first_batch_size
 from analysis.entropy import check_finite
 from analysis.errors import AnalysisError
-from analysis.images import Images
 from analysis.networks import LoadedNetwork
+from analysis.precision import Precision, arithmetic
 from analysis.probes import Inputs, Probe, n_samples
 
 Progress = Callable[[str, int, int], None]
 """Called with a phase (`features`, `metrics`), what is done and of how much."""
-Precision = Literal["float32", "bfloat16"]
-"""What a network's forward pass computes in: float32, or bfloat16 where torch.autocast takes it."""
 
 # How far logits may be from what features and head give, of the lengths that are multiplied: 84 roundings of float32.
 # In bfloat16 weights and logits are rounded to 8 bits.
@@ -70,7 +69,7 @@ def extract_features(
         network: moved to the device and left in evaluation mode.
         probe: whose inputs are passed, in order.
         device: where the pass runs and where the result lies.
-        batch_size: inputs at a time; None for about 16 MiB of them on a processor and 128 MiB on a GPU, at most 1024.
+        batch_size: inputs at a time; None for what `batching.first_batch_size` finds.
         precision: of the forward pass; `bfloat16` runs it under torch.autocast.
         progress: called with phase `features` after every batch.
 
@@ -95,7 +94,6 @@ def extract_features(
         lambda: _Samples(network, len(probe.labels), device, precision),
         device=device,
         batch_size=batch_size,
-        width=network.weight.shape[1],
         precision=precision,
         progress=progress,
     )
@@ -114,7 +112,6 @@ def pass_over(
     *,
     device: torch.device,
     batch_size: int | None,
-    width: int,
     precision: Precision,
     progress: Progress | None,
 ) -> tuple[CollectorType, int]:
@@ -125,8 +122,7 @@ def pass_over(
         probe: whose inputs are passed.
         begin: makes what collects; called anew where the pass begins anew.
         device: where the pass runs.
-        batch_size: samples at a time; None for what `extract_features` says.
-        width: numbers that a network makes of an id of a token, at its widest.
+        batch_size: samples at a time; None for what `batching.first_batch_size` finds.
         precision: of the forward pass.
         progress: called with phase `features` after every batch.
 
@@ -141,7 +137,7 @@ def pass_over(
     if n == 0:
         raise AnalysisError("invalid-probe", "The probe has no samples.")
     module = _ready(network.module, device)
-    size = min(batch_size or _first_batch_size(probe.inputs, width, device), n)
+    size = min(batch_size or first_batch_size(module, probe, device=device, precision=precision), n)
     while True:
         try:
             collector = begin()
@@ -160,24 +156,16 @@ def pass_over(
 
 def _ready(module: nn.Module, device: torch.device) -> nn.Module:
     """The network on the device and in evaluation mode."""
-    # A path comes with the same network at every point: setting what is set takes six times as long as looking.
-    if any(tensor.device != device for tensor in (*module.parameters(), *module.buffers())):
+    # A path comes with the same network at every point: setting what is set takes far longer than looking.
+    training = away = False
+    for part in module.modules():
+        training |= part.training
+        away |= any(t is not None and t.device != device for t in (*part._parameters.values(), *part._buffers.values()))
+    if away:
         module.to(device)
-    if any(part.training for part in module.modules()):
+    if training:
         module.eval()
     return module
-
-
-def _first_batch_size(inputs: Inputs | Images, width: int, device: torch.device) -> int:
-    budget_bytes = 2**27 if device.type == "cuda" else 2**24
-    if isinstance(inputs, Tensor | Images):
-        n_numbers = math.prod(inputs.shape[1:])
-    else:
-        # An id is a few bytes; what a network makes of it is a vector as wide as its features.
-        n_numbers = sum(math.prod(t.shape[1:]) * (width if name == "input_ids" else 1) for name, t in inputs.items())
-    fitting = min(max(budget_bytes // (4 * max(n_numbers, 1)), 1), 1024)
-    # A power of two, so that halving gives whole numbers.
-    return 1 << (fitting.bit_length() - 1)
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
@@ -218,7 +206,7 @@ def recording(network: LoadedNetwork) -> Iterator[list[tuple[Any, Any]]]:
         # A copy: the network may go on to change in place what its head gave.
         calls.append((args[0] if args else kwargs.get("input"), output.clone()))
 
-    handle = network.module.get_submodule(network.head_name).register_forward_hook(record, with_kwargs=True)
+    handle = network.head.register_forward_hook(record, with_kwargs=True)
     try:
         yield calls
     finally:
@@ -292,7 +280,7 @@ def _of_samples(
 
 def gives_as_it_is(network: LoadedNetwork, output: Shaped[Tensor, "..."], given: Shaped[Tensor, "..."]) -> bool:
     """Whether the logits are a plain linear module's output, untouched: there is nothing to compute again."""
-    plain = type(network.module.get_submodule(network.head_name)) is nn.Linear
+    plain = type(network.head) is nn.Linear
     return plain and output.dtype == given.dtype and torch.equal(output, given)
 
 
@@ -319,7 +307,7 @@ def _head_call(
         raise not_the_head(network, f"It ran {len(calls)} times for one batch, expected once, the head")
     n, (n_classes, n_features) = n_samples(batch), network.weight.shape
     received, given = calls[0]
-    if isinstance(received, Tensor) and isinstance(network.module.get_submodule(network.head_name), nn.Conv2d):
+    if isinstance(received, Tensor) and isinstance(network.head, nn.Conv2d):
         received, given = received.movedim(1, -1), given.movedim(1, -1)
     fits = isinstance(received, Tensor) and received.shape[-1:] == (n_features,) and received.numel() > 0
     if not fits or received.numel() % (n * n_features):
@@ -354,8 +342,7 @@ def _asked_tokens(network: LoadedNetwork, batch: Inputs, given: Float[Tensor, "n
     """The tokens that come through when the head gives each token's own number; None where what comes is no number."""
     n_tokens = given.shape[1]
     numbers = torch.arange(n_tokens, device=given.device, dtype=given.dtype).view(1, -1, 1).expand_as(given)
-    head = network.module.get_submodule(network.head_name)
-    handle = head.register_forward_hook(lambda _, __, output: numbers.reshape(output.shape))
+    handle = network.head.register_forward_hook(lambda _, __, output: numbers.reshape(output.shape))
     try:
         output = forward(network.module, batch)
     finally:
@@ -401,13 +388,3 @@ def _shape(batch: Inputs) -> Any:
     if isinstance(batch, Tensor):
         return list(batch.shape[1:])
     return {name: list(tensor.shape[1:]) for name, tensor in batch.items()}
-
-
-@contextmanager
-def arithmetic(device: torch.device, precision: Precision = "float32") -> Iterator[None]:
-    """The same numbers in every run: on a GPU convolutions without TF32, which rounds their inputs to 10 bits, and the
-    same ones each time; with `bfloat16` under autocast."""
-    on_gpu, narrow = device.type == "cuda", precision == "bfloat16"
-    flags = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False) if on_gpu else nullcontext()
-    with flags, torch.autocast(device.type, dtype=torch.bfloat16) if narrow else nullcontext():
-        yield

@@ -10,8 +10,8 @@ from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from analysis.errors import AnalysisError
-from analysis.extraction import Precision, arithmetic
 from analysis.networks import LoadedNetwork
+from analysis.precision import Precision, arithmetic
 from analysis.probes import Probe, n_samples
 
 Normalisation = Literal["interpolate", "recalibrate"]

@@ -14,7 +14,6 @@ from torch import Tensor
 from analysis.entropy import check_finite
 from analysis.errors import AnalysisError
 from analysis.extraction import (
-    Precision,
     Progress,
     check_identity,
     forward,
@@ -23,6 +22,7 @@ from analysis.extraction import (
     pass_over,
 )
 from analysis.networks import LoadedNetwork
+from analysis.precision import Precision
 from analysis.predictions import Predictions, predictions_of, rows_at_a_time
 from analysis.probes import FeatureSet, Inputs, Probe, Vocabulary
 from analysis.sequences import IGNORED
@@ -46,7 +46,7 @@ def extract_positions(
         network: a causal language model; moved to the device and left in evaluation mode.
         probe: sequences whose labels are those of `sequences.next_token_labels`.
         device: where the pass runs and where the result lies.
-        batch_size: sequences at a time; None for about 16 MiB of logits on a processor and 128 MiB on a GPU.
+        batch_size: sequences at a time; None for what `batching.first_batch_size` finds.
         precision: of the forward pass; `bfloat16` runs it under torch.autocast.
         progress: called with phase `features` after every batch.
 
@@ -70,7 +70,6 @@ def extract_positions(
         lambda: _Collected(network, probe.labels, device, precision),
         device=device,
         batch_size=batch_size,
-        width=max(network.weight.shape),
         precision=precision,
         progress=progress,
     )

@@ -127,6 +127,20 @@ class Probe:
         inputs = {name: torch.cat([batch[name] for batch in batches]) for name in tensors}
         return Probe(inputs.get("", inputs), self.labels, self.split, self.n_classes, None)
 
+    def input_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each tensor of inputs by name; one alone has no name."""
+        if isinstance(self.inputs, Images):
+            return {"": self.inputs.shape}
+        return {name: tuple(tensor.shape) for name, tensor in _named(self.inputs).items()}
+
+    def example(self, *, device: torch.device | str) -> Any:
+        """Two samples, as `batches` gives them, for looking at what a network makes of such. Of images in files they
+        are black: none is decoded for it. A probe of one sample gives it twice."""
+        if isinstance(self.inputs, Images):
+            return self._prepare(torch.zeros(2, *self.inputs.shape[1:], dtype=torch.uint8, device=device))
+        rows = torch.arange(2).clamp(max=n_samples(self.inputs) - 1)
+        return self._prepare(_each(self.inputs, lambda tensor: tensor[rows].to(device)))
+
     def take(self, rows: Int64[Tensor, " m"]) -> "Probe":
         """The samples of these rows alone, in their order. Of images in files nothing is taken here."""
         assert not isinstance(self.inputs, Images), "images are opened for the rows that are wanted"
@@ -198,6 +212,11 @@ def n_samples(inputs: Inputs) -> int:
 def first_samples(inputs: Inputs, n: int) -> Inputs:
     """The first so many samples of a batch."""
     return _samples(inputs, 0, n)
+
+
+def each_input(inputs: Inputs) -> Iterable[Shaped[Tensor, "..."]]:
+    """The tensors of a batch."""
+    return _named(inputs).values()
 
 
 def _samples(inputs: Inputs, start: int, stop: int) -> Inputs:

@@ -32,7 +32,7 @@ logger = logging.getLogger("interplay")
 _TICK_SECONDS = 0.25
 
 # How torch computes in the process, where the operator's environment does not say otherwise.
-_ARITHMETIC = {
+ARITHMETIC = {
     # How long threads spin while they wait for each other. By default they do for so long that one which lost its core
     # to another process holds all the others up: eigvalsh of 512 x 512 on two threads of two busy cores took 0.3 to 6 s
     # in place of 0.03 s. Without spinning it took 0.06 s on idle cores, with this 0.015 s.
@@ -65,7 +65,7 @@ class ComputeChild:
         """Start the process where it does not run; it loads torch while there is nothing to do yet."""
         if self.is_running():
             return
-        environment = {**_ARITHMETIC, **os.environ}
+        environment = {**ARITHMETIC, **os.environ}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "workers.child"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
         )

@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -72,6 +73,11 @@ class LoadedNetwork:
     weight: Float32[Tensor, "c d"]
     bias: Float32[Tensor, " c"] | None
     predicts_tokens: bool = False
+
+    @cached_property
+    def head(self) -> nn.Module:
+        """The module of that name."""
+        return self.module.get_submodule(self.head_name)
 
 
 def available_families() -> list[str]:

@@ -24,10 +24,14 @@ from analysis.classes import ClassBlock, ClassStream, LabelledFeatures, Observer
 from analysis.couplings import Couplings, FactorBlock
 from analysis.entropy import ZERO_ENTROPY, spectrum_entropy
 
-# Most rows that are kept: on a processor core, two seconds. A tolerance of 0 goes beyond.
-LARGEST_KEPT = 2048
+# Most rows that are kept: on a processor core, ten seconds. A tolerance of 0 goes beyond.
+LARGEST_KEPT = 4096
 # Up to here the exact spectrum costs less than approaching it.
 _SMALL = 1024
+# Eigenvalues alone of so many times the rows that are kept cost about what the kept ones do, eigenvectors and probes.
+_EXACT = 3
+# With fewer rows to a class couplings between classes are most of the spectrum, and dear: C x C at every step.
+_FEW = 8
 # Rows that are kept at first.
 _FIRST_KEPT = 640
 # Numbers of the factors whose couplings are held: half a GiB.
@@ -110,7 +114,8 @@ def sample_entropies(
         labelled: samples by class and the head's directions.
         tolerance: likely error of MIR that is small enough; 0 is exact. What is certain is the method's
             `error_estimate`, up to a few times that.
-        largest: most rows to keep, whatever the tolerance, unless that is 0.
+        largest: most rows to keep, whatever the tolerance, unless that is 0; all are kept, where they are up to
+            three times as many and that costs no more.
         generator: on the CPU; draws the probes that tell what dropped couplings are worth. Default: one seeded with 0.
 
     Returns:
@@ -250,7 +255,7 @@ class _Factors:
             return
         _add_scatter(self.scatter, block)
         self.held += sum(len(self.rows[position]) for position in block.positions)
-        if self.held > 2 * self.largest:
+        if self.held > _EXACT * self.largest:
             self.held = self._prune()
         self.blocks_held += self.blocks[-1].values.numel()
         if self.blocks_held > 2 * self.most_rows:
@@ -350,7 +355,7 @@ class _JointSpectrum:
         # Rows that were let go rank behind all that are held, but for ties.
         missing = (self.within >= held[self.classes]).nonzero()[:, 0]
         self.held = int(missing[0]) if len(missing) else self.total
-        self.head = head @ head.T
+        self.head = head
         # The mass beyond the first k rows, summed from the end up.
         self.tails: list[float] = [*self.values.flip(0).cumsum(0).flip(0).tolist(), 0.0]
 
@@ -362,7 +367,9 @@ class _JointSpectrum:
         rows = torch.cat([rows[:count] for rows, count in zip(self.factors.rows, counts.tolist(), strict=True)])
         rows = rows[(counts.cumsum(0) - counts)[classes] + within]
         matrix = rows @ rows.T
-        matrix *= self.head[classes][:, classes] / self.factors.n
+        directions = self.head[classes]
+        matrix *= directions @ directions.T
+        matrix /= self.factors.n
         return matrix
 
     def couplings(self) -> Couplings:
@@ -399,20 +406,23 @@ def _joint_entropy(
     total, error = spectrum.total, tolerance * unit
     # Both bounds hold for the exact value, so the lower can only mend rounding and the upper only help.
     lowest, highest = max(features, head), features + head
-    if tolerance == 0 or total <= min(_SMALL, largest):
+    within_reach = spectrum.held == total <= _EXACT * largest
+    if tolerance == 0 or total <= min(_SMALL, largest) or (within_reach and total < _FEW * spectrum.leaders):
         return _exact(spectrum, lowest, highest)
     largest = min(largest, spectrum.held)
     couplings = spectrum.couplings()
     kept = min(max(min(_FIRST_KEPT, spectrum.enough(error)), spectrum.leaders), largest)
     while True:
-        if kept > 0.7 * total and largest == total:
+        if _EXACT * kept > total and within_reach:
             return _exact(spectrum, lowest, highest)
         matrix = spectrum.matrix(kept)
         eigenvalues, vectors = torch.linalg.eigh(matrix)
         pinched = spectrum_entropy(torch.cat([eigenvalues, spectrum.values[kept:]]))
         places = couplings.offsets[spectrum.classes[:kept]] + spectrum.within[:kept]
         mass = spectrum.tails[kept]
-        worth = couplings.worth(places, matrix, eigenvalues, vectors, mass=mass, error=error, generator=generator)
+        worth = couplings.worth(
+            places, matrix, eigenvalues, vectors, mass=mass, error=error, generator=generator, last=kept == largest
+        )
         joint = max(min(pinched - worth.least, highest), lowest)
         certain = min(spectrum.bound(kept), joint - lowest)
         likely = min(worth.likely - worth.least, certain)
@@ -420,7 +430,7 @@ def _joint_entropy(
             most = max(min(worth.most - worth.least, certain), 0.0)
             return joint, Method("pinched", kept, total, mass, most / unit)
         # What couplings are worth falls about as the number of rows that keep theirs rises.
-        kept = min(math.ceil(kept * min(max(likely / error, 1.25), 2.0)), largest)
+        kept = min(math.ceil(kept * min(max(likely / error, 1.25), 4.0)), largest)
 
 
 def _exact(spectrum: _JointSpectrum, lowest: float, highest: float) -> tuple[float, Method]:

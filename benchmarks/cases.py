@@ -40,6 +40,23 @@ def power_law(n: int, d: int, n_classes: int, separation: float, *, exponent: fl
     return Case(f"power law {exponent:g}, separation {separation:g}", features + means[labels], labels, head)
 
 
+def tokens(n: int, d: int, vocabulary: int, *, seed: int = 0) -> Case:
+    """As of a language model: tokens by Zipf's law, many of which come once, and only those that come are classes.
+
+    Features are midway between their token's direction and a state that has nothing to do with it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    frequencies = 1 / torch.arange(1, vocabulary + 1).float()
+    drawn = torch.multinomial(frequencies, n, replacement=True, generator=generator)
+    present = drawn.bincount(minlength=vocabulary) > 0
+    labels = (present.cumsum(0) - 1)[drawn]
+    scales = torch.arange(1, d + 1).float().pow(-0.5)
+    scales /= scales.norm()
+    head = torch.randn(int(present.sum()), d, generator=generator) * scales
+    features = head[labels] + torch.randn(n, d, generator=generator) * scales
+    return Case(f"tokens of {vocabulary:,} by Zipf's law", features, labels, head)
+
+
 def random_case(seed: int) -> Case:
     """One of the random cases on which error estimates are checked: 1,000 to 3,000 samples, in float64."""
     generator = torch.Generator().manual_seed(seed)

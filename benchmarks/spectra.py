@@ -5,6 +5,7 @@ what else a machine does only ever adds.
 """
 
 import ctypes
+import math
 import re
 import time
 from collections.abc import Callable
@@ -20,8 +21,15 @@ from analysis.collapse import CollapsePass
 from analysis.entropy import unit_rows
 from analysis.evaluation import EvaluationOptions, evaluate_features
 from analysis.probes import FeatureSet
-from analysis.spectrum import Entropies, mir_of, pair_entropies, sample_entropies, sample_entropies_of_all
-from benchmarks.cases import COLLAPSE, Case, power_law, random_case, trained_network
+from analysis.spectrum import (
+    LARGEST_KEPT,
+    Entropies,
+    mir_of,
+    pair_entropies,
+    sample_entropies,
+    sample_entropies_of_all,
+)
+from benchmarks.cases import COLLAPSE, Case, power_law, random_case, tokens, trained_network
 
 Row = dict[str, object]
 T = TypeVar("T")
@@ -37,7 +45,7 @@ def rows(device: torch.device | str = "cpu") -> list[Row]:
         One row a case: what was measured, what it must reach, and whether it does.
     """
     device = torch.device(device)
-    parts = (_against_naive, _against_gram, _whole_evaluation, _null, _validation_set, _random_cases)
+    parts = (_against_naive, _against_gram, _whole_evaluation, _null, _validation_set, _language_model, _random_cases)
     return [row for part in parts for row in part(device)]
 
 
@@ -186,12 +194,30 @@ def _validation_set(device: torch.device) -> list[Row]:
     ]
 
 
+def _language_model(device: torch.device) -> list[Row]:
+    found = []
+    for n, must, most_seconds in ((10_000, "exact, in a minute", 60.0), (40_000, "no limit", math.inf)):
+        case = tokens(n, 256, 10_000)
+        for centred in (False, True):
+            labelled = _labelled(case, device, centred)
+            seconds, entropies = _once(partial(_entropies, labelled), device)
+            found.append(
+                _described(case, entropies, centred)
+                | {
+                    "seconds": seconds,
+                    "must": must,
+                    "reached": seconds <= most_seconds and (n > 10_000 or entropies.method.name == "exact"),
+                }
+            )
+    return found
+
+
 def _random_cases(device: torch.device) -> list[Row]:
     held, highest, pinched, count = 0, 0.0, 0, 200
     for seed in range(count):
         case = random_case(seed)
         labelled = _labelled(case, device, seed % 2 == 1)
-        entropies = _entropies(labelled)
+        entropies = _entropies(labelled, largest=200)
         unit = min(entropies.features, entropies.head)
         short = (entropies.joint - _naive_joint(labelled)) / unit
         held += -1e-9 <= short <= max(entropies.method.error_estimate, 1e-9)
@@ -216,8 +242,8 @@ def _labelled(case: Case, device: torch.device, centred: bool) -> LabelledFeatur
     return LabelledFeatures(features, statistics.members, centre, unit_rows(rows[statistics.classes])[0])
 
 
-def _entropies(labelled: LabelledFeatures) -> Entropies:
-    found = sample_entropies(labelled)
+def _entropies(labelled: LabelledFeatures, largest: int = LARGEST_KEPT) -> Entropies:
+    found = sample_entropies(labelled, largest=largest)
     assert found is not None
     return found
 

@@ -43,8 +43,10 @@ class Case:
         generator = torch.Generator().manual_seed(seed)
         head = torch.randn(n_classes, d, generator=generator, dtype=torch.float64)
         head = unit_rows(head - head.mean(dim=0) if centred else head)[0]
-        self.head = (head @ head.T) * spread
-        self.head.fill_diagonal_(1.0)
+        # Directions that have this share of themselves in common, and the rest each for itself.
+        alone = torch.eye(n_classes, dtype=torch.float64) * (1 - spread) ** 0.5
+        self.head = torch.cat([head * spread**0.5, alone], dim=1) if spread < 1 else head
+        between = self.head @ self.head.T
         turns = torch.linalg.qr(torch.randn(n_classes, d, ranks, generator=generator, dtype=torch.float64)).Q.mT
         scales = 0.5 + torch.rand(n_classes, 1, generator=generator, dtype=torch.float64)
         values = torch.arange(1, ranks + 1).double().pow(-power) * scales
@@ -61,9 +63,11 @@ class Case:
         order = values.flatten().argsort(descending=True)
         self.values, self.classes, self.within = values.flatten()[order], self.classes[order], self.within[order]
         stacked = rows.flatten(0, 1)[order]
-        self.joint = stacked @ stacked.T * self.head[self.classes][:, self.classes]
+        self.joint = stacked @ stacked.T * between[self.classes][:, self.classes]
 
-    def worth(self, kept: int, *, error: float = 0.0, mass: float | None = None) -> tuple[Worth, float]:
+    def worth(
+        self, kept: int, *, error: float = 0.0, mass: float | None = None, last: bool = True
+    ) -> tuple[Worth, float]:
         """The bounds with so many rows kept, and the truth."""
         eigenvalues, vectors = torch.linalg.eigh(self.joint[:kept, :kept])
         pinched = spectrum_entropy(torch.cat([eigenvalues, self.values[kept:]]))
@@ -77,6 +81,7 @@ class Case:
             mass=float(self.values[kept:].sum()) if mass is None else mass,
             error=error,
             generator=torch.Generator().manual_seed(0),
+            last=last,
         )
         return worth, lost
 
@@ -125,6 +130,16 @@ def test_more_probes_are_drawn_where_their_number_is_what_is_lacking() -> None:
     assert few.least < many.least <= lost <= many.most < few.most
 
 
+@pytest.mark.parametrize("centred", [False, True])
+def test_the_last_part_is_given_more_steps(centred: bool) -> None:
+    """Many classes of a few rows, as tokens are, all couplings of weight: the bounds come closer, and both hold."""
+    case = Case(4, 60, 12, 6, 0.5, centred=centred)
+    (first, lost), (last, _) = case.worth(80, error=1e-3, last=False), case.worth(80, error=1e-3)
+    print("WW", first, lost, last)
+    assert first.least < last.least <= lost <= last.most < first.most
+    assert last.most - last.least < 0.6 * (first.most - first.least)
+
+
 def test_no_couplings_are_worth_nothing() -> None:
     """Orthogonal head rows: all products are zeros, and so are the bounds."""
     worth, lost = Case(0, 4, 20, 20, 1.0, centred=False, spread=0.0).worth(30)
@@ -141,9 +156,11 @@ def test_rows_that_are_not_at_hand_widen_the_upper_bound() -> None:
     assert part.most == pytest.approx(3 * whole.most, rel=0.01)
 
 
-def test_the_operator_is_the_matrix() -> None:
-    """Products by sums over classes are those with the matrix between rows, which is never made."""
-    case = Case(3, 5, 20, 12, 0.7, centred=True)
+@pytest.mark.parametrize("n_classes", [5, 45])
+def test_the_operator_is_the_matrix(n_classes: int) -> None:
+    """Products by sums over classes, few or more than twice the width of the head, are those with the matrix between
+    rows, which is never made."""
+    case = Case(3, n_classes, 20, 12, 0.7, centred=True)
     found = Couplings(case.blocks, case.head, 1)
     places = found.offsets[case.classes] + case.within
     vectors = torch.randn(7, len(found.values), generator=torch.Generator().manual_seed(0))

@@ -15,6 +15,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float64
@@ -124,8 +125,8 @@ def sample_entropies(
     Numerics: directions in the type that `labelled` says, sums of their products and all spectra in float64. Products
         of large float32 sets are taken in float32 about the class's mean direction, which moves MIR by about 1e-8. With
         m rows kept O(N d min(n_c, d) + C min(n_c, d)^3 + m^3) time; memory for the factors of the directions that may
-        be kept or coupled and a few matrices of d x d and m x d. The joint entropy is never below the exact one but for
-        rounding. Where the kept part reaches `largest` before the tolerance is met, `error_estimate` says so.
+        be kept or coupled and a few matrices of d x d, m x d and m x m. The joint entropy is never below the exact one
+        but for rounding. Where the kept part reaches `largest` before the tolerance is met, `error_estimate` says so.
 
     Source: METRICS, "The joint spectrum, fast".
     """
@@ -372,6 +373,7 @@ class _JointSpectrum:
         matrix /= self.factors.n
         return matrix
 
+    @cached_property
     def couplings(self) -> Couplings:
         """The couplings between all rows at hand."""
         return Couplings(self.factors.blocks, self.head, self.factors.n)
@@ -401,7 +403,7 @@ def _joint_entropy(
     largest: int,
     generator: torch.Generator,
 ) -> tuple[float, Method]:
-    """Keep as many rows as the tolerance needs, or `largest`, and take back what couplings are surely worth."""
+    """Keep as many rows as the tolerance needs, or `largest`, and take back what couplings are surely worth; or all."""
     unit = min(features, head) if min(features, head) >= ZERO_ENTROPY else 1.0
     total, error = spectrum.total, tolerance * unit
     # Both bounds hold for the exact value, so the lower can only mend rounding and the upper only help.
@@ -410,7 +412,6 @@ def _joint_entropy(
     if tolerance == 0 or total <= min(_SMALL, largest) or (within_reach and total < _FEW * spectrum.leaders):
         return _exact(spectrum, lowest, highest)
     largest = min(largest, spectrum.held)
-    couplings = spectrum.couplings()
     kept = min(max(min(_FIRST_KEPT, spectrum.enough(error)), spectrum.leaders), largest)
     while True:
         if _EXACT * kept > total and within_reach:
@@ -418,9 +419,9 @@ def _joint_entropy(
         matrix = spectrum.matrix(kept)
         eigenvalues, vectors = torch.linalg.eigh(matrix)
         pinched = spectrum_entropy(torch.cat([eigenvalues, spectrum.values[kept:]]))
-        places = couplings.offsets[spectrum.classes[:kept]] + spectrum.within[:kept]
+        places = spectrum.couplings.offsets[spectrum.classes[:kept]] + spectrum.within[:kept]
         mass = spectrum.tails[kept]
-        worth = couplings.worth(
+        worth = spectrum.couplings.worth(
             places, matrix, eigenvalues, vectors, mass=mass, error=error, generator=generator, last=kept == largest
         )
         joint = max(min(pinched - worth.least, highest), lowest)

@@ -135,7 +135,6 @@ def test_the_last_part_is_given_more_steps(centred: bool) -> None:
     """Many classes of a few rows, as tokens are, all couplings of weight: the bounds come closer, and both hold."""
     case = Case(4, 60, 12, 6, 0.5, centred=centred)
     (first, lost), (last, _) = case.worth(80, error=1e-3, last=False), case.worth(80, error=1e-3)
-    print("WW", first, lost, last)
     assert first.least < last.least <= lost <= last.most < first.most
     assert last.most - last.least < 0.6 * (first.most - first.least)
 

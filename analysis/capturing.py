@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from analysis.entropy import check_finite
 from analysis.errors import AnalysisError
-from analysis.extraction import features_of_batch, recording
+from analysis.extraction import features_and_logits, watching
 from analysis.networks import LoadedNetwork
 from analysis.precision import arithmetic
 from analysis.probes import Inputs
@@ -126,15 +126,19 @@ def _of_batch(
     on_device: Inputs = (
         inputs.to(device) if isinstance(inputs, Tensor) else {name: each.to(device) for name, each in inputs.items()}
     )
-    with recording(network) as calls:
-        features, logits = features_of_batch(network, on_device, calls)
+    with watching(network) as run:
+        passed = run(on_device)
+    # A model that is itself narrow is held to what its type allows.
+    narrow = isinstance(passed.output, Tensor) and passed.output.dtype not in (torch.float32, torch.float64)
+    features, logits = features_and_logits(network, passed, "bfloat16" if narrow else "float32")
     if labels.shape != (len(features),) or labels.is_floating_point():
         raise AnalysisError(
             "invalid-feature-set",
             f"Labels are whole numbers, one a sample; these are {labels.dtype} of shape {[*labels.shape]} "
             f"for {len(features)} samples.",
         )
-    return features.cpu(), logits.cpu(), labels.cpu().long()
+    # Copies: a model may use one tensor for what it gives of every batch.
+    return features.to("cpu", copy=True), logits.to("cpu", copy=True), labels.cpu().long()
 
 
 def _taken_apart(batch: Any) -> tuple[Tensor | dict[str, Tensor], Tensor]:

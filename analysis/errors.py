@@ -12,7 +12,7 @@ A bug is any other exception. The service turns an AnalysisError into the `probl
 | invalid-probe | inputs, labels or splits are missing or do not fit each other |
 | invalid-feature-set | features, labels or head are missing or do not fit each other |
 | non-finite-values | a tensor holds NaN or infinity |
-| inputs-refused | the network cannot take inputs of the probe's shape |
+| inputs-refused | the network cannot take inputs of the probe's shape, or writes into them |
 | out-of-memory | one sample at a time is already too much |
 | alignment-failed | permuting hidden units changed what the network computes |
 | invalid-argument | an argument of a function of this package |

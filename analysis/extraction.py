@@ -5,8 +5,9 @@ network that does something else to its head's output, or has two heads, the mea
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -18,7 +19,7 @@ from analysis.entropy import check_finite
 from analysis.errors import AnalysisError
 from analysis.networks import LoadedNetwork
 from analysis.precision import Precision, arithmetic
-from analysis.probes import Inputs, Probe, n_samples
+from analysis.probes import Inputs, Probe, each_input, n_samples
 
 Progress = Callable[[str, int, int], None]
 """Called with a phase (`features`, `metrics`), what is done and of how much."""
@@ -28,27 +29,29 @@ Progress = Callable[[str, int, int], None]
 _SAME_LOGITS = {"float32": 1e-5, "bfloat16": 1e-2}
 
 
+@dataclass(frozen=True)
+class Passed:
+    """What became of one batch.
+
+    Attributes:
+        batch: as the network took it.
+        output: the network's.
+        received: what its head received, for each token of each sample; most heads see one.
+        given: what its head gave, before anything was done to it.
+    """
+
+    batch: Inputs
+    output: Any
+    received: Float[Tensor, "b t d"]
+    given: Float[Tensor, "b t c"]
+
+
 @runtime_checkable
 class Collector(Protocol):
     """Keeps of a pass what is wanted of it."""
 
-    def take(
-        self,
-        rows: slice,
-        batch: Inputs,
-        output: Any,
-        received: Float[Tensor, "b t d"],
-        given: Float[Tensor, "b t c"],
-    ) -> None:
-        """One batch.
-
-        Args:
-            rows: its samples' places in the probe.
-            batch: as the network took it.
-            output: the network's.
-            received: what its head received, for each token of each sample; most heads see one.
-            given: what its head gave, before anything was done to it.
-        """
+    def take(self, rows: slice, passed: Passed) -> None:
+        """One batch, and its samples' places in the probe."""
 
 
 CollectorType = TypeVar("CollectorType", bound=Collector)
@@ -78,8 +81,9 @@ def extract_features(
         memory runs out.
 
     Raises:
-        AnalysisError: `inputs-refused` where the network fails on inputs of this shape, `head-not-found` where the head
-            is not run once or is not what gives the logits, `non-finite-values`, `out-of-memory`, `invalid-probe`.
+        AnalysisError: `inputs-refused` where the network fails on inputs of this shape or writes into them,
+            `head-not-found` where the head is not run once or is not what gives the logits, `non-finite-values`,
+            `out-of-memory`, `invalid-probe`.
 
     Numerics: float32 as the network computes, without TF32; in evaluation mode. Under autocast every value that the
         network gave in bfloat16 is kept as it is, a float32 number of 8 bits: a logit is then off by up to 1 part in
@@ -98,8 +102,8 @@ def extract_features(
         progress=progress,
     )
     features, logits = samples.features, samples.logits
-    # One sum over both, so that a GPU is waited for once; where it is not finite, each is looked at for itself.
-    if not math.isfinite((features.sum() + logits.sum()).item()):
+    # Of features that are not finite a linear head makes logits that are not; `check_identity` saw to any other head.
+    if not math.isfinite(logits.sum().item()):
         check_finite("features", features)
         check_finite("logits", logits)
     return features, logits, size
@@ -185,52 +189,97 @@ def _pass(
     collector: Collector,
 ) -> None:
     n = len(probe.labels)
-    with recording(network) as calls, torch.inference_mode(), arithmetic(device, precision):
+    # Not inference mode: what is made in it does not count what is written into it.
+    with watching(network) as run, torch.no_grad(), arithmetic(device, precision):
         done = 0
         for batch in probe.batches(size, device=device):
-            calls.clear()
-            output = forward(module, batch)
+            before = _versions(each_input(batch))
+            passed = run(batch)
+            if _versions(each_input(batch)) != before:
+                raise _writes_into_inputs(batch)
             rows = slice(done, done + n_samples(batch))
-            collector.take(rows, batch, output, *_head_call(calls, network, batch))
+            collector.take(rows, passed)
+            # Not held while the network makes the next.
+            del passed
             done = rows.stop
             if progress:
                 progress("features", done, n)
 
 
 @contextmanager
-def recording(network: LoadedNetwork) -> Iterator[list[tuple[Any, Any]]]:
-    """Within the block the list gets what the head receives and gives, call by call."""
-    calls: list[tuple[Any, Any]] = []
+def watching(network: LoadedNetwork) -> Iterator[Callable[[Inputs], Passed]]:
+    """Within the block the function passes a batch through the network and sees what its head receives and gives.
 
-    def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        # A copy: the network may go on to change in place what its head gave.
-        calls.append((args[0] if args else kwargs.get("input"), output.clone()))
+    It raises AnalysisError `inputs-refused` or `head-not-found`, as `extract_features`.
+    """
+    calls: list[tuple[Any, Any]] = []
+    versions: list[int | None] = []
+    copying = False
+
+    def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], given: Any) -> None:
+        received = args[0] if args else kwargs["input"]
+        versions.extend(_versions((received, given)))
+        calls.append((received.clone(), given.clone()) if copying else (received, given))
+
+    def once(batch: Inputs) -> Any:
+        calls.clear()
+        versions.clear()
+        return forward(network.module, batch)
+
+    def run(batch: Inputs) -> Passed:
+        nonlocal copying
+        before = _versions(each_input(batch))
+        output = once(batch)
+        # The network may go on to write into what its head received or gave. Of one that does copies are taken.
+        if not copying and (None in versions or versions != _versions(tensor for call in calls for tensor in call)):
+            if _versions(each_input(batch)) != before:
+                raise _writes_into_inputs(batch)
+            copying = True
+            output = once(batch)
+        return Passed(batch, output, *_head_call(calls, network, batch))
 
     handle = network.head.register_forward_hook(record, with_kwargs=True)
     try:
-        yield calls
+        yield run
     finally:
         handle.remove()
 
 
-def features_of_batch(
-    network: LoadedNetwork, batch: Inputs, calls: list[tuple[Any, Any]]
-) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n c"]]:
-    """What the head receives for each input of one batch, and the logits, checked against each other.
+def _versions(tensors: Iterable[Any]) -> list[int | None]:
+    """How often each was written into; None where that is not counted."""
+    return [t._version if isinstance(t, Tensor) and not t.is_inference() else None for t in tensors]
+
+
+def features_and_logits(
+    network: LoadedNetwork, passed: Passed, precision: Precision
+) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b c"]]:
+    """What the head received for each sample of a batch, and the logits, checked against each other.
 
     Args:
-        network: on the device of the batch.
-        batch: of inputs.
-        calls: of `recording`.
+        network: that the batch was passed through.
+        passed: by `watching`.
+        precision: of the pass, or of a network that is itself narrow; how near logits must be depends on it.
+
+    Returns:
+        Both in float32.
 
     Raises:
-        AnalysisError: as `extract_features`; how near logits must be is what their type allows.
+        AnalysisError: `head-not-found`, `non-finite-values`.
     """
-    calls.clear()
-    output = forward(network.module, batch)
-    narrow = isinstance(output, Tensor) and output.dtype not in (torch.float32, torch.float64)
-    received, given = _head_call(calls, network, batch)
-    return _of_samples(network, batch, output, received, given, "bfloat16" if narrow else "float32")
+    output, received, given = passed.output, passed.received, passed.given
+    n, n_classes = n_samples(passed.batch), len(network.weight)
+    if not isinstance(output, Tensor) or output.shape != (n, n_classes):
+        shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise not_the_head(network, f"The network's output is {shape} and not the {n_classes} logits of its head")
+    if received.shape[1] == 1:
+        features = received[:, 0].float()
+    else:
+        tokens = _tokens_of_logits(network, passed.batch, given, output)
+        features = received[torch.arange(n, device=received.device), tokens].float()
+    logits = output.float()
+    if not gives_as_it_is(network, output, given[:, 0]):
+        check_identity(network, features, logits, precision)
+    return features, logits
 
 
 class _Samples:
@@ -242,40 +291,8 @@ class _Samples:
         self.logits = torch.empty(n, n_classes, device=device)
         self._network, self._precision = network, precision
 
-    def take(
-        self,
-        rows: slice,
-        batch: Inputs,
-        output: Any,
-        received: Float[Tensor, "b t d"],
-        given: Float[Tensor, "b t c"],
-    ) -> None:
-        found = _of_samples(self._network, batch, output, received, given, self._precision)
-        self.features[rows], self.logits[rows] = found
-
-
-def _of_samples(
-    network: LoadedNetwork,
-    batch: Inputs,
-    output: Any,
-    received: Float[Tensor, "b t d"],
-    given: Float[Tensor, "b t c"],
-    precision: Precision,
-) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b c"]]:
-    """Features and logits of the samples of a batch, which must be what the head makes of them."""
-    n, n_classes = n_samples(batch), len(network.weight)
-    if not isinstance(output, Tensor) or output.shape != (n, n_classes):
-        shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise not_the_head(network, f"The network's output is {shape} and not the {n_classes} logits of its head")
-    if received.shape[1] == 1:
-        features = received[:, 0].float()
-    else:
-        tokens = _tokens_of_logits(network, batch, given, output)
-        features = received[torch.arange(n, device=received.device), tokens].float()
-    logits = output.float()
-    if not gives_as_it_is(network, output, given[:, 0]):
-        check_identity(network, features, logits, precision)
-    return features, logits
+    def take(self, rows: slice, passed: Passed) -> None:
+        self.features[rows], self.logits[rows] = features_and_logits(self._network, passed, self._precision)
 
 
 def gives_as_it_is(network: LoadedNetwork, output: Shaped[Tensor, "..."], given: Shaped[Tensor, "..."]) -> bool:
@@ -355,18 +372,19 @@ def _asked_tokens(network: LoadedNetwork, batch: Inputs, given: Float[Tensor, "n
 def check_identity(
     network: LoadedNetwork, features: Float[Tensor, "n d"], logits: Float[Tensor, "n c"], precision: Precision
 ) -> None:
-    """Features and head must give the logits.
+    """Features must be finite, and features and head give the logits.
 
     Raises:
-        AnalysisError: `head-not-found` with the largest difference.
+        AnalysisError: `non-finite-values`; `head-not-found` with the largest difference.
     """
+    check_finite("features", features)
     weight, bias = network.weight.to(features.device), network.bias
     expected = features @ weight.T
     lengths = torch.outer(features.norm(dim=1), weight.norm(dim=1))
     if bias is not None:
         expected, lengths = expected + bias.to(features.device), lengths + bias.to(features.device).abs()
     difference = (logits - expected).abs()
-    # What is not finite is found, and named, when the pass is over.
+    # Logits that are not finite are found, and named, when the pass is over.
     wrong = (difference > _SAME_LOGITS[precision] * lengths) & difference.isfinite()
     if bool(wrong.any()):
         largest = float(difference[wrong].max())
@@ -376,6 +394,15 @@ def check_identity(
             "something to the output of its head",
             difference=largest,
         )
+
+
+def _writes_into_inputs(batch: Inputs) -> AnalysisError:
+    return AnalysisError(
+        "inputs-refused",
+        f"The network writes into its inputs of shape {_shape(batch)}, which the next pass takes again; expected one "
+        "that leaves them as they are, and works on a copy: x = x.clone().",
+        input_shape=_shape(batch),
+    )
 
 
 def not_the_head(network: LoadedNetwork, detail: str, **members: Any) -> AnalysisError:

@@ -5,8 +5,6 @@ a whole vocabulary are never held: of each batch what the network predicts is ke
 the logits is checked before they go.
 """
 
-from typing import Any
-
 import torch
 from jaxtyping import Bool, Float, Int32, Int64
 from torch import Tensor
@@ -14,6 +12,7 @@ from torch import Tensor
 from analysis.entropy import check_finite
 from analysis.errors import AnalysisError
 from analysis.extraction import (
+    Passed,
     Progress,
     check_identity,
     forward,
@@ -60,7 +59,7 @@ def extract_positions(
             the tokens after it.
 
     Numerics: as `extraction.extract_features`, the check of features and head included. Memory for features of n x d
-        and, beside the network, twice the logits of a batch; a few float64 numbers a position are kept of them.
+        and, beside the network, the logits of a batch; a few float64 numbers a position are kept of them.
     """
     if not bool((probe.labels != IGNORED).any()):
         raise AnalysisError("invalid-probe", "No position of these sequences has a next token.")
@@ -104,14 +103,8 @@ class _Collected:
         self._network, self._labels, self._precision = network, labels, precision
         self._done, self._looked_back = 0, False
 
-    def take(
-        self,
-        rows: slice,
-        batch: Inputs,
-        output: Any,
-        received: Float[Tensor, "b t d"],
-        given: Float[Tensor, "b t c"],
-    ) -> None:
+    def take(self, rows: slice, passed: Passed) -> None:
+        output, received, given = passed.output, passed.received, passed.given
         network, n_vocabulary = self._network, len(self._network.weight)
         labels = self._labels[rows].to(received.device)
         shape = (*labels.shape, n_vocabulary)
@@ -121,7 +114,7 @@ class _Collected:
             raise not_the_head(network, detail)
         kept = labels != IGNORED
         if not self._looked_back and bool(kept.any()):
-            _check_causal(network, batch, output, kept, self._precision)
+            _check_causal(network, passed.batch, output, kept, self._precision)
             self._looked_back = True
         untouched = gives_as_it_is(network, output, given)
         places = kept.flatten().nonzero()[:, 0]

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, get_args
 
 import numpy as np
@@ -322,6 +323,49 @@ def test_a_head_that_does_not_run_is_not_found() -> None:
         assert caught.value.members["head"] == "head"
 
 
+class _Writing(nn.Module):
+    """Writes into what its head received, or gave, or into its own inputs, when its logits are made."""
+
+    def __init__(self, into: str) -> None:
+        super().__init__()
+        self.body, self.head, self.into = nn.Linear(12, 4), nn.Linear(4, 5), into
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        with torch.inference_mode() if self.into == "received, in inference mode" else nullcontext():
+            received = self.body(inputs)
+            given: Tensor = self.head(received)
+            logits: Tensor = given.clone()
+            for name, tensor in (("received", received), ("given", given), ("inputs", inputs)):
+                if name in self.into:
+                    tensor.mul_(2)
+        return given if self.into == "given, its own logits" else logits
+
+
+@pytest.mark.parametrize("into", ["received", "given", "received, in inference mode"])
+def test_features_are_what_the_head_received_when_it_received_it(into: str) -> None:
+    """A network that goes on to write into what its head received or gave has the features of one that does not."""
+    module, probe = _Writing(into), _probe()
+    expected = module.body(probe.inputs).detach()
+    features, logits, _ = extract_features(_loaded(module, "head"), probe, device=CPU, batch_size=40)
+    torch.testing.assert_close(features, expected)
+    torch.testing.assert_close(logits, module.head(expected))
+
+
+def test_logits_that_were_written_into_are_not_those_of_the_head() -> None:
+    """The network's logits are twice what its head gave: of features and head they are not."""
+    with pytest.raises(AnalysisError) as caught:
+        extract_features(_loaded(_Writing("given, its own logits"), "head"), _probe(), device=CPU)
+    assert caught.value.kind == "head-not-found"
+
+
+@pytest.mark.parametrize("into", ["inputs", "inputs and received"])
+def test_a_network_that_writes_into_its_inputs_is_refused(into: str) -> None:
+    """What the next pass, or the next network, would take is no longer the probe."""
+    with pytest.raises(AnalysisError, match=r"writes into its inputs.*x = x.clone\(\)") as caught:
+        extract_features(_loaded(_Writing(into), "head"), _probe(), device=CPU)
+    assert caught.value.kind == "inputs-refused"
+
+
 def test_hooks_are_removed() -> None:
     """A pass leaves no hook behind."""
     network = _network()
@@ -360,6 +404,10 @@ def test_logits_alone_may_overflow_and_a_sum_alone_may() -> None:
         extract_features(network, probe, device=CPU)
     assert (caught.value.kind, caught.value.members["tensor"]) == ("non-finite-values", "logits")
     state["3.weight"].zero_()
+    broken = dataclasses.replace(probe, inputs=torch.full((len(probe.labels), 12), math.inf))
+    with pytest.raises(AnalysisError) as caught:
+        extract_features(network, broken, device=CPU)
+    assert (caught.value.kind, caught.value.members["tensor"]) == ("non-finite-values", "features")
     state["3.bias"].fill_(3e38)
     logits = extract_features(network, probe, device=CPU)[1]
     assert bool((logits == torch.tensor(3e38)).all())

@@ -267,6 +267,27 @@ def test_convolution_as_head_and_compiled_model() -> None:
     torch.testing.assert_close(captured["features"] @ captured["head"].T, captured["logits"])
 
 
+class Reusing(nn.Module):
+    """Writes what its head receives into one tensor, again for every batch, and centres its inputs in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scaled", torch.empty(5, 8), persistent=False)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, values: Tensor) -> Tensor:
+        logits: Tensor = self.head(torch.mul(values.sub_(1), 2, out=self.get_buffer("scaled")))
+        return logits
+
+
+def test_a_model_that_works_in_place() -> None:
+    """Features of every batch are its own, whatever memory the model uses."""
+    values, labels = torch.randn(20, 8, generator=torch.Generator().manual_seed(2)), torch.arange(20) % 3
+    expected = (values - 1) * 2
+    batches = list(zip(torch.split(values, 5), torch.split(labels, 5), strict=True))
+    assert torch.equal(capture_features(Reusing(), "head", batches)["features"], expected)
+
+
 class TwoHeads(nn.Module):
     def __init__(self) -> None:
         super().__init__()

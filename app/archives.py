@@ -78,8 +78,7 @@ def is_archive(path: Path) -> bool:
     """
     with path.open("rb") as file:
         start = file.read(512)
-    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= tensorfile.MAX_HEADER_BYTES:
-        # Safetensors, whose header may have any length, also one that reads like the mark of an archive.
+    if tensorfile.begins_as_safetensors(start):
         return False
     if start.startswith(_ZIP):
         bound_directory(path, _MOST_LISTED)

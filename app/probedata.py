@@ -211,8 +211,8 @@ def _check_preprocess(preprocess: schemas.Preprocess | None, size: int) -> None:
 
 def _open_probe(path: Path, settings: Settings) -> tuple[tensorfile.TensorFile, Integers]:
     with path.open("rb") as file:
-        is_zip = file.read(2) == b"PK"
-    if is_zip:
+        start = file.read(9)
+    if start.startswith(b"PK") and not tensorfile.begins_as_safetensors(start):
         archive = tensorfile.inspect_npz(path, max_bytes=settings.max_npz_bytes, max_ratio=settings.max_npz_ratio)
         return archive, lambda name: tensorfile.read_npz_integers(path, name)
     return tensorfile.inspect_safetensors(path), safetensors_integers(path)

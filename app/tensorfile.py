@@ -119,11 +119,21 @@ def inspect_safetensors(path: Path) -> TensorFile:
     return TensorFile("safetensors", header.tensors, header.metadata)
 
 
+def begins_as_safetensors(start: bytes) -> bool:
+    """Whether nine bytes or more are a header's length and its first brace.
+
+    A length may be any number: one that reads like the mark of a pickle or an archive, 896 or 19,280, makes no such.
+    """
+    return start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= MAX_HEADER_BYTES
+
+
 def _refuse_pickles(path: Path) -> None:
     """What torch.save writes, a zip or a bare pickle, is known by its first bytes; it is never opened here."""
     with path.open("rb") as file:
-        start = file.read(4)
-    if start == b"PK\x03\x04" or (start[:1] == b"\x80" and 2 <= start[1] <= 5):
+        start = file.read(9)
+    if begins_as_safetensors(start):
+        return
+    if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
         raise InvalidFile(
             "The file is a PyTorch pickle (.pt, .pth, .ckpt, .bin) or another archive, and not safetensors. A pickle "
             "runs code when it is opened, so this service opens none. Convert it where you trust it: "

@@ -203,6 +203,32 @@ def test_bad_feature_set_is_refused(service: Service, case: str) -> None:
     problem(response, 422, "invalid-file")
 
 
+# Two bytes that stand at the start of a pickle of each protocol, of a zip, of a gzip and of Zstandard.
+MARKS = [0x0280, 0x0380, 0x0480, 0x0580, int.from_bytes(b"PK", "little"), 0x8B1F, 0xB528]
+
+
+@pytest.mark.parametrize("length", MARKS)
+def test_header_of_any_length_is_safetensors(service: Service, length: int, mlp_checkpoint_file: Path) -> None:
+    """Its length is a file's first bytes, and may read like the mark of a pickle or an archive."""
+    fitting = save({"inputs": INPUTS, "labels": labels(0, 1, 0, 1)})
+    features = save({"features": INPUTS, "labels": labels(0, 1, 0, 1), "head": np.ones((2, 3), np.float32)})
+    files = {
+        "checkpoints": ({"architecture": MLP}, mlp_checkpoint_file.read_bytes()),
+        "probes": ({}, fitting),
+        "feature-sets": ({}, features),
+    }
+    for collection, (spec, content) in files.items():
+        n_bytes = int.from_bytes(content[:8], "little")
+        padded = content[8 : 8 + n_bytes].rstrip(b" ").ljust(length, b" ")
+        # The mark and more: a checkpoint's header alone is longer than the shortest of them.
+        padded = padded.ljust(length + 2**16 * (len(padded) > length), b" ")
+        assert len(padded) % 2**16 == length
+        response = service.post(
+            f"/v1/{collection}", {"name": "padded", **spec}, safetensors_bytes(padded, content[8 + n_bytes :])
+        )
+        assert response.status_code == 201, response.text
+
+
 BAD_SPECS: dict[str, tuple[str, dict[str, Any], str]] = {
     "no name": ("checkpoints", {"architecture": MLP}, "spec.name"),
     "unknown member": ("checkpoints", {"name": "a", "architecture": MLP, "size": 3}, "spec.size"),

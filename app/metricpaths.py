@@ -38,6 +38,10 @@ class _Stuck:
     names: tuple[str, ...]
 
 
+# An object on the way to a number, and how many names of the path lead to it.
+_Above = tuple[Mapping[str, Any], int]
+
+
 @cache
 def report_models() -> dict[str, type[BaseModel]]:
     """The model of each kind of report."""
@@ -75,40 +79,50 @@ def number_at(report: Mapping[str, Any], path: str) -> float:
     Raises:
         Undefined: there is none, or it is null; the reason is the report's own where it has one.
     """
-    value = _read(report, path.split("."), ())
+    value = _read(report, path.split("."), (), ())
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise Undefined("the report has no finite number there")
     return float(value)
 
 
-def _read(value: Any, parts: Sequence[str], seen: tuple[str, ...]) -> Any:
+def _read(value: Any, parts: Sequence[str], seen: tuple[str, ...], above: tuple[_Above, ...]) -> Any:
     if not parts:
         return value
     match value:
         case dict():
+            above = (*above, (value, len(seen)))
             for length in range(1, len(parts) + 1):
                 key = ".".join(parts[:length])
-                if key not in value:
-                    continue
-                if value[key] is None:
-                    raise Undefined(f"{'.'.join((*seen, key))} is null in the report{_reason(value, key)}")
-                return _read(value[key], parts[length:], (*seen, key))
+                if key in value:
+                    return _defined(value[key], parts[length:], (*seen, *parts[:length]), above)
             there = ", ".join(list(value)[:20]) or "nothing"
             raise Undefined(f"the report has no {'.'.join((*seen, parts[0]))}; it has {there} there")
         case list() if _INDEX.fullmatch(parts[0]):
             index = int(parts[0])
             if not -len(value) <= index < len(value):
                 raise Undefined(f"the report has {len(value)} {seen[-1] if seen else 'entries'}, none at {index}")
-            if value[index] is None:
-                raise Undefined(f"{'.'.join((*seen, parts[0]))} is null in the report")
-            return _read(value[index], parts[1:], (*seen, parts[0]))
+            return _defined(value[index], parts[1:], (*seen, parts[0]), above)
     raise Undefined(f"the report ends at {'.'.join(seen)}")
 
 
-def _reason(holder: Mapping[str, Any], key: str) -> str:
-    reasons = holder.get("reasons")
-    reason = reasons.get(key) if isinstance(reasons, dict) else holder.get("reason")
-    return f" ({reason})" if isinstance(reason, str) else ""
+def _defined(value: Any, parts: Sequence[str], seen: tuple[str, ...], above: tuple[_Above, ...]) -> Any:
+    if value is None:
+        raise Undefined(f"{'.'.join(seen)} is null in the report{_reason(seen, above)}")
+    return _read(value, parts, seen, above)
+
+
+def _reason(seen: tuple[str, ...], above: Sequence[_Above]) -> str:
+    """The reason that the nearest object above gives, under the path from there or, of a list's entry, the list's."""
+    for holder, depth in reversed(above):
+        path, reasons = seen[depth:], holder.get("reasons")
+        if isinstance(reasons, dict):
+            names = (".".join(path[:length]) for length in range(len(path), 0, -1))
+            found = next((reasons[name] for name in names if name in reasons), None)
+        else:
+            found = holder.get("reason") if len(path) == 1 else None
+        if isinstance(found, str):
+            return f" ({found})"
+    return ""
 
 
 def _follow(annotation: Any, parts: Sequence[str], depth: int = 0) -> Any:

@@ -329,6 +329,7 @@ class PathSummary(Strict):
     measured: Measured
     l2_distance: FiniteFloat = Field(description="Euclidean distance of the two ends' parameters.")
     cosine: FiniteFloat | None = Field(description="Of the two ends' parameters.")
+    reasons: Reasons = Field(default_factory=dict)
     alignment: Alignment | None
     recalibrated_layers: int | None = Field(description="Normalisation layers with statistics taken anew.")
 
@@ -395,6 +396,7 @@ class Generalisation(Strict):
     train_at: FiniteFloat | None
     test_at: FiniteFloat | None
     delay: FiniteFloat | None
+    reasons: Reasons = Field(default_factory=dict)
 
 
 class SeriesSummary(Strict):

@@ -160,7 +160,9 @@ def overall(checks: list[CheckResult]) -> Literal["pass", "warn", "fail", "undef
 
 
 def subject_name(report: Report) -> str:
-    """What a report is about: its subject, of a comparison B, of a series the last."""
+    """What a report is about: its subject, of a comparison B, of a path A and B, of a series the last."""
+    if report["kind"] == "path":
+        return " to ".join(subject["name"] for subject in report["subjects"])
     subject = report["subjects"][-1] if "subjects" in report else report["subject"]
     return str(subject["name"])
 
@@ -190,6 +192,8 @@ def _require_subject(comparison: Report, baseline: Report | None) -> None:
 def _require_comparable(report: Report, baseline: Report, kinds: tuple[str, ...]) -> None:
     """Values of two reports are compared on one probe, computed in one precision by one set of definitions."""
     expected, found = _circumstances(baseline), _circumstances(report)
+    if baseline["kind"] == report["kind"]:
+        expected, found = {**expected, **_choices(baseline)}, {**found, **_choices(report)}
     differing = [
         {"member": member, "expected": expected[member], "found": found[member]}
         for member in found
@@ -201,8 +205,8 @@ def _require_comparable(report: Report, baseline: Report, kinds: tuple[str, ...]
         one = differing[0]
         raise NotComparable(
             f"The report cannot be compared with the baseline: {one['member']} is {one['found']!r} where the "
-            f"baseline's is {one['expected']!r}. Values of different probes, samples, precisions or definitions differ "
-            "for reasons that are not the checkpoint's.",
+            f"baseline's is {one['expected']!r}. Values of different probes, samples, precisions, options or "
+            "definitions differ for reasons that are not the checkpoint's.",
             differing=differing,
         )
 
@@ -224,6 +228,33 @@ def _circumstances(report: Report) -> dict[str, Any]:
         "provenance.precision": report["provenance"].get("precision") or "float32",
         "definitions_version": report["definitions_version"],
     }
+
+
+def _choices(report: Report) -> dict[str, Any]:
+    """What somebody chose that decides a number as much as the checkpoint does."""
+    options = report["provenance"]["options"]
+    chosen: dict[str, Any] = {}
+    match report["kind"]:
+        case "path":
+            chosen = {"options.grid": _grid(report), **_options(options, "normalisation", "alignment")}
+        case "pruning":
+            chosen = _options(options, "sparsities", "scope", "include_head")
+        case "series":
+            # A run may have gone on for longer, but not along something else.
+            chosen = {"axis.name": report["axis"]["name"]}
+    return chosen
+
+
+def _options(options: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {f"options.{name}": options[name] for name in names}
+
+
+def _grid(report: Report) -> Any:
+    """A path's grid, the same however it was asked for."""
+    if report["provenance"]["options"]["grid"] == "adaptive":
+        return "adaptive"
+    ws = [point["w"] for point in report["points"]]
+    return {"points": len(ws)} if ws == [i / (len(ws) - 1) for i in range(len(ws))] else {"values": ws}
 
 
 def _judge(check: Check, sides: Sides) -> CheckResult:
@@ -265,6 +296,7 @@ def _find(check: Check, sides: Sides, finding: _Finding) -> None:
         return
     if sides.baseline is None:
         raise Undefined(sides.missing)
+    _require_same_place(check.metric, sides.candidate, sides.baseline)
     try:
         finding.baseline = number_at(sides.baseline, check.metric)
     except Undefined as gap:
@@ -279,6 +311,17 @@ def _find(check: Check, sides: Sides, finding: _Finding) -> None:
     finding.change = change
     if check.significance is not None:
         finding.interval = _interval(check.metric, check.significance, sides)
+
+
+def _require_same_place(metric: str, candidate: Report, baseline: Report) -> None:
+    """A change at a point is of one w, sparsity or x; of a series the last, or the one before it, is meant as such."""
+    first, *rest = metric.split(".")
+    if first != "points" or (candidate["kind"] == "series" and rest[0].startswith("-")):
+        return
+    name = {"path": "w", "pruning": "sparsity", "series": "x"}[candidate["kind"]]
+    places = [number_at(report, f"points.{rest[0]}.{name}") for report in (candidate, baseline)]
+    if places[0] != places[1]:
+        raise Undefined(f"point {rest[0]} is at {name} {places[0]!r}, and at {places[1]!r} in the baseline")
 
 
 def _interval(metric: str, confidence: float, sides: Sides) -> Interval:

@@ -525,6 +525,7 @@ class Generalisation(TypedDict):
     train_at: float | None
     test_at: float | None
     delay: float | None
+    reasons: NotRequired[dict[str, str]]
 
 
 class Measured(TypedDict):
@@ -578,6 +579,7 @@ class PathSummary(TypedDict):
     measured: Measured
     l2_distance: float
     cosine: float | None
+    reasons: NotRequired[dict[str, str]]
     alignment: Alignment | None
     recalibrated_layers: int | None
 

@@ -14,6 +14,7 @@ from analysis.series import generalisation, spearman
 Body = dict[str, Any]
 
 _LEVEL, _CENTRING = "sample", "global"
+_ROUNDING = 1e-12
 _MEASURED = {"level": _LEVEL, "centring": _CENTRING}
 
 
@@ -30,6 +31,7 @@ def _path(task: Body) -> Body:
             "measured": _MEASURED,
             "l2_distance": last["l2_distance"],
             "cosine": last["cosine"],
+            "reasons": {"cosine": "zero_length"} if last["cosine"] is None else {},
             "alignment": last["alignment"],
             "recalibrated_layers": max(layers, default=None),
         },
@@ -56,14 +58,11 @@ def _path_split(points: Sequence[Body], split: str) -> Body:
         "mir_barrier": barrier_of("mir_barrier", _of_interplay(points, split, "mir"), barrier, falls=True),
         "hdr_barrier": barrier_of("hdr_barrier", _of_interplay(points, split, "hdr"), barrier),
     }
-    connected = found["error_barrier"] is not None and found["error_barrier"]["value"] <= CONNECTED
-    return {
-        **found,
-        "connected": connected,
-        "loss_forms": _forms(ws, losses),
-        "error_forms": _forms(ws, errors),
-        "reasons": reasons,
-    }
+    # An error barrier of 1 in 50 samples is 0.020000000000000018 by the subtractions that it comes from.
+    connected = found["error_barrier"] is not None and found["error_barrier"]["value"] <= CONNECTED + _ROUNDING
+    forms = {"loss_forms": _forms(ws, losses), "error_forms": _forms(ws, errors)}
+    reasons |= {f"{name}.midpoint": "no_midpoint" for name, form in forms.items() if form["midpoint"] is None}
+    return {**found, "connected": connected, **forms, "reasons": reasons}
 
 
 def _forms(ws: Sequence[float], values: Sequence[float]) -> Body:
@@ -89,9 +88,10 @@ def _series(task: Body) -> Body:
     points = [entry["point"] for entry in task["points"]]
     names = points[0]["splits"]
     accuracies = {split: [point["splits"][split]["accuracy"] for point in points] for split in names}
-    came = None
+    came: Body | None = None
     if "train" in names and "test" in names:
         came = asdict(generalisation(task["axis"]["values"], accuracies["train"], accuracies["test"]))
+        came["reasons"] = {name: "not_reached" for name, x in came.items() if x is None}
     return {
         "axis": task["axis"],
         "subjects": _subjects(task),
@@ -115,6 +115,9 @@ def _series_split(points: Sequence[Body], split: str, accuracies: Sequence[float
         found[f"{name}_distance"] = [
             point["splits"][split]["interplay"][_LEVEL][_CENTRING]["distance_to_optimum"][name] for point in points
         ]
+        if None in found[f"{name}_distance"]:
+            # Why, the points say: not all of them need have the same reason.
+            reasons[f"{name}_distance"] = "undefined_points"
     return {**found, "reasons": reasons}
 
 

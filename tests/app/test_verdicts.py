@@ -402,6 +402,95 @@ def test_precision_of_before_the_option_is_float32() -> None:
     verdicts.sides(gate({"min_change": 0}), changed("provenance.precision", "float32"), evaluation_report())
 
 
+def _points(kind: str, places: list[float], subjects: int = 2, **options: Any) -> dict[str, Any]:
+    """A report of points, each with an accuracy of 1 less its number."""
+    report = {**evaluation_report(), "kind": kind}
+    name = {"path": "w", "pruning": "sparsity", "series": "x"}[kind]
+    split = evaluation_report()["splits"]["all"]
+    report["points"] = [
+        {name: place, "splits": {"all": {**split, "accuracy": 1.0 - index}}} for index, place in enumerate(places)
+    ]
+    report["subjects"] = [{**report["subject"], "name": f"net-{index}"} for index in range(subjects)]
+    report["axis"] = {"name": options.pop("axis", "epoch"), "values": places}
+    usual = {"grid": {"points": len(places)}, "normalisation": "interpolate", "alignment": "none"}
+    pruning = {"sparsities": places, "scope": "global", "include_head": False}
+    report["provenance"] = {**report["provenance"], "options": {**usual, **pruning, **options}}
+    return report
+
+
+@pytest.mark.parametrize(
+    ("report", "baseline", "member"),
+    [
+        (_points("path", [0.0, 0.5, 1.0]), _points("path", [0.0, 1.0]), "options.grid"),
+        (_points("path", [0.0, 1.0]), _points("path", [0.0, 1.0], grid="adaptive"), "options.grid"),
+        (_points("path", [0, 1]), _points("path", [0, 1], normalisation="recalibrate"), "options.normalisation"),
+        (_points("path", [0, 1]), _points("path", [0, 1], alignment="weight_matching"), "options.alignment"),
+        (_points("pruning", [0.0, 0.5]), _points("pruning", [0.0, 0.6]), "options.sparsities"),
+        (_points("pruning", [0.0, 0.5]), _points("pruning", [0.0, 0.5], scope="layerwise"), "options.scope"),
+        (_points("pruning", [0.0, 0.5]), _points("pruning", [0.0, 0.5], include_head=True), "options.include_head"),
+        (_points("series", [1.0, 2.0]), _points("series", [1.0, 2.0], axis="width"), "axis.name"),
+    ],
+)  # fmt: skip
+def test_points_that_were_found_in_another_way_are_refused(
+    report: dict[str, Any], baseline: dict[str, Any], member: str
+) -> None:
+    """Barriers of another grid, knees of another scope: such values differ for other reasons."""
+    spec = gate({"metric": "points.0.splits.all.accuracy", "min_change": 0}, kind=report["kind"])
+    with pytest.raises(NotComparable) as caught:
+        verdicts.sides(spec, report, baseline)
+    assert [entry["member"] for entry in caught.value.members["differing"]] == [member]
+    assert verdicts.sides(spec, report, report).baseline == report
+
+
+def test_a_grid_is_the_same_however_it_was_asked_for() -> None:
+    """Three even points, and their values written out."""
+    report = _points("path", [0.0, 0.5, 1.0])
+    spelled = _points("path", [0.0, 0.5, 1.0], grid={"values": [0.5]})
+    spec = gate({"metric": "points.1.splits.all.accuracy", "max_change": 0}, kind="path")
+    (check,) = verdicts.judge(spec, verdicts.sides(spec, spelled, report))
+    assert (check.status, check.value, check.baseline) == ("pass", 0.0, 0.0)
+
+
+def test_a_change_is_of_one_place() -> None:
+    """Where an adaptive grid or a series went elsewhere there is no change at that point; of a series the last is."""
+    adaptive = [_points("path", ws, grid="adaptive") for ws in ([0.0, 0.5, 1.0], [0.0, 0.25, 1.0])]
+    runs = [_points("series", xs) for xs in ([1.0, 2.0], [1.0, 2.0, 3.0])]
+    cases = [
+        ("path", "points.1", adaptive, "point 1 is at w 0.5, and at 0.25 in the baseline"),
+        ("path", "points.-2", adaptive, "point -2 is at w 0.5, and at 0.25 in the baseline"),
+        ("path", "points.2", adaptive, None),
+        ("series", "points.1", runs, None),
+        ("series", "points.-1", runs, None),
+        ("series", "points.1", [runs[0], _points("series", [1.0, 5.0])], "point 1 is at x 2.0, and at 5.0"),
+    ]
+    for kind, point, (report, baseline), why in cases:
+        spec = gate({"metric": f"{point}.splits.all.accuracy", "min_change": -9}, kind=kind)
+        (check,) = verdicts.judge(spec, verdicts.sides(spec, report, baseline))
+        assert check.status == ("pass" if why is None else "undefined"), check.why
+        assert why is None or why in check.why
+
+
+def test_a_path_is_named_by_both_ends() -> None:
+    """A path is of two checkpoints, a series ends at its last."""
+    assert verdicts.subject_name(_points("path", [0.0, 1.0])) == "net-0 to net-1"
+    assert verdicts.subject_name(_points("series", [0.0, 1.0, 2.0], subjects=3)) == "net-2"
+
+
+def test_reasons_are_found_under_the_path_from_where_they_stand() -> None:
+    """Those of `distance_to_optimum.mir` stand two levels above it, those of a list's entries under the list's name."""
+    report = evaluation_report()
+    place = report["splits"]["all"]["interplay"]["sample"]["global"]
+    place["distance_to_optimum"] = {"mir": None, "hdr": 0.1}
+    place["reasons"] = {"distance_to_optimum.mir": "zero_entropy"}
+    metric = "splits.all.interplay.sample.global.distance_to_optimum.mir"
+    assert f"{metric} is null in the report (zero_entropy)" in result({"metric": metric, "min": 0}, report).why
+    series = _points("series", [1.0, 2.0])
+    series["summary"] = {"splits": {"all": {"mir_distance": [0.1, None], "reasons": {"mir_distance": "why"}}}}
+    spec = gate({"metric": "summary.splits.all.mir_distance.1", "max": 0}, kind="series")
+    (check,) = verdicts.judge(spec, verdicts.sides(spec, series, None))
+    assert "mir_distance.1 is null in the report (why)" in check.why
+
+
 def test_kinds_that_do_not_belong_together_are_refused() -> None:
     """A gate of paths judges no evaluation, an evaluation is not compared with a path."""
     spec = GateSpec.model_validate(

@@ -13,6 +13,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from analysis.errors import AnalysisError
+from analysis.networks import forget, parts_that_keep
 from analysis.precision import arithmetic
 from analysis.probes import Inputs, first_samples
 from analysis.tracing import tied_axes
@@ -65,6 +66,9 @@ def permutation_groups(module: nn.Module, example: Inputs) -> list[PermutationGr
     Returns:
         The groups of more than one unit that hold an axis of a weight with two dimensions or more. An operation that is
         not known fixes all that it touches: such a network is aligned less, never wrongly.
+
+    Raises:
+        AnalysisError: `alignment-failed` where the network cannot be traced.
     """
     weights = {name for name, parameter in module.named_parameters(remove_duplicate=False) if parameter.ndim > 1}
     shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
@@ -197,10 +201,11 @@ def aligned(
         The tensors, the alignment, and the largest change of a logit as a share of the largest logit.
 
     Raises:
-        AnalysisError: `alignment-failed` where the permuted network computes something else.
+        AnalysisError: `alignment-failed` where the network cannot be traced, or permuted computes something else.
     """
     groups = permutation_groups(second, first_samples(inputs, 2))
-    parameters = [dict(module.named_parameters(remove_duplicate=False)) for module in (first, second)]
+    # A tensor of several names counts once, as it does in the distance of the two ends.
+    parameters = [dict(module.named_parameters()) for module in (first, second)]
     alignment = weight_matching(groups, *parameters, generator=generator)
     state = permuted(second.state_dict(), groups, alignment.permutations)
     # As the evaluation computes: TF32 would round what the order of sums has moved by a little to steps of 10 bits.
@@ -208,6 +213,7 @@ def aligned(
     with torch.no_grad(), arithmetic(next(second.parameters()).device):
         before = second(inputs)
         second.load_state_dict(state)
+        forget(parts_that_keep(second))
         after = second(inputs)
     # The module's own tensors: with the permuted ones beside them there would be two copies of B.
     return second.state_dict(), alignment, check_same_function(before, after)

@@ -37,7 +37,7 @@ def first_batch_size(module: nn.Module, probe: Probe, *, device: torch.device, p
     known = _known.setdefault(module, {})
     key = (precision, *((name, tuple(shape[1:])) for name, shape in probe.input_shapes().items()))
     if key not in known:
-        with torch.inference_mode(), arithmetic(device, precision):
+        with torch.no_grad(), arithmetic(device, precision):
             known[key] = _bytes_per_sample(module, probe.example(device=device))
     largest = _LARGEST_ON_GPU if device.type == "cuda" else _LARGEST_ON_CPU
     fitting = min(max((largest - 1) // known[key], 1), _MOST_SAMPLES)

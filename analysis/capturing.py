@@ -76,9 +76,9 @@ def capture_features(
     tensors["split"] = tensors["split"].to(torch.uint8)
     if not isinstance(loader, Mapping):
         del tensors["split"]
-    tensors["head"] = network.weight.cpu()
+    tensors["head"] = network.weight.to("cpu", copy=True)
     if network.bias is not None:
-        tensors["head_bias"] = network.bias.cpu()
+        tensors["head_bias"] = network.bias.to("cpu", copy=True)
     _check(tensors)
     if path is not None:
         write_feature_file(tensors, Path(path))
@@ -113,10 +113,7 @@ def _network(model: nn.Module, head: str | nn.Module) -> LoadedNetwork:
             f"The head must be a linear module of the model ({', '.join(candidates[:20])}), not {asked!r}.",
             candidates=candidates,
         )
-    assert isinstance(linear, nn.Linear | nn.Conv2d)
-    bias = None if linear.bias is None else linear.bias.detach().float().clone()
-    weight = linear.weight.detach().float().flatten(1).clone()
-    return LoadedNetwork(_Called(model), f"model.{name}" if name else "model", weight, bias)
+    return LoadedNetwork(_Called(model), f"model.{name}" if name else "model")
 
 
 def _of_batch(
@@ -128,9 +125,10 @@ def _of_batch(
     )
     with watching(network) as run:
         passed = run(on_device)
-    # A model that is itself narrow is held to what its type allows.
-    narrow = isinstance(passed.output, Tensor) and passed.output.dtype not in (torch.float32, torch.float64)
-    features, logits = features_and_logits(network, passed, "bfloat16" if narrow else "float32")
+    # A model that is itself narrow, or multiplies in TF32, is held to what that allows.
+    wide = isinstance(passed.output, Tensor) and passed.output.dtype in (torch.float32, torch.float64)
+    exact = wide and torch.get_float32_matmul_precision() == "highest"
+    features, logits = features_and_logits(network, passed, "float32" if exact else "bfloat16", first=True)
     if labels.shape != (len(features),) or labels.is_floating_point():
         raise AnalysisError(
             "invalid-feature-set",

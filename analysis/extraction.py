@@ -251,7 +251,7 @@ def _versions(tensors: Iterable[Any]) -> list[int | None]:
 
 
 def features_and_logits(
-    network: LoadedNetwork, passed: Passed, precision: Precision
+    network: LoadedNetwork, passed: Passed, precision: Precision, *, first: bool
 ) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b c"]]:
     """What the head received for each sample of a batch, and the logits, checked against each other.
 
@@ -259,6 +259,8 @@ def features_and_logits(
         network: that the batch was passed through.
         passed: by `watching`.
         precision: of the pass, or of a network that is itself narrow; how near logits must be depends on it.
+        first: of a pass. A plain linear head is held to its weight then, which a hook may have changed, or what it
+            gave; the other batches' logits are its own, and looked at only where they are not what it gave.
 
     Returns:
         Both in float32.
@@ -277,7 +279,7 @@ def features_and_logits(
         tokens = _tokens_of_logits(network, passed.batch, given, output)
         features = received[torch.arange(n, device=received.device), tokens].float()
     logits = output.float()
-    if not gives_as_it_is(network, output, given[:, 0]):
+    if first or not gives_as_it_is(network, output, given[:, 0]):
         check_identity(network, features, logits, precision)
     return features, logits
 
@@ -292,7 +294,9 @@ class _Samples:
         self._network, self._precision = network, precision
 
     def take(self, rows: slice, passed: Passed) -> None:
-        self.features[rows], self.logits[rows] = features_and_logits(self._network, passed, self._precision)
+        first = rows.start == 0
+        found = features_and_logits(self._network, passed, self._precision, first=first)
+        self.features[rows], self.logits[rows] = found
 
 
 def gives_as_it_is(network: LoadedNetwork, output: Shaped[Tensor, "..."], given: Shaped[Tensor, "..."]) -> bool:
@@ -378,11 +382,11 @@ def check_identity(
         AnalysisError: `non-finite-values`; `head-not-found` with the largest difference.
     """
     check_finite("features", features)
-    weight, bias = network.weight.to(features.device), network.bias
+    weight, bias = network.weight, network.bias
     expected = features @ weight.T
     lengths = torch.outer(features.norm(dim=1), weight.norm(dim=1))
     if bias is not None:
-        expected, lengths = expected + bias.to(features.device), lengths + bias.to(features.device).abs()
+        expected, lengths = expected + bias, lengths + bias.abs()
     difference = (logits - expected).abs()
     # Logits that are not finite are found, and named, when the pass is over.
     wrong = (difference > _SAME_LOGITS[precision] * lengths) & difference.isfinite()

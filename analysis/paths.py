@@ -1,6 +1,6 @@
 """The straight line between two checkpoints of one architecture: its points, its barriers, and where to look next."""
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -10,9 +10,10 @@ from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from analysis.errors import AnalysisError
+from analysis.images import Images
 from analysis.networks import LoadedNetwork
 from analysis.precision import Precision, arithmetic
-from analysis.probes import Probe, n_samples
+from analysis.probes import Inputs, Probe, n_samples
 
 Normalisation = Literal["interpolate", "recalibrate"]
 State = Mapping[str, Shaped[Tensor, "..."]]
@@ -70,6 +71,7 @@ class Path:
                 torch.lerp(first, second, w, out=target)
             else:
                 target.copy_(first)
+        self.network.weights_changed()
         return self.network
 
     def distances(self) -> tuple[float, float | None]:
@@ -92,7 +94,7 @@ def recalibrate(
 
     Args:
         network: changed in place; all but its normalisation layers stays in evaluation mode.
-        probe: whose inputs are passed, in order.
+        probe: whose inputs are passed, in a random order that is always the same.
         device: where the network is.
         batch_size: inputs at a time; 1 is taken as 2, as a sample alone has no variance.
         precision: of the evaluation that follows, so that the statistics are those of the activations it will see.
@@ -119,25 +121,42 @@ def recalibrate(
     if len(probe.labels) < 2:
         raise AnalysisError("invalid-probe", "Statistics are taken anew from two samples or more; the probe has one.")
     momenta = [layer.momentum for layer in layers]
-    seen = 0
+    seen = dict.fromkeys(layers, 0)
+    n = 0
+
+    def weigh(layer: nn.modules.batchnorm._BatchNorm, _: object) -> None:
+        # By the layer's own count: one that runs twice on a batch has seen it twice.
+        seen[layer] += n
+        layer.momentum = n / seen[layer]
+
+    handles = [layer.register_forward_pre_hook(weigh) for layer in layers]
     try:
         for layer in layers:
             layer.reset_running_stats()
             layer.train()
         with torch.no_grad(), arithmetic(device, precision):
-            for batch in probe.batches(max(batch_size, 2), device=device):
-                n = n_samples(batch)
-                if seen and n == 1:
-                    continue
-                seen += n
-                for layer in layers:
-                    layer.momentum = n / seen
-                network.module(batch)
+            for batch in _mixed(probe, max(batch_size, 2), device):
+                if n == 0 or n_samples(batch) > 1:
+                    n = n_samples(batch)
+                    network.module(batch)
     finally:
-        for layer, momentum in zip(layers, momenta, strict=True):
+        for layer, momentum, handle in zip(layers, momenta, handles, strict=True):
+            handle.remove()
             layer.momentum = momentum
             layer.eval()
     return len(layers)
+
+
+def _mixed(probe: Probe, batch_size: int, device: torch.device) -> Iterator[Inputs]:
+    """The probe's batches, its samples in a random order, the same each time: in files they often lie class by class,
+    and the variance within batches of one class lacks that between classes. Images that were too large to be kept
+    decoded come as they lie: their files are read from beginning to end."""
+    if isinstance(probe.inputs, Images):
+        yield from probe.batches(batch_size, device=device)
+        return
+    order = torch.randperm(len(probe.labels), generator=torch.Generator().manual_seed(0)).to(probe.labels.device)
+    for rows in torch.split(order, batch_size):
+        yield from probe.take(rows).batches(batch_size, device=device)
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ def extract_positions(
     tokens, labels = tokens.to(device), labels.to(device)
     predictions = Predictions(_places(collected.predicted, tokens), collected.confidence, collected.loss)
     split = None if probe.split is None else probe.split[sequences]
-    head, vocabulary = network.weight.to(device)[tokens], Vocabulary(tokens, len(network.weight))
+    head, vocabulary = network.weight[tokens], Vocabulary(tokens, len(network.weight))
     return FeatureSet(collected.features, labels, head, None, None, split, predictions, vocabulary), size
 
 
@@ -113,10 +113,11 @@ class _Collected:
             detail = f"The network's output is {found} and not {list(shape)}, logits at each token, of its head"
             raise not_the_head(network, detail)
         kept = labels != IGNORED
-        if not self._looked_back and bool(kept.any()):
+        first = not self._looked_back and bool(kept.any())
+        if first:
             _check_causal(network, passed.batch, output, kept, self._precision)
             self._looked_back = True
-        untouched = gives_as_it_is(network, output, given)
+        untouched = not first and gives_as_it_is(network, output, given)
         places = kept.flatten().nonzero()[:, 0]
         for part in torch.split(places, rows_at_a_time(n_vocabulary)):
             features, logits = received.flatten(0, 1)[part].float(), output.flatten(0, 1)[part].float()

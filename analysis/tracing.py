@@ -5,6 +5,7 @@ carry the same units (those of a weight's rows and of what it gives), and blocks
 inputs, logits, positions in space, what is split, merged or indexed, and all that an operation without a rule touches.
 """
 
+import copy
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,6 +14,8 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from analysis.errors import AnalysisError
+from analysis.networks import forget, parts_that_keep
 from analysis.probes import Inputs
 
 Axes = tuple[int, ...]
@@ -29,16 +32,12 @@ def tied_axes(module: nn.Module, example: Inputs) -> list[list[tuple[str, int]]]
 
     Returns:
         For each set of axes, name and dimension of its members.
+
+    Raises:
+        AnalysisError: `alignment-failed` where what the network does depends on values, or has no rule for shapes.
     """
     state = dict(module.state_dict(keep_vars=True))
-
-    def compute(tensors: dict[str, Tensor], inputs: Inputs) -> Any:
-        # A tensor of two names comes in twice; its axes are tied below.
-        return functional_call(module, tensors, (inputs,), tie_weights=False)
-
-    # Fake tensors: shapes are enough, nothing is computed. Tensors that no state holds are constants of the graph.
-    traced = make_fx(compute, tracing_mode="fake", _allow_non_fake_inputs=True)
-    graph = traced({name: tensor.detach() for name, tensor in state.items()}, example).graph
+    graph = _traced(module, state, example)
     axes = _Axes()
     results: dict[fx.Node, Result] = {}
     places = [node for node in graph.nodes if node.op == "placeholder"]
@@ -61,6 +60,28 @@ def tied_axes(module: nn.Module, example: Inputs) -> list[list[tuple[str, int]]]
             if not axes.is_blocked(axis):
                 groups.setdefault(axes.root(axis), []).append((name, dim))
     return list(groups.values())
+
+
+def _traced(module: nn.Module, state: dict[str, Tensor], example: Inputs) -> fx.Graph:
+    """The network's operations. Shapes are enough, nothing is computed; what no state holds is a constant."""
+    # What a network keeps for its next call would be tensors without values: a copy of it keeps them, of the same ones.
+    shell = copy.deepcopy(module, {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())})
+    forget(parts_that_keep(shell))
+
+    def compute(tensors: dict[str, Tensor], inputs: Inputs) -> Any:
+        # A tensor of two names comes in twice; its axes are tied below.
+        return functional_call(shell, tensors, (inputs,), tie_weights=False)
+
+    traced = make_fx(compute, tracing_mode="fake", _allow_non_fake_inputs=True)
+    try:
+        return traced({name: tensor.detach() for name, tensor in state.items()}, example).graph
+    except Exception as error:
+        # Whatever a library's own code raises where it looks at values, or an operation that knows no fake tensors.
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        raise AnalysisError(
+            "alignment-failed",
+            f"The network cannot be traced, which says what units can be permuted: {reason} Ask for alignment none.",
+        ) from error
 
 
 class _Axes:
@@ -309,7 +330,8 @@ def _view(axes: _Axes, call: _Call) -> Result:
 
 def _cat(axes: _Axes, call: _Call) -> Result:
     """Along one axis the parts follow each other; the others are shared."""
-    parts = [_flat(call.results[part]) for part in call.args[0]]
+    # An empty tensor of one axis may stand among any others.
+    parts = [_flat(call.results[part]) for part in call.args[0] if list(part.meta["val"].shape) != [0]]
     dim = call.get(1, 0) % len(parts[0])
     for part in parts:
         axes.block([part[dim]])

@@ -118,9 +118,7 @@ def _cnn(device: torch.device) -> LoadedNetwork:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         module = build(architecture, device=device).eval().requires_grad_(False)
-    head = module.get_submodule("head")
-    assert isinstance(head, nn.Linear)
-    return LoadedNetwork(module, "head", head.weight.detach(), head.bias.detach())
+    return LoadedNetwork(module, "head")
 
 
 class _Elsewhere(nn.Module):
@@ -139,7 +137,7 @@ class _Elsewhere(nn.Module):
 
 def _elsewhere(seconds: float, device: torch.device) -> LoadedNetwork:
     module = _Elsewhere(seconds).to(device).eval().requires_grad_(False)
-    return LoadedNetwork(module, "fc", module.fc.weight.detach(), module.fc.bias.detach())
+    return LoadedNetwork(module, "fc")
 
 
 def _bare(module: nn.Module, batches: Sequence[Tensor]) -> None:

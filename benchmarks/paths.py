@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import nn
 
 from analysis.evaluation import EvaluationOptions, evaluate_network
 from analysis.extraction import extract_features
@@ -121,9 +120,7 @@ def _network(architecture: dict[str, object], head_name: str, seed: int, device:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         module = build(architecture, device=device).eval().requires_grad_(False)
-    head = module.get_submodule(head_name)
-    assert isinstance(head, nn.Linear)
-    return LoadedNetwork(module, head_name, head.weight.detach(), head.bias.detach())
+    return LoadedNetwork(module, head_name)
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:

@@ -14,7 +14,7 @@ of a file into the network's, `ignored_names(network)`, which names of a file do
 import importlib
 import importlib.util
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -61,23 +61,56 @@ class LoadedNetwork:
     Attributes:
         module: takes a batch, gives logits (n, c). A batch is one tensor of inputs (n, ...), or a mapping of several by
             the names that the network has for them.
-        head_name: module name of the classification head; what it receives are the features.
-        weight: the head's rows.
-        bias: the head's bias, where it has one.
+        head_name: module name of the classification head, a linear module; what it receives are the features.
         predicts_tokens: whether it is a causal language model: its logits (n, t, c) are of the token that follows each
             of t tokens, its head is the output embedding, and c is its vocabulary.
     """
 
     module: nn.Module
     head_name: str
-    weight: Float32[Tensor, "c d"]
-    bias: Float32[Tensor, " c"] | None
     predicts_tokens: bool = False
 
     @cached_property
     def head(self) -> nn.Module:
         """The module of that name."""
         return self.module.get_submodule(self.head_name)
+
+    @property
+    def weight(self) -> Float32[Tensor, "c d"]:
+        """The head's rows as they are now: reparametrised ones change with each pass, or each time they are read."""
+        weight = self.head.weight
+        assert isinstance(weight, Tensor), "a head is a linear module"
+        # A 1x1 convolution's rows are its weights without the two dimensions of one place.
+        return weight.detach().float().flatten(1)
+
+    @property
+    def bias(self) -> Float32[Tensor, " c"] | None:
+        """The head's bias as it is now, where it has one."""
+        bias = self.head.bias
+        return bias.detach().float() if isinstance(bias, Tensor) else None
+
+    @cached_property
+    def _keeping(self) -> list[nn.Module]:
+        return parts_that_keep(self.module)
+
+    def weights_changed(self) -> None:
+        """To be called when weights were written to: what parts made of them for evaluation mode is forgotten."""
+        forget(self._keeping)
+
+
+def parts_that_keep(module: nn.Module) -> list[nn.Module]:
+    """Parts that do something of their own where the mode is switched, as those do that keep what they made of weights.
+
+    LeViT's, TinyViT's and EfficientViT's attention make their biases once in evaluation mode.
+    """
+    return [part for part in module.modules() if type(part).train is not nn.Module.train]
+
+
+def forget(parts: Iterable[nn.Module]) -> None:
+    """Switch the parts' mode to training and back."""
+    for part in parts:
+        part.train()
+        part.eval()
 
 
 def available_families() -> list[str]:
@@ -166,22 +199,14 @@ def load_network(
     with WithoutInitialisation():
         network = _create(architecture, "cpu")
     names = _tied_names(network)
+    _require_tied(tensors, names)
     network.load_state_dict(tensors, assign=True)
     _tie(network, names)
     network.to(device).eval().requires_grad_(False)
     _require_memory(network)
-    linear = network.get_submodule(head_name)
-    assert isinstance(linear, nn.Linear | nn.Conv2d), "_head_name has seen to it"
-    bias: Tensor | None = linear.bias
     family = _family(architecture)
-    return LoadedNetwork(
-        network,
-        head_name,
-        # A 1x1 convolution's rows are its weights without the two dimensions of one place.
-        linear.weight.detach().flatten(1),
-        None if bias is None else bias.detach(),
-        hasattr(family, "predicts_tokens") and family.predicts_tokens(network),
-    )
+    predicts_tokens = hasattr(family, "predicts_tokens") and family.predicts_tokens(network)
+    return LoadedNetwork(network, head_name, predicts_tokens)
 
 
 def _build_on_meta(architecture: Mapping[str, Any], n_tensors: int) -> tuple[nn.Module, Bounded]:
@@ -359,20 +384,25 @@ def _tied_names(network: nn.Module) -> dict[str, str]:
     }
 
 
-def _tie(network: nn.Module, names: Mapping[str, str]) -> None:
-    """Make names share one parameter again, as they did before a file's tensors were assigned.
+def _require_tied(tensors: Mapping[str, Shaped[Tensor, "..."]], names: Mapping[str, str]) -> None:
+    """Names that share a parameter have one tensor in the file.
 
     Raises:
-        AnalysisError: `checkpoint-mismatch` where the file holds different tensors under them.
+        AnalysisError: `checkpoint-mismatch` where the file holds different ones.
     """
     for name, first in names.items():
-        parameter = network.get_parameter(first)
-        if not torch.equal(network.get_parameter(name), parameter):
+        if not torch.equal(tensors[name], tensors[first]):
             raise AnalysisError(
                 "checkpoint-mismatch",
                 f"The network uses one tensor as {first!r} and {name!r}; the file holds two that differ.",
                 reason="tied",
             )
+
+
+def _tie(network: nn.Module, names: Mapping[str, str]) -> None:
+    """Make names share one parameter again, as they did before a file's tensors were assigned."""
+    for name, first in names.items():
+        parameter = network.get_parameter(first)
         place, _, leaf = name.rpartition(".")
         setattr(network.get_submodule(place), leaf, parameter)
 

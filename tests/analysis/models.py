@@ -42,6 +42,13 @@ IMAGE_MODELS: dict[str, dict[str, Any]] = {
     "Swin": _WINDOWS,
     "Swinv2": _WINDOWS,
     "Beit": {**_IMAGE, "use_relative_position_bias": True},
+    "Levit": {
+        "image_size": 32,
+        "hidden_sizes": [16, 24, 32],
+        "num_attention_heads": [2, 2, 2],
+        "depths": [1, 1, 1],
+        "key_dim": [4, 4, 4],
+    },
     "MobileNetV2": {"depth_multiplier": 0.25, "image_size": 32},
     "EfficientNet": {"width_coefficient": 0.25, "depth_coefficient": 0.1, "image_size": 32, "hidden_dim": 320},
 }

@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from torch import nn
 
 from analysis.networks import LoadedNetwork, build
 from analysis.probes import Probe
@@ -26,9 +25,7 @@ def network_of(name: str, seed: int) -> LoadedNetwork:
             buffer.normal_()
         elif buffer_name.endswith("running_var"):
             buffer.uniform_(0.5, 2)
-    head = module.get_submodule(HEADS[name])
-    assert isinstance(head, nn.Linear)
-    return LoadedNetwork(module, HEADS[name], head.weight.detach(), head.bias.detach())
+    return LoadedNetwork(module, HEADS[name])
 
 
 def probe_of(name: str, n: int = 60) -> Probe:

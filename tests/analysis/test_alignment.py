@@ -309,6 +309,60 @@ def test_a_weight_of_two_names_is_one_tensor() -> None:
     assert check_same_function(before, module(inputs)) < 1e-5
 
 
+def test_the_gain_counts_a_weight_of_two_names_once() -> None:
+    """It is what the inner product of the two ends' parameters rises by."""
+    inputs = torch.randn(5, 4, generator=torch.Generator().manual_seed(2))
+    first, second = (nn.Sequential(*(nn.Linear(*shape) for shape in ((4, 6), (6, 6), (6, 6), (6, 3)))) for _ in "AB")
+    for module in (first, second):
+        module[2].weight = module[1].weight
+        module.eval().requires_grad_(False)
+
+    def product() -> float:
+        pairs = zip(first.parameters(), second.parameters(), strict=True)
+        return sum(float((a.double() * b.double()).sum()) for a, b in pairs)
+
+    before = product()
+    _, alignment, _ = aligned(first, second, inputs, generator=torch.Generator().manual_seed(0))
+    assert alignment.gain > 0
+    assert alignment.gain == pytest.approx(product() - before, rel=1e-4)
+
+
+class _Keeps(nn.Module):
+    """Makes a table at its first call and keeps it; joins an empty tensor of one axis to what it computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.table: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.table is None:
+            self.table = torch.linspace(0, 1, 4)
+        hidden = torch.cat([torch.tensor([]), torch.relu(self.first(x + self.table))], 1)
+        logits: Tensor = self.head(torch.relu(self.second(hidden)))
+        return logits
+
+
+def test_tracing_leaves_nothing_in_the_network() -> None:
+    """What it keeps for its next call are numbers, not the shapes that tracing computes with."""
+    torch.manual_seed(0)
+    first, second = (_Keeps().eval().requires_grad_(False) for _ in range(2))
+    inputs = torch.randn(5, 4)
+    expected = second(inputs).clone()
+    second.table = None
+    _, alignment, _ = aligned(first, second, inputs, generator=torch.Generator().manual_seed(0))
+    assert len(alignment.permutations) == 1
+    torch.testing.assert_close(second(inputs), expected)
+
+
+def test_a_network_that_looks_at_values_cannot_be_traced() -> None:
+    """Which says so, and what to do."""
+    module = _Of(lambda m, x: linear(torch.relu(x), m.a) if x.max() > 0 else linear(x, m.a), a=(3, 4))
+    with pytest.raises(AnalysisError, match=r"cannot be traced.*alignment none") as caught:
+        permutation_groups(module.eval(), torch.randn(2, 4))
+    assert caught.value.kind == "alignment-failed"
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("key", ["cnn", "resnet", "wide resnet"])

@@ -5,12 +5,13 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune, spectral_norm
 
 from analysis.clock import Clock
 from analysis.errors import AnalysisError
@@ -19,6 +20,7 @@ from analysis.evaluation import (
     EvaluationOptions,
     Precision,
     SplitEvaluation,
+    capture,
     evaluate_features,
     evaluate_network,
     extract_features,
@@ -39,10 +41,8 @@ def _network(n_inputs: int = 12, d: int = 8, n_classes: int = 5) -> LoadedNetwor
 
 
 def _loaded(module: nn.Module, head_name: str) -> LoadedNetwork:
-    head = module.get_submodule(head_name)
-    assert isinstance(head, nn.Linear)
     module.requires_grad_(False)
-    return LoadedNetwork(module, head_name, head.weight.detach(), head.bias.detach())
+    return LoadedNetwork(module, head_name)
 
 
 def _probe(n: int = 90, n_inputs: int = 12, n_classes: int = 5, split: bool = True) -> Probe:
@@ -364,6 +364,40 @@ def test_a_network_that_writes_into_its_inputs_is_refused(into: str) -> None:
     with pytest.raises(AnalysisError, match=r"writes into its inputs.*x = x.clone\(\)") as caught:
         extract_features(_loaded(_Writing(into), "head"), _probe(), device=CPU)
     assert caught.value.kind == "inputs-refused"
+
+
+REPARAMETRISED: dict[str, Callable[[nn.Linear], nn.Module]] = {
+    "weight norm": parametrizations.weight_norm,
+    "spectral norm": parametrizations.spectral_norm,
+    "spectral norm by hook": spectral_norm,
+    "a mask": lambda head: cast(nn.Module, prune.random_unstructured(head, "weight", amount=0.5)),  # type: ignore[no-untyped-call]
+}
+
+
+@pytest.mark.parametrize("how", REPARAMETRISED)
+def test_the_head_is_what_it_was_in_the_pass(how: str) -> None:
+    """Its weight may be made anew by each pass: what it was when the network was loaded is no matter."""
+    network, probe = _network(), _probe()
+    before = network.weight.clone()
+    REPARAMETRISED[how](cast(nn.Linear, network.head))
+    with torch.no_grad():
+        for parameter in network.head.parameters():
+            parameter.mul_(3)
+    network.module.eval()
+    data, _ = capture(network, probe, device=CPU, options=EvaluationOptions())
+    assert network.bias is not None
+    assert data.logits is not None
+    torch.testing.assert_close(data.features @ data.head.T + network.bias, data.logits)
+    assert not torch.allclose(data.head, before)
+
+
+def test_a_hook_that_changes_what_the_head_gives_is_noticed() -> None:
+    """The logits are all of a linear head's output, and not what its weight makes of the features."""
+    network = _network()
+    network.head.register_forward_hook(lambda _, __, output: output / 4)
+    with pytest.raises(AnalysisError) as caught:
+        extract_features(network, _probe(), device=CPU)
+    assert caught.value.kind == "head-not-found"
 
 
 def test_hooks_are_removed() -> None:

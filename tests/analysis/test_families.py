@@ -65,7 +65,8 @@ def test_image_classifiers_of_transformers(name: str, tmp_path: Path) -> None:
     """Saved by the library, loaded by us and by the library: the same logits, from the features and the head."""
     saved = models.saved_transformers(name, IMAGE_MODELS[name], tmp_path)
     network = _check_against_library(saved, models.images(N))
-    assert network.head_name == ("classifier.1" if name == "ResNet" else "classifier")
+    heads = {"ResNet": "classifier.1", "Levit": "classifier.linear"}
+    assert network.head_name == heads.get(name, "classifier")
 
 
 @pytest.mark.parametrize("name", TEXT_MODELS)
@@ -259,6 +260,33 @@ def test_a_path_between_two_text_classifiers_is_aligned(tmp_path: Path) -> None:
     for w, expected in zip((0.0, 1.0), ends, strict=True):
         _, logits, _ = extract_features(path.move_to(w), _probe(batch), device=CPU)
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["Levit", "Beit"])
+@pytest.mark.parametrize("align", [False, True])
+def test_what_a_network_keeps_of_its_weights_moves_with_them(tmp_path: Path, name: str, align: bool) -> None:
+    """Attention that makes its biases once in evaluation mode makes them anew at each point, and after a tracing."""
+    batch = models.images(N, 32)
+    first, second = (_loaded(_saved_image_model(name, tmp_path / str(seed), seed)) for seed in range(2))
+    ends = [extract_features(network, _probe(batch), device=CPU)[1] for network in (first, second)]
+    assert not torch.allclose(ends[0], ends[1], atol=1e-3)
+    state = second.module.state_dict()
+    if align:
+        state, _, _ = aligned(first.module, second.module, batch, generator=torch.Generator().manual_seed(0))
+    path = NetworkPath(first, state)
+    for w, expected in ((0.0, ends[0]), (1.0, ends[1]), (0.0, ends[0])):
+        _, logits, _ = extract_features(path.move_to(w), _probe(batch), device=CPU)
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5 if align else 0)
+
+
+def _saved_image_model(name: str, folder: Path, seed: int) -> Saved:
+    def change(model: torch.nn.Module) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
+
+    return models.saved_transformers(name, IMAGE_MODELS[name], folder, change=change)
 
 
 def test_a_text_network_without_padding_takes_one_text_at_a_time(tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 from analysis import paths
 from analysis.errors import AnalysisError
 from analysis.evaluation import EvaluationOptions, evaluate_network
-from analysis.networks import load_network
+from analysis.networks import LoadedNetwork, load_network
 from analysis.paths import Barrier, Path, barrier, even_grid, instability, midpoint_barrier, next_point, recalibrate
+from analysis.probes import Probe
 from tests.analysis.networks import ARCHITECTURES, network_of, probe_of
 
 CPU = torch.device("cpu")
@@ -161,6 +162,39 @@ def test_recalibration_under_autocast_takes_the_statistics_of_its_activations() 
         other = network_of(name, 0)
         assert recalibrate(other, probe_of(name), device=CPU, batch_size=20, precision="bfloat16") > 0
         assert all(bool(torch.isfinite(tensor).all()) for tensor in other.module.state_dict().values())
+
+
+def test_recalibration_does_not_depend_on_how_the_samples_lie() -> None:
+    """Class by class, as folders have them, the variance is that of all samples and not that within a class."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(10).repeat_interleave(100)
+    inputs = 5 * torch.randn(10, 12, generator=generator)[labels] + torch.randn(1000, 12, generator=generator)
+    module = torch.nn.Sequential(torch.nn.BatchNorm1d(12), torch.nn.Linear(12, 10)).eval().requires_grad_(False)
+    network = LoadedNetwork(module, "1")
+    assert recalibrate(network, Probe(inputs, labels, None, 10, None), device=CPU, batch_size=100) == 1
+    variance = inputs.var(dim=0)
+    torch.testing.assert_close(module[0].running_var, variance, rtol=0.05, atol=0)
+    within = torch.stack([part.var(dim=0) for part in torch.split(inputs, 100)]).mean(dim=0)
+    assert bool((within < 0.5 * variance).all())
+
+
+def test_a_layer_that_runs_twice_has_the_statistics_of_both() -> None:
+    """Of two batches, on each of which it sees two inputs."""
+
+    class Twice(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.head = torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = self.head(self.norm(x) + self.norm(x + 5))
+            return logits
+
+    module = Twice().eval().requires_grad_(False)
+    inputs = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+    probe = Probe(inputs, torch.arange(50) % 2, None, 2, None)
+    recalibrate(LoadedNetwork(module, "head"), probe, device=CPU, batch_size=25)
+    torch.testing.assert_close(module.norm.running_mean, inputs.mean(dim=0) + 2.5)
 
 
 def test_a_last_batch_of_one_sample_is_no_obstacle() -> None:

@@ -4,9 +4,12 @@ import doctest
 
 import pytest
 import torch
+from torch import nn
+from torch.nn.utils import parametrizations
 
 from analysis import pruning
 from analysis.errors import AnalysisError
+from analysis.networks import LoadedNetwork
 from analysis.pruning import Pruning, Scope, knee
 from tests.analysis.networks import ARCHITECTURES, network_of
 
@@ -78,6 +81,44 @@ def test_what_cannot_be_pruned_is_refused() -> None:
     network.module.layers = torch.nn.ModuleList()
     with pytest.raises(AnalysisError, match="no linear or convolutional"):
         Pruning(network, "global")
+
+
+@pytest.mark.parametrize("sparsity", [0.29, 0.57, 0.58])
+def test_the_share_is_that_of_the_decimal_number(sparsity: float) -> None:
+    """0.29 of 100 weights are 29, though the float nearest to 0.29 is below it."""
+    module = nn.Sequential(nn.Linear(10, 10), nn.Linear(10, 2)).requires_grad_(False)
+    assert Pruning(LoadedNetwork(module, "1"), "global").prune_to(sparsity) == round(100 * sparsity)
+
+
+def test_a_weight_that_is_made_anew_is_refused() -> None:
+    """Zeros would not stay in it; a head like that is no matter where it is not pruned."""
+    module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)).requires_grad_(False)
+    parametrizations.weight_norm(module[1])
+    assert Pruning(LoadedNetwork(module, "1"), "global").n_prunable == 16
+    parametrizations.weight_norm(module[0])
+    with pytest.raises(AnalysisError, match="Take the reparametrisation off") as caught:
+        Pruning(LoadedNetwork(module, "1"), "global")
+    assert caught.value.members["module"] == "0"
+
+
+@pytest.mark.parametrize(("widths", "n_weights"), [({}, 48), ({"kdim": 3, "vdim": 5}, 48)])
+def test_attention_is_pruned_whole(widths: dict[str, int], n_weights: int) -> None:
+    """The weights of its queries, keys and values, in one tensor or in three, beside that of its output."""
+    module = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2, **widths), "head": nn.Linear(4, 2)})
+    module.requires_grad_(False)
+    sweep = Pruning(LoadedNetwork(module, "head"), "global")
+    assert sweep.n_prunable == n_weights + 16
+    sweep.prune_to(0.99)
+    assert sum(int((weight != 0).sum()) for name, weight in module.named_parameters() if "weight" in name) == 8 + 1
+
+
+def test_a_weight_that_the_head_shares_stays_with_it() -> None:
+    """Under whatever name it is met, the head is pruned only where asked."""
+    module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).requires_grad_(False)
+    module[0].weight = module[1].weight
+    with pytest.raises(AnalysisError, match="include_head prunes the head"):
+        Pruning(LoadedNetwork(module, "1"), "global")
+    assert Pruning(LoadedNetwork(module, "1"), "global", include_head=True).n_prunable == 16
 
 
 def test_the_knee_is_within_a_point() -> None:

@@ -87,6 +87,26 @@ class Path:
         return apart**0.5, dot / length if length > 0 else None
 
 
+def require_variances(network: LoadedNetwork, w: float) -> None:
+    """Beyond the ends of a path mixed variances may be below 0, and normalisation has no root of them.
+
+    Raises:
+        AnalysisError: `invalid-argument` with the number of such variances, `n_negative`.
+    """
+    if 0 <= w <= 1:
+        return
+    variances = [b for name, b in network.module.named_buffers() if name.endswith("running_var")]
+    negative = sum(int((variance < 0).sum()) for variance in variances)
+    if negative:
+        raise AnalysisError(
+            "invalid-argument",
+            f"Extrapolation makes {negative} of the network's running variances negative, so that it computes nothing. "
+            "Ask with normalisation recalibrate, which takes them anew at each point, or closer to the ends.",
+            argument="extrapolate",
+            n_negative=negative,
+        )
+
+
 def recalibrate(
     network: LoadedNetwork, probe: Probe, *, device: torch.device, batch_size: int, precision: Precision = "float32"
 ) -> int:

@@ -20,7 +20,7 @@ from analysis.comparison import ComparisonOptions, compare
 from analysis.errors import AnalysisError
 from analysis.evaluation import Evaluation, EvaluationOptions, capture, evaluate_features, evaluate_network
 from analysis.networks import LoadedNetwork, load_network
-from analysis.paths import Path, even_grid, next_point, recalibrate
+from analysis.paths import Path, even_grid, next_point, recalibrate, require_variances
 from analysis.probes import Probe
 from analysis.pruning import Pruning
 from workers import summaries
@@ -62,11 +62,13 @@ def compute(
     if task["kind"] in _WHOLE:
         return _WHOLE[task["kind"]](task, device, cache, on_progress, provenance)
     if task["step"] == "point":
-        number = len(task["points"]) + 1
+        number, (name, place) = len(task["points"]) + 1, _place(task)
         try:
             return _POINTS[task["kind"]](task, device, on_progress)
         except AnalysisError as error:
-            raise AnalysisError(error.kind, f"Point {number}: {error.detail}", **error.members, point=number) from error
+            # The place tells more than the number: points are not computed in the order of a path.
+            detail = f"Point {number}, at {name} {place:.15g}: {error.detail}"
+            raise AnalysisError(error.kind, detail, **error.members, point=number, at=place) from error
     _held.clear()
     return summaries.REPORTS[task["kind"]](task) | _common(task, provenance)
 
@@ -192,11 +194,25 @@ def _extracted(task: Task, device: torch.device, on_progress: OnProgress, clock:
     return Kept(feature_set, network.head_name, batch_size, about)
 
 
+def _place(task: Task) -> tuple[str, float]:
+    """What the axis of a task's points is called, and where on it the next point lies."""
+    position = len(task["points"])
+    match task["kind"]:
+        case "path":
+            w = next_point(_grid(task["options"]["grid"]), _losses(task))
+            assert w is not None, "the last point has said that it was the last"
+            return "w", w
+        case "pruning":
+            return "sparsity", task["options"]["sparsities"][position]
+    return task["axis"]["name"], task["axis"]["values"][position]
+
+
+def _losses(task: Task) -> dict[float, float]:
+    return {point["w"]: point["loss"] for point in task["points"]}
+
+
 def _path_point(task: Task, device: torch.device, on_progress: OnProgress) -> dict[str, Any]:
-    grid = _grid(task["options"]["grid"])
-    known = {point["w"]: point["loss"] for point in task["points"]}
-    w = next_point(grid, known)
-    assert w is not None, "the last point has said that it was the last"
+    grid, known, w = _grid(task["options"]["grid"]), _losses(task), _place(task)[1]
     total = len(grid) if grid != "adaptive" else max(_ADAPTIVE_POINTS, len(known) + 1)
     clock, options, on_progress = Clock(), _options(task), _of_point(on_progress, len(known), total)
     with clock.phase("load"):
@@ -205,7 +221,9 @@ def _path_point(task: Task, device: torch.device, on_progress: OnProgress) -> di
         network = path.move_to(w)
     layers = None
     # The two ends are the checkpoints themselves, statistics and all.
-    if task["options"]["normalisation"] == "recalibrate" and w not in (0.0, 1.0):
+    if task["options"]["normalisation"] == "interpolate":
+        require_variances(network, w)
+    elif w not in (0.0, 1.0):
         with clock.phase("recalibrate"):
             on_progress("recalibrating", 0, 0)
             size = task["points"][0]["batch_size"]

@@ -100,7 +100,8 @@ def _compute(host: Host, analysis_id: str, task: dict[str, Any]) -> Result:
         return Result("cancelled")
     if task["kind"] == "series" and task["step"] == "point":
         position = len(task["points"])
-        if report := _patiently(lambda: attempts.evaluation_of(host.engine, task, position)):
+        report = _patiently(lambda: attempts.evaluation_of(host.engine, task, position))
+        if report and _is_of_the_same_inputs(task, report):
             return Result("succeeded", body=_reused(task, position, report))
     reason = ""
     with ExitStack() as stack:
@@ -159,6 +160,18 @@ def _fetch(storage: Storage, task: dict[str, Any], stack: ExitStack) -> dict[str
 def _limits(settings: Settings) -> dict[str, Any]:
     """What the operator allows of a probe's file, as the child takes it."""
     return {"dataset": asdict(Limits.of(settings)), "image_pixels": settings.max_image_pixels}
+
+
+def _is_of_the_same_inputs(task: dict[str, Any], report: dict[str, Any]) -> bool:
+    """Whether what the report's checkpoint brought did not decide what the network saw, or all checkpoints bring it.
+
+    Where they bring different ones the series is refused, whatever was evaluated before.
+    """
+    if all(brought == task["brought"][0] for brought in task["brought"]):
+        return True
+    probe = report["probe"]
+    tokenizer = probe.get("tokenizer") or {}
+    return "checkpoint" not in (probe.get("preprocess_source"), tokenizer.get("source"))
 
 
 def _reused(task: dict[str, Any], position: int, report: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,17 @@ from analysis import paths
 from analysis.errors import AnalysisError
 from analysis.evaluation import EvaluationOptions, evaluate_network
 from analysis.networks import LoadedNetwork, load_network
-from analysis.paths import Barrier, Path, barrier, even_grid, instability, midpoint_barrier, next_point, recalibrate
+from analysis.paths import (
+    Barrier,
+    Path,
+    barrier,
+    even_grid,
+    instability,
+    midpoint_barrier,
+    next_point,
+    recalibrate,
+    require_variances,
+)
 from analysis.probes import Probe
 from tests.analysis.networks import ARCHITECTURES, network_of, probe_of
 
@@ -103,6 +113,18 @@ def test_the_mix_is_linear_and_the_distances_are_those_of_the_parameters() -> No
     distance, cosine = path.distances()
     assert distance == pytest.approx(float((a - b).norm()))
     assert cosine == pytest.approx(float(a @ b / a.norm() / b.norm()))
+
+
+def test_negative_variances_beyond_the_ends_are_named() -> None:
+    """Mixed variances are linear in w, and their roots are not; between the ends there is nothing to look for."""
+    network, other = network_of("mlp", 0), network_of("mlp", 1).module.state_dict()
+    path = Path(network, other)
+    for w in (0.0, 0.5, 1.0, 1.001):
+        require_variances(path.move_to(w), w)
+    with pytest.raises(AnalysisError, match="normalisation recalibrate") as caught:
+        require_variances(path.move_to(-5.0), -5.0)
+    variances = [path.first[name] * 6 - other[name] * 5 for name in path.first if name.endswith("running_var")]
+    assert caught.value.members["n_negative"] == sum(int((variance < 0).sum()) for variance in variances) > 0
 
 
 def test_ends_of_two_shapes_are_refused() -> None:

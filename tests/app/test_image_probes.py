@@ -198,6 +198,20 @@ def test_checkpoints_that_bring_different_preprocessings(service: Service, vit: 
     answer = service.client.post("/v1/analyses", json={**body, "options": {"grid": {"points": 2}}})
     failed = service.wait(answer.json()["id"])
     assert "different preprocessings" in failed["problem"]["detail"]
+    # Nor are evaluations that there are put together to a series, each with its own.
+    for identifier in ids:
+        assert _ended(service, identifier, probe)["status"] == "succeeded"
+    axis = {"name": "epoch", "values": [1, 2]}
+    body = {
+        "kind": "series",
+        "axis": axis,
+        "checkpoint_ids": ids,
+        "probe_id": probe["id"],
+        "options": {"null_permutations": 0},
+    }
+    answer = service.client.post("/v1/analyses", json=body)
+    failed = service.wait(answer.json()["id"])
+    assert "different preprocessings" in failed["problem"]["detail"]
 
 
 def test_class_names_are_matched_with_the_checkpoints(service: Service, vit: Saved) -> None:

@@ -223,6 +223,9 @@ class Client:
             options: `null_permutations`, `seed`, `tolerance`, `batch_size`, `samples`, `precision` ("float32", or
                 "bfloat16" for a forward pass under autocast); what is left out has its default.
             idempotency_key: the same key and request give the same analysis; default: a new key each call.
+
+        Raises:
+            ValueError: a number of the options is NaN or infinite, here as for analyses of every other kind.
         """
         subject = {"checkpoint_id": checkpoint_id, "probe_id": probe_id, "feature_set_id": feature_set_id}
         return self._queue({"kind": kind, **_given(subject)}, options, idempotency_key)

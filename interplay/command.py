@@ -9,6 +9,7 @@ import enum
 import importlib.metadata
 import importlib.util
 import io
+import math
 import os
 import sys
 from datetime import datetime
@@ -37,6 +38,7 @@ from interplay.options import (
     Url,
     evaluation_options,
     fail,
+    finite,
     json_object,
     json_value,
     metadata_of,
@@ -341,7 +343,9 @@ def analyze_path(
     checkpoint_b: Annotated[str, typer.Argument(metavar="B", help="The checkpoint at w = 1.", show_default=False)],
     probe: ProbeId,
     points: Annotated[int | None, typer.Option(min=2, help="So many points evenly; default: 25.")] = None,
-    at: Annotated[list[float] | None, typer.Option(metavar="W", help="A point; may be repeated.")] = None,
+    at: Annotated[
+        list[float] | None, typer.Option(metavar="W", callback=finite, help="A point; may be repeated.")
+    ] = None,
     adaptive: Annotated[bool, typer.Option("--adaptive", help="Refine around the peak of the loss.")] = False,
     recalibrate: Annotated[
         bool, typer.Option("--recalibrate", help="Take normalisation statistics anew between the ends.")
@@ -446,6 +450,8 @@ def analyze_series(
             x = float(number)
         except ValueError:
             raise typer.BadParameter(f"{number!r} is no number; expected X=CHECKPOINT.") from None
+        if not math.isfinite(x):
+            raise typer.BadParameter(f"{number!r} is not a finite number; expected X=CHECKPOINT.")
         if x in by_number:
             raise typer.BadParameter(f"{number} is there twice.")
         by_number[x] = checkpoint

@@ -78,28 +78,46 @@ def rows(report: Mapping[str, Any]) -> Iterator[Row]:
         if key == "points":
             for index, point in enumerate(value):
                 place = next((float(point[name]) for name in _PLACES if name in point), None)
-                yield from _numbers(point, replace(whole, point=index, x=place), [])
+                yield from _numbers(point, replace(whole, point=index, x=place), [], {})
         elif key not in _IDENTITY:
-            yield from _numbers({key: value}, whole, [])
+            yield from _numbers({key: value}, whole, [], {})
 
 
-def _numbers(value: Any, where: Row, path: list[str], reason: str | None = None) -> Iterator[Row]:
+def _numbers(value: Any, where: Row, path: list[str], reasons: Mapping[str, str]) -> Iterator[Row]:
+    """The rows of a value; `reasons` are those of all objects above, by the path from here, "" for all that is here."""
     match value:
         case Mapping():
-            reasons = value.get("reasons", {})
+            # What was looked at has members that its makers named, and `reason` is not ours there.
+            ours = not path or path[0] not in _PARAMETERS
+            reasons = {**reasons, **_reasons_in(value)} if ours else {}
             for key, member in value.items():
                 if key == "splits" and isinstance(member, Mapping):
                     for split, entry in member.items():
-                        yield from _numbers(entry, replace(where, split=split), path)
-                elif key != "reasons":
-                    yield from _numbers(member, where, [*path, str(key)], reasons.get(key))
+                        told = _below(_below(reasons, key), split)
+                        yield from _numbers(entry, replace(where, split=split), path, told)
+                elif not (ours and key == "reasons"):
+                    yield from _numbers(member, where, [*path, str(key)], _below(reasons, str(key)))
         case list():
             for index, member in enumerate(value):
-                yield from _numbers(member, where, [*path, str(index)])
+                yield from _numbers(member, where, [*path, str(index)], _below(reasons, str(index)))
         case bool() | int() | float():
             yield replace(where, path=".".join(path), value=float(value))
-        case None if reason is not None:
-            yield replace(where, path=".".join(path), reason=str(reason))
+        case None if "" in reasons:
+            yield replace(where, path=".".join(path), reason=reasons[""])
+
+
+def _reasons_in(value: Mapping[str, Any]) -> dict[str, str]:
+    """Why members of an object are null: its `reasons` by their paths, or the one `reason` for all of them."""
+    one = value.get("reason")
+    # That of a difference says why it has no standard error. Where it has one the reason is of that, as `near_zero` is.
+    alone = {"": str(one)} if one is not None and value.get("standard_error") is None else {}
+    return {**alone, **{path: str(reason) for path, reason in value.get("reasons", {}).items()}}
+
+
+def _below(reasons: Mapping[str, str], key: str) -> dict[str, str]:
+    """Those that are of a member; one of the whole, as of a list, is of each member that has none of its own."""
+    own = {path[len(key) + 1 :]: reason for path, reason in reasons.items() if f"{path}.".startswith(f"{key}.")}
+    return {**{path: reason for path, reason in reasons.items() if not path}, **own}
 
 
 def write_csv(report: Mapping[str, Any], path: Path) -> int:

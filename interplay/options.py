@@ -2,6 +2,7 @@
 
 import enum
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,14 @@ class Precision(enum.StrEnum):
     BFLOAT16 = "bfloat16"
 
 
+def finite(value: Any) -> Any:
+    """A callback of options without a bound on both sides: JSON cannot carry NaN and infinity to the service."""
+    for number in value if isinstance(value, list | tuple) else [value]:
+        if number is not None and not math.isfinite(number):
+            raise typer.BadParameter(f"{number} is not a finite number")
+    return value
+
+
 Url = Annotated[
     str | None,
     typer.Option("--url", envvar="INTERPLAY_URL", help=f"Where the service listens. Default: {DEFAULT_URL}."),
@@ -42,7 +51,9 @@ Metadata = Annotated[
 Timeout = Annotated[float | None, typer.Option(metavar="SECONDS", min=0, help="Wait no longer; the analysis goes on.")]
 Permutations = Annotated[int | None, typer.Option(min=0, help="Permutations of the null baseline.")]
 Seed = Annotated[int | None, typer.Option(min=0, help="Seed of all that is drawn.")]
-Tolerance = Annotated[float | None, typer.Option(min=0, help="Error of MIR that is small enough; 0 is exact.")]
+Tolerance = Annotated[
+    float | None, typer.Option(min=0, callback=finite, help="Error of MIR that is small enough; 0 is exact.")
+]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Inputs at a time.")]
 PrecisionOption = Annotated[
     Precision | None, typer.Option(help="Of the forward pass; bfloat16 runs it under autocast. Default: float32.")

@@ -4,9 +4,10 @@ Names, metadata and details come from whoever uploaded them, so nothing of their
 characters never reach the terminal.
 """
 
+import functools
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -19,6 +20,8 @@ Body = Mapping[str, Any]
 # Shown of a list inside a problem; the service itself sends at most 20 of most lists.
 _LIST_LIMIT = 20
 _UNDEFINED = "–"
+# Nobody types a number of more digits: it was computed.
+_TYPED_DIGITS = 12
 
 _LEVELS = (("sample", "none"), ("sample", "global"), ("class_mean", "none"), ("class_mean", "global"))
 # An error of MIR that the four digits of a table would hide.
@@ -40,6 +43,8 @@ _COLLAPSE = (
     ("nc3", "NC3 means to head"),
     ("nc4", "NC4 not the nearest mean"),
 )
+# What says of a point where it is.
+_PLACES = {"path": "w", "pruning": "sparsity", "series": "x"}
 _SUMMARIES: dict[str, dict[str, str]] = {
     "path": {
         "loss_barrier": "loss barrier",
@@ -96,13 +101,28 @@ def number(value: float | None, digits: int = 4) -> str:
     return f"{value:.{digits}f}" if abs(value) < 1e5 else f"{value:.3e}"
 
 
+def place(x: float | None, *, shorten: bool = True) -> str:
+    """A w, a sparsity or a number of an axis: exactly as it was given.
+
+    Args:
+        x: None where there is none.
+        shorten: keep six digits of what has no short form, as 1/24 or 0.1 + 0.2.
+    """
+    if x is None:
+        return _UNDEFINED
+    exact = repr(float(x) + 0.0).removesuffix(".0")  # + 0.0, as -0 is 0
+    n_digits = sum(char.isdigit() for char in exact.partition("e")[0].lstrip("-0."))
+    return f"{x:.6g}" if shorten and n_digits > _TYPED_DIGITS and abs(x) < 1000 else exact
+
+
 def report_view(report: Body) -> RenderableType:
     """A report of any kind: what was looked at, and what was found."""
     if report["kind"] == "evaluation":
         return _evaluation(report)
     if report["kind"] == "comparison":
         return _comparison(report)
-    return Group(_heading(report), _points(report), *_summary(report))
+    show = _places(report)
+    return Group(_heading(report), _points(report, show), *_summary(report, show))
 
 
 def _evaluation(report: Body) -> RenderableType:
@@ -274,9 +294,15 @@ def _describe(table: Table, subject: Body) -> None:
         table.add_row("metadata", _pairs(subject["metadata"]))
 
 
-def _points(report: Body) -> Table:
+def _places(report: Body) -> Callable[[float | None], str]:
+    """How the places of a report are shown: `place`, shortened unless two of its points would be alike by that."""
+    places = {point[_PLACES[report["kind"]]] for point in report["points"]}
+    return functools.partial(place, shorten=len({*map(place, places)}) == len(places))
+
+
+def _points(report: Body, show: Callable[[float | None], str]) -> Table:
     """A row a point: where it is, then loss, accuracy, MIR and HDR (sample level, global centring) of each split."""
-    key = {"path": "w", "pruning": "sparsity", "series": "x"}[report["kind"]]
+    key = _PLACES[report["kind"]]
     table = Table(box=SIMPLE_HEAD)
     table.add_column(printable(report["axis"]["name"]) if key == "x" else key, justify="right")
     for split in report["points"][0]["splits"]:
@@ -286,7 +312,7 @@ def _points(report: Body) -> Table:
     if reused:
         table.add_column("reused report", no_wrap=True)
     for point in report["points"]:
-        cells = [f"{round(point[key], 4):g}"]
+        cells = [show(point[key])]
         for split in point["splits"].values():
             values = split["interplay"]["sample"]["global"]
             cells += map(number, (split["loss"], split["accuracy"], values["mir"], values["hdr"]))
@@ -294,7 +320,7 @@ def _points(report: Body) -> Table:
     return table
 
 
-def _summary(report: Body) -> Iterable[RenderableType]:
+def _summary(report: Body, show: Callable[[float | None], str]) -> Iterable[RenderableType]:
     """What the points amount to, a row a split."""
     summary = report["summary"]
     columns = _SUMMARIES[report["kind"]]
@@ -303,7 +329,7 @@ def _summary(report: Body) -> Iterable[RenderableType]:
     for label in columns.values():
         table.add_column(label, justify="right")
     for name, split in summary["splits"].items():
-        table.add_row(name, *(_amount(split[key]) for key in columns))
+        table.add_row(name, *(show(split[key]) if key == "knee" else _amount(split[key], show) for key in columns))
     yield table
     notes = [note for name, split in summary["splits"].items() for note in _reasons(name, split["reasons"])]
     if report["kind"] == "path":
@@ -315,16 +341,16 @@ def _summary(report: Body) -> Iterable[RenderableType]:
         if summary["recalibrated_layers"] is not None:
             notes.append(f"Statistics of {summary['recalibrated_layers']} layers were taken anew between the ends.")
     if came := summary.get("generalisation"):
-        places = ", ".join(f"{name} {number(came[f'{name}_at'], 0)}" for name in ("train", "test"))
-        notes.append(f"Accuracy of 0.99 first at: {places}; delay {number(came['delay'], 0)}.")
+        places = ", ".join(f"{name} {show(came[f'{name}_at'])}" for name in ("train", "test"))
+        notes.append(f"Accuracy of 0.99 first at: {places}; delay {show(came['delay'])}.")
     notes.append("MIR and HDR: sample level, global centring.")
     yield Text("\n".join(notes), style="dim")
 
 
-def _amount(value: Any) -> str:
+def _amount(value: Any, show: Callable[[float | None], str]) -> str:
     match value:
-        case {"value": amount, "at": place}:
-            return f"{number(amount)} at {round(place, 4):g}"
+        case {"value": amount, "at": at}:
+            return f"{number(amount)} at {show(at)}"
         case bool():
             return "yes" if value else "no"
     return number(value)
@@ -383,22 +409,22 @@ def _notes(splits: Mapping[str, Body]) -> Iterable[str]:
         yield from _reasons(name, split["reasons"])
         for level, centring in blocks:
             values = split["interplay"][level][centring]
-            place = f"{name}, {level.replace('_', ' ')}, {centring}"
-            yield from _reasons(place, values["reasons"])
+            where = f"{name}, {level.replace('_', ' ')}, {centring}"
+            yield from _reasons(where, values["reasons"])
             if (method := values["method"]) and method["error_estimate"] > _NOTICEABLE:
                 error, kept = number(method["error_estimate"], 2), f"{method['kept']:,} of {method['total']:,}"
-                yield f"{place}: MIR may be up to {error} higher; {kept} rows of its spectrum were coupled."
+                yield f"{where}: MIR may be up to {error} higher; {kept} rows of its spectrum were coupled."
             for what in ("samples", "classes"):
                 if values[f"degenerate_{what}"]:
-                    yield f"{place}: {values[f'degenerate_{what}']} {what} without a direction were left out."
+                    yield f"{where}: {values[f'degenerate_{what}']} {what} without a direction were left out."
         yield from _reasons(f"{name}, collapse", split["collapse"]["reasons"])
         if split["collapse"]["absent_classes"]:
             yield f"{name}, collapse: {split['collapse']['absent_classes']} classes have no samples and were left out."
 
 
-def _reasons(place: str, reasons: Body) -> Iterable[str]:
+def _reasons(where: str, reasons: Body) -> Iterable[str]:
     for key, reason in reasons.items():
-        yield f"{place}: {printable(key)} is not defined ({printable(reason)})."
+        yield f"{where}: {printable(key)} is not defined ({printable(reason)})."
 
 
 def _cell(column: str, value: Any) -> str:
@@ -432,8 +458,8 @@ def _pairs(values: Body) -> str:
 
 def _inline(value: Any) -> str:
     match value:
-        case {"loc": list(place), "message": message, **rest} if not rest:  # one error of a request's validation
-            return f"{printable('.'.join(map(str, place)))}: {printable(message)}"
+        case {"loc": list(loc), "message": message, **rest} if not rest:  # one error of a request's validation
+            return f"{printable('.'.join(map(str, loc)))}: {printable(message)}"
         case dict():
             return _pairs(value)
         case list():

@@ -11,6 +11,7 @@ which answered before) and what does no harm when it is done twice; who calls sa
 """
 
 import ipaddress
+import math
 import random
 import time
 from collections.abc import Iterator, Mapping
@@ -204,7 +205,9 @@ class Transport:
         Raises:
             ProblemError: the answer is a problem.
             ServiceUnreachable: there is no answer.
+            ValueError: a number that should be sent is NaN or infinite.
         """
+        _require_finite(request.get("json"), ())
         left = retries or self.retries()
         while True:
             try:
@@ -268,6 +271,18 @@ def segment(identifier: str) -> str:
     """An identifier as one segment of a path."""
     # An id is typed by people: "a/b" or "?x" must stay one unknown id, never become another route.
     return quote(identifier, safe="") or "%20"
+
+
+def _require_finite(value: Any, place: tuple[str, ...]) -> None:
+    """What JSON has no way to say is told by its place, as httpx's own words name none."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{'.'.join(place)} is {value}, which is not a finite number.")
+    if isinstance(value, Mapping):
+        for key, member in value.items():
+            _require_finite(member, (*place, str(key)))
+    elif isinstance(value, list | tuple):
+        for index, member in enumerate(value):
+            _require_finite(member, (*place, str(index)))
 
 
 def _retry_after(text: str) -> float | None:

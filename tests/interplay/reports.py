@@ -1,10 +1,12 @@
-"""An evaluation's report as the service would send it, to render without a service."""
+"""Reports as the service would send them, to render and export without a service."""
 
+from collections.abc import Sequence
 from typing import Any
 
-from app.reports import ComparisonReport, EvaluationReport
+from app.reports import ComparisonReport, EvaluationReport, PathReport, PruningReport, SeriesReport
 
 _ID = "01990000-0000-7000-8000-000000000001"
+_MEASURED = {"level": "sample", "centring": "global"}
 
 
 def evaluation_report(**changes: Any) -> dict[str, Any]:
@@ -89,6 +91,67 @@ def comparison_report(differences: dict[str, dict[str, Any]], **options: Any) ->
     report["splits"] = {"test": {"a": a, "b": b, "differences": differences, "predictions": predictions}}
     report |= {"kind": "comparison", "subjects": [first, second], "probe_b": report["probe"]}
     ComparisonReport.model_validate(report)
+    return report
+
+
+def series_report(values: Sequence[float], **came: float | None) -> dict[str, Any]:
+    """A series along steps; `came` is when it generalised: train_at, test_at, delay."""
+    split = {
+        "spearman_mir_accuracy": None,
+        "spearman_hdr_accuracy": 0.5,
+        "mir_distance": [None, *[0.1] * (len(values) - 1)],
+        "hdr_distance": [0.2] * len(values),
+        "reasons": {"spearman_mir_accuracy": "too_few_or_constant"},
+    }
+    points = [{"x": x, "checkpoint_id": _ID, "reused_report_id": None, "splits": {"all": _split()}} for x in values]
+    report = evaluation_report()
+    report |= {
+        "kind": "series",
+        "axis": {"name": "step", "values": [*values]},
+        "subjects": [report.pop("subject")] * len(values),
+        "points": points,
+        "summary": {"splits": {"all": split}, "measured": _MEASURED, "generalisation": came or None},
+    }
+    del report["splits"]
+    SeriesReport.model_validate(report)
+    return report
+
+
+def path_report(ws: Sequence[float], *, barrier_at: float) -> dict[str, Any]:
+    """A path with these points, on which the loss is highest at one of them."""
+    barrier = {"value": 0.25, "at": barrier_at}
+    forms = {"frankle": barrier, "entezari": barrier, "midpoint": None}
+    split = {
+        **dict.fromkeys(("loss_barrier", "error_barrier", "hdr_barrier"), barrier),
+        "mir_barrier": None,
+        "connected": False,
+        "loss_forms": forms,
+        "error_forms": forms,
+        "reasons": {"mir_barrier": "undefined_points"},
+    }
+    whole = {"l2_distance": 3.0, "cosine": 0.5, "alignment": None, "recalibrated_layers": None}
+    report = evaluation_report()
+    report |= {
+        "kind": "path",
+        "subjects": [report.pop("subject")] * 2,
+        "points": [{"w": w, "splits": {"all": _split()}} for w in ws],
+        "summary": {"splits": {"all": split}, "measured": _MEASURED, **whole},
+    }
+    del report["splits"]
+    PathReport.model_validate(report)
+    return report
+
+
+def pruning_report(sparsities: Sequence[float], *, knee: float) -> dict[str, Any]:
+    """A sweep over these sparsities."""
+    report = evaluation_report()
+    report |= {
+        "kind": "pruning",
+        "points": [{"sparsity": s, "n_pruned": 7, "splits": {"all": _split()}} for s in sparsities],
+        "summary": {"n_prunable": 2048, "splits": {"all": {"knee": knee, "reasons": {}}}},
+    }
+    del report["splits"]
+    PruningReport.model_validate(report)
     return report
 
 

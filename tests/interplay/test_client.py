@@ -105,6 +105,19 @@ def test_ids_stay_one_segment() -> None:
     ]
 
 
+def test_numbers_that_json_cannot_say() -> None:
+    """NaN and infinity are refused by their place before anything is sent."""
+    nan, inf = float("nan"), float("inf")
+    with scripted(answer({})) as server, Client(server.url) as client:
+        with pytest.raises(ValueError, match=r"^options\.grid\.values\.1 is nan, which is not a finite number"):
+            client.create_path("a", "b", probe_id="p", options={"grid": {"values": (0.5, nan)}})
+        with pytest.raises(ValueError, match=r"^axis\.values\.1 is inf"):
+            client.create_series("step", {1: "a", inf: "b"}, probe_id="p")
+        with pytest.raises(ValueError, match=r"^checks\.0\.min is -inf"):
+            client.create_gate({"name": "g", "checks": [{"metric": "m", "min": -inf}]})
+    assert not server.seen
+
+
 def test_each_creation_has_a_key_of_its_own() -> None:
     """Without a given key two calls are two analyses; a given one is sent as it is."""
     with scripted(answer({})) as server, Client(server.url) as client:

@@ -14,7 +14,7 @@ import pytest
 from mlflow import MlflowClient
 
 from interplay import Client, export
-from tests.interplay.reports import evaluation_report
+from tests.interplay.reports import comparison_report, difference, evaluation_report, series_report
 from tests.interplay.scripted import answer, scripted
 from tests.interplay.test_client import closed_port
 from tests.interplay.test_command import interplay
@@ -76,6 +76,69 @@ def test_every_number_is_a_row() -> None:
     assert undefined["all", "collapse.nc3"] == "head_is_zero"
     epoch = next(row for row in rows if row.path == "subject.metadata.epoch")
     assert (epoch.value, epoch.split) == (10, None)
+
+
+def undefined(report: dict[str, Any]) -> dict[tuple[str | None, str], str | None]:
+    """The reason of each row without a value, by split and path."""
+    return {(row.split, row.path): row.reason for row in export.rows(report) if row.value is None}
+
+
+def test_reasons_of_objects_above() -> None:
+    """A key with dots is of a member of a member, and the nearest object's reason comes first."""
+    report = evaluation_report()
+    split = report["splits"]["all"]
+    entry = split["interplay"]["sample"]["none"]
+    entry["distance_to_optimum"] = {"mir": None, "hdr": None}
+    entry["optimum"] = {"mir": None, "hdr": 0.0, "reachable": True}
+    entry["reasons"] |= {"distance_to_optimum.mir": "zero_entropy", "optimum.mir": "near"}
+    split["reasons"] |= {"interplay.sample.none.optimum.mir": "far", "interplay.sample.none.mir_z": "not_requested"}
+    found = undefined(report)
+    place = "interplay.sample.none"
+    assert found["all", f"{place}.distance_to_optimum.mir"] == "zero_entropy"
+    assert ("all", f"{place}.distance_to_optimum.hdr") not in found
+    assert found["all", f"{place}.optimum.mir"] == "near"
+    assert found["all", f"{place}.mir_z"] == "not_requested"
+
+
+def test_reasons_of_lists() -> None:
+    """A reason of a list is that of each entry which is null, unless the entry has its own."""
+    report = series_report([1, 2])
+    split = report["summary"]["splits"]["all"]
+    assert ("all", "summary.mir_distance.0") not in undefined(report)
+    split["reasons"]["mir_distance"] = "undefined_points"
+    assert undefined(report)["all", "summary.mir_distance.0"] == "undefined_points"
+    assert ("all", "summary.mir_distance.1") not in undefined(report)
+    split["reasons"]["mir_distance.0"] = "zero_entropy"
+    assert undefined(report)["all", "summary.mir_distance.0"] == "zero_entropy"
+
+
+def test_reasons_of_differences() -> None:
+    """Beside a difference stands why it has no standard error; one that has one is not undefined by its reason."""
+    differences = {
+        "accuracy": difference(0.9, 0.95, 0.01),
+        "interplay.sample.global.mir": difference(None, 0.5, None, reason="undefined"),
+        "interplay.sample.global.mir_z": difference(50.0, 61.0, None, reason="no_standard_error"),
+        "interplay.sample.global.hdr": difference(0.01, 0.02, 0.01, reason="near_zero"),
+    }
+    report = comparison_report(differences)
+    report["splits"]["test"]["predictions"] |= {"smallest_difference": None, "reason": "too_few_disagreements"}
+    found = {path: reason for (split, path), reason in undefined(report).items() if split == "test"}
+    for member in ("a", "difference", "standard_error", "low", "high", "significant"):
+        assert found[f"differences.interplay.sample.global.mir.{member}"] == "undefined"
+    z = "differences.interplay.sample.global.mir_z"
+    assert found[f"{z}.low"] == "no_standard_error"
+    assert f"{z}.difference" not in found
+    assert found["predictions.smallest_difference"] == "too_few_disagreements"
+    assert not [path for path in found if path.startswith(("differences.accuracy", f"{z.removesuffix('mir_z')}hdr"))]
+
+
+def test_names_that_mean_something_elsewhere() -> None:
+    """Metadata may be called `reason` and `reasons`: they are a person's own."""
+    report = evaluation_report()
+    report["subject"]["metadata"] = {"reason": "retrained", "reasons": 3, "note": None}
+    rows = {row.path: row.value for row in export.rows(report)}
+    assert rows["subject.metadata.reasons"] == 3
+    assert "subject.metadata.note" not in rows
 
 
 @pytest.mark.parametrize("kind", ["path", "series"])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from rich.console import Console, RenderableType
 
 from interplay import rendering
-from tests.interplay.reports import evaluation_report
+from tests.interplay.reports import evaluation_report, path_report, pruning_report, series_report
 
 
 def rendered(view: RenderableType) -> str:
@@ -82,6 +82,73 @@ def test_report_of_a_feature_set() -> None:
 def test_numbers_keep_their_leading_digits(value: float | None, digits: int, text: str) -> None:
     """Small and large measurements turn to powers of ten; an undefined one is a dash."""
     assert rendering.number(value, digits) == text
+
+
+@pytest.mark.parametrize(
+    ("x", "text"),
+    [
+        (None, "–"),
+        (0.0, "0"),
+        (-0.0, "0"),
+        (0.04, "0.04"),
+        (12.5, "12.5"),
+        (-0.5, "-0.5"),
+        (1234567, "1234567"),
+        (1234567.25, "1234567.25"),
+        (1700000000.123456, "1700000000.123456"),
+        (1e-05, "1e-05"),
+        (1 / 24, "0.0416667"),
+        (0.1 + 0.2, "0.3"),
+    ],
+)
+def test_places_are_shown_as_they_were_given(x: float | None, text: str) -> None:
+    """Every digit that somebody typed is there; what has no short form keeps six."""
+    assert rendering.place(x) == text
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False))
+def test_places_lose_nothing_unless_they_are_shortened(x: float) -> None:
+    """What is shown is the number itself, to six digits at least."""
+    assert float(rendering.place(x, shorten=False)) == x
+    assert float(rendering.place(x)) == pytest.approx(x, rel=1e-5, abs=0)
+
+
+def first_cells(text: str) -> list[str]:
+    """What stands first in each row of a table of points: rows have a loss of 3.2e-05."""
+    return [line.split()[0] for line in text.splitlines() if "3.2e-05" in line]
+
+
+def test_steps_of_a_series_keep_their_digits() -> None:
+    """Steps that differ in their last digit are told apart in the table and in what it amounts to."""
+    steps = [1234567, 1234568, 1234569]
+    text = rendered(rendering.report_view(series_report(steps, train_at=1234567, test_at=1234569, delay=2)))
+    assert first_cells(text) == ["1234567", "1234568", "1234569"]
+    assert "first at: train 1234567, test 1234569; delay 2." in text
+    text = rendered(rendering.report_view(series_report([0.04, 12.5], train_at=0.04, test_at=12.5, delay=12.46)))
+    assert first_cells(text) == ["0.04", "12.5"]
+    assert "first at: train 0.04, test 12.5; delay 12.46." in text
+    text = rendered(rendering.report_view(series_report([1, 2], train_at=None, test_at=None, delay=None)))
+    assert "first at: train –, test –; delay –." in text
+
+
+def test_points_of_a_path_are_never_alike() -> None:
+    """w of an even grid is shortened, unless two points would then look the same; a barrier names its point's text."""
+    ws = [n / 24 for n in range(25)]
+    text = rendered(rendering.report_view(path_report(ws, barrier_at=1 / 24)))
+    assert first_cells(text)[:4] == ["0", "0.0416667", "0.0833333", "0.125"]
+    assert len({*first_cells(text)}) == 25
+    assert "0.2500 at 0.0416667" in text
+    near = [0, 1 / 3, 1 / 3 + 1e-9, 1]
+    text = rendered(rendering.report_view(path_report(near, barrier_at=near[2])))
+    assert [*map(float, first_cells(text))] == near
+    assert f"0.2500 at {near[2]}" in text
+
+
+def test_sparsities_are_shown_whole() -> None:
+    """Sparsities that differ beyond the fourth place, and the knee among them, keep their digits."""
+    text = rendered(rendering.report_view(pruning_report([0, 0.99991, 0.99992], knee=0.99991)))
+    assert first_cells(text) == ["0", "0.99991", "0.99992"]
+    assert rows(text, "all", "0.99991") == [["all", "0.99991"]]
 
 
 @given(st.text())

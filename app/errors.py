@@ -24,9 +24,9 @@ Each kind is documented in docs/problems.md; a test fails where one is not.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
-ANALYSIS_KINDS = ("evaluation", "path", "pruning", "series")
+from app.schemas import PLAIN_TEXT, Kind
 
 
 def problem_type(kind: str) -> str:
@@ -61,16 +61,23 @@ class InvalidRequest(ServiceError):
 
 def invalid_request(what: str, errors: Sequence[Mapping[str, Any]], *, prefix: str | None = None) -> InvalidRequest:
     """Pydantic's errors as one problem: the first few in words, twenty as `errors: [{loc, message}]`."""
-    listed = [
-        {"loc": [*([prefix] if prefix else []), *map(str, error["loc"])], "message": error["msg"]}
+    listed: list[dict[str, Any]] = [
+        {"loc": [*([prefix] if prefix else []), *map(str, error["loc"])], "message": _message(error)}
         for error in errors[:20]
     ]
     for entry in listed:
         # Pydantic's name for the alternative that `kind` chose is no place in the body.
-        if len(entry["loc"]) > 1 and entry["loc"][0] == "body" and entry["loc"][1] in ANALYSIS_KINDS:
+        if len(entry["loc"]) > 1 and entry["loc"][0] == "body" and entry["loc"][1] in get_args(Kind):
             del entry["loc"][1]
     words = "; ".join(f"{'.'.join(error['loc']) or what}: {error['message']}" for error in listed[:5])
     return InvalidRequest(f"{what} does not have the right form: {words}.", errors=listed)
+
+
+def _message(error: Mapping[str, Any]) -> str:
+    """Pydantic's words, without its own names for what failed."""
+    if error["type"] == "string_pattern_mismatch" and error["ctx"]["pattern"] == PLAIN_TEXT:
+        return "must not have control characters"
+    return str(error["msg"]).removeprefix("Value error, ")
 
 
 class InvalidFile(ServiceError):

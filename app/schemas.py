@@ -6,7 +6,16 @@ from datetime import datetime
 from itertools import pairwise
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 
 from app.models import metadata_text
 
@@ -45,6 +54,9 @@ Id = Annotated[str, Field(max_length=36, pattern=PLAIN_TEXT)]
 Metadata = Annotated[dict[str, Any], AfterValidator(_check_metadata)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 PositiveFloat = Annotated[FiniteFloat, Field(gt=0)]
+# A place on an axis: neither true nor "0.5", which a plain float would take for one.
+Number = Annotated[FiniteFloat, Field(strict=True)]
+Kind = Literal["evaluation", "comparison", "path", "pruning", "series"]
 
 
 # --- requests -------------------------------------------------------------------------------------------------------
@@ -182,13 +194,22 @@ class EvenGrid(Strict):
 class NamedGrid(Strict):
     """These points; both ends are added where they are not named, as barriers are measured from them."""
 
-    values: list[FiniteFloat] = Field(min_length=1, max_length=1000)
+    values: list[Number] = Field(min_length=1, max_length=1000)
+
+
+def _of_one_form(grid: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+    """A grid, held against the form that was given alone: nobody wants to hear what the other two would need."""
+    if isinstance(grid, dict) and ("points" in grid) != ("values" in grid):
+        return (EvenGrid if "points" in grid else NamedGrid).model_validate(grid)
+    if isinstance(grid, EvenGrid | NamedGrid) or grid == "adaptive":
+        return validate(grid)
+    raise ValueError('give one of {"points": 25}, {"values": [0.25, 0.5]} and "adaptive"')
 
 
 class PathOptions(EvaluationOptions):
     """Which points of a path, and what happens to the networks there. Each point is a full evaluation."""
 
-    grid: EvenGrid | NamedGrid | Literal["adaptive"] = Field(
+    grid: Annotated[EvenGrid | NamedGrid | Literal["adaptive"], WrapValidator(_of_one_form)] = Field(
         default=EvenGrid(points=25), description="`adaptive` refines around the peak of the loss."
     )
     normalisation: Literal["interpolate", "recalibrate"] = Field(
@@ -220,7 +241,7 @@ class PruningOptions(EvaluationOptions):
     """How much is pruned, and of what. Each sparsity is a full evaluation."""
 
     sparsities: Annotated[
-        list[Annotated[float, Field(ge=0, lt=1)]],
+        list[Annotated[Number, Field(ge=0, lt=1)]],
         Field(min_length=1, max_length=1000),
         AfterValidator(_check_sparsities),
     ] = Field(
@@ -237,13 +258,19 @@ class Axis(Strict):
     """What a series runs along: a name, and for each checkpoint a number, rising."""
 
     name: str = Field(min_length=1, max_length=100, pattern=PLAIN_TEXT, description="Such as `epoch` or `step`.")
-    values: list[FiniteFloat] = Field(min_length=2, max_length=1000)
+    values: list[Number] = Field(min_length=2, max_length=1000)
 
     @model_validator(mode="after")
     def _rising(self) -> "Axis":
         if any(first >= second for first, second in pairwise(self.values)):
             raise ValueError("the values of an axis rise from each checkpoint to the next")
         return self
+
+
+class SeriesAxis(Axis):
+    """What a series that is asked for runs along: the difference of any two of its values is a number too."""
+
+    values: list[Annotated[Number, Field(ge=-1e15, le=1e15)]] = Field(min_length=2, max_length=1000)
 
 
 class EvaluationRequest(Strict):
@@ -298,7 +325,7 @@ class SeriesRequest(Strict):
     """Checkpoints of one architecture in order, such as those of a training run."""
 
     kind: Literal["series"]
-    axis: Axis
+    axis: SeriesAxis
     checkpoint_ids: list[Id] = Field(min_length=2, max_length=1000)
     probe_id: Id
     options: EvaluationOptions = EvaluationOptions()

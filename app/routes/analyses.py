@@ -18,7 +18,6 @@ router = APIRouter(tags=["analyses"])
 _FILTERS = ("kind", "checkpoint_id", "probe_id", "feature_set_id")
 AnalysisListing = Annotated[Listing, Depends(listing_with(*_FILTERS, "status"))]
 ReportListing = Annotated[Listing, Depends(listing_with(*_FILTERS))]
-KindFilter = Annotated[str | None, Query(max_length=30, pattern=schemas.PLAIN_TEXT)]
 IdempotencyKey = Annotated[str | None, Header(min_length=1, max_length=255, pattern=schemas.PLAIN_TEXT)]
 LastEventId = Annotated[str | None, Header(max_length=100, pattern=schemas.PLAIN_TEXT)]
 IdFilter = Annotated[str | None, Query(max_length=36, pattern=schemas.PLAIN_TEXT)]
@@ -43,7 +42,7 @@ def list_analyses(
     service: ServiceDep,
     listing: AnalysisListing,
     status: schemas.Status | None = None,
-    kind: KindFilter = None,
+    kind: schemas.Kind | None = None,
     checkpoint_id: IdFilter = None,
     probe_id: IdFilter = None,
     feature_set_id: IdFilter = None,
@@ -91,7 +90,7 @@ def cancel_analysis(id: schemas.Id, service: ServiceDep) -> schemas.Analysis:
 def list_reports(
     service: ServiceDep,
     listing: ReportListing,
-    kind: KindFilter = None,
+    kind: schemas.Kind | None = None,
     checkpoint_id: IdFilter = None,
     probe_id: IdFilter = None,
     feature_set_id: IdFilter = None,

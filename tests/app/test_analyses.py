@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from uuid import uuid4
 
 import numpy as np
@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
 
 from app.reports import EvaluationReport
+from app.schemas import AnalysisRequest, Kind
 from tests.app.test_uploads import problem
 from tests.conftest import MLP
 from tests.services import Service, until
@@ -193,7 +194,7 @@ def test_lists_of_analyses_and_reports(
         assert listed("reports", **params) == [done["report_id"]]
     assert listed("analyses", status="succeeded", metadata=f"mark={mark}") == [done["id"]]
     assert listed("analyses", status="queued", metadata=f"mark={mark}") == []
-    assert listed("analyses", kind="other") == []
+    assert listed("analyses", kind="path", metadata=f"mark={mark}") == []
     assert any_service.client.delete(f"/v1/checkpoints/{ids['checkpoint_id']}").status_code == 204
     assert listed("reports", metadata=f"mark={mark}") == [done["report_id"]]
 
@@ -238,6 +239,109 @@ def test_text_that_no_database_takes_is_refused(any_service: Service) -> None:
         body = b'{"kind": "evaluation", "feature_set_id": "' + text.encode() + b'"}'
         answer = client.post("/v1/analyses", content=body, headers={"Content-Type": "application/json"})
         problem(answer, 422, "invalid-request")
+
+
+@pytest.mark.parametrize("kind", get_args(Kind))
+def test_kinds_are_known_to_requests_errors_and_filters(service: Service, kind: str) -> None:
+    """A filter takes each kind, and errors of a request of each kind name places of its body, not the kind."""
+    for collection in ("analyses", "reports"):
+        assert service.client.get(f"/v1/{collection}", params={"kind": kind}).status_code == 200
+    answer = service.client.post("/v1/analyses", json={"kind": kind, "options": {"tolerance": 1}})
+    places = [error["loc"] for error in problem(answer, 422, "invalid-request")["errors"]]
+    assert ["body", "options", "tolerance"] in places
+    assert not [place for place in places if kind in place]
+
+
+def test_kinds_are_those_of_requests() -> None:
+    """What filters and errors know are the kinds that can be asked for."""
+    requests = get_args(get_args(AnalysisRequest)[0])
+    assert [*get_args(Kind)] == [get_args(request.model_fields["kind"].annotation)[0] for request in requests]
+
+
+def test_unknown_kind_is_no_filter(service: Service) -> None:
+    """A mistyped kind must not read as a kind of which there is nothing yet."""
+    for path in ("/v1/reports?kind=paths", "/v1/analyses?kind=paths", "/v1/analyses?kind="):
+        (error,) = problem(service.client.get(path), 422, "invalid-request")["errors"]
+        assert error["loc"] == ["query", "kind"]
+        assert "'comparison', 'path'" in error["message"]
+
+
+PATH = {"kind": "path", "checkpoint_a_id": "a", "checkpoint_b_id": "b", "probe_id": "p"}
+PRUNING = {"kind": "pruning", "checkpoint_id": "a", "probe_id": "p"}
+SERIES = {"kind": "series", "checkpoint_ids": ["a", "b"], "probe_id": "p"}
+NO_FORM = 'give one of {"points": 25}, {"values": [0.25, 0.5]} and "adaptive"'
+NO_NUMBER = "Input should be a valid number"
+
+
+@pytest.mark.parametrize(
+    ("grid", "place", "message"),
+    [
+        ({"points": 5000}, "points", "Input should be less than or equal to 1001"),
+        ({"points": 5, "steps": 1}, "steps", "Extra inputs are not permitted"),
+        ({"values": []}, "values", "List should have at least 1 item after validation, not 0"),
+        ({"values": [True]}, "values.0", NO_NUMBER),
+        ({"values": [0, "0.5"]}, "values.1", NO_NUMBER),
+        ({"points": 5, "values": [0.5]}, "", NO_FORM),
+        ({}, "", NO_FORM),
+        ("adaptiv", "", NO_FORM),
+        (None, "", NO_FORM),
+    ],
+    ids=str,
+)
+def test_a_grid_is_held_against_its_own_form(service: Service, grid: Any, place: str, message: str) -> None:
+    """An error is of the form that was given, at its place in the body; of no form it names all three."""
+    answer = service.client.post("/v1/analyses", json={**PATH, "options": {"grid": grid}})
+    loc = ["body", "options", "grid", *filter(None, place.split("."))]
+    assert problem(answer, 422, "invalid-request")["errors"] == [{"loc": loc, "message": message}]
+
+
+@pytest.mark.parametrize("grid", [{"points": 5}, {"values": [0, 0.5]}, {"values": [1]}, "adaptive"], ids=str)
+def test_grids_that_are_taken(service: Service, grid: Any) -> None:
+    """Each form is taken; whole numbers are numbers."""
+    answer = service.client.post("/v1/analyses", json={**PATH, "options": {"grid": grid}})
+    problem(answer, 404, "not-found")
+
+
+@pytest.mark.parametrize(
+    ("request_", "place"),
+    [
+        ({**PRUNING, "options": {"sparsities": [True]}}, "options.sparsities.0"),
+        ({**PRUNING, "options": {"sparsities": [0, "0.5"]}}, "options.sparsities.1"),
+        ({**SERIES, "axis": {"name": "x", "values": [False, 2]}}, "axis.values.0"),
+        ({**SERIES, "axis": {"name": "x", "values": [1, "2"]}}, "axis.values.1"),
+    ],
+)
+def test_places_are_numbers(service: Service, request_: dict[str, Any], place: str) -> None:
+    """Neither true nor a text is read as a sparsity or a number of an axis."""
+    body = problem(service.client.post("/v1/analyses", json=request_), 422, "invalid-request")
+    assert body["errors"] == [{"loc": ["body", *place.split(".")], "message": NO_NUMBER}]
+
+
+@pytest.mark.parametrize(
+    ("values", "index", "bound"),
+    [([-1.7e308, 1.7e308], 0, "greater than or equal to -1"), ([0, 1.0001e15], 1, "less than or equal to 1")],
+)
+def test_an_axis_has_bounds(service: Service, values: list[float], index: int, bound: str) -> None:
+    """Numbers whose difference is none are refused before anything is computed; those at the bounds are taken."""
+    answer = service.client.post("/v1/analyses", json={**SERIES, "axis": {"name": "x", "values": values}})
+    error = problem(answer, 422, "invalid-request")["errors"][0]
+    assert error["loc"] == ["body", "axis", "values", str(index)]
+    assert error["message"] == f"Input should be {bound}000000000000000"
+    answer = service.client.post("/v1/analyses", json={**SERIES, "axis": {"name": "x", "values": [-1e15, 1e15]}})
+    problem(answer, 404, "not-found")
+
+
+def test_messages_are_in_words(service: Service) -> None:
+    """Neither the library's prefix nor a pattern that stands for control characters is shown."""
+    answer = service.client.post("/v1/analyses", json={**SERIES, "axis": {"name": "a\nb", "values": [1, 2]}})
+    body = problem(answer, 422, "invalid-request")
+    assert body["errors"] == [{"loc": ["body", "axis", "name"], "message": "must not have control characters"}]
+    answer = service.post("/v1/feature-sets", {"name": "a\nb", "sha256": "0" * 64})
+    assert "spec.name: must not have control characters" in problem(answer, 422, "invalid-request")["detail"]
+    answer = service.client.post("/v1/analyses", json={**SERIES, "axis": {"name": "x", "values": [2, 1]}})
+    body = problem(answer, 422, "invalid-request")
+    assert "body.axis: the values of an axis rise" in body["detail"]
+    assert body["errors"][0]["message"].startswith("the values of an axis rise")
 
 
 def test_unknown_filter_is_refused(service: Service) -> None:

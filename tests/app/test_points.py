@@ -297,7 +297,7 @@ def test_a_point_that_fails_is_named(
     ("body", "place"),
     [
         ({"kind": "path", "checkpoint_a_id": "x", "probe_id": "x"}, ["body", "checkpoint_b_id"]),
-        ({"kind": "path", "options": {"grid": {"points": 1}}}, ["body", "options", "grid", "EvenGrid", "points"]),
+        ({"kind": "path", "options": {"grid": {"points": 1}}}, ["body", "options", "grid", "points"]),
         ({"kind": "path", "options": {"grid": {"values": [1.5]}}}, ["body", "options"]),
         ({"kind": "path", "options": {"extrapolate": True}}, ["body", "options"]),
         ({"kind": "path", "options": {"grid": {"values": [9]}, "extrapolate": True}}, ["body", "options"]),

@@ -83,7 +83,7 @@ def extract_features(
     Raises:
         AnalysisError: `inputs-refused` where the network fails on inputs of this shape or writes into them,
             `head-not-found` where the head is not run once or is not what gives the logits, `non-finite-values`,
-            `out-of-memory`, `invalid-probe`.
+            `out-of-memory`, `invalid-probe`, `invalid-architecture` where the same inputs give other logits.
 
     Numerics: float32 as the network computes, without TF32; in evaluation mode. Under autocast every value that the
         network gave in bfloat16 is kept as it is, a float32 number of 8 bits: a logit is then off by up to 1 part in
@@ -141,7 +141,9 @@ def pass_over(
     if n == 0:
         raise AnalysisError("invalid-probe", "The probe has no samples.")
     module = _ready(network.module, device)
-    size = min(batch_size or first_batch_size(module, probe, device=device, precision=precision), n)
+    # Asked for in any case: it refuses a network that is random.
+    fitting = first_batch_size(module, probe, device=device, precision=precision)
+    size = min(batch_size or fitting, n)
     while True:
         try:
             collector = begin()

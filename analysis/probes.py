@@ -214,6 +214,11 @@ def first_samples(inputs: Inputs, n: int) -> Inputs:
     return _samples(inputs, 0, n)
 
 
+def copied(inputs: Inputs) -> Inputs:
+    """The same batch in memory of its own."""
+    return _each(inputs, torch.clone)
+
+
 def each_input(inputs: Inputs) -> Iterable[Shaped[Tensor, "..."]]:
     """The tensors of a batch."""
     return _named(inputs).values()

@@ -85,18 +85,18 @@ def test_a_network_and_a_shape_are_looked_at_once() -> None:
     for _ in range(2):
         _size(module, _probe(torch.zeros(3, 4), 3))
     _size(module, _probe(torch.ones(90, 4), 90))
-    assert module.seen == [1, 2]
+    assert module.seen == [1, 2, 2]
     _size(module, _probe(torch.zeros(3, 5), 3))
-    assert module.seen == [1, 2] * 2
+    assert module.seen == [1, 2, 2] * 2
     first_batch_size(module, _probe(torch.zeros(3, 5), 3), device=CPU, precision="bfloat16")
-    assert module.seen == [1, 2] * 3
+    assert module.seen == [1, 2, 2] * 3
 
 
 def test_one_sample_is_enough() -> None:
     """A probe may hold a single one."""
     module = _Counting(lambda batch: batch)
     assert _size(module, _probe(torch.zeros(1, 4), 1)) == 4096
-    assert module.seen == [1, 2]
+    assert module.seen == [1, 2, 2]
 
 
 def test_images_in_files_are_not_opened_for_it() -> None:
@@ -115,7 +115,7 @@ def test_images_in_files_are_not_opened_for_it() -> None:
 
     probe = Probe(images, torch.zeros(4, dtype=torch.int64), None, 2, preprocess)
     assert _size(_Counting(keep), probe) == 8
-    assert [tuple(batch.shape) for batch in seen] == [(1, 3, 512, 512), (2, 3, 512, 512)]
+    assert [tuple(batch.shape) for batch in seen] == [(n, 3, 512, 512) for n in (1, 2, 2)]
     assert all(bool((batch == -1).all()) for batch in seen)
 
 

@@ -400,6 +400,21 @@ def test_a_hook_that_changes_what_the_head_gives_is_noticed() -> None:
     assert caught.value.kind == "head-not-found"
 
 
+@pytest.mark.parametrize("batch_size", [None, 40])
+def test_a_network_that_is_random_is_refused(batch_size: int | None) -> None:
+    """Dropout that does not ask for the mode: no number would come twice."""
+    network = _network()
+    network.module.register_module("1", _Dropping())
+    with pytest.raises(AnalysisError, match="random in evaluation mode") as caught:
+        extract_features(network, _probe(), device=CPU, batch_size=batch_size)
+    assert caught.value.kind == "invalid-architecture"
+
+
+class _Dropping(nn.Module):
+    def forward(self, inputs: Tensor) -> Tensor:
+        return nn.functional.dropout(inputs, 0.5)
+
+
 def test_hooks_are_removed() -> None:
     """A pass leaves no hook behind."""
     network = _network()

@@ -3,7 +3,9 @@
 Altair and the renderer load with the first picture that is asked for: an API process that draws none stays small.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+import textwrap
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import altair as alt
@@ -11,22 +13,27 @@ import vl_convert
 
 Report = dict[str, Any]
 Rows = list[dict[str, Any]]
-Panel = alt.LayerChart | alt.FacetChart
+# What is drawn, and what its marks mean.
+Panel = tuple[alt.LayerChart | alt.FacetChart, list[str]]
 
 _WIDTH, _HEIGHT, _PNG_SCALE = 320, 190, 2.0
 # Okabe and Ito's, which people of all colour vision tell apart.
 _COLOURS = {"train": "#0072B2", "test": "#D55E00", "all": "#7F7F7F"}
-# Of each measure: how its axis is called, and the end of the scale that is always shown.
+_GREY = "#555555"
 _LABELS = {"loss": "loss (nats)", "error": "error", "accuracy": "accuracy", "mir": "MIR", "hdr": "HDR"}
 _BARRIERS = {"loss": "loss_barrier", "error": "error_barrier", "mir": "mir_barrier", "hdr": "hdr_barrier"}
-_COMPARED = ("accuracy", "loss", "mir", "hdr")
+_REASONS = {"zero_entropy": "all directions coincide", "no_directions": "no vector has a direction"}
 _LEGEND = alt.Legend(title=None, orient="bottom", symbolOpacity=1)
-_NOTE = "MIR and HDR: sample level, global centring"
+_OPTIMUM = "optimum under neural collapse"
+# Pixels between the bars or knees of two splits: at one place they would cover each other.
+_DODGE = 3
+# Characters of a name, and of what fits into the width of one panel: an axis, a line of the title, of the subtitle.
+_NAME, _AXIS, _TITLE, _SUBTITLE = 60, 44, 48, 64
 
 
 def names(kind: str) -> list[str]:
     """Which charts a report of this kind has; the first shows the whole of it."""
-    return list(_CHARTS[kind])
+    return ["overview", *_PANELS[kind]]
 
 
 def describe(report: Report, name: str) -> dict[str, Any]:
@@ -39,8 +46,25 @@ def describe(report: Report, name: str) -> dict[str, Any]:
     Raises:
         KeyError: there is no such chart.
     """
-    chart = _CHARTS[report["kind"]][name](report).configure_view(stroke=None)
-    specification: dict[str, Any] = chart.configure_axis(grid=True, gridOpacity=0.4).to_dict()
+    panels = _PANELS[report["kind"]]
+    drawn = [panels[measure](report) for measure in (panels if name == "overview" else [name])]
+    columns = min(len(drawn), 2)
+    subjects = [_short(subject["name"]) for subject in report.get("subjects") or [report["subject"]]]
+    about = subjects[0] if len(subjects) == 1 else f"{subjects[0]} to {subjects[-1]}"
+    notes = [f"on {_short(report['probe']['name'])}"]
+    notes.append("; ".join(sorted({words for _, key in drawn for words in key}, reverse=True)))
+    if report["kind"] != "evaluation" and name in ("overview", "mir", "hdr"):
+        notes.append("MIR and HDR: sample level, global centring")
+    title = alt.TitleParams(
+        textwrap.wrap(f"{report['kind'].capitalize()}: {about}", columns * _TITLE),
+        subtitle=[line for note in notes for line in textwrap.wrap(note, columns * _SUBTITLE)],
+        anchor="start",
+        # Names may be in a script with wider characters than those that a line was counted in.
+        limit=columns * (_WIDTH + 50),
+    )
+    chart = alt.concat(*(panel for panel, _ in drawn), columns=columns, spacing=24).properties(title=title)
+    chart = chart.configure_view(stroke=None).configure_axis(grid=True, gridOpacity=0.4)
+    specification: dict[str, Any] = chart.to_dict()
     return specification
 
 
@@ -56,46 +80,55 @@ def png(specification: dict[str, Any]) -> bytes:
     return drawn
 
 
-def _overview(*panels: Callable[[Report], Panel], title: str) -> Callable[[Report], alt.ConcatChart]:
-    def draw(report: Report) -> alt.ConcatChart:
-        return alt.concat(*(panel(report) for panel in panels), columns=2, spacing=24).properties(
-            title=alt.TitleParams(f"{title}: {_about(report)}", subtitle=[_on(report), _NOTE], anchor="start")
-        )
-
-    return draw
-
-
-def _about(report: Report) -> str:
-    subjects = report.get("subjects") or [report["subject"]]
-    named = [subject["name"] for subject in subjects]
-    return named[0] if len(named) == 1 else f"{named[0]} to {named[-1]}"
-
-
-def _on(report: Report) -> str:
-    return f"on {report['probe']['name']}"
-
-
-def _panel(measure: str) -> Callable[[Report], Panel]:
+def _over_points(measure: str) -> Callable[[Report], Panel]:
     """A measure over the points of a path, a sweep or a series, a line for each split."""
 
     def draw(report: Report) -> Panel:
-        rows, key, label = _rows(report), *_axis(report)
-        colour = alt.Color("split:N", scale=_scale(rows), legend=_LEGEND)
-        x = alt.X(f"{key}:Q", title=label)
+        at, label = _axis(report)
+        rows = list(_points(report, measure))
+        levels, marks = list(_levels(report, measure, rows)), list(_marks(report, measure, rows))
+        colour, splits, missing = _colour(rows), _splits(rows), _missing(rows, measure)
+        # Of one sparsity the whole range.
+        along = _domain([row[at] for row in rows], least=0 if len(report["points"]) > 1 else 1)
+        values = [row[measure] for row in rows]
+        undefined = all(value is None for value in values)
+        # An optimum alone is no scale: then the whole of it, with room for words.
+        values += [row["level"] for row in levels] + ([0, 1] if undefined else [])
+        span = _domain(values, _least(measure, values), ceiling=math.inf if measure == "loss" else 1)
+        x = alt.X(f"{at}:Q", title=_short(label, _AXIS), scale=_scale(along), axis=_ticks(along, titleLimit=_WIDTH))
+        y = alt.Y(f"{measure}:Q", title=_LABELS[measure], scale=_scale(span), axis=_ticks(span))
         # Where the measure is not defined the line is broken: nobody shall read a value there.
-        lines = (
-            _chart(rows)
-            .mark_line(invalid="break-paths-show-domains", point=alt.OverlayMarkDef(size=22), strokeWidth=1.6)
-            .encode(x=x, y=alt.Y(f"{measure}:Q", title=_LABELS[measure], scale=alt.Scale(zero=False)), color=colour)
-        )
-        layers = [*_reference(report, measure, x, colour), lines, *_marks(report, measure, colour)]
-        return alt.layer(*layers).properties(width=_WIDTH, height=_HEIGHT)
+        lines = _chart(rows).mark_line(invalid="break-paths-show-domains", point={"size": 22}, strokeWidth=1.6)
+        layers = [lines.encode(x=x, y=y, color=colour)]
+        for index, split in enumerate(splits if levels else []):
+            level = _chart(_of(levels, split))
+            if report["kind"] == "path":
+                chord = level.mark_line(strokeDash=[4, 3], opacity=0.55)
+                layers.insert(0, chord.encode(x=x, y="level:Q", color=colour))
+            else:
+                # Optima of the splits are nearly the same: the dots of one are in the gaps of the others.
+                dots = [2, 4 * len(splits) - 2]
+                optimum = level.mark_rule(strokeDash=dots, strokeDashOffset=4 * index, strokeWidth=2)
+                layers.insert(0, optimum.encode(y="level:Q", color=colour))
+        # Moved apart in the order of their places, so that two which differ a little do not meet either.
+        for index, mark in enumerate(sorted(marks, key=lambda mark: mark[at])):
+            aside = _DODGE * (index - (len(marks) - 1) / 2)
+            if report["kind"] == "path":
+                bar = _chart([mark]).mark_rule(strokeWidth=2, xOffset=aside)
+                layers.append(bar.encode(x=x, y="from:Q", y2="to:Q", color=colour))
+            else:
+                layers.append(_chart([mark]).mark_rule(strokeDash=[6, 3], xOffset=aside).encode(x=x, color=colour))
+        if undefined:
+            words = _chart([{"words": "\n".join(missing)}]).mark_text(color=_GREY, lineBreak="\n")
+            layers.append(words.encode(text="words:N", x=alt.value(_WIDTH / 2), y=alt.value(_HEIGHT * 0.7)))
+        key = [words for words, shown in zip(_key(report, measure), (levels, marks), strict=True) if shown]
+        panel = alt.layer(*layers).properties(width=_WIDTH, height=_HEIGHT)
+        if missing and not undefined:
+            title = alt.TitleParams(missing, anchor="start", fontSize=10, fontWeight="normal", color=_GREY)
+            panel = panel.properties(title=title)
+        return panel, key
 
     return draw
-
-
-def _chart(rows: Rows) -> alt.Chart:
-    return alt.Chart(alt.InlineData(values=rows))
 
 
 def _axis(report: Report) -> tuple[str, str]:
@@ -107,65 +140,67 @@ def _axis(report: Report) -> tuple[str, str]:
     return "x", report["axis"]["name"]
 
 
-def _rows(report: Report) -> Rows:
-    key = _axis(report)[0]
-    return [
-        {
-            key: point[key],
-            "split": name,
-            "loss": split["loss"],
-            "error": 1 - split["accuracy"],
-            "accuracy": split["accuracy"],
-            "mir": split["interplay"]["sample"]["global"]["mir"],
-            "hdr": split["interplay"]["sample"]["global"]["hdr"],
-            "optimum": split["interplay"]["sample"]["global"]["optimum"],
-        }
-        for point in report["points"]
-        for name, split in point["splits"].items()
-    ]
+def _key(report: Report, measure: str) -> tuple[str, str]:
+    """What the levels mean, and what the marks."""
+    if report["kind"] == "path":
+        chord = "dashed (error): mean of the ends" if measure == "error" else "dashed: chord between the ends"
+        return chord, "bar: barrier at its place, splits side by side"
+    return f"dotted: {_OPTIMUM}", "dashed: knee, the largest sparsity within 1 point of the accuracy at 0"
 
 
-def _scale(rows: Rows) -> alt.Scale:
-    present = {row["split"] for row in rows}
-    known = [name for name in _COLOURS if name in present]
-    return alt.Scale(domain=known, range=[_COLOURS[name] for name in known])
+def _points(report: Report, measure: str) -> Iterator[dict[str, Any]]:
+    at, _ = _axis(report)
+    for point in report["points"]:
+        for name, split in point["splits"].items():
+            value, reason = _read(split, measure)
+            yield {at: point[at], "split": name, measure: value} | ({"reason": reason} if value is None else {})
 
 
-def _reference(report: Report, measure: str, x: alt.X, colour: alt.Color) -> Iterator[alt.Chart]:
+def _levels(report: Report, measure: str, rows: Rows) -> Iterator[dict[str, Any]]:
     """What the measure is read against: the chord of a path, the optimum of a series or a sweep."""
-    rows, key = _rows(report), _axis(report)[0]
-    if report["kind"] == "path":
-        rows = [row for row in rows if row[key] in (0, 1) and row[measure] is not None]
-        y = alt.Y(f"{measure}:Q")
-        yield _chart(rows).mark_line(strokeDash=[4, 3], opacity=0.55).encode(x=x, y=y, color=colour)
-    elif measure in ("mir", "hdr"):
-        optima = [{**row, "optimum": row["optimum"][measure]} for row in rows if row["optimum"][measure] is not None]
-        y = alt.Y("optimum:Q")
-        lines = _chart(optima)
-        yield lines.mark_line(strokeDash=[2, 3], opacity=0.7).encode(x=x, y=y, color=colour)
+    for split in _splits(rows):
+        if report["kind"] == "path":
+            ends = [(row["w"], row[measure]) for row in _of(rows, split) if row["w"] in (0, 1)]
+            if all(value is not None for _, value in ends):
+                mean = sum(value for _, value in ends) / 2
+                # The error's barrier is Frankle's, over the mean of the ends; the others are over the chord.
+                for w, value in ends:
+                    yield {"w": w, "split": split, "level": mean if measure == "error" else value}
+        elif measure in ("mir", "hdr"):
+            # It follows from the class counts, which are those of the probe at every point.
+            optimum = report["points"][0]["splits"][split]["interplay"]["sample"]["global"]["optimum"][measure]
+            if optimum is not None:
+                yield {"split": split, "level": optimum}
 
 
-def _marks(report: Report, measure: str, colour: alt.Color) -> Iterator[alt.Chart]:
-    """Where a path's barriers are, and a sweep's knees."""
-    key, summary = _axis(report)[0], report["summary"]["splits"]
-    if report["kind"] == "path":
-        rows = [row for name in summary for row in _barrier(report, measure, name)]
-        base = _chart(rows)
-        yield base.mark_rule(strokeWidth=2.5).encode(x="at:Q", y="from:Q", y2="to:Q", color=colour)
-    elif report["kind"] == "pruning" and measure == "accuracy":
-        rows = [{key: split["knee"], "split": name} for name, split in summary.items() if split["knee"] is not None]
-        base = _chart(rows)
-        yield base.mark_rule(strokeDash=[6, 3], opacity=0.8).encode(x=f"{key}:Q", color=colour)
+def _marks(report: Report, measure: str, rows: Rows) -> Iterator[dict[str, Any]]:
+    """Where a path's barriers are, from what the value is compared with to the value, and where a sweep's knees."""
+    for split in _splits(rows):
+        summary = report["summary"]["splits"][split]
+        if report["kind"] == "path":
+            found = summary[_BARRIERS[measure]]
+            if found is not None and found["value"] > 0:
+                value = next(row[measure] for row in _of(rows, split) if row["w"] == found["at"])
+                sign = -1 if measure == "mir" else 1
+                yield {"split": split, "w": found["at"], "from": value - sign * found["value"], "to": value}
+        elif report["kind"] == "pruning" and measure == "accuracy" and summary["knee"] is not None:
+            yield {"sparsity": summary["knee"], "split": split}
 
 
-def _barrier(report: Report, measure: str, split: str) -> Rows:
-    """From what the value is compared with to the value, where it departs from it most."""
-    found = report["summary"]["splits"][split][_BARRIERS[measure]]
-    if found is None or found["value"] <= 0:
-        return []
-    value = next(row[measure] for row in _rows(report) if row["split"] == split and row["w"] == found["at"])
-    sign = -1 if measure == "mir" else 1
-    return [{"split": split, "at": found["at"], "from": value - sign * found["value"], "to": value}]
+def _missing(rows: Rows, measure: str) -> list[str]:
+    """What a reader would look for in vain, a line for each reason: of which splits, and at how many points."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for split in _splits(rows):
+        of_split = _of(rows, split)
+        reasons = [row["reason"] for row in of_split if row[measure] is None]
+        if reasons:
+            where = "" if len(reasons) == len(of_split) else f" at {len(reasons)} of {len(of_split)} points"
+            found.setdefault((where, ", ".join(sorted(set(reasons)))), []).append(split)
+    lines = []
+    for (where, reason), splits in found.items():
+        of = "" if splits == _splits(rows) else f" for {', '.join(splits)}"
+        lines.append(f"not defined{of}{where}: {reason}")
+    return lines
 
 
 def _evaluation_of(measure: str) -> Callable[[Report], Panel]:
@@ -173,27 +208,21 @@ def _evaluation_of(measure: str) -> Callable[[Report], Panel]:
 
     def draw(report: Report) -> Panel:
         rows = list(_measured(report, measure))
-        colour = alt.Color("split:N", scale=_scale(rows), legend=_LEGEND)
+        colour = _colour(rows)
+        x = alt.X("value:Q", title=_LABELS[measure], scale=alt.Scale(domain=[0, 1]))
         y = alt.Y("place:N", title=None, sort=None, axis=alt.Axis(labelLimit=240))
         offset = alt.YOffset("split:N", sort=list(_COLOURS))
-        base = _chart(rows)
-        layers: list[alt.Chart] = [
-            base.mark_tick(thickness=2, color="black").encode(x=alt.X("optimum:Q"), y=y, yOffset=offset),
-            base.mark_point(filled=True, size=60).encode(
-                x=alt.X("value:Q", title=_LABELS[measure], scale=alt.Scale(domain=[0, 1])),
-                y=y,
-                yOffset=offset,
-                color=colour,
-            ),
-        ]
-        if measure == "mir":
-            layers.insert(
-                0,
-                base.mark_point(shape="cross", size=40, opacity=0.7).encode(
-                    x=alt.X("null:Q"), y=y, yOffset=offset, color=colour
-                ),
-            )
-        return alt.layer(*layers).properties(width=_WIDTH, height=_HEIGHT)
+        base = _chart(rows).encode(y=y, yOffset=offset)
+        layers = [base.mark_point(filled=True, size=60).encode(x=x, color=colour)]
+        key = []
+        if any(row["null"] is not None for row in rows):
+            key.append("cross: mean of the permutation baseline")
+            layers.insert(0, base.mark_point(shape="cross", size=40, opacity=0.7).encode(x="null:Q", color=colour))
+        if any(row["optimum"] is not None for row in rows):
+            key.insert(0, f"tick: {_OPTIMUM}")
+            layers.insert(0, base.mark_tick(thickness=2, color="black").encode(x="optimum:Q"))
+        words = base.mark_text(align="left", fontSize=9, color=_GREY).encode(text="words:N", x=alt.value(8))
+        return alt.layer(*layers, words).properties(width=_WIDTH, height=_HEIGHT), key
 
     return draw
 
@@ -207,15 +236,9 @@ def _measured(report: Report, measure: str) -> Iterator[dict[str, Any]]:
                     "place": f"{level.replace('_', ' ')}, {centring}",
                     "value": found[measure],
                     "optimum": found["optimum"][measure],
-                    "null": found["null"]["mean"] if found["null"] else None,
+                    "null": found["null"]["mean"] if found["null"] and measure == "mir" else None,
+                    "words": f"not defined: {_reason(found, measure)}" if found[measure] is None else "",
                 }
-
-
-def _evaluation(report: Report) -> alt.ConcatChart:
-    note = "ticks: optimum at neural collapse; crosses: mean of the permutation baseline"
-    return alt.concat(*(_evaluation_of(measure)(report) for measure in ("mir", "hdr")), columns=2).properties(
-        title=alt.TitleParams(f"Evaluation: {_about(report)}", subtitle=[_on(report), note], anchor="start")
-    )
 
 
 def _difference_of(measure: str) -> Callable[[Report], Panel]:
@@ -224,38 +247,119 @@ def _difference_of(measure: str) -> Callable[[Report], Panel]:
 
     def draw(report: Report) -> Panel:
         rows = [{"split": name, **split["differences"][path]} for name, split in report["splits"].items()]
-        colour = alt.Color("split:N", scale=_scale(rows), legend=None)
+        for row in rows:
+            row["words"] = _without(report["splits"][row["split"]], row, measure)
+        drawn = [row[end] for row in rows for end in ("low", "difference", "high")]
+        there = any(row["difference"] is not None for row in rows)
+        span = _domain(
+            [0, *drawn] if there else [], _least(measure, [row[side] for row in rows for side in "ab"]), floor=-math.inf
+        )
+        x = alt.X(
+            "difference:Q",
+            title=f"{_LABELS[measure]}, B - A",
+            scale=_scale(span, padding=8),
+            axis=_ticks(span, tickCount=3),
+        )
         y = alt.Y("split:N", title=None, sort=list(_COLOURS))
-        base = _chart(rows)
+        base, colour = _chart(rows).encode(y=y), _colour(rows, legend=None)
+        words = base.mark_text(align="left", fontSize=9, color=_GREY, dy=-9)
         layers = [
-            _chart([{"zero": 0}]).mark_rule(strokeDash=[4, 3]).encode(x="zero:Q"),
-            base.mark_rule(strokeWidth=2.5).encode(x=alt.X("low:Q"), x2="high:Q", y=y, color=colour),
-            base.mark_point(filled=True, size=70, opacity=1).encode(
-                x=alt.X("difference:Q", title=f"{_LABELS[measure]}, B - A"), y=y, color=colour
-            ),
+            _chart([{"zero": 0}] if there else []).mark_rule(strokeDash=[4, 3]).encode(x="zero:Q"),
+            base.mark_rule(strokeWidth=2.5).encode(x="low:Q", x2="high:Q", color=colour),
+            base.mark_point(filled=True, size=70, opacity=1).encode(x=x, color=colour),
+            words.encode(text="words:N", x=alt.value(8)),
         ]
-        return alt.layer(*layers).properties(width=_WIDTH, height=_HEIGHT // 2)
+        confidence = f"{report['provenance']['options']['confidence'] * 100:g} %"
+        key = [f"bar: {confidence} interval of the difference", "dashed: no difference"]
+        return alt.layer(*layers).properties(width=_WIDTH, height=_HEIGHT // 2), key
 
     return draw
 
 
-def _comparison(report: Report) -> alt.ConcatChart:
-    confidence = f"{report['provenance']['options']['confidence'] * 100:g} %"
-    note = f"lines: {confidence} intervals of the difference; {_NOTE}"
-    return alt.concat(*(_difference_of(measure)(report) for measure in _COMPARED), columns=2).properties(
-        title=alt.TitleParams(f"Comparison: {_about(report)}", subtitle=[_on(report), note], anchor="start")
-    )
+def _without(split: Report, difference: Report, measure: str) -> str:
+    """What a difference lacks, and why."""
+    if difference["difference"] is None:
+        sides = ((side.upper(), *_read(split[side], measure)) for side in ("a", "b"))
+        reasons = {f"{reason} (of {side})" for side, value, reason in sides if value is None}
+        return f"not defined: {', '.join(sorted(reasons))}"
+    return f"no interval: {_in_words(difference['reason'])}" if difference["low"] is None else ""
 
 
-def _of_points(title: str, measures: Sequence[str]) -> dict[str, Callable[[Report], Any]]:
-    panels = {measure: _panel(measure) for measure in measures}
-    return {"overview": _overview(*panels.values(), title=title), **panels}
+def _read(split: Report, measure: str) -> tuple[float | None, str]:
+    """A measure of an evaluated split, and why where it is not defined."""
+    field = "accuracy" if measure == "error" else measure
+    found = split["interplay"]["sample"]["global"] if field in ("mir", "hdr") else split
+    if found[field] is None:
+        return None, _reason(found, field)
+    return (1 - found[field] if measure == "error" else found[field]), ""
 
 
-_CHARTS: dict[str, dict[str, Callable[[Report], Any]]] = {
-    "evaluation": {"overview": _evaluation, "mir": _evaluation_of("mir"), "hdr": _evaluation_of("hdr")},
-    "comparison": {"overview": _comparison, **{measure: _difference_of(measure) for measure in _COMPARED}},
-    "path": _of_points("Path", ("loss", "error", "mir", "hdr")),
-    "pruning": _of_points("Pruning", ("loss", "accuracy", "mir", "hdr")),
-    "series": _of_points("Series", ("loss", "accuracy", "mir", "hdr")),
+def _reason(found: Report, field: str) -> str:
+    return _in_words(found["reasons"].get(field))
+
+
+def _in_words(reason: str | None) -> str:
+    return _REASONS.get(reason or "", (reason or "no reason is given").replace("_", " "))
+
+
+def _chart(rows: Rows) -> alt.Chart:
+    return alt.Chart(alt.InlineData(values=rows))
+
+
+def _of(rows: Rows, split: str) -> Rows:
+    return [row for row in rows if row["split"] == split]
+
+
+def _splits(rows: Rows) -> list[str]:
+    present = {row["split"] for row in rows}
+    return [name for name in _COLOURS if name in present]
+
+
+def _colour(rows: Rows, legend: alt.Legend | None = _LEGEND) -> alt.Color:
+    splits = _splits(rows)
+    scale = alt.Scale(domain=splits, range=[_COLOURS[name] for name in splits])
+    return alt.Color("split:N", scale=scale, legend=legend)
+
+
+def _least(measure: str, values: Iterable[float | None]) -> float:
+    """How wide a scale is at least: for shares 0.001, for the loss a thousandth of its size."""
+    if measure != "loss":
+        return 1e-3
+    return max(1e-3 * max((abs(value) for value in values if value is not None), default=0), 1e-6)
+
+
+def _domain(values: Iterable[float | None], least: float, floor: float = 0, ceiling: float = 1) -> tuple[float, float]:
+    """From the smallest value to the largest; errors of rounding are widened to the least width, within the bounds."""
+    known = [value for value in values if value is not None] or [0.0, 1.0]
+    low, high = min(known), max(known)
+    if high - low < least:
+        low = min(max((low + high - least) / 2, floor), ceiling - least)
+        high = low + least
+    return low, high
+
+
+def _scale(domain: tuple[float, float], padding: int = 0) -> alt.Scale:
+    return alt.Scale(domain=list(domain), nice=True, zero=False, padding=padding)
+
+
+def _ticks(domain: tuple[float, float], **options: Any) -> alt.Axis:
+    """Very large and very small numbers with a power of ten, and with digits enough to tell ticks apart."""
+    size = max(map(abs, domain))
+    if not 1e-3 <= size < 1e7:
+        options["format"] = f".{3 + math.ceil(math.log10(max(size / (domain[1] - domain[0]), 1)))}~g"
+    return alt.Axis(labelSeparation=6, **options)
+
+
+def _short(name: str, most: int = _NAME) -> str:
+    """A long name without its middle: names of one run often differ at their ends."""
+    return name if len(name) <= most else f"{name[: most // 2]}…{name[1 - most // 2 :]}"
+
+
+_OF_MODEL = ("loss", "accuracy", "mir", "hdr")
+_PANELS: dict[str, dict[str, Callable[[Report], Panel]]] = {
+    "evaluation": {measure: _evaluation_of(measure) for measure in ("mir", "hdr")},
+    "comparison": {measure: _difference_of(measure) for measure in ("accuracy", "loss", "mir", "hdr")},
+    "path": {measure: _over_points(measure) for measure in ("loss", "error", "mir", "hdr")},
+    "pruning": {measure: _over_points(measure) for measure in _OF_MODEL},
+    "series": {measure: _over_points(measure) for measure in _OF_MODEL},
 }

@@ -1,5 +1,6 @@
 """Pictures of real reports: each kind, each format, what they show, and what there is not."""
 
+import copy
 import json
 import struct
 import xml.etree.ElementTree as ET
@@ -56,8 +57,8 @@ def test_every_chart_is_drawn_in_every_format(service: Service, reports: dict[st
         assert picture.headers["content-type"].startswith("image/svg+xml")
         words = "".join(ET.fromstring(picture.text).itertext())
         assert "train" in words
-        if name == "overview":
-            assert "before <&>" in words
+        assert f"{kind.capitalize()}: before <&>" in words
+        assert "on data" in words
         image = service.client.get(f"{url}/{name}.png")
         assert image.headers["content-type"] == "image/png"
         assert image.content[:8] == b"\x89PNG\r\n\x1a\n"
@@ -81,33 +82,234 @@ def test_a_chart_shows_the_numbers_of_the_report(reports: dict[str, Any]) -> Non
     knees = [split["knee"] for split in reports["pruning"]["summary"]["splits"].values()]
     drawn = json.dumps(charts.describe(reports["pruning"], "accuracy"))
     assert all(f'{{"sparsity": {json.dumps(knee)}, "split"' in drawn for knee in knees)
-    path = json.loads(json.dumps(reports["path"]))
-    for split, point in zip(("all", "train", "test"), [path["points"][1]] * 3, strict=True):
-        point["splits"][split]["loss"] += 1
-        path["summary"]["splits"][split]["loss_barrier"] = {"value": 1.0, "at": 0.5}
+    path = _with_barriers(reports["path"])
     rule = json.dumps(charts.describe(path, "loss"))
     raised = path["points"][1]["splits"]["test"]["loss"]
-    assert f'"at": 0.5, "from": {json.dumps(raised - 1.0)}, "to": {json.dumps(raised)}' in rule
+    assert f'"w": 0.5, "from": {json.dumps(raised - 1.0)}, "to": {json.dumps(raised)}' in rule
+
+
+def test_every_chart_says_what_its_marks_mean(reports: dict[str, Any]) -> None:
+    """A key of the marks that are drawn, in the overview and beside each measure, and none of those that are not."""
+    path = _with_barriers(reports["path"])
+    keys = {
+        "chord": "dashed: chord between the ends",
+        "mean": "dashed (error): mean of the ends",
+        "bar": "bar: barrier at its place",
+        "knee": "dashed: knee, the largest sparsity within 1 point of the accuracy at 0",
+        "optimum": "dotted: optimum under neural collapse",
+        "tick": "tick: optimum under neural collapse",
+        "cross": "cross: mean of the permutation baseline",
+        "interval": "bar: 95 % interval of the difference",
+        "zero": "dashed: no difference",
+        "level": "MIR and HDR: sample level, global centring",
+    }
+    for report, name, shown in (
+        (path, "overview", {"chord", "mean", "bar", "level"}),
+        (path, "loss", {"chord", "bar"}),
+        (path, "error", {"mean"}),
+        (path, "mir", {"chord", "level"}),
+        (reports["pruning"], "overview", {"knee", "optimum", "level"}),
+        (reports["pruning"], "accuracy", {"knee"}),
+        (reports["series"], "loss", set()),
+        (reports["series"], "hdr", {"optimum", "level"}),
+        (reports["evaluation"], "overview", {"tick", "cross"}),
+        (reports["evaluation"], "hdr", {"tick"}),
+        (reports["comparison"], "loss", {"interval", "zero"}),
+        (reports["comparison"], "mir", {"interval", "zero", "level"}),
+    ):
+        words = _words(charts.describe(report, name))
+        assert {mark for mark, meaning in keys.items() if meaning in words} == shown, (report["kind"], name)
+
+
+def test_a_barrier_reaches_from_its_line_to_the_value(reports: dict[str, Any]) -> None:
+    """The error's barrier stands on the mean of the ends, which is drawn; the loss's on the chord between them."""
+    path = copy.deepcopy(reports["path"])
+    for point, accuracy, loss in zip(path["points"], (0.75, 0.25, 0.25), (1.0, 4.0, 3.0), strict=True):
+        point["splits"]["test"] |= {"accuracy": accuracy, "loss": loss}
+    path["summary"]["splits"]["test"]["error_barrier"] = {"value": 0.25, "at": 0.5}
+    path["summary"]["splits"]["test"]["loss_barrier"] = {"value": 2.0, "at": 0.5}
+    for name, levels, bar in (("error", [0.5, 0.5], (0.5, 0.75)), ("loss", [1.0, 3.0], (2.0, 4.0))):
+        rows = [row for row in _rows(charts.describe(path, name)) if row.get("split") == "test"]
+        assert [row["level"] for row in rows if "level" in row] == levels
+        assert [(row["from"], row["to"]) for row in rows if "from" in row] == [bar]
+
+
+def test_bars_and_knees_of_all_splits_are_seen(reports: dict[str, Any]) -> None:
+    """At one place, and at places a few pixels apart, there is room between the bars of any two splits."""
+    path = _with_barriers(reports["path"])
+    assert sorted(_upright(charts.describe(path, "loss")).values()) == [157, 160, 163]
+    # 6 pixels to the right: what a fixed place for each split would put onto the bar of another one.
+    for point in path["points"][1:2]:
+        point["w"] = 0.5 + 6 / 320
+        path["points"].insert(1, copy.deepcopy(reports["path"]["points"][1]))
+    path["summary"]["splits"]["train"]["loss_barrier"]["at"] = 0.5 + 6 / 320
+    places = _upright(charts.describe(path, "loss"))
+    assert places["#0072B2"] == pytest.approx(169)
+    assert {places["#D55E00"], places["#7F7F7F"]} == {157, 160}
+    pruning = copy.deepcopy(reports["pruning"])
+    for split in pruning["summary"]["splits"].values():
+        split["knee"] = 0.5
+    first, second, third = sorted(_upright(charts.describe(pruning, "accuracy")).values())
+    assert (second - first, third - second) == (3, 3)
+
+
+def test_a_panel_without_a_value_says_why(reports: dict[str, Any]) -> None:
+    """A measure that is not defined anywhere, for a split, or at a point has its reason in words in the picture."""
+    path = copy.deepcopy(reports["path"])
+    _undefine(path["points"][1]["splits"]["test"], "zero_entropy")
+    assert "not defined for test at 1 of 3 points: all directions coincide" in _words(charts.describe(path, "mir"))
+    for point in path["points"]:
+        for split in point["splits"].values():
+            _undefine(split, "no_directions")
+    words = _words(charts.describe(path, "overview"))
+    assert words.count("not defined: no vector has a direction") == 1
+    assert "at 3 of 3" not in words
+    evaluation = copy.deepcopy(reports["evaluation"])
+    assert "not defined" not in _words(charts.describe(evaluation, "mir"))
+    _undefine(evaluation["splits"]["train"], "zero_entropy")
+    assert "not defined: all directions coincide" in _words(charts.describe(evaluation, "mir"))
+    comparison = copy.deepcopy(reports["comparison"])
+    assert "not defined" not in _words(charts.describe(comparison, "mir"))
+    for split in comparison["splits"].values():
+        _undefine(split["a"], "no_directions")
+        for lacking in ("a", "difference", "low", "high"):
+            split["differences"]["interplay.sample.global.mir"][lacking] = None
+        split["differences"]["loss"] |= {"low": None, "high": None, "reason": "no_derivative"}
+    words = _words(charts.describe(comparison, "overview"))
+    assert "not defined: no vector has a direction (of A)" in words
+    assert "no interval: no derivative" in words
+
+
+def test_the_optimum_of_a_single_sparsity_is_drawn(reports: dict[str, Any]) -> None:
+    """A sweep of one point has the dotted lines of its optima across the whole panel, a split's in another's gaps."""
+    pruning = copy.deepcopy(reports["pruning"])
+    del pruning["points"][1:]
+    dotted = [line for line in _lines(charts.describe(pruning, "mir")) if line.get("stroke-dasharray") == "2,10"]
+    assert {line.get("stroke") for line in dotted} == {"#0072B2", "#D55E00", "#7F7F7F"}
+    assert {abs(float(str(line.get("x2")))) for line in dotted} == {320}
+    assert len({line.get("stroke-dashoffset") for line in dotted}) == 3
+
+
+def test_values_that_are_all_the_same_have_a_scale_to_read(reports: dict[str, Any]) -> None:
+    """Rounding errors do not fill a panel, and no tick has sixteen digits; shares stay between 0 and 1."""
+    series = copy.deepcopy(reports["series"])
+    for point, error in zip(series["points"], (0, 4e-16), strict=True):
+        for split in point["splits"].values():
+            split |= {"loss": 2.302585092994046 + error, "accuracy": 1 - error}
+    loss, accuracy = charts.describe(series, "loss"), charts.describe(series, "accuracy")
+    assert max(map(len, _tick_labels(loss))) <= len("2.3025")
+    low, high = _span(loss)
+    assert high - low == pytest.approx(2.3025e-3, rel=1e-3)
+    assert _span(accuracy) == pytest.approx([0.999, 1])
+    comparison = copy.deepcopy(reports["comparison"])
+    for split in comparison["splits"].values():
+        split["differences"]["accuracy"] |= {"difference": 1e-17, "low": -1e-17, "high": 1e-17}
+    assert {"−0.0005", "0", "0.0005"} <= set(_tick_labels(charts.describe(comparison, "accuracy")))
+
+
+def test_long_names_do_not_widen_a_picture(reports: dict[str, Any]) -> None:
+    """Names of 200 wide characters, and an axis of 100, keep their ends and the size that pictures have."""
+    for kind in NAMES:
+        report = copy.deepcopy(reports[kind])
+        for subject in report.get("subjects") or [report["subject"]]:
+            subject["name"] = "begin" + "W" * 190 + "final"
+        report["probe"]["name"] = "W" * 200
+        if kind == "series":
+            report["axis"]["name"] = "begin" + "n" * 90 + "final"
+        for name in NAMES[kind]:
+            specification = charts.describe(report, name)
+            width, height = struct.unpack(">II", charts.png(specification)[16:24])
+            short = charts.png(charts.describe(reports[kind], name))
+            assert width <= struct.unpack(">I", short[16:20])[0] + 100
+            assert height <= 1600
+            assert "begin" in _words(specification)
+    assert "begin" + "n" * 17 + "…" + "n" * 16 + "final" in _words(charts.describe(report, "loss"))
+
+
+def test_an_axis_may_have_huge_and_tiny_values(reports: dict[str, Any]) -> None:
+    """Up to 1e15 on both sides, next to each other out there, or far below 1: ticks are numbers that differ."""
+    series = copy.deepcopy(reports["series"])
+    for values, tick in (((-1e15, 1e15), "1e+15"), ((1e15, 1e15 + 5), "1000000000000005"), ((0, 1e-15), "1e-15")):
+        series["axis"]["values"] = list(values)
+        for point, value in zip(series["points"], values, strict=True):
+            point["x"] = value
+        labels = _tick_labels(charts.describe(series, "loss"))
+        assert tick in labels
+        assert "NaN" not in labels
 
 
 def test_what_is_not_defined_is_left_out(reports: dict[str, Any]) -> None:
     """A null is no zero: its point is missing, and the rest is drawn."""
-    series = json.loads(json.dumps(reports["series"]))
+    series = copy.deepcopy(reports["series"])
     for split in series["points"][0]["splits"].values():
         split["interplay"]["sample"]["global"]["mir"] = None
         split["interplay"]["sample"]["global"]["optimum"]["mir"] = None
     assert "<svg" in charts.svg(charts.describe(series, "mir"))
-    path = json.loads(json.dumps(reports["path"]))
+    path = copy.deepcopy(reports["path"])
     whole = charts.svg(charts.describe(path, "mir"))
     for name, split in path["points"][1]["splits"].items():
         split["interplay"]["sample"]["global"]["mir"] = None
         path["summary"]["splits"][name]["mir_barrier"] = None
     # Over the gap in the middle only the chord is left, from end to end.
     assert (_longest_line(whole), _longest_line(charts.svg(charts.describe(path, "mir")))) == (3, 2)
-    evaluation = json.loads(json.dumps(reports["evaluation"]))
+    evaluation = copy.deepcopy(reports["evaluation"])
     for split in evaluation["splits"].values():
         split["interplay"]["class_mean"]["none"] |= {"mir": None, "hdr": None, "null": None}
     assert "<svg" in charts.svg(charts.describe(evaluation, "overview"))
+
+
+def _with_barriers(report: dict[str, Any]) -> dict[str, Any]:
+    """A path of three points whose loss is one higher in the middle."""
+    path = copy.deepcopy(report)
+    for name, split in path["points"][1]["splits"].items():
+        split["loss"] += 1
+        path["summary"]["splits"][name]["loss_barrier"] = {"value": 1.0, "at": 0.5}
+    return path
+
+
+def _undefine(split: dict[str, Any], reason: str) -> None:
+    values = split["interplay"]["sample"]["global"]
+    values |= {"mir": None, "reasons": {**values["reasons"], "mir": reason}}
+
+
+def _rows(specification: dict[str, Any]) -> list[dict[str, Any]]:
+    """All rows of data of a specification."""
+    return [row for rows in specification["datasets"].values() for row in rows]
+
+
+def _span(specification: dict[str, Any]) -> list[float]:
+    """Ends of the scale of the measure, in a chart of one panel."""
+    scales = [layer["encoding"].get("y", {}).get("scale") for layer in specification["concat"][0]["layer"]]
+    found: list[float] = next(scale["domain"] for scale in scales if scale)
+    return found
+
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def _words(specification: dict[str, Any]) -> str:
+    """All text of the picture; lines that were wrapped are whole again."""
+    return " ".join(" ".join(ET.fromstring(charts.svg(specification)).itertext()).split())
+
+
+def _tick_labels(specification: dict[str, Any]) -> list[str]:
+    """Those that are shown: where they would overlap, some are not."""
+    groups = ET.fromstring(charts.svg(specification)).iter(f"{SVG}g")
+    labels = [label for group in groups if "role-axis-label" in group.get("class", "") for label in group]
+    return ["".join(label.itertext()) for label in labels if label.get("opacity") != "0"]
+
+
+def _lines(specification: dict[str, Any]) -> list[ET.Element]:
+    return list(ET.fromstring(charts.svg(specification)).iter(f"{SVG}line"))
+
+
+def _upright(specification: dict[str, Any]) -> dict[str, float]:
+    """Where the upright rules of the splits are, by colour, of a chart without level ones."""
+    found = {}
+    for line in _lines(specification):
+        if line.get("stroke") in ("#0072B2", "#D55E00", "#7F7F7F"):
+            found[str(line.get("stroke"))] = float(str(line.get("transform"))[len("translate(") :].split(",")[0])
+    return found
 
 
 def _longest_line(picture: str) -> int:

@@ -17,6 +17,9 @@ because -(x + s) log(x + s) + (x + s) is the integral of -log(x + s), and tr del
 3. To the left: 1 + Delta_s = (D + s)^-1/2 (J + s) (D + s)^-1/2 is at least s / (max D + s), as J >= 0. To the right: in
    units of D, J is the identity on the part that keeps its couplings and at most the largest eigenvalue of g on the
    tail; what couples the two is bounded by J >= 0. Delta_s is at most that eigenvalue.
+4. Shifts begin at s_0, below which the smallest rows, with eigenvalues d_i, still couple. As tr Delta_s = 0 the
+   integrand is log det(D + s) - log det(J + s). What these rows add to the second, a Schur complement, is at least s:
+   at most log(1 + d_i / s) of the integrand, and of the integral sum_i d_i log(1 + s_0 / d_i) + s_0 log(1 + d_i / s_0).
 
 Source: Hutchinson 1990; Golub and Meurant 1994; Bai, Fahey and Golub 1996 (bounds and confidence intervals for traces).
 """
@@ -26,7 +29,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float32, Float64, Int
+from jaxtyping import Bool, Float32, Float64, Int, Shaped
 from torch import Tensor
 
 # Lanczos steps for each shift: as many as leave less than this share of the sum between the bounds, or the first of
@@ -36,7 +39,9 @@ _SETTLED, _STEPS, _MOST_STEPS = 1e-3, 4, 16
 _SHIFT_STEP = 2.5
 _ROUNDING = 2e-3
 # Rows with this share of the tail's mass, the smallest, need no shifts of their own.
-_NEGLIGIBLE = 1e-3
+_NEGLIGIBLE = 1e-5
+# Up to so large a condition number of D + s couplings among kept rows may cancel in float32: Delta_s is off by 1e-5.
+_WELL_CONDITIONED = 100.0
 # Probes at a time, and how many batches there are at most.
 _PROBES, _BATCHES = 16, 4
 # All batches bring an error down by less than this.
@@ -149,7 +154,7 @@ class Couplings:
             for each, for m rows at hand and q probes; memory for a few times (m + C d) q numbers.
         """
         operator = _Dropped(self, kept, matrix, eigenvalues, vectors)
-        shifts = self._shifts(operator, mass)
+        shifts, unseen = self._shifts(operator)
         total = float(operator.tail.sum())
         rest = max(mass / total - 1, 0.0) * _EXTRAPOLATION if total > 0 else 0.0
         below: list[Float64[Tensor, " q"]] = []
@@ -158,7 +163,7 @@ class Couplings:
             signs = torch.randint(2, (_PROBES, len(self.values)), generator=generator) * 2.0 - 1
             found = self._bounds(operator, signs.to(operator.tail.device), shifts, error if last else math.inf)
             below.append(found[0])
-            above.append(found[1])
+            above.append(found[1] + unseen)
             low, high = torch.cat(below), torch.cat(above)
             spread = quantile / math.sqrt(len(low))
             least = max(float(low.mean() - spread * low.std()) * (1 - _ROUNDING), 0.0)
@@ -169,14 +174,20 @@ class Couplings:
         most = float(high.mean() + spread * high.std()) * (1 + _ROUNDING) * (1 + rest)
         return Worth(least, max(likely, least), max(most, likely))
 
-    def _shifts(self, operator: "_Dropped", mass: float) -> list[float]:
-        """Where the integrand is taken, evenly in log s: from the least eigenvalue that matters to the largest."""
+    def _shifts(self, operator: "_Dropped") -> tuple[list[float], float]:
+        """Where the integrand is taken, evenly in log s, from the least eigenvalue that matters to the largest.
+
+        And the most that rows with smaller eigenvalues add before the first shift.
+        """
         smallest = operator.tail.sort().values
-        first = int((smallest.cumsum(0) < _NEGLIGIBLE * mass).sum())
-        least = float(smallest[min(first, len(smallest) - 1)])
-        start, stop = math.log(max(least, 1e-30)) - _SHIFT_STEP, math.log(operator.most)
+        summed = smallest.cumsum(0)
+        first = min(int((summed < _NEGLIGIBLE * summed[-1]).sum()), len(smallest) - 1)
+        start, stop = math.log(max(float(smallest[first]), 1e-30)) - _SHIFT_STEP, math.log(operator.most)
         count = max(math.ceil((stop - start) / _SHIFT_STEP), 1) + 1
-        return [math.exp(start + _SHIFT_STEP * index) for index in range(count)]
+        without = smallest[:first][smallest[:first] > 0]
+        ratio = math.exp(start) / without
+        unseen = float((without * (ratio.log1p() + ratio * (1 / ratio).log1p())).sum())
+        return [math.exp(start + _SHIFT_STEP * index) for index in range(count)], unseen
 
     def _bounds(
         self, operator: "_Dropped", signs: Float32[Tensor, "q m"], shifts: Sequence[float], error: float
@@ -210,21 +221,56 @@ class Couplings:
 
     def product(self, vectors: Float32[Tensor, "q m"]) -> Float32[Tensor, "q m"]:
         """(J less its blocks of one class) times vectors."""
-        parts = torch.split(vectors, [rows.shape[0] * rows.shape[1] for rows in self.rows], dim=1)
-        by_class = [part.view(len(part), *rows.shape[:2]) for rows, part in zip(self.rows, parts, strict=True)]
-        # Over the rows of each class, c q d; over the classes; and back.
-        sums = torch.cat([part.transpose(0, 1) @ rows for rows, part in zip(self.rows, by_class, strict=True)])
-        mixed = torch.split(self._mixed(sums.flatten(1)).view_as(sums), [len(rows) for rows in self.rows])
-        products = [(part @ rows.mT).transpose(0, 1) for rows, part in zip(self.rows, mixed, strict=True)]
+        products = _spread(self._mixed(self.by_class(vectors), self.rows), self.rows)
         return torch.cat([product.flatten(1) for product in products], dim=1)
 
-    def _mixed(self, sums: Float32[Tensor, "c k"]) -> Float32[Tensor, "c k"]:
-        """g / n, less its diagonal, times what each class sums up to."""
+    def product_without(
+        self, vectors: Float32[Tensor, "q m"], kept: Sequence[Bool[Tensor, "_b _r"]], leading: Sequence[int]
+    ) -> Float32[Tensor, "q m"]:
+        """(J less its blocks of one class and all couplings among kept rows) times vectors, nothing subtracted.
+
+        Args:
+            vectors: on all rows.
+            kept: by block, which of each class's rows are kept.
+            leading: by block, how many rows of a class hold them.
+        """
+        parts = self.by_class(vectors)
+        heads = [rows[:, :count] for rows, count in zip(self.rows, leading, strict=True)]
+        inside = [mask[:, :count] for mask, count in zip(kept, leading, strict=True)]
+        from_kept = self._mixed(
+            [part[..., :count] * mask for part, mask, count in zip(parts, inside, leading, strict=True)], heads
+        )
+        from_tail = self._mixed([part * ~mask for part, mask in zip(parts, kept, strict=True)], self.rows)
+        onto_kept = _spread(from_tail, heads)
+        products = _spread(from_kept.add_(from_tail), self.rows)
+        for product, part, mask, count in zip(products, onto_kept, inside, leading, strict=True):
+            product[..., :count] = torch.where(mask, part, product[..., :count])
+        return torch.cat([product.flatten(1) for product in products], dim=1)
+
+    def by_class(self, vectors: Shaped[Tensor, "q m"]) -> list[Shaped[Tensor, "q _b _r"]]:
+        """Numbers of rows by block, class and rank."""
+        parts = torch.split(vectors, [rows.shape[0] * rows.shape[1] for rows in self.rows], dim=1)
+        return [part.view(len(part), *rows.shape[:2]) for rows, part in zip(self.rows, parts, strict=True)]
+
+    def _mixed(
+        self, parts: Sequence[Float32[Tensor, "q _b _r"]], rows: Sequence[Float32[Tensor, "_b _r d"]]
+    ) -> Float32[Tensor, "c q d"]:
+        """g / n, less its diagonal, times what the rows of each class sum up to."""
+        sums = torch.cat([part.transpose(0, 1) @ factor for factor, part in zip(rows, parts, strict=True)])
+        flat = sums.flatten(1)
         if self.between is not None:
-            return self.between @ sums
+            return (self.between @ flat).view_as(sums)
         assert self.directions is not None
         own = self.directions.square().sum(dim=1, keepdim=True)
-        return (self.directions @ (self.directions.T @ sums)).addcmul_(own, sums, value=-1)
+        return (self.directions @ (self.directions.T @ flat)).addcmul_(own, flat, value=-1).view_as(sums)
+
+
+def _spread(
+    mixed: Float32[Tensor, "c q d"], rows: Sequence[Float32[Tensor, "_b _r d"]]
+) -> list[Float32[Tensor, "q _b _r"]]:
+    """What comes back on each row of a class."""
+    parts = torch.split(mixed, [len(factor) for factor in rows])
+    return [(part @ factor.mT).transpose(0, 1) for factor, part in zip(rows, parts, strict=True)]
 
 
 class _Dropped:
@@ -244,12 +290,20 @@ class _Dropped:
         self.eigenvalues, self.vectors = eigenvalues.clamp(min=0), vectors.float()
         self.tail = couplings.values.index_fill(0, kept, 0.0)
         self.most = max(float(self.eigenvalues[-1]), float(self.tail.max()))
+        inside = torch.zeros_like(self.tail, dtype=torch.bool).index_fill_(0, kept, True)
+        self.masks = [mask[0] for mask in couplings.by_class(inside[None])]
+        # Of each class the leading rows are kept, so that few of a block hold them all.
+        self.leading = [int(mask.any(dim=0).sum()) for mask in self.masks]
 
     def at(self, vectors: Float32[Tensor, "q m"], shift: float) -> Float32[Tensor, "q m"]:
         """Delta_s times vectors."""
         whitened = self._whiten(vectors, shift)
-        product = self.couplings.product(whitened)
-        product[:, self.kept] -= whitened[:, self.kept] @ self.within
+        if self.most <= _WELL_CONDITIONED * (float(self.eigenvalues[0]) + shift):
+            product = self.couplings.product(whitened)
+            product[:, self.kept] -= whitened[:, self.kept] @ self.within
+        else:
+            # What float32 leaves of a difference here, 1e-7, would be divided by D + s and pass for couplings.
+            product = self.couplings.product_without(whitened, self.masks, self.leading)
         return self._whiten(product, shift)
 
     def _whiten(self, vectors: Float32[Tensor, "q m"], shift: float) -> Float32[Tensor, "q m"]:

@@ -424,11 +424,14 @@ def _joint_entropy(
         worth = spectrum.couplings.worth(
             places, matrix, eigenvalues, vectors, mass=mass, error=error, generator=generator, last=kept == largest
         )
-        joint = max(min(pinched - worth.least, highest), lowest)
-        certain = min(spectrum.bound(kept), joint - lowest)
-        likely = min(worth.likely - worth.least, certain)
+        # Couplings that seem to be worth more than they can be are rounding, and nothing is taken back.
+        bound = spectrum.bound(kept)
+        taken = worth.least if worth.least <= bound else 0.0
+        joint = max(min(pinched - taken, highest), lowest)
+        certain = min(bound - taken, joint - lowest)
+        likely = min(worth.likely - taken, certain)
         if likely <= error or kept == largest:
-            most = max(min(worth.most - worth.least, certain), 0.0)
+            most = max(min(worth.most - taken, certain), 0.0)
             return joint, Method("pinched", kept, total, mass, most / unit)
         # What couplings are worth falls about as the number of rows that keep theirs rises.
         kept = min(math.ceil(kept * min(max(likely / error, 1.25), 4.0)), largest)

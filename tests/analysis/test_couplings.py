@@ -167,3 +167,24 @@ def test_the_operator_is_the_matrix(n_classes: int) -> None:
     expected[:, places] = vectors[:, places].double() @ (case.joint * (case.classes[:, None] != case.classes))
     assert float(expected.abs().max()) > 1e-3
     torch.testing.assert_close(found.product(vectors).double(), expected, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("n_classes", [5, 45])
+def test_couplings_among_kept_rows_take_no_part(n_classes: int) -> None:
+    """Not by cancelling: where the kept rows alone are large, nothing comes back on them."""
+    case = Case(3, n_classes, 20, 12, 0.7, centred=True)
+    found = Couplings(case.blocks, case.head, 1)
+    places = found.offsets[case.classes] + case.within
+    kept = 2 * n_classes
+    inside = torch.zeros(len(found.values), dtype=torch.bool).index_fill_(0, places[:kept], True)
+    masks = [mask[0] for mask in found.by_class(inside[None])]
+    leading = [int(mask.any(dim=0).sum()) for mask in masks]
+    assert max(leading) < 12
+    vectors = torch.randn(7, len(found.values), generator=torch.Generator().manual_seed(0))
+    dropped = case.joint * (case.classes[:, None] != case.classes)
+    dropped[:kept, :kept] = 0
+    expected = torch.zeros(vectors.shape, dtype=torch.float64)
+    expected[:, places] = vectors[:, places].double() @ dropped
+    found_product = found.product_without(vectors, masks, leading)
+    torch.testing.assert_close(found_product.double(), expected, rtol=0, atol=1e-7)
+    assert float(found.product_without(1e6 * vectors * inside, masks, leading)[:, inside].abs().max()) == 0

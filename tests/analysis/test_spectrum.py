@@ -12,6 +12,7 @@ from torch import Tensor
 
 from analysis.classes import LabelledFeatures, class_statistics
 from analysis.collapse import CollapsePass, neural_collapse
+from analysis.couplings import Couplings, Worth
 from analysis.entropy import unit_rows
 from analysis.spectrum import (
     MOST_NUMBERS,
@@ -175,6 +176,60 @@ def test_error_estimates_hold_on_random_cases(seed: int) -> None:
     found = _entropies(_labelled(features, labels, head, centring), largest=largest)
     short = expected.mir - _mir(found)
     assert -1e-9 <= short <= max(found.method.error_estimate, 1e-9)
+
+
+@pytest.mark.parametrize("spread", [1e-3, 1e-4, 1e-5, 1e-6])
+@pytest.mark.parametrize(("n_classes", "d", "each"), [(150, 8, 12), (300, 8, 6), (500, 8, 4)])
+def test_rounding_is_not_taken_for_couplings(n_classes: int, d: int, each: int, spread: float) -> None:
+    """More classes than d^2, nearly collapsed: the kept part vanishes in most directions, and MIR stays below exact."""
+    generator = torch.Generator().manual_seed(0)
+    means = torch.randn(n_classes, d, generator=generator, dtype=torch.float64)
+    labels = torch.arange(n_classes * each) % n_classes
+    noise = torch.randn(len(labels), d, generator=generator, dtype=torch.float64)
+    labelled = _labelled(means[labels] + spread * noise, labels, means, "none")
+    exact = _entropies(labelled, tolerance=0.0)
+    found = _entropies(labelled, largest=exact.method.total // 4)
+    assert found.method.name == "pinched"
+    assert -2e-11 <= _mir(exact) - _mir(found) <= found.method.error_estimate + 2e-11
+
+
+def test_couplings_are_not_worth_more_than_they_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever an estimate says: nothing is taken back that the mass of the tail cannot account for."""
+    features, labels, head = _case(2, [60] * 10, 64, 1.5, 0.5)
+    labelled = _labelled(features, labels, head, "none")
+    exact, factors = _entropies(labelled, 0.0), _factors(labelled, 150)
+    monkeypatch.setattr(Couplings, "worth", lambda *_args, **_options: Worth(0.5, 0.5, 0.5))
+    joint, method = _joint_entropy(
+        _JointSpectrum(factors, labelled.head), exact.features, exact.head, 1e-2, 150, torch.Generator()
+    )
+    assert method.name == "pinched"
+    assert 0 <= joint - exact.joint <= method.error_estimate * min(exact.features, exact.head)
+
+
+@pytest.mark.parametrize(("mass", "near"), [(1e-4, 0.3), (1e-5, 0.05), (2e-7, 0.05)])
+def test_the_smallest_rows_couplings_are_in_the_estimate(mass: float, near: float) -> None:
+    """Each class has orthogonal directions of its own, and in those that all share so little mass, of equal shares.
+
+    The joint spectrum is then the own directions' and that of the head for each shared one: a closed form.
+    """
+    n_classes, each, generator = 10, 110, torch.Generator().manual_seed(0)
+    n_own = n_classes * each
+    pairs, sides = torch.arange(n_own).repeat_interleave(2), torch.tensor([1.0, -1.0]).repeat(n_own)
+    features = torch.zeros(2 * n_own, n_own + each, dtype=torch.float64)
+    features[torch.arange(2 * n_own), pairs] = math.sqrt(1 - mass)
+    features[torch.arange(2 * n_own), n_own + pairs % each] = math.sqrt(mass) * sides.double()
+    head = torch.zeros(n_classes, n_own + each, dtype=torch.float64)
+    head[:, :8] = near * torch.randn(n_classes, 8, generator=generator, dtype=torch.float64)
+    head[:, 0] += 1
+    labelled = _labelled(features, torch.arange(n_classes).repeat_interleave(2 * each), head, "none")
+    own, shared = -(1 - mass) * math.log((1 - mass) / n_own), -mass * math.log(mass / each)
+    of_head = torch.linalg.eigvalsh(labelled.head @ labelled.head.T / n_classes).clamp(min=0)
+    head_entropy = float(torch.special.entr(of_head).sum())
+    expected = mir_of(own + shared, head_entropy, own + shared + mass * head_entropy)
+    found = _entropies(labelled, largest=250)
+    assert found.method.name == "pinched"
+    assert expected is not None
+    assert -1e-9 <= expected - _mir(found) <= found.method.error_estimate
 
 
 @pytest.mark.parametrize("n_classes", [3, 4, 10, 100, 1000])

@@ -17,9 +17,9 @@ because -(x + s) log(x + s) + (x + s) is the integral of -log(x + s), and tr del
 3. To the left: 1 + Delta_s = (D + s)^-1/2 (J + s) (D + s)^-1/2 is at least s / (max D + s), as J >= 0. To the right: in
    units of D, J is the identity on the part that keeps its couplings and at most the largest eigenvalue of g on the
    tail; what couples the two is bounded by J >= 0. Delta_s is at most that eigenvalue.
-4. Shifts begin at s_0, below which the smallest rows, with eigenvalues d_i, still couple. As tr Delta_s = 0 the
-   integrand is log det(D + s) - log det(J + s). What these rows add to the second, a Schur complement, is at least s:
-   at most log(1 + d_i / s) of the integrand, and of the integral sum_i d_i log(1 + s_0 / d_i) + s_0 log(1 + d_i / s_0).
+4. Shifts begin at s_0, below which the smallest eigenvalues d_i of D still count. As tr Delta_s = 0 the integrand is
+   log det(D + s) - log det(J + s). What their directions add to J + s, a Schur complement, is at least s: that is at
+   most log(1 + d_i / s) of the integrand, and of the integral sum_i d_i log(1 + s_0 / d_i) + s_0 log(1 + d_i / s_0).
 
 Source: Hutchinson 1990; Golub and Meurant 1994; Bai, Fahey and Golub 1996 (bounds and confidence intervals for traces).
 """
@@ -38,10 +38,11 @@ _SETTLED, _STEPS, _MOST_STEPS = 1e-3, 4, 16
 # Shifts are e^this apart: the trapezoid rule in log s is then within 4e-4 of the integral, for which _ROUNDING stands.
 _SHIFT_STEP = 2.5
 _ROUNDING = 2e-3
-# Rows with this share of the tail's mass, the smallest, need no shifts of their own.
-_NEGLIGIBLE = 1e-5
-# Up to so large a condition number of D + s couplings among kept rows may cancel in float32: Delta_s is off by 1e-5.
-_WELL_CONDITIONED = 100.0
+# Rows with this share of the tail's mass, the smallest, need no shifts of their own; nor do rows that cannot be worth
+# more than this share of what is left between the bounds.
+_NEGLIGIBLE, _UNSEEN = 1e-5, 0.1
+# Couplings among kept rows may cancel in float32 where what is left of them passes for less than this, in nats.
+_ROUNDED = 1e-11
 # Probes at a time, and how many batches there are at most.
 _PROBES, _BATCHES = 16, 4
 # All batches bring an error down by less than this.
@@ -154,7 +155,7 @@ class Couplings:
             for each, for m rows at hand and q probes; memory for a few times (m + C d) q numbers.
         """
         operator = _Dropped(self, kept, matrix, eigenvalues, vectors)
-        shifts, unseen = self._shifts(operator)
+        shifts = self._shifts(operator)
         total = float(operator.tail.sum())
         rest = max(mass / total - 1, 0.0) * _EXTRAPOLATION if total > 0 else 0.0
         below: list[Float64[Tensor, " q"]] = []
@@ -163,7 +164,7 @@ class Couplings:
             signs = torch.randint(2, (_PROBES, len(self.values)), generator=generator) * 2.0 - 1
             found = self._bounds(operator, signs.to(operator.tail.device), shifts, error if last else math.inf)
             below.append(found[0])
-            above.append(found[1] + unseen)
+            above.append(found[1])
             low, high = torch.cat(below), torch.cat(above)
             spread = quantile / math.sqrt(len(low))
             least = max(float(low.mean() - spread * low.std()) * (1 - _ROUNDING), 0.0)
@@ -174,23 +175,29 @@ class Couplings:
         most = float(high.mean() + spread * high.std()) * (1 + _ROUNDING) * (1 + rest)
         return Worth(least, max(likely, least), max(most, likely))
 
-    def _shifts(self, operator: "_Dropped") -> tuple[list[float], float]:
-        """Where the integrand is taken, evenly in log s, from the least eigenvalue that matters to the largest.
+    def _shifts(self, operator: "_Dropped") -> list[tuple[float, float]]:
+        """Where the integrand is taken, evenly in log s, from the largest eigenvalue to the least that matters.
 
-        And the most that rows with smaller eigenvalues add before the first shift.
+        Beside each shift, the most that eigenvalues of D too small for it add before it.
         """
         smallest = operator.tail.sort().values
         summed = smallest.cumsum(0)
-        first = min(int((summed < _NEGLIGIBLE * summed[-1]).sum()), len(smallest) - 1)
-        start, stop = math.log(max(float(smallest[first]), 1e-30)) - _SHIFT_STEP, math.log(operator.most)
+        first = int((summed < _NEGLIGIBLE * summed[-1]).sum())
+        least = float(smallest[min(first, len(smallest) - 1)])
+        start, stop = math.log(max(least, 1e-30)) - _SHIFT_STEP, math.log(operator.most)
         count = max(math.ceil((stop - start) / _SHIFT_STEP), 1) + 1
-        without = smallest[:first][smallest[:first] > 0]
-        ratio = math.exp(start) / without
-        unseen = float((without * (ratio.log1p() + ratio * (1 / ratio).log1p())).sum())
-        return [math.exp(start + _SHIFT_STEP * index) for index in range(count)], unseen
+        eigenvalues = torch.cat([operator.tail, operator.eigenvalues])
+        shifts = []
+        for index in reversed(range(count)):
+            shift = math.exp(start + _SHIFT_STEP * index)
+            # Not the one that the first shift was made for, whatever rounding does.
+            few = eigenvalues[(eigenvalues > 0) & (eigenvalues < shift * math.exp(_SHIFT_STEP) * (1 - 1e-9))]
+            unseen = few * (shift / few).log1p() + shift * (few / shift).log1p()
+            shifts.append((shift, float(unseen.sum())))
+        return shifts
 
     def _bounds(
-        self, operator: "_Dropped", signs: Float32[Tensor, "q m"], shifts: Sequence[float], error: float
+        self, operator: "_Dropped", signs: Float32[Tensor, "q m"], shifts: Sequence[tuple[float, float]], error: float
     ) -> tuple[Float64[Tensor, " q"], Float64[Tensor, " q"]]:
         """For each probe, a lower and an upper bound of its share in the integral.
 
@@ -199,9 +206,9 @@ class Couplings:
         """
         below: list[Float64[Tensor, " q"]] = []
         above: list[Float64[Tensor, " q"]] = []
-        settled = 0.0
+        settled = between = unseen = 0.0
         # From the largest down: there Delta_s is small, and one step is enough.
-        for shift in reversed(shifts):
+        for shift, unseen in shifts:
             start = operator.at(signs, shift)
             squares = torch.linalg.vector_norm(start, dim=1).double().square()
             least = shift / (operator.most + shift)
@@ -214,10 +221,13 @@ class Couplings:
                 if gap <= enough or steps == _MOST_STEPS or (steps >= _STEPS and gap <= error):
                     break
             settled += float(low.mean())
+            between += gap
             below.append(low)
             above.append(high)
+            if unseen <= _UNSEEN * between:
+                break
         # Beyond the last shift s tr h falls like 1/s, before the first like s: less than half a term more at each end.
-        return torch.stack(below).sum(dim=0), torch.stack([*above, above[0] / 2, above[-1] / 2]).sum(dim=0)
+        return torch.stack(below).sum(dim=0), torch.stack([*above, above[0] / 2, above[-1] / 2]).sum(dim=0) + unseen
 
     def product(self, vectors: Float32[Tensor, "q m"]) -> Float32[Tensor, "q m"]:
         """(J less its blocks of one class) times vectors."""
@@ -294,17 +304,26 @@ class _Dropped:
         self.masks = [mask[0] for mask in couplings.by_class(inside[None])]
         # Of each class the leading rows are kept, so that few of a block hold them all.
         self.leading = [int(mask.any(dim=0).sum()) for mask in self.masks]
+        self.along = matrix.diagonal() @ vectors.square()
 
     def at(self, vectors: Float32[Tensor, "q m"], shift: float) -> Float32[Tensor, "q m"]:
         """Delta_s times vectors."""
         whitened = self._whiten(vectors, shift)
-        if self.most <= _WELL_CONDITIONED * (float(self.eigenvalues[0]) + shift):
+        if self._rounding(shift) < _ROUNDED:
             product = self.couplings.product(whitened)
             product[:, self.kept] -= whitened[:, self.kept] @ self.within
         else:
-            # What float32 leaves of a difference here, 1e-7, would be divided by D + s and pass for couplings.
             product = self.couplings.product_without(whitened, self.masks, self.leading)
         return self._whiten(product, shift)
+
+    def _rounding(self, shift: float) -> float:
+        """What the difference of two float32 products adds to the integrand at a shift, times that.
+
+        It leaves 6e-8 of the lengths of both rows on each pair of kept rows, of random sign, which is divided by D + s:
+        half the squared norm of that.
+        """
+        left = 6e-8 * float((self.along / (self.eigenvalues + shift)).sum())
+        return shift * _SHIFT_STEP * left**2 / 2
 
     def _whiten(self, vectors: Float32[Tensor, "q m"], shift: float) -> Float32[Tensor, "q m"]:
         whitened = vectors * (self.tail + shift).rsqrt().float()

@@ -34,6 +34,28 @@ def check_finite(name: str, tensor: Tensor) -> None:
         )
 
 
+def squarable(vectors: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    """Vectors over a power of two, where squares of them would overflow or vanish in float64; else as they are.
+
+    Args:
+        vectors: of which only directions and ratios of lengths count.
+
+    Returns:
+        The vectors, each digit as it was; entries below 1e-150 of the largest may become zeros.
+
+    >>> squarable(torch.tensor([[3e200, 0.0]], dtype=torch.float64)).max() < 1
+    tensor(True)
+    """
+    if vectors.dtype != torch.float64 or not vectors.numel():
+        return vectors
+    least, most = vectors.aminmax()
+    largest = max(-float(least), float(most))
+    if largest == 0 or 1e-100 < largest < 1e100:
+        return vectors
+    # A subnormal number's reciprocal would overflow.
+    return vectors * 2.0 ** -min(max(math.frexp(largest)[1], -1000), 1000)
+
+
 def unit_rows(
     vectors: Float[Tensor, "n d"], scale: Float[Tensor, " n"] | None = None
 ) -> tuple[Float64[Tensor, "n d"], Bool[Tensor, " n"]]:

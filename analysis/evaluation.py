@@ -12,7 +12,7 @@ from torch import Tensor
 from analysis.classes import LabelledFeatures, class_statistics, computing_dtype
 from analysis.clock import Clock
 from analysis.collapse import Collapse, CollapsePass, Optimum, neural_collapse, optimum
-from analysis.entropy import check_finite, unit_rows
+from analysis.entropy import check_finite, squarable, unit_rows
 from analysis.errors import AnalysisError, Kind
 from analysis.extraction import Progress, extract_features
 from analysis.networks import LoadedNetwork
@@ -47,7 +47,8 @@ __all__ = [
     "extract_features",
 ]
 
-# A null whose standard deviation is below this has one value: every permutation gives the same Gram matrices.
+# A null has one value where its standard deviation is below this, or that of the information in nats: every permutation
+# gives the same Gram matrices.
 _DEGENERATE = 1e-12
 # Two levels, two centrings and the collapse: what progress counts.
 _PARTS_OF_A_SPLIT = 5
@@ -339,7 +340,8 @@ class _Split:
         def select(tensor: Tensor) -> Tensor:
             return tensor if chosen is None else tensor[chosen]
 
-        self.features, self.labels, self.head = select(data.features), select(data.labels).long(), data.head.double()
+        self.features, self.labels = squarable(select(data.features)), select(data.labels).long()
+        self.head = squarable(data.head.double())
         self.predicted, self.confidence = select(predictions.predicted), select(predictions.confidence)
         self.losses = select(predictions.loss)
         self.options, self.clock, self.step = options, clock, step
@@ -462,7 +464,12 @@ class _Split:
         if entropies is not None:
             mir = mir_of(entropies.features, entropies.head, entropies.joint)
             hdr = hdr_of(entropies.features, entropies.head)
-        if null is not None and null.std >= _DEGENERATE:
+        # What rounding leaves of the information is divided by the smaller entropy, which may be tiny.
+        if (
+            null is not None
+            and entropies is not None
+            and (null.std * min(entropies.features, entropies.head, 1.0) >= _DEGENERATE)
+        ):
             z = (null.observed - null.mean) / null.std
         distance = Distance(_distance(mir, ideal.mir), _distance(hdr, ideal.hdr))
         undefined = "no_directions" if entropies is None else "zero_entropy"

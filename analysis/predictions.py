@@ -46,10 +46,11 @@ def predictions_of(logits: Float[Tensor, "n c"], labels: Int[Tensor, " n"]) -> P
     predicted, confidence, loss = [], [], []
     size = rows_at_a_time(logits.shape[1])
     for part, target in zip(torch.split(logits, size), torch.split(labels, size), strict=True):
+        # From the logits: their logarithms tie where logits are closer than 1e-16.
+        largest = part.max(dim=1).indices
         logarithms = part.double().log_softmax(dim=1)
-        largest = logarithms.max(dim=1)
-        predicted.append(largest.indices)
-        confidence.append(largest.values.exp())
+        predicted.append(largest)
+        confidence.append(logarithms.gather(1, largest[:, None])[:, 0].exp())
         loss.append(-logarithms.gather(1, target.long()[:, None])[:, 0])
     return Predictions(torch.cat(predicted), torch.cat(confidence), torch.cat(loss))
 

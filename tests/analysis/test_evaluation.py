@@ -26,6 +26,7 @@ from analysis.evaluation import (
     extract_features,
 )
 from analysis.networks import LoadedNetwork
+from analysis.predictions import predictions_of
 from analysis.probes import FeatureSet, Probe
 from app import reports
 from tests.analysis import reference
@@ -190,6 +191,15 @@ def test_calibration_error_by_hand() -> None:
     assert found.splits["all"].accuracy == 0.75
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_largest_logit_is_predicted_however_close_the_next(dtype: torch.dtype) -> None:
+    """Log-probabilities of logits closer than 1e-16 are the same; of equal logits the first counts."""
+    logits = torch.tensor([[0.0, 1e-20, -1.0], [1e-20, 0.0, -1.0], [2.0, 2.0, 1.0], [-1.0, -1e-20, 0.0]], dtype=dtype)
+    found = predictions_of(logits, torch.tensor([1, 0, 0, 2]))
+    assert found.predicted.tolist() == [1, 0, 0, 2]
+    torch.testing.assert_close(found.confidence, logits.double().softmax(dim=1).amax(dim=1), rtol=0, atol=1e-15)
+
+
 def _evaluate(feature_set: FeatureSet, **options: Any) -> Evaluation:
     found = evaluate_features(feature_set, device=CPU, options=EvaluationOptions(**options))
     for split in found.splits.values():
@@ -244,6 +254,42 @@ def test_head_rows_of_zeros_are_left_out_with_their_samples() -> None:
     )
     assert found.mir == pytest.approx(expected.mir, abs=1e-10)
     assert (found.degenerate_classes, found.degenerate_samples) == (1, 1)
+
+
+@pytest.mark.parametrize("far", [0.0, 1e3, 1e4])
+def test_two_pairs_have_one_pairing(far: float) -> None:
+    """Two classes' means, near together as seen from the origin: both pairings are one, whatever rounding says."""
+    for seed in range(60):
+        generator = torch.Generator().manual_seed(seed)
+        means, noise, offset, head = (
+            torch.randn(rows, 8, dtype=torch.float64, generator=generator) for rows in (2, 40, 1, 2)
+        )
+        features = means.repeat(20, 1) + 0.3 * noise + far * offset
+        found = _evaluate(_feature_set(features, [0, 1] * 20, head)).splits["all"].interplay["class_mean"]["none"]
+        assert found.mir is not None
+        assert found.mir_z is None
+        assert found.reasons["mir_z"] == "null_degenerate"
+
+
+@pytest.mark.parametrize("exponent", [-1060, -700, -400, 400, 700, 1000])
+def test_no_scale_of_features_or_head_is_too_large_or_small(exponent: int) -> None:
+    """Where squares overflow or vanish: what it is at the usual scale, digit for digit, with logits at hand."""
+    generator = torch.Generator().manual_seed(0)
+    labels, head = [0, 1, 2, 3] * 15, torch.randn(4, 7, dtype=torch.float64, generator=generator)
+    features = head[torch.tensor(labels)] + 0.5 * torch.randn(60, 7, dtype=torch.float64, generator=generator)
+    # Few digits, so that subnormal numbers hold them.
+    features, head = ((rows * 256).round() / 256 for rows in (features, head))
+    logits = features @ head.T
+    plain = _evaluate(_feature_set(features, labels, head, logits=logits)).splits["all"]
+    factors = [2.0 ** (exponent // 2), 2.0 ** (exponent - exponent // 2)]
+    scaled = [rows * factors[0] * factors[1] for rows in (features, head)]
+    for pair in ((scaled[0], head), (features, scaled[1])):
+        found = _evaluate(_feature_set(pair[0], labels, pair[1], logits=logits)).splits["all"]
+        for name, value in dataclasses.asdict(plain.collapse).items():
+            assert getattr(found.collapse, name) == (pytest.approx(value, rel=1e-12) if value else value), name
+        for level, centrings in plain.interplay.items():
+            for centring, entry in centrings.items():
+                assert found.interplay[level][centring].mir == pytest.approx(entry.mir, rel=1e-12)
 
 
 def test_at_collapse_the_optimum_is_reached_and_the_pairing_tells_nothing() -> None:

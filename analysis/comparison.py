@@ -19,6 +19,7 @@ from torch import Tensor
 
 from analysis.clock import Clock
 from analysis.collapse import Collapse
+from analysis.entropy import squarable
 from analysis.errors import AnalysisError
 from analysis.evaluation import (
     Evaluation,
@@ -36,6 +37,13 @@ _OF_SPLIT = ("accuracy", "loss", "calibration_error", "effective_rank")
 _OF_INTERPLAY = (
     "mir", "hdr", "mutual_information", "entropy_features", "entropy_head", "entropy_joint", "mir_z",
 )  # fmt: skip
+# Of every metric's own size, or of 1, what rounding may leave between two networks that compute the same: features of
+# float64, and of any other type.
+_ROUNDING = {True: 1e-9, False: 1e-7}
+# Measures that may be small without being rounding: of squares, so that their roots are as sure as others.
+_SMALL = ("loss", "collapse.nc1", "collapse.nc3")
+# Measures that a pinched spectrum leaves uncertain: ratios, and amounts in nats.
+_OF_JOINT = {"mir": False, "distance_to_optimum.mir": False, "mutual_information": True, "entropy_joint": True}
 _OF_COLLAPSE = tuple(field.name for field in fields(Collapse) if field.name not in ("absent_classes", "reasons"))
 
 
@@ -69,7 +77,8 @@ class Difference:
         a, b, difference: as evaluated; None where one of them is not defined.
         standard_error: of the difference over draws of the samples within classes.
         low, high: the interval of the difference.
-        significant: whether 0 lies outside of the interval.
+        significant: whether 0 lies outside of the interval, and by more than may be rounding and, where a spectrum was
+            pinched, more than either side's `method.error_estimate` leaves open.
         bias, bias_a, bias_b: of the difference, of A's and of B's value, as the bootstrap estimates it.
         reason: why there is no standard error: `undefined` (one of the values), `no_derivative` (the delta method does
             not reach the metric where it is), `undefined_resamples` (of the bootstrap), `no_standard_error` (`mir_z`,
@@ -165,8 +174,8 @@ def compare(
     Raises:
         AnalysisError: `invalid-probe` where the two are of different samples or classes; else as `evaluate_features`.
 
-    Numerics: the error that `method.error_estimate` states for MIR of A and of B is not part of the interval. What
-        `influence` says of NC4 and of the calibration error holds here. float64.
+    Numerics: the error that `method.error_estimate` states for MIR of A and of B is not part of the interval, but of
+        what is significant. What `influence` says of NC4 and of the calibration error holds here. float64.
 
     Source: METRICS, "Comparing two checkpoints"; Efron and Tibshirani 1993, chapter 13; McNemar 1947; Connor 1987.
     """
@@ -285,7 +294,8 @@ def _near_zero(value: float | None, influence: Float64[Tensor, " n"]) -> bool:
 
 def _influences(entry: FeatureSet, split: SplitEvaluation, device: torch.device) -> dict[str, Float64[Tensor, " n"]]:
     there = entry.to(device)
-    found = influence(there.features, there.labels, there.head, _predictions_of(there))
+    predictions = _predictions_of(there)
+    found = influence(squarable(there.features), there.labels, squarable(there.head), predictions)
     for path, interplay in _levels(split):
         for name in ("mir", "hdr"):
             value, ideal = getattr(interplay, name), getattr(interplay.optimum, name)
@@ -357,7 +367,7 @@ def _counted(progress: Progress | None, done: int, n_splits: int, options: Compa
 
 
 def _differences(pair: _Pair, spreads: Mapping[str, _Spread], options: ComparisonOptions) -> dict[str, Difference]:
-    values_a, values_b = _metrics(pair.of_a), _metrics(pair.of_b)
+    values_a, values_b, numerical = _metrics(pair.of_a), _metrics(pair.of_b), _numerical(pair)
     # A standard error from few resamples is itself uncertain: Student's quantile is wider by that.
     freedom = math.inf if options.interval == "delta" else options.resamples - 1
     quantile = float(student.ppf((1 + options.confidence) / 2, freedom))
@@ -365,18 +375,45 @@ def _differences(pair: _Pair, spreads: Mapping[str, _Spread], options: Compariso
     for path, a in values_a.items():
         # How far MIR is above its permutations is a statistic of the samples, with no standard error of its own.
         unknown = _Spread(None, reason="no_standard_error" if path.endswith(".mir_z") else "no_derivative")
-        found[path] = _difference(a, values_b[path], spreads.get(path, unknown), quantile)
+        found[path] = _difference(a, values_b[path], spreads.get(path, unknown), quantile, numerical[path])
     return found
 
 
-def _difference(a: float | None, b: float | None, spread: _Spread, quantile: float) -> Difference:
+def _numerical(pair: _Pair) -> dict[str, float]:
+    """How far each difference may be off but for what samples do: by rounding, and where spectra were pinched."""
+    share = _ROUNDING[pair.a.features.dtype == pair.b.features.dtype == torch.float64]
+    values_a, values_b = _metrics(pair.of_a), _metrics(pair.of_b)
+    found = {}
+    for path, a in values_a.items():
+        size = max(abs(a or 0.0), abs(values_b[path] or 0.0))
+        small = max(size, math.sqrt(size), 1e-14 / share)
+        found[path] = share * (small if path in _SMALL else max(size, 1.0))
+    # Both are on one side of the exact values, so that their difference is off by the larger of two errors.
+    left_open: dict[str, float] = {}
+    for split in (pair.of_a, pair.of_b):
+        for level, entry in _levels(split):
+            for name, in_nats in _OF_JOINT.items():
+                path = f"{level}.{name}"
+                left_open[path] = max(left_open.get(path, 0.0), _left_open(entry, in_nats))
+    return found | {path: found[path] + error for path, error in left_open.items()}
+
+
+def _left_open(entry: Interplay, in_nats: bool) -> float:
+    """What `method.error_estimate` says of MIR, or of entropies in nats."""
+    if entry.method is None or entry.entropy_features is None or entry.entropy_head is None:
+        return 0.0
+    smaller = min(entry.entropy_features, entry.entropy_head)
+    return entry.method.error_estimate * (smaller if in_nats and entry.mir is not None else 1.0)
+
+
+def _difference(a: float | None, b: float | None, spread: _Spread, quantile: float, numerical: float) -> Difference:
     if a is None or b is None:
         return Difference(a, b, None, reason="undefined")
     error, difference = spread.standard_error, b - a
     if error is None:
         return Difference(a, b, difference, reason=spread.reason)
     low, high = difference - quantile * error, difference + quantile * error
-    significant = low > 0 or high < 0
+    significant = low > numerical or high < -numerical
     biases = (spread.bias, spread.bias_a, spread.bias_b)
     return Difference(a, b, difference, error, low, high, significant, *biases, reason=spread.reason)
 

@@ -3,6 +3,7 @@
 import doctest
 import math
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from analysis import comparison as module
 from analysis.comparison import ComparisonOptions, compare, mcnemar_p, smallest_difference
 from analysis.errors import AnalysisError
-from analysis.evaluation import EvaluationOptions, evaluate_features
+from analysis.evaluation import EvaluationOptions, SplitEvaluation, evaluate_features
 from analysis.probes import FeatureSet
 
 CPU = torch.device("cpu")
@@ -128,6 +129,100 @@ def test_a_network_beside_itself() -> None:
     assert split.predictions.mcnemar_p == 1
     assert split.predictions.smallest_difference is None
     assert split.predictions.reason == "too_few_disagreements"
+
+
+@pytest.mark.parametrize("interval", ["delta", "bootstrap"])
+@pytest.mark.parametrize("dtype", [F64, torch.float32])
+def test_rounding_is_not_significant(dtype: torch.dtype, interval: Literal["delta", "bootstrap"]) -> None:
+    """A network beside itself with its hidden units rotated or in another order: only sums run otherwise."""
+    a, _ = pair(0, [40] * 5, 12)
+    a = replace(a, features=a.features.to(dtype), head=a.head.to(dtype), logits=a.network_logits())
+    options = replace(QUICK, interval=interval, resamples=20)
+    generator = torch.Generator().manual_seed(0)
+    turn = torch.linalg.qr(torch.randn(12, 12, dtype=F64, generator=generator)).Q
+    for change in (turn, torch.eye(12, dtype=F64)[torch.randperm(12, generator=generator)]):
+        features, head = ((rows.double() @ change).to(dtype) for rows in (a.features, a.head))
+        found = compare(a, replace(a, features=features, head=head), device=CPU, options=options).splits["all"]
+        values = found.differences.items()
+        assert any(entry.difference != 0 for _, entry in values)
+        assert [path for path, entry in values if entry.significant] == []
+
+
+def test_what_a_pinched_spectrum_leaves_open_is_not_significant() -> None:
+    """Units in another order draw other probes' signs: MIR moves within what is stated, farther than its interval."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(3000) % 10
+    means = torch.randn(10, 128, generator=generator, dtype=F64)
+    scales = torch.arange(1, 129).double().pow(-1.5)
+    features = means[labels] * 0.5 + torch.randn(3000, 128, generator=generator, dtype=F64) * scales
+    a = FeatureSet(features, labels, means, None, features @ means.T, None)
+    same = replace(a, features=1.0000001 * features.flip(1), head=means.flip(1))
+    found = compare(a, same, device=CPU, options=QUICK).splits["all"]
+    method = found.a.interplay["sample"]["global"].method
+    assert method is not None
+    assert method.name == "pinched"
+    mirs = [found.differences[f"interplay.sample.global.{name}"] for name in ("mir", "mutual_information")]
+    assert all(entry.significant is False for entry in mirs)
+    # What is not within the errors is: the same with other features.
+    other = compare(a, replace(a, features=features * 2 - means[labels] * 0.2), device=CPU, options=QUICK)
+    assert other.splits["all"].differences["interplay.sample.global.mir"].significant is True
+
+
+def test_the_errors_of_both_spectra_are_what_a_difference_is_held_against() -> None:
+    """The larger of both, in nats for entropies, and rounding in the size of the value."""
+    a, b = pair(0, [40] * 3, 6)
+    found = compare(a, b, device=CPU, options=QUICK)
+    loose = {"a": 0.5, "b": 0.2}
+
+    def with_error(split: SplitEvaluation, error: float) -> SplitEvaluation:
+        entry = split.interplay["sample"]["none"]
+        assert entry.method is not None
+        changed = replace(entry, method=replace(entry.method, error_estimate=error))
+        return replace(split, interplay={**split.interplay, "sample": {**split.interplay["sample"], "none": changed}})
+
+    split = found.splits["all"]
+    sides = with_error(split.a, loose["a"]), with_error(split.b, loose["b"])
+    numerical = module._numerical(module._Pair(a, b, *sides))
+    assert numerical["interplay.sample.none.mir"] == pytest.approx(0.5, abs=1e-8)
+    assert numerical["interplay.sample.none.distance_to_optimum.mir"] == pytest.approx(0.5, abs=1e-8)
+    entropies = [
+        (s.interplay["sample"]["none"].entropy_features, s.interplay["sample"]["none"].entropy_head) for s in sides
+    ]
+    in_nats = max(
+        error * min(x for x in of if x is not None) for of, error in zip(entropies, loose.values(), strict=True)
+    )
+    assert numerical["interplay.sample.none.entropy_joint"] == pytest.approx(in_nats, abs=1e-8)
+    assert numerical["interplay.sample.global.mir"] == 1e-9
+    assert numerical["accuracy"] == 1e-9
+
+
+def test_small_losses_and_collapse_are_told_apart() -> None:
+    """NC1 of 1e-9 beside 4e-9 and a loss of 1e-7 beside another are no rounding."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(300) % 3
+    means = torch.randn(3, 6, generator=generator, dtype=F64)
+    noise = torch.randn(300, 6, generator=generator, dtype=F64)
+    sets = [
+        FeatureSet(means[labels] + spread * noise, labels, means, None, scale * torch.eye(3, dtype=F64)[labels], None)
+        for spread, scale in ((3e-5, 16.0), (6e-5, 17.0))
+    ]
+    found = compare(sets[0], sets[1], device=CPU, options=QUICK).splits["all"].differences
+    for path, most in (("collapse.nc1", 1e-7), ("loss", 1e-6)):
+        assert found[path].a < most  # type: ignore[operator]
+        assert found[path].b < most  # type: ignore[operator]
+        assert found[path].significant is True
+
+
+def test_scales_beyond_squares_are_compared() -> None:
+    """Features of 1e200 differ from others exactly as much as those of 1."""
+    a, b = pair(1, [30, 30, 40], 5)
+    a, b = (replace(entry, logits=entry.network_logits()) for entry in (a, b))
+    found = compare(a, b, device=CPU, options=QUICK).splits["all"].differences
+    large = replace(a, features=a.features * 2.0**700, head=a.head * 2.0**-700)
+    scaled = compare(large, b, device=CPU, options=QUICK).splits["all"].differences
+    for path in ("interplay.sample.global.mir", "collapse.nc1", "collapse.nc3"):
+        assert scaled[path].difference == pytest.approx(found[path].difference, rel=1e-9)
+        assert scaled[path].standard_error == pytest.approx(found[path].standard_error, rel=1e-9)
 
 
 def test_hdr_near_zero_takes_the_larger_error() -> None:

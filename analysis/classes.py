@@ -323,20 +323,21 @@ def unit_directions(
     Returns:
         Directions and mask. A sample shorter than 1e-12 of what it was computed from has none.
 
-    Numerics: in float32 the centre is subtracted in two parts, so that cancellation loses nothing; lengths whose
-        squares leave float32's range are taken in float64.
+    Numerics: in float32 the centre is subtracted in two parts, so that cancellation loses nothing, and squares are
+        summed in float64; where they leave float32's range all is float64.
     """
     if dtype == torch.float32:
         rows = samples.float()
-        lengths = torch.linalg.vector_norm(rows, dim=1)
         high = centre.float()
         moved = bool(high.any())
         centred = (rows - high) - (centre - high.double()).float() if moved else rows
-        norms = torch.linalg.vector_norm(centred, dim=1) if moved else lengths
+        # Summed in float64: of one direction, nearly, all lengths would be rounded to one side.
+        norms = torch.linalg.vector_norm(centred, dim=1, dtype=torch.float64)
+        lengths = torch.linalg.vector_norm(rows, dim=1).double() if moved else norms
         extent = torch.cat([norms, lengths])
         if bool(((extent > _SHORT) & (extent < _LONG)).all()):
-            usable = norms.double() > 1e-12 * (lengths.double() + centre.norm())
-            return torch.where(usable[:, None], centred / norms[:, None], 0.0), usable
+            usable = norms > 1e-12 * (lengths + centre.norm())
+            return torch.where(usable[:, None], centred / norms.float()[:, None], 0.0), usable
     wide = samples.double()
     largest = wide.abs().amax() if wide.numel() else wide.new_zeros(())
     scale = torch.linalg.vector_norm(wide / largest.clamp(min=1e-300), dim=1) * largest + centre.norm()

@@ -12,7 +12,7 @@ from analysis import classes
 from analysis.classes import ClassStream, LabelledFeatures, class_statistics, unit_directions
 from analysis.entropy import unit_rows
 from analysis.errors import AnalysisError
-from analysis.spectrum import Entropies, sample_entropies, sample_joint_entropy_of_order_two
+from analysis.spectrum import Entropies, mir_of, sample_entropies, sample_joint_entropy_of_order_two
 
 
 def _case(seed: int, counts: list[int], d: int, offset: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -102,6 +102,25 @@ def test_equal_float32_features_have_no_direction_about_their_centre(monkeypatch
     labelled = _resident(torch.full((4000, 16), 0.1), torch.arange(4000) % 3, head, True)
     assert labelled.dtype == torch.float32
     assert sample_entropies(labelled) is None
+
+
+def test_a_narrow_cone_of_float32_features_keeps_its_lengths() -> None:
+    """300 standard deviations from the origin H is 3e-4: lengths of float32 sums would move MIR by 4e-6."""
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.arange(11_100) % 3
+    means, noise, offset, head = (
+        torch.randn(rows, 384, generator=generator, dtype=torch.float64) for rows in (3, 11_100, 1, 3)
+    )
+    features = (means[labels] + noise + 300 * offset).float()
+    mirs = []
+    for entry in (features, features.double()):
+        labelled = _resident(entry, labels, unit_rows(head)[0], False)
+        assert labelled.dtype == entry.dtype
+        found = sample_entropies(labelled, tolerance=0.0)
+        assert found is not None
+        assert found.features < 1e-3
+        mirs.append(mir_of(found.features, found.head, found.joint))
+    assert mirs[0] == pytest.approx(mirs[1], abs=1e-6)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-18, 1.0, 1e18, 1e30])

@@ -103,7 +103,8 @@ def run(experiment: Experiment) -> None:
     names = ("accuracy", "MIR", "HDR", "raw MIR", "raw HDR", "NC1")
     show("Grokking", ("step", *(f"{split} {name}" for split in ("train", "test") for name in names)), rows)
     summary = report["summary"]
-    came = {key: None if value is None else f"{value:g}" for key, value in summary["generalisation"].items()}
+    places = ("train_at", "test_at", "delay")
+    came = {key: None if (x := summary["generalisation"][key]) is None else f"{x:g}" for key in places}
     show(
         "When each half was learnt (accuracy 0.99), and how MIR and HDR go with accuracy",
         ("split", "learnt at step", "Spearman MIR, accuracy", "Spearman HDR, accuracy"),

@@ -232,7 +232,9 @@ class Difference(Strict):
     standard_error: FiniteFloat | None = Field(description="Over draws of the samples within classes, paired.")
     low: FiniteFloat | None = Field(description="Of the interval of the difference, at `options.confidence`.")
     high: FiniteFloat | None
-    significant: bool | None = Field(description="Whether 0 lies outside of the interval by more than rounding and stated errors.")
+    significant: bool | None = Field(
+        description="Whether 0 lies outside of the interval by more than rounding and stated errors."
+    )
     bias: FiniteFloat | None = Field(description="Of the difference, as the bootstrap estimates it; not taken off.")
     bias_a: FiniteFloat | None
     bias_b: FiniteFloat | None

@@ -7,7 +7,7 @@ ARGS   ?=
 # Most tests wait for processes: two at a time keep two cores busy. A file's tests stay together, as they share services.
 TESTS  ?= -n 2 --dist loadfile
 
-.PHONY: setup demo phenomena test bench check format types lock clean
+.PHONY: setup demo phenomena test bench cuda check format types lock clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -33,6 +33,13 @@ test: setup
 # Never part of the tests. ARGS: --device cuda, --threads 2, --output FILE.
 bench: setup
 	$(BIN)/python -m benchmarks $(ARGS)
+
+# What a GPU changes: tests/cuda and rows of the benchmarks, one table. On a machine with a GPU and its image's own
+# packages, without `make setup`: make cuda CUDA_PYTHON=python3. ARGS: --only tests paths, --output FILE.
+DEVICE ?= cuda
+CUDA_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
+cuda:
+	$(CUDA_PYTHON) -m benchmarks.cuda --device $(DEVICE) $(ARGS)
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -176,19 +176,3 @@ def test_what_does_not_fit_is_named() -> None:
     with pytest.raises(AnalysisError) as caught:
         ClassStream(head).update(torch.full((2, 3), math.inf), torch.tensor([0, 1]))
     assert (caught.value.kind, caught.value.members["tensor"]) == ("non-finite-values", "features")
-
-
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_cuda_gives_what_the_processor_gives(dtype: torch.dtype) -> None:
-    """Resident and streamed features on a GPU, exact and pinched."""
-    features, labels, head = _case(4, [400, 300, 200, 100, 30], 150)
-    features = features.to(dtype)
-    for tolerance in (0.0, 1e-4):
-        here = sample_entropies(_resident(features, labels, head, True), tolerance=tolerance)
-        labelled = _resident(features.cuda(), labels.cuda(), head.cuda(), True)
-        stream = ClassStream(head.cuda(), labelled.centre)
-        stream.update(features.cuda(), labels.cuda())
-        for there in (sample_entropies(labelled, tolerance=tolerance), sample_entropies(stream, tolerance=tolerance)):
-            assert _numbers(there) == pytest.approx(_numbers(here), abs=1e-6 if tolerance == 0 else 1e-4)

@@ -359,14 +359,3 @@ def test_options_are_checked(wrong: dict[str, float], argument: str) -> None:
     with pytest.raises(AnalysisError) as refusal:
         ComparisonOptions(**wrong)  # type: ignore[arg-type]
     assert refusal.value.members["argument"] == argument
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_on_a_gpu() -> None:
-    """The same differences and standard errors as on a processor."""
-    a, b = pair(1, [60, 60, 60], 5)
-    there = compare(a, b, device=torch.device("cuda"), options=QUICK).splits["all"].differences
-    here = compare(a, b, device=CPU, options=QUICK).splits["all"].differences
-    for path, found in here.items():
-        assert there[path].difference == pytest.approx(found.difference, abs=1e-9)
-        assert there[path].standard_error == pytest.approx(found.standard_error, rel=1e-6)

@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -18,7 +18,6 @@ from analysis.errors import AnalysisError
 from analysis.evaluation import (
     Evaluation,
     EvaluationOptions,
-    Precision,
     SplitEvaluation,
     capture,
     evaluate_features,
@@ -545,21 +544,6 @@ def test_an_evaluation_in_bfloat16_is_near_that_in_float32() -> None:
     assert mir is not None
     assert wide_mir is not None
     assert 0 < abs(mir - wide_mir) < 0.01
-
-
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("precision", get_args(Precision))
-def test_on_a_gpu_features_are_those_of_the_processor(precision: Precision) -> None:
-    """In batches that are sent ahead, of inputs that lie there already, and under autocast; features stay there."""
-    cuda, network, probe = torch.device("cuda"), network_of("cnn", 0), probe_of("cnn", 200)
-    expected = extract_features(network, probe, device=CPU, batch_size=16, precision=precision)[:2]
-    near = 1e-4 if precision == "float32" else 0.05
-    for given in (probe, probe.prepared(cuda)):
-        features, logits, _ = extract_features(network, given, device=cuda, batch_size=16, precision=precision)
-        assert features.is_cuda
-        assert logits.is_cuda
-        torch.testing.assert_close((features.cpu(), logits.cpu()), expected, rtol=near, atol=near)
 
 
 def test_labels_must_fit_the_head() -> None:

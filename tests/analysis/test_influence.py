@@ -344,13 +344,3 @@ def test_wrong_arguments_are_named() -> None:
 def test_the_examples_in_the_docstrings_hold() -> None:
     """What the docstrings show is what comes out."""
     assert doctest.testmod(module).failed == 0
-
-
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_a_gpu_gives_the_same() -> None:
-    """Every influence, on the device against the CPU."""
-    arguments = _data(6, [40, 30, 20], 16)
-    expected = influence(*arguments)
-    for name, values in influence(*(tensor.cuda() for tensor in arguments)).items():
-        torch.testing.assert_close(values.cpu(), expected[name], rtol=1e-7, atol=1e-9)

@@ -373,20 +373,6 @@ def test_wrong_arguments_are_named() -> None:
         assert (caught.value.kind, caught.value.members["tensor"]) == ("non-finite-values", name)
 
 
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_a_gpu_gives_the_same() -> None:
-    """Loss and gradients of a float32 batch under autocast, on the device against the CPU."""
-    features, head, labels = _batch(4, 64, 12, 4, torch.float32)
-    expected = InterplayLoss(1.0, 1.0)(features, head, labels)
-    on_device = features.detach().cuda().requires_grad_(), head.detach().cuda().requires_grad_()
-    with torch.autocast("cuda", dtype=torch.float16):
-        found = InterplayLoss(1.0, 1.0)(*on_device, labels.cuda())
-    assert found.item() == pytest.approx(expected.item(), abs=1e-6)
-    for one, other in zip(_gradients(found, *on_device), _gradients(expected, features, head), strict=True):
-        torch.testing.assert_close(one.cpu(), other, rtol=1e-4, atol=1e-7)
-
-
 @pytest.mark.parametrize("weight", [0.01, 0.1, 1.0])
 def test_a_network_trains_on_five_labels_a_class(weight: float) -> None:
     """300 steps on the digits: labelled samples, and pseudo-labels where the network is confident of them."""

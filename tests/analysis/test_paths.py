@@ -230,25 +230,6 @@ def test_a_last_batch_of_one_sample_is_no_obstacle() -> None:
     assert recalibrate(network, probe_of("mlp"), device=CPU, batch_size=20) == 0
 
 
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_a_path_on_a_gpu_is_that_of_the_processor() -> None:
-    """Loss and MIR of its points."""
-    cuda, probe = torch.device("cuda"), probe_of("mlp")
-    paths_by_device = {}
-    for device in (CPU, cuda):
-        first, second = (network_of("mlp", seed) for seed in (0, 1))
-        first.module.to(device)
-        paths_by_device[device] = Path(first, second.module.to(device).state_dict())
-    for w in (0.0, 0.3, 1.0):
-        here, there = (
-            evaluate_network(path.move_to(w), probe, device=device, options=EXACT).splits["all"]
-            for device, path in paths_by_device.items()
-        )
-        assert there.loss == pytest.approx(here.loss, rel=1e-4)
-        assert there.interplay["sample"]["none"].mir == pytest.approx(here.interplay["sample"]["none"].mir, abs=1e-4)
-
-
 @given(
     values=st.lists(st.floats(-10, 10), min_size=3, max_size=12),
     slope=st.floats(-5, 5),

@@ -181,7 +181,7 @@ class Couplings:
         Beside each shift, the most that eigenvalues of D too small for it add before it.
         """
         smallest = operator.tail.sort().values
-        summed = smallest.cumsum(0)
+        summed = smallest.cpu().cumsum(0)
         first = int((summed < _NEGLIGIBLE * summed[-1]).sum())
         least = float(smallest[min(first, len(smallest) - 1)])
         start, stop = math.log(max(least, 1e-30)) - _SHIFT_STEP, math.log(operator.most)

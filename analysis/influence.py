@@ -129,7 +129,9 @@ class _Pieces:
             found[name] = found[name] + self.direct[name]
         table = torch.stack(list(found.values()))
         counts = torch.bincount(samples.labels, minlength=len(samples.head)).clamp(min=1)
-        averages = table.new_zeros(len(table), len(counts)).index_add_(1, samples.labels, table) / counts
+        # On the processor, class by class in order: a GPU adds in any order, and the last digit differs.
+        totals = torch.zeros(len(table), len(counts), dtype=table.dtype)
+        averages = totals.index_add_(1, samples.labels.cpu(), table.cpu()).to(table.device) / counts
         return dict(zip(found, table - averages[:, samples.labels], strict=True))
 
 

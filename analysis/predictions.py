@@ -65,7 +65,10 @@ def calibration_gaps(
 ) -> tuple[Int64[Tensor, " n"], Float64[Tensor, " bins"]]:
     """Each sample's bin (k/15, (k+1)/15] of the top probability, and by bin the sum of correct - confidence."""
     bins = (confidence * _CALIBRATION_BINS).ceil().long().clamp(1, _CALIBRATION_BINS) - 1
-    return bins, confidence.new_zeros(_CALIBRATION_BINS).index_add_(0, bins, correct.double() - confidence)
+    # On the processor: a GPU adds to a bin in any order, and the last digit differs from run to run.
+    gaps = torch.zeros(_CALIBRATION_BINS, dtype=confidence.dtype)
+    gaps.index_add_(0, bins.cpu(), (correct.double() - confidence).cpu())
+    return bins, gaps.to(confidence.device)
 
 
 def calibration_error(confidence: Float64[Tensor, " n"], correct: Bool[Tensor, " n"]) -> float:

@@ -357,8 +357,8 @@ class _JointSpectrum:
         missing = (self.within >= held[self.classes]).nonzero()[:, 0]
         self.held = int(missing[0]) if len(missing) else self.total
         self.head = head
-        # The mass beyond the first k rows, summed from the end up.
-        self.tails: list[float] = [*self.values.flip(0).cumsum(0).flip(0).tolist(), 0.0]
+        # The mass beyond the first k rows, summed from the end up; on a processor always in the same order.
+        self.tails: list[float] = [*self.values.cpu().flip(0).cumsum(0).flip(0).tolist(), 0.0]
 
     def matrix(self, kept: int) -> Float64[Tensor, "m m"]:
         """The joint matrix of the first `kept` rows."""

@@ -180,7 +180,8 @@ def compare(
     Source: METRICS, "Comparing two checkpoints"; Efron and Tibshirani 1993, chapter 13; McNemar 1947; Connor 1987.
     """
     options = options or ComparisonOptions()
-    if not torch.equal(a.labels, b.labels) or not _same_tokens(a, b):
+    # Each set may lie on a device of its own: one that was kept on the processor, one that was just computed on a GPU.
+    if not torch.equal(a.labels.cpu(), b.labels.cpu()) or not _same_tokens(a, b):
         detail = "A comparison needs the same samples and the same numbers of their classes for both networks."
         raise AnalysisError("invalid-probe", detail)
     clock = Clock()
@@ -252,7 +253,7 @@ def _same_tokens(a: FeatureSet, b: FeatureSet) -> bool:
     """Whether the classes of two language models are the same tokens; those of other networks have numbers alone."""
     if a.vocabulary is None or b.vocabulary is None:
         return a.vocabulary is b.vocabulary
-    return torch.equal(a.vocabulary.tokens, b.vocabulary.tokens)
+    return torch.equal(a.vocabulary.tokens.cpu(), b.vocabulary.tokens.cpu())
 
 
 def _metrics(split: SplitEvaluation) -> dict[str, float | None]:
@@ -419,8 +420,8 @@ def _difference(a: float | None, b: float | None, spread: _Spread, quantile: flo
 
 
 def _agreement(pair: _Pair, options: ComparisonOptions) -> Agreement:
-    labels = pair.a.labels
-    predicted_a, predicted_b = (_predictions_of(entry).predicted for entry in (pair.a, pair.b))
+    labels = pair.a.labels.cpu()
+    predicted_a, predicted_b = (_predictions_of(entry).predicted.cpu() for entry in (pair.a, pair.b))
     right_a, right_b = predicted_a == labels, predicted_b == labels
     only_a, only_b = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
     smallest = smallest_difference(len(labels), only_a + only_b, confidence=options.confidence)

@@ -4,6 +4,7 @@ import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,22 @@ def _postgresql_engine(url: sa.URL) -> sa.Engine:
             raise psycopg.OperationalError(f"connection failed: {error}") from error
 
     return sa.create_engine(url, creator=connect, pool_pre_ping=True, pool_size=10, max_overflow=20)
+
+
+def clock(session: Session) -> datetime:
+    """The database's own time: what several machines compare must not hang on their clocks.
+
+    Args:
+        session: any; on PostgreSQL the time is that of the call, not of the transaction's start.
+
+    Returns:
+        An instant in UTC.
+    """
+    if session.get_bind().dialect.name == "sqlite":
+        text = session.execute(sa.text("SELECT strftime('%Y-%m-%d %H:%M:%f', 'now')")).scalar_one()
+        return datetime.fromisoformat(text).replace(tzinfo=UTC)
+    moment: datetime = session.execute(sa.select(sa.func.clock_timestamp())).scalar_one()
+    return moment.astimezone(UTC)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 A worker holds a lock under its id for as long as its process lives: a locked file beside a SQLite database, a session's
 advisory lock on PostgreSQL. It is dead where its lock is free and, on PostgreSQL, where a restart of the server frees
 every lock at once, its heartbeat is old as well. It hangs where its heartbeat is old for long while the lock is held.
-Heartbeats are compared across machines, whose clocks must therefore agree within a second or two.
+Heartbeats are written and compared in the database's time, so no machine's clock decides who lives.
 """
 
 import fcntl
@@ -23,7 +23,7 @@ import sqlalchemy as sa
 from dbos._error import DBOSException
 
 from app import queue
-from app.database import read, write
+from app.database import clock, read, write
 from app.errors import problem
 from app.models import Analysis, Worker, now
 from app.settings import Settings
@@ -155,8 +155,9 @@ class Presence:
         `description` is what the compute process says of itself: device, torch_version, families.
         """
         self._locks.hold(self._id)
-        place = {"host": socket.gethostname(), "pid": os.getpid(), "started_at": now(), "heartbeat_at": now()}
         with write(self._engine) as session:
+            moment = clock(session)
+            place = {"host": socket.gethostname(), "pid": os.getpid(), "started_at": moment, "heartbeat_at": moment}
             session.add(Worker(id=self._id, **place, **description))
 
     def withdraw(self) -> None:
@@ -197,7 +198,7 @@ class Presence:
             row = session.get(Worker, self._id, with_for_update=True)
             if row is None or row.ended_at is not None:
                 return False
-            row.heartbeat_at = now()
+            row.heartbeat_at = clock(session)
             return True
 
     def _resume_lost_work(self) -> None:
@@ -205,11 +206,13 @@ class Presence:
         self._resume_stranded(owners.pop(self._id, []))
         with read(self._engine) as session:
             rows = {row.id: row for row in session.scalars(sa.select(Worker).where(Worker.ended_at.is_(None)))}
+            # Read after the rows: no heartbeat of theirs is later.
+            moment = clock(session)
         rows.pop(self._id, None)
         steady = timedelta(seconds=time.monotonic() - self._steady_since)
         for owner in {*owners, *rows}:
             row = rows.get(owner)
-            silence = now() - row.heartbeat_at if row else _HUNG_AFTER
+            silence = moment - row.heartbeat_at if row else _HUNG_AFTER
             silence = min(silence, steady)
             if silence < self._dead_after:
                 continue
@@ -251,10 +254,10 @@ class Presence:
     def _settle_lost_analyses(self) -> None:
         """Fail an analysis whose run has ended without an outcome: a fault of ours that must not look like waiting."""
         ended = queue.has_status(self._engine, Analysis.id.expression, *queue.ENDED)
-        before = now() - timedelta(seconds=10)
-        lost = sa.select(Analysis.id).where(Analysis.outcome.is_(None), Analysis.created_at < before, ended).limit(100)
         with read(self._engine) as session:
-            ids = list(session.scalars(lost))
+            before = clock(session) - timedelta(seconds=10)
+            lost = sa.select(Analysis.id).where(Analysis.outcome.is_(None), Analysis.created_at < before, ended)
+            ids = list(session.scalars(lost.limit(100)))
         for analysis_id in ids:
             logger.error("the run of analysis %s ended without an outcome", analysis_id)
             body = problem("internal-error", "Internal error", "Its run ended without an outcome; ask for it again.")
@@ -268,8 +271,9 @@ class Presence:
         if runs:
             self._client.delete_workflows([run.workflow_id for run in runs])
         with write(self._engine) as session:
-            session.execute(sa.delete(Worker).where(Worker.ended_at < now() - _KEEP_RUNS))
+            session.execute(sa.delete(Worker).where(Worker.ended_at < clock(session) - _KEEP_RUNS))
 
 
 def _mark_ended(session: sa.orm.Session, worker_id: str) -> None:
-    session.execute(sa.update(Worker).where(Worker.id == worker_id, Worker.ended_at.is_(None)).values(ended_at=now()))
+    living = sa.update(Worker).where(Worker.id == worker_id, Worker.ended_at.is_(None))
+    session.execute(living.values(ended_at=clock(session)))

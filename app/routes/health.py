@@ -7,8 +7,8 @@ import sqlalchemy as sa
 from fastapi import APIRouter, Response
 
 import migrations
-from app import models, reports, schemas
-from app.database import read
+from app import reports, schemas
+from app.database import clock, read
 from app.models import Worker
 from app.routes import ServiceDep
 from app.storage import StorageUnavailable
@@ -65,6 +65,6 @@ def version(service: ServiceDep) -> schemas.Version:
 
 
 def _workers(engine: sa.Engine) -> list[Worker]:
-    heard = models.now() - timedelta(seconds=_HEARTBEAT_SECONDS)
     with read(engine) as session:
+        heard = clock(session) - timedelta(seconds=_HEARTBEAT_SECONDS)
         return list(session.scalars(sa.select(Worker).where(Worker.ended_at.is_(None), Worker.heartbeat_at > heard)))

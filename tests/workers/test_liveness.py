@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from uuid import uuid4
 
@@ -128,6 +128,33 @@ def test_a_living_worker_is_left_alone(settings: Settings, engine: sa.Engine, cl
         assert one.is_alive()
         assert other.is_alive()
         assert status_of(client, held) == "PENDING"
+
+
+def test_a_worker_whose_clock_is_ahead_takes_nobody_for_dead(
+    settings: Settings, engine: sa.Engine, client: queue.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its clock is three minutes ahead: neither its judgement of others nor theirs of it hangs on that."""
+    ahead: set[threading.Thread] = set()
+
+    def crooked() -> datetime:
+        return datetime.now(UTC) + timedelta(seconds=180 * (threading.current_thread() in ahead))
+
+    for module in ("app.models", "workers.liveness"):
+        monkeypatch.setattr(f"{module}.now", crooked)
+    # The time for which a worker must have been silent before others act: a minute would be long for a test.
+    monkeypatch.setattr("workers.liveness._HUNG_AFTER", timedelta(seconds=4))
+    good, wrong = str(uuid4()), str(uuid4())
+    held = queued(engine, client)
+    claim(engine, held, good)
+    with present(settings, engine, good, {held}) as one, present(settings, engine, wrong, set()) as other:
+        ahead.add(other)
+        other.join(8)
+        assert one.is_alive()
+        assert other.is_alive()
+        assert status_of(client, held) == "PENDING"
+        with read(engine) as session:
+            beats = [worker.heartbeat_at for worker in session.scalars(sa.select(Worker))]
+        assert max(beats) - min(beats) < timedelta(seconds=4)
 
 
 def test_a_worker_that_was_marked_as_ended_stops(settings: Settings, engine: sa.Engine) -> None:

@@ -1,4 +1,4 @@
-"""`python -m app serve|api|migrate`: the service with its worker, the HTTP side alone, or the tables."""
+"""`python -m app serve|api|migrate|verify`: the service with its worker, the HTTP side alone, or the tables."""
 
 import argparse
 import logging
@@ -18,6 +18,7 @@ from app.database import make_engine
 from app.events import Events
 from app.main import create_app
 from app.settings import Settings, load_settings, start_logging
+from app.storage import Storage, StorageUnavailable
 
 logger = logging.getLogger("interplay")
 
@@ -37,6 +38,11 @@ def main(arguments: list[str] | None = None) -> int:
         command.add_argument("--host", help="address to bind (INTERPLAY_HOST)")
         command.add_argument("--port", type=int, help="port to bind, 0 for a free one (INTERPLAY_PORT)")
     commands.add_parser("migrate", help="create or upgrade the tables of the service and of its queue")
+    text = "read and hash every stored file; say which are damaged, and which reports rest on them"
+    scrub = commands.add_parser("verify", help=text, description=f"{text}. Status 1 where one is.")
+    scrub.add_argument(
+        "--set-aside", action="store_true", help="move damaged files away, so that they can be sent again"
+    )
     options = parser.parse_args(arguments)
     settings = load_settings(host=getattr(options, "host", None), port=getattr(options, "port", None))
     start_logging(settings)
@@ -45,6 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
         url = sa.make_url(settings.effective_database_url)
         sys.stdout.write(f"The database {url.render_as_string()} is up to date.\n")
         return 0
+    if options.command == "verify":
+        return _verify(settings, set_aside=options.set_aside)
     if not settings.binds_loopback and settings.api_key is None:
         return _refuse(
             f"Refusing to bind {settings.host}: everybody who reaches it could use the service. Set INTERPLAY_API_KEY, "
@@ -65,6 +73,18 @@ def _migrate(settings: Settings) -> None:
     migrations.upgrade(engine)
     queue.migrate(engine)
     engine.dispose()
+
+
+def _verify(settings: Settings, *, set_aside: bool) -> int:
+    from app import verification
+
+    engine = make_engine(settings)
+    try:
+        return 1 if verification.verify(engine, Storage(settings), set_aside=set_aside) else 0
+    except StorageUnavailable as error:
+        return _refuse(f"The storage does not answer: {error}.")
+    finally:
+        engine.dispose()
 
 
 def _serve(settings: Settings, *, with_worker: bool) -> int:

@@ -18,6 +18,7 @@
     ├── NotCancellable      409
     ├── TooManyStreams      503  of events
     ├── BaselineMoved       409  it is no longer where the caller saw it
+    ├── InsufficientStorage 507  the disk or the storage is full
     └── Unavailable         503  the database or the storage does not answer
 
 Each kind is documented in docs/problems.md; a test fails where one is not.
@@ -142,6 +143,10 @@ class TooManyStreams(ServiceError):
 
 class BaselineMoved(ServiceError):
     kind, title, status = "baseline-moved", "The baseline has moved", 409
+
+
+class InsufficientStorage(ServiceError):
+    kind, title, status = "insufficient-storage", "No room is left", 507
 
 
 class Unavailable(ServiceError):

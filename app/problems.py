@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from app.errors import (
+    InsufficientStorage,
     InvalidRequest,
     NotFound,
     ServiceError,
@@ -20,10 +21,11 @@ from app.errors import (
     invalid_request,
     problem,
 )
-from app.storage import StorageUnavailable
+from app.storage import StorageFull, StorageUnavailable
 
 logger = logging.getLogger(__name__)
 
+_FULL = "The service's disk or storage is full; its operator has to make room, trying again does not help."
 _HTTP_KINDS = {401: Unauthorized.kind, 404: NotFound.kind, 405: "method-not-allowed"}
 
 
@@ -86,12 +88,20 @@ async def _programming_error(request: Request, error: sa.exc.ProgrammingError) -
 
 
 async def _database_error(_: Request, error: Exception) -> Response:
+    # SQLite's words; PostgreSQL has a code of its own.
+    original = getattr(error, "orig", None)
+    if "disk is full" in str(original) or getattr(original, "sqlstate", None) == "53100":
+        logger.error("the database's disk is full: %s", error)
+        return problem_response(InsufficientStorage(_FULL))
     logger.warning("the database does not answer: %s", error)
     detail = "The database does not answer, or has not the tables of this version; /readyz says which."
     return problem_response(Unavailable(detail))
 
 
 async def _storage_error(_: Request, error: Exception) -> Response:
+    if isinstance(error, StorageFull):
+        logger.error("the storage is full: %s", error)
+        return problem_response(InsufficientStorage(f"{_FULL} Nothing of the upload was kept."))
     logger.warning("the storage does not answer: %s", error)
     return problem_response(Unavailable("The storage does not answer; try again in a few seconds."))
 

@@ -20,7 +20,7 @@ from app.database import read, write
 from app.errors import InUse, InvalidFile, InvalidRequest, NotFound, TooLarge, invalid_request
 from app.preprocessing import given_preprocess, preprocess_of_config
 from app.settings import Settings
-from app.storage import StagedFile, Storage
+from app.storage import BlobDamaged, StagedFile, Storage
 from app.tensordata import (
     MAX_CLASSES,
     read_labels,
@@ -266,7 +266,7 @@ def _blob_path(engine: sa.Engine, storage: Storage, upload: Upload, spec: Spec) 
     try:
         with storage.local_copy(spec.sha256) as path:
             yield path
-    except FileNotFoundError:
+    except (FileNotFoundError, BlobDamaged):
         raise missing from None
 
 

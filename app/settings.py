@@ -58,6 +58,9 @@ class Settings(BaseSettings):
     max_features_bytes: int = Field(
         default=10 * 2**30, ge=0, description="Features kept for analyses that come again; 0 keeps none."
     )
+    cache_bytes: int = Field(
+        default=100 * 2**30, ge=0, description="Blobs of a remote store that a machine keeps; the least used go first."
+    )
     max_event_streams: int = Field(
         default=500, ge=0, description="Streams of events open at a time; clients beyond it ask again and again."
     )

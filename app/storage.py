@@ -4,16 +4,19 @@ An upload is staged in a local file and hashed while it streams, so a crash leav
 A local store gets the staged file by rename, with the file and its folder synced; a remote one by one atomic put.
 """
 
+import errno
 import fcntl
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
 from uuid import uuid4
 
@@ -31,6 +34,23 @@ class StorageUnavailable(Exception):
     """The store, or the disk that uploads are staged on, does not take or give what was asked for."""
 
 
+class StorageFull(StorageUnavailable):
+    """No room is left where files are stored or staged: trying again will not help."""
+
+
+class BlobDamaged(Exception):
+    """A blob's bytes are not those of its name.
+
+    Attributes:
+        sha256: the blob's name.
+        found: the sha256 of the bytes that lie there.
+    """
+
+    def __init__(self, sha256: str, found: str) -> None:
+        super().__init__(f"blob {sha256} has bytes of the sha256 {found}")
+        self.sha256, self.found = sha256, found
+
+
 @contextmanager
 def _reaching_storage() -> Iterator[None]:
     """Every failure of disk or store as one exception; that a blob does not exist is none."""
@@ -39,6 +59,8 @@ def _reaching_storage() -> Iterator[None]:
     except FileNotFoundError:
         raise
     except (OSError, obstore.exceptions.BaseError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StorageFull(os.strerror(error.errno)) from error
         raise StorageUnavailable(f"{type(error).__name__}: {error}") from error
 
 
@@ -105,6 +127,9 @@ class Storage:
         self._staging = settings.data_dir / "staging"
         self._cache = settings.data_dir / "cache"
         url = urlsplit(settings.effective_storage_url)
+        self._cache_bytes = settings.cache_bytes
+        # Files that were hashed by this process, as they were then: a file that changes since is hashed again.
+        self._verified: dict[str, tuple[int, int, int]] = {}
         self._folder: Path | None = None
         self._store: ObjectStore
         if url.scheme == "file":
@@ -120,7 +145,7 @@ class Storage:
             return StagedFile(self._staging)
 
     def put(self, staged: StagedFile) -> None:
-        """Give the staged file its final name; done already where the blob exists."""
+        """Give the staged file its final name, in the place of what may lie there: the same bytes, unless damaged."""
         with _reaching_storage():
             self._put(staged)
 
@@ -128,15 +153,17 @@ class Storage:
         staged.sync()
         sha256 = staged.sha256
         if self._folder is None:
-            if not self.has(sha256):
-                with staged.path.open("rb") as file:
-                    obstore.put(self._store, _key(sha256), file)
+            # Whatever lies there: it may be damaged.
+            with staged.path.open("rb") as file:
+                obstore.put(self._store, _key(sha256), file)
             return
         final = self._folder / _key(sha256)
         final.parent.mkdir(parents=True, exist_ok=True)
-        # A link where `staged` still removes its own name at the end of its block: no moment without an owner.
-        with suppress(FileExistsError):
-            os.link(staged.path, final)
+        # A link where `staged` still removes its own name at the end of its block: no moment without an owner. It takes
+        # the place of what lies there, which is the same bytes unless the disk has damaged them.
+        linked = staged.path.with_suffix(".whole")
+        os.link(staged.path, linked)
+        linked.replace(final)
         _sync_folder(final.parent)
         _sync_folder(final.parent.parent)
 
@@ -154,10 +181,14 @@ class Storage:
 
     @contextmanager
     def local_copy(self, sha256: str) -> Iterator[Path]:
-        """A path to read the blob at; a blob of a remote store is fetched once and kept in the cache folder.
+        """A path to read the blob at, for as long as the block lasts.
+
+        A blob of a remote store is fetched once and kept in the cache folder, of which what was used least recently
+        goes where there is more than `cache_bytes`.
 
         Raises:
             FileNotFoundError: there is no such blob.
+            BlobDamaged: the store gave other bytes.
             StorageUnavailable: the store does not answer.
         """
         if self._folder is not None:
@@ -166,11 +197,55 @@ class Storage:
                 raise FileNotFoundError(sha256)
             yield path
             return
-        cached = self._cache / _key(sha256)
-        if not cached.is_file():
+        path = self._cache / _key(sha256)
+        with _reaching_storage():
+            held = self._hold_cached(path)
+            while held is None:
+                self._fetch(sha256, path)
+                held = self._hold_cached(path)
+        with held:
+            self._trim_cache()
+            yield path
+
+    @contextmanager
+    def verified_copy(self, sha256: str) -> Iterator[Path]:
+        """`local_copy` of a blob whose bytes this process has hashed since the file was last written.
+
+        Raises:
+            BlobDamaged: the bytes are others; nothing may be computed from them.
+        """
+        with self.local_copy(sha256) as path:
             with _reaching_storage():
-                self._fetch(sha256, cached)
-        yield cached
+                self._verify(sha256, path)
+            yield path
+
+    def _verify(self, sha256: str, path: Path) -> None:
+        with path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            state = (status.st_ino, status.st_mtime_ns, status.st_size)
+            if self._verified.get(sha256) == state:
+                return
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != sha256:
+            if self._folder is None:
+                # Only a copy: the next attempt fetches it anew.
+                path.unlink(missing_ok=True)
+            raise BlobDamaged(sha256, found)
+        self._verified[sha256] = state
+
+    def _hold_cached(self, path: Path) -> BinaryIO | None:
+        """An open cached file that is not removed while it is open; None where there is none."""
+        try:
+            file = path.open("rb")
+        except FileNotFoundError:
+            return None
+        fcntl.flock(file, fcntl.LOCK_SH)
+        if not os.fstat(file.fileno()).st_nlink:
+            file.close()  # removed between its opening and the lock
+            return None
+        # When it was used last, for who goes first. The time of its last change stays: it says what was verified.
+        os.utime(path, ns=(time.time_ns(), os.fstat(file.fileno()).st_mtime_ns))
+        return file
 
     def _fetch(self, sha256: str, cached: Path) -> None:
         cached.parent.mkdir(parents=True, exist_ok=True)
@@ -179,9 +254,47 @@ class Storage:
                 staged.write(bytes(chunk))
             staged.sync()
             if staged.sha256 != sha256:
-                raise FileNotFoundError(f"{sha256}: the store returned other bytes")
+                raise BlobDamaged(sha256, staged.sha256)
             with suppress(FileExistsError):
                 os.link(staged.path, cached)
+            status = cached.stat()
+            self._verified[sha256] = (status.st_ino, status.st_mtime_ns, status.st_size)
+
+    def _trim_cache(self) -> None:
+        """Remove cached blobs that nobody reads, the least recently used first, down to `cache_bytes`."""
+        entries = []
+        for path in self._cache.glob("??/*"):
+            with suppress(FileNotFoundError):
+                status = path.stat()
+                entries.append((status.st_atime_ns, status.st_size, path))
+        excess = sum(size for _, size, _ in entries) - self._cache_bytes
+        for _, size, path in sorted(entries):
+            if excess <= 0:
+                return
+            with suppress(OSError), path.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+                excess -= size
+
+    def sha256_of(self, sha256: str) -> str:
+        """The sha256 of the bytes that lie under a blob's name now, read from where blobs live and not from a cache.
+
+        Raises:
+            FileNotFoundError: there is no such blob.
+            StorageUnavailable: the store does not answer.
+        """
+        digest = hashlib.sha256()
+        with _reaching_storage():
+            for chunk in obstore.get(self._store, _key(sha256)).stream(min_chunk_size=8 * 2**20):
+                digest.update(chunk)
+        return digest.hexdigest()
+
+    def set_aside(self, sha256: str) -> str:
+        """Move a blob to where nothing is read from, so that the same file can be sent again; where it lies now."""
+        aside = f"damaged/{sha256}"
+        with _reaching_storage():
+            obstore.rename(self._store, _key(sha256), aside)
+        return aside
 
     def put_features(self, name: str, staged: StagedFile) -> None:
         """Keep features under a name, whole or not at all; done already where there are some."""

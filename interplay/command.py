@@ -648,6 +648,11 @@ _SERVER_COMMANDS = {
     "api": (["app", "api"], {"server": "uvicorn"}, "Run the API alone."),
     "worker": (["workers"], {"worker": "torch"}, "Run one worker."),
     "migrate": (["app", "migrate"], {"server": "uvicorn"}, "Bring the database to the current schema."),
+    "verify": (
+        ["app", "verify"],
+        {"server": "uvicorn"},
+        "Read and hash every stored file; name reports on damaged ones.",
+    ),
 }
 
 

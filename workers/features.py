@@ -69,6 +69,8 @@ class FeatureCache:
                 # Copies, since what the file is mapped to must not outlive it.
                 tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
                 about = json.loads(file.metadata()["about"])
+                if _checksum(tensors, file.metadata()["about"]) != file.metadata()["sha256"]:
+                    raise ValueError("their checksum is another")
             return Kept(_feature_set(tensors, about.pop("n_vocabulary")), **about)
         except FileNotFoundError:
             return None
@@ -93,7 +95,8 @@ class FeatureCache:
         about["about_probe"] = {key: kept.about_probe[key] for key in _FOUND_OUT}
         try:
             with self._storage.stage() as staged:
-                _write(staged, tensors, {"about": json.dumps(about)})
+                text = json.dumps(about)
+                _write(staged, tensors, {"about": text, "sha256": _checksum(tensors, text)})
                 self._make_room(staged.size_bytes)
                 self._storage.put_features(name, staged)
         except StorageUnavailable as error:
@@ -109,6 +112,20 @@ class FeatureCache:
             excess -= entry.size_bytes
 
 
+def _checksum(tensors: Mapping[str, Tensor], about: str) -> str:
+    """The sha256 of what is kept, tensor by tensor in the order of their names: a turned bit shows."""
+    digest = hashlib.sha256(about.encode())
+    for key, tensor in sorted(tensors.items()):
+        digest.update(f"{key} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(_as_bytes(tensor))
+    return digest.hexdigest()
+
+
+def _as_bytes(tensor: Tensor) -> memoryview:
+    # As bytes, since NumPy knows no bfloat16.
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
 def _write(staged: StagedFile, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     """Safetensors. The library's own `save` copies all of them in memory; its `save_file` writes to another file."""
     header: dict[str, Any] = {"__metadata__": metadata}
@@ -118,8 +135,7 @@ def _write(staged: StagedFile, tensors: Mapping[str, Tensor], metadata: dict[str
         header[key] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     staged.write(header_bytes(header))
     for tensor in tensors.values():
-        # As bytes, since NumPy knows no bfloat16.
-        staged.write(tensor.view(torch.uint8).numpy().data.cast("B"))
+        staged.write(_as_bytes(tensor))
 
 
 def _tensors(feature_set: FeatureSet) -> dict[str, Tensor]:

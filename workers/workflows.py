@@ -19,7 +19,7 @@ from app import queue
 from app.datafile import Limits
 from app.errors import problem
 from app.settings import Settings
-from app.storage import Storage, StorageUnavailable
+from app.storage import BlobDamaged, Storage, StorageUnavailable
 from workers import attempts
 from workers.attempts import Progress, Result
 from workers.child import ChildDied, ComputeChild
@@ -132,6 +132,15 @@ def _fetch_patiently(
         except FileNotFoundError as error:
             body = problem("blob-missing", "A stored file is missing", f"The storage has no blob {error}.")
             return Result("failed", problem=body)
+        except BlobDamaged as error:
+            logger.error("%s", error)
+            detail = (
+                f"The bytes under the sha256 {error.sha256} are others ({error.found}): the disk or the store has "
+                "damaged them. Nothing was computed from them. `interplay verify --set-aside` says which reports rest "
+                "on them and makes room; then send the file again."
+            )
+            body = problem("blob-damaged", "A stored file is damaged", detail, sha256=error.sha256, found=error.found)
+            return Result("failed", problem=body)
         except StorageUnavailable as error:
             logger.warning("the storage does not answer: %s", error)
             if time.monotonic() > deadline:
@@ -154,7 +163,9 @@ def _fetch(storage: Storage, task: dict[str, Any], stack: ExitStack) -> dict[str
         hashes.append(task["probe"]["sha256"])
         tokenizers = (owner["tokenizer_sha256"] for owner in (task["file"], *task["brought"]))
         hashes += [sha256 for sha256 in tokenizers if sha256 is not None]
-    return {"paths": {sha256: str(stack.enter_context(storage.local_copy(sha256))) for sha256 in dict.fromkeys(hashes)}}
+    return {
+        "paths": {sha256: str(stack.enter_context(storage.verified_copy(sha256))) for sha256 in dict.fromkeys(hashes)}
+    }
 
 
 def _limits(settings: Settings) -> dict[str, Any]:

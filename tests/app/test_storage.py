@@ -11,7 +11,7 @@ import obstore
 import pytest
 
 from app.settings import Settings
-from app.storage import Storage
+from app.storage import BlobDamaged, Storage
 
 CONTENT = os.urandom(3_000_000)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -54,9 +54,94 @@ def test_other_bytes_under_a_hash_are_not_taken_for_the_blob(tmp_path: Path) -> 
     """A store that answers with other bytes is not believed, and nothing of it stays in the cache."""
     storage = Storage(Settings(data_dir=tmp_path, storage_url="memory:///"))
     obstore.put(storage._store, f"{SHA256[:2]}/{SHA256}", b"something else")
-    with pytest.raises(FileNotFoundError, match="other bytes"), storage.local_copy(SHA256):
+    with pytest.raises(BlobDamaged, match=SHA256), storage.local_copy(SHA256):
         pass
     assert not any(path.is_file() for path in tmp_path.rglob("*"))
+
+
+def _put(storage: Storage, content: bytes) -> str:
+    with storage.stage() as staged:
+        staged.write(content)
+        storage.put(staged)
+        return staged.sha256
+
+
+def _damage(path: Path, *, quietly: bool) -> None:
+    """Turn one bit; quietly as a disk does it, which changes no time."""
+    before = path.stat()
+    with path.open("r+b") as file:
+        file.seek(1_000_000)
+        byte = file.read(1)[0]
+        file.seek(1_000_000)
+        file.write(bytes([byte ^ 1]))
+    if quietly:
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize("quietly", [False, True])
+def test_a_turned_bit_is_found_at_first_use(storage: Storage, tmp_path: Path, quietly: bool) -> None:
+    """Also in what a machine has cached; after that the same file, sent again, takes its place."""
+    _put(storage, CONTENT)
+    with storage.local_copy(SHA256) as path:
+        _damage(path, quietly=quietly)
+    # Another process: whoever fetched the file has hashed it.
+    other = Storage(Settings(data_dir=tmp_path, storage_url="")) if storage._folder else storage
+    other._verified.clear()
+    with pytest.raises(BlobDamaged) as caught, other.verified_copy(SHA256):
+        pass
+    assert caught.value.found != SHA256
+    _put(storage, CONTENT)
+    for _ in range(2):
+        with storage.verified_copy(SHA256) as path:
+            assert path.read_bytes() == CONTENT
+
+
+def test_a_file_is_hashed_again_once_it_was_written(storage: Storage) -> None:
+    """What a process has verified it verifies no second time, unless the file changed meanwhile."""
+    _put(storage, CONTENT)
+    with storage.verified_copy(SHA256) as path:
+        verified = dict(storage._verified)
+    with storage.verified_copy(SHA256):
+        assert storage._verified == verified
+    _damage(path, quietly=False)
+    with pytest.raises(BlobDamaged), storage.verified_copy(SHA256):
+        pass
+
+
+def test_what_lies_in_the_store_can_be_hashed_and_set_aside(storage: Storage) -> None:
+    """The hash is of what lies there now; what was set aside is no blob any more, and the same file can come again."""
+    _put(storage, CONTENT)
+    assert storage.sha256_of(SHA256) == SHA256
+    obstore.put(storage._store, f"{SHA256[:2]}/{SHA256}", CONTENT[:-1])
+    assert storage.sha256_of(SHA256) == hashlib.sha256(CONTENT[:-1]).hexdigest()
+    assert obstore.get(storage._store, storage.set_aside(SHA256)).bytes() == CONTENT[:-1]
+    assert not storage.has(SHA256)
+    with pytest.raises(FileNotFoundError):
+        storage.sha256_of(SHA256)
+    _put(storage, CONTENT)
+    assert storage.sha256_of(SHA256) == SHA256
+
+
+def test_the_cache_keeps_what_was_used_last(tmp_path: Path) -> None:
+    """Beyond its limit the least recently used goes, and never what somebody reads."""
+    storage = Storage(Settings(data_dir=tmp_path, storage_url="memory:///", cache_bytes=3_000))
+    first, second, third, fourth = (_put(storage, bytes([number]) * 1_000) for number in range(4))
+
+    def cached() -> set[str]:
+        return {path.name for path in (tmp_path / "cache").glob("??/*")}
+
+    for sha256 in (first, second, third):
+        with storage.local_copy(sha256):
+            pass
+    assert cached() == {first, second, third}
+    with storage.local_copy(first), storage.local_copy(fourth):
+        # The second was used before all others.
+        assert cached() == {first, third, fourth}
+    small = Storage(Settings(data_dir=tmp_path, storage_url="memory:///", cache_bytes=0))
+    small._store = storage._store
+    with storage.local_copy(first) as path, small.local_copy(third):
+        assert {first, third} <= cached()
+        assert path.read_bytes() == bytes(1_000)
 
 
 def test_upload_that_is_not_put_leaves_nothing(storage: Storage, tmp_path: Path) -> None:

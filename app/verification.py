@@ -1,0 +1,114 @@
+"""`interplay verify`: every blob is read and hashed; what rests on one that is damaged or missing is named."""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
+from app.database import read
+from app.models import AnalysisCheckpoint, Blob, Checkpoint, FeatureSet, Probe, Report
+from app.storage import Storage
+
+# Rows that are read at a time.
+_PAGE = 500
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A blob that is not what its name says.
+
+    Attributes:
+        sha256: its name.
+        what: in words: missing, or damaged with the sha256 of the bytes that lie there.
+        resources: `checkpoint NAME (ID)` and the like, of all that refer to it.
+        report_ids: of every report on one of these, the oldest first.
+    """
+
+    sha256: str
+    what: str
+    resources: list[str]
+    report_ids: list[str]
+
+
+def verify(engine: sa.Engine, storage: Storage, *, set_aside: bool) -> int:
+    """Read and hash every blob, write what is wrong to standard output and progress to standard error.
+
+    Args:
+        engine: of the service's database.
+        storage: where the blobs live.
+        set_aside: move damaged blobs to `damaged/` in the storage, so that the same files can be sent again.
+
+    Returns:
+        How many blobs are damaged or missing.
+
+    Raises:
+        StorageUnavailable: the storage does not answer.
+    """
+    n_bytes = n_blobs = n_wrong = 0
+    for sha256, size_bytes in _blobs(engine):
+        found = _hash(storage, sha256)
+        n_blobs, n_bytes = n_blobs + 1, n_bytes + size_bytes
+        if found != sha256 and _exists(engine, sha256):
+            n_wrong += 1
+            what = "missing" if found is None else f"damaged: its bytes have the sha256 {found}"
+            if found is not None and set_aside:
+                what += f"; moved to {storage.set_aside(sha256)}"
+            _write(_finding(engine, sha256, what))
+        sys.stderr.write(f"\r{n_blobs} blobs, {n_bytes / 2**30:.2f} GiB read")
+        sys.stderr.flush()
+    sys.stderr.write("\n")
+    sys.stdout.write(f"{n_blobs} blobs, {n_bytes} bytes: {n_wrong} damaged or missing.\n")
+    return n_wrong
+
+
+def _blobs(engine: sa.Engine) -> Iterator[tuple[str, int]]:
+    last = ""
+    while True:
+        with read(engine) as session:
+            page = sa.select(Blob.sha256, Blob.size_bytes).where(Blob.sha256 > last).order_by(Blob.sha256).limit(_PAGE)
+            rows = session.execute(page).all()
+        if not rows:
+            return
+        yield from ((row.sha256, row.size_bytes) for row in rows)
+        last = rows[-1].sha256
+
+
+def _hash(storage: Storage, sha256: str) -> str | None:
+    try:
+        return storage.sha256_of(sha256)
+    except FileNotFoundError:
+        return None
+
+
+def _exists(engine: sa.Engine, sha256: str) -> bool:
+    """Whether it is still there: it may have been deleted while it was read."""
+    with read(engine) as session:
+        return session.get(Blob, sha256) is not None
+
+
+def _finding(engine: sa.Engine, sha256: str, what: str) -> Finding:
+    resources, reports = [], set()
+    with read(engine) as session:
+        for model, noun in ((Checkpoint, "checkpoint"), (Probe, "probe"), (FeatureSet, "feature set")):
+            columns = [model.sha256, *([model.tokenizer_sha256] if hasattr(model, "tokenizer_sha256") else [])]
+            for row in session.scalars(sa.select(model).where(sa.or_(*(column == sha256 for column in columns)))):
+                resources.append(f"{noun} {row.name} ({row.id})")
+                reports |= set(_reports_on(session, row.id))
+    return Finding(sha256, what, resources, [report_id for _, report_id in sorted(reports)])
+
+
+def _reports_on(session: Session, owner_id: str) -> list[tuple[str, str]]:
+    of_checkpoint = sa.select(AnalysisCheckpoint.analysis_id).where(AnalysisCheckpoint.checkpoint_id == owner_id)
+    on = sa.or_(Report.probe_id == owner_id, Report.feature_set_id == owner_id, Report.analysis_id.in_(of_checkpoint))
+    rows = session.execute(sa.select(Report.created_at, Report.id).where(on))
+    return [(created_at.isoformat(), report_id) for created_at, report_id in rows]
+
+
+def _write(finding: Finding) -> None:
+    lines = [f"{finding.sha256}: {finding.what}"]
+    lines += [f"  of {resource}" for resource in finding.resources] or ["  nothing refers to it"]
+    lines += [f"  report {report_id} rests on it" for report_id in finding.report_ids]
+    sys.stdout.write("\n".join(lines) + "\n")
+    sys.stdout.flush()

@@ -179,7 +179,7 @@ def _require_same(
     for role, column in chosen.items():
         there = [normalize("NFC", name) for name in other.names].count(column) == 1
         found = _type(other, column) if there else "no such column"
-        if not there or _form(found) != _form(_type(schema, column)):
+        if not there or _form(found, role) != _form(_type(schema, column), role):
             raise InvalidFile(
                 f"The column {column!r} is {_type(schema, column)} in {first.name!r}, {found} in {second.name!r}."
             )
@@ -227,9 +227,10 @@ def _type(schema: pa.Schema, column: str) -> pa.DataType:
     return schema.field(_own(schema, column)).type
 
 
-def _form(type_: pa.DataType) -> tuple[arrow.Holds, arrow.Holds]:
+def _form(type_: pa.DataType, role: str) -> tuple[arrow.Holds, arrow.Holds]:
     """What is the same for all files of a dataset: writers may have it as strings here and in a dictionary there."""
-    return arrow.holds(type_), arrow.member(type_, "bytes")
+    held = arrow.holds(type_)
+    return "text" if held == "bytes" and role != "image" else held, arrow.member(type_, "bytes")
 
 
 def _check_text_bytes(files: Sequence[pq.ParquetFile], column: str, limits: Limits) -> None:

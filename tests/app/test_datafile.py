@@ -462,6 +462,49 @@ def test_lines_of_texts(tmp_path: Path, content: bytes, format: str) -> None:
     assert _contents(dataset, [1]) == ["Größe ✓".encode()]
 
 
+def _texts_of(content: bytes, folder: Path, columns: Mapping[str, str | None] | None = None) -> list[str]:
+    """Texts as the API finds them, and as a worker does by the columns that the API found."""
+    dataset = _open(content, folder, columns=columns)
+    again = _open(content, folder, columns=dataset.columns)
+    assert (again.columns, _contents(again)) == (dataset.columns, _contents(dataset))
+    assert (dataset.labels is None) == (again.labels is None)
+    return [text.decode() for text in _contents(dataset)]
+
+
+@pytest.mark.parametrize(
+    ("content", "columns", "texts"),
+    [
+        (b'"text, raw";label\nhello;0\nbye;1\n', {"text": "text, raw"}, ["hello", "bye"]),
+        (b"text\tlabel\tnote, free\nhello\t0\tx\nbye\t1\ty\n", None, ["hello", "bye"]),
+        (b'\xef\xbb\xbf"text";"label"\r\n"a, b";0\r\n"c; d";1\r\n', None, ["a, b", "c; d"]),
+        (b'"my\ntext",label\n"a\nb",0\nc,1\n', {"text": "my\ntext"}, ["a\nb", "c"]),
+        (b'label;"text,\n""raw"""\n0;a\n1;b,c\n', {"text": 'text,\n"raw"'}, ["a", "b,c"]),
+        (b'text, label\nhello, 0\n"bye, you", 1\n', None, ["hello", "bye, you"]),
+        (b'text, label\nhello, 0\n"bye, you", 1\n', {"label": " label"}, ["hello", "bye, you"]),
+        (b"text|label|a,b|c;d\nhello, you; there|0|x|y\nbye|1|x|y\n", None, ["hello, you; there", "bye"]),
+        (b"text;label;a,b\n1,5;0;x\n2,5;1;y\n", None, ["1,5", "2,5"]),
+        (b"a,b;text,c;label\nx,y;u,v;0\nx,y;w,z;1\n", {"text": "text,c"}, ["u,v", "w,z"]),
+        (b"\r\n\r\ntext,label\rhello,0\r\rbye,1\r", None, ["hello", "bye"]),
+        (b",text,label\n0,hello,0\n1,bye,1\n", None, ["hello", "bye"]),
+        (b"text\nhello\nbye\n", None, ["hello", "bye"]),
+        (b'"text"\n"hello, you"\nbye; all\n', None, ["hello, you", "bye; all"]),
+    ],
+)
+def test_fields_are_told_apart_as_csv_has_it(
+    tmp_path: Path, content: bytes, columns: dict[str, str | None] | None, texts: list[str]
+) -> None:
+    """Delimiters and line breaks in quotes, in the header too, are none; white space after one may be nothing."""
+    assert _texts_of(content, tmp_path, columns) == texts
+
+
+@pytest.mark.parametrize("delimiter", [",", "\t", ";", "|"])
+def test_a_long_file_of_any_delimiter(tmp_path: Path, delimiter: str) -> None:
+    """More than is looked at to find the delimiter, with all of them in names and texts."""
+    texts = [f"{i}, a; b\t|c{'x' * 500}\n" for i in range(1000)]
+    rows = [["a,b;c\td|e", "text", "label"], *([str(i), text, str(i % 2)] for i, text in enumerate(texts))]
+    assert [text.replace("\r\n", "\n") for text in _texts_of(_csv(rows, delimiter), tmp_path)] == texts
+
+
 def test_labels_that_are_integers(tmp_path: Path) -> None:
     """In JSON as numbers, in CSV as the texts of numbers."""
     assert _labels(_open(_jsonl({"text": "a", "label": 2}, {"text": "b", "label": 0}), tmp_path)) == [2, 0]
@@ -498,6 +541,7 @@ BAD_LINES: dict[str, tuple[bytes, str]] = {
     "half of a pair": (b'{"text": "\\ud800", "label": 1}', "row 0"),
     "an unknown split": (_jsonl({**A, "split": "x"}), "'x'"),
     "fields too few": (b"text,label\na,x\nb\n", "Row 1 (line 3) has 1 fields"),
+    "texts without quotes": (b"text\nhello, you\nbye\n", "Row 0 (line 2) has 2 fields; the header has 1, with ','"),
     "a field too long": (_csv([["text", "label"], ["a" * 131_073, "x"]]), "131072"),
     "a line too long": (b"text,label\n" + b"a" * (2**20 + 1), "Line 2"),
     "a quote that is not closed": (b'text,label\n"a,x\n', "malformed"),

@@ -16,8 +16,10 @@ from safetensors.torch import save
 from analysis.errors import AnalysisError
 from analysis.probes import load_probe
 from app import probedata, schemas
+from app.datafile import Limits, detect, open_dataset
 from app.errors import InvalidFile
 from app.settings import Settings
+from app.tensordata import check_labels, split_counts
 from tests.datafiles import parquet, saved
 from tests.services import Service
 
@@ -70,8 +72,20 @@ CONTAINERS: dict[str, Callable[[Columns], bytes]] = {
 DTYPES = [torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.uint64, torch.int8]
 
 
-def _described(content: bytes, folder: Path, **spec: Any) -> dict[str, Any]:
-    return probedata.describe(saved(content, folder), schemas.ProbeSpec(name="a", **spec), Settings())
+def _described(content: bytes, folder: Path) -> dict[str, Any]:
+    """What an upload finds, without the process that looks into Parquet."""
+    path, limits = saved(content, folder), Limits.of(Settings())
+    format = detect(path, limits)
+    if format is None:
+        return probedata.describe(path, schemas.ProbeSpec(name="a"), Settings())
+    dataset = open_dataset(path, format, limits)
+    assert dataset.labels is not None
+    check_labels(dataset.labels, None)
+    return {
+        "class_counts": np.bincount(dataset.labels).tolist(),
+        "class_names": dataset.class_names,
+        "splits": {} if dataset.split is None else split_counts(dataset.split),
+    }
 
 
 @pytest.mark.parametrize("container", CONTAINERS)

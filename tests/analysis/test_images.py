@@ -6,6 +6,7 @@ import threading
 import time
 import zlib
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -77,7 +78,7 @@ def _png(levels: np.ndarray, colour: int, extra: bytes = b"") -> bytes:
     return b"\x89PNG\r\n\x1a\n" + parts
 
 
-def _tiff(levels: np.ndarray, interpretation: int, order: str = "<", bits: int | None = None) -> bytes:
+def _tiff(levels: np.ndarray, interpretation: int, order: Literal["<", ">"] = "<", bits: int | None = None) -> bytes:
     """A TIFF of one strip; with a fourth or second channel that is alpha. Of 12 bits, levels are bytes as packed."""
     height, width, channels = levels.shape
     data = levels.astype(levels.dtype.newbyteorder(order)).tobytes()
@@ -115,7 +116,7 @@ def test_png_of_any_depth(colour: int, channels: int, bits: int) -> None:
 @pytest.mark.parametrize("order", ["<", ">"])
 @pytest.mark.parametrize("bits", [8, 16])
 @pytest.mark.parametrize("channels", [1, 3, 4])
-def test_tiff_of_any_depth(channels: int, bits: int, order: str) -> None:
+def test_tiff_of_any_depth(channels: int, bits: int, order: Literal["<", ">"]) -> None:
     """As PNG; where zero is white, it is."""
     levels = _levels(channels, bits)
     expected = (levels >> (bits - 8)).transpose(2, 0, 1)[: 1 if channels < 3 else 3]

@@ -2,7 +2,11 @@
 
 import base64
 import io
+import json
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,8 +16,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
+from app import probedata
 from app.datafile import Dataset, Limits, arrow, open_dataset
 from app.errors import InvalidFile
+from app.schemas import ProbeSpec
 from app.settings import Settings
 from tests.datafiles import encoded, parquet, picture, saved, zipped
 
@@ -184,3 +190,27 @@ def test_what_is_neither_is_refused(column: pa.Array, word: str, role: str, tmp_
     with pytest.raises(InvalidFile) as raised:
         _opened(parquet(columns), tmp_path)
     assert word in raised.value.detail
+
+
+# --- what ends the process that reads it ----------------------------------------------------------------------------
+
+
+def test_more_memory_than_there_is(tmp_path: Path) -> None:
+    """The process that looks into a file has a bound of its own, and says so where a file takes more."""
+    columns = {"text": pa.array(["a"]).take(pa.array([0] * 10**6)), "label": pa.array(range(10**6))}
+    path = saved(parquet(columns), tmp_path)
+    task = {"path": str(path), "spec": {"name": "a"}, "limits": asdict(Limits.of(Settings()))}
+    child = "from app import probedata; probedata._READING_BYTES = 5 * 2**20; probedata.main()"
+    ran = subprocess.run(
+        [sys.executable, "-c", child], input=json.dumps(task).encode(), capture_output=True, check=True, timeout=60
+    )
+    answer = json.loads(ran.stdout)
+    assert (answer["error"], ran.stderr) == ("invalid-file", b"")
+    assert "takes more memory to read than there is" in answer["detail"]
+
+
+def test_an_error_that_nobody_knows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Is a problem of the file, and its traceback is in the log; here the file has gone."""
+    with pytest.raises(InvalidFile, match="an error that Parquet's reader does not know"):
+        probedata._in_another_process(tmp_path / "gone", ProbeSpec(name="a"), Limits.of(Settings()))
+    assert "FileNotFoundError" in caplog.text

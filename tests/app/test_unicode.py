@@ -137,7 +137,7 @@ def test_labels_in_tables_and_lines(tmp_path: Path) -> None:
 
 def test_one_name_twice_is_refused(tmp_path: Path) -> None:
     """Two columns, or two classes of a schema, that only their bytes tell apart."""
-    twice = {"text": ["a", "b"], **{normalize(form, "é"): [0, 1] for form in FORMS}}
+    twice: dict[str, list[Any]] = {"text": ["a", "b"], **{normalize(form, "é"): [0, 1] for form in FORMS}}
     row = json.dumps({name: values[0] for name, values in twice.items()})
     header = ",".join(twice)
     for content in (parquet(twice), row.encode(), f"{header}\na,0,1\n".encode()):

@@ -36,7 +36,9 @@ def _safetensors(columns: Columns) -> bytes:
 def _npz(columns: Columns) -> bytes:
     buffer = io.BytesIO()
     # NumPy has no bfloat16.
-    arrays = {name: (t.float() if t.dtype == torch.bfloat16 else t).numpy() for name, t in columns.items()}
+    arrays: dict[str, Any] = {
+        name: (t.float() if t.dtype == torch.bfloat16 else t).numpy() for name, t in columns.items()
+    }
     np.savez(buffer, inputs=np.arange(3.0 * N).reshape(N, 3), **arrays)
     return buffer.getvalue()
 

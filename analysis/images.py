@@ -34,8 +34,12 @@ _BROKEN_IMAGE = (
     OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, EOFError,
     NotImplementedError, MemoryError, RuntimeError, struct.error, zlib.error,
 )  # fmt: skip
-# One byte a channel holds no more: converted, such pixels would be cut off at 255.
-_DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
+# Without a range of their own: nothing says which of their numbers is white.
+_DEEP_MODES = ("I", "F")
+_GREY_MODES = ("1", "L", "LA", "La")
+# Tags of TIFF, and the colour of grey with alpha in PNG.
+_BITS, _INTERPRETATION, _WHITE_IS_ZERO = 258, 262, 0
+_PNG_START, _PNG_GREY_AND_ALPHA = b"\x89PNG\r\n\x1a\n", 4
 # Small batches take turns of their own length; so many images even them out.
 _AHEAD = 64
 # A thousand photographs that become thumbnails would be some GB.
@@ -142,7 +146,8 @@ def pixels(content: bytes, preprocess: Preprocess, *, where: str, most_pixels: i
     """Decode an image and give it the size and the colour of a preprocessing.
 
     As torchvision's Resize and CenterCrop do with an image of Pillow: the longer side is rounded down. An image is
-    turned upright first where its EXIF data say how; of several frames the first is taken.
+    turned upright first where its EXIF data say how; of several frames the first is taken. Of 16 bits a channel the
+    higher 8 are taken, in grey as in colours, as Pillow and libpng do; what is transparent keeps its colour.
 
     Args:
         content: a file of one of FORMATS.
@@ -151,23 +156,22 @@ def pixels(content: bytes, preprocess: Preprocess, *, where: str, most_pixels: i
         most_pixels: of the image in its file, and of what it is resized to.
 
     Returns:
-        Grey levels (channels, height, width); one channel of grey images, three of others.
+        Grey levels (channels, height, width); one channel of grey images, with alpha too, three of others.
 
     Raises:
-        AnalysisError: `invalid-probe` where it is no such image, is broken, has more pixels or more than 8 bits a
-            channel.
+        AnalysisError: `invalid-probe` where it is no such image, is broken, has more pixels, or pixels of 32 bits.
     """
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             _bound(image.size, most_pixels, where)
             ImageOps.exif_transpose(image, in_place=True)
-            coloured = _coloured(image, preprocess, where)
+            coloured = _coloured(_of_8_bits(image, content, where), preprocess)
             sized = _cropped(_resized(coloured, preprocess, most_pixels, where), preprocess)
             array: npt.NDArray[np.uint8] = np.asarray(sized)
     except _BROKEN_IMAGE as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         if "cannot identify image file" in reason:
-            reason = f"it is none of {', '.join(FORMATS)}"
+            reason = f"it is none of {', '.join(FORMATS)}, or a kind of TIFF that Pillow does not know; save it as PNG"
         raise AnalysisError("invalid-probe", f"{where} cannot be decoded: {reason}.") from None
     return array[None] if array.ndim == 2 else np.moveaxis(array, 2, 0)
 
@@ -194,13 +198,28 @@ def _bound(size: tuple[int, int], most_pixels: int, where: str) -> None:
         )
 
 
-def _coloured(image: Image.Image, preprocess: Preprocess, where: str) -> Image.Image:
+def _of_8_bits(image: Image.Image, content: bytes, where: str) -> Image.Image:
+    """The same image with 8 bits a channel; grey where it is stored so."""
     if image.mode in _DEEP_MODES:
         raise AnalysisError(
             "invalid-probe",
-            f"{where} has more than 8 bits a channel (mode {image.mode}); save it with 8, so that it is plain which.",
+            f"{where} has pixels of 32 bits or with a sign (mode {image.mode}), and nothing says which number is "
+            "white; save it with 8 or 16 bits a channel.",
         )
-    grey = image.mode in ("1", "L", "LA", "La")
+    if image.mode == "RGBA" and content.startswith(_PNG_START) and content[25] == _PNG_GREY_AND_ALPHA:
+        # Pillow has no mode of grey and alpha with 16 bits.
+        return image.getchannel("R")
+    if not image.mode.startswith("I;16"):
+        return image
+    tags = getattr(image, "tag_v2", {})
+    levels = np.asarray(image).astype(np.uint16) >> (tags.get(_BITS, (16,))[0] - 8)
+    if tags.get(_INTERPRETATION) == _WHITE_IS_ZERO:
+        levels = 255 - levels
+    return Image.fromarray(levels.astype(np.uint8))
+
+
+def _coloured(image: Image.Image, preprocess: Preprocess) -> Image.Image:
+    grey = image.mode in _GREY_MODES
     mode = {"rgb": "RGB", "grey": "L", None: "L" if grey else "RGB"}[preprocess.colour]
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
@@ -234,7 +253,7 @@ def _cropped(image: Image.Image, preprocess: Preprocess) -> Image.Image:
 def _cut(have: int, want: int, preprocess: Preprocess) -> tuple[int, int]:
     """Where a crop begins and ends along one side; before 0 where it is padded."""
     if want > have:
-        start = -((want - have) // 2)
+        start = -((want - have + (preprocess.pad_offset == "ceiled")) // 2)
     else:
         # Python rounds halves to even, as torchvision does.
         start = (have - want) // 2 if preprocess.crop_offset == "floored" else round((have - want) / 2)

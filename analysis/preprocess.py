@@ -15,6 +15,7 @@ Number = float | int
 Resample = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
 Colour = Literal["rgb", "grey"]
 CropOffset = Literal["rounded", "floored"]
+PadOffset = Literal["floored", "ceiled"]
 
 #: Longest side that images are resized or cropped to, in pixels.
 MAX_SIDE = 4096
@@ -36,6 +37,8 @@ class Preprocess:
         crop: height and width about the centre; what the image lacks is padded with 0.
         crop_offset: where an odd number of pixels is cut off, half of it "rounded" to even, as torchvision and timm
             do, or "floored", as transformers does.
+        pad_offset: where the image lacks an odd number of pixels, the zeros before it are half of that, "floored", as
+            torchvision, timm and transformers' torchvision backend have it, or "ceiled", as its Pillow backend has it.
         colour: "rgb" or "grey" converts; None leaves grey images grey and all others RGB.
 
     Raises:
@@ -50,6 +53,7 @@ class Preprocess:
     resample: Resample = "bilinear"
     crop: Sequence[int] | None = None
     crop_offset: CropOffset = "rounded"
+    pad_offset: PadOffset = "floored"
     colour: Colour | None = None
 
     def __post_init__(self) -> None:

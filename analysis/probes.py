@@ -336,7 +336,7 @@ def load_probe(
             `sequences.next_token_labels`, and the file needs none of its own; labels (n,) are passed over.
 
     Returns:
-        The probe. Labels and split are int64, inputs as stored.
+        The probe. Labels and split are int64, of integers, booleans or floats that are whole; inputs as stored.
 
     Raises:
         AnalysisError: `invalid-probe` for what is missing or does not fit; `non-finite-values` where preprocessed
@@ -390,7 +390,7 @@ def load_feature_set(path: Path) -> FeatureSet:
         path: the file.
 
     Returns:
-        The feature set; labels and split are int64.
+        The feature set; labels and split are int64, of integers, booleans or floats that are whole.
 
     Raises:
         AnalysisError: `invalid-feature-set` for what is missing or does not fit; `non-finite-values`.
@@ -479,10 +479,17 @@ def _split(tensors: dict[str, Tensor], n: int, kind: Kind) -> Int64[Tensor, " n"
 
 
 def _integers(name: str, tensor: Shaped[Tensor, "..."], n: int, kind: Kind) -> Int64[Tensor, " n"]:
-    if tensor.dtype not in _INTEGER:
-        raise AnalysisError(kind, f"{name} must be integers, not {tensor.dtype}.")
+    if tensor.dtype not in (*_INTEGER, *_FLOATING, torch.bool):
+        raise AnalysisError(kind, f"{name} must be whole numbers or booleans, not {tensor.dtype}.")
     if tuple(tensor.shape) != (n,):
         raise AnalysisError(kind, f"{name} must be one for each of the {n} samples, not {list(tensor.shape)}.")
+    if tensor.is_floating_point():
+        # The largest that fit are below 2^63, which a float can hold and an int64 cannot.
+        wide = tensor.double()
+        wrong = ~((wide == wide.floor()) & (wide.abs() < 2.0**63))
+        if bool(wrong.any()):
+            row = int(torch.nonzero(wrong)[0])
+            raise AnalysisError(kind, f"{name} is {float(tensor[row])} in row {row}; expected whole numbers.", row=row)
     return tensor.to(torch.int64)
 
 

@@ -1,14 +1,16 @@
 """What a checkpoint's classes are on a probe: labels in the order of its spec's names, matched by name, or tokens.
 
 A probe's labels count its own class names; a checkpoint's head counts those of its `id2label`. Where both have names
-they must meet, or every accuracy would be of the wrong classes. A causal language model predicts the tokens of the
-probe's sequences, which need no labels; every other network needs them.
+they must meet, or every accuracy would be of the wrong classes; they are compared in Unicode's composed form (NFC). A
+causal language model predicts the tokens of the probe's sequences, which need no labels; every other network needs
+them.
 """
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+from unicodedata import normalize
 
 import numpy as np
 import numpy.typing as npt
@@ -86,6 +88,7 @@ def match_labels(class_names: Sequence[str] | None, architecture: Mapping[str, A
     labels = _id2label(architecture)
     if class_names is None or labels is None:
         return LabelMap("order", None)
+    class_names = _composed(class_names)
     if list(class_names) == list(labels.values()) and list(labels) == list(range(len(labels))):
         return LabelMap("name", None)
     found = _places(class_names, labels)
@@ -123,8 +126,9 @@ def name_classes(own: Sequence[str], given: Sequence[str]) -> list[int] | None:
     Raises:
         InvalidRequest: some names are the file's and some are not, or there are more or fewer.
     """
+    own, given = _composed(own), _composed(given)
     found = _places(own, dict(enumerate(given)))
-    if list(own) == list(given) or (len(own) == len(given) and not any(found)):
+    if own == given or (len(own) == len(given) and not any(found)):
         return None
     numbers = [places[0] for places in found if len(places) == 1]
     if len(set(numbers)) < len(own):
@@ -141,8 +145,17 @@ def _places(names: Sequence[str], labels: Mapping[int, str]) -> list[list[int]]:
     folded: dict[str, list[int]] = {}
     for number, name in labels.items():
         exact.setdefault(name, []).append(number)
-        folded.setdefault(name.casefold(), []).append(number)
-    return [exact.get(name) or folded.get(name.casefold()) or [] for name in names]
+        folded.setdefault(_folded(name), []).append(number)
+    return [exact.get(name) or folded.get(_folded(name)) or [] for name in names]
+
+
+def _composed(names: Sequence[str]) -> list[str]:
+    return [normalize("NFC", name) for name in names]
+
+
+def _folded(name: str) -> str:
+    # Folding may take a composed letter apart.
+    return normalize("NFC", name.casefold())
 
 
 def _id2label(architecture: Mapping[str, Any]) -> dict[int, str] | None:
@@ -153,7 +166,7 @@ def _id2label(architecture: Mapping[str, Any]) -> dict[int, str] | None:
         case _:
             return None
     try:
-        labels = {int(number): str(name) for number, name in given.items()}
+        labels = {int(number): normalize("NFC", str(name)) for number, name in given.items()}
     except ValueError:
         return None
     if all(_DEFAULT_NAME.match(name) for name in labels.values()):

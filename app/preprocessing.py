@@ -1,7 +1,8 @@
 """Preprocessing in the words of other libraries, turned into ours: Hugging Face's preprocessor_config.json, timm's data
 configuration. What ours cannot say is refused, never left out.
 
-Each library resizes and crops in its own way; `analysis/images.py` has both, and tests compare them with the libraries.
+Each library resizes and crops in its own way; `analysis/images.py` has them all, and tests compare them with the
+libraries. Of a processor of transformers it is the way of the backend that its class names.
 """
 
 import math
@@ -81,6 +82,8 @@ def from_preprocessor_config(config: Mapping[str, Any]) -> dict[str, Any]:
         if config.get(switch):
             raise _refused(f"{switch} is {config[switch]!r}")
     found: dict[str, Any] = {"crop_offset": "floored", "scale": 1.0}
+    if _class_name(config).endswith("Pil"):
+        found["pad_offset"] = "ceiled"
     if config.get("do_resize", True):
         resample = config.get("resample", processor.resample)
         if not isinstance(resample, int) or isinstance(resample, bool) or resample not in _RESAMPLE:
@@ -175,14 +178,19 @@ def preprocess_of_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
     return from_timm({**found, "input_size": [channels, *sides]})
 
 
+def _class_name(config: Mapping[str, Any]) -> str:
+    """The processor's, or nothing. One that ends in Pil computes with Pillow and NumPy, any other with torchvision."""
+    return str(config.get("image_processor_type") or config.get("feature_extractor_type") or "")
+
+
 def _processor(config: Mapping[str, Any]) -> tuple[str, _Processor]:
-    given = config.get("image_processor_type") or config.get("feature_extractor_type")
-    if given is None:
+    given = _class_name(config)
+    if not given:
         # Files of early versions name no class; with sizes by side there is nothing that only the class would know.
         if isinstance(config.get("size"), dict) and "resample" in config and "crop_pct" not in config:
             return "", _Processor(config["resample"], crops="crop_size" in config)
         raise _refused("it names no image_processor_type")
-    name = re.sub(r"(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", str(given))
+    name = re.sub(r"(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", given)
     if name not in _PROCESSORS:
         raise _refused(f"its image_processor_type is {given!r}; known are {', '.join(_PROCESSORS)}")
     return name, _PROCESSORS[name]

@@ -5,9 +5,13 @@ the file's content. What is not the file's but the spec's is checked against it 
 """
 
 import json
+import logging
+import resource
+import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,17 +20,17 @@ import numpy as np
 import numpy.typing as npt
 
 from app import datafile, schemas, tensorfile
-from app.errors import InvalidFile, InvalidRequest
+from app.errors import InvalidFile, InvalidRequest, Unavailable
 from app.labels import named_labels
 from app.settings import Settings
 from app.tensordata import (
-    Integers,
+    Values,
     check_labels,
     read_labels,
     read_splits,
     require_known,
     require_tensor,
-    safetensors_integers,
+    safetensors_values,
     split_counts,
 )
 
@@ -41,6 +45,10 @@ _MAIN_NAMES = ("inputs", "pixel_values", "input_ids")
 # A page of Parquet may announce up to 2 GiB; not many at once.
 _reading = threading.BoundedSemaphore(2)
 _READING_SECONDS = 300
+# A page and what it is unpacked to, and the labels of all rows.
+_READING_BYTES = 4 * 2**30
+_SAID_CHARACTERS = 4000
+logger = logging.getLogger(__name__)
 _ERRORS = {error.kind: error for error in (InvalidFile, InvalidRequest)}
 
 
@@ -61,7 +69,13 @@ def describe(path: Path, spec: schemas.ProbeSpec, settings: Settings) -> dict[st
 
 
 def _in_another_process(path: Path, spec: schemas.ProbeSpec, limits: datafile.Limits) -> dict[str, Any]:
-    """What a Parquet file says of itself: pyarrow ends its process, or takes gigabytes, for some that are broken."""
+    """What a Parquet file says of itself: pyarrow ends its process, or takes gigabytes, for some that are broken.
+
+    Raises:
+        InvalidFile: as `describe`, and whatever the process ended by.
+        InvalidRequest: as `describe`.
+        Unavailable: this machine has no room for one more process.
+    """
     # Of a tokenizer, which may be large, it matters that there is one.
     small = spec.model_copy(update={"tokenizer": None if spec.tokenizer is None else {}})
     task = {"path": str(path), "spec": small.model_dump(mode="json"), "limits": asdict(limits)}
@@ -69,21 +83,38 @@ def _in_another_process(path: Path, spec: schemas.ProbeSpec, limits: datafile.Li
     with _reading:
         try:
             ran = subprocess.run(
-                command, input=json.dumps(task).encode(), stdout=subprocess.PIPE, check=False, timeout=_READING_SECONDS
+                command, input=json.dumps(task).encode(), capture_output=True, check=False, timeout=_READING_SECONDS
             )
         except subprocess.TimeoutExpired:
             raise InvalidFile(f"Looking into the Parquet file took more than {_READING_SECONDS} seconds.") from None
-    if ran.returncode < 0:
-        raise InvalidFile("The file is not valid Parquet: the process that looked into it was ended by what it holds.")
-    answer: dict[str, Any] = json.loads(ran.stdout)
-    if "row" not in answer:
-        raise _ERRORS[answer["error"]](answer["detail"], **answer["members"])
-    row: dict[str, Any] = answer["row"]
-    return row
+        except OSError as error:
+            raise Unavailable(f"The Parquet file cannot be looked into now: {error.strerror}.") from None
+    if ran.returncode == 0:
+        answer: dict[str, Any] = json.loads(ran.stdout)
+        if "row" not in answer:
+            raise _ERRORS[answer["error"]](answer["detail"], **answer["members"])
+        row: dict[str, Any] = answer["row"]
+        return row
+    said = ran.stderr.decode(errors="replace").strip()
+    logger.warning("the process that read a Parquet file ended with %d: %s", ran.returncode, said[-_SAID_CHARACTERS:])
+    raise InvalidFile(
+        "The file is not valid Parquet, or takes more than there is to read it: the process that looked into it was "
+        f"ended by what it holds ({_ended_by(ran.returncode)})."
+    )
+
+
+def _ended_by(code: int) -> str:
+    if code > 0:
+        return "an error that Parquet's reader does not know"
+    try:
+        return signal.Signals(-code).name
+    except ValueError:
+        return f"signal {-code}"
 
 
 def main() -> None:
     """The other process: a task on standard input, on standard output a row's columns or what is wrong."""
+    _bound_this_process()
     task = json.load(sys.stdin)
     spec, limits = schemas.ProbeSpec(**task["spec"]), datafile.Limits(**task["limits"])
     try:
@@ -91,6 +122,15 @@ def main() -> None:
     except (InvalidFile, InvalidRequest) as error:
         answer = {"error": error.kind, "detail": error.detail, "members": error.members}
     json.dump(answer, sys.stdout)
+
+
+def _bound_this_process() -> None:
+    """A file that announces more than there is ends this process, and no other of the machine."""
+    for kind, most in ((resource.RLIMIT_DATA, _READING_BYTES), (resource.RLIMIT_CORE, 0)):
+        hard = resource.getrlimit(kind)[1]
+        resource.setrlimit(kind, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
 
 
 def _require_tensors(path: Path) -> None:
@@ -108,10 +148,10 @@ def _tensors(path: Path, spec: schemas.ProbeSpec, settings: Settings) -> dict[st
     for member in ("columns", "tokenizer", "max_length"):
         if getattr(spec, member) is not None:
             raise InvalidRequest(f"{member} is for Parquet, CSV and JSON lines; the file holds tensors.")
-    file, integers = _open_probe(path, settings)
+    file, values = _open_probe(path, settings)
     require_known(file, {"inputs", *INPUT_NAMES, "labels", "split"})
     inputs = _inputs(file, spec.preprocess)
-    labels = _labels(file, integers, inputs, spec)
+    labels = _labels(file, values, inputs, spec)
     _check_preprocess(spec.preprocess, inputs.shape[1])
     return {
         "format": file.format,
@@ -119,7 +159,7 @@ def _tensors(path: Path, spec: schemas.ProbeSpec, settings: Settings) -> dict[st
         "n_samples": inputs.shape[0],
         **_classes(labels, spec.class_names),
         "input_shape": list(inputs.shape[1:]),
-        "splits": read_splits(file, integers, inputs.shape[0]),
+        "splits": read_splits(file, values, inputs.shape[0]),
         "preprocess": spec.preprocess.for_tensors().model_dump(mode="json") if spec.preprocess else None,
     }
 
@@ -151,13 +191,13 @@ def _dataset(path: Path, format: datafile.Format, spec: schemas.ProbeSpec, limit
 
 
 def _labels(
-    file: tensorfile.TensorFile, integers: Integers, inputs: tensorfile.TensorInfo, spec: schemas.ProbeSpec
+    file: tensorfile.TensorFile, values: Values, inputs: tensorfile.TensorInfo, spec: schemas.ProbeSpec
 ) -> npt.NDArray[np.int64] | None:
     """Labels of the samples; None where sequences of tokens have none, or have one at each token."""
     info = file.tensors.get("labels")
     if "input_ids" not in file.tensors or (info is not None and len(info.shape) == 1):
         n_named = len(spec.class_names) if spec.class_names else None
-        return read_labels(file, integers, inputs.shape[0], n_classes=n_named)
+        return read_labels(file, values, inputs.shape[0], n_classes=n_named)
     if spec.class_names is not None:
         raise InvalidRequest("class_names are of labels of samples; the file has none.")
     if info is not None:
@@ -209,13 +249,13 @@ def _check_preprocess(preprocess: schemas.Preprocess | None, size: int) -> None:
             )
 
 
-def _open_probe(path: Path, settings: Settings) -> tuple[tensorfile.TensorFile, Integers]:
+def _open_probe(path: Path, settings: Settings) -> tuple[tensorfile.TensorFile, Values]:
     with path.open("rb") as file:
         start = file.read(9)
     if start.startswith(b"PK") and not tensorfile.begins_as_safetensors(start):
         archive = tensorfile.inspect_npz(path, max_bytes=settings.max_npz_bytes, max_ratio=settings.max_npz_ratio)
-        return archive, lambda name: tensorfile.read_npz_integers(path, name)
-    return tensorfile.inspect_safetensors(path), safetensors_integers(path)
+        return archive, lambda name: tensorfile.read_npz_values(path, name)
+    return tensorfile.inspect_safetensors(path), safetensors_values(path)
 
 
 if __name__ == "__main__":

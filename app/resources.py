@@ -17,17 +17,17 @@ from sqlalchemy.orm import Session
 from app import archives, models, probedata, schemas, tensorfile
 from app.architectures import architecture_of_config, check_architecture
 from app.database import read, write
+from app.datafile.values import MAX_CLASSES
 from app.errors import InUse, InvalidFile, InvalidRequest, NotFound, TooLarge, invalid_request
 from app.preprocessing import given_preprocess, preprocess_of_config
 from app.settings import Settings
 from app.storage import BlobDamaged, StagedFile, Storage
 from app.tensordata import (
-    MAX_CLASSES,
     read_labels,
     read_splits,
     require_known,
     require_tensor,
-    safetensors_integers,
+    safetensors_values,
 )
 from app.uploads import Upload
 from app.weights import weight_names
@@ -111,7 +111,7 @@ def create_feature_set(engine: sa.Engine, storage: Storage, settings: Settings, 
             require_tensor(file, "head_bias", tensorfile.FLOATING, shape=(n_classes,))
         if "logits" in file.tensors:
             require_tensor(file, "logits", tensorfile.FLOATING, shape=(n_samples, n_classes))
-        labels = read_labels(file, safetensors_integers(path), n_samples, n_classes=n_classes)
+        labels = read_labels(file, safetensors_values(path), n_samples, n_classes=n_classes)
         feature_set = models.FeatureSet(
             name=spec.name,
             sha256=_sha256(upload, spec),
@@ -120,7 +120,7 @@ def create_feature_set(engine: sa.Engine, storage: Storage, settings: Settings, 
             n_classes=n_classes,
             n_features=n_features,
             class_counts=np.bincount(labels, minlength=n_classes).tolist(),
-            splits=read_splits(file, safetensors_integers(path), n_samples),
+            splits=read_splits(file, safetensors_values(path), n_samples),
             metadata_=spec.metadata,
         )
     return _keep(engine, storage, [upload.file], feature_set)

@@ -3,8 +3,10 @@
 import math
 import re
 from datetime import datetime
+from functools import partial
 from itertools import pairwise
 from typing import Annotated, Any, Generic, Literal, TypeVar
+from unicodedata import normalize
 
 from pydantic import (
     AfterValidator,
@@ -97,6 +99,11 @@ class Preprocess(Strict):
     crop_offset: Literal["rounded", "floored"] = Field(
         default="rounded", description="Half of an odd number of pixels: as torchvision, or as transformers has it."
     )
+    pad_offset: Literal["floored", "ceiled"] = Field(
+        default="floored",
+        description="Half of an odd number of pixels that the image lacks, before it: as torchvision, or as the Pillow "
+        "backend of transformers has it.",
+    )
     colour: Literal["rgb", "grey"] | None = Field(default=None, description="null: grey stays grey, all else is RGB.")
 
     def for_images(self) -> "Preprocess":
@@ -109,6 +116,8 @@ class Preprocess(Strict):
         return self.model_copy(update={"scale": 1.0 if self.scale is None else self.scale})
 
 
+# Compared with names from elsewhere: composed, as Unicode has it (NFC), however it was typed.
+ClassName = Annotated[str, Field(max_length=200, pattern=PLAIN_TEXT), AfterValidator(partial(normalize, "NFC"))]
 ColumnName = Annotated[str, Field(min_length=1, max_length=200)]
 
 
@@ -132,7 +141,7 @@ class ProbeSpec(Strict):
     """`spec` of POST /v1/probes. Lists in `preprocess` run along dimension 1 of the inputs."""
 
     name: Name
-    class_names: list[Annotated[str, Field(max_length=200, pattern=PLAIN_TEXT)]] | None = Field(
+    class_names: list[ClassName] | None = Field(
         default=None,
         min_length=2,
         max_length=100_000,

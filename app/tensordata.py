@@ -2,23 +2,24 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from app import tensorfile
+from app.datafile.values import MAX_CLASSES, whole_numbers
 from app.errors import InvalidFile
 
-# A class costs a number in every row and report, a sample eight bytes while its label is checked.
-MAX_CLASSES = 100_000
+# A sample costs eight bytes while its label is checked.
 MAX_SAMPLES = 100_000_000
 
-Integers = Callable[[str], npt.NDArray[np.int64]]
+Values = Callable[[str], npt.NDArray[Any]]
 
 
-def safetensors_integers(path: Path) -> Integers:
-    """Reads integers of a safetensors file by name."""
-    return lambda name: tensorfile.read_integers(path, name)
+def safetensors_values(path: Path) -> Values:
+    """Reads tensors of a safetensors file by name."""
+    return lambda name: tensorfile.read_values(path, name)
 
 
 def require_known(file: tensorfile.TensorFile, names: set[str]) -> None:
@@ -65,11 +66,11 @@ def require_tensor(
 
 
 def read_labels(
-    file: tensorfile.TensorFile, integers: Integers, n_samples: int, *, n_classes: int | None
+    file: tensorfile.TensorFile, values: Values, n_samples: int, *, n_classes: int | None
 ) -> npt.NDArray[np.int64]:
-    """The tensor `labels`, checked as `check_labels` does."""
-    require_tensor(file, "labels", tensorfile.INTEGER, shape=(n_samples,))
-    labels = integers("labels")
+    """The tensor `labels`, of whole numbers or booleans, checked as `check_labels` does."""
+    require_tensor(file, "labels", tensorfile.NUMERIC, shape=(n_samples,))
+    labels = whole_numbers("labels", values("labels"))
     check_labels(labels, n_classes)
     return labels
 
@@ -86,12 +87,12 @@ def check_labels(labels: npt.NDArray[np.int64], n_classes: int | None) -> None:
         raise InvalidFile(f"Every label is {labels[0]}; at least two classes must be present.")
 
 
-def read_splits(file: tensorfile.TensorFile, integers: Integers, n_samples: int) -> dict[str, int]:
-    """How many samples of the tensor `split` are of each; none without it."""
+def read_splits(file: tensorfile.TensorFile, values: Values, n_samples: int) -> dict[str, int]:
+    """How many samples of the tensor `split`, of whole numbers or booleans, are of each; none without it."""
     if "split" not in file.tensors:
         return {}
-    require_tensor(file, "split", (*tensorfile.INTEGER, "BOOL"), shape=(n_samples,))
-    split = integers("split")
+    require_tensor(file, "split", tensorfile.NUMERIC, shape=(n_samples,))
+    split = whole_numbers("split", values("split"))
     if split.min() < 0 or split.max() > 1:
         raise InvalidFile(f"'split' holds 0 for train and 1 for test; it has values in {split.min()}..{split.max()}.")
     return split_counts(split)

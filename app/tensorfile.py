@@ -24,6 +24,7 @@ import numpy.typing as npt
 from numpy.lib import format as npy
 from safetensors import SafetensorError, safe_open
 
+from app import zips
 from app.errors import InvalidFile
 
 MAX_HEADER_BYTES = 16 * 2**20
@@ -32,6 +33,7 @@ MAX_RANK = 8
 MAX_DIMENSION = 2**31
 MAX_NAME_BYTES = 512
 _MAX_NPY_HEADER_BYTES = 64 * 2**10
+_MAX_NPZ_MEMBERS = 100
 
 # Parsing a header of the largest size takes some seconds and hundreds of MB; not forty at once.
 _parsing = threading.BoundedSemaphore(2)
@@ -219,11 +221,19 @@ def _tensor_info(name: str, entry: Any) -> TensorInfo:
     return TensorInfo(dtype, tuple(shape))
 
 
-def read_integers(path: Path, name: str) -> npt.NDArray[np.int64]:
-    """One integer tensor of a safetensors file that `inspect_safetensors` has passed."""
+def read_values(path: Path, name: str) -> npt.NDArray[Any]:
+    """One tensor of `NUMERIC` dtype of a safetensors file that `inspect_safetensors` has passed; BF16 as float32."""
     with safe_open(path, framework="np") as file:
-        values: npt.NDArray[np.int64] = file.get_tensor(name).astype(np.int64)
-    return values
+        if file.get_slice(name).get_dtype() != "BF16":
+            values: npt.NDArray[Any] = file.get_tensor(name)
+            return values
+    # NumPy knows no such numbers: they are the upper halves of float32.
+    with path.open("rb") as opened:
+        header = read_header(opened, path.stat().st_size)
+        begin, end = header.spans[name]
+        opened.seek(header.data_start + begin)
+        halves = np.frombuffer(opened.read(end - begin), "<u2").astype("<u4")
+    return (halves << 16).view("<f4").reshape(header.tensors[name].shape)
 
 
 _NPY_DTYPES = {
@@ -239,26 +249,26 @@ def inspect_npz(path: Path, *, max_bytes: int, max_ratio: float) -> TensorFile:
     Raises:
         InvalidFile: it is not an npz, holds pickled objects, or would unpack to more than the limits.
     """
+    members = zips.members(path, _MAX_NPZ_MEMBERS)
+    _bound_members(members, path.stat().st_size, max_bytes, max_ratio)
     try:
         with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-            _bound_members(members, path.stat().st_size, max_bytes, max_ratio)
             tensors = {
-                member.filename.removesuffix(".npy"): _npy_info(archive, member)
+                member.name.removesuffix(".npy"): _npy_info(archive, member.info)
                 for member in members
-                if not member.is_dir()
+                if not member.is_folder
             }
     except _BROKEN_NPZ as error:
         raise InvalidFile(f"The file is not a valid npz: {error}.") from None
     return TensorFile("npz", tensors, {})
 
 
-def _bound_members(members: list[zipfile.ZipInfo], size_bytes: int, max_bytes: int, max_ratio: float) -> None:
-    if len(members) > 100:
-        raise InvalidFile(f"The npz has {len(members)} members; at most 100 are allowed.")
-    if len({member.filename.removesuffix(".npy") for member in members}) != len(members):
+def _bound_members(members: list[zips.Member], size_bytes: int, max_bytes: int, max_ratio: float) -> None:
+    if len(members) > _MAX_NPZ_MEMBERS:
+        raise InvalidFile(f"The npz has {len(members)} members; at most {_MAX_NPZ_MEMBERS} are allowed.")
+    if len({member.name.removesuffix(".npy") for member in members}) != len(members):
         raise InvalidFile("The npz holds two members of the same name.")
-    unpacked = sum(member.file_size for member in members)
+    unpacked = sum(member.info.file_size for member in members)
     if unpacked > max_bytes:
         raise InvalidFile(f"The npz would unpack to {unpacked} bytes; at most {max_bytes} are allowed.")
     if unpacked > max_ratio * size_bytes:
@@ -288,11 +298,11 @@ def _npy_info(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> TensorInfo:
     return TensorInfo(name, tuple(shape))
 
 
-def read_npz_integers(path: Path, name: str) -> npt.NDArray[np.int64]:
-    """One integer array of an npz file that `inspect_npz` has passed."""
+def read_npz_values(path: Path, name: str) -> npt.NDArray[Any]:
+    """One array of an npz file that `inspect_npz` has passed."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            values: npt.NDArray[np.int64] = file[name].astype(np.int64)
+            values: npt.NDArray[Any] = file[name]
     except _BROKEN_NPZ as error:
         raise InvalidFile(f"The npz member {name!r} cannot be read: {error}.") from None
     return values

@@ -214,7 +214,10 @@ def _require_comparable(report: Report, baseline: Report, kinds: tuple[str, ...]
 def _circumstances(report: Report) -> dict[str, Any]:
     probe = report["probe"]
     # What a checkpoint brings is part of it and may differ; what a probe says is part of the data.
-    preprocess = probe["preprocess"] if probe.get("preprocess_source") == "probe" else None
+    preprocess = None
+    if probe.get("preprocess_source") == "probe":
+        # Reports of before the member are floored.
+        preprocess = {"pad_offset": "floored", **probe["preprocess"]}
     samples, tokenizer = probe.get("samples") or {}, probe.get("tokenizer") or {}
     return {
         "probe.sha256": probe["sha256"],

@@ -1,10 +1,16 @@
-"""Zips from strangers: how many files one lists, looked at before the list is read, and what none of them may be."""
+"""Zips from strangers: how many files one lists, looked at before the list is read, and what none of them may be.
+
+Names are taken as people read them: what is UTF-8 is UTF-8, whether the zip says so or not, and in Unicode's composed
+form (NFC), as the same folder comes decomposed from a Mac.
+"""
 
 import stat
 import struct
 import zipfile
 import zlib
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from unicodedata import normalize
 
 from app.errors import InvalidFile
 
@@ -16,7 +22,27 @@ BROKEN_ZIP = (
 # Of each file in the list: its entry, a name of some length, what some archivers add.
 _DIRECTORY_BYTES = 256
 _MAX_NAME_BYTES = 1024
+_UTF_8, _UNICODE_PATH = 0x800, 0x7075
 _END, _END_64, _LOCATOR_64 = b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07"
+
+
+@dataclass(frozen=True)
+class Member:
+    """A file or a folder of a zip.
+
+    Attributes:
+        name: its path, NFC; of a folder with / at its end.
+        place: in the zip's list.
+        info: what zipfile knows of it, its name there as zipfile decodes it.
+    """
+
+    name: str
+    place: int
+    info: zipfile.ZipInfo
+
+    @property
+    def is_folder(self) -> bool:
+        return self.name.endswith("/")
 
 
 def bound_directory(path: Path, max_members: int) -> None:
@@ -47,11 +73,12 @@ def bound_directory(path: Path, max_members: int) -> None:
         raise InvalidFile(f"The zip lists {members} files or more; at most {max_members} are allowed.")
 
 
-def members(path: Path, max_members: int) -> list[zipfile.ZipInfo]:
+def members(path: Path, max_members: int) -> list[Member]:
     """What a zip lists, each with a name that stays where it is put.
 
     Raises:
-        InvalidFile: as `bound_directory`; a path that climbs out, a link or a device, what is encrypted.
+        InvalidFile: as `bound_directory`; a path that climbs out, a link or a device, what is encrypted; two of the
+            same name.
     """
     bound_directory(path, max_members)
     try:
@@ -59,34 +86,69 @@ def members(path: Path, max_members: int) -> list[zipfile.ZipInfo]:
             found = archive.infolist()
     except BROKEN_ZIP as error:
         raise InvalidFile(f"The file is not a valid zip: {error}.") from None
-    for member in found:
+    listed = [Member(_name(info), place, info) for place, info in enumerate(found)]
+    for member in listed:
         _check(member)
-    return found
+    places: dict[str, Member] = {}
+    for member in listed:
+        first = places.setdefault(member.name, member)
+        if first is not member and not member.is_folder:
+            spelt = "" if first.info.filename == member.info.filename else ", in two spellings of Unicode"
+            raise InvalidFile(f"The zip holds two files of the same name{spelt}: {member.name[:200]!r}.")
+    return listed
 
 
-def stored_span(path: Path, member: zipfile.ZipInfo) -> tuple[int, int]:
+def stored_span(path: Path, member: Member) -> tuple[int, int]:
     """Where the bytes of a member begin, and how many there are.
 
     Raises:
         InvalidFile: it is compressed, or lies outside of the file.
     """
-    name = member.filename[:200]
-    if member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size:
+    name, info = member.name[:200], member.info
+    if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
         raise InvalidFile(
             f"{name!r} is compressed once more by the zip; store it, as `zip -0` and `interplay push probe FOLDER` do."
         )
     with path.open("rb") as file:
-        file.seek(max(member.header_offset, 0))
+        file.seek(max(info.header_offset, 0))
         header = file.read(30)
     if len(header) == 30 and header.startswith(b"PK\x03\x04"):
-        start = member.header_offset + 30 + sum(struct.unpack_from("<HH", header, 26))
-        if start + member.file_size <= path.stat().st_size:
-            return start, member.file_size
+        start = info.header_offset + 30 + sum(struct.unpack_from("<HH", header, 26))
+        if start + info.file_size <= path.stat().st_size:
+            return start, info.file_size
     raise InvalidFile(f"The zip's entry {name!r} does not lie where the list says.")
 
 
-def _check(member: zipfile.ZipInfo) -> None:
-    name, mode = member.filename, member.external_attr >> 16
+def _name(info: zipfile.ZipInfo) -> str:
+    """The name that was meant. Where the zip does not say that it is UTF-8, zipfile takes cp437 for granted."""
+    name = info.filename
+    if not info.flag_bits & _UTF_8 and not name.isascii():
+        raw = info.orig_filename.encode("cp437", errors="replace")
+        # A Mac's Finder and others write UTF-8 without saying so; hardly any words of another encoding are valid UTF-8.
+        name = _unicode_path(info.extra, raw) or _utf_8(raw) or name
+    return normalize("NFC", name)
+
+
+def _utf_8(raw: bytes) -> str | None:
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return None
+
+
+def _unicode_path(extra: bytes, raw: bytes) -> str | None:
+    """The name in UTF-8 that Info-ZIP writes beside one in another encoding, where it belongs to that."""
+    while len(extra) >= 4:
+        kind, size = struct.unpack_from("<HH", extra)
+        field, extra = extra[4 : 4 + size], extra[4 + size :]
+        if kind == _UNICODE_PATH and len(field) > 5 and field[1:5] == struct.pack("<L", zlib.crc32(raw)):
+            return _utf_8(field[5:])
+    return None
+
+
+def _check(member: Member) -> None:
+    name, info = member.name, member.info
+    mode = info.external_attr >> 16
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in path.parts[:1]:
         raise InvalidFile(f"The zip's entry {name[:200]!r} leads out of its folder.")
@@ -94,5 +156,5 @@ def _check(member: zipfile.ZipInfo) -> None:
         raise InvalidFile(f"The zip's entry {name[:200]!r} must be printable and of 1 to {_MAX_NAME_BYTES} bytes.")
     if stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR):
         raise InvalidFile(f"The zip's entry {name[:200]!r} is a link or a device; only files and folders are allowed.")
-    if member.flag_bits & 1:
+    if info.flag_bits & 1:
         raise InvalidFile(f"The zip's entry {name[:200]!r} is encrypted.")

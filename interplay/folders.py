@@ -7,6 +7,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unicodedata import normalize
 
 # What a folder says of its network, its images and its texts.
 _DESCRIPTIONS = ("config.json", "preprocessor_config.json", "tokenizer.json")
@@ -17,6 +18,7 @@ def zipped_folder(folder: Path) -> Iterator[Path]:
     """A zip of a folder, uncompressed, as images are already; it is gone at the end of the block.
 
     Links are followed, once: what is sent are files. Empty folders go along, so that a class without images is noticed.
+    Names are Unicode's composed form (NFC), by which they are sorted too: a Mac's are decomposed.
 
     Raises:
         OSError: a file cannot be read, or there is no room for the zip.
@@ -27,12 +29,12 @@ def zipped_folder(folder: Path) -> Iterator[Path]:
             seen = {folder.resolve()}
             for root, folders, files in os.walk(folder, followlinks=True):
                 # A link to a folder above would never end.
-                folders[:] = sorted(name for name in folders if _is_new(Path(root, name), seen))
+                folders[:] = sorted((name for name in folders if _is_new(Path(root, name), seen)), key=_composed)
                 inside = Path(root).relative_to(folder)
                 if not files and not folders and inside.parts:
-                    archive.writestr(f"{inside.as_posix()}/", b"")
-                for name in sorted(files):
-                    archive.write(Path(root, name), (inside / name).as_posix())
+                    archive.writestr(_composed(f"{inside.as_posix()}/"), b"")
+                for name in sorted(files, key=_composed):
+                    archive.write(Path(root, name), _composed((inside / name).as_posix()))
         yield archive_path
 
 
@@ -63,6 +65,10 @@ def packed_checkpoint(folder: Path) -> Iterator[Path]:
                 with file.open("rb") as opened:
                     archive.addfile(info, opened)
         yield archive_path
+
+
+def _composed(name: str) -> str:
+    return normalize("NFC", name)
 
 
 def _is_new(folder: Path, seen: set[Path]) -> bool:

@@ -216,6 +216,7 @@ class Preprocess(TypedDict):
     resample: NotRequired[Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]]
     crop: NotRequired[int | list[int] | None]
     crop_offset: NotRequired[Literal["rounded", "floored"]]
+    pad_offset: NotRequired[Literal["floored", "ceiled"]]
     colour: NotRequired[Literal["rgb", "grey"] | None]
 
 

@@ -6,18 +6,21 @@ What is in a file is found by its first bytes, never by its name. Structure, lab
 here; images and texts are handed out as bytes to whoever decodes them. Rows are counted from 0.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from app import zips
 from app.datafile import folders, lines, table
-from app.datafile.dataset import USUAL_COLUMNS, Dataset, Format, Limits
+from app.datafile.dataset import Dataset, Format, Limits
 from app.errors import InvalidFile
 
 __all__ = ["Dataset", "Format", "Limits", "detect", "open_dataset"]
 
 _LOOKED_AT_BYTES = 4096
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# No header of a CSV begins so.
+_JSON_ARRAY = re.compile(rb"\[\s*([\[\]{\"]|-?[0-9])")
 _OPEN: dict[Format, Callable[[Path, Limits, Mapping[str, str | None]], Dataset]] = {
     "parquet": table.open_parquet,
     "imagefolder": folders.open_folders,
@@ -33,14 +36,14 @@ def detect(path: Path, limits: Limits) -> Format | None:
     images.
 
     Raises:
-        InvalidFile: a zip whose list of files cannot be read, is over the limits, or leads elsewhere.
+        InvalidFile: a zip whose list of files cannot be read, is over the limits, or leads elsewhere; an array of JSON.
     """
     with path.open("rb") as file:
         start = file.read(_LOOKED_AT_BYTES)
     if start.startswith(b"PAR1"):
         return "parquet"
     if start.startswith((b"PK\x03\x04", b"PK\x05\x06")):
-        names = [member.filename for member in zips.members(path, limits.members) if not member.is_dir()]
+        names = [member.name for member in zips.members(path, limits.members) if not member.is_folder]
         if all(name.endswith(".npy") for name in names):
             return None
         return "parquet" if any(map(table.is_shard, names)) else "imagefolder"
@@ -50,10 +53,12 @@ def detect(path: Path, limits: Limits) -> Format | None:
         return None
     if text.startswith(b"{"):
         return "jsonl"
-    first_line = text.splitlines()[0]
-    # A column of texts alone has no delimiter, and is told by its name.
-    alone = first_line.strip().strip(b'"').decode(errors="replace") in USUAL_COLUMNS["text"]
-    return "csv" if alone or any(delimiter in first_line for delimiter in lines.DELIMITERS) else None
+    if _JSON_ARRAY.match(text):
+        raise InvalidFile(
+            "The file is an array of JSON. Send JSON lines, an object in each line, as jq -c '.[]' and pandas' "
+            "to_json(orient='records', lines=True) write them."
+        )
+    return "csv" if lines.begins_as_csv(text.decode(errors="replace")) else None
 
 
 def open_dataset(

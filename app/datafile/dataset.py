@@ -1,9 +1,9 @@
 """What every format of datasets comes to: labels, splits, and files or texts by row."""
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
+from unicodedata import normalize
 
 import numpy as np
 import numpy.typing as npt
@@ -14,11 +14,9 @@ from app.settings import Settings
 Format = Literal["parquet", "imagefolder", "csv", "jsonl"]
 Content = Literal["images", "texts"]
 
-MAX_CLASSES = 100_000
 MAX_IMAGE_BYTES = 256 * 2**20
 # Longer than what any tokenizer keeps of it; also the longest field that Python's csv accepts.
 MAX_TEXT_CHARACTERS = 131_072
-MAX_CLASS_NAME_CHARACTERS = 200
 
 #: By role, the names under which a column is found where none is given.
 USUAL_COLUMNS = {
@@ -27,14 +25,6 @@ USUAL_COLUMNS = {
     "label": ("label", "labels", "fine_label"),
     "split": ("split",),
 }
-_SPLITS = {
-    **dict.fromkeys(("train", "training"), 0),
-    **dict.fromkeys(("test", "testing", "val", "valid", "validation", "dev", "eval", "evaluation"), 1),
-}
-# A control character would end up in terminals, and half of a surrogate pair is no text.
-_STORABLE = re.compile(r"[^\x00-\x1f\ud800-\udfff]+\Z")
-_INTEGER = re.compile(r"[+-]?[0-9]{1,18}\Z")
-_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?\Z")
 
 
 @dataclass(frozen=True)
@@ -117,10 +107,13 @@ def choose_columns(available: Sequence[str], named: Mapping[str, str | None], ro
     Returns:
         The names; none of labels where there are no labels.
 
+    Names are compared in Unicode's composed form (NFC), and come back in it.
+
     Raises:
         InvalidFile: a column that is not there, or is needed and not found; `columns` lists what there is.
     """
-    available = [name.encode(errors="replace").decode() for name in available]
+    available = [normalize("NFC", name.encode(errors="replace").decode()) for name in available]
+    named = {role: name if name is None else normalize("NFC", name) for role, name in named.items()}
     for role, name in named.items():
         if role not in roles:
             raise InvalidFile(
@@ -171,116 +164,6 @@ def _no_column(available: Sequence[str], needed: Sequence[str], *, texts: bool =
 
 def _listed(names: Sequence[str]) -> str:
     return ", ".join(repr(name[:200]) for name in names[:50])
-
-
-class Names:
-    """Labels that are names, numbered as they come; at the end by sorted order, or as the integers that they spell."""
-
-    def __init__(self) -> None:
-        self._numbers: dict[str, int] = {}
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def number_of(self, name: str, row: int) -> int:
-        """A name's place among those that have been seen; white space around it is none of it.
-
-        Raises:
-            InvalidFile: it is empty or cannot be stored, or there are too many.
-        """
-        name = name.strip()
-        if not name:
-            raise InvalidFile(f"Row {row} has no label.", row=row)
-        if name not in self._numbers:
-            check_class_name(name)
-            if len(self._numbers) >= MAX_CLASSES:
-                raise InvalidFile(f"The labels are more than {MAX_CLASSES} different names.")
-            self._numbers[name] = len(self._numbers)
-        return self._numbers[name]
-
-    def finish(self, places: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], list[str] | None]:
-        """Labels from each row's place: integers where all names are, else sorted names' numbers, and these names.
-
-        Raises:
-            InvalidFile: all names are numbers and some have fractions, whose order as names would be another.
-        """
-        names = list(self._numbers)
-        if all(_INTEGER.match(name) for name in names):
-            return np.array([int(name) for name in names], np.int64)[places], None
-        if all(_NUMBER.match(name) for name in names):
-            fraction = next(name for name in names if not _INTEGER.match(name))
-            raise InvalidFile(
-                f"The labels are numbers and some are no integers, such as {fraction!r}; labels are integers or names."
-            )
-        order = sorted(names)
-        numbers = {name: number for number, name in enumerate(order)}
-        return np.array([numbers[name] for name in names], np.int64)[places], order
-
-
-class Labels:
-    """Collects the labels of rows, all of them integers or all of them names."""
-
-    def __init__(self) -> None:
-        self._values: list[int] = []
-        self._names = Names()
-
-    def add(self, value: Any, row: int) -> None:
-        """One row's label, an integer or a name.
-
-        Raises:
-            InvalidFile: it is missing, neither, or not what those of other rows are.
-        """
-        if value is None:
-            raise InvalidFile(f"Row {row} has no label.", row=row)
-        if isinstance(value, bool) or not isinstance(value, int | str):
-            raise InvalidFile(f"The label of row {row} is {str(value)[:80]!r}; expected an integer or a name.", row=row)
-        if isinstance(value, str):
-            if self._values and not self._names:
-                raise InvalidFile(
-                    f"The label of row {row} is {value[:80]!r}; those of other rows are integers.", row=row
-                )
-            value = self._names.number_of(value, row)
-        elif self._names or not -(2**63) <= value < 2**63:
-            raise InvalidFile(f"The label of row {row} is {value}; those of other rows are names.", row=row)
-        self._values.append(value)
-
-    def finish(self) -> tuple[npt.NDArray[np.int64], list[str] | None]:
-        """The labels, and the names of classes where they were names that are not all integers."""
-        values = np.array(self._values, np.int64)
-        return self._names.finish(values) if self._names else (values, None)
-
-
-def check_class_name(name: str) -> None:
-    """Raise InvalidFile for a name that cannot be stored or shown."""
-    if len(name) > MAX_CLASS_NAME_CHARACTERS or not _STORABLE.match(name):
-        raise InvalidFile(
-            f"A class is named {name[:80]!r}; names have at most {MAX_CLASS_NAME_CHARACTERS} characters, no control "
-            "characters and no halves of surrogate pairs."
-        )
-
-
-def split_number(value: Any, row: int) -> int:
-    """0 for train, 1 for test, of a name or a number.
-
-    Raises:
-        InvalidFile: it is neither.
-    """
-    if isinstance(value, str):
-        number = _SPLITS.get(value.strip().lower(), {"0": 0, "1": 1}.get(value.strip()))
-    else:
-        number = int(value) if value in (0, 1) else None
-    if number is None:
-        raise InvalidFile(
-            f"The split of row {row} is {str(value)[:80]!r}; expected one of {', '.join(_SPLITS)}, or 0 for train and "
-            "1 for test.",
-            row=row,
-        )
-    return number
-
-
-def split_of_folder(name: str) -> int | None:
-    """0 or 1 for a folder that is named after a split."""
-    return _SPLITS.get(name.lower())
 
 
 def in_order(contents: Iterable[tuple[str, bytes]], rows: Sequence[int]) -> Iterator[tuple[str, bytes]]:

@@ -3,12 +3,14 @@
 import os
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from app import zips
-from app.datafile.dataset import MAX_CLASSES, MAX_IMAGE_BYTES, Dataset, Limits, check_class_name, split_of_folder
+from app.datafile.dataset import MAX_IMAGE_BYTES, Dataset, Limits
+from app.datafile.values import MAX_CLASSES, check_class_name, split_of_folder
 from app.errors import InvalidFile
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".bmp", ".gif", ".webp", ".tif", ".tiff")
@@ -26,11 +28,9 @@ def open_folders(path: Path, limits: Limits, _: Mapping[str, str | None]) -> Dat
     members = zips.members(path, limits.members)
     for member in members:
         _check(member)
-    limits.check_unpacked("zip", sum(member.file_size for member in members), path.stat().st_size)
-    names = [member.filename for member in members if not is_litter(member.filename)]
-    if len(set(names)) < len(names):
-        raise InvalidFile("The zip holds two files of the same name.")
-    images, folders = _sorted_out(names)
+    limits.check_unpacked("zip", sum(member.info.file_size for member in members), path.stat().st_size)
+    places = {member.name: member.place for member in members if not is_litter(member.name)}
+    images, folders = _sorted_out(list(places))
     rows = sorted((name_of_class, split or 0, name) for name, (split, name_of_class) in images.items())
     classes = sorted({name_of_class for name_of_class, _, _ in rows})
     if all(split_of_folder(name) is not None for name in classes):
@@ -46,18 +46,16 @@ def open_folders(path: Path, limits: Limits, _: Mapping[str, str | None]) -> Dat
         split=None if next(iter(images.values()))[0] is None else np.array([split for _, split, _ in rows], np.int64),
         class_names=classes,
         columns=None,
-        read=lambda chosen: _read(path, [rows[row][2] for row in chosen], chosen),
+        read=partial(_read, path, [(name, places[name]) for _, _, name in rows]),
     )
 
 
-def _check(member: zipfile.ZipInfo) -> None:
-    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise InvalidFile(f"The zip's entry {member.filename[:200]!r} is neither stored nor deflated.")
-    if member.file_size > MAX_IMAGE_BYTES:
-        raise InvalidFile(
-            f"The zip's entry {member.filename[:200]!r} has {member.file_size} bytes; an image may have "
-            f"{MAX_IMAGE_BYTES}."
-        )
+def _check(member: zips.Member) -> None:
+    name, info = member.name[:200], member.info
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise InvalidFile(f"The zip's entry {name!r} is neither stored nor deflated.")
+    if info.file_size > MAX_IMAGE_BYTES:
+        raise InvalidFile(f"The zip's entry {name!r} has {info.file_size} bytes; an image may have {MAX_IMAGE_BYTES}.")
 
 
 def is_litter(name: str) -> bool:
@@ -117,12 +115,14 @@ def _check_classes(classes: Sequence[str], empty_folders: set[tuple[str, ...]]) 
         raise InvalidFile(f"The zip has {len(classes)} class folders; at most {MAX_CLASSES} are allowed.")
 
 
-def _read(path: Path, names: Sequence[str], rows: Sequence[int]) -> Iterator[tuple[str, bytes]]:
+def _read(path: Path, files: Sequence[tuple[str, int]], rows: Sequence[int]) -> Iterator[tuple[str, bytes]]:
     with zipfile.ZipFile(path) as archive:
-        for row, name in zip(rows, names, strict=True):
+        listed = archive.infolist()
+        for row in rows:
+            name, place = files[row]
             try:
                 # No more comes than the size that was checked, whatever the packed bytes hold.
-                content = archive.read(name)
+                content = archive.read(listed[place])
             except zips.BROKEN_ZIP as error:
                 raise InvalidFile(f"Row {row} ({name}) cannot be read from the zip: {error}.", row=row) from None
             yield name, content

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
+from unicodedata import normalize
 
 import numpy as np
 import numpy.typing as npt
@@ -18,21 +19,25 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from app import zips
+from app.datafile import arrow
 from app.datafile.dataset import (
-    MAX_CLASSES,
     MAX_IMAGE_BYTES,
     MAX_TEXT_CHARACTERS,
     Content,
     Dataset,
     Limits,
-    Names,
-    check_class_name,
     choose_columns,
-    split_number,
-    split_of_folder,
 )
 from app.datafile.folders import SUFFIXES as IMAGE_SUFFIXES
 from app.datafile.folders import is_litter
+from app.datafile.values import (
+    MAX_CLASSES,
+    Names,
+    check_class_name,
+    split_number,
+    split_of_folder,
+    whole_numbers,
+)
 from app.errors import InvalidFile
 
 _ROLES = ("image", "text", "label", "split")
@@ -40,7 +45,7 @@ _MAX_FOOTER_BYTES = 16 * 2**20
 # Rows that are unpacked in one go: as many as stay below this even where each is as large as its whole row group.
 _BATCH_BYTES = 256 * 2**20
 _MAX_BATCH_ROWS = 64
-_BROKEN_PARQUET = (pa.ArrowException, OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError)
+_BROKEN_PARQUET = (pa.ArrowException, OSError, ValueError, LookupError, TypeError, OverflowError, MemoryError)
 
 
 @dataclass(frozen=True)
@@ -69,12 +74,18 @@ class Source:
         return pq.ParquetFile(content, read_dictionary=list(dictionary), pre_buffer=False)
 
 
+def _own(schema: pa.Schema, column: str) -> str:
+    """A file's own spelling of a column, whose name is in Unicode's composed form."""
+    names: list[str] = schema.names
+    return next(name for name in names if normalize("NFC", name) == column)
+
+
 def open_parquet(path: Path, limits: Limits, columns: Mapping[str, str | None]) -> Dataset:
     """Labels and splits of a Parquet file, or of several of one schema in a zip; images and texts are not read.
 
-    Labels are integers, with the names of a ClassLabel in the schema's `huggingface` metadata where it has them, or
-    names, whose classes are sorted. Where no column says what the splits are the names of several files may
-    (train-00000-of-00002.parquet, train/0.parquet).
+    Labels are whole numbers, with the names of a ClassLabel in the schema's `huggingface` metadata where it has them,
+    booleans, or names, whose classes are sorted. Where no column says what the splits are the names of several files
+    may (train-00000-of-00002.parquet, train/0.parquet).
 
     Raises:
         InvalidFile: no such column (`columns` lists what there is) or one of another type; a label or split that is
@@ -104,11 +115,11 @@ def _open(path: Path, sources: Sequence[Source], limits: Limits, named: Mapping[
     for source, file in zip(sources[1:], files[1:], strict=True):
         _require_same(schema, file.schema_arrow, chosen, sources[0], source)
     content = _content_of(schema, chosen)
-    for column in chosen.values():
-        if _is_string(schema.field(column).type):
+    for role, column in chosen.items():
+        if role != "image" and arrow.holds(_type(schema, column)) in ("text", "bytes"):
             _check_text_bytes(files, column, limits)
     if "split" in chosen:
-        split = _coded(sources, chosen["split"], split_number)
+        split = _coded(sources, chosen["split"], "split", split_number)
     elif sources[0].split is not None:
         by_file = [sum(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)) for file in files]
         split = np.repeat(np.array([source.split for source in sources], np.int64), by_file)
@@ -140,26 +151,24 @@ def _shards(path: Path, limits: Limits) -> list[Source]:
             that are no splits, which may hold other datasets.
     """
     members = zips.members(path, limits.members)
-    images = [m.filename for m in members if m.filename.lower().endswith(IMAGE_SUFFIXES) and not is_litter(m.filename)]
+    images = [m.name for m in members if m.name.lower().endswith(IMAGE_SUFFIXES) and not is_litter(m.name)]
     if images:
         raise InvalidFile(f"The zip holds Parquet files and images beside them, such as {images[0][:200]!r}.")
-    tables = sorted((member for member in members if is_shard(member.filename)), key=lambda member: member.filename)
-    if len({member.filename for member in tables}) < len(tables):
-        raise InvalidFile("The zip holds two files of the same name.")
+    tables = sorted((member for member in members if is_shard(member.name)), key=lambda member: member.name)
     splits, places = [], set()
     for member in tables:
-        name = PurePosixPath(member.filename)
+        name = PurePosixPath(member.name)
         folder, of_folder = name.parent, split_of_folder(name.parent.name)
         of_name = split_of_folder(re.split(r"[-_.0-9]", name.name, maxsplit=1)[0])
         splits.append(of_folder if of_name is None else of_name)
         places.add(folder if of_folder is None else folder.parent)
-    listed = ", ".join(repr(member.filename[:200]) for member in tables[:10])
+    listed = ", ".join(repr(member.name[:200]) for member in tables[:10])
     if len(places) > 1:
         raise InvalidFile(f"The zip's Parquet files lie in {len(places)} folders that are no splits: {listed}.")
     if None in splits and any(split is not None for split in splits):
         raise InvalidFile(f"Some of the zip's Parquet files are named after splits and some are not: {listed}.")
     return [
-        Source(path, *zips.stored_span(path, member), name=member.filename, split=split)
+        Source(path, *zips.stored_span(path, member), name=member.name, split=split)
         for member, split in zip(tables, splits, strict=True)
     ]
 
@@ -168,10 +177,11 @@ def _require_same(
     schema: pa.Schema, other: pa.Schema, chosen: Mapping[str, str], first: Source, second: Source
 ) -> None:
     for role, column in chosen.items():
-        found = other.field(column).type if other.names.count(column) == 1 else "no such column"
-        if found != schema.field(column).type:
+        there = [normalize("NFC", name) for name in other.names].count(column) == 1
+        found = _type(other, column) if there else "no such column"
+        if not there or _form(found, role) != _form(_type(schema, column), role):
             raise InvalidFile(
-                f"The column {column!r} is {schema.field(column).type} in {first.name!r}, {found} in {second.name!r}."
+                f"The column {column!r} is {_type(schema, column)} in {first.name!r}, {found} in {second.name!r}."
             )
         if role == "label" and _class_label(schema, column) != _class_label(other, column):
             raise InvalidFile(f"{first.name!r} and {second.name!r} name other classes in their schemas.")
@@ -202,27 +212,25 @@ def _content_of(schema: pa.Schema, chosen: Mapping[str, str]) -> Content:
         InvalidFile: it is of another type than images' or texts'.
     """
     role = "image" if "image" in chosen else "text"
-    type_ = schema.field(chosen[role]).type
+    type_ = _type(schema, chosen[role])
     if role == "image":
-        fits = _is_binary(type_) or (
-            pa.types.is_struct(type_) and any(f.name == "bytes" and _is_binary(f.type) for f in type_)
-        )
+        fits = "bytes" in (arrow.holds(type_), arrow.member(type_, "bytes"))
         wanted = "bytes, or a struct with bytes and path"
     else:
-        fits, wanted = _is_string(type_), "strings"
+        fits, wanted = arrow.holds(type_) in ("text", "bytes"), "strings"
     if not fits:
         raise InvalidFile(f"The column {chosen[role]!r} has the type {type_}; {role}s are {wanted}.")
     return "images" if role == "image" else "texts"
 
 
-def _is_binary(type_: pa.DataType) -> bool:
-    return bool(pa.types.is_binary(type_) or pa.types.is_large_binary(type_))
+def _type(schema: pa.Schema, column: str) -> pa.DataType:
+    return schema.field(_own(schema, column)).type
 
 
-def _is_string(type_: pa.DataType) -> bool:
-    if pa.types.is_dictionary(type_):
-        return _is_string(type_.value_type)
-    return bool(pa.types.is_string(type_) or pa.types.is_large_string(type_))
+def _form(type_: pa.DataType, role: str) -> tuple[arrow.Holds, arrow.Holds]:
+    """What is the same for all files of a dataset: writers may have it as strings here and in a dictionary there."""
+    held = arrow.holds(type_)
+    return "text" if held == "bytes" and role != "image" else held, arrow.member(type_, "bytes")
 
 
 def _check_text_bytes(files: Sequence[pq.ParquetFile], column: str, limits: Limits) -> None:
@@ -233,6 +241,7 @@ def _check_text_bytes(files: Sequence[pq.ParquetFile], column: str, limits: Limi
 
 def _chunk_bytes(file: pq.ParquetFile, group: int, column: str) -> int:
     """Bytes that a row group announces for a column and what is nested in it."""
+    column = _own(file.schema_arrow, column)
     metadata = file.metadata.row_group(group)
     chunks = (metadata.column(number) for number in range(metadata.num_columns))
     return sum(
@@ -246,9 +255,9 @@ def _chunk_bytes(file: pq.ParquetFile, group: int, column: str) -> int:
 def _labels(
     sources: Sequence[Source], schema: pa.Schema, column: str
 ) -> tuple[npt.NDArray[np.int64], list[str] | None]:
-    type_ = schema.field(column).type
-    if pa.types.is_integer(type_):
-        values = np.concatenate([batch.cast(pa.int64()).to_numpy() for _, batch in _batches(sources, column)])
+    type_ = _type(schema, column)
+    if arrow.holds(type_) in ("numbers", "booleans"):
+        values = whole_numbers(column, np.concatenate([arrow.numeric(batch) for _, batch in _batches(sources, column)]))
         names = _class_label(schema, column)
         if names is not None and (values.min() < 0 or values.max() >= len(names)):
             row = int(np.flatnonzero((values < 0) | (values >= len(names)))[0])
@@ -258,10 +267,8 @@ def _labels(
                 row=row,
             )
         return values, names
-    if not _is_string(type_):
-        raise InvalidFile(f"The column {column!r} has the type {type_}; labels are integers or names.")
     found = Names()
-    return found.finish(_coded(sources, column, found.number_of))
+    return found.finish(_coded(sources, column, "label", found.number_of))
 
 
 def _class_label(schema: pa.Schema, column: str) -> list[str] | None:
@@ -272,11 +279,12 @@ def _class_label(schema: pa.Schema, column: str) -> list[str] | None:
     """
     try:
         features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
-        names = features[column]["names"]
+        names = features[_own(schema, column)]["names"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         return None
+    names = [normalize("NFC", name) for name in names]
     if not 0 < len(names) <= MAX_CLASSES or len(set(names)) < len(names):
         raise InvalidFile(f"The schema names {len(names)} classes; they must be 1 to {MAX_CLASSES}, each once.")
     for name in names:
@@ -284,40 +292,62 @@ def _class_label(schema: pa.Schema, column: str) -> list[str] | None:
     return names
 
 
-def _coded(sources: Sequence[Source], column: str, number_of: Callable[[Any, int], int]) -> npt.NDArray[np.int64]:
+def _coded(
+    sources: Sequence[Source], column: str, role: str, number_of: Callable[[Any, int], int]
+) -> npt.NDArray[np.int64]:
     """A column as numbers, by what `number_of` makes of a value and of the row that it first occurs in.
 
     Values come as places in a dictionary: each is unpacked and looked at once, however often it occurs.
+
+    Raises:
+        InvalidFile: a column of another type; as `_batches`; bytes that are no text.
     """
     parts = []
-    for row, batch in _batches(sources, column, dictionary=[column]):
-        encoded = batch.dictionary_encode()
-        places = encoded.indices.to_numpy(zero_copy_only=False)
-        values = encoded.dictionary.to_pylist()
+    for row, batch in _batches(sources, column, dictionary=True):
+        if arrow.holds(batch.type) in ("struct", "other"):
+            raise InvalidFile(
+                f"The column {column!r} has the type {batch.type}; a {role} is a whole number, a boolean or a name."
+            )
+        places, values = arrow.distinct(batch)
         numbers = np.zeros(len(values), np.int64)
         # A dictionary may list values that no row has.
         for place, first in zip(*np.unique(places, return_index=True), strict=True):
-            numbers[place] = number_of(values[place], row + int(first))
+            value, at = values[place], row + int(first)
+            if value is None:
+                raise _no_value(at, column)
+            try:
+                value = value.decode() if isinstance(value, bytes) else value
+            except UnicodeDecodeError:
+                raise InvalidFile(f"The {role} of row {at} is bytes that are not UTF-8.", row=at) from None
+            numbers[place] = number_of(value, at)
         parts.append(numbers[places])
     return np.concatenate(parts)
 
 
-def _batches(sources: Sequence[Source], column: str, dictionary: Sequence[str] = ()) -> Iterator[tuple[int, pa.Array]]:
-    """A column in parts, each with the row that it begins at.
+def _batches(sources: Sequence[Source], column: str, dictionary: bool = False) -> Iterator[tuple[int, pa.Array]]:
+    """A column in parts, each with the row that it begins at; where it can be, as a dictionary.
 
     Raises:
         InvalidFile: a row has no value.
+        pyarrow.ArrowInvalid: as `arrow.checked`.
     """
     row = 0
     for source in sources:
-        file = source.open(dictionary)
-        for batch in file.iter_batches(batch_size=2**16, columns=[column], use_threads=False):
-            values = batch.column(column)
-            if values.null_count:
-                row += int(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))[0])
-                raise InvalidFile(f"Row {row} has no value in the column {column!r}.", row=row)
+        file = source.open()
+        own = _own(file.schema_arrow, column)
+        if dictionary and arrow.can_be_dictionary(_type(file.schema_arrow, column)):
+            file = source.open([own])
+        for batch in file.iter_batches(batch_size=2**16, columns=[own], use_threads=False):
+            values = arrow.checked(batch.column(own))
+            missing = values.is_null()
+            if missing.true_count:
+                raise _no_value(row + int(np.flatnonzero(missing.to_numpy(zero_copy_only=False))[0]), column)
             yield row, values
             row += len(values)
+
+
+def _no_value(row: int, column: str) -> InvalidFile:
+    return InvalidFile(f"Row {row} has no value in the column {column!r}.", row=row)
 
 
 def _read(sources: Sequence[Source], column: str, content: Content, rows: Sequence[int]) -> Iterator[tuple[str, bytes]]:
@@ -342,9 +372,10 @@ def _read_group(
     file: pq.ParquetFile, group: int, start: int, column: str, content: Content, local: npt.NDArray[np.int64]
 ) -> Iterator[tuple[str, bytes]]:
     size = min(max(_BATCH_BYTES // max(_chunk_bytes(file, group, column), 1), 1), _MAX_BATCH_ROWS)
+    own = _own(file.schema_arrow, column)
     done = 0
-    for batch in file.iter_batches(batch_size=size, row_groups=[group], columns=[column], use_threads=False):
-        values = batch.column(column)
+    for batch in file.iter_batches(batch_size=size, row_groups=[group], columns=[own], use_threads=False):
+        values = arrow.checked(batch.column(own))
         for row in local[(local >= done) & (local < done + len(batch))].tolist():
             yield _content(values[row - done].as_py(), content, start + row)
         done += len(batch)
@@ -355,7 +386,11 @@ def _read_group(
 def _content(value: Any, content: Content, row: int) -> tuple[str, bytes]:
     name = ""
     if content == "texts":
-        if not isinstance(value, str) or not value.strip():
+        try:
+            value = arrow.as_text(value)
+        except UnicodeDecodeError:
+            raise InvalidFile(f"The text of row {row} is bytes that are not UTF-8.", row=row) from None
+        if not value or not value.strip():
             raise InvalidFile(f"Row {row} has no text.", row=row)
         if len(value) > MAX_TEXT_CHARACTERS:
             raise InvalidFile(
@@ -371,15 +406,18 @@ def _content(value: Any, content: Content, row: int) -> tuple[str, bytes]:
                 f"Row {row} has the path {name!r} and no bytes of an image; save the dataset with the images in it.",
                 row=row,
             )
-    if not value:
+    found = arrow.as_bytes(value)
+    if not found:
         raise InvalidFile(f"Row {row} has no image.", row=row)
-    if len(value) > MAX_IMAGE_BYTES:
+    if len(found) > MAX_IMAGE_BYTES:
         raise InvalidFile(
-            f"The image of row {row} has {len(value)} bytes; an image may have {MAX_IMAGE_BYTES}.", row=row
+            f"The image of row {row} has {len(found)} bytes; an image may have {MAX_IMAGE_BYTES}.", row=row
         )
-    return name, value
+    return name, found
 
 
 def _broken(error: BaseException) -> InvalidFile:
+    if isinstance(error, MemoryError):
+        return InvalidFile("The Parquet file takes more memory to read than there is; write it in smaller row groups.")
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
     return InvalidFile(f"The file is not valid Parquet: {reason}.")

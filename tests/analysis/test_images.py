@@ -1,9 +1,12 @@
 """Images: decoded, resized and cropped as torchvision does it, in order, in threads, and refused by row."""
 
 import io
+import struct
 import threading
 import time
+import zlib
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -58,6 +61,104 @@ def test_colour(mode: str, colour: str | None, channels: int) -> None:
     assert np.array_equal(found.transpose(1, 2, 0).squeeze(), expected)
 
 
+def _levels(channels: int, bits: int) -> np.ndarray:
+    return np.random.default_rng(channels).integers(0, 2**bits, (5, 7, channels)).astype(f"u{-(-bits // 8)}")
+
+
+def _png(levels: np.ndarray, colour: int, extra: bytes = b"") -> bytes:
+    """A PNG of 8 or 16 bits a channel, of a colour type in PNG's own numbers."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    height, width, _ = levels.shape
+    rows = b"".join(b"\0" + row.astype(levels.dtype.newbyteorder(">")).tobytes() for row in levels)
+    header = struct.pack(">IIBBBBB", width, height, levels.itemsize * 8, colour, 0, 0, 0)
+    parts = chunk(b"IHDR", header) + extra + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + parts
+
+
+def _tiff(levels: np.ndarray, interpretation: int, order: Literal["<", ">"] = "<", bits: int | None = None) -> bytes:
+    """A TIFF of one strip; with a fourth or second channel that is alpha. Of 12 bits, levels are bytes as packed."""
+    height, width, channels = levels.shape
+    data = levels.astype(levels.dtype.newbyteorder(order)).tobytes()
+    width = width * 8 // bits if bits else width
+    shorts = {256: width, 257: height, 259: 1, 262: interpretation, 277: channels, 278: height}
+    shorts |= {338: 2} if channels in (2, 4) else {}
+    start = 8 + 2 + 12 * (len(shorts) + 3) + 4
+    depths = struct.pack(f"{order}{channels}H", *[bits or levels.itemsize * 8] * channels)
+    entries = {tag: struct.pack(f"{order}HHLHH", tag, 3, 1, value, 0) for tag, value in shorts.items()}
+    place = depths.ljust(4, b"\0") if channels < 3 else struct.pack(f"{order}L", start)
+    entries[258] = struct.pack(f"{order}HHL", 258, 3, channels) + place
+    entries[273] = struct.pack(f"{order}HHLL", 273, 4, 1, start + len(depths))
+    entries[279] = struct.pack(f"{order}HHLL", 279, 4, 1, len(data))
+    listed = b"".join(entry for _, entry in sorted(entries.items()))
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}LH", 8, len(entries))
+    return head + listed + bytes(4) + depths + data
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize(("colour", "channels"), [(0, 1), (4, 2), (2, 3), (6, 4)])
+def test_png_of_any_depth(colour: int, channels: int, bits: int) -> None:
+    """Of 16 bits the higher 8 count, in grey, grey with alpha, RGB and RGBA; grey with alpha is grey."""
+    levels = _levels(channels, bits)
+    kept = 1 if channels < 3 else 3
+    found = _pixels(_png(levels, colour))
+    assert np.array_equal(found, (levels >> (bits - 8)).transpose(2, 0, 1)[:kept])
+    grey = _pixels(_png(levels, colour), Preprocess(colour="grey"))
+    rgb = _pixels(_png(levels, colour), Preprocess(colour="rgb"))
+    assert (grey.shape, rgb.shape) == ((1, 5, 7), (3, 5, 7))
+    if kept == 1:
+        assert np.array_equal(grey, found)
+        assert np.array_equal(rgb, found.repeat(3, axis=0))
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_tiff_of_any_depth(channels: int, bits: int, order: Literal["<", ">"]) -> None:
+    """As PNG; where zero is white, it is."""
+    levels = _levels(channels, bits)
+    expected = (levels >> (bits - 8)).transpose(2, 0, 1)[: 1 if channels < 3 else 3]
+    assert np.array_equal(_pixels(_tiff(levels, 1 if channels < 3 else 2, order)), expected)
+    if channels == 1 and order == "<":
+        assert np.array_equal(_pixels(_tiff(levels, 0)), 255 - expected)
+
+
+def test_tiff_of_12_bits() -> None:
+    """As microscopes write it: the higher 8 of 12."""
+    levels = np.random.default_rng(0).integers(0, 2**12, (5, 8))
+    first, second = levels[:, 0::2], levels[:, 1::2]
+    packed = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], axis=2).astype(np.uint8)
+    assert np.array_equal(_pixels(_tiff(packed.reshape(5, 12, 1), 1, bits=12))[0], levels >> 4)
+
+
+def test_deep_images_are_turned_upright() -> None:
+    """And resized and cropped as others are."""
+    levels = _levels(1, 16)[..., 0]
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright = np.rot90(levels >> 8, -1)
+    assert np.array_equal(_pixels(encoded(Image.fromarray(levels), exif=exif))[0], upright)
+    shallow = encoded(Image.fromarray(upright.astype(np.uint8)))
+    deep = encoded(Image.fromarray(levels), exif=exif)
+    preprocess = Preprocess(resize=24, crop=[21, 25], resample="bicubic")
+    assert np.array_equal(_pixels(deep, preprocess), _pixels(shallow, preprocess))
+
+
+def test_what_is_transparent_keeps_its_colour() -> None:
+    """Palettes with one transparent place or a byte for each, and grey with a key: alpha is no colour."""
+    palette = picture(2).quantize(5)
+    expected = np.asarray(palette.convert("RGB")).transpose(2, 0, 1)
+    for transparency in (b"\0\x80\xff", 2):
+        assert np.array_equal(_pixels(encoded(palette, transparency=transparency)), expected)
+    grey = picture(2, mode="L")
+    assert np.array_equal(_pixels(encoded(grey, transparency=7))[0], np.asarray(grey))
+    deep = _levels(1, 16)
+    key = struct.pack(">I", 2) + b"tRNS" + struct.pack(">H", 9) + struct.pack(">I", zlib.crc32(b"tRNS\0\x09"))
+    assert np.array_equal(_pixels(_png(deep, 0, key))[0], deep[..., 0] >> 8)
+
+
 _SIZES = [(40, 32), (32, 40), (33, 57), (57, 33), (24, 24), (10, 90), (7, 5)]
 
 
@@ -99,8 +200,10 @@ def test_broken_images_are_named() -> None:
     assert "cannot be decoded" in _error(whole[: len(whole) // 2]).detail
     assert "none of PNG" in _error(b"text").detail
     assert "none of PNG" in _error(encoded(picture(4), "PPM")).detail
-    deep = Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000)
-    assert "8 bits" in _error(encoded(deep)).detail
+    for wide in (np.float32, np.int32):
+        deep = Image.fromarray(np.arange(64, dtype=wide).reshape(8, 8) * 1000)
+        assert "32 bits" in _error(encoded(deep, "TIFF")).detail
+    assert "a kind of TIFF" in _error(_tiff(_levels(2, 16), 1)).detail
 
 
 def test_a_billion_pixels_are_refused_before_they_are_decoded() -> None:

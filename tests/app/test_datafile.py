@@ -130,7 +130,11 @@ BAD_PARQUET: dict[str, tuple[Callable[[], bytes], str]] = {
     "a label is missing": (lambda: parquet({**TWO, "label": pa.array([0, None])}), "Row 1"),
     "a name is empty": (lambda: parquet({**TWO, "label": pa.array(["a", ""])}), "Row 1"),
     "a name is missing": (lambda: parquet({**TWO, "label": pa.array(["a", None])}), "Row 1"),
-    "labels are fractions": (lambda: parquet({**TWO, "label": [0.5, 1.0]}), "double"),
+    "labels are fractions": (lambda: parquet({**TWO, "label": [1.0, 0.5]}), "'label' is 0.5 in row 1"),
+    "labels are dates": (lambda: parquet({**TWO, "label": pa.array([1, 2], pa.date32())}), "date32"),
+    "labels are lists": (lambda: parquet({**TWO, "label": [["a"], ["b"]]}), "list<"),
+    "labels are no text": (lambda: parquet({**TWO, "label": [b"a", b"\xff"]}), "row 1 is bytes that are not UTF-8"),
+    "a text is no text": (lambda: parquet({"text": [b"a", b"\xff"], "label": [0, 1]}), "row 1 is bytes"),
     "a label of -1": (lambda: parquet({**TWO, "label": [0, -1]}, names={"label": ["a", "b"]}), "row 1 is -1"),
     "a class twice": (lambda: parquet(TWO, names={"label": ["a", "a"]}), "each once"),
     "images are numbers": (lambda: parquet({**TWO, "image": [1, 2]}), "int64"),
@@ -148,7 +152,7 @@ BAD_PARQUET: dict[str, tuple[Callable[[], bytes], str]] = {
     "broken inside": (lambda: parquet(TWO)[:4] + bytes(400) + parquet(TWO)[404:], "Parquet"),
     "only a start": (lambda: b"PAR1" + bytes(100), "footer"),
     "a split is missing": (lambda: parquet({**TWO, "split": pa.array(["train", None])}), "Row 1 has no value"),
-    "names with fractions": (lambda: parquet({**TWO, "label": pa.array(["1.0", "10.0"])}), "'1.0'"),
+    "names with fractions": (lambda: parquet({**TWO, "label": pa.array(["1.0", "10.5"])}), "row 1 is '10.5'"),
     "a column twice": (_column_twice, "'label' twice"),
 }
 
@@ -458,6 +462,49 @@ def test_lines_of_texts(tmp_path: Path, content: bytes, format: str) -> None:
     assert _contents(dataset, [1]) == ["Größe ✓".encode()]
 
 
+def _texts_of(content: bytes, folder: Path, columns: Mapping[str, str | None] | None = None) -> list[str]:
+    """Texts as the API finds them, and as a worker does by the columns that the API found."""
+    dataset = _open(content, folder, columns=columns)
+    again = _open(content, folder, columns=dataset.columns)
+    assert (again.columns, _contents(again)) == (dataset.columns, _contents(dataset))
+    assert (dataset.labels is None) == (again.labels is None)
+    return [text.decode() for text in _contents(dataset)]
+
+
+@pytest.mark.parametrize(
+    ("content", "columns", "texts"),
+    [
+        (b'"text, raw";label\nhello;0\nbye;1\n', {"text": "text, raw"}, ["hello", "bye"]),
+        (b"text\tlabel\tnote, free\nhello\t0\tx\nbye\t1\ty\n", None, ["hello", "bye"]),
+        (b'\xef\xbb\xbf"text";"label"\r\n"a, b";0\r\n"c; d";1\r\n', None, ["a, b", "c; d"]),
+        (b'"my\ntext",label\n"a\nb",0\nc,1\n', {"text": "my\ntext"}, ["a\nb", "c"]),
+        (b'label;"text,\n""raw"""\n0;a\n1;b,c\n', {"text": 'text,\n"raw"'}, ["a", "b,c"]),
+        (b'text, label\nhello, 0\n"bye, you", 1\n', None, ["hello", "bye, you"]),
+        (b'text, label\nhello, 0\n"bye, you", 1\n', {"label": " label"}, ["hello", "bye, you"]),
+        (b"text|label|a,b|c;d\nhello, you; there|0|x|y\nbye|1|x|y\n", None, ["hello, you; there", "bye"]),
+        (b"text;label;a,b\n1,5;0;x\n2,5;1;y\n", None, ["1,5", "2,5"]),
+        (b"a,b;text,c;label\nx,y;u,v;0\nx,y;w,z;1\n", {"text": "text,c"}, ["u,v", "w,z"]),
+        (b"\r\n\r\ntext,label\rhello,0\r\rbye,1\r", None, ["hello", "bye"]),
+        (b",text,label\n0,hello,0\n1,bye,1\n", None, ["hello", "bye"]),
+        (b"text\nhello\nbye\n", None, ["hello", "bye"]),
+        (b'"text"\n"hello, you"\nbye; all\n', None, ["hello, you", "bye; all"]),
+    ],
+)
+def test_fields_are_told_apart_as_csv_has_it(
+    tmp_path: Path, content: bytes, columns: dict[str, str | None] | None, texts: list[str]
+) -> None:
+    """Delimiters and line breaks in quotes, in the header too, are none; white space after one may be nothing."""
+    assert _texts_of(content, tmp_path, columns) == texts
+
+
+@pytest.mark.parametrize("delimiter", [",", "\t", ";", "|"])
+def test_a_long_file_of_any_delimiter(tmp_path: Path, delimiter: str) -> None:
+    """More than is looked at to find the delimiter, with all of them in names and texts."""
+    texts = [f"{i}, a; b\t|c{'x' * 500}\n" for i in range(1000)]
+    rows = [["a,b;c\td|e", "text", "label"], *([str(i), text, str(i % 2)] for i, text in enumerate(texts))]
+    assert [text.replace("\r\n", "\n") for text in _texts_of(_csv(rows, delimiter), tmp_path)] == texts
+
+
 def test_labels_that_are_integers(tmp_path: Path) -> None:
     """In JSON as numbers, in CSV as the texts of numbers."""
     assert _labels(_open(_jsonl({"text": "a", "label": 2}, {"text": "b", "label": 0}), tmp_path)) == [2, 0]
@@ -485,15 +532,16 @@ BAD_LINES: dict[str, tuple[bytes, str]] = {
     "a label is missing": (_csv([["text", "label"], ["a", "x"], ["b", ""]]), "Row 1 has no label"),
     "a label is missing in JSON": (_jsonl(A, {"text": "b"}), "Row 1 has no label"),
     "a label that is a list": (_jsonl(A, {"text": "b", "label": [1]}), "row 1"),
-    "labels of both kinds": (_jsonl({"text": "a", "label": 1}, B), "row 1 is 'y'; those of other rows are integers"),
+    "labels of both kinds": (_jsonl({"text": "a", "label": 1}, B), "row 1 is 'y'; those of other rows are numbers"),
     "labels of both kinds, names first": (_jsonl(A, {"text": "a", "label": 1}), "names"),
     "a text is missing": (_jsonl(A, {"label": "y"}), "Row 1 has no text"),
-    "a text is a number": (_jsonl(A, {"text": 3, "label": "y"}), "Row 1 has no text"),
+    "a text is a number": (_jsonl(A, {"text": 3, "label": "y"}), "Row 1 has no text, but a number"),
     "half of a pair in a label": (b'{"text": "a", "label": "\\ud800"}', "surrogate"),
     "half of a pair in a column": (b'{"\\ud800": "a", "label": "b"}', "'?'"),
     "half of a pair": (b'{"text": "\\ud800", "label": 1}', "row 0"),
     "an unknown split": (_jsonl({**A, "split": "x"}), "'x'"),
     "fields too few": (b"text,label\na,x\nb\n", "Row 1 (line 3) has 1 fields"),
+    "texts without quotes": (b"text\nhello, you\nbye\n", "Row 0 (line 2) has 2 fields; the header has 1, with ','"),
     "a field too long": (_csv([["text", "label"], ["a" * 131_073, "x"]]), "131072"),
     "a line too long": (b"text,label\n" + b"a" * (2**20 + 1), "Line 2"),
     "a quote that is not closed": (b'text,label\n"a,x\n', "malformed"),
@@ -503,7 +551,20 @@ BAD_LINES: dict[str, tuple[bytes, str]] = {
     "not objects": (b'{"text": "a", "label": 1}\n[1]', "Row 1 (line 2)"),
     "no rows": (b"text,label\n", "no rows"),
     "a label of white space": (b"text,label\na,x\nb,  \n", "Row 1 has no label"),
-    "labels with fractions": (b"text,label\na,0.0\nb,10.0\nc,2.0\n", "'0.0'"),
+    "labels with fractions": (b"text,label\na,0.0\nb,10.5\nc,2.0\n", "row 1 is '10.5'"),
+    "a number that is missing": (b"text,label\na,0.0\nb,nan\nc,2.0\n", "row 1 is 'nan'"),
+    "a number that ran over": (b"text,label\na,0\nb,1e999\n", "row 1 is '1e999'"),
+    "a number of too many bits": (_jsonl({**A, "label": 1}, {**B, "label": 2**63}), "row 1 is '9223372036854775808'"),
+    "a fraction in JSON": (_jsonl({**A, "label": 1.0}, {**B, "label": 1.5}), "row 1 is '1.5'"),
+    "truth among numbers": (_jsonl({**A, "label": 1}, {**B, "label": True}), "those of other rows are numbers"),
+    "NaN": (b'{"text": "a", "label": 1}\n{"text": "b", "label": NaN}', "Row 1 (line 2) is not JSON: NaN is none"),
+    "Infinity": (b'{"text": "a", "label": 1, "x": [-Infinity]}', "-Infinity is none"),
+    "an array of JSON": (json.dumps([A, B], indent=1).encode(), "is an array of JSON"),
+    "arrays of JSON": (b'["text", "label"]\n["a", "x"]', "is an array of JSON"),
+    "an array in a line": (b'{"text": "a", "label": 1}\n[1]', "but an array"),
+    "an object over several lines": (json.dumps(A, indent=1).encode(), "Each line holds one whole object"),
+    "columns in an object": (_jsonl({"text": {"0": "a"}, "label": {"0": 1}}), "row 0"),
+    "a header without end": (b"text,label," + b'"\n",' * 2**19, "The header has more than 1048576"),
     "a row of endless fields": (b"text,label\na,b\n" + b'"\n",' * 2**19, "Row 1 has more than 1048576"),
     "splits that begin late": (_jsonl(A, {**B, "split": "test"}), "Row 1 has a 'split'"),
 }

@@ -138,6 +138,20 @@ def test_a_file_that_ends_the_process_that_reads_it(service: Service) -> None:
     assert (service.process.pid, service.process.poll()) == (api, None)
 
 
+def test_a_dictionary_that_leads_out_of_itself(service: Service) -> None:
+    """A place beyond its values, as a flipped byte makes one: 422, and not a fault of the service."""
+    whole = parquet({"text": ["a"] * 4, "label": ["x", "y", "z", "y"]}, compression="none", write_statistics=False)
+    # Four places of two bits, bit-packed: the last becomes the fourth value of three.
+    places = bytes((0x02, 0x03, 0b01100100))
+    assert whole.count(places) == 1
+    refused = problem(
+        service.post("/v1/probes", {"name": "a"}, whole.replace(places, bytes((0x02, 0x03, 0b11100100)))),
+        422,
+        "invalid-file",
+    )
+    assert "out of bounds" in refused["detail"]
+
+
 def test_what_makes_no_sense_for_images_is_refused(service: Service, vit: Saved) -> None:
     """A tokenizer, columns of a zip, sizes of tensors, and configurations that we cannot follow."""
     cases: list[tuple[dict[str, Any], bytes, str]] = [

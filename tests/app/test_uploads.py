@@ -19,6 +19,7 @@ from safetensors.numpy import save
 
 from tests import services
 from tests.conftest import MLP
+from tests.datafiles import nameless, zipped
 from tests.services import Service, until
 
 
@@ -145,6 +146,11 @@ BAD_PROBES: dict[str, tuple[Callable[[], bytes], dict[str, Any]]] = {
     ),
     "npy header of 30 MB": (lambda: npz_with_header(random.Random(0).randbytes(30_000_000), b"\x02\x00"), {}),
     "two members of one name": (npz_with_twins, {}),
+    "a member without a name": (lambda: nameless(zipped({"labels.npy": b"", "x": b""})), {}),
+    "a member without a name, not at its start": (
+        lambda: b"PK\x07\x08" + nameless(zipped({"labels.npy": b"", "x": b""})),
+        {},
+    ),
     "no inputs": (lambda: save({"labels": labels(0, 1)}), {}),
     "no labels": (lambda: save({"inputs": INPUTS}), {}),
     "no samples": (lambda: save({"inputs": np.ones((0, 3), np.float32), "labels": labels()}), {}),

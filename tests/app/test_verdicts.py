@@ -377,6 +377,9 @@ def test_preprocessing_is_the_datas_or_the_checkpoints() -> None:
     report["probe"]["preprocess_source"] = "probe"
     with pytest.raises(NotComparable, match=r"probe\.preprocess"):
         verdicts.sides(spec, report, evaluation_report())
+    later = changed("probe.preprocess", {**report["probe"]["preprocess"], "pad_offset": "floored"})
+    later["probe"]["preprocess_source"] = "probe"
+    verdicts.sides(spec, later, report)
 
 
 def test_another_draw_of_samples_is_another_probe() -> None:

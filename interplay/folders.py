@@ -1,38 +1,47 @@
 """A folder of images or of a checkpoint as the one file that the service takes."""
 
 import os
+import shutil
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 # What a folder says of its network, its images and its texts.
 _DESCRIPTIONS = ("config.json", "preprocessor_config.json", "tokenizer.json")
+# What file managers leave beside files; as in app/datafile/folders.py.
+_LITTER = ("__MACOSX", "Thumbs.db", "desktop.ini")
+# The earliest time that a zip can tell, and the system whose rights of files it tells.
+_NO_TIME, _UNIX = (1980, 1, 1, 0, 0, 0), 3
+_COPY_BYTES = 2**20
 
 
 @contextmanager
 def zipped_folder(folder: Path) -> Iterator[Path]:
     """A zip of a folder, uncompressed, as images are already; it is gone at the end of the block.
 
-    Links are followed, once: what is sent are files. Empty folders go along, so that a class without images is noticed.
+    The same names and contents give the same zip, wherever and whenever: it keeps no times, rights or owners of files
+    and leaves out what file managers put beside them. Links are followed, once: what is sent are files. Empty folders
+    go along, so that a class without images is noticed.
 
     Raises:
         OSError: a file cannot be read, or there is no room for the zip.
     """
     with tempfile.TemporaryDirectory(prefix="interplay-") as place:
         archive_path = Path(place) / "folder.zip"
-        with zipfile.ZipFile(archive_path, "w", zipfile.ZIP_STORED, strict_timestamps=False) as archive:
+        with zipfile.ZipFile(archive_path, "w", zipfile.ZIP_STORED) as archive:
             seen = {folder.resolve()}
             for root, folders, files in os.walk(folder, followlinks=True):
-                # A link to a folder above would never end.
-                folders[:] = sorted(name for name in folders if _is_new(Path(root, name), seen))
+                # A link to a folder above would never end. Of two links to one folder the first by name is followed.
+                folders[:] = [name for name in _kept(folders) if _is_new(Path(root, name), seen)]
+                files = _kept(files)
                 inside = Path(root).relative_to(folder)
                 if not files and not folders and inside.parts:
-                    archive.writestr(f"{inside.as_posix()}/", b"")
-                for name in sorted(files):
-                    archive.write(Path(root, name), (inside / name).as_posix())
+                    archive.writestr(_entry(f"{inside.as_posix()}/", 0o40755), b"")
+                for name in files:
+                    _add(archive, Path(root, name), (inside / name).as_posix())
         yield archive_path
 
 
@@ -63,6 +72,25 @@ def packed_checkpoint(folder: Path) -> Iterator[Path]:
                 with file.open("rb") as opened:
                     archive.addfile(info, opened)
         yield archive_path
+
+
+def _kept(names: Iterable[str]) -> list[str]:
+    """Return names in their order, without what people do not know they have; the service passes over it as well."""
+    return sorted(name for name in names if not name.startswith(".") and name not in _LITTER)
+
+
+def _add(archive: zipfile.ZipFile, path: Path, name: str) -> None:
+    entry = _entry(name, 0o100644)
+    entry.file_size = path.stat().st_size  # the zip makes room for the length of a large file before it knows it
+    with path.open("rb") as file, archive.open(entry, "w") as written:
+        shutil.copyfileobj(file, written, _COPY_BYTES)
+
+
+def _entry(name: str, mode: int) -> zipfile.ZipInfo:
+    """Return what a zip says of a file: nothing of its time, its rights, or the system that it comes from."""
+    entry = zipfile.ZipInfo(name, date_time=_NO_TIME)
+    entry.create_system, entry.external_attr = _UNIX, mode << 16
+    return entry
 
 
 def _is_new(folder: Path, seen: set[Path]) -> bool:

@@ -1,16 +1,18 @@
 """A folder of images or of a checkpoint as the one file that the service takes."""
 
 import os
+import shlex
 import shutil
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 # What a folder says of its network, its images and its texts.
 _DESCRIPTIONS = ("config.json", "preprocessor_config.json", "tokenizer.json")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 # What file managers leave beside files; as in app/datafile/folders.py.
 _LITTER = ("__MACOSX", "Thumbs.db", "desktop.ini")
 # The earliest time that a zip can tell, and the system whose rights of files it tells.
@@ -59,7 +61,7 @@ def packed_checkpoint(folder: Path) -> Iterator[Path]:
     weights = [name for name in names if name.endswith((".safetensors", ".safetensors.index.json"))]
     if not weights:
         found = ", ".join(names[:10]) or "nothing"
-        raise FileNotFoundError(f"{folder} holds no safetensors file (it holds {found})")
+        raise FileNotFoundError(f"{folder} holds no safetensors file (it holds {found}){_advice(folder, names)}")
     described = [name for name in names if name in _DESCRIPTIONS]
     with tempfile.TemporaryDirectory(prefix="interplay-") as place:
         archive_path = Path(place) / "checkpoint.tar"
@@ -72,6 +74,23 @@ def packed_checkpoint(folder: Path) -> Iterator[Path]:
                 with file.open("rb") as opened:
                     archive.addfile(info, opened)
         yield archive_path
+
+
+def _advice(folder: Path, names: Sequence[str]) -> str:
+    """Return what turns a folder's weights into safetensors, where they have a form that can be turned."""
+    places = (folder, *sorted(path for path in folder.iterdir() if path.is_dir()))
+    if distributed := [place for place in places if (place / ".metadata").is_file() and any(place.glob("*.distcp"))]:
+        form, source, target = "of torch.distributed.checkpoint", distributed[0], Path("OUT.safetensors")
+    elif any(name in names for name in ("pytorch_model.bin", "pytorch_model.bin.index.json")):
+        form, source, target = "PyTorch pickles", folder, folder / "model.safetensors"
+    elif pickled := [name for name in names if name.endswith(_PICKLES)]:
+        form, source, target = "PyTorch pickles", folder / pickled[0], Path("OUT.safetensors")
+    else:
+        return ""
+    command = f"interplay convert {shlex.quote(str(source))} -o {shlex.quote(str(target))}"
+    again = "push the folder again" if target.parent == folder else f"push {target}"
+    words = f". Its weights are {form}, which the service does not open; turn them into safetensors"
+    return f"{words}, then {again}: {command}"
 
 
 def _kept(names: Iterable[str]) -> list[str]:

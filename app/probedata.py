@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from app import datafile, schemas, tensorfile
+from app import datafile, identity, schemas, tensorfile
 from app.errors import InvalidFile, InvalidRequest
 from app.labels import named_labels
 from app.settings import Settings
@@ -41,6 +41,8 @@ _MAIN_NAMES = ("inputs", "pixel_values", "input_ids")
 # A page of Parquet may announce up to 2 GiB; not many at once.
 _reading = threading.BoundedSemaphore(2)
 _READING_SECONDS = 300
+# All of it is read: so long again for each so many bytes.
+_READING_BYTES = 10 * 2**30
 _ERRORS = {error.kind: error for error in (InvalidFile, InvalidRequest)}
 
 
@@ -66,13 +68,14 @@ def _in_another_process(path: Path, spec: schemas.ProbeSpec, limits: datafile.Li
     small = spec.model_copy(update={"tokenizer": None if spec.tokenizer is None else {}})
     task = {"path": str(path), "spec": small.model_dump(mode="json"), "limits": asdict(limits)}
     command = [sys.executable, "-m", "app.probedata"]
+    seconds = _READING_SECONDS * (1 + path.stat().st_size / _READING_BYTES)
     with _reading:
         try:
             ran = subprocess.run(
-                command, input=json.dumps(task).encode(), stdout=subprocess.PIPE, check=False, timeout=_READING_SECONDS
+                command, input=json.dumps(task).encode(), stdout=subprocess.PIPE, check=False, timeout=seconds
             )
         except subprocess.TimeoutExpired:
-            raise InvalidFile(f"Looking into the Parquet file took more than {_READING_SECONDS} seconds.") from None
+            raise InvalidFile(f"Looking into the Parquet file took more than {seconds:.0f} seconds.") from None
     if ran.returncode < 0:
         raise InvalidFile("The file is not valid Parquet: the process that looked into it was ended by what it holds.")
     answer: dict[str, Any] = json.loads(ran.stdout)
@@ -121,6 +124,7 @@ def _tensors(path: Path, spec: schemas.ProbeSpec, settings: Settings) -> dict[st
         "input_shape": list(inputs.shape[1:]),
         "splits": read_splits(file, integers, inputs.shape[0]),
         "preprocess": spec.preprocess.for_tensors().model_dump(mode="json") if spec.preprocess else None,
+        "data_sha256": identity.hash_tensors(path, file),
     }
 
 
@@ -138,6 +142,7 @@ def _dataset(path: Path, format: datafile.Format, spec: schemas.ProbeSpec, limit
     elif spec.class_names is not None:
         raise InvalidRequest("class_names are of labels; the file has none.")
     return {
+        "data_sha256": identity.hash_dataset(dataset, labels, names),
         "format": dataset.format,
         "content": dataset.content,
         "columns": dataset.columns,

@@ -64,7 +64,7 @@ class Weights:
 
 
 def read_weights(path: Path, *, key: str | None = None) -> Weights:
-    """The weights in a .pt, .pth, .ckpt or .bin file, or in a folder of such.
+    """Return the weights in a .pt, .pth, .ckpt or .bin file, or in a folder of such.
 
     Nothing of the file is run: what is no tensor, text, number or container of these is a name and no more
     (`analysis.pickles`).

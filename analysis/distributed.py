@@ -36,7 +36,7 @@ class _Part:
 
 @contextmanager
 def open_distributed(folder: Path) -> Iterator[dict[str, Any]]:
-    """What a folder of torch.distributed.checkpoint holds, for as long as the block lasts.
+    """Open a folder of torch.distributed.checkpoint; its tensors can be read inside the block.
 
     Yields:
         Nested dictionaries, as they were saved, with a `TensorPlan` for each tensor; what is no tensor stays unopened.

@@ -70,17 +70,16 @@ class Reference:
 
 
 def read_pickle(file: OpenFile, *, references: list[Reference] | None = None, most_steps: int = MOST_STEPS) -> Any:
-    """The data of the pickle that begins where the file is; the file is right after it at the end.
+    """Return the data of the pickle that begins where the file is, and leave the file right after it.
 
     Args:
-        file: can be told and sought.
+        file: seekable.
         references: gets every `Reference` of the pickle, wherever in the data it is.
         most_steps: opcodes, and entries that are copied.
 
     Returns:
         Numbers, texts, bytes, None, lists, tuples, dictionaries, `Name`, `Inert` and `Reference`. Sets are lists. One
-        object that the pickle has in several places is one object here. A class of tuples or dictionaries may hold
-        itself.
+        object that the pickle has in several places is one object here; a list or a dictionary may hold itself.
 
     Raises:
         PickleError: it ends early, is damaged, or takes more steps.

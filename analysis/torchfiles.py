@@ -81,7 +81,7 @@ class NoPlainTensor:
 
 @contextmanager
 def open_torch_file(path: Path) -> Iterator[Any]:
-    """What a file of torch.save holds, for as long as the block lasts.
+    """Open a file of torch.save; its tensors can be read inside the block.
 
     Yields:
         What `read_pickle` gives, with a `TensorPlan` or a `NoPlainTensor` for each tensor.
@@ -95,7 +95,7 @@ def open_torch_file(path: Path) -> Iterator[Any]:
 
 
 def read_torch_file(file: OpenFile) -> Any:
-    """The same of an open file, which must stay open while tensors are read."""
+    """Return the same of an open file, which must stay open while tensors are read."""
     start = file.read(512)
     file.seek(0)
     try:
@@ -178,7 +178,7 @@ def _read_zip(file: OpenFile) -> Any:
 
 
 def _member(file: OpenFile, archive: zipfile.ZipFile, info: zipfile.ZipInfo, most_bytes: int) -> bytes:
-    """The content of a zip's member. What is stored is read where it lies, as torch may leave its checksum out."""
+    """Return what a zip's member holds. What is stored is read where it lies, as torch may leave its checksum out."""
     if info.file_size > most_bytes or info.header_offset < 0:
         raise NotTorchError(f"is damaged: its {info.filename[:200]!r} has {info.file_size} bytes")
     try:
@@ -199,7 +199,7 @@ def _member(file: OpenFile, archive: zipfile.ZipFile, info: zipfile.ZipInfo, mos
 
 
 def _in_order(content: bytes, order: str, dtype: torch.dtype) -> bytearray:
-    """Numbers in this machine's byte order."""
+    """Return numbers in this machine's byte order."""
     numbers = bytearray(content)
     width = _PART_BYTES.get(dtype, dtype.itemsize)
     if order != sys.byteorder and width > 1:
@@ -212,7 +212,7 @@ def _in_order(content: bytes, order: str, dtype: torch.dtype) -> bytearray:
 
 
 def _read_legacy(file: OpenFile) -> Any:
-    """Magic number, protocol, a description of the machine, the content, keys of storages, and these one by one."""
+    """Read magic number, protocol, the machine's description, the content, keys of storages, and these one by one."""
     if (read_pickle(file), read_pickle(file)) != (_MAGIC, _PROTOCOL):
         raise NotTorchError(
             "is a pickle, but none of torch.save. Where you trust it, load it and save the weights alone: "
@@ -287,7 +287,7 @@ def _storage_dtype(type_: Name) -> torch.dtype | None:
 
 
 def _with_tensors(content: Any, storage: Callable[[Any], Storage | None]) -> Any:
-    """The same content with plans in the places of tensors. Each object is looked at once, and none within another."""
+    """Return the content with plans in the places of tensors. Each object is looked at once, without recursion."""
     made: dict[int, tuple[Inert, Any]] = {}
 
     def tensor(value: Any) -> Any:
@@ -328,7 +328,7 @@ def _held(value: Any) -> Iterator[dict[Any, Any] | list[Any]]:
 
 
 def _rebuilt(value: Inert, storage: Callable[[Any], Storage | None]) -> Any:
-    """The tensor that a call of one of torch's own functions would have made.
+    """Return the tensor that a call of one of torch's own functions would have made.
 
     Parameters and subclasses are the tensor within, layer by layer.
     """

@@ -37,7 +37,7 @@ _CHUNK_BYTES = 2**20
 
 
 def hash_tensors(path: Path, file: TensorFile) -> str:
-    """The identity of the tensors of a file that has been checked; its bytes are read once, chunk by chunk.
+    """Hash the tensors of a file that has been checked; its bytes are read once, chunk by chunk.
 
     Raises:
         InvalidFile: an npz is damaged where its headers did not say so.
@@ -51,7 +51,7 @@ def hash_tensors(path: Path, file: TensorFile) -> str:
 
 
 def hash_dataset(dataset: Dataset, labels: npt.NDArray[np.int64] | None, class_names: list[str] | None) -> str:
-    """The identity of images or texts; each row is read once.
+    """Hash images or texts; each row is read once.
 
     Args:
         dataset: whose rows and splits are looked at.
@@ -108,7 +108,7 @@ def _npz_tensors(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _of_array(file: IO[bytes], folder: Path) -> str:
-    """The sha256 of an array of an npz, whatever its order in memory and of bytes.
+    """Hash an array of an npz, whatever its order in memory and of bytes.
 
     One in Fortran order is unpacked into a file without a name in `folder`, to be walked through in the other order.
     """

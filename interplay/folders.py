@@ -13,6 +13,7 @@ from pathlib import Path
 # What a folder says of its network, its images and its texts.
 _DESCRIPTIONS = ("config.json", "preprocessor_config.json", "tokenizer.json")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_NO_WEIGHTS = ("optim", "sched", "scaler", "rng_state", "training_args")
 # What file managers leave beside files; as in app/datafile/folders.py.
 _LITTER = ("__MACOSX", "Thumbs.db", "desktop.ini")
 # The earliest time that a zip can tell, and the system whose rights of files it tells.
@@ -83,7 +84,7 @@ def _advice(folder: Path, names: Sequence[str]) -> str:
         form, source, target = "of torch.distributed.checkpoint", distributed[0], Path("OUT.safetensors")
     elif any(name in names for name in ("pytorch_model.bin", "pytorch_model.bin.index.json")):
         form, source, target = "PyTorch pickles", folder, folder / "model.safetensors"
-    elif pickled := [name for name in names if name.endswith(_PICKLES)]:
+    elif pickled := [name for name in names if name.endswith(_PICKLES) and not name.startswith(_NO_WEIGHTS)]:
         form, source, target = "PyTorch pickles", folder / pickled[0], Path("OUT.safetensors")
     else:
         return ""

@@ -57,9 +57,11 @@ def _require_bounded(node: Node | None, path: Path) -> None:
     """Raise GateFileError where aliases, which cost a few bytes each, stand for more than a gate can hold."""
     values, characters = _expanded(node, {}, path)
     if values > _MAX_VALUES or characters > _MAX_CHARACTERS:
+        # The counts themselves may be too long to print.
+        values, characters = min(values, 10**15), min(characters, 10**15)
         raise GateFileError(
-            f"{path} has aliases that stand for {values:.3g} values and {characters:.3g} characters; a gate may have "
-            f"{_MAX_VALUES} and {_MAX_CHARACTERS}"
+            f"{path} has aliases for {values:.3g} values or more and {characters:.3g} characters; a gate may "
+            f"have {_MAX_VALUES} and {_MAX_CHARACTERS}"
         )
 
 

@@ -193,8 +193,9 @@ def _check_index(folder: Folder, headers: Mapping[str, Header]) -> None:
 def _folder(members: Mapping[PurePosixPath, Member]) -> Folder:
     weights = [path for path in members if path.suffix == ".safetensors"]
     if not weights:
-        pickled = sorted(str(path) for path in members if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
-        advice = "; of " + pickled[0] + " it opens none: interplay convert FILE -o OUT.safetensors" if pickled else ""
+        pickled = sorted(str(path) for path in members if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".distcp"))
+        source = "FOLDER" if any(name.endswith(".distcp") for name in pickled) else "FILE"
+        advice = f"; of {pickled[0]} it opens none: interplay convert {source} -o OUT.safetensors" if pickled else ""
         raise InvalidFile(f"The archive holds no safetensors file{advice}.", members=sorted(map(str, members))[:20])
     configs = [path for path in members if path.name == "config.json"]
     root = _outermost(configs or weights)

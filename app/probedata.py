@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from app import datafile, schemas, tensorfile
+from app import datafile, identity, schemas, tensorfile
 from app.errors import InvalidFile, InvalidRequest, Unavailable
 from app.labels import named_labels
 from app.settings import Settings
@@ -47,6 +47,8 @@ _reading = threading.BoundedSemaphore(2)
 _READING_SECONDS = 300
 # A page and what it is unpacked to, and the labels of all rows.
 _READING_BYTES = 4 * 2**30
+# All of it is read: so long again for each so many bytes.
+_BYTES_A_TURN = 10 * 2**30
 _SAID_CHARACTERS = 4000
 logger = logging.getLogger(__name__)
 _ERRORS = {error.kind: error for error in (InvalidFile, InvalidRequest)}
@@ -80,13 +82,14 @@ def _in_another_process(path: Path, spec: schemas.ProbeSpec, limits: datafile.Li
     small = spec.model_copy(update={"tokenizer": None if spec.tokenizer is None else {}})
     task = {"path": str(path), "spec": small.model_dump(mode="json"), "limits": asdict(limits)}
     command = [sys.executable, "-m", "app.probedata"]
+    seconds = _READING_SECONDS * (1 + path.stat().st_size / _BYTES_A_TURN)
     with _reading:
         try:
             ran = subprocess.run(
-                command, input=json.dumps(task).encode(), capture_output=True, check=False, timeout=_READING_SECONDS
+                command, input=json.dumps(task).encode(), capture_output=True, check=False, timeout=seconds
             )
         except subprocess.TimeoutExpired:
-            raise InvalidFile(f"Looking into the Parquet file took more than {_READING_SECONDS} seconds.") from None
+            raise InvalidFile(f"Looking into the Parquet file took more than {seconds:.0f} seconds.") from None
         except OSError as error:
             raise Unavailable(f"The Parquet file cannot be looked into now: {error.strerror}.") from None
     if ran.returncode == 0:
@@ -161,6 +164,7 @@ def _tensors(path: Path, spec: schemas.ProbeSpec, settings: Settings) -> dict[st
         "input_shape": list(inputs.shape[1:]),
         "splits": read_splits(file, values, inputs.shape[0]),
         "preprocess": spec.preprocess.for_tensors().model_dump(mode="json") if spec.preprocess else None,
+        "data_sha256": identity.hash_tensors(path, file),
     }
 
 
@@ -178,6 +182,7 @@ def _dataset(path: Path, format: datafile.Format, spec: schemas.ProbeSpec, limit
     elif spec.class_names is not None:
         raise InvalidRequest("class_names are of labels; the file has none.")
     return {
+        "data_sha256": identity.hash_dataset(dataset, labels, names),
         "format": dataset.format,
         "content": dataset.content,
         "columns": dataset.columns,

@@ -167,6 +167,7 @@ class ProbeSubject(Strict):
     id: str
     name: str
     sha256: str
+    data_sha256: str | None = Field(default=None, description="Of the data, whatever file they came in.")
     n_samples: int
     n_classes: int
     class_counts: list[int]

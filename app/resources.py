@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from pydantic import ValidationError
 from sqlalchemy.orm import Session
 
-from app import archives, models, probedata, schemas, tensorfile
+from app import archives, identity, models, probedata, schemas, tensorfile
 from app.architectures import architecture_of_config, check_architecture
 from app.database import read, write
 from app.datafile.values import MAX_CLASSES
@@ -121,6 +121,7 @@ def create_feature_set(engine: sa.Engine, storage: Storage, settings: Settings, 
             n_features=n_features,
             class_counts=np.bincount(labels, minlength=n_classes).tolist(),
             splits=read_splits(file, safetensors_values(path), n_samples),
+            data_sha256=identity.hash_tensors(path, file),
             metadata_=spec.metadata,
         )
     return _keep(engine, storage, [upload.file], feature_set)
@@ -165,6 +166,11 @@ def delete(engine: sa.Engine, storage: Storage, model: type[OwnerType], id_: str
         session.delete(row)
     for sha256 in _hashes(row):
         _release(engine, storage, sha256)
+    if isinstance(row, models.Probe) and row.data_sha256 is not None:
+        with read(engine) as session:
+            held = session.scalar(sa.select(sa.exists().where(models.Probe.data_sha256 == row.data_sha256)))
+        if not held:
+            _forget_features(storage, row.data_sha256)
 
 
 def sweep(engine: sa.Engine, storage: Storage) -> None:
@@ -174,6 +180,7 @@ def sweep(engine: sa.Engine, storage: Storage) -> None:
     with read(engine) as session:
         hashes = list(session.scalars(unused))
         known = set(session.scalars(sa.select(models.Blob.sha256)))
+        data = set(session.scalars(sa.select(models.Probe.data_sha256).where(models.Probe.data_sha256.is_not(None))))
     for sha256 in hashes:
         _release(engine, storage, sha256)
     # An upload puts its file in place moments before its row: only what is old has been forgotten.
@@ -184,7 +191,7 @@ def sweep(engine: sa.Engine, storage: Storage) -> None:
                 session.execute(_HOLD_BLOB, {"sha256": sha256, "size_bytes": 0})
             _release(engine, storage, sha256)
     for entry in storage.list_features():
-        if not entry.blobs <= known - set(hashes):
+        if not entry.origins <= (known - set(hashes)) | data:
             storage.delete_features(entry.name)
 
 
@@ -217,8 +224,13 @@ def _release(engine: sa.Engine, storage: Storage, sha256: str) -> None:
         session.delete(blob)
         session.flush()
         storage.delete(sha256)
+    _forget_features(storage, sha256)
+
+
+def _forget_features(storage: Storage, sha256: str) -> None:
+    """Remove what workers keep of a checkpoint or of a probe's data."""
     for entry in storage.list_features():
-        if sha256 in entry.blobs:
+        if sha256 in entry.origins:
             storage.delete_features(entry.name)
 
 

@@ -376,6 +376,9 @@ class Probe(Strict):
     id: str
     name: str
     sha256: str
+    data_sha256: str | None = Field(
+        description="Of the data, the same whatever file they came in; null of uploads of before there was one."
+    )
     size_bytes: int
     format: Literal["safetensors", "npz", "parquet", "imagefolder", "csv", "jsonl"]
     content: Literal["tensors", "images", "texts"]
@@ -397,6 +400,9 @@ class FeatureSet(Strict):
     id: str
     name: str
     sha256: str
+    data_sha256: str | None = Field(
+        description="Of the data, the same whatever file they came in; null of uploads of before there was one."
+    )
     size_bytes: int
     n_samples: int
     n_classes: int

@@ -109,14 +109,17 @@ class StagedFile:
 
 @dataclass(frozen=True)
 class StoredFeatures:
-    """Features that workers keep: a name that begins with the sha256 of a checkpoint and of a probe, joined by -."""
+    """Features that workers keep: a name that begins with the sha256 of a checkpoint and of a probe's data.
+
+    Of a probe whose data have no sha256 yet it is that of its file.
+    """
 
     name: str
     size_bytes: int
     stored_at: datetime
 
     @property
-    def blobs(self) -> set[str]:
+    def origins(self) -> set[str]:
         return set(self.name.split("-")[:2])
 
 

@@ -38,7 +38,7 @@ _MAX_NPZ_MEMBERS = 100
 # Parsing a header of the largest size takes some seconds and hundreds of MB; not forty at once.
 _parsing = threading.BoundedSemaphore(2)
 # What zipfile and numpy raise for broken files; numpy reads an array's header as a Python literal.
-_BROKEN_NPZ = (
+BROKEN_NPZ = (
     zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, TypeError, SyntaxError, tokenize.TokenError,
     NotImplementedError, RuntimeError, KeyError, OverflowError, struct.error,
 )  # fmt: skip
@@ -258,7 +258,7 @@ def inspect_npz(path: Path, *, max_bytes: int, max_ratio: float) -> TensorFile:
                 for member in members
                 if not member.is_folder
             }
-    except _BROKEN_NPZ as error:
+    except BROKEN_NPZ as error:
         raise InvalidFile(f"The file is not a valid npz: {error}.") from None
     return TensorFile("npz", tensors, {})
 
@@ -303,6 +303,6 @@ def read_npz_values(path: Path, name: str) -> npt.NDArray[Any]:
     try:
         with np.load(path, allow_pickle=False) as file:
             values: npt.NDArray[Any] = file[name]
-    except _BROKEN_NPZ as error:
+    except BROKEN_NPZ as error:
         raise InvalidFile(f"The npz member {name!r} cannot be read: {error}.") from None
     return values

@@ -191,7 +191,10 @@ def _require_subject(comparison: Report, baseline: Report | None) -> None:
 
 def _require_comparable(report: Report, baseline: Report, kinds: tuple[str, ...]) -> None:
     """Values of two reports are compared on one probe, computed in one precision by one set of definitions."""
-    expected, found = _circumstances(baseline), _circumstances(report)
+    # Reports of before data had a hash of their own say which file it was.
+    hashed = all(side["probe"].get("data_sha256") for side in (report, baseline))
+    identity = "data_sha256" if hashed else "sha256"
+    expected, found = _circumstances(baseline, identity), _circumstances(report, identity)
     if baseline["kind"] == report["kind"]:
         expected, found = {**expected, **_choices(baseline)}, {**found, **_choices(report)}
     differing = [
@@ -211,7 +214,8 @@ def _require_comparable(report: Report, baseline: Report, kinds: tuple[str, ...]
         )
 
 
-def _circumstances(report: Report) -> dict[str, Any]:
+def _circumstances(report: Report, identity: str) -> dict[str, Any]:
+    """What must be the same; `identity` is the member of the probe that says which data it holds."""
     probe = report["probe"]
     # What a checkpoint brings is part of it and may differ; what a probe says is part of the data.
     preprocess = None
@@ -220,7 +224,7 @@ def _circumstances(report: Report) -> dict[str, Any]:
         preprocess = {"pad_offset": "floored", **probe["preprocess"]}
     samples, tokenizer = probe.get("samples") or {}, probe.get("tokenizer") or {}
     return {
-        "probe.sha256": probe["sha256"],
+        f"probe.{identity}": probe[identity],
         # The same file may be read by other columns.
         "probe.class_counts": probe["class_counts"],
         "probe.preprocess": preprocess,

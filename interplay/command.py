@@ -221,7 +221,7 @@ def push_features(
 
 @app.command()
 def convert(
-    file: File,
+    file: FileOrFolder,
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="OUT", dir_okay=False, help="The safetensors file to write.")
     ],
@@ -234,7 +234,10 @@ def convert(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is there.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Turn a PyTorch file (.pt, .pth, .ckpt, .bin) into safetensors, here, without running code of the file."""
+    """Turn a PyTorch file (.pt, .pth, .ckpt, .bin) into safetensors, here, without running code of the file.
+
+    A folder is one of torch.distributed.checkpoint, or a Hugging Face folder with pytorch_model.bin or its shards.
+    """
     described = json_object("--architecture", architecture)
     if output.exists() and not overwrite:
         raise typer.BadParameter(f"{str(output)!r} is there already; --overwrite replaces it", param_hint="--output")

@@ -9,6 +9,8 @@ number is, is its path in the report, without the levels that are columns of the
     path                    such as interplay.sample.global.mir or timings_seconds.features
     value                   a number; true is 1, false 0; empty (null) where it is not defined
     reason                  why it is not defined
+
+In CSV a text that a spreadsheet would take for a formula has an apostrophe before it; Parquet has it as it is.
 """
 
 import csv
@@ -33,6 +35,9 @@ _PLACES = ("w", "sparsity", "x")
 _BATCH_METRICS, _BATCH_PARAMS, _NAME_CHARACTERS, _VALUE_CHARACTERS = 1000, 100, 200, 5000
 # A slash groups names, and MLflow refuses what would be another place, such as "a/../b": only splits are a group.
 _OTHER_CHARACTERS = re.compile(r"[^\w\-. :]", re.ASCII)
+# A spreadsheet takes a cell for a formula that begins so; the wide forms are what some of them read as the narrow ones.
+_FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠")
+_BLANK = ("\t", "\r", "\n")
 
 
 class MissingExtra(InterplayError):
@@ -121,13 +126,23 @@ def _below(reasons: Mapping[str, str], key: str) -> dict[str, str]:
 
 
 def write_csv(report: Mapping[str, Any], path: Path) -> int:
-    """Write the table as CSV with a header, UTF-8; returns the number of its rows."""
-    found = [asdict(row) for row in rows(report)]
+    """Write the table as CSV with a header, UTF-8; returns the number of its rows.
+
+    Names, splits, paths and reasons come from others: none of them is a formula where somebody opens the file.
+    """
+    found = [{name: _harmless(value) for name, value in asdict(row).items()} for row in rows(report)]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Row)])
         writer.writeheader()
         writer.writerows(found)
     return len(found)
+
+
+def _harmless(cell: float | str | None) -> float | str | None:
+    """Return a text that no spreadsheet computes; numbers stay numbers, negative ones too."""
+    if isinstance(cell, str) and (cell.startswith(_BLANK) or cell.lstrip().startswith(_FORMULA)):
+        return f"'{cell}"
+    return cell
 
 
 def write_parquet(report: Mapping[str, Any], path: Path) -> int:

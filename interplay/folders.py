@@ -1,40 +1,52 @@
 """A folder of images or of a checkpoint as the one file that the service takes."""
 
 import os
+import shlex
+import shutil
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from unicodedata import normalize
 
 # What a folder says of its network, its images and its texts.
 _DESCRIPTIONS = ("config.json", "preprocessor_config.json", "tokenizer.json")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_NO_WEIGHTS = ("optim", "sched", "scaler", "rng_state", "training_args")
+# What file managers leave beside files; as in app/datafile/folders.py.
+_LITTER = ("__MACOSX", "Thumbs.db", "desktop.ini")
+# The earliest time that a zip can tell, and the system whose rights of files it tells.
+_NO_TIME, _UNIX = (1980, 1, 1, 0, 0, 0), 3
+_COPY_BYTES = 2**20
 
 
 @contextmanager
 def zipped_folder(folder: Path) -> Iterator[Path]:
     """A zip of a folder, uncompressed, as images are already; it is gone at the end of the block.
 
-    Links are followed, once: what is sent are files. Empty folders go along, so that a class without images is noticed.
-    Names are Unicode's composed form (NFC), by which they are sorted too: a Mac's are decomposed.
+    The same names and contents give the same zip, wherever and whenever: it keeps no times, rights or owners of files
+    and leaves out what file managers put beside them. Links are followed, once: what is sent are files. Empty folders
+    go along, so that a class without images is noticed. Names are Unicode's composed form (NFC), by which they are
+    sorted too: a Mac's are decomposed.
 
     Raises:
         OSError: a file cannot be read, or there is no room for the zip.
     """
     with tempfile.TemporaryDirectory(prefix="interplay-") as place:
         archive_path = Path(place) / "folder.zip"
-        with zipfile.ZipFile(archive_path, "w", zipfile.ZIP_STORED, strict_timestamps=False) as archive:
+        with zipfile.ZipFile(archive_path, "w", zipfile.ZIP_STORED) as archive:
             seen = {folder.resolve()}
             for root, folders, files in os.walk(folder, followlinks=True):
-                # A link to a folder above would never end.
-                folders[:] = sorted((name for name in folders if _is_new(Path(root, name), seen)), key=_composed)
+                # A link to a folder above would never end. Of two links to one folder the first by name is followed.
+                folders[:] = [name for name in _kept(folders) if _is_new(Path(root, name), seen)]
+                files = _kept(files)
                 inside = Path(root).relative_to(folder)
                 if not files and not folders and inside.parts:
-                    archive.writestr(_composed(f"{inside.as_posix()}/"), b"")
-                for name in sorted(files, key=_composed):
-                    archive.write(Path(root, name), _composed((inside / name).as_posix()))
+                    archive.writestr(_entry(_composed(f"{inside.as_posix()}/"), 0o40755), b"")
+                for name in files:
+                    _add(archive, Path(root, name), _composed((inside / name).as_posix()))
         yield archive_path
 
 
@@ -52,7 +64,7 @@ def packed_checkpoint(folder: Path) -> Iterator[Path]:
     weights = [name for name in names if name.endswith((".safetensors", ".safetensors.index.json"))]
     if not weights:
         found = ", ".join(names[:10]) or "nothing"
-        raise FileNotFoundError(f"{folder} holds no safetensors file (it holds {found})")
+        raise FileNotFoundError(f"{folder} holds no safetensors file (it holds {found}){_advice(folder, names)}")
     described = [name for name in names if name in _DESCRIPTIONS]
     with tempfile.TemporaryDirectory(prefix="interplay-") as place:
         archive_path = Path(place) / "checkpoint.tar"
@@ -69,6 +81,43 @@ def packed_checkpoint(folder: Path) -> Iterator[Path]:
 
 def _composed(name: str) -> str:
     return normalize("NFC", name)
+
+
+def _advice(folder: Path, names: Sequence[str]) -> str:
+    """Return what turns a folder's weights into safetensors, where they have a form that can be turned."""
+    places = (folder, *sorted(path for path in folder.iterdir() if path.is_dir()))
+    if distributed := [place for place in places if (place / ".metadata").is_file() and any(place.glob("*.distcp"))]:
+        form, source, target = "of torch.distributed.checkpoint", distributed[0], Path("OUT.safetensors")
+    elif any(name in names for name in ("pytorch_model.bin", "pytorch_model.bin.index.json")):
+        form, source, target = "PyTorch pickles", folder, folder / "model.safetensors"
+    elif pickled := [name for name in names if name.endswith(_PICKLES) and not name.startswith(_NO_WEIGHTS)]:
+        form, source, target = "PyTorch pickles", folder / pickled[0], Path("OUT.safetensors")
+    else:
+        return ""
+    command = f"interplay convert {shlex.quote(str(source))} -o {shlex.quote(str(target))}"
+    again = "push the folder again" if target.parent == folder else f"push {target}"
+    words = f". Its weights are {form}, which the service does not open; turn them into safetensors"
+    return f"{words}, then {again}: {command}"
+
+
+def _kept(names: Iterable[str]) -> list[str]:
+    """Return names in their order, without what people do not know they have; the service passes over it as well."""
+    known = (name for name in names if not name.startswith(".") and name not in _LITTER)
+    return sorted(known, key=lambda name: (_composed(name), name))
+
+
+def _add(archive: zipfile.ZipFile, path: Path, name: str) -> None:
+    entry = _entry(name, 0o100644)
+    entry.file_size = path.stat().st_size  # the zip makes room for the length of a large file before it knows it
+    with path.open("rb") as file, archive.open(entry, "w") as written:
+        shutil.copyfileobj(file, written, _COPY_BYTES)
+
+
+def _entry(name: str, mode: int) -> zipfile.ZipInfo:
+    """Return what a zip says of a file: nothing of its time, its rights, or the system that it comes from."""
+    entry = zipfile.ZipInfo(name, date_time=_NO_TIME)
+    entry.create_system, entry.external_attr = _UNIX, mode << 16
+    return entry
 
 
 def _is_new(folder: Path, seen: set[Path]) -> bool:

@@ -9,6 +9,11 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
+# Of the largest gate, 10,000 checks, there are less; an alias counts as often as it stands for something.
+_MAX_FILE_BYTES = 16 * 2**20
+_MAX_VALUES = 500_000
+_MAX_CHARACTERS = 32 * 2**20
+
 
 class GateFileError(ValueError):
     """The file is no gate; the text says where and why."""
@@ -17,11 +22,21 @@ class GateFileError(ValueError):
 def read_gate(path: Path) -> dict[str, Any]:
     """The gate in a file, YAML 1.2 or JSON.
 
+    Aliases and merged mappings are what they stand for, as long as they come to no more than a gate can be.
+
     Raises:
-        GateFileError: it is not YAML, not a mapping, or holds what JSON has no way to say.
+        GateFileError: it is not YAML, not a mapping, holds what JSON has no way to say, or aliases without end.
     """
+    size_bytes = path.stat().st_size
+    if size_bytes > _MAX_FILE_BYTES:
+        raise GateFileError(f"{path} has {size_bytes} bytes; a gate's file may have {_MAX_FILE_BYTES}")
     try:
-        gate = _yaml().load(path.read_text(encoding="utf-8"))
+        yaml = _yaml()
+        node = yaml.compose(path.read_text(encoding="utf-8"))
+        _require_bounded(node, path)
+        gate = None if node is None else yaml.constructor.construct_document(node)
+    except GateFileError:
+        raise
     except UnicodeDecodeError as error:
         raise GateFileError(f"{path} is not text in UTF-8: {error}") from None
     except (YAMLError, ValueError, RecursionError) as error:
@@ -36,6 +51,49 @@ def read_gate(path: Path) -> dict[str, Any]:
         ) from None
     except (TypeError, RecursionError) as error:
         raise GateFileError(f"{path} has a value that is no text, number, true, false or null: {error}") from None
+
+
+def _require_bounded(node: Node | None, path: Path) -> None:
+    """Raise GateFileError where aliases, which cost a few bytes each, stand for more than a gate can hold."""
+    values, characters = _expanded(node, {}, path)
+    if values > _MAX_VALUES or characters > _MAX_CHARACTERS:
+        # The counts themselves may be too long to print.
+        values, characters = min(values, 10**15), min(characters, 10**15)
+        raise GateFileError(
+            f"{path} has aliases for {values:.3g} values or more and {characters:.3g} characters; a gate may "
+            f"have {_MAX_VALUES} and {_MAX_CHARACTERS}"
+        )
+
+
+def _expanded(node: Node | None, known: dict[int, tuple[int, int] | None], path: Path) -> tuple[int, int]:
+    """How many values and characters a node stands for, its aliases replaced by what they name.
+
+    Args:
+        node: as the composer gives it, where an alias is the very node that it names.
+        known: results by a node's identity, so that each node is counted once; None of those that are being counted.
+        path: for messages.
+
+    Raises:
+        GateFileError: a node holds itself.
+    """
+    if node is None:
+        return 0, 0
+    if id(node) in known:
+        counted = known[id(node)]
+        if counted is None:
+            raise GateFileError(f"{path}, line {node.start_mark.line + 1}: what is named here holds itself")
+        return counted
+    known[id(node)] = None
+    parts: list[Node] = []
+    match node:
+        case MappingNode():
+            parts = [part for pair in node.value for part in pair]
+        case SequenceNode():
+            parts = node.value
+    sizes = [_expanded(part, known, path) for part in parts]
+    own = 0 if parts else len(node.value)
+    known[id(node)] = total = 1 + sum(size for size, _ in sizes), own + sum(length for _, length in sizes)
+    return total
 
 
 def line_of(path: Path, place: Sequence[str]) -> int | None:

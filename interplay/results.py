@@ -360,6 +360,7 @@ class ProbeSubject(TypedDict):
     id: str
     name: str
     sha256: str
+    data_sha256: NotRequired[str | None]
     n_samples: int
     n_classes: int
     class_counts: list[int]
@@ -479,6 +480,7 @@ class FeatureSet(TypedDict):
     id: str
     name: str
     sha256: str
+    data_sha256: str | None
     size_bytes: int
     n_samples: int
     n_classes: int
@@ -623,6 +625,7 @@ class Probe(TypedDict):
     id: str
     name: str
     sha256: str
+    data_sha256: str | None
     size_bytes: int
     format: Literal["safetensors", "npz", "parquet", "imagefolder", "csv", "jsonl"]
     content: Literal["tensors", "images", "texts"]

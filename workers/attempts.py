@@ -165,6 +165,7 @@ _OF_DATA = (
     "id",
     "name",
     "sha256",
+    "data_sha256",
     "n_samples",
     "n_classes",
     "class_counts",

@@ -163,12 +163,15 @@ def _feature_set(tensors: dict[str, Tensor], n_vocabulary: int | None) -> Featur
 
 
 def name_of(task: dict[str, Any], provenance: dict[str, Any]) -> str:
-    """The name of an evaluation's features: hashes of checkpoint and probe, and of all else that they depend on."""
+    """The name of an evaluation's features: hashes of checkpoint and data, and of all else that they depend on."""
     subject, probe, options = task["subjects"][0], task["probe"], task["options"]
+    data_sha256 = probe.get("data_sha256")
+    # Format and columns say how a file is read; what they made of it is in the data's hash.
+    how_read = {} if data_sha256 else {"format": probe["format"], "columns": task["file"].get("columns")}
     depends_on = {
         "subject": {key: subject[key] for key in ("architecture", "head", "prefix", "ignored")},
-        "probe": {key: probe[key] for key in ("format", "content", "preprocess", "class_names", "n_classes")},
-        "file": task["file"],
+        "probe": {key: probe[key] for key in ("content", "preprocess", "class_names", "n_classes")},
+        "file": {**{key: value for key, value in task["file"].items() if key != "columns"}, **how_read},
         "brought": task["brought"],
         "batch_size": options["batch_size"],
         # An analysis that was queued before there was this option has none.
@@ -180,7 +183,7 @@ def name_of(task: dict[str, Any], provenance: dict[str, Any]) -> str:
         "libraries": _versions(),
     }
     digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
-    return f"{subject['sha256']}-{probe['sha256']}-{digest[:32]}"
+    return f"{subject['sha256']}-{data_sha256 or probe['sha256']}-{digest[:32]}"
 
 
 @cache

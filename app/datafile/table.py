@@ -376,7 +376,7 @@ def _read_group(
     done = 0
     for batch in file.iter_batches(batch_size=size, row_groups=[group], columns=[own], use_threads=False):
         values = arrow.checked(batch.column(own))
-        for row in local[(local >= done) & (local < done + len(batch))].tolist():
+        for row in local[slice(*np.searchsorted(local, (done, done + len(batch))))].tolist():
             yield _content(values[row - done].as_py(), content, start + row)
         done += len(batch)
         if done > local[-1]:

@@ -180,6 +180,29 @@ def test_csv_and_parquet_are_the_same_table(tmp_path: Path) -> None:
         assert (entry["reason"] or None) == row.reason
 
 
+@pytest.mark.parametrize(
+    "name", ["=cmd|' /C calc'!A0", "+1", "-2+3", "@SUM(1)", "\t=1", "\r=1", "  =1+1", "＝1+1"], ids=repr
+)
+def test_texts_are_no_formulas(tmp_path: Path, name: str) -> None:
+    """A text that a spreadsheet would compute has an apostrophe before it; numbers and Parquet are as they are."""
+    report = evaluation_report()
+    report["subject"] |= {"name": name, "metadata": {"=1+1": -2.5}}
+    report["splits"]["all"]["reasons"] = {"loss": "-1+1|reason"}
+    report["splits"]["all"]["loss"] = None
+    export.write_csv(report, tmp_path / "r.csv")
+    with (tmp_path / "r.csv").open(newline="", encoding="utf-8") as file:
+        listed = [*csv.DictReader(file)]
+    assert {entry["name"] for entry in listed} == {f"'{name}"}
+    assert "-2.5" in {entry["value"] for entry in listed}
+    assert "'-1+1|reason" in {entry["reason"] for entry in listed}
+    for entry in listed:
+        assert not any(
+            str(cell).strip().startswith(("=", "+", "@", "-")) for key, cell in entry.items() if key != "value"
+        )
+    export.write_parquet(report, tmp_path / "r.parquet")
+    assert {entry["name"] for entry in pyarrow.parquet.read_table(tmp_path / "r.parquet").to_pylist()} == {name}
+
+
 # --- MLflow ---------------------------------------------------------------------------------------------------------
 
 

@@ -21,6 +21,7 @@ from app.gatefile import Check, GateSpec, file_schema
 from app.verdicts import Status
 from interplay import Client
 from interplay.gate import EXIT_ANALYSIS_FAILED, EXIT_GATE_FAILED, EXIT_UNDEFINED
+from interplay.gatefile import read_gate
 from interplay.options import EXIT_UNREACHABLE, EXIT_USAGE
 from interplay.verdict import marker
 from tests.conftest import MLP
@@ -335,6 +336,23 @@ def test_a_gate_that_is_not_sound_is_2_with_its_lines(place: Place) -> None:
     assert f"{path}:5: checks.0.sevrity: " in ran.stderr
 
 
+def _bomb(form: str, lines: int = 9) -> str:
+    """Lines, each of nine aliases of the line before: a hundred million values of nine, unless somebody counts."""
+    first = ["a0: &a0 {x: 1}"]
+    rest = [f"a{i}: &a{i} {form.format(','.join([f'*a{i - 1}'] * 9))}" for i in range(1, lines)]
+    return "\n".join([*first, *rest]) + "\n"
+
+
+def test_aliases_are_what_they_stand_for(tmp_path: Path) -> None:
+    """As people write them to say a thing once."""
+    path = tmp_path / "gate.yaml"
+    path.write_text(
+        "name: x\nchecks:\n- &c {metric: splits.test.accuracy, min: &m 0.9}\n- {<<: *c, name: b, max: *m}\n"
+    )
+    first = {"metric": "splits.test.accuracy", "min": 0.9}
+    assert read_gate(path) == {"name": "x", "checks": [first, {**first, "name": "b", "max": 0.9}]}
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -344,7 +362,14 @@ def test_a_gate_that_is_not_sound_is_2_with_its_lines(place: Place) -> None:
         ("name: a\nname: b\n", "duplicate key"),
         ("name: a\nchecks: [{min: .nan}]\n", "not finite"),
         ("name: 2026-01-31\n", "no text, number"),
+        ("name: &a [*a]\n", "line 1: what is named here holds itself"),
+        ("name: &a {<<: *a}\n", "line 1: what is named here holds itself"),
+        (_bomb("[{}]"), "1.03e+08"),
+        (_bomb("{{<<: [{}]}}"), "values and"),
+        (_bomb("[{}]", 200), "1e+15"),
+        (f"name: &a {'x' * 2**20}\nchecks: [{','.join(['*a'] * 99)}]\n", "characters"),
     ],
+    ids=lambda text: text[:40],
 )
 def test_files_that_are_no_gate_are_2(place: Place, text: str, said: str) -> None:
     """Said before anything is sent."""

@@ -1,6 +1,7 @@
 """Folders of images, Parquet and texts from the command line and the client, into a real service."""
 
 import json
+import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 
 from interplay import Client, ProblemError
-from interplay.folders import zipped_folder
+from interplay.folders import packed_checkpoint, zipped_folder
 from tests.analysis import models
 from tests.analysis.models import IMAGE_MODELS
 from tests.datafiles import encoded, parquet, picture, saved
@@ -122,9 +123,61 @@ def test_zipped_folders(folder: Path) -> None:
             assert "train/dog/linked.png" in names
             assert not any(archive.getinfo(name).external_attr >> 28 == 0o12 for name in names)
             assert {archive.getinfo(name).compress_type for name in names} == {zipfile.ZIP_STORED}
-        assert sorted(names)[:2] == [".DS_Store", "test/cat/0.png"]
-        assert len(names) == 14
+        assert sorted(names)[:2] == ["test/cat/0.png", "test/cat/1.png"]
+        assert len(names) == 13
     assert not path.exists()
+
+
+def _copied(folder: Path, place: Path) -> Path:
+    """The same names and contents elsewhere, made in another order, with other times and rights, opened in a Finder."""
+    for file in sorted(folder.rglob("*"), reverse=True):
+        copy = place / file.relative_to(folder)
+        if file.is_dir():
+            copy.mkdir(parents=True, exist_ok=True)
+        else:
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(file.read_bytes())
+            copy.chmod(0o600)
+            os.utime(copy, (2**31, 2**31))
+    (place / "train" / ".DS_Store").write_bytes(b"other")
+    return place
+
+
+def test_a_folder_is_the_same_bytes_wherever_and_whenever(folder: Path, tmp_path: Path) -> None:
+    """Times, rights, places and the order of a directory are no part of it; contents and names are."""
+    (folder / "train" / "eel").mkdir()
+    copy = _copied(folder, tmp_path / "elsewhere" / "pets")
+    with zipped_folder(folder) as first, zipped_folder(copy) as second:
+        assert first.read_bytes() == second.read_bytes()
+        with zipfile.ZipFile(first) as archive:
+            assert {entry.date_time for entry in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
+    (copy / "test" / "cat" / "0.png").rename(copy / "test" / "cat" / "9.png")
+    with zipped_folder(folder) as first, zipped_folder(copy) as second:
+        assert first.read_bytes() != second.read_bytes()
+
+
+def test_of_two_links_to_a_folder_the_first_by_name_is_followed(folder: Path) -> None:
+    """Whatever order the directory has them in."""
+    (folder.parent / "real").mkdir()
+    (folder.parent / "real" / "0.png").write_bytes(b"x")
+    for name in ("z", "a", "m"):
+        (folder / "train" / name).symlink_to(folder.parent / "real")
+    with zipped_folder(folder) as path, zipfile.ZipFile(path) as archive:
+        assert [name for name in archive.namelist() if name.endswith(("a/0.png", "m/0.png", "z/0.png"))] == [
+            "train/a/0.png"
+        ]
+
+
+def test_a_checkpoints_folder_is_the_same_bytes_wherever_and_whenever(tmp_path: Path) -> None:
+    """The same of the tar of config and weights."""
+    for place, mode in (("one", 0o644), ("two", 0o600)):
+        (tmp_path / place).mkdir()
+        for name in ("model.safetensors", "config.json") if place == "one" else ("config.json", "model.safetensors"):
+            (tmp_path / place / name).write_bytes(name.encode())
+            (tmp_path / place / name).chmod(mode)
+            os.utime(tmp_path / place / name, (mode, mode))
+    with packed_checkpoint(tmp_path / "one") as first, packed_checkpoint(tmp_path / "two") as second:
+        assert first.read_bytes() == second.read_bytes()
 
 
 def test_texts_without_labels(service: Service, tmp_path: Path) -> None:

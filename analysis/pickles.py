@@ -1,0 +1,325 @@
+"""Pickles of strangers as plain data: nothing that a pickle names is imported, and nothing is called.
+
+A pickle is a program for a machine with a stack. Python's own machine looks names up and calls what it finds; this one
+has no such step. A name is a `Name`, and what a call, an instance or a state would have made is an `Inert` that says
+what was asked for. Lists, tuples, dictionaries, texts and numbers are themselves. Reading is one loop without
+recursion; what it may take is bounded by the number of steps.
+"""
+
+import pickletools
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from io import SEEK_END, SEEK_SET, BufferedReader, BytesIO
+from typing import Any, ClassVar
+
+# Far more than a training state has; a pickle of as many empty lists takes a gigabyte and half a minute.
+MOST_STEPS = 10_000_000
+# Of what one opcode holds without saying how long it is: a name, a number in digits.
+_LINE_BYTES = 2**20
+# Calls of these make a dictionary: what a state_dict is, and what training scripts keep beside it.
+_DICTIONARIES = frozenset(
+    ("collections.OrderedDict", "collections.defaultdict", "collections.Counter", "builtins.dict", "__builtin__.dict")
+)
+OpenFile = BufferedReader | BytesIO
+_UNHASHED = (list, tuple, dict, bytearray)
+
+
+class PickleError(ValueError):
+    """The bytes are no complete pickle, or one without end."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Name:
+    """What a pickle names, such as `torch._utils._rebuild_tensor_v2`. It was not looked up."""
+
+    text: str
+
+
+@dataclass(eq=False, slots=True)
+class Inert:
+    """What a pickle would have made by a call or as an instance, and did not.
+
+    Attributes:
+        name: what would have been called; the class of an instance.
+        arguments: of the call.
+        state: what the instance would have been given as its state.
+        items: what would have been appended or added to it.
+        entries: what would have been set by key: those of a subclass of dict.
+    """
+
+    name: str
+    arguments: tuple[Any, ...] = ()
+    state: Any = None
+    items: list[Any] = field(default_factory=list)
+    entries: dict[Any, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Key:
+    """A key of a dictionary that is a list, a tuple or a dictionary: hashing those may take for ever."""
+
+    value: Any
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Reference:
+    """What a pickle keeps outside of itself, by what it says of it (persistent id), such as a tensor's storage."""
+
+    id: Any
+
+
+def read_pickle(file: OpenFile, *, references: list[Reference] | None = None, most_steps: int = MOST_STEPS) -> Any:
+    """Return the data of the pickle that begins where the file is, and leave the file right after it.
+
+    Args:
+        file: seekable.
+        references: gets every `Reference` of the pickle, wherever in the data it is.
+        most_steps: opcodes, and entries that are copied.
+
+    Returns:
+        Numbers, texts, bytes, None, lists, tuples, dictionaries, `Name`, `Inert` and `Reference`. Sets are lists. One
+        object that the pickle has in several places is one object here; a list or a dictionary may hold itself.
+
+    Raises:
+        PickleError: it ends early, is damaged, or takes more steps.
+    """
+    machine = _Machine(most_steps, [] if references is None else references)
+    try:
+        with warnings.catch_warnings():
+            # Of backslashes in names, which pickletools takes for escapes.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            for opcode, argument, _ in pickletools.genops(_Bounded(file)):
+                machine.step(opcode.name, argument)
+    except PickleError:
+        raise
+    except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, MemoryError):
+        raise PickleError("it is no complete pickle") from None
+    return machine.result
+
+
+class _Bounded:
+    """A file of which no more is asked for than it holds, whatever a pickle announces."""
+
+    def __init__(self, file: OpenFile) -> None:
+        place = file.tell()
+        self._end = file.seek(0, SEEK_END)
+        file.seek(place, SEEK_SET)
+        self._file = file
+
+    def read(self, n_bytes: int) -> bytes:
+        if n_bytes > 8 and n_bytes > self._end - self._file.tell():
+            raise PickleError(f"it ends before {n_bytes} bytes that it announces")
+        return self._file.read(n_bytes)
+
+    def readline(self) -> bytes:
+        return self._file.readline(_LINE_BYTES)
+
+
+class _Machine:
+    """The stack, and what each opcode does to it. The names are those of `pickletools`."""
+
+    def __init__(self, most_steps: int, references: list[Reference]) -> None:
+        self._references = references
+        self.result: Any = None
+        self._stack: list[Any] = []
+        self._below: list[list[Any]] = []
+        self._memo: dict[int, Any] = {}
+        self._left = most_steps
+
+    def step(self, name: str, argument: Any) -> None:
+        self._spend(1)
+        if name in _VALUES:
+            self._stack.append(argument)
+        elif name in _CONSTANTS:
+            self._stack.append(_CONSTANTS[name]())
+        elif name in _KEPT:
+            self._memo[len(self._memo) if argument is None else argument] = self._stack[-1]
+        elif name in _FETCHED:
+            self._stack.append(self._memo[argument])
+        elif name not in ("PROTO", "FRAME"):
+            if name not in self._OPERATIONS:
+                raise PickleError(f"it has the opcode {name}, which files of weights have not")
+            self._OPERATIONS[name](self, argument)
+
+    def _spend(self, steps: int) -> None:
+        self._left -= steps
+        if self._left < 0:
+            raise PickleError("it takes more steps than a file of weights does")
+
+    # --- the stack ---
+
+    def _mark(self, _: Any) -> None:
+        self._below.append(self._stack)
+        self._stack = []
+
+    def _since_mark(self) -> list[Any]:
+        found, self._stack = self._stack, self._below.pop()
+        return found
+
+    def _pop(self, _: Any) -> None:
+        if self._stack:
+            self._stack.pop()
+        else:
+            self._since_mark()
+
+    def _pop_mark(self, _: Any) -> None:
+        self._since_mark()
+
+    def _twice(self, _: Any) -> None:
+        self._stack.append(self._stack[-1])
+
+    def _stop(self, _: Any) -> None:
+        self.result = self._stack.pop()
+
+    # --- containers ---
+
+    def _list(self, _: Any) -> None:
+        found = self._since_mark()
+        self._stack.append(found)
+
+    def _tuple(self, _: Any) -> None:
+        found = tuple(self._since_mark())
+        self._stack.append(found)
+
+    def _tuple_of(self, n: int) -> None:
+        if len(self._stack) < n:
+            raise PickleError("it takes from an empty stack")
+        self._stack[-n:] = [tuple(self._stack[-n:])]
+
+    def _dict(self, _: Any) -> None:
+        found = _pairs(self._since_mark())
+        self._stack.append(found)
+
+    def _append(self, _: Any) -> None:
+        self._add([self._stack.pop()])
+
+    def _extend(self, _: Any) -> None:
+        self._add(self._since_mark())
+
+    def _add(self, items: list[Any]) -> None:
+        match self._stack[-1]:
+            case list() as target:
+                target.extend(items)
+            case Inert() as target:
+                target.items.extend(items)
+            case other:
+                raise PickleError(f"it appends to a {type(other).__name__}")
+
+    def _set_item(self, _: Any) -> None:
+        value, key = self._stack.pop(), self._stack.pop()
+        self._set([key, value])
+
+    def _set_items(self, _: Any) -> None:
+        self._set(self._since_mark())
+
+    def _set(self, flat: list[Any]) -> None:
+        match self._stack[-1]:
+            case dict() as target:
+                target.update(_pairs(flat))
+            case Inert() as target:
+                target.entries.update(_pairs(flat))
+            case other:
+                raise PickleError(f"it sets a member of a {type(other).__name__}")
+
+    # --- what Python would import and call ---
+
+    def _global(self, argument: str) -> None:
+        self._stack.append(Name(argument.replace(" ", ".", 1)))
+
+    def _stack_global(self, _: Any) -> None:
+        name, module = self._stack.pop(), self._stack.pop()
+        if not (isinstance(name, str) and isinstance(module, str)):
+            raise PickleError("it names something by what is no text")
+        self._stack.append(Name(f"{module}.{name}"))
+
+    def _extension(self, code: int) -> None:
+        self._stack.append(Name(f"extension {code}"))
+
+    def _call(self, _: Any) -> None:
+        arguments, called = self._stack.pop(), self._stack.pop()
+        self._stack.append(self._made(called, arguments))
+
+    def _call_with_names(self, _: Any) -> None:
+        self._stack.pop()
+        self._call(None)
+
+    def _call_since_mark(self, _: Any) -> None:
+        called, *arguments = self._since_mark()
+        self._stack.append(self._made(called, tuple(arguments)))
+
+    def _instance(self, argument: str) -> None:
+        arguments = tuple(self._since_mark())
+        self._stack.append(self._made(Name(argument.replace(" ", ".", 1)), arguments))
+
+    def _made(self, called: Any, arguments: Any) -> Any:
+        name = called.text if isinstance(called, Name) else f"a call of what {_word(called)} gives"
+        arguments = arguments if isinstance(arguments, tuple) else (arguments,)
+        if name not in _DICTIONARIES:
+            return Inert(name, arguments)
+        match arguments:
+            case (dict() as entries,):
+                self._spend(len(entries))
+                return dict(entries)
+            case (list() | tuple() as pairs,):
+                self._spend(len(pairs))
+                if all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
+                    return _pairs([member for pair in pairs for member in pair])
+        return {}
+
+    def _state(self, _: Any) -> None:
+        state = self._stack.pop()
+        # A dictionary's attributes, and a tensor's, are none of its entries.
+        if isinstance(target := self._stack[-1], Inert):
+            target.state = state
+
+    def _persistent(self, id_: Any) -> None:
+        self._references.append(Reference(id_))
+        match id_:
+            case ("module", Name() as class_, *_):  # a network's class, with its source beside it
+                self._stack.append(class_)
+            case _:
+                self._stack.append(self._references[-1])
+
+    def _persistent_from_stack(self, _: Any) -> None:
+        self._persistent(self._stack.pop())
+
+    _OPERATIONS: ClassVar[dict[str, Callable[["_Machine", Any], None]]] = {
+        "MARK": _mark, "POP": _pop, "POP_MARK": _pop_mark, "DUP": _twice, "STOP": _stop,
+        "LIST": _list, "FROZENSET": _list, "TUPLE": _tuple, "DICT": _dict,
+        "TUPLE1": lambda self, _: self._tuple_of(1),
+        "TUPLE2": lambda self, _: self._tuple_of(2),
+        "TUPLE3": lambda self, _: self._tuple_of(3),
+        "APPEND": _append, "APPENDS": _extend, "ADDITEMS": _extend, "SETITEM": _set_item, "SETITEMS": _set_items,
+        "GLOBAL": _global, "STACK_GLOBAL": _stack_global, "INST": _instance, "OBJ": _call_since_mark,
+        "EXT1": _extension, "EXT2": _extension, "EXT4": _extension,
+        "REDUCE": _call, "NEWOBJ": _call, "NEWOBJ_EX": _call_with_names, "BUILD": _state,
+        "PERSID": _persistent, "BINPERSID": _persistent_from_stack,
+    }  # fmt: skip
+
+
+_VALUES = frozenset(
+    (
+        "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "STRING", "BINSTRING",
+        "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8", "UNICODE", "SHORT_BINUNICODE",
+        "BINUNICODE", "BINUNICODE8",
+    )
+)  # fmt: skip
+_CONSTANTS: dict[str, Callable[[], Any]] = {
+    "NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False,
+    "EMPTY_LIST": list, "EMPTY_SET": list, "EMPTY_TUPLE": tuple, "EMPTY_DICT": dict,
+}  # fmt: skip
+_KEPT = frozenset(("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"))
+_FETCHED = frozenset(("GET", "BINGET", "LONG_BINGET"))
+
+
+def _pairs(flat: list[Any]) -> dict[Any, Any]:
+    """Keys and values by turns as a dictionary."""
+    if len(flat) % 2:
+        raise PickleError("it has a key without a value")
+    keys = (Key(key) if isinstance(key, _UNHASHED) else key for key in flat[::2])
+    return dict(zip(keys, flat[1::2], strict=True))
+
+
+def _word(value: Any) -> str:
+    return value.name if isinstance(value, Inert) else f"a {type(value).__name__}"

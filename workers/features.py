@@ -44,7 +44,7 @@ class Kept:
     """What an evaluation needs of a network and a probe, and what its report says of them."""
 
     feature_set: FeatureSet
-    head_name: str
+    about_network: dict[str, Any]
     batch_size: int
     about_probe: dict[str, Any]
 
@@ -88,7 +88,7 @@ class FeatureCache:
         tensors = {key: tensor.cpu().contiguous() for key, tensor in _tensors(kept.feature_set).items()}
         if sum(tensor.nbytes for tensor in tensors.values()) > _LARGEST_SHARE * self._max_bytes:
             return
-        about: dict[str, Any] = {"head_name": kept.head_name, "batch_size": kept.batch_size}
+        about: dict[str, Any] = {"about_network": kept.about_network, "batch_size": kept.batch_size}
         about["n_vocabulary"] = None if vocabulary is None else vocabulary.size
         about["about_probe"] = {key: kept.about_probe[key] for key in _FOUND_OUT}
         try:
@@ -150,7 +150,7 @@ def name_of(task: dict[str, Any], provenance: dict[str, Any]) -> str:
     """The name of an evaluation's features: hashes of checkpoint and probe, and of all else that they depend on."""
     subject, probe, options = task["subjects"][0], task["probe"], task["options"]
     depends_on = {
-        "subject": {key: subject[key] for key in ("architecture", "head", "prefix", "ignored")},
+        "subject": {key: subject.get(key) for key in ("architecture", "head", "asked_prefix")},
         "probe": {key: probe[key] for key in ("format", "content", "preprocess", "class_names", "n_classes")},
         "file": task["file"],
         "brought": task["brought"],

@@ -11,10 +11,12 @@ import lzma
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from bisect import bisect_right
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate, pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Protocol, cast
 
@@ -121,8 +123,10 @@ def open_folder(path: Path, *, max_bytes: int) -> Iterator[Folder]:
 def write_weights(folder: Folder, target: Written) -> None:
     """Write the tensors of all shards as one safetensors file; a single one is written as it is.
 
+    Where several shards hold a name, the index says whose tensor is written.
+
     Raises:
-        InvalidFile: a shard is broken, two hold one name, or the index and the shards do not agree.
+        InvalidFile: a shard is broken, two hold a name that the index does not, or index and shards do not agree.
     """
     headers = {name: _shard(name, member) for name, member in folder.shards.items()}
     _check_index(folder, headers)
@@ -132,16 +136,33 @@ def write_weights(folder: Folder, target: Written) -> None:
         return
     merged: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
+    cuts: dict[str, list[tuple[int, int]]] = {}
     for name, header in headers.items():
-        if twice := sorted(set(header.tensors) & set(merged)):
+        elsewhere = {tensor for tensor in header.tensors if (folder.weight_map or {}).get(tensor, name) != name}
+        if twice := sorted((set(header.tensors) - elsewhere) & set(merged)):
             raise InvalidFile(f"Two shards hold the tensor {twice[0]!r}; the second is {name!r}.", tensor=twice[0])
+        cuts[name] = _cuts(name, header, elsewhere)
+        ends, left_out = [end for _, end in cuts[name]], [0, *accumulate(end - begin for begin, end in cuts[name])]
         for tensor, info in header.tensors.items():
-            span = [offset + end for end in header.spans[tensor]]
-            merged[tensor] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": span}
-        offset += folder.shards[name].size - header.data_start
+            if tensor not in elsewhere:
+                shift = offset - left_out[bisect_right(ends, header.spans[tensor][0])]
+                span = [shift + end for end in header.spans[tensor]]
+                merged[tensor] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": span}
+        offset += folder.shards[name].size - header.data_start - left_out[-1]
     target.write(tensorfile.header_bytes(merged))
     for name, member in folder.shards.items():
-        _copy(name, member, headers[name].data_start, target)
+        _copy(name, member, headers[name].data_start, target, cuts[name])
+
+
+def _cuts(name: str, header: Header, elsewhere: Collection[str]) -> list[tuple[int, int]]:
+    """Bytes of a shard's data that are tensors which the index puts into another, in their order."""
+    if not elsewhere:
+        return []
+    spans = sorted((*header.spans[tensor], tensor) for tensor in header.tensors)
+    for (_, end, _), (begin, _, tensor) in pairwise(spans):
+        if begin < end:
+            raise InvalidFile(f"In {name!r}: tensor {tensor!r} begins within another.", file=name)
+    return [(begin, end) for begin, end, tensor in spans if tensor in elsewhere]
 
 
 def _shard(name: str, member: Member) -> Header:
@@ -160,14 +181,21 @@ def _shard(name: str, member: Member) -> Header:
     return header
 
 
-def _copy(name: str, member: Member, start: int, target: Written) -> None:
-    left = member.size - start
+def _copy(name: str, member: Member, start: int, target: Written, cuts: Sequence[tuple[int, int]] = ()) -> None:
+    """Copy a member from `start` to its end, but for `cuts`, which are counted from there."""
+    at, left = 0, member.size - start
     try:
         with member.open() as file:
             _skip(file, start)
-            while left and (chunk := file.read(min(_COPY_BYTES, left))):
-                target.write(chunk)
-                left -= len(chunk)
+            for begin, end in (*cuts, (left, left)):
+                left = begin - at
+                while left and (chunk := file.read(min(_COPY_BYTES, left))):
+                    target.write(chunk)
+                    left -= len(chunk)
+                if left:
+                    break
+                _skip(file, end - begin)
+                at = end
     except _BROKEN as error:
         raise InvalidFile(f"{name!r} in the archive cannot be read: {_words(error)}.", file=name) from None
     if left:

@@ -87,6 +87,8 @@ class Checkpoint(Resource):
     head: Mapped[str | None]
     prefix: Mapped[str] = mapped_column(sa.String(200), server_default="")
     ignored: Mapped[dict[str, Any]] = mapped_column(server_default="{}")
+    asked_prefix: Mapped[str | None] = mapped_column(sa.String(200))
+    names_checked: Mapped[bool] = mapped_column(server_default=sa.false())
     preprocess: Mapped[dict[str, Any] | None]
     tokenizer_sha256: Mapped[str | None] = mapped_column(sa.ForeignKey("blobs.sha256"), index=True)
     metadata_: Mapped[dict[str, Any]] = mapped_column("metadata")

@@ -118,8 +118,17 @@ class Subject(Strict):
     n_parameters: int | None
     architecture: dict[str, Any] | None
     head: str | None
-    prefix: str | None = None
-    ignored: dict[str, int] | None = None
+    prefix: str | None = Field(default=None, description="Before the network's own names in the file.")
+    ignored: dict[str, int] | None = Field(
+        default=None, description="Tensors of the file that are none of the network's, by how their names begin."
+    )
+    infixes: dict[str, int] | None = Field(
+        default=None, description="Parts of wrappers within names, which were taken out: in how many names."
+    )
+    untied: list[str] | None = Field(
+        default=None,
+        description="Tensors that the configuration ties to others; in the file they differ, and were kept apart.",
+    )
     n_features: int
     n_classes: int
     metadata: dict[str, Any]

@@ -64,7 +64,7 @@ def create_checkpoint(engine: sa.Engine, storage: Storage, settings: Settings, u
         description = spec.architecture
         if description is None:
             description = _embedded_architecture(file)
-        names = weight_names(file.tensors)
+        names = weight_names(file.tensors, spec.prefix)
         checkpoint = models.Checkpoint(
             name=spec.name,
             sha256=sha256,
@@ -74,6 +74,7 @@ def create_checkpoint(engine: sa.Engine, storage: Storage, settings: Settings, u
             head=spec.head,
             prefix=names.prefix,
             ignored=names.ignored,
+            asked_prefix=spec.prefix,
             preprocess=None if spec.preprocess is None else given_preprocess(spec.preprocess),
             tokenizer_sha256=None if tokenizer is None else tokenizer.sha256,
             metadata_=spec.metadata,

@@ -64,6 +64,13 @@ Kind = Literal["evaluation", "comparison", "path", "pruning", "series"]
 # --- requests -------------------------------------------------------------------------------------------------------
 
 
+def _ending_with_a_dot(prefix: str) -> str:
+    return prefix if prefix.endswith(".") or not prefix else f"{prefix}."
+
+
+Prefix = Annotated[str, Field(max_length=199, pattern=PLAIN_TEXT), AfterValidator(_ending_with_a_dot)]
+
+
 class CheckpointSpec(Strict):
     """`spec` of POST /v1/checkpoints. Without `architecture` the file's own metadata must hold one."""
 
@@ -71,6 +78,10 @@ class CheckpointSpec(Strict):
     architecture: dict[str, Any] | None = None
     head: str | None = Field(
         default=None, max_length=500, pattern=PLAIN_TEXT, description="Module name of the head; default: by family."
+    )
+    prefix: Prefix | None = Field(
+        default=None,
+        description="What stands before the weights' names, such as `ema_model.`, where the file holds several copies.",
     )
     preprocess: dict[str, Any] | None = Field(
         default=None, description="Of images, where a probe gives none: as of a probe, or a preprocessor_config.json."
@@ -364,8 +375,14 @@ class Checkpoint(Strict):
     n_parameters: int
     architecture: dict[str, Any]
     head: str | None
-    prefix: str = Field(description="Before every weight's name; taken off where the network's own names lack it.")
-    ignored: dict[str, int] = Field(description="Tensors that are no weights, by how their names begin: how many.")
+    prefix: str = Field(description="Before the network's own names in the file, such as `module.`.")
+    ignored: dict[str, int] = Field(
+        description="Tensors that are none of the network's, by how their names begin (* for a number): how many."
+    )
+    names_checked: bool = Field(
+        description="Whether a worker has built the network and compared names. Before that `prefix`, `ignored` and "
+        "`n_parameters` are told by the file's names alone, and decide nothing."
+    )
     preprocess: Preprocess | None
     tokenizer_sha256: str | None
     metadata: dict[str, Any]

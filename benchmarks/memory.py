@@ -69,7 +69,16 @@ def _task(sizes: list[int], folder: Path, prefix: str) -> tuple[dict[str, Any], 
         n_bytes = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
         paths[name] = str(folder / f"{prefix}-{name}.safetensors")
         save_file(state, paths[name])
-        subjects.append({"sha256": name, "architecture": architecture, "head": None, "prefix": "", "ignored": {}})
+        subjects.append(
+            {
+                "sha256": name,
+                "architecture": architecture,
+                "head": None,
+                "prefix": "",
+                "ignored": {},
+                "asked_prefix": None,
+            }
+        )
     paths["probe"] = str(folder / f"{prefix}-probe.safetensors")
     save_file({"inputs": torch.randn(_SAMPLES, 64), "labels": torch.arange(_SAMPLES) % 10}, paths["probe"])
     options = {"grid": {"values": _GRID}, "normalisation": "interpolate", "alignment": "none", "seed": 0}

@@ -122,6 +122,7 @@ class Client:
         name: str,
         architecture: Mapping[str, Any] | None = None,
         head: str | None = None,
+        prefix: str | None = None,
         preprocess: Mapping[str, Any] | None = None,
         tokenizer: Mapping[str, Any] | None = None,
         metadata: Mapping[str, Any] | None = None,
@@ -136,6 +137,7 @@ class Client:
             name: what people will call it; need not be unique.
             architecture: description of the network; default: the one in the file's own metadata, or config.json.
             head: module name of the classification head; default: the family's own.
+            prefix: what stands before the weights' names, such as `ema_model.`, where the file holds several copies.
             preprocess: of images, where a probe gives none: as of a probe, or a preprocessor_config.json.
             tokenizer: content of a tokenizer.json, for texts of probes that bring none.
             metadata: such as run, epoch, tags; text, numbers, booleans or lists of these.
@@ -144,6 +146,7 @@ class Client:
             "name": name,
             "architecture": architecture,
             "head": head,
+            "prefix": prefix,
             "preprocess": preprocess,
             "tokenizer": tokenizer,
             "metadata": metadata,

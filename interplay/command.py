@@ -30,6 +30,7 @@ from interplay.options import (
     Metadata,
     Permutations,
     PrecisionOption,
+    Prefix,
     Samples,
     Seed,
     Timeout,
@@ -130,6 +131,7 @@ def push_checkpoint(
     ] = None,
     name: Name = None,
     head: Annotated[str | None, typer.Option(help="Module name of the head. Default: by family.")] = None,
+    prefix: Prefix = None,
     preprocess: Annotated[
         str | None,
         typer.Option(metavar="FILE|JSON", help="Of images, where a probe gives none; also a preprocessor_config.json."),
@@ -145,11 +147,11 @@ def push_checkpoint(
     brought = {
         "preprocess": json_object("--preprocess", preprocess),
         "tokenizer": json_object("--tokenizer", tokenizer),
+        "metadata": metadata_of(metadata) or None,
     }
-    pairs = metadata_of(metadata)
     with open_client(url, api_key) as client:
         body = client.push_checkpoint(
-            file, name=name or stem(file), architecture=described, head=head, **brought, metadata=pairs or None
+            file, name=name or stem(file), architecture=described, head=head, prefix=prefix, **brought
         )
     print_body(body, as_json, rendering.resource_text("checkpoint", body))
 

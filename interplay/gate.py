@@ -28,6 +28,7 @@ from interplay.options import (
     Metadata,
     Permutations,
     PrecisionOption,
+    Prefix,
     Samples,
     Seed,
     Timeout,
@@ -112,6 +113,7 @@ def judge_candidate(
         str | None, typer.Option(help="What people will call the checkpoint. Default: as its file.")
     ] = None,
     head: Annotated[str | None, typer.Option(help="Module name of the head. Default: by family.")] = None,
+    prefix: Prefix = None,
     preprocess: Annotated[
         str | None, typer.Option(metavar="FILE|JSON", help="Of images, where the probe gives none.")
     ] = None,
@@ -139,6 +141,7 @@ def judge_candidate(
     described = {
         "architecture": json_object("--architecture", architecture),
         "head": head,
+        "prefix": prefix,
         "preprocess": json_object("--preprocess", preprocess),
         "tokenizer": json_object("--tokenizer", tokenizer),
         "metadata": metadata_of(metadata) or None,

@@ -44,6 +44,10 @@ ApiKey = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value on stdout, nothing else.")]
 Tokenizer = Annotated[str | None, typer.Option(metavar="FILE|JSON", help="A tokenizer.json, for texts.")]
+Prefix = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="What stands before the weights' names, where the file holds several copies."),
+]
 Metadata = Annotated[
     list[str] | None,
     typer.Option("--metadata", metavar="KEY=VALUE", help="May be repeated; epoch=10 is stored as a number."),

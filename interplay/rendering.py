@@ -221,12 +221,20 @@ def resource_text(noun: str, body: Body) -> str:
         facts.append(f"{body['n_parameters']:,} parameters")
     if body.get("prefix"):
         facts.append(f"names without {printable(body['prefix'])}")
-    facts += [f"{n:,} tensors {printable(beginning)}* left out" for beginning, n in body.get("ignored", {}).items()]
+    facts += [f"{left_out} left out" for left_out in _left_out(body)]
     if "n_samples" in body:
         facts.append(_size(body))
     if "n_features" in body:
         facts.append(f"{body['n_features']} features")
     return ", ".join(facts)
+
+
+def _left_out(body: Body) -> list[str]:
+    """Of a checkpoint's file what is none of the network's: how many tensors, and how they are called."""
+    return [
+        f"{n:,} tensor{'s' * (n != 1)} {printable(name)}{'*' * name.endswith('.')}"
+        for name, n in (body.get("ignored") or {}).items()
+    ]
 
 
 def conversion_text(body: Body) -> str:
@@ -290,6 +298,10 @@ def _describe(table: Table, subject: Body) -> None:
         about.append(f"{subject['n_parameters']:,} parameters")
     about.append(f"{subject['n_features']} features")
     table.add_row(subject["kind"].replace("_", " "), f"{', '.join(about)} ({subject['id']})")
+    if left_out := _left_out(subject):
+        table.add_row("left out", ", ".join(left_out))
+    if subject.get("untied"):
+        table.add_row("untied", f"{', '.join(map(printable, subject['untied']))}: its own tensor in the file")
     if subject.get("metadata"):
         table.add_row("metadata", _pairs(subject["metadata"]))
 

@@ -230,6 +230,7 @@ class Checkpoint(TypedDict):
     head: str | None
     prefix: str
     ignored: dict[str, int]
+    names_checked: bool
     preprocess: Preprocess | None
     tokenizer_sha256: str | None
     metadata: dict[str, Any]
@@ -406,6 +407,8 @@ class Subject(TypedDict):
     head: str | None
     prefix: NotRequired[str | None]
     ignored: NotRequired[dict[str, int] | None]
+    infixes: NotRequired[dict[str, int] | None]
+    untied: NotRequired[list[str] | None]
     n_features: int
     n_classes: int
     metadata: dict[str, Any]

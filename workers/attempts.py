@@ -12,6 +12,7 @@ from uuid import uuid4
 
 import sqlalchemy as sa
 from pydantic import TypeAdapter
+from sqlalchemy.orm import Session
 
 from app.database import read, write
 from app.errors import problem
@@ -21,6 +22,8 @@ from app.reports import Report as AnyReport
 from app.schemas import EvaluationOptions
 
 _REPORTS: TypeAdapter[Any] = TypeAdapter(AnyReport)
+# Of a checkpoint's row; a report has all of it.
+_MAX_PREFIX = 200
 
 Outcome = Literal["succeeded", "failed", "cancelled"]
 
@@ -117,6 +120,7 @@ def finish(engine: sa.Engine, analysis_id: str, result: Result) -> bool:
             report = _report(row, result.body)
             session.add(report)
             session.add_all(MetadataEntry.entries(report.id, _metadata(result.body)))
+            _note_names(session, result.body)
             row.progress_phase, row.progress_done = "finished", row.progress_total
         _end(row, result)
         return True
@@ -126,10 +130,26 @@ def _end(row: Analysis, result: Result) -> None:
     row.outcome, row.problem, row.finished_at = result.outcome, result.problem, now()
 
 
+def _subjects(body: dict[str, Any]) -> list[dict[str, Any]]:
+    """All that a report is about."""
+    return body.get("subjects") or [body["subject"]]
+
+
+def _note_names(session: Session, body: dict[str, Any]) -> None:
+    """Let checkpoints say how their files name tensors, which was a guess before a network was built."""
+    found = {subject["id"]: subject for subject in _subjects(body) if subject.get("infixes") is not None}
+    unchecked = sa.select(Checkpoint).where(Checkpoint.id.in_(found), ~Checkpoint.names_checked)
+    # In one order, so that two analyses of the same checkpoints never wait for each other.
+    for checkpoint in session.scalars(unchecked.order_by(Checkpoint.id).with_for_update()):
+        subject = found[checkpoint.id]
+        checkpoint.prefix, checkpoint.ignored = subject["prefix"][:_MAX_PREFIX], subject["ignored"]
+        checkpoint.n_parameters, checkpoint.names_checked = subject["n_parameters"], True
+
+
 def _metadata(body: dict[str, Any]) -> dict[str, Any]:
     """Of all that a report is about: under each key every value that one of them has."""
     found: dict[str, list[Any]] = {}
-    for subject in body.get("subjects") or [body["subject"]]:
+    for subject in _subjects(body):
         for key, value in subject["metadata"].items():
             found.setdefault(key, []).extend(value if isinstance(value, list) else [value])
     return found
@@ -160,7 +180,9 @@ def _report(row: Analysis, body: dict[str, Any]) -> Report:
 
 
 # A feature set has neither network nor inputs: what a report says of those is null.
-_OF_SUBJECT = ("id", "name", "sha256", "size_bytes", "n_parameters", "architecture", "head", "prefix", "ignored")
+_OF_SUBJECT = (
+    "id", "name", "sha256", "size_bytes", "n_parameters", "architecture", "head", "prefix", "ignored", "asked_prefix",
+)  # fmt: skip
 _OF_DATA = (
     "id",
     "name",

@@ -44,7 +44,7 @@ class Kept:
     """What an evaluation needs of a network and a probe, and what its report says of them."""
 
     feature_set: FeatureSet
-    head_name: str
+    about_network: dict[str, Any]
     batch_size: int
     about_probe: dict[str, Any]
 
@@ -90,7 +90,7 @@ class FeatureCache:
         tensors = {key: tensor.cpu().contiguous() for key, tensor in _tensors(kept.feature_set).items()}
         if sum(tensor.nbytes for tensor in tensors.values()) > _LARGEST_SHARE * self._max_bytes:
             return
-        about: dict[str, Any] = {"head_name": kept.head_name, "batch_size": kept.batch_size}
+        about: dict[str, Any] = {"about_network": kept.about_network, "batch_size": kept.batch_size}
         about["n_vocabulary"] = None if vocabulary is None else vocabulary.size
         about["about_probe"] = {key: kept.about_probe[key] for key in _FOUND_OUT}
         try:
@@ -169,7 +169,7 @@ def name_of(task: dict[str, Any], provenance: dict[str, Any]) -> str:
     # Format and columns say how a file is read; what they made of it is in the data's hash.
     how_read = {} if data_sha256 else {"format": probe["format"], "columns": task["file"].get("columns")}
     depends_on = {
-        "subject": {key: subject[key] for key in ("architecture", "head", "prefix", "ignored")},
+        "subject": {key: subject.get(key) for key in ("architecture", "head", "asked_prefix")},
         "probe": {key: probe[key] for key in ("content", "preprocess", "class_names", "n_classes")},
         "file": {**{key: value for key, value in task["file"].items() if key != "columns"}, **how_read},
         "brought": task["brought"],

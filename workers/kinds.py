@@ -20,6 +20,7 @@ from analysis.comparison import ComparisonOptions, compare
 from analysis.errors import AnalysisError
 from analysis.evaluation import Evaluation, EvaluationOptions, capture, evaluate_features, evaluate_network
 from analysis.networks import LoadedNetwork, load_network
+from analysis.networks.ties import untie
 from analysis.paths import Path, even_grid, next_point, recalibrate, require_variances
 from analysis.probes import Probe
 from analysis.pruning import Pruning
@@ -78,22 +79,23 @@ def _evaluation(
 ) -> dict[str, Any]:
     """An evaluation of a checkpoint on a probe, or of a feature set."""
     clock, subject = Clock(), task["subjects"][0]
-    head, batch_size, reused = None, None, False
+    about_network: dict[str, Any] = {"head": None}
+    batch_size, reused = None, False
     on_progress("loading", 0, 0)
     if subject["kind"] == "feature_set":
         with clock.phase("load"):
             feature_set, about = read_feature_set(task)
     else:
         kept, reused = _kept(task, device, cache, on_progress, provenance, clock)
-        feature_set, head, batch_size = kept.feature_set, kept.head_name, kept.batch_size
+        feature_set, about_network, batch_size = kept.feature_set, kept.about_network, kept.batch_size
         about = {**task["probe"], **kept.about_probe}
     with _as_probe() if subject["kind"] == "checkpoint" else nullcontext():
         evaluation = evaluate_features(feature_set, device=device, options=_options(task), progress=on_progress)
-    known = {"n_features": evaluation.n_features, "n_classes": evaluation.n_classes, "head": head}
+    known = {"n_features": evaluation.n_features, "n_classes": evaluation.n_classes, **about_network}
     timings = evaluation.timings_seconds
     timings["features"] += clock.seconds.pop("features", 0.0)
     return {
-        "subject": {**subject, **known},
+        "subject": summaries.described(subject, known),
         "probe": about,
         "provenance": {
             **provenance,
@@ -126,7 +128,9 @@ def _comparison(
     timings["features"] += clock.seconds.get("features", 0.0)
     return {
         "subjects": [
-            {**subject, "n_features": entry.n_features, "n_classes": entry.n_classes, "head": found.head_name}
+            summaries.described(
+                subject, {"n_features": entry.n_features, "n_classes": entry.n_classes, **found.about_network}
+            )
             for subject, entry, found in zip(task["subjects"], (comparison.a, comparison.b), kept, strict=True)
         ],
         "probe": {**task["probe"], **kept[0].about_probe},
@@ -191,7 +195,7 @@ def _extracted(task: Task, device: torch.device, on_progress: OnProgress, clock:
         probe, about = read_probe(task, network)
     with clock.phase("features"):
         feature_set, batch_size = capture(network, probe, device=device, options=options, progress=on_progress)
-    return Kept(feature_set, network.head_name, batch_size, about)
+    return Kept(feature_set, _about(network), batch_size, about)
 
 
 def _place(task: Task) -> tuple[str, float]:
@@ -216,7 +220,7 @@ def _path_point(task: Task, device: torch.device, on_progress: OnProgress) -> di
     total = len(grid) if grid != "adaptive" else max(_ADAPTIVE_POINTS, len(known) + 1)
     clock, options, on_progress = Clock(), _options(task), _of_point(on_progress, len(known), total)
     with clock.phase("load"):
-        path, probe, about_probe, alignment = _warm(task, on_progress, lambda: _load_path(task, device))
+        path, probe, about_probe, alignment, ends = _warm(task, on_progress, lambda: _load_path(task, device))
     with clock.phase("mix"):
         network = path.move_to(w)
     layers = None
@@ -237,7 +241,7 @@ def _path_point(task: Task, device: torch.device, on_progress: OnProgress) -> di
         with clock.phase("distances"):
             distance, cosine = path.distances()
     about: dict[str, Any] = {"w": w, "loss": loss, "l2_distance": distance, "cosine": cosine}
-    about |= {"recalibrated_layers": layers, "alignment": alignment, "probe": about_probe}
+    about |= {"recalibrated_layers": layers, "alignment": alignment, "probe": about_probe, "ends": ends}
     return _point({"w": w}, network, evaluation, clock, last, total if not last else len(known) + 1, **about)
 
 
@@ -287,7 +291,7 @@ def _point(
         "point": {**point, "splits": _splits(evaluation)},
         "known": {
             **known,
-            "head": network.head_name,
+            **_about(network),
             "n_features": evaluation.n_features,
             "n_classes": evaluation.n_classes,
             "batch_size": evaluation.batch_size,
@@ -354,18 +358,25 @@ def _warm(task: Task, on_progress: OnProgress, load: Callable[[], T]) -> T:
     return kept
 
 
-def _load_path(task: Task, device: torch.device) -> tuple[Path, Probe, About, dict[str, Any] | None]:
-    """The path, the probe and what to say of it, and how B was aligned to A where that was asked for."""
+def _load_path(
+    task: Task, device: torch.device
+) -> tuple[Path, Probe, About, dict[str, Any] | None, list[dict[str, Any]]]:
+    """The path, the probe and what to say of it, how B was aligned to A where that was asked for, and what to say of
+    both."""
     first, second = (_load_network(task, position, device) for position in (0, 1))
+    ends = [_about(network) for network in (first, second)]
+    # What one file ties and the other does not is mixed as two tensors, or B's end would not be B.
+    for network, other in ((first, second), (second, first)):
+        untie(network.module, set(other.naming.untied) - set(network.naming.untied))
     probe, about_probe = _load_probe(task, first, device)
     if task["options"]["alignment"] == "none":
-        return Path(first, second.module.state_dict()), probe, about_probe, None
+        return Path(first, second.module.state_dict()), probe, about_probe, None, ends
     checked = _CHECKED_SEQUENCES if first.predicts_tokens else _CHECKED_INPUTS
     batch = next(probe.batches(checked, device=device))
     generator = torch.Generator().manual_seed(task["options"]["seed"])
     state, alignment, change = aligned(first.module, second.module, batch, generator=generator)
     about = {"n_groups": len(alignment.permutations), "sweeps": alignment.sweeps, "gain": alignment.gain}
-    return Path(first, state), probe, about_probe, {**about, "change_of_logits": change}
+    return Path(first, state), probe, about_probe, {**about, "change_of_logits": change}, ends
 
 
 def _load_pruning(task: Task, device: torch.device) -> tuple[Pruning, Probe, About]:
@@ -381,9 +392,13 @@ def _load_network(task: Task, position: int, device: torch.device) -> LoadedNetw
         _file(task, subject),
         head=subject["head"],
         device=device,
-        prefix=subject["prefix"],
-        ignored=[*subject["ignored"]],
+        prefix=subject.get("asked_prefix"),
     )
+
+
+def _about(network: LoadedNetwork) -> dict[str, Any]:
+    """What a report says of a network beside what its checkpoint's row says."""
+    return {"head": network.head_name, **asdict(network.naming)}
 
 
 def _load_probe(task: Task, network: LoadedNetwork, device: torch.device) -> tuple[Probe, About]:

@@ -15,6 +15,8 @@ Body = dict[str, Any]
 
 _LEVEL, _CENTRING = "sample", "global"
 _ROUNDING = 1e-12
+# What is known of a network once it is loaded; a point that an earlier version computed knows less.
+_OF_NETWORK = ("head", "n_features", "n_classes", "n_parameters", "prefix", "infixes", "ignored", "untied")
 _MEASURED = {"level": _LEVEL, "centring": _CENTRING}
 
 
@@ -126,12 +128,18 @@ def _of_interplay(points: Sequence[Body], split: str, name: str) -> list[float |
 
 
 def _subjects(task: Body) -> list[Body]:
-    """What was looked at, with what loading it told; of a series each point knows its own."""
+    """What was looked at, with what loading it told; of a series each point knows its own, of a path both ends."""
     known = [entry["known"] for entry in task["points"]]
+    ends = known[0].get("ends", [{}] * len(known))
     return [
-        {**subject, **{name: about[name] for name in ("head", "n_features", "n_classes")}}
-        for subject, about in zip(task["subjects"], known, strict=False)
+        described(subject, {name: value for name, value in (about | end).items() if name in _OF_NETWORK})
+        for subject, about, end in zip(task["subjects"], known, ends, strict=False)
     ]
+
+
+def described(subject: Body, known: Body) -> Body:
+    """A report's `subject`: what the row says, and what loading the network told, which goes before it."""
+    return {name: value for name, value in subject.items() if name != "asked_prefix"} | known
 
 
 REPORTS: dict[str, Callable[[Body], Body]] = {"path": _path, "pruning": _pruning, "series": _series}

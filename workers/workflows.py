@@ -194,7 +194,7 @@ def _reused(task: dict[str, Any], position: int, report: dict[str, Any]) -> dict
         "splits": report["splits"],
     }
     subject = report["subject"]
-    known = {"n_features": subject["n_features"], "n_classes": subject["n_classes"], "head": subject["head"]}
+    known = {name: value for name, value in subject.items() if name not in ("architecture", "metadata")}
     known["probe"] = report["probe"]
     total = len(task["subjects"])
     return {"point": point, "known": known, "timings_seconds": {}, "last": position == total - 1, "total": total}

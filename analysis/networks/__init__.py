@@ -7,16 +7,17 @@ built once more with memory, so that what no file holds, such as tables of posit
 
 A family is a module with `create(description)`, the network on whatever device is torch's default then, and
 `head(network, description)`, the name of its classification head. It may have `stored_names(network)`, what turns names
-of a file into the network's, `ignored_names(network)`, which names of a file do not matter, and
+of a file into the network's, `leaves_out(network)`, which further tensors of a file its library passes over,
+`ties(network)`, the names that its library makes share a tensor unless a file holds different ones, and
 `predicts_tokens(network)`, whether it is a causal language model.
 """
 
 import importlib
 import importlib.util
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
@@ -30,6 +31,8 @@ from torch import Tensor, nn
 from analysis.errors import AnalysisError
 from analysis.networks import custom
 from analysis.networks.building import Bounded, ConstantsOnCpu, WithoutInitialisation
+from analysis.networks.naming import Entry, Naming, Same, match_names
+from analysis.networks.ties import Ties
 
 # The module of each family; of those that a library makes, also the name of its package and of the extra that has it.
 FAMILIES: Mapping[str, str] = {
@@ -46,13 +49,6 @@ _MOST_TENSORS = 100_000
 # Names in one list of an error's members; the true number stands beside it.
 _MAX_LISTED = 20
 
-# safetensors' words for what may fill a floating-point parameter.
-_FLOATING = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
-_INTEGER = ("I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")
-
-# Counts batches in training; evaluation never reads it, and averaged or converted checkpoints lose or change it.
-_BATCH_COUNTER = "num_batches_tracked"
-
 
 @dataclass(frozen=True)
 class LoadedNetwork:
@@ -64,11 +60,13 @@ class LoadedNetwork:
         head_name: module name of the classification head, a linear module; what it receives are the features.
         predicts_tokens: whether it is a causal language model: its logits (n, t, c) are of the token that follows each
             of t tokens, its head is the output embedding, and c is its vocabulary.
+        naming: how its file named its tensors, and what else it held.
     """
 
     module: nn.Module
     head_name: str
     predicts_tokens: bool = False
+    naming: Naming = field(default_factory=Naming)
 
     @cached_property
     def head(self) -> nn.Module:
@@ -154,8 +152,7 @@ def load_network(
     *,
     head: str | None,
     device: torch.device | str,
-    prefix: str = "",
-    ignored: Collection[str] = (),
+    prefix: str | None = None,
 ) -> LoadedNetwork:
     """Build the described network and fill it from a safetensors file.
 
@@ -165,9 +162,8 @@ def load_network(
             it. `num_batches_tracked` may be missing, and so may all but one of the names of a shared tensor.
         head: module name of the classification head, a linear module. Default: the family's own.
         device: where the network goes.
-        prefix: what stands before every name of the file, such as `module.`; it is taken off, unless the network's own
-            names begin so.
-        ignored: how names of tensors of the file begin that are no weights, such as `optimizer.`.
+        prefix: what stands before the weights' names in the file, such as `ema_model.`. Default: the one place of the
+            file that holds all of the network's tensors.
 
     Returns:
         The network in evaluation mode and its head.
@@ -175,8 +171,8 @@ def load_network(
     Raises:
         AnalysisError: `invalid-architecture`; `family-unavailable`; `head-not-found` with the candidates;
             `checkpoint-mismatch` with the names that are missing, unexpected, misshaped or mistyped, at most 20 each,
-            and their numbers, or with a reason; `non-finite-values` with the first tensor's name and
-            the number of such tensors; `out-of-memory`.
+            and their numbers, or with a reason: `ambiguous`, `conversion`, `tied`, `unreadable`; `non-finite-values`
+            with the first tensor's name and the number of such tensors; `out-of-memory`.
 
     Numerics: floating-point tensors of any width become float32, integer buffers keep their values; a float64 value
     too large for float32 counts as not finite. Tensors are read one at a time.
@@ -185,8 +181,9 @@ def load_network(
         with safe_open(path, framework="pt", device="cpu") as file:
             template, bounds = _build_on_meta(architecture, len(file.keys()))
             head_name = _head_name(template, architecture, head)
-            plain = _plain_names(template, file.keys(), prefix, ignored)
-            stored = _compare(template, _family(architecture), file, plain)
+            family = _family(architecture)
+            ties = Ties.of(template, family)
+            stored, naming = match_names(template, family, _header(file), ties, prefix=prefix, same=_same(file))
             bounds.check_largest({name: tuple(tensor.shape) for name, tensor in template.state_dict().items()})
             tensors = _read(template.state_dict(), stored, file, torch.device(device))
     except torch.OutOfMemoryError as error:
@@ -198,15 +195,13 @@ def load_network(
     # Parameters take address space here and no memory: each is replaced before it is written to.
     with WithoutInitialisation():
         network = _create(architecture, "cpu")
-    names = _tied_names(network)
-    _require_tied(tensors, names)
+    untied = ties.untied(tensors)
     network.load_state_dict(tensors, assign=True)
-    _tie(network, names)
+    ties.tie(network, but_for=untied)
     network.to(device).eval().requires_grad_(False)
     _require_memory(network)
-    family = _family(architecture)
     predicts_tokens = hasattr(family, "predicts_tokens") and family.predicts_tokens(network)
-    return LoadedNetwork(network, head_name, predicts_tokens)
+    return LoadedNetwork(network, head_name, predicts_tokens, replace(naming, untied=untied))
 
 
 def _build_on_meta(architecture: Mapping[str, Any], n_tensors: int) -> tuple[nn.Module, Bounded]:
@@ -304,113 +299,23 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear)
 
 
-def _plain_names(network: nn.Module, names: Collection[str], prefix: str, ignored: Collection[str]) -> dict[str, str]:
-    """The file's name of each of its weights by what it is without a training's wrappers."""
-    own = any(name.startswith(prefix) for name in network.state_dict())
-    weights = [name for name in sorted(names) if not name.startswith(tuple(ignored))]
-    return {name if own else name.removeprefix(prefix): name for name in weights}
+def _header(file: Any) -> dict[str, Entry]:
+    """What an opened file says of its tensors."""
+    slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+    return {name: Entry(one.get_dtype(), list(one.get_shape())) for name, one in slices.items()}
 
 
-def _compare(network: nn.Module, family: ModuleType, file: Any, plain: Mapping[str, str]) -> dict[str, str]:
-    """Names, shapes and kinds of number of a file's header against the network's, before any tensor is read.
+def _same(file: Any) -> Same:
+    """Whether two tensors of an opened file are equal."""
 
-    Args:
-        network: on the meta device.
-        family: of the network.
-        file: opened.
-        plain: the file's names of what takes part, by plainer names.
+    def same(one: str, other: str) -> bool:
+        # By their bytes: not every type that a file may have is compared, and NaN is equal to nothing.
+        first, second = file.get_tensor(one), file.get_tensor(other)
+        if first.dtype != second.dtype:
+            return False
+        return torch.equal(*(tensor.reshape(-1).view(torch.uint8) for tensor in (first, second)))
 
-    Returns:
-        The file's name of each of the network's tensors that it holds, by the network's own name.
-    """
-    wanted = network.state_dict()
-    rename: Callable[[str], str] = family.stored_names(network) if hasattr(family, "stored_names") else str
-    stored = {rename(name): full for name, full in plain.items()}
-    ignored = _ignored(network, family)
-    # Of names that share one tensor a file may hold any.
-    tied = _tied_names(network)
-    for name, first in tied.items():
-        if name in stored:
-            stored.setdefault(first, stored[name])
-    for name, first in tied.items():
-        if first in stored:
-            stored.setdefault(name, stored[first])
-    missing = [name for name in wanted if name not in stored and not name.endswith(_BATCH_COUNTER)]
-    used = {stored[name] for name in wanted if name in stored}
-    unexpected = sorted(full for name, full in plain.items() if full not in used and not ignored(name))
-    misshaped, mistyped = [], []
-    for name, tensor in wanted.items():
-        if name not in stored:
-            continue
-        header = file.get_slice(stored[name])
-        shape, dtype = list(header.get_shape()), header.get_dtype()
-        if shape != list(tensor.shape):
-            misshaped.append({"name": name, "expected": list(tensor.shape), "found": shape})
-        if dtype not in _allowed(name, tensor):
-            mistyped.append({"name": name, "expected": str(tensor.dtype).removeprefix("torch."), "found": dtype})
-    lists: dict[str, list[Any]] = {
-        "missing": missing,
-        "unexpected": unexpected,
-        "misshaped": misshaped,
-        "mistyped": mistyped,
-    }
-    if any(lists.values()):
-        counts = ", ".join(f"{len(entries)} {what}" for what, entries in lists.items() if entries)
-        raise AnalysisError(
-            "checkpoint-mismatch",
-            f"Of the {len(wanted)} tensors of the architecture and the {len(plain)} of the file: {counts}.",
-            **{what: entries[:_MAX_LISTED] for what, entries in lists.items()},
-            **{f"n_{what}": len(entries) for what, entries in lists.items()},
-        )
-    return stored
-
-
-def _ignored(network: nn.Module, family: ModuleType) -> Callable[[str], bool]:
-    """Whether a tensor of a file is one that the network computes for itself."""
-    computed = {name for name, _ in network.named_buffers()} - set(network.state_dict())
-    of_family: Callable[[str], bool] = (
-        family.ignored_names(network) if hasattr(family, "ignored_names") else lambda _: False
-    )
-    return lambda name: name in computed or of_family(name)
-
-
-def _tied_names(network: nn.Module) -> dict[str, str]:
-    """For each further name of a parameter that has several, the first one."""
-    first: dict[int, str] = {}
-    return {
-        name: first[id(parameter)]
-        for name, parameter in network.named_parameters(remove_duplicate=False)
-        if first.setdefault(id(parameter), name) != name
-    }
-
-
-def _require_tied(tensors: Mapping[str, Shaped[Tensor, "..."]], names: Mapping[str, str]) -> None:
-    """Names that share a parameter have one tensor in the file.
-
-    Raises:
-        AnalysisError: `checkpoint-mismatch` where the file holds different ones.
-    """
-    for name, first in names.items():
-        if not torch.equal(tensors[name], tensors[first]):
-            raise AnalysisError(
-                "checkpoint-mismatch",
-                f"The network uses one tensor as {first!r} and {name!r}; the file holds two that differ.",
-                reason="tied",
-            )
-
-
-def _tie(network: nn.Module, names: Mapping[str, str]) -> None:
-    """Make names share one parameter again, as they did before a file's tensors were assigned."""
-    for name, first in names.items():
-        parameter = network.get_parameter(first)
-        place, _, leaf = name.rpartition(".")
-        setattr(network.get_submodule(place), leaf, parameter)
-
-
-def _allowed(name: str, tensor: Shaped[Tensor, "..."]) -> tuple[str, ...]:
-    if tensor.is_floating_point():
-        return _FLOATING
-    return (*_INTEGER, *_FLOATING) if name.endswith(_BATCH_COUNTER) else _INTEGER
+    return same
 
 
 def _read(

@@ -119,13 +119,29 @@ def stored_names(network: nn.Module) -> Callable[[str], str]:
     return rename
 
 
-def ignored_names(network: nn.Module) -> Callable[[str], bool]:
-    """Whether the library passes over a tensor of a file that the network does not have."""
+def leaves_out(network: nn.Module) -> Callable[[str], bool]:
+    """Whether the library loads a file in spite of a further tensor: it warns of those that it does not know.
+
+    Such as heads of other tasks, and buffers of its earlier versions. Not what is within a layer of the network, but
+    for a bias: adapters and scales of quantised weights say that the layer computes something else.
+    """
     # As in its own loading: constants that earlier versions saved, under names that have moved since.
     known: Any = network._keys_to_ignore_on_load_unexpected
-    patterns = [*(known or ()), r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"]
-    ignored = re.compile("|".join(f"({pattern})" for pattern in patterns))
-    return lambda name: ignored.search(name) is not None
+    patterns = [*(known or ()), r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"(^|\.)bias$"]
+    expected = re.compile("|".join(f"({pattern})" for pattern in patterns))
+    layers = {f"{name}." for name, module in network.named_modules() if module._parameters and not module._modules}
+
+    def passes_over(name: str) -> bool:
+        within = any(name[: at + 1] in layers for at, character in enumerate(name) if character == ".")
+        return not within or expected.search(name) is not None
+
+    return passes_over
+
+
+def ties(network: nn.Module) -> dict[str, str]:
+    """Names by which the library's configuration ties tensors to others, which it does unless a file's differ."""
+    model: Any = network
+    return dict(model.all_tied_weights_keys)
 
 
 def _class_name(config: Mapping[str, Any]) -> str:

@@ -79,6 +79,21 @@ LANGUAGE_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "GPTNeoX": ("GPTNeoXForCausalLM", {**_TEXT, "tie_word_embeddings": False}),
+    "GPTNeo": (
+        "GPTNeoForCausalLM",
+        {
+            "vocab_size": 50, "hidden_size": 16, "num_layers": 2, "num_heads": 2, "intermediate_size": 24,
+            "max_position_embeddings": 20, "attention_types": [[["global", "local"], 1]], "window_size": 6,
+            "pad_token_id": PAD, "bos_token_id": 0, "eos_token_id": 2,
+        },
+    ),
+    "GPTJ": (
+        "GPTJForCausalLM",
+        {
+            "vocab_size": 50, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 20, "rotary_dim": 4,
+            "pad_token_id": PAD, "bos_token_id": 0, "eos_token_id": 2, "tie_word_embeddings": False,
+        },
+    ),
     "Qwen2": ("Qwen2ForCausalLM", {**TEXT_MODELS["Llama"], "tie_word_embeddings": True}),
     "Mistral": ("MistralForCausalLM", {**TEXT_MODELS["Llama"], "sliding_window": 6}),
     # An encoder's class, whose config makes it look back alone; its head has a bias.

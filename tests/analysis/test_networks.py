@@ -429,24 +429,16 @@ def test_build_on_a_device_is_seeded_by_torch() -> None:
 
 
 def test_wrappers_are_taken_off_and_tensors_beside_weights_left_out(tmp_path: Path) -> None:
-    """The same network as from plain names; without the prefix being named it is a mismatch that lists names."""
+    """The same network as from plain names, whatever is beside it; tests of names have every wrapper."""
     state = build(SMALL, device="cpu").state_dict()
     wrapped = {f"_orig_mod.module.{name}": tensor for name, tensor in state.items()}
     beside = {"optimizer.exp_avg": torch.tensor([torch.nan]), "ema_model.head.bias": torch.ones(2)}
     path = _saved({**wrapped, **beside}, tmp_path / "wrapped")
-    options: dict[str, Any] = {"head": None, "device": "cpu"}
-    network = load_network(SMALL, path, prefix="_orig_mod.module.", ignored=["optimizer.", "ema_model."], **options)
+    network = load_network(SMALL, path, head=None, device="cpu")
     loaded = network.module.state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
-    for given in list[dict[str, Any]]([{}, {"prefix": "_orig_mod.module."}, {"ignored": ["optimizer.", "ema_model."]}]):
-        with pytest.raises(AnalysisError) as caught:
-            load_network(SMALL, path, **given, **options)
-        assert caught.value.kind == "checkpoint-mismatch"
-
-
-def test_a_prefix_that_is_the_networks_own_stays(tmp_path: Path) -> None:
-    """Names that begin like a wrapper's are not shortened where the network has them."""
-    state = build(SMALL, device="cpu").state_dict()
-    path = _saved(state, tmp_path / "own")
-    network = load_network(SMALL, path, head=None, device="cpu", prefix="layers.")
-    assert network.head_name == "head"
+    assert network.naming.prefix == "_orig_mod.module."
+    assert network.naming.ignored == {"ema_model.": 1, "optimizer.": 1}
+    with pytest.raises(AnalysisError) as caught:
+        load_network(SMALL, path, head=None, device="cpu", prefix="ema_model.")
+    assert caught.value.kind == "checkpoint-mismatch"

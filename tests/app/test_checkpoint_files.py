@@ -113,7 +113,103 @@ def test_names_as_training_leaves_them(
     ]
     assert reports[0]["splits"] == reports[1]["splits"]
     assert reports[1]["subject"]["prefix"] == "_orig_mod.module."
+    assert (reports[1]["subject"]["infixes"], reports[1]["subject"]["untied"]) == ({}, [])
     assert reports[1]["subject"]["ignored"] == found["ignored"]
+
+
+def test_what_a_guess_gets_wrong_a_worker_finds(
+    service: Service, mlp_checkpoint_file: Path, digits_probe_file: Path, tmp_path: Path
+) -> None:
+    """Names decide at the upload as far as they can; once analysed, the checkpoint says what the network told."""
+    state = load_file(mlp_checkpoint_file)
+    plain = service.post("/v1/checkpoints", {"name": "plain"}, mlp_checkpoint_file).json()
+    assert plain["names_checked"] is False
+    probe = service.post("/v1/probes", {"name": "digits", "preprocess": {"scale": 0.0625}}, digits_probe_file).json()
+    expected = service.report(service.wait(service.analyze(checkpoint_id=plain["id"], probe_id=probe["id"])["id"]))
+    after = service.client.get(f"/v1/checkpoints/{plain['id']}").json()
+    assert after == {**plain, "names_checked": True}
+    unknown = {f"run.student.{name}": tensor for name, tensor in state.items()}
+    beside = {"run.step": torch.tensor(3), "run.projector.weight": torch.ones(9, 9)}
+    save_file({**unknown, **beside}, path := tmp_path / "unknown.safetensors")
+    found = service.post("/v1/checkpoints", {"name": "unknown", "architecture": MLP}, path).json()
+    report = service.report(service.wait(service.analyze(checkpoint_id=found["id"], probe_id=probe["id"])["id"]))
+    assert report["splits"] == expected["splits"]
+    after = service.client.get(f"/v1/checkpoints/{found['id']}").json()
+    told = {"prefix": "run.student.", "ignored": {"run.projector.": 1, "run.step": 1}}
+    told["n_parameters"] = plain["n_parameters"]
+    assert told.items() <= report["subject"].items()
+    assert after == {**found, **told, "names_checked": True}
+    # What was kept of the first evaluation tells the second the same.
+    report = service.report(service.wait(service.analyze(checkpoint_id=found["id"], probe_id=probe["id"])["id"]))
+    assert report["provenance"]["features_reused"] is True
+    assert told.items() <= report["subject"].items()
+
+
+def test_a_file_of_two_copies_needs_a_prefix(
+    service: Service, mlp_checkpoint_file: Path, digits_probe_file: Path, tmp_path: Path
+) -> None:
+    """Without one the analysis fails and shows both; with one the copy that it names is analysed, in a path as well."""
+    state = load_file(mlp_checkpoint_file)
+    doubled = {name: 2 * tensor if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    both = {f"{copy}.{name}": tensor for copy, one in (("student", state), ("teacher", doubled))
+            for name, tensor in one.items()}  # fmt: skip
+    save_file(both, path := tmp_path / "both.safetensors")
+    probe = service.post("/v1/probes", {"name": "digits", "preprocess": {"scale": 0.0625}}, digits_probe_file).json()
+    with Client(service.url) as client:
+        unsaid = client.push_checkpoint(path, name="both", architecture=MLP)
+        student, teacher = (
+            client.push_checkpoint(path, name=prefix, architecture=MLP, prefix=prefix)
+            for prefix in ("student", "teacher")
+        )
+    analysis = service.wait(service.analyze(checkpoint_id=unsaid["id"], probe_id=probe["id"])["id"])
+    assert analysis["problem"]["reason"] == "ambiguous"
+    assert sorted(analysis["problem"]["candidates"]) == ["student.", "teacher."]
+    assert (student["prefix"], student["ignored"]) == ("student.", {"teacher.": len(state)})
+    assert student["n_parameters"] == sum(
+        t.numel() for n, t in state.items() if t.is_floating_point() and "running" not in n
+    )
+    path_analysis = service.analyze(
+        kind="path", checkpoint_a_id=student["id"], checkpoint_b_id=teacher["id"], probe_id=probe["id"],
+        options={"grid": {"points": 2}, "null_permutations": 0},
+    )  # fmt: skip
+    report = service.report(service.wait(path_analysis["id"]))
+    assert [subject["prefix"] for subject in report["subjects"]] == ["student.", "teacher."]
+    assert report["points"][0]["splits"] != report["points"][1]["splits"]
+    for checkpoint, point in zip((student, teacher), report["points"], strict=True):
+        alone = service.report(
+            service.wait(service.analyze(checkpoint_id=checkpoint["id"], probe_id=probe["id"])["id"])
+        )
+        assert alone["splits"]["all"]["loss"] == point["splits"]["all"]["loss"]
+
+
+def test_one_end_of_a_path_is_untied(service: Service, tmp_path: Path) -> None:
+    """Its head differs from its embeddings: each end of the path is its own checkpoint, and the report says so."""
+    saved = models.saved_language_model("GPT2", tmp_path)
+    state = load_file(saved.path)
+    head = torch.randn(50, 16, generator=torch.Generator().manual_seed(7))
+    save_file({**state, "lm_head.weight": head}, path := tmp_path / "untied.safetensors", metadata={"format": "pt"})
+    tied, untied = (
+        service.post("/v1/checkpoints", {"name": "x", "architecture": saved.architecture}, file).json()
+        for file in (saved.path, path)
+    )
+    tokens = {"input_ids": models.texts(6)["input_ids"]}
+    probe = service.post("/v1/probes", {"name": "p"}, save(tokens)).json()
+    losses = {}
+    for checkpoint, names in ((tied, []), (untied, ["lm_head.weight"])):
+        report = service.report(
+            service.wait(service.analyze(checkpoint_id=checkpoint["id"], probe_id=probe["id"])["id"])
+        )
+        assert report["subject"]["untied"] == names
+        losses[checkpoint["id"]] = report["splits"]["all"]["loss"]
+    assert losses[tied["id"]] != pytest.approx(losses[untied["id"]], rel=1e-3)
+    for first, second in ((tied, untied), (untied, tied)):
+        analysis = service.analyze(
+            kind="path", checkpoint_a_id=first["id"], checkpoint_b_id=second["id"], probe_id=probe["id"],
+            options={"grid": {"points": 3}, "null_permutations": 0},
+        )  # fmt: skip
+        points = service.report(service.wait(analysis["id"]))["points"]
+        for checkpoint, point in ((first, points[0]), (second, points[-1])):
+            assert point["splits"]["all"]["loss"] == pytest.approx(losses[checkpoint["id"]], rel=1e-6)
 
 
 def test_a_config_whose_sizes_are_not_the_files_fails(

@@ -118,7 +118,7 @@ def _entry(seed: int, n: int = 100) -> Kept:
         "next_tokens": None,
     }
     head = torch.eye(2, 8, dtype=torch.bfloat16)
-    return Kept(FeatureSet(features, torch.arange(n) % 2, head, None, features[:, :2], None), "fc", 7, about)
+    return Kept(FeatureSet(features, torch.arange(n) % 2, head, None, features[:, :2], None), {"head": "fc"}, 7, about)
 
 
 def _name(number: int) -> str:
@@ -139,7 +139,7 @@ def test_what_is_kept_is_found_again(tmp_path: Path) -> None:
     assert found.feature_set.logits is not None
     assert torch.equal(found.feature_set.logits, entry.feature_set.features[:, :2])
     assert found.feature_set.split is None
-    assert (found.head_name, found.batch_size, found.about_probe) == ("fc", 7, entry.about_probe)
+    assert (found.about_network, found.batch_size, found.about_probe) == ({"head": "fc"}, 7, entry.about_probe)
 
 
 def test_the_oldest_goes_first(tmp_path: Path) -> None:

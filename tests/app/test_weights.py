@@ -26,6 +26,11 @@ def test_the_example_in_the_docstring_holds() -> None:
         (["ema.a", "ema.b"], "ema.", {}),
         (["optimal.weight", "emaciated.weight"], "", {}),
         (["module.", "module.a"], "", {}),
+        (["n_averaged", "module.a.b"], "module.", {"n_averaged": 1}),
+        (["model.a.b", "criterion.weight"], "model.", {"criterion.": 1}),
+        (["ema_model.a.b", "initted", "step"], "ema_model.", {"initted": 1, "step": 1}),
+        (["base_model.model.a", "base_model.model.b"], "base_model.model.", {}),
+        (["step.weight", "a.weight"], "", {}),
         ([], "", {}),
     ],
 )

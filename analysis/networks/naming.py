@@ -1,0 +1,372 @@
+"""Which tensor of a file is which of a network's, decided by the names that the network itself has.
+
+Training leaves wrappers before and within names, and tensors beside the weights. A prefix is a place of the file where
+all of the network's tensors are, with their shapes; what is elsewhere is beside them. No list says what a prefix is: a
+network that has parts named like wrappers, an optimizer or a copy keeps them.
+
+Parts of wrappers in the middle of names are known by name, and only where the network has none of that name. Names that
+earlier versions of a module saved become the current ones by the module's own hooks for loading, and by its library's
+table.
+"""
+
+import re
+import sys
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from analysis.errors import AnalysisError
+from analysis.networks.ties import Ties
+
+# What torch, Lightning, accelerate, DeepSpeed, Opacus and fairscale call the module within a wrapper.
+_WRAPPERS = frozenset(
+    (
+        "module", "_module", "_orig_mod", "_forward_module", "_original_module", "_checkpoint_wrapped_module",
+        "_fsdp_wrapped_module", "_fpw_module",
+    )
+)  # fmt: skip
+# Where weights usually are: beside one of these an averaged copy is a copy, and so it is beside bare names.
+_USUAL = frozenset((*_WRAPPERS, "model", "network", "net", "state_dict"))
+_AVERAGED = re.compile(r"(^|_)(ema|swa|averaged?|shadow)(_|$)")
+# Of bare names: parts that networks do not have and training does. What is no number with a point is no weight either.
+_BESIDE = re.compile(
+    r"(^|_)(optim(izers?)?|schedulers?|scaler|ema|swa|averaged?|shadow|criterions?|loss(es)?|metrics?|acc|accuracy"
+    r"|auroc|f1|confmat)(_|$)",
+    re.IGNORECASE,
+)
+# A place of the network deeper than this is not looked for; of places with many tensors the largest are.
+_MAX_PREFIX_PARTS, _MAX_PLACES = 8, 1000
+
+# Names in one list of an error's members; the true number stands beside it. Entries of what was left out.
+_MAX_LISTED, _MAX_IGNORED = 20, 50
+
+# safetensors' words for what may fill a floating-point parameter.
+_FLOATING = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+_INTEGER = ("I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")
+
+# Counts batches in training; evaluation never reads it, and averaged or converted checkpoints lose or change it.
+_BATCH_COUNTER = "num_batches_tracked"
+_RUNNING_STATISTICS = ("running_mean", "running_var")
+
+Same = Callable[[str, str], bool]
+
+
+class Entry(NamedTuple):
+    """What a file's header says of a tensor, in safetensors' words."""
+
+    dtype: str
+    shape: list[int]
+
+
+@dataclass(frozen=True)
+class Naming:
+    """How a file named a network's tensors, and what of the file is none of them.
+
+    Attributes:
+        prefix: what stands before the network's own names, such as `module.`.
+        infixes: parts of wrappers within names, such as `_orig_mod.`: in how many.
+        ignored: tensors that are none of the network's, by how their names begin, with * for a number: how many. The
+            rest of a long list is under `*`.
+        untied: names of tensors that the configuration ties to others and that are not equal to them in the file; the
+            library keeps them apart, and so do we.
+        n_parameters: elements of the floating-point tensors that are the network's, but for running statistics.
+    """
+
+    prefix: str = ""
+    infixes: Mapping[str, int] = field(default_factory=dict)
+    ignored: Mapping[str, int] = field(default_factory=dict)
+    untied: list[str] = field(default_factory=list)
+    n_parameters: int = 0
+
+
+@dataclass
+class _Candidate:
+    """What the network's tensors would be, were they all behind one prefix.
+
+    Attributes:
+        prefix: that is taken off.
+        stored: the file's name of each of the network's tensors that is there, by the network's own.
+        others: plain names of what else is behind the prefix, by the file's own; None where torch drops it in loading.
+        twice: pairs of the file's names that would be one tensor; the first of each is in `stored`.
+        infixes: parts of wrappers that are taken out of the names in `stored`, and how many names have each.
+        n_taken: how many parts are taken out of all of them.
+        faults: what does not fit, by kind, as an error lists it.
+        refusal: the library's own, of a tensor that it would merge or split.
+    """
+
+    prefix: str
+    stored: dict[str, str] = field(default_factory=dict)
+    others: dict[str, str | None] = field(default_factory=dict)
+    twice: list[tuple[str, str]] = field(default_factory=list)
+    infixes: Counter[str] = field(default_factory=Counter)
+    n_taken: int = 0
+    faults: dict[str, list[Any]] = field(default_factory=dict)
+    refusal: AnalysisError | None = None
+
+    @property
+    def fits(self) -> bool:
+        return self.refusal is None and not any(self.faults.values())
+
+    @property
+    def rank(self) -> tuple[int, ...]:
+        """Smallest first: most of the network is there, its names are as they are, little is taken off."""
+        n_exact = sum(full == self.prefix + name for name, full in self.stored.items())
+        n_wrong = len(self.faults["misshaped"]) + len(self.faults["mistyped"])
+        return n_wrong - len(self.stored), -n_exact, self.n_taken, len(self.prefix)
+
+
+def match_names(
+    network: nn.Module,
+    family: ModuleType,
+    header: Mapping[str, Entry],
+    ties: Ties,
+    *,
+    prefix: str | None,
+    same: Same,
+) -> tuple[dict[str, str], Naming]:
+    """Find a network's tensors in a file's header, before any of them is read.
+
+    Args:
+        network: on the meta device.
+        family: of the network. Its `stored_names` turns names of a file into the network's, and its `leaves_out` says
+            what else of a file its library would pass over.
+        header: of the file.
+        ties: of the network; of names that share one tensor a file may hold any.
+        prefix: where the weights are, where somebody has said so. Default: the one place that they can be in.
+        same: whether two tensors of the file, by name, are equal. It is asked only where they could both be the same
+            one of the network's.
+
+    Returns:
+        The file's name of each of the network's tensors that it holds, by the network's own name; and what was found,
+        with nothing yet said of ties.
+
+    Raises:
+        AnalysisError: `checkpoint-mismatch` with the names that are missing, unexpected, misshaped or mistyped; or with
+            a reason: `ambiguous`, where the weights can be in several places and differ, with these as `candidates`;
+            `conversion`.
+    """
+    own, names = _Own(network, family, ties), sorted(header)
+    places = _places(header, own.n_required) if prefix is None else [prefix]
+    candidates = sorted((own.candidate(place, names, header) for place in places), key=lambda candidate: candidate.rank)
+    fitting = _different([candidate for candidate in candidates if candidate.fits], same)
+    if len(fitting) > 1:
+        raise _ambiguous([candidate.prefix for candidate in fitting])
+    chosen = fitting[0] if fitting else candidates[0]
+    if chosen.refusal is not None:
+        raise chosen.refusal
+    copies = {full for candidate in candidates if candidate.fits for full in candidate.stored.values()}
+    beside = {full for full, name in chosen.others.items() if full in copies or own.is_beside(name, header[full])}
+    if prefix is not None:
+        # Whoever says where the weights are says that what is in places that the network does not have is none of them.
+        beside |= {full for full, name in chosen.others.items() if name is not None and not own.has_place(name)}
+    chosen.faults["unexpected"] = sorted(set(chosen.others) - beside - {full for _, full in chosen.twice})
+    if not chosen.fits:
+        raise _mismatch(chosen, own, header)
+    _require_one_of_each(chosen, copies, same)
+    used = set(chosen.stored.values())
+    return chosen.stored, Naming(
+        prefix=chosen.prefix,
+        infixes=dict(sorted(chosen.infixes.items())),
+        ignored=_ignored([full for full in header if full not in used], used),
+        n_parameters=sum(
+            torch.Size(header[full].shape).numel()
+            for full in used
+            if header[full].dtype in _FLOATING and not full.endswith(_RUNNING_STATISTICS)
+        ),
+    )
+
+
+class _Own:
+    """A network's own names, and what turns a file's into them."""
+
+    def __init__(self, network: nn.Module, family: ModuleType, ties: Ties) -> None:
+        self._ties = ties
+        self._renaming = [
+            (f"{path}." if path else "", module)
+            for path, module in network.named_modules()
+            if module._load_state_dict_pre_hooks
+            or not type(module)._load_from_state_dict.__module__.startswith("torch.nn.modules.")
+        ]
+        self.state: dict[str, Tensor] = network.state_dict()
+        parts = {part for name in self.state for part in name.split(".")}
+        self._wrappers = _WRAPPERS - parts
+        self._places = {name.split(".")[0] for name in self.state} | {name for name, _ in network.named_children()}
+        self._rename: Callable[[str], str] = family.stored_names(network) if hasattr(family, "stored_names") else str
+        self._leaves_out: Callable[[str], bool] = (
+            family.leaves_out(network) if hasattr(family, "leaves_out") else lambda _: False
+        )
+        self._computed = {name for name, _ in network.named_buffers()} - set(self.state)
+        self.n_required = sum(not self._optional(name) and name not in ties.first for name in self.state)
+
+    def has_place(self, name: str) -> bool:
+        """Whether the network has the part in which a tensor would be, at its top."""
+        return name.split(".")[0] in self._places
+
+    def is_beside(self, name: str | None, entry: Entry) -> bool:
+        """Whether a tensor that the network does not have is none of a larger network's weights either."""
+        if name is None or name in self._computed or self._leaves_out(name):
+            return True
+        if self.has_place(name):
+            return False
+        return entry.dtype in _INTEGER or _BESIDE.search(name.split(".")[0]) is not None
+
+    def candidate(self, prefix: str, names: Sequence[str], header: Mapping[str, Entry]) -> _Candidate:
+        """What the network's tensors are where all of them are behind a prefix; `names` are the file's, sorted."""
+        found = _Candidate(prefix)
+        behind = names[bisect_left(names, prefix) : bisect_left(names, prefix + chr(sys.maxunicode))]
+        plain = {full: full[len(prefix) :] for full in behind}
+        taken = {full: [part for part in name.split(".") if part in self._wrappers] for full, name in plain.items()}
+        for full, wrappers in taken.items():
+            if wrappers:
+                plain[full] = ".".join(part for part in plain[full].split(".") if part not in self._wrappers)
+        loaded = self._as_torch_loads(set(plain.values()))
+        # A name that is the network's own goes before those that become it.
+        for full in sorted(plain, key=lambda full: plain[full] not in self.state):
+            name = loaded[plain[full]]
+            if name is not None:
+                try:
+                    name = self._rename(name)
+                except AnalysisError as refusal:
+                    found.refusal = found.refusal or refusal
+            if name not in self.state:
+                found.others[full] = name
+            elif name in found.stored:
+                found.twice.append((found.stored[name], full))
+                found.others[full] = name
+            else:
+                found.stored[name] = full
+        self._ties.fill(found.stored)
+        for full in set(found.stored.values()):
+            found.infixes.update(f"{part}." for part in set(taken[full]))
+            found.n_taken += len(taken[full])
+        found.faults = self._faults(found.stored, header)
+        return found
+
+    def _as_torch_loads(self, names: Iterable[str]) -> dict[str, str | None]:
+        """What names become when torch loads them: modules rename what their earlier versions saved, or drop it.
+
+        Such as weight normalisation, which was `weight_g` and `weight_v` before it was a parametrisation.
+        """
+        became: dict[str, str | None] = {name: name for name in names}
+        for begin, module in self._renaming:
+            # Scalars without memory stand for the tensors: what becomes of each is told by its identity.
+            tokens = {
+                now: (torch.empty((), device="meta"), name)
+                for name, now in became.items()
+                if now is not None and now.startswith(begin)
+            }
+            state: dict[str, Any] = {now: token for now, (token, _) in tokens.items()}
+            try:
+                module._load_from_state_dict(state, begin, {}, False, [], [], [])
+            except Exception:  # noqa: BLE001, S112  whatever a hook makes of scalars: then names are what they are
+                continue
+            now_of = {id(token): now for now, token in state.items()}
+            became |= {name: now_of.get(id(token)) for token, name in tokens.values()}
+        return became
+
+    def _faults(self, stored: Mapping[str, str], header: Mapping[str, Entry]) -> dict[str, list[Any]]:
+        missing = [name for name in self.state if name not in stored and not self._optional(name)]
+        misshaped, mistyped = [], []
+        for name, full in stored.items():
+            tensor, (dtype, shape) = self.state[name], header[full]
+            if shape != list(tensor.shape):
+                misshaped.append({"name": name, "expected": list(tensor.shape), "found": shape})
+            if dtype not in self._allowed(name, tensor):
+                expected = str(tensor.dtype).removeprefix("torch.")
+                mistyped.append({"name": name, "expected": expected, "found": dtype})
+        return {"missing": missing, "unexpected": [], "misshaped": misshaped, "mistyped": mistyped}
+
+    def _allowed(self, name: str, tensor: Tensor) -> tuple[str, ...]:
+        if tensor.is_floating_point():
+            return _FLOATING
+        return (*_INTEGER, *_FLOATING) if self._optional(name) else _INTEGER
+
+    def _optional(self, name: str) -> bool:
+        return name.endswith(_BATCH_COUNTER)
+
+
+def _places(names: Collection[str], n_required: int) -> list[str]:
+    """Prefixes behind which a good part of a network of so many tensors may be; none is, always, one of them."""
+    counts: Counter[str] = Counter()
+    for name in names:
+        parts = name.split(".")[:-1][:_MAX_PREFIX_PARTS]
+        counts.update(".".join(parts[:n]) + "." for n in range(1, len(parts) + 1))
+    likely = [place for place, count in counts.most_common() if 2 * count >= n_required]
+    return ["", *likely[:_MAX_PLACES]]
+
+
+def _different(fitting: list[_Candidate], same: Same) -> list[_Candidate]:
+    """Candidates that are not the same tensors, or equal ones; of copies that are averages what they are of."""
+    kept: list[_Candidate] = []
+    for candidate in fitting:
+        used = set(candidate.stored.values())
+        if not any(used.issubset(other.stored.values()) or _equal(candidate, other, same) for other in kept):
+            kept.append(candidate)
+    plain = [candidate for candidate in kept if not any(map(_AVERAGED.search, candidate.prefix.split(".")))]
+    if len(plain) == 1 and _USUAL.issuperset(plain[0].prefix.split(".")[:-1]):
+        return plain
+    return kept
+
+
+def _equal(one: _Candidate, other: _Candidate, same: Same) -> bool:
+    pairs = {(one.stored[name], other.stored[name]) for name in one.stored.keys() & other.stored.keys()}
+    return all(a == b or same(a, b) for a, b in pairs)
+
+
+def _require_one_of_each(chosen: _Candidate, copies: Collection[str], same: Same) -> None:
+    for full, other in chosen.twice:
+        if other not in copies and not same(full, other):
+            raise AnalysisError(
+                "checkpoint-mismatch",
+                f"The file's tensors {full!r} and {other!r} would be the same one of the network's, and differ.",
+                reason="ambiguous",
+                candidates=[full, other],
+            )
+
+
+def _ambiguous(prefixes: list[str]) -> AnalysisError:
+    shown = ", ".join(repr(prefix) if prefix else "no prefix at all" for prefix in prefixes[:_MAX_LISTED])
+    return AnalysisError(
+        "checkpoint-mismatch",
+        f"The file holds {len(prefixes)} whole sets of the network's tensors, and they differ: behind {shown}. Push it "
+        "again with the one that is meant as its `prefix`.",
+        reason="ambiguous",
+        candidates=prefixes[:_MAX_LISTED],
+    )
+
+
+def _mismatch(chosen: _Candidate, own: _Own, header: Mapping[str, Entry]) -> AnalysisError:
+    counts = ", ".join(f"{len(entries)} {what}" for what, entries in chosen.faults.items() if entries)
+    behind = f", behind {chosen.prefix!r}" if chosen.prefix else ""
+    return AnalysisError(
+        "checkpoint-mismatch",
+        f"Of the {len(own.state)} tensors of the architecture and the {len(header)} of the file{behind}: {counts}.",
+        **{what: entries[:_MAX_LISTED] for what, entries in chosen.faults.items()},
+        **{f"n_{what}": len(entries) for what, entries in chosen.faults.items()},
+    )
+
+
+def _ignored(left_out: Iterable[str], used: Iterable[str]) -> dict[str, int]:
+    """How names begin that are left out, each no further than it takes to be no beginning of a name that is used."""
+    known = {beginning for name in used for beginning in _beginnings(name)}
+    counts: Counter[str] = Counter()
+    for name in left_out:
+        beginning = next((one for one in _beginnings(name) if one not in known), name)
+        first, *parts = beginning.split(".")
+        counts[".".join([first, *("*" if part.isdecimal() else part for part in parts)])] += 1
+    most = dict(sorted(counts.most_common(_MAX_IGNORED)))
+    rest = counts.total() - sum(most.values())
+    return {**most, "*": rest} if rest else most
+
+
+def _beginnings(name: str) -> Iterator[str]:
+    at = name.find(".")
+    while at >= 0:
+        yield name[: at + 1]
+        at = name.find(".", at + 1)

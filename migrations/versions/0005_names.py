@@ -1,0 +1,29 @@
+"""Checkpoints whose prefix somebody has named, and whose names a worker has compared with the network's.
+
+Revision ID: 0005
+Revises: 0004
+Create Date: 2026-11-27 00:00:00+00:00
+
+"""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision: str = "0005"
+down_revision: str | None = "0004"
+branch_labels: str | None = None
+depends_on: str | None = None
+
+
+def upgrade() -> None:
+    """Upgrade schema; of the checkpoints that there are, names are compared when they are next analysed."""
+    with op.batch_alter_table("checkpoints") as batch:
+        batch.add_column(sa.Column("asked_prefix", sa.String(200), nullable=True))
+        batch.add_column(sa.Column("names_checked", sa.Boolean(), nullable=False, server_default=sa.false()))
+
+
+def downgrade() -> None:
+    """Downgrade schema."""
+    with op.batch_alter_table("checkpoints") as batch:
+        for column in ("names_checked", "asked_prefix"):
+            batch.drop_column(column)

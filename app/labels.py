@@ -83,7 +83,7 @@ def match_labels(class_names: Sequence[str] | None, architecture: Mapping[str, A
     Raises:
         LabelsDiffer: a name of the probe is none, or several, of the checkpoint's; both lists are in it.
     """
-    labels = _id2label(architecture)
+    labels = own_class_names(architecture)
     if class_names is None or labels is None:
         return LabelMap("order", None)
     if list(class_names) == list(labels.values()) and list(labels) == list(range(len(labels))):
@@ -145,7 +145,7 @@ def _places(names: Sequence[str], labels: Mapping[int, str]) -> list[list[int]]:
     return [exact.get(name) or folded.get(name.casefold()) or [] for name in names]
 
 
-def _id2label(architecture: Mapping[str, Any]) -> dict[int, str] | None:
+def own_class_names(architecture: Mapping[str, Any]) -> dict[int, str] | None:
     """Names by their place in the head, in this order; None where there are none, or the library's own."""
     match architecture.get("config"):
         case {"id2label": dict(given)} if given:

@@ -210,7 +210,7 @@ class PathOptions(EvaluationOptions):
     """Which points of a path, and what happens to the networks there. Each point is a full evaluation."""
 
     grid: Annotated[EvenGrid | NamedGrid | Literal["adaptive"], WrapValidator(_of_one_form)] = Field(
-        default=EvenGrid(points=25), description="`adaptive` refines around the peak of the loss."
+        default=EvenGrid(points=25), description="`adaptive` looks for peaks of the loss, then refines them."
     )
     normalisation: Literal["interpolate", "recalibrate"] = Field(
         default="interpolate",

@@ -541,6 +541,14 @@ class NamedGrid(TypedDict):
     values: list[float]
 
 
+class PathLook(TypedDict):
+    """What an adaptive grid saw before it evaluated: the loss alone, at many points, on a part of the probe."""
+
+    n_points: int
+    n_samples: int
+    loss_barrier: Barrier
+
+
 class PathOptions(TypedDict):
     """Which points of a path, and what happens to the networks there. Each point is a full evaluation."""
 
@@ -582,6 +590,8 @@ class PathSummary(TypedDict):
     reasons: NotRequired[dict[str, str]]
     alignment: Alignment | None
     recalibrated_layers: int | None
+    resolution: NotRequired[float | None]
+    look: NotRequired[PathLook | None]
 
 
 class ProvenancePathOptions(TypedDict):

@@ -209,6 +209,29 @@ def load_network(
     return LoadedNetwork(network, head_name, predicts_tokens)
 
 
+def build_like(architecture: Mapping[str, Any], like: nn.Module) -> nn.Module | None:
+    """Build a network in evaluation mode whose weights nobody has set, to be called with those of another.
+
+    Args:
+        architecture: see `build`.
+        like: the other, on whose device it goes.
+
+    Returns:
+        The network; None where it has other tensors than the other, or cannot be built.
+    """
+    wanted = {name: tuple(tensor.shape) for name, tensor in like.state_dict().items()}
+    try:
+        template, bounds = _build_on_meta(architecture, len(wanted))
+        if {name: tuple(tensor.shape) for name, tensor in template.state_dict().items()} != wanted:
+            return None
+        bounds.check_largest(wanted)
+        with WithoutInitialisation():
+            network = _create(architecture, "cpu")
+    except AnalysisError:
+        return None
+    return network.to(next(like.parameters()).device).eval().requires_grad_(False)
+
+
 def _build_on_meta(architecture: Mapping[str, Any], n_tensors: int) -> tuple[nn.Module, Bounded]:
     bounds = Bounded(n_tensors)
     # Our own builders bound their depth themselves; for the counter torch loads its compiler, 1.2 s and 800 modules.

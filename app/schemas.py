@@ -529,7 +529,9 @@ class WorkerVersion(Strict):
     id: str
     device: str | None
     torch_version: str | None
-    families: list[str] | None
+    families: list[str] | None = Field(description="Of networks, those whose libraries it has imported.")
+    untried: list[str] = Field(description="Installed, and still to be tried: a worker begins with it when it starts.")
+    unavailable: dict[str, str] = Field(description="Installed, and not to be imported: the library's own words.")
 
 
 class Version(Strict):

@@ -815,6 +815,8 @@ class WorkerVersion(TypedDict):
     device: str | None
     torch_version: str | None
     families: list[str] | None
+    untried: list[str]
+    unavailable: dict[str, str]
 
 
 class Version(TypedDict):

@@ -25,6 +25,7 @@ from analysis.paths import Path, even_grid, next_point, recalibrate, require_var
 from analysis.probes import Inputs, Probe
 from analysis.pruning import Pruning
 from analysis.sameness import require_same_function
+from app.labels import own_class_names
 from workers import summaries
 from workers.features import FeatureCache, Kept, name_of
 from workers.probes import About, read_feature_set, read_probe
@@ -414,7 +415,9 @@ def _warm(task: Task, on_progress: OnProgress, load: Callable[[], T]) -> T:
 def _load_path(task: Task, device: torch.device) -> tuple[Path, Probe, About, dict[str, Any] | None]:
     """The path, the probe and what to say of it, and how B was aligned to A where that was asked for."""
     first, second = (_load_network(task, position, device) for position in (0, 1))
-    probe, about_probe = _load_probe(task, first, device)
+    # Of two that are one network, one may have names for its classes where the other has LABEL_0, LABEL_1, ...
+    named = [subject for subject in task["subjects"] if own_class_names(subject["architecture"])]
+    probe, about_probe = _load_probe({**task, "subjects": [*named, *task["subjects"]][:1]}, first, device)
     checked = _CHECKED_SEQUENCES if first.predicts_tokens else _CHECKED_INPUTS
     batch = next(probe.batches(checked, device=device))
     _require_one_network(task, first, second, batch)

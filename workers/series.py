@@ -28,11 +28,11 @@ def require_comparable(points: Sequence[Known]) -> None:
             "and HDR of the two say nothing beside each other.",
             differing=differing,
         )
-    differing = [what for what, seen in _inputs(last).items() if seen != _inputs(first)[what]]
-    if differing:
+    others = [what for what, seen in _inputs(last).items() if seen != _inputs(first)[what]]
+    if others:
         raise AnalysisError(
             "invalid-probe",
-            f"Its network sees other inputs than the first: the {' and the '.join(differing)} of the two differ. Give "
+            f"Its network sees other inputs than the first: the {' and the '.join(others)} of the two differ. Give "
             "the probe one of its own.",
         )
 

@@ -112,7 +112,7 @@ def _bumpy(w: float) -> dict[str, torch.Tensor]:
         for name, shape in (("layers.0.weight", (16, 64)), ("layers.0.bias", (16,)), ("head.weight", (10, 16)))
     }
     tensors["layers.0.weight"][:4] = 0
-    edges = [(at - width, at + width, width) for at, width in ((0.4414, 0.006), (0.97, 0.004))]
+    edges = [(at - width, at + width, width) for at, width in ((0.4062, 0.006), (0.97, 0.004))]
     biases = [(w - edge) / width for *pair, width in edges for edge in pair]
     tensors["layers.0.bias"][:4] = torch.tensor(biases)
     tensors["head.weight"][:, :4] = 0
@@ -313,15 +313,47 @@ def test_checkpoints_of_two_architectures_are_refused(
     """The problem says which differ, in what, and how."""
     other = _checkpoint(any_service, _normed(0), name="other", architecture=NORMED)
     path = {"kind": "path", "checkpoint_a_id": ends[0], "checkpoint_b_id": other}
-    series = {"kind": "series", "axis": {"name": "x", "values": [1, 2, 3]}, "checkpoint_ids": [*ends, other]}
-    for request in (path, series):
-        answer = any_service.client.post("/v1/analyses", json={**request, "probe_id": probe_id})
-        body = problem(answer, 422, "architectures-differ")
-        assert body["differing"] == [
-            {"checkpoint_id": other, "name": "other", "member": f"architecture.args.{name}", "expected": a, "found": b}
-            for name, a, b in (("norm", "none", "batch"), ("sizes", [64, 32, 10], [64, 16, 10]))
-        ]
-        assert '"batch"' in body["detail"]
+    answer = any_service.client.post("/v1/analyses", json={**path, "probe_id": probe_id})
+    body = problem(answer, 422, "architectures-differ")
+    assert body["differing"] == [
+        {"checkpoint_id": other, "name": "other", "member": f"architecture.args.{name}", "expected": a, "found": b}
+        for name, a, b in (("norm", "none", "batch"), ("sizes", [64, 32, 10], [64, 16, 10]))
+    ]
+    assert '"batch"' in body["detail"]
+
+
+def test_a_series_compares_networks_of_any_kind(service: Service, ends_of_two_kinds: tuple[str, str]) -> None:
+    """It mixes no weights: widths and norms may differ, and each point is what its own evaluation says."""
+    made = service.post("/v1/probes", {"name": "data"}, _pixels())
+    request = {"kind": "series", "axis": {"name": "x", "values": [1, 2]}, "checkpoint_ids": ends_of_two_kinds}
+    report = _report(service, **request, probe_id=made.json()["id"], options=FEW)
+    assert [subject["n_features"] for subject in report["subjects"]] == [32, 16]
+    other = _report(service, checkpoint_id=ends_of_two_kinds[1], probe_id=made.json()["id"], options=FEW)
+    assert report["points"][1]["splits"] == other["splits"]
+
+
+def test_a_series_of_other_classes_is_refused(service: Service, ends_of_two_kinds: tuple[str, str]) -> None:
+    """At once where the descriptions say so, else at the point where it shows; the numbers would be of other things."""
+    sizes = {"family": "builtin", "name": "mlp", "args": {"sizes": [64, 8, 12]}}
+    tensors = {"layers.0.weight": (8, 64), "layers.0.bias": (8,), "head.weight": (12, 8), "head.bias": (12,)}
+    more = _checkpoint(
+        service, save_tensors({name: torch.ones(shape) for name, shape in tensors.items()}), architecture=sizes
+    )
+    made = service.post("/v1/probes", {"name": "data"}, _pixels())
+    request = {"kind": "series", "axis": {"name": "x", "values": [1, 2]}, "probe_id": made.json()["id"]}
+    answer = service.client.post("/v1/analyses", json={**request, "checkpoint_ids": [ends_of_two_kinds[0], more]})
+    assert problem(answer, 422, "architectures-differ")["differing"][0]["member"] == "n_classes"
+
+
+def _pixels() -> bytes:
+    generator = torch.Generator().manual_seed(0)
+    return save_tensors({"inputs": torch.rand(40, 64, generator=generator), "labels": torch.arange(40) % 10})
+
+
+@pytest.fixture
+def ends_of_two_kinds(service: Service, mlp_checkpoint_file: Path) -> tuple[str, str]:
+    """A plain network, and a narrower one with batch normalisation."""
+    return _checkpoint(service, mlp_checkpoint_file), _checkpoint(service, _normed(0), architecture=NORMED)
 
 
 def test_a_point_that_fails_is_named(

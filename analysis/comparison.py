@@ -30,7 +30,6 @@ from analysis.evaluation import (
     evaluate_features,
 )
 from analysis.influence import influence, standard_errors
-from analysis.predictions import Predictions, predictions_of
 from analysis.probes import FeatureSet
 
 _OF_SPLIT = ("accuracy", "loss", "calibration_error", "effective_rank")
@@ -242,13 +241,6 @@ def _part(entry: FeatureSet, rows: Int64[Tensor, " m"]) -> FeatureSet:
     return replace(entry, split=None).take(rows.to(entry.labels.device))
 
 
-def _predictions_of(entry: FeatureSet) -> Predictions:
-    """The network's own where its logits were not kept."""
-    if entry.predictions is not None:
-        return entry.predictions
-    return predictions_of(entry.network_logits(), entry.labels)
-
-
 def _same_tokens(a: FeatureSet, b: FeatureSet) -> bool:
     """Whether the classes of two language models are the same tokens; those of other networks have numbers alone."""
     if a.vocabulary is None or b.vocabulary is None:
@@ -295,7 +287,7 @@ def _near_zero(value: float | None, influence: Float64[Tensor, " n"]) -> bool:
 
 def _influences(entry: FeatureSet, split: SplitEvaluation, device: torch.device) -> dict[str, Float64[Tensor, " n"]]:
     there = entry.to(device)
-    predictions = _predictions_of(there)
+    predictions = there.network_predictions()
     found = influence(squarable(there.features), there.labels, squarable(there.head), predictions)
     for path, interplay in _levels(split):
         for name in ("mir", "hdr"):
@@ -421,7 +413,7 @@ def _difference(a: float | None, b: float | None, spread: _Spread, quantile: flo
 
 def _agreement(pair: _Pair, options: ComparisonOptions) -> Agreement:
     labels = pair.a.labels.cpu()
-    predicted_a, predicted_b = (_predictions_of(entry).predicted.cpu() for entry in (pair.a, pair.b))
+    predicted_a, predicted_b = (entry.network_predictions().predicted.cpu() for entry in (pair.a, pair.b))
     right_a, right_b = predicted_a == labels, predicted_b == labels
     only_a, only_b = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
     smallest = smallest_difference(len(labels), only_a + only_b, confidence=options.confidence)

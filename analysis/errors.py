@@ -7,6 +7,7 @@ A bug is any other exception. The service turns an AnalysisError into the `probl
 |---|---|
 | invalid-architecture | the description names no network that can be built |
 | family-unavailable | the package of the description's family is not installed here |
+| architectures-differ | networks that should be one function of their weights, or have the same classes, do not |
 | checkpoint-mismatch | names or shapes of the file's tensors do not fit the architecture |
 | head-not-found | the named head is not a linear module of the network, or not what gives its logits |
 | invalid-probe | inputs, labels or splits are missing or do not fit each other |
@@ -23,6 +24,7 @@ from typing import Any, Literal, get_args
 Kind = Literal[
     "invalid-architecture",
     "family-unavailable",
+    "architectures-differ",
     "checkpoint-mismatch",
     "head-not-found",
     "invalid-probe",
@@ -38,6 +40,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 _TITLES: dict[Kind, str] = {
     "invalid-architecture": "The architecture cannot be built",
     "family-unavailable": "The worker lacks this family of networks",
+    "architectures-differ": "The checkpoints have different architectures",
     "checkpoint-mismatch": "The checkpoint does not fit its architecture",
     "head-not-found": "The classification head was not found",
     "invalid-probe": "The probe is not valid",

@@ -18,7 +18,7 @@ from analysis.extraction import Progress, extract_features
 from analysis.networks import LoadedNetwork
 from analysis.positions import extract_positions
 from analysis.precision import Precision
-from analysis.predictions import Predictions, calibration_error, predictions_of
+from analysis.predictions import Predictions, calibration_error
 from analysis.probes import FeatureSet, Probe
 from analysis.spectrum import (
     Entropies,
@@ -226,7 +226,7 @@ def evaluate_features(
     """Measure features, labels and a head that came without their network.
 
     Args:
-        feature_set: where it has no logits they are features @ head^T, plus the bias where it has one.
+        feature_set: where it has no logits they are features @ head^T in float64, plus the bias where it has one.
         device: where everything is computed.
         options: default: as EvaluationOptions says; batch size and precision have no meaning here.
         progress: called as the work goes on.
@@ -244,8 +244,6 @@ def evaluate_features(
         feature_set = feature_set.to(device)
         for name, tensor in (("features", feature_set.features), ("head", feature_set.head)):
             check_finite(name, tensor)
-        if feature_set.predictions is None and feature_set.logits is None:
-            feature_set = replace(feature_set, logits=feature_set.network_logits())
     return _evaluate(feature_set, "invalid-feature-set", None, options or EvaluationOptions(), progress, clock)
 
 
@@ -284,12 +282,9 @@ def _n_classes(data: FeatureSet) -> int:
 
 def _predictions(data: FeatureSet, label_error: Kind) -> Predictions:
     """The network's own where its logits were not kept."""
-    if data.predictions is not None:
-        return data.predictions
-    assert data.logits is not None, "a feature set has logits or predictions by now"
-    check_finite("logits", data.logits)
-    _check_labels(data.labels, len(data.head), label_error)
-    return predictions_of(data.logits, data.labels)
+    if data.predictions is None:
+        _check_labels(data.labels, len(data.head), label_error)
+    return data.network_predictions()
 
 
 def _members(data: FeatureSet) -> dict[str, Bool[Tensor, " n"] | None]:

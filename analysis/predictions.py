@@ -1,5 +1,6 @@
 """What a network predicts for each sample, and how good that is: loss, confidence, calibration."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,16 +44,21 @@ def predictions_of(logits: Float[Tensor, "n c"], labels: Int[Tensor, " n"]) -> P
 
     Numerics: float64, some rows at a time, so that no float64 copy of all logits is made.
     """
-    predicted, confidence, loss = [], [], []
+    parts = []
     size = rows_at_a_time(logits.shape[1])
     for part, target in zip(torch.split(logits, size), torch.split(labels, size), strict=True):
         # From the logits: their logarithms tie where logits are closer than 1e-16.
         largest = part.max(dim=1).indices
         logarithms = part.double().log_softmax(dim=1)
-        predicted.append(largest)
-        confidence.append(logarithms.gather(1, largest[:, None])[:, 0].exp())
-        loss.append(-logarithms.gather(1, target.long()[:, None])[:, 0])
-    return Predictions(torch.cat(predicted), torch.cat(confidence), torch.cat(loss))
+        confidence = logarithms.gather(1, largest[:, None])[:, 0].exp()
+        parts.append(Predictions(largest, confidence, -logarithms.gather(1, target.long()[:, None])[:, 0]))
+    return joined(parts)
+
+
+def joined(parts: Sequence[Predictions]) -> Predictions:
+    """Predictions of the samples of all parts, in their order."""
+    columns = zip(*((part.predicted, part.confidence, part.loss) for part in parts), strict=True)
+    return Predictions(*(torch.cat(column) for column in columns))
 
 
 def rows_at_a_time(n_classes: int) -> int:

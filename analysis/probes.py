@@ -17,9 +17,10 @@ from jaxtyping import Float, Float32, Int64, Integer, Shaped, UInt8
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from analysis.entropy import check_finite
 from analysis.errors import AnalysisError, Kind
 from analysis.images import Images
-from analysis.predictions import Predictions
+from analysis.predictions import Predictions, joined, predictions_of, rows_at_a_time
 from analysis.preprocess import Preprocess
 from analysis.sequences import labels_of_tokens
 
@@ -142,10 +143,11 @@ class Probe:
         return self._prepare(_each(self.inputs, lambda tensor: tensor[rows].to(device)))
 
     def take(self, rows: Int64[Tensor, " m"]) -> "Probe":
-        """The samples of these rows alone, in their order. Of images in files nothing is taken here."""
-        assert not isinstance(self.inputs, Images), "images are opened for the rows that are wanted"
-        taken = {name: tensor[rows] for name, tensor in _named(self.inputs).items()}
+        """The samples of these rows alone, in their order."""
         split = None if self.split is None else self.split[rows]
+        if isinstance(self.inputs, Images):
+            return replace(self, inputs=self.inputs.take(rows.tolist()), labels=self.labels[rows], split=split)
+        taken = {name: tensor[rows] for name, tensor in _named(self.inputs).items()}
         return replace(self, inputs=taken.get("", taken), labels=self.labels[rows], split=split)
 
     def _prepare(self, inputs: Inputs) -> Inputs:
@@ -273,7 +275,7 @@ class FeatureSet:
         labels: 0 .. c - 1.
         head: rows of the classification head.
         head_bias: its bias.
-        logits: the network's own, where they were uploaded; otherwise features @ head.T + head_bias.
+        logits: the network's own, where they were uploaded; otherwise features @ head.T + head_bias in float64.
         split: 0 train, 1 test; None where the set has no splits.
         predictions: in place of logits, where those would be too many to keep.
         vocabulary: of a language model; its head is restricted to the classes, and -1 predicted for any other token.
@@ -297,11 +299,31 @@ class FeatureSet:
         return replace(self, **moved, predictions=None if self.predictions is None else self.predictions.to(device))
 
     def network_logits(self) -> Float[Tensor, "n c"]:
-        """The network's own, or what features, head and bias give."""
+        """The network's own, or what features, head and bias give, in float64 whatever their type."""
+        return self._logits(slice(None))
+
+    def network_predictions(self) -> Predictions:
+        """What the network predicts: as it was kept, or from its logits, some rows at a time.
+
+        Raises:
+            AnalysisError: `non-finite-values` in the logits.
+        """
+        if self.predictions is not None:
+            return self.predictions
+        parts = []
+        # Features are widened too, so that the wider of the two says how many rows fit.
+        for rows in torch.arange(len(self.labels)).split(rows_at_a_time(max(self.head.shape))):
+            part = slice(int(rows[0]), int(rows[-1]) + 1)
+            logits = self._logits(part)
+            check_finite("logits", logits)
+            parts.append(predictions_of(logits, self.labels[part]))
+        return joined(parts)
+
+    def _logits(self, rows: slice) -> Float[Tensor, "m c"]:
         if self.logits is not None:
-            return self.logits
-        logits = self.features @ self.head.to(self.features.dtype).T
-        return logits if self.head_bias is None else logits + self.head_bias.to(logits)
+            return self.logits[rows]
+        logits = self.features[rows].double() @ self.head.double().T
+        return logits if self.head_bias is None else logits + self.head_bias.double()
 
     def take(self, rows: Int64[Tensor, " m"]) -> "FeatureSet":
         """The samples of these rows alone, in their order."""

@@ -13,9 +13,10 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from app import models, queue, resources, schemas
+from app.alike import require_comparable, require_one_network
 from app.architectures import is_causal_lm
 from app.database import read, write
-from app.errors import ArchitecturesDiffer, IdempotencyConflict, NotCancellable, NotFound
+from app.errors import IdempotencyConflict, NotCancellable, NotFound
 from app.labels import match_labels, require_suitable
 from app.listing import Listing, page
 from app.models import Analysis, AnalysisCheckpoint, Report
@@ -31,7 +32,7 @@ def create(
 
     Raises:
         NotFound: what it should look at does not exist.
-        ArchitecturesDiffer: checkpoints that should be compared are of different networks.
+        ArchitecturesDiffer: checkpoints of a path are of different networks, or those of a series of different classes.
         LabelsDiffer: the probe's class names are not the checkpoint's.
         ProbeUnsuitable: the probe has no labels for a classifier, or no tokens for a language model.
         IdempotencyConflict: the key was used with another body.
@@ -211,8 +212,10 @@ def _lock_subjects(session: Session, request: schemas.AnalysisRequest, checkpoin
     assert request.probe_id is not None
     probe = resources.get(session, models.Probe, request.probe_id, lock="share")
     rows = [resources.get(session, models.Checkpoint, id_, lock="share") for id_ in checkpoint_ids]
-    if request.kind != "comparison":
-        _require_one_architecture(rows)
+    if request.kind == "path":
+        require_one_network(rows)
+    elif request.kind == "series":
+        require_comparable(rows)
     for row in rows:
         require_suitable(
             row.architecture,
@@ -225,40 +228,3 @@ def _lock_subjects(session: Session, request: schemas.AnalysisRequest, checkpoin
     if len(rows) == 1:
         return rows[0].name
     return f"{rows[0].name} to {rows[-1].name}"[:200]
-
-
-def _require_one_architecture(rows: Sequence[models.Checkpoint]) -> None:
-    first = rows[0]
-    expected = _flat({"architecture": first.architecture, "head": first.head})
-    differing = []
-    for row in rows[1:]:
-        found = _flat({"architecture": row.architecture, "head": row.head})
-        differing += [
-            {
-                "checkpoint_id": row.id,
-                "name": row.name,
-                "member": member,
-                "expected": expected.get(member),
-                "found": value,
-            }
-            for member, value in sorted({**dict.fromkeys(expected), **found}.items())
-            if value != expected.get(member)
-        ]
-    if differing:
-        one = differing[0]
-        raise ArchitecturesDiffer(
-            f"{one['name']!r} ({one['checkpoint_id']}) has {json.dumps(one['found'])} for {one['member']} where "
-            f"{first.name!r} ({first.id}) has {json.dumps(one['expected'])}; {len(differing)} differences in all.",
-            differing=differing[:20],
-        )
-
-
-def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Members of nested objects by their path, such as architecture.args.sizes."""
-    found: dict[str, Any] = {}
-    for key, member in value.items():
-        if isinstance(member, dict):
-            found |= _flat(member, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = member
-    return found

@@ -22,6 +22,7 @@ from typing import Any, BinaryIO, Protocol, cast
 
 from app import tensorfile
 from app.errors import InvalidFile
+from app.foreign import is_adapter_config, refuse_foreign_folder
 from app.tensorfile import Header
 from app.zips import BROKEN_ZIP, bound_directory
 
@@ -219,6 +220,9 @@ def _check_index(folder: Folder, headers: Mapping[str, Header]) -> None:
 
 
 def _folder(members: Mapping[PurePosixPath, Member]) -> Folder:
+    adapters = sorted((path for path in members if is_adapter_config(path)), key=lambda path: len(path.parts))
+    inside = {path.name: members[path] for path in adapters[:1]}
+    refuse_foreign_folder(members, _json(inside, adapters[0].name) if adapters else None)
     weights = [path for path in members if path.suffix == ".safetensors"]
     if not weights:
         pickled = sorted(str(path) for path in members if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".distcp"))

@@ -85,7 +85,7 @@ def match_labels(class_names: Sequence[str] | None, architecture: Mapping[str, A
     Raises:
         LabelsDiffer: a name of the probe is none, or several, of the checkpoint's; both lists are in it.
     """
-    labels = _id2label(architecture)
+    labels = own_class_names(architecture)
     if class_names is None or labels is None:
         return LabelMap("order", None)
     class_names = _composed(class_names)
@@ -158,7 +158,7 @@ def _folded(name: str) -> str:
     return normalize("NFC", name.casefold())
 
 
-def _id2label(architecture: Mapping[str, Any]) -> dict[int, str] | None:
+def own_class_names(architecture: Mapping[str, Any]) -> dict[int, str] | None:
     """Names by their place in the head, in this order; None where there are none, or the library's own."""
     match architecture.get("config"):
         case {"id2label": dict(given)} if given:

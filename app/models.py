@@ -266,7 +266,12 @@ class Worker(Base):
     pid: Mapped[int]
     device: Mapped[str | None] = mapped_column(sa.String(200))
     torch_version: Mapped[str | None] = mapped_column(sa.String(50))
+    # Of the families of networks those that it can import, those that it has not tried, and why others cannot be.
     families: Mapped[list[str] | None]
+    untried: Mapped[list[str] | None]
+    unavailable: Mapped[dict[str, Any] | None]
+    # By family the names that it builds: thousands, that are read where a name is asked for.
+    networks: Mapped[dict[str, Any] | None] = mapped_column(deferred=True)
     started_at: Mapped[datetime]
     heartbeat_at: Mapped[datetime]
     ended_at: Mapped[datetime | None]

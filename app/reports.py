@@ -336,6 +336,14 @@ class Alignment(Strict):
     change_of_logits: FiniteFloat = Field(description="Of B on a batch of the probe, as a share of the largest.")
 
 
+class PathLook(Strict):
+    """What an adaptive grid saw before it evaluated: the loss alone, at many points, on a part of the probe."""
+
+    n_points: int
+    n_samples: int = Field(description="Of the probe, in proportion to classes and splits; of texts, sequences.")
+    loss_barrier: Barrier = Field(description="On these samples.")
+
+
 class PathSummary(Strict):
     splits: dict[SplitName, PathSplit]
     measured: Measured
@@ -344,6 +352,12 @@ class PathSummary(Strict):
     reasons: Reasons = Field(default_factory=dict)
     alignment: Alignment | None
     recalibrated_layers: int | None = Field(description="Normalisation layers with statistics taken anew.")
+    resolution: FiniteFloat | None = Field(
+        default=None,
+        description="Largest distance in w between neighbouring places, from 0 to 1, at which the loss was taken: a "
+        "barrier that is narrower may have been missed.",
+    )
+    look: PathLook | None = Field(default=None, description="Of an adaptive grid.")
 
 
 class PathPoint(Strict):

@@ -19,6 +19,8 @@ from app.architectures import architecture_of_config, check_architecture
 from app.database import read, write
 from app.datafile.values import MAX_CLASSES
 from app.errors import InUse, InvalidFile, InvalidRequest, NotFound, TooLarge, invalid_request
+from app.foreign import refuse_adapter, refuse_foreign_file
+from app.offers import require_offered
 from app.preprocessing import given_preprocess, preprocess_of_config
 from app.settings import Settings
 from app.storage import BlobDamaged, StagedFile, Storage
@@ -56,21 +58,25 @@ def create_checkpoint(engine: sa.Engine, storage: Storage, settings: Settings, u
     spec = _parse_spec(schemas.CheckpointSpec, upload.spec, settings)
     with _blob_path(engine, storage, upload, spec) as path, ExitStack() as stack:
         weights, sha256 = upload.file, _sha256(upload, spec)
+        refuse_foreign_file(path)
         if archives.is_archive(path):
             weights, spec = _out_of_archive(storage, settings, path, spec, stack)
             path, sha256 = weights.path, weights.sha256
         tokenizer = _staged_tokenizer(storage, settings, spec.tokenizer, stack)
         file = tensorfile.inspect_safetensors(path)
+        refuse_adapter(file.tensors)
         description = spec.architecture
         if description is None:
             description = _embedded_architecture(file)
+        architecture = check_architecture(description)
+        require_offered(engine, architecture)
         names = weight_names(file.tensors, spec.prefix)
         checkpoint = models.Checkpoint(
             name=spec.name,
             sha256=sha256,
             size_bytes=path.stat().st_size,
             n_parameters=file.n_parameters(names.ignored),
-            architecture=check_architecture(description),
+            architecture=architecture,
             head=spec.head,
             prefix=names.prefix,
             ignored=names.ignored,

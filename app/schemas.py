@@ -230,7 +230,7 @@ class PathOptions(EvaluationOptions):
     """Which points of a path, and what happens to the networks there. Each point is a full evaluation."""
 
     grid: Annotated[EvenGrid | NamedGrid | Literal["adaptive"], WrapValidator(_of_one_form)] = Field(
-        default=EvenGrid(points=25), description="`adaptive` refines around the peak of the loss."
+        default=EvenGrid(points=25), description="`adaptive` looks for peaks of the loss, then refines them."
     )
     normalisation: Literal["interpolate", "recalibrate"] = Field(
         default="interpolate",
@@ -561,7 +561,9 @@ class WorkerVersion(Strict):
     id: str
     device: str | None
     torch_version: str | None
-    families: list[str] | None
+    families: list[str] | None = Field(description="Of networks, those whose libraries it has imported.")
+    untried: list[str] = Field(description="Installed, and still to be tried: a worker begins with it when it starts.")
+    unavailable: dict[str, str] = Field(description="Installed, and not to be imported: the library's own words.")
 
 
 class Version(Strict):

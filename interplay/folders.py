@@ -12,7 +12,7 @@ from pathlib import Path
 from unicodedata import normalize
 
 # What a folder says of its network, its images and its texts.
-_DESCRIPTIONS = ("config.json", "preprocessor_config.json", "tokenizer.json")
+_DESCRIPTIONS = ("config.json", "preprocessor_config.json", "tokenizer.json", "adapter_config.json")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _NO_WEIGHTS = ("optim", "sched", "scaler", "rng_state", "training_args")
 # What file managers leave beside files; as in app/datafile/folders.py.
@@ -63,6 +63,11 @@ def packed_checkpoint(folder: Path) -> Iterator[Path]:
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
     weights = [name for name in names if name.endswith((".safetensors", ".safetensors.index.json"))]
     if not weights:
+        if "adapter_config.json" in names:
+            raise FileNotFoundError(
+                f"{folder} is an adapter (PEFT) and no network by itself: merge it into its base, and push what "
+                "merge_and_unload().save_pretrained(OUT) writes"
+            )
         found = ", ".join(names[:10]) or "nothing"
         raise FileNotFoundError(f"{folder} holds no safetensors file (it holds {found}){_advice(folder, names)}")
     described = [name for name in names if name in _DESCRIPTIONS]

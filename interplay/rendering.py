@@ -352,6 +352,10 @@ def _summary(report: Body, show: Callable[[float | None], str]) -> Iterable[Rend
             notes.append(f"Hidden units of the second were permuted to match the first, in {groups} groups.")
         if summary["recalibrated_layers"] is not None:
             notes.append(f"Statistics of {summary['recalibrated_layers']} layers were taken anew between the ends.")
+        if summary.get("resolution") is not None:
+            notes.append(
+                f"The loss was looked at in steps of {number(summary['resolution'])}; narrower rises may hide."
+            )
     if came := summary.get("generalisation"):
         places = ", ".join(f"{name} {show(came[f'{name}_at'])}" for name in ("train", "test"))
         notes.append(f"Accuracy of 0.99 first at: {places}; delay {show(came['delay'])}.")

@@ -547,6 +547,14 @@ class NamedGrid(TypedDict):
     values: list[float]
 
 
+class PathLook(TypedDict):
+    """What an adaptive grid saw before it evaluated: the loss alone, at many points, on a part of the probe."""
+
+    n_points: int
+    n_samples: int
+    loss_barrier: Barrier
+
+
 class PathOptions(TypedDict):
     """Which points of a path, and what happens to the networks there. Each point is a full evaluation."""
 
@@ -588,6 +596,8 @@ class PathSummary(TypedDict):
     reasons: NotRequired[dict[str, str]]
     alignment: Alignment | None
     recalibrated_layers: int | None
+    resolution: NotRequired[float | None]
+    look: NotRequired[PathLook | None]
 
 
 class ProvenancePathOptions(TypedDict):
@@ -812,6 +822,8 @@ class WorkerVersion(TypedDict):
     device: str | None
     torch_version: str | None
     families: list[str] | None
+    untried: list[str]
+    unavailable: dict[str, str]
 
 
 class Version(TypedDict):

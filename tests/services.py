@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -19,6 +20,8 @@ T = TypeVar("T")
 OPERATORS = Path(__file__).parent / "operators"
 # Nothing here is slow; a shared machine may be.
 PATIENCE_SECONDS = 90.0
+# Of services that were started so far.
+_FOLDERS: list[Path] = []
 
 
 @dataclass
@@ -96,7 +99,8 @@ def running(
         "INTERPLAY_THREADS": "1",
         **{f"INTERPLAY_{key.upper()}": value for key, value in settings.items()},
     }
-    data_dir.mkdir(parents=True, exist_ok=True)
+    (data_dir / "workers").mkdir(parents=True, exist_ok=True)
+    _share_what_was_found(data_dir / "workers")
     with (data_dir / "stderr.txt").open("a") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "app", command, "--port", "0"],
@@ -128,6 +132,14 @@ def running(
         for left in alive:
             left.kill()
         assert not alive, f"left running: {alive}"
+
+
+def _share_what_was_found(folder: Path) -> None:
+    """A worker keeps which libraries it could import, under a name of all that is installed: once is enough for all."""
+    for known in _FOLDERS:
+        for file in known.glob("networks-*.json"):
+            shutil.copy(file, folder)
+    _FOLDERS.append(folder)
 
 
 @contextmanager

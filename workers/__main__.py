@@ -17,6 +17,7 @@ from app import queue
 from app.database import make_engine
 from app.settings import Settings, load_settings, start_logging
 from app.storage import Storage
+from workers import offers
 from workers.child import ComputeChild
 from workers.liveness import Presence
 from workers.workflows import Host, register
@@ -58,6 +59,8 @@ def main(arguments: list[str] | None = None) -> None:
             child.kill()
             return
     presence.register(child.description)
+    found = offers.Offers(child.description["families"], child.description["untried"])
+    offers.start(found, settings.data_dir / "workers", engine, worker_id)
     register(Host(settings, engine, Storage(settings), child, active))
     _join_queue(settings, engine, worker_id)
     logger.info("worker %s is ready", worker_id)

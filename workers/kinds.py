@@ -19,14 +19,18 @@ from analysis.clock import Clock
 from analysis.comparison import ComparisonOptions, compare
 from analysis.errors import AnalysisError
 from analysis.evaluation import Evaluation, EvaluationOptions, capture, evaluate_features, evaluate_network
+from analysis.looks import look
 from analysis.networks import LoadedNetwork, load_network
 from analysis.networks.ties import untie
 from analysis.paths import Path, even_grid, next_point, recalibrate, require_variances
-from analysis.probes import Probe
+from analysis.probes import Inputs, Probe
 from analysis.pruning import Pruning
+from analysis.sameness import require_same_function
+from app.labels import own_class_names
 from workers import summaries
 from workers.features import FeatureCache, Kept, name_of
 from workers.probes import About, read_feature_set, read_probe
+from workers.series import require_comparable
 
 Task = dict[str, Any]
 OnProgress = Callable[[str, int, int], None]
@@ -203,7 +207,7 @@ def _place(task: Task) -> tuple[str, float]:
     position = len(task["points"])
     match task["kind"]:
         case "path":
-            w = next_point(_grid(task["options"]["grid"]), _losses(task))
+            w = next_point(_grid(task["options"]["grid"]), _losses(task), _seen(task))
             assert w is not None, "the last point has said that it was the last"
             return "w", w
         case "pruning":
@@ -215,10 +219,17 @@ def _losses(task: Task) -> dict[float, float]:
     return {point["w"]: point["loss"] for point in task["points"]}
 
 
+def _seen(task: Task) -> dict[float, float] | None:
+    """What the look of an adaptive path saw, which the first point tells; None where an earlier version took that."""
+    look = task["points"][0].get("look") if task["points"] else None
+    return dict(zip(look["ws"], look["losses"], strict=True)) if look else None
+
+
 def _path_point(task: Task, device: torch.device, on_progress: OnProgress) -> dict[str, Any]:
     grid, known, w = _grid(task["options"]["grid"]), _losses(task), _place(task)[1]
     total = len(grid) if grid != "adaptive" else max(_ADAPTIVE_POINTS, len(known) + 1)
-    clock, options, on_progress = Clock(), _options(task), _of_point(on_progress, len(known), total)
+    clock, options, on_look = Clock(), _options(task), on_progress
+    on_progress = _of_point(on_progress, len(known), total)
     with clock.phase("load"):
         path, probe, about_probe, alignment, ends = _warm(task, on_progress, lambda: _load_path(task, device))
     with clock.phase("mix"):
@@ -235,14 +246,43 @@ def _path_point(task: Task, device: torch.device, on_progress: OnProgress) -> di
     evaluation = evaluate_network(network, probe, device=device, options=options, progress=on_progress)
     loss = evaluation.splits["all"].loss
     assert loss is not None, "a loss is defined where there are samples"
-    last = next_point(grid, {**known, w: loss}) is None
+    look, seen = None, _seen(task)
+    if grid == "adaptive" and not known:
+        look = _look(task, device, path, probe, evaluation, clock, on_look)
+        seen = dict(zip(look["ws"], look["losses"], strict=True))
+    last = next_point(grid, {**known, w: loss}, seen) is None
     distance = cosine = None
     if last:
         with clock.phase("distances"):
             distance, cosine = path.distances()
     about: dict[str, Any] = {"w": w, "loss": loss, "l2_distance": distance, "cosine": cosine}
-    about |= {"recalibrated_layers": layers, "alignment": alignment, "probe": about_probe, "ends": ends}
+    about |= {"recalibrated_layers": layers, "alignment": alignment, "probe": about_probe, "ends": ends, "look": look}
     return _point({"w": w}, network, evaluation, clock, last, total if not last else len(known) + 1, **about)
+
+
+def _look(
+    task: Task,
+    device: torch.device,
+    path: Path,
+    probe: Probe,
+    evaluation: Evaluation,
+    clock: Clock,
+    on_progress: OnProgress,
+) -> dict[str, Any]:
+    """A look along a path, as JSON; it is recorded with the first point, so that a worker that takes over has it."""
+    assert evaluation.batch_size is not None, "a network was passed"
+    with clock.phase("look"):
+        found = look(
+            path,
+            probe,
+            device=device,
+            options=_options(task),
+            batch_size=evaluation.batch_size,
+            recalibrating=task["options"]["normalisation"] == "recalibrate",
+            progress=lambda done, total: on_progress("looking along the path", done, total),
+        )
+    ws = sorted(found.losses)
+    return {"ws": ws, "losses": [found.losses[w] for w in ws], "n_samples": found.n_samples}
 
 
 def _pruning_point(task: Task, device: torch.device, on_progress: OnProgress) -> dict[str, Any]:
@@ -264,11 +304,29 @@ def _series_point(task: Task, device: torch.device, on_progress: OnProgress) -> 
     clock, on_progress = Clock(), _of_point(on_progress, position, total)
     with clock.phase("load"):
         network = _load_network(task, position, device)
-        probe, about = _warm(task, on_progress, lambda: _load_probe(task, network, device))
+        probe, about = _series_probe(task, position, network, device, on_progress)
     evaluation = evaluate_network(network, probe, device=device, options=_options(task), progress=on_progress)
     point = {"x": task["axis"]["values"][position], "checkpoint_id": task["subjects"][position]["id"]}
     point["reused_report_id"] = None
-    return _point(point, network, evaluation, clock, position == total - 1, total, probe=about)
+    answer = _point(point, network, evaluation, clock, position == total - 1, total, probe=about)
+    # Not only in the end: a series may be long.
+    require_comparable([*task["points"], answer["known"]])
+    return answer
+
+
+def _series_probe(
+    task: Task, position: int, network: LoadedNetwork, device: torch.device, on_progress: OnProgress
+) -> tuple[Probe, About]:
+    """The probe as this checkpoint's description has it read; read once for all that have the same description."""
+    subject = task["subjects"][position]
+    held = _held.get(task["analysis_id"])
+    if held is None or held[0] != subject["architecture"]:
+        _held.clear()
+        own = {**task, "subjects": [subject]}
+        held = (subject["architecture"], *_warm(own, on_progress, lambda: _load_probe(own, network, device)))
+        _held[task["analysis_id"]] = held
+    _, probe, about = held
+    return probe, about
 
 
 _POINTS: dict[str, Callable[[Task, torch.device, OnProgress], dict[str, Any]]] = {
@@ -368,15 +426,30 @@ def _load_path(
     # What one file ties and the other does not is mixed as two tensors, or B's end would not be B.
     for network, other in ((first, second), (second, first)):
         untie(network.module, set(other.naming.untied) - set(network.naming.untied))
-    probe, about_probe = _load_probe(task, first, device)
-    if task["options"]["alignment"] == "none":
-        return Path(first, second.module.state_dict()), probe, about_probe, None, ends
+    # Of two that are one network, one may have names for its classes where the other has LABEL_0, LABEL_1, ...
+    named = [subject for subject in task["subjects"] if own_class_names(subject["architecture"])]
+    probe, about_probe = _load_probe({**task, "subjects": [*named, *task["subjects"]][:1]}, first, device)
     checked = _CHECKED_SEQUENCES if first.predicts_tokens else _CHECKED_INPUTS
     batch = next(probe.batches(checked, device=device))
+    _require_one_network(task, first, second, batch)
+    if task["options"]["alignment"] == "none":
+        return Path(first, second.module.state_dict()), probe, about_probe, None, ends
     generator = torch.Generator().manual_seed(task["options"]["seed"])
     state, alignment, change = aligned(first.module, second.module, batch, generator=generator)
     about = {"n_groups": len(alignment.permutations), "sweeps": alignment.sweeps, "gain": alignment.gain}
     return Path(first, state), probe, about_probe, {**about, "change_of_logits": change}, ends
+
+
+def _require_one_network(task: Task, first: LoadedNetwork, second: LoadedNetwork, batch: Inputs) -> None:
+    """The API has refused what is certain; here both networks are built, and say themselves whether they are one."""
+    a, b = task["subjects"]
+    try:
+        require_same_function(first, second, (a["architecture"], b["architecture"]), batch)
+    except AnalysisError as error:
+        if error.kind != "architectures-differ":
+            raise
+        named = [{"checkpoint_id": b["id"], "name": b["name"], **one} for one in error.members["differing"]]
+        raise AnalysisError(error.kind, error.detail, differing=named) from error
 
 
 def _load_pruning(task: Task, device: torch.device) -> tuple[Pruning, Probe, About]:

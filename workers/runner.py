@@ -49,7 +49,18 @@ def set_up(device: str, threads: int) -> torch.device:
 def describe(device: torch.device) -> dict[str, Any]:
     """What this worker offers."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    return {"device": name, "torch_version": torch.__version__, "families": available_families()}
+    return {"device": name, "torch_version": torch.__version__, **families()}
+
+
+def families() -> dict[str, list[str]]:
+    """Of the families that are installed here those that need nothing imported, and those that are to be tried."""
+    certain = ("builtin", "custom")
+    found = available_families()
+    return {
+        "families": [name for name in found if name in certain],
+        # torchvision first: what it fails of, timm fails of as well, and in its words.
+        "untried": sorted((name for name in found if name not in certain), key=lambda name: name != "torchvision"),
+    }
 
 
 def run(task: Task, device: torch.device, cache: FeatureCache, on_progress: OnProgress) -> dict[str, Any]:

@@ -5,11 +5,13 @@ MIR and HDR of a summary are those of the sample level with global centring, as 
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from itertools import pairwise
 from typing import Any
 
 from analysis.paths import CONNECTED, Barrier, barrier, instability, midpoint_barrier
 from analysis.pruning import knee
 from analysis.series import generalisation, spearman
+from workers.series import require_comparable
 
 Body = dict[str, Any]
 
@@ -36,8 +38,20 @@ def _path(task: Body) -> Body:
             "reasons": {"cosine": "zero_length"} if last["cosine"] is None else {},
             "alignment": last["alignment"],
             "recalibrated_layers": max(layers, default=None),
+            **_looked_at(task, [point["w"] for point in points]),
         },
     }
+
+
+def _looked_at(task: Body, ws: Sequence[float]) -> Body:
+    """How closely a path was looked at: by its points, and by the look that an adaptive grid begins with."""
+    look = task["points"][0]["known"].get("look")
+    places = sorted({w for w in [*ws, *(look["ws"] if look else [])] if 0 <= w <= 1})
+    found = None
+    if look is not None:
+        found = {"n_points": len(look["ws"]), "n_samples": look["n_samples"]}
+        found["loss_barrier"] = asdict(barrier(look["ws"], look["losses"]))
+    return {"resolution": max(high - low for low, high in pairwise(places)), "look": found}
 
 
 def _path_split(points: Sequence[Body], split: str) -> Body:
@@ -87,6 +101,10 @@ def _pruning(task: Body) -> Body:
 
 
 def _series(task: Body) -> Body:
+    known = [entry["known"] for entry in task["points"]]
+    for position in range(len(known)):
+        # Those of reports that there were have been seen by nobody yet.
+        require_comparable(known[: position + 1])
     points = [entry["point"] for entry in task["points"]]
     names = points[0]["splits"]
     accuracies = {split: [point["splits"][split]["accuracy"] for point in points] for split in names}

@@ -112,9 +112,19 @@ def forget(parts: Iterable[nn.Module]) -> None:
 
 
 def available_families() -> list[str]:
-    """The families whose packages are installed here; none is imported."""
+    """The families whose packages are installed here; none is imported, and not each of them can be (`names_of`)."""
     here = {"builtin": True, "custom": bool(custom.names())}
     return [name for name in FAMILIES if here.get(name) or (name not in here and importlib.util.find_spec(name))]
+
+
+def names_of(family: str) -> list[str]:
+    """Import a family, and list the names of networks that it builds; none where descriptions have no name or any.
+
+    Raises:
+        AnalysisError: `family-unavailable` with the library's own words where it cannot be imported.
+    """
+    module = _imported(family)
+    return list(module.names()) if hasattr(module, "names") else []
 
 
 def build(
@@ -204,6 +214,29 @@ def load_network(
     return LoadedNetwork(network, head_name, predicts_tokens, replace(naming, untied=untied))
 
 
+def build_like(architecture: Mapping[str, Any], like: nn.Module) -> nn.Module | None:
+    """Build a network in evaluation mode whose weights nobody has set, to be called with those of another.
+
+    Args:
+        architecture: see `build`.
+        like: the other, on whose device it goes.
+
+    Returns:
+        The network; None where it has other tensors than the other, or cannot be built.
+    """
+    wanted = {name: tuple(tensor.shape) for name, tensor in like.state_dict().items()}
+    try:
+        template, bounds = _build_on_meta(architecture, len(wanted))
+        if {name: tuple(tensor.shape) for name, tensor in template.state_dict().items()} != wanted:
+            return None
+        bounds.check_largest(wanted)
+        with WithoutInitialisation():
+            network = _create(architecture, "cpu")
+    except AnalysisError:
+        return None
+    return network.to(next(like.parameters()).device).eval().requires_grad_(False)
+
+
 def _build_on_meta(architecture: Mapping[str, Any], n_tensors: int) -> tuple[nn.Module, Bounded]:
     bounds = Bounded(n_tensors)
     # Our own builders bound their depth themselves; for the counter torch loads its compiler, 1.2 s and 800 modules.
@@ -259,23 +292,46 @@ def _family(architecture: Mapping[str, Any]) -> ModuleType:
             )
     if family not in FAMILIES or (family == "transformers" and "config" not in architecture):
         raise AnalysisError("invalid-architecture", f"The family must be one of {', '.join(FAMILIES)}, not {family!r}.")
+    return _imported(family)
+
+
+# Why a family could not be imported: a second attempt costs as much, and may fail of what the first one left behind.
+_failed: dict[str, AnalysisError] = {}
+
+
+def _imported(family: str) -> ModuleType:
+    if family in _failed:
+        known = _failed[family]
+        raise AnalysisError(known.kind, known.detail, **known.members) from known
     try:
         return importlib.import_module(FAMILIES[family])
-    except (ImportError, RuntimeError) as error:
-        # RuntimeError is what torchvision raises beside another torch than its own.
-        raise _unavailable(family, error) from error
+    except Exception as error:
+        # RuntimeError is what torchvision raises beside another torch than its own, OSError what a missing library.
+        _failed[family] = _unavailable(family, error)
+        raise _failed[family] from error
 
 
 def _unavailable(family: str, error: Exception) -> AnalysisError:
-    missing = isinstance(error, ModuleNotFoundError) and error.name == family
-    reason = "it is not installed" if missing else f"importing it failed ({str(error).strip().splitlines()[0]})"
+    if isinstance(error, ModuleNotFoundError) and error.name == family:
+        reason = f"it is not installed. Install it there with `pip install interplay[{family}]`"
+    else:
+        reason = (
+            f"importing it fails with {words_of(error)}. It must fit the worker's torch {torch.__version__}: install a "
+            "version of it that does"
+        )
     return AnalysisError(
         "family-unavailable",
-        f"This worker has no networks of the family {family!r}: {reason}. Install it there with "
-        f"`pip install interplay[{family}]`; GET /v1/version lists what each worker has.",
+        f"This worker has no networks of the family {family!r}: {reason}; GET /v1/version lists what each worker has.",
         family=family,
         extra=family,
+        error=words_of(error),
     )
+
+
+def words_of(error: BaseException) -> str:
+    """An error's type and the first line that it says."""
+    said = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {said[0][:500]}" if said else type(error).__name__
 
 
 def _head_name(network: nn.Module, architecture: Mapping[str, Any], asked: str | None) -> str:

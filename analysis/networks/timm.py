@@ -18,6 +18,12 @@ FORBIDDEN = (
 )  # fmt: skip
 
 
+def names() -> list[str]:
+    """What timm registers, deprecated names too, and each with the tags of its weights, which timm takes as well."""
+    plain = {*timm.list_models(), *filter(timm.is_model, timm.models.get_deprecated_models())}
+    return sorted(plain | set(timm.list_models(include_tags=True)))
+
+
 def create(description: Mapping[str, Any]) -> nn.Module:
     """A network from `{"name": ..., "args": {...}}`: timm.create_model(name, pretrained=False, **args).
 

@@ -12,6 +12,11 @@ from analysis.networks.building import check_plain, last_linear, refused, requir
 FORBIDDEN = ("pretrained", "pretrained_backbone", "progress", "weights", "weights_backbone")
 
 
+def names() -> list[str]:
+    """The classification networks that torchvision registers."""
+    return list(torchvision.models.list_models(module=torchvision.models))
+
+
 def create(description: Mapping[str, Any]) -> nn.Module:
     """A network from `{"name": ..., "args": {...}}`: torchvision.models.get_model(name, weights=None, **args).
 
@@ -19,8 +24,7 @@ def create(description: Mapping[str, Any]) -> nn.Module:
         AnalysisError: `invalid-architecture`; what torchvision itself raises, of any type.
     """
     name, args = description["name"], description["args"]
-    known = torchvision.models.list_models(module=torchvision.models)
-    if name not in known:
+    if name not in names():
         raise refused(f"torchvision {torchvision.__version__} has no classification network {name!r}")
     if forbidden := sorted(set(args) & set(FORBIDDEN)):
         raise refused(f"The arguments {', '.join(forbidden)} are not allowed: weights come from the checkpoint")

@@ -1,13 +1,16 @@
 """Is it up, can it work, what is it."""
 
+import asyncio
 import importlib.metadata
+import time
 from datetime import timedelta
 
 import sqlalchemy as sa
 from fastapi import APIRouter, Response
+from fastapi.concurrency import run_in_threadpool
 
 import migrations
-from app import reports, schemas
+from app import models, reports, schemas
 from app.database import clock, read
 from app.models import Worker
 from app.routes import ServiceDep
@@ -18,6 +21,8 @@ router = APIRouter(tags=["health"])
 
 # A worker writes its heartbeat every second or two; one that has missed several does not count.
 _HEARTBEAT_SECONDS = 10.0
+# How long a worker that has just started is waited for, which tries its libraries: seconds where nothing else runs.
+_TRYING_SECONDS, _ROUND_SECONDS = 20.0, 0.25
 
 
 @health.get("/healthz")
@@ -50,17 +55,34 @@ def readyz(service: ServiceDep, response: Response) -> schemas.Readiness:
 
 
 @router.get("/version")
-def version(service: ServiceDep) -> schemas.Version:
-    """Versions of the service and of what its living workers offer."""
-    workers = [
-        schemas.WorkerVersion(id=row.id, device=row.device, torch_version=row.torch_version, families=row.families)
-        for row in _workers(service.engine)
-    ]
+async def version(service: ServiceDep) -> schemas.Version:
+    """Versions of the service and of what its living workers offer.
+
+    The answer waits for a worker that has just started and is still trying which families it can import, for a while.
+    """
+    deadline = time.monotonic() + _TRYING_SECONDS
+    while True:
+        workers = await run_in_threadpool(_workers, service.engine)
+        fresh = models.now() - timedelta(seconds=_TRYING_SECONDS)
+        trying = any(row.untried and row.started_at > fresh for row in workers)
+        if not trying or time.monotonic() > deadline:
+            break
+        await asyncio.sleep(_ROUND_SECONDS)
     return schemas.Version(
         version=importlib.metadata.version("interplay"),
         schema_version=reports.SCHEMA_VERSION,
         definitions_version=reports.DEFINITIONS_VERSION,
-        workers=workers,
+        workers=[
+            schemas.WorkerVersion(
+                id=row.id,
+                device=row.device,
+                torch_version=row.torch_version,
+                families=row.families,
+                untried=row.untried or [],
+                unavailable=row.unavailable or {},
+            )
+            for row in workers
+        ],
     )
 
 

@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save
 from app import tensorfile
 from app.archives import is_archive, open_folder, write_weights
 from app.errors import InvalidFile
+from tests.app.test_uploads import problem
 from tests.datafiles import nameless
+from tests.services import Service
 
 LIMIT = 2**24
 Files = Mapping[str, bytes]
@@ -310,3 +312,65 @@ def test_other_files_are_no_archives(tmp_path: Path) -> None:
     assert not is_archive(path)
     torch.save({"w": torch.ones(3)}, path)
     assert not is_archive(path)
+
+
+def _adapter() -> dict[str, bytes]:
+    """What PEFT's save_pretrained writes."""
+    names = [f"base_model.model.model.layers.0.self_attn.q_proj.lora_{part}.weight" for part in "AB"]
+    config = {"peft_type": "LORA", "base_model_name_or_path": "meta/llama", "r": 4}
+    weights = save({name: torch.zeros(4, 4) for name in names})
+    return {"adapter_config.json": json.dumps(config).encode(), "adapter_model.safetensors": weights}
+
+
+@pytest.mark.parametrize("pack", [zipped, tarred])
+@pytest.mark.parametrize("place", ["", "run/"])
+def test_an_adapter_is_refused_as_what_it_is(pack: Packer, place: str, tmp_path: Path) -> None:
+    """With the network that it belongs to, also where its weights are pickled; beside a whole network it may lie."""
+    files = {place + name: content for name, content in _adapter().items()}
+    pickled = {**files, place + "adapter_model.bin": b"PK"}
+    del pickled[place + "adapter_model.safetensors"]
+    for content in (files, pickled, {**files, place + "tokenizer.json": b"{}"}):
+        with pytest.raises(InvalidFile, match=r"adapter \(LORA.*'meta/llama'.*merge_and_unload") as caught:
+            _opened(pack(content, tmp_path / "archive"))
+        assert caught.value.members == {"adapter": "LORA", "base": "meta/llama"}
+    whole = {**files, place + "model.safetensors": save({"a": torch.zeros(2)})}
+    assert _opened(pack(whole, tmp_path / "archive")) == ["model.safetensors"]
+
+
+def test_a_folder_of_gguf_files_is_refused_as_what_it_is(tmp_path: Path) -> None:
+    """Not as one that lacks safetensors."""
+    with pytest.raises(InvalidFile, match=r"GGUF file .*'net-q4\.gguf'"):
+        _opened(zipped({"net-q4.gguf": b"GGUF", "config.json": b"{}"}, tmp_path / "archive"))
+
+
+def _opened(path: Path) -> list[str]:
+    with open_folder(path, max_bytes=LIMIT) as folder:
+        return list(folder.shards)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"GGUF\x03\x00\x00\x00" + bytes(100), "GGUF file"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(100), "HDF5 file"),
+        (_adapter()["adapter_model.safetensors"], "an adapter"),
+        (
+            save({"base_model.model.a.lora_A.default.weight": torch.zeros(2), "m.modules_to_save.x": torch.zeros(2)}),
+            "an adapter",
+        ),
+    ],
+)
+def test_a_file_that_is_no_checkpoint_is_refused_at_the_push(service: Service, content: bytes, words: str) -> None:
+    """By its first bytes, or by the names of all its tensors."""
+    spec = {
+        "name": "a",
+        "architecture": {"family": "transformers", "config": {"model_type": "a", "architectures": ["A"]}},
+    }
+    assert words in problem(service.post("/v1/checkpoints", spec, content), 422, "invalid-file")["detail"]
+
+
+def test_a_network_with_such_parts_of_its_own_is_taken(service: Service) -> None:
+    """Where other tensors stand beside them."""
+    content = save({"a.lora_A.weight": torch.zeros(2), "a.lora_B.weight": torch.zeros(2), "a.weight": torch.zeros(2)})
+    spec = {"name": "a", "architecture": {"family": "custom", "name": "a", "args": {}}}
+    assert service.post("/v1/checkpoints", spec, content).status_code == 201

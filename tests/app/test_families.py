@@ -98,10 +98,56 @@ def test_two_heads_fail_with_their_names(service: Service, tmp_path: Path) -> No
         assert failed["problem"]["type"] == "urn:interplay:problem:head-not-found"
 
 
+def _worker(service: Service) -> dict[str, Any]:
+    """The one worker, once it has tried all that is installed."""
+
+    def tried() -> dict[str, Any] | None:
+        [worker] = service.client.get("/v1/version").json()["workers"]
+        return None if worker["untried"] else dict(worker)
+
+    return services.until(tried, seconds=240)
+
+
 def test_version_lists_the_families(service: Service) -> None:
-    """GET /v1/version says what each worker can build."""
-    [worker] = service.client.get("/v1/version").json()["workers"]
+    """GET /v1/version says what each worker can build: what it has imported."""
+    worker = _worker(service)
     assert worker["families"] == ["builtin", "transformers", "timm", "torchvision"]
+    assert worker["unavailable"] == {}
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "nearest"),
+    [
+        ("timm", "resnet1l8", "resnet18"),
+        ("timm", "ResNet18", "resnet18"),
+        ("timm", "resnet18.a1_in1", "resnet18.a1_in1k"),
+        ("timm", "resnet18.nonsense", "resnet18"),
+        ("torchvision", "mobilenetv3_small", "mobilenet_v3_small"),
+        ("torchvision", "fasterrcnn_resnet50_fpn", None),
+        ("torchvision", "convnext_tinny", "convnext_tiny"),
+    ],
+)
+def test_an_impossible_name_is_refused_at_the_push(
+    service: Service, family: str, name: str, nearest: str | None
+) -> None:
+    """By what the workers build, with the nearest name that they do; the API loads no library for it."""
+    _worker(service)
+    architecture = {"family": family, "name": name, "args": {"num_classes": 3}}
+    answer = service.post("/v1/checkpoints", {"name": "a", "architecture": architecture}, save({"a": torch.zeros(2)}))
+    body = problem(answer, 422, "invalid-request")
+    assert nearest is None or nearest in body["nearest"]
+    assert name.split(".")[0] in body["detail"]
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet18", "resnet18.a1_in1k", "vit_tiny_patch16_224_in21k", "vit_small_patch16_224.dino"]
+)
+def test_names_that_timm_takes_are_taken(service: Service, name: str) -> None:
+    """With the tags of its weights, and deprecated ones."""
+    _worker(service)
+    architecture = {"family": "timm", "name": name, "args": {"num_classes": 3}}
+    answer = service.post("/v1/checkpoints", {"name": "a", "architecture": architecture}, save({"a": torch.zeros(2)}))
+    assert answer.status_code == 201, answer.text
 
 
 WITHOUT_TIMM = """
@@ -131,14 +177,36 @@ def without_timm(tmp_path: Path) -> Iterator[Service]:
 
 def test_a_worker_without_the_family_says_what_to_install(without_timm: Service, tmp_path: Path) -> None:
     """The analysis fails with a problem that names the extra, and the worker does not announce the family."""
-    [worker] = without_timm.client.get("/v1/version").json()["workers"]
+    worker = _worker(without_timm)
     assert worker["families"] == ["builtin", "transformers", "torchvision"]
+    assert worker["unavailable"] == {}
     saved = models.saved_timm("resnet18", {}, tmp_path)
     failed = _evaluated(without_timm, saved, models.images(N))
     assert failed["status"] == "failed"
     assert failed["problem"]["type"] == "urn:interplay:problem:family-unavailable"
     assert failed["problem"]["extra"] == "timm"
     assert "pip install interplay[timm]" in failed["problem"]["detail"]
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA, as PyPI's torchvision wants")
+def test_what_is_installed_and_does_not_import_is_not_announced(tmp_path: Path) -> None:
+    """PyPI's torchvision beside a CPU build of torch: two families less, and the library's own words for it."""
+    own = "operator torchvision::nms does not exist"
+    site = tmp_path / "site"
+    site.mkdir()
+    with services.running(tmp_path / "data", site=site) as service:
+        worker = _worker(service)
+        assert worker["families"] == ["builtin", "transformers"]
+        assert set(worker["unavailable"]) == {"timm", "torchvision"}
+        assert all(own in words for words in worker["unavailable"].values())
+        saved = models.saved_timm("resnet18", {}, tmp_path)
+        for _ in range(2):
+            failed = _evaluated(service, saved, models.images(N))
+            assert failed["problem"]["type"] == "urn:interplay:problem:family-unavailable"
+            assert own in failed["problem"]["detail"]
+            assert "pip install interplay[" not in failed["problem"]["detail"]
+    [kept] = (tmp_path / "data" / "workers").glob("networks-*.json")
+    assert own in json.loads(kept.read_text())["unavailable"]["timm"]
 
 
 BERT = {"model_type": "bert", "architectures": ["BertForSequenceClassification"]}

@@ -320,3 +320,48 @@ def test_class_names_of_texts_without_labels_are_refused(service: Service) -> No
     """There is nothing that they could name."""
     answer = service.post("/v1/probes", {"name": "a", "class_names": ["a", "b"]}, parquet({"text": TEXTS}))
     problem(answer, 422, "invalid-request")
+
+
+def _llama(service: Service, seed: int, **changed: Any) -> dict[str, Any]:
+    """A small Llama whose config says something else here and there; None leaves a member out."""
+    import transformers
+
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=2, max_position_embeddings=32)
+    network = transformers.LlamaForCausalLM(config)
+    described = {**config.to_dict(), "architectures": ["LlamaForCausalLM"], **changed}
+    architecture = {
+        "family": "transformers",
+        "config": {name: value for name, value in described.items() if value is not None or name not in changed},
+    }
+    return _posted(service, "checkpoints", {"architecture": architecture}, save(network.state_dict()))
+
+
+def test_a_path_needs_one_network_and_not_one_config(service: Service) -> None:
+    """What evaluation does not see may differ; what it sees is refused by name, at once or by the worker."""
+    probe = _tensors(service, input_ids=torch.randint(3, 40, (12, 10), generator=torch.Generator().manual_seed(0)))
+    first = _llama(service, 0)
+
+    def asked(other: dict[str, Any]) -> Any:
+        body = {"kind": "path", "checkpoint_a_id": first["id"], "checkpoint_b_id": other["id"], "probe_id": probe["id"]}
+        return service.client.post("/v1/analyses", json={**body, "options": {**FAST, "grid": {"values": [0.5]}}})
+
+    unseen = _llama(
+        service, 1, attention_dropout=0.1, eos_token_id=6, initializer_range=0.01, max_position_embeddings=64,
+        task_specific_params={"a": 1}, rms_norm_eps=None,
+    )  # fmt: skip
+    report = service.report(service.wait(asked(unseen).json()["id"]))
+    assert [point["w"] for point in report["points"]] == [0, 0.5, 1]
+    refused = problem(asked(_llama(service, 1, rms_norm_eps=1e-5)), 422, "architectures-differ")
+    assert [one["member"] for one in refused["differing"]] == ["architecture.config.rms_norm_eps"]
+    # Nothing in the two descriptions is certain to be another network here; the built ones tell.
+    other = _llama(service, 1, rope_parameters={"rope_type": "default", "rope_theta": 500.0}, attention_dropout=0.1)
+    failed = service.wait(asked(other).json()["id"])["problem"]
+    assert failed["type"].endswith(":architectures-differ")
+    [one] = failed["differing"]
+    assert (one["checkpoint_id"], one["member"]) == (
+        other["id"],
+        "architecture.config.rope_parameters.rope_theta",
+    )
+    assert "rope_theta is 500.0" in failed["detail"]

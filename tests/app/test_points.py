@@ -104,6 +104,53 @@ def test_a_path_finds_its_own_points(any_service: Service, ends: tuple[str, str]
     assert report["provenance"]["options"]["grid"] == "adaptive"
 
 
+def _bumpy(w: float) -> dict[str, torch.Tensor]:
+    """One end of a path on which two hidden units make narrow bumps of the first logit, the higher one at 0.97."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        name: torch.randn(shape, generator=generator) / 8
+        for name, shape in (("layers.0.weight", (16, 64)), ("layers.0.bias", (16,)), ("head.weight", (10, 16)))
+    }
+    tensors["layers.0.weight"][:4] = 0
+    edges = [(at - width, at + width, width) for at, width in ((0.4062, 0.006), (0.97, 0.004))]
+    biases = [(w - edge) / width for *pair, width in edges for edge in pair]
+    tensors["layers.0.bias"][:4] = torch.tensor(biases)
+    tensors["head.weight"][:, :4] = 0
+    tensors["head.weight"][0, :4] = torch.tensor([3.0, -3.0, 3.6, -3.6])
+    return {**tensors, "head.bias": torch.zeros(10)}
+
+
+def test_an_adaptive_path_looks_before_it_evaluates(service: Service, digits_probe_file: Path) -> None:
+    """Two bumps between the first 17 points: the higher is found, and the report says how closely was looked."""
+    architecture = {"family": "builtin", "name": "mlp", "args": {"sizes": [64, 16, 10], "activation": "tanh"}}
+    first, second = (_checkpoint(service, save_tensors(_bumpy(w)), architecture=architecture) for w in (0.0, 1.0))
+    made = service.post("/v1/probes", {"name": "data", "preprocess": {"scale": 0.0625}}, digits_probe_file)
+    request = {"kind": "path", "checkpoint_a_id": first, "checkpoint_b_id": second, "probe_id": made.json()["id"]}
+    report = _report(service, **request, options={**FEW, "grid": "adaptive", "samples": 900})
+    rows = report["summary"]["splits"]["all"]["loss_barrier"]
+    assert rows["at"] == pytest.approx(0.97, abs=2e-3)
+    even = _report(service, **request, options={**FEW, "grid": {"points": 17}, "samples": 900})
+    assert even["summary"]["splits"]["all"]["loss_barrier"]["value"] < 0.2 * rows["value"]
+    assert (even["summary"]["resolution"], even["summary"]["look"]) == (1 / 16, None)
+    summary = report["summary"]
+    assert summary["resolution"] == 1 / 256
+    assert summary["look"]["n_samples"] == 512
+    assert 257 < summary["look"]["n_points"] <= 290
+    assert summary["look"]["loss_barrier"]["value"] == pytest.approx(rows["value"], rel=0.1)
+    assert 17 < len(report["points"]) <= 65
+    assert report["timings_seconds"]["look"] > 0
+    # As torch itself has it, on the samples that were not drawn as well.
+    probe = load_file(digits_probe_file)
+    inputs, labels = probe["inputs"].float() / 16, probe["labels"].long()
+    losses = []
+    for w in (0.0, rows["at"], 1.0):
+        tensors = _bumpy(w)
+        hidden = torch.tanh(inputs @ tensors["layers.0.weight"].T + tensors["layers.0.bias"])
+        losses.append(float(torch.nn.functional.cross_entropy(hidden @ tensors["head.weight"].T, labels)))
+    chord = (1 - rows["at"]) * losses[0] + rows["at"] * losses[2]
+    assert rows["value"] == pytest.approx(losses[1] - chord, rel=0.05)
+
+
 def test_recalibration_changes_what_lies_between_the_ends(any_service: Service, probe_id: str) -> None:
     """Statistics are taken anew between the ends and only there, twice the same; the report counts the layers."""
     ids = [_checkpoint(any_service, _normed(seed), architecture=NORMED) for seed in (0, 1)]
@@ -266,15 +313,47 @@ def test_checkpoints_of_two_architectures_are_refused(
     """The problem says which differ, in what, and how."""
     other = _checkpoint(any_service, _normed(0), name="other", architecture=NORMED)
     path = {"kind": "path", "checkpoint_a_id": ends[0], "checkpoint_b_id": other}
-    series = {"kind": "series", "axis": {"name": "x", "values": [1, 2, 3]}, "checkpoint_ids": [*ends, other]}
-    for request in (path, series):
-        answer = any_service.client.post("/v1/analyses", json={**request, "probe_id": probe_id})
-        body = problem(answer, 422, "architectures-differ")
-        assert body["differing"] == [
-            {"checkpoint_id": other, "name": "other", "member": f"architecture.args.{name}", "expected": a, "found": b}
-            for name, a, b in (("norm", "none", "batch"), ("sizes", [64, 32, 10], [64, 16, 10]))
-        ]
-        assert '"batch"' in body["detail"]
+    answer = any_service.client.post("/v1/analyses", json={**path, "probe_id": probe_id})
+    body = problem(answer, 422, "architectures-differ")
+    assert body["differing"] == [
+        {"checkpoint_id": other, "name": "other", "member": f"architecture.args.{name}", "expected": a, "found": b}
+        for name, a, b in (("norm", "none", "batch"), ("sizes", [64, 32, 10], [64, 16, 10]))
+    ]
+    assert '"batch"' in body["detail"]
+
+
+def test_a_series_compares_networks_of_any_kind(service: Service, ends_of_two_kinds: tuple[str, str]) -> None:
+    """It mixes no weights: widths and norms may differ, and each point is what its own evaluation says."""
+    made = service.post("/v1/probes", {"name": "data"}, _pixels())
+    request = {"kind": "series", "axis": {"name": "x", "values": [1, 2]}, "checkpoint_ids": ends_of_two_kinds}
+    report = _report(service, **request, probe_id=made.json()["id"], options=FEW)
+    assert [subject["n_features"] for subject in report["subjects"]] == [32, 16]
+    other = _report(service, checkpoint_id=ends_of_two_kinds[1], probe_id=made.json()["id"], options=FEW)
+    assert report["points"][1]["splits"] == other["splits"]
+
+
+def test_a_series_of_other_classes_is_refused(service: Service, ends_of_two_kinds: tuple[str, str]) -> None:
+    """At once where the descriptions say so, else at the point where it shows; the numbers would be of other things."""
+    sizes = {"family": "builtin", "name": "mlp", "args": {"sizes": [64, 8, 12]}}
+    tensors = {"layers.0.weight": (8, 64), "layers.0.bias": (8,), "head.weight": (12, 8), "head.bias": (12,)}
+    more = _checkpoint(
+        service, save_tensors({name: torch.ones(shape) for name, shape in tensors.items()}), architecture=sizes
+    )
+    made = service.post("/v1/probes", {"name": "data"}, _pixels())
+    request = {"kind": "series", "axis": {"name": "x", "values": [1, 2]}, "probe_id": made.json()["id"]}
+    answer = service.client.post("/v1/analyses", json={**request, "checkpoint_ids": [ends_of_two_kinds[0], more]})
+    assert problem(answer, 422, "architectures-differ")["differing"][0]["member"] == "n_classes"
+
+
+def _pixels() -> bytes:
+    generator = torch.Generator().manual_seed(0)
+    return save_tensors({"inputs": torch.rand(40, 64, generator=generator), "labels": torch.arange(40) % 10})
+
+
+@pytest.fixture
+def ends_of_two_kinds(service: Service, mlp_checkpoint_file: Path) -> tuple[str, str]:
+    """A plain network, and a narrower one with batch normalisation."""
+    return _checkpoint(service, mlp_checkpoint_file), _checkpoint(service, _normed(0), architecture=NORMED)
 
 
 def test_a_point_that_fails_is_named(

@@ -1,6 +1,7 @@
 """Reports as the service would send them, to render and export without a service."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from app.reports import ComparisonReport, EvaluationReport, PathReport, PruningReport, SeriesReport
@@ -130,6 +131,7 @@ def path_report(ws: Sequence[float], *, barrier_at: float) -> dict[str, Any]:
         "reasons": {"mir_barrier": "undefined_points"},
     }
     whole = {"l2_distance": 3.0, "cosine": 0.5, "alignment": None, "recalibrated_layers": None}
+    whole |= {"resolution": max(high - low for low, high in pairwise(sorted(ws))), "look": None}
     report = evaluation_report()
     report |= {
         "kind": "path",

@@ -1,7 +1,7 @@
 """Checkpoints whose prefix somebody has named, and whose names a worker has compared with the network's.
 
-Revision ID: 0005
-Revises: 0004
+Revision ID: 0006
+Revises: 0005
 Create Date: 2026-11-27 00:00:00+00:00
 
 """
@@ -9,8 +9,8 @@ Create Date: 2026-11-27 00:00:00+00:00
 import sqlalchemy as sa
 from alembic import op
 
-revision: str = "0005"
-down_revision: str | None = "0004"
+revision: str = "0006"
+down_revision: str | None = "0005"
 branch_labels: str | None = None
 depends_on: str | None = None
 

@@ -1,0 +1,60 @@
+"""Which networks workers build, as far as they have told: asked when a checkpoint comes, without one of the libraries.
+
+The answer is that of the workers that live, or else of the last ones that did. Where none has told there is none, and
+a description is taken as it is: its analysis will tell.
+"""
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+import sqlalchemy as sa
+
+from app.database import read
+from app.errors import InvalidRequest
+from app.models import Worker
+
+# Families that have a fixed list of names.
+_NAMED = ("timm", "torchvision")
+_NEAREST = 3
+
+
+def require_offered(engine: sa.Engine, architecture: Mapping[str, Any]) -> None:
+    """Raise where a description names a network that the library of no worker has.
+
+    Args:
+        engine: of the workers' table.
+        architecture: a description of any family.
+
+    Raises:
+        InvalidRequest: with the names that are nearest to it, as `nearest`.
+    """
+    family, name = architecture["family"], architecture.get("name")
+    if family not in _NAMED or not isinstance(name, str):
+        return
+    known = _names(engine, family)
+    if not known or name in known:
+        return
+    # Of a name with a tag, such as resnet18.a1_in1k, first what is wrong with the name.
+    plain, _, tag = name.partition(".")
+    of_name = [one for one in known if one.startswith(f"{plain}.")] if tag and plain in known else []
+    nearest = _nearest(name, of_name) or [*([plain] if of_name else []), *_nearest(name, known)][:_NEAREST]
+    advice = f"The nearest: {', '.join(nearest)}" if nearest else "None of its names is near"
+    what = f"{family} has no network {name!r}" if not of_name else f"{family} knows no weights {tag!r} of {plain!r}"
+    raise InvalidRequest(f"architecture.name: {what}. {advice}.", nearest=nearest)
+
+
+def _nearest(name: str, known: list[str]) -> list[str]:
+    by_lower = {one.lower(): one for one in known}
+    return [by_lower[one] for one in difflib.get_close_matches(name.lower(), by_lower, _NEAREST)]
+
+
+def _names(engine: sa.Engine, family: str) -> list[str]:
+    """What all living workers have together; else what the last one had that has told."""
+    told = sa.select(Worker.networks).where(Worker.networks.is_not(None), Worker.untried.is_not(None))
+    last = told.order_by(Worker.heartbeat_at.desc()).limit(1)
+    with read(engine) as session:
+        lists = [found[family] for found in session.scalars(told.where(Worker.ended_at.is_(None))) if family in found]
+        if not lists:
+            lists = [found[family] for found in session.scalars(last) if family in found]
+    return sorted({name for names in lists for name in names})

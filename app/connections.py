@@ -23,17 +23,17 @@ logger = logging.getLogger(__name__)
 MAX_HEAD_BYTES = 64 * 2**10
 # A client that reads nothing of an answer for so long is given up.
 _UNREAD_SECONDS = 60.0
-# One look at all connections is spread over so many seconds, and what they did wrong is one line of the log in so many.
+# All connections are looked at so often, and what was ended is one line of the log in so many seconds.
 _LOOK_SECONDS = 1.0
 _LOG_SECONDS = 10.0
 # Who is refused gets so long to read why: closed at once, a socket with bytes that nobody read loses the answer. Beyond
 # so many of them the answer may be lost.
 _LINGER_SECONDS = 1.0
 _MOST_LINGERING = 128
-# Connections that asyncio takes from the kernel in one go; files that are no connections.
-BACKLOG = 256
+# Connections that asyncio takes from the kernel in one go, before any of them, or one in its place, is closed.
+BACKLOG = 128
+# Files that are no connections, and how many a connection has: one may be beside it, which its upload is written to.
 _OTHER_FILES = 128
-# A connection may have a file beside it that its upload is written to.
 _FILES_EACH = 2
 
 
@@ -45,7 +45,7 @@ class Connections:
     """
 
     def __init__(self, settings: Settings) -> None:
-        files = _raise_file_limit() - BACKLOG - _OTHER_FILES - _MOST_LINGERING
+        files = _raise_file_limit() - 2 * BACKLOG - _OTHER_FILES - _MOST_LINGERING
         self._limit = max(min(settings.max_connections, files // _FILES_EACH), 1)
         self._header_seconds = settings.header_timeout_seconds
         # Insertion is the order in which they began to wait.

@@ -6,7 +6,7 @@ A row that arrives while somebody pages is newer than every page to come, so no 
 import base64
 import binascii
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from typing import Annotated, Any
@@ -47,7 +47,7 @@ class Listing:
     created_before: Annotated[Instant | None, Query(description="Before this instant.")] = None
 
 
-def listing_with(*filters: str) -> Callable[..., Listing]:
+def listing_with(*filters: str) -> Callable[..., Awaitable[Listing]]:
     """A dependency: the listing of a collection that has these filters of its own, and no others.
 
     A filter that is mistyped must not answer with everything.

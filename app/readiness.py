@@ -66,8 +66,8 @@ class Readiness:
         for parts in await asyncio.gather(*(self._look_at(name) for name in self._looks)):
             found |= parts
         for name, part in found.items():
-            if part != Part() and part != self._found.get(name):
-                logger.warning("not ready: %s %s", name, part.error or part.told)
+            if part.error is not None and part != self._found.get(name):
+                logger.warning("the %s %s: %s", name, part.told, part.error)
         self._found, self._found_at = found, time.monotonic()
 
     async def _look_at(self, name: str) -> dict[str, Part]:

@@ -6,8 +6,9 @@ from typing import Any
 
 import httpx
 import pytest
+from safetensors.numpy import save
 
-from tests.app.test_uploads import FEATURES, HEAD, labels, problem, save
+from tests.app.test_uploads import FEATURES, HEAD, labels, problem
 from tests.fuzz import headers
 from tests.services import Service
 

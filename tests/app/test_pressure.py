@@ -1,6 +1,7 @@
 """The service under pressure: dependencies that accept and never answer, clients that trickle, too many of them."""
 
 import asyncio
+import logging
 import select
 import socket
 import threading
@@ -15,7 +16,7 @@ import pytest
 import sqlalchemy as sa
 
 import migrations
-from app import queue
+from app import queue, settings
 from app.database import make_engine, read
 from app.settings import Settings
 from tests import services
@@ -153,9 +154,9 @@ def test_silent_storage_leaves_the_service_alive(tmp_path: Path, monkeypatch: py
             "AWS_REGION": "nowhere",
         }.items():
             monkeypatch.setenv(name, value)
-        settings = Settings(data_dir=tmp_path / "data")
-        migrations.upgrade(make_engine(settings))
-        queue.migrate(make_engine(settings))
+        place = Settings(data_dir=tmp_path / "data")
+        migrations.upgrade(make_engine(place))
+        queue.migrate(make_engine(place))
         with services.running(
             tmp_path / "data",
             command="api",
@@ -177,9 +178,15 @@ def test_silent_storage_leaves_the_service_alive(tmp_path: Path, monkeypatch: py
 @pytest.fixture(scope="module")
 def tight(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """A service with room for 40 connections and deadlines of a few seconds."""
-    settings = {"max_connections": "40", "header_timeout_seconds": "2", "body_timeout_seconds": "4"}
-    rate = {"upload_idle_seconds": "1", "min_upload_rate": "1000"}
-    with services.running(tmp_path_factory.mktemp("tight") / "data", command="api", **settings, **rate) as service:
+    with services.running(
+        tmp_path_factory.mktemp("tight") / "data",
+        command="api",
+        max_connections="40",
+        header_timeout_seconds="2",
+        body_timeout_seconds="4",
+        upload_idle_seconds="1",
+        min_upload_rate="1000",
+    ) as service:
         yield service
 
 
@@ -306,3 +313,24 @@ def test_upload_that_trickles_is_ended(tight: Service) -> None:
             time.sleep(0.1)
         opened.sendall(rest)
         assert opened.recv(65536).startswith(b"HTTP/1.1 422 ")
+
+
+def test_repeated_lines_are_counted_rather_than_written() -> None:
+    """Of lines that differ in their arguments alone the log has one in ten seconds, and how many were left out."""
+    repeated, written = settings._Repeated(), []
+
+    def log(text: str, at: float) -> None:
+        record = logging.LogRecord("app.problems", logging.WARNING, __file__, 1, text, ("x",), None)
+        record.created = at
+        if repeated.filter(record):
+            written.append(record.getMessage())
+
+    for i in range(1000):
+        log("the storage does not answer: %s", i / 1000)
+    log("the database does not answer: %s", 1.0)
+    log("the storage does not answer: %s", 11.0)
+    assert written == [
+        "the storage does not answer: x",
+        "the database does not answer: x",
+        "the storage does not answer: x (and 999 more like it)",
+    ]

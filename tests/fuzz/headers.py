@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save
@@ -45,7 +46,11 @@ class Fault:
 
 def originals() -> dict[str, bytes]:
     """Small files that are right, by kind."""
-    arrays = {"inputs": np.zeros((4, 3), np.float32), "labels": np.array([0, 1, 0, 1]), "split": np.zeros(4, np.uint8)}
+    arrays: dict[str, Any] = {
+        "inputs": np.zeros((4, 3), np.float32),
+        "labels": np.array([0, 1, 0, 1]),
+        "split": np.zeros(4, np.uint8),
+    }
     npz, packed, tar = io.BytesIO(), io.BytesIO(), io.BytesIO()
     np.savez(npz, **arrays)
     np.savez_compressed(packed, **arrays)

@@ -7,7 +7,7 @@ ARGS   ?=
 # Most tests wait for processes: two at a time keep two cores busy. A file's tests stay together, as they share services.
 TESTS  ?= -n 2 --dist loadfile
 
-.PHONY: setup demo phenomena test bench cuda check format types lock clean
+.PHONY: setup demo phenomena test fuzz bench cuda check format types lock clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -29,6 +29,10 @@ phenomena: setup
 
 test: setup
 	$(BIN)/python -m pytest $(TESTS) $(ARGS)
+
+# Damaged files and schemathesis, for as long as you like; .ci/run gives them two minutes. ARGS: --seed 7 --seconds 3600.
+fuzz: setup
+	$(BIN)/python -m tests.fuzz $(or $(ARGS),--seconds 1800)
 
 # Never part of the tests. ARGS: --device cuda, --threads 2, --output FILE.
 bench: setup

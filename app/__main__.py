@@ -14,6 +14,7 @@ import uvicorn
 
 import migrations
 from app import queue
+from app.connections import BACKLOG, Connections
 from app.database import make_engine
 from app.events import Events
 from app.main import create_app
@@ -69,7 +70,7 @@ def _refuse(message: str) -> int:
 
 
 def _migrate(settings: Settings) -> None:
-    engine = make_engine(settings)
+    engine = make_engine(settings, patient=True)
     migrations.upgrade(engine)
     queue.migrate(engine)
     engine.dispose()
@@ -89,11 +90,13 @@ def _verify(settings: Settings, *, set_aside: bool) -> int:
 
 def _serve(settings: Settings, *, with_worker: bool) -> int:
     app = create_app(settings)
+    connections = Connections(settings)
     config = uvicorn.Config(
         app,
         host=settings.host,
         port=settings.port,
-        http="httptools",
+        http=connections.make(),
+        backlog=BACKLOG,
         log_config=None,
         log_level=settings.log_level,
         timeout_graceful_shutdown=3,
@@ -106,7 +109,7 @@ def _serve(settings: Settings, *, with_worker: bool) -> int:
     # Both ways of being stopped end in the `finally` below; uvicorn raises the signal again once it has shut down.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        _AnnouncedServer(config, worker, app.state.service.events).run(sockets=[listener])
+        _AnnouncedServer(config, worker, app.state.service.events, connections).run(sockets=[listener])
     except KeyboardInterrupt:
         pass
     finally:
@@ -118,7 +121,7 @@ def _serve(settings: Settings, *, with_worker: bool) -> int:
 
 def _bind(settings: Settings) -> socket.socket:
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind((settings.host, settings.port))
     return listener
@@ -130,10 +133,21 @@ class _AnnouncedServer(uvicorn.Server):
     When it stops, streams of events are ended first: it would wait for them otherwise.
     """
 
-    def __init__(self, config: uvicorn.Config, worker: "_SupervisedWorker | None", events: Events) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        worker: "_SupervisedWorker | None",
+        events: Events,
+        connections: Connections,
+    ) -> None:
         super().__init__(config)
         self._worker = worker
         self._events = events
+        self._connections = connections
+
+    async def on_tick(self, counter: int) -> bool:
+        self._connections.look()
+        return await super().on_tick(counter)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

@@ -207,7 +207,7 @@ def _feature_set_id(request: schemas.AnalysisRequest) -> str | None:
 
 def _lock_subjects(session: Session, request: schemas.AnalysisRequest, checkpoint_ids: Sequence[str]) -> str:
     """The name of what is looked at; nothing of it can be deleted before the transaction ends."""
-    if feature_set_id := _feature_set_id(request):
+    if (feature_set_id := _feature_set_id(request)) is not None:
         return resources.get(session, models.FeatureSet, feature_set_id, lock="share").name
     assert request.probe_id is not None
     probe = resources.get(session, models.Probe, request.probe_id, lock="share")

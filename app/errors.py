@@ -7,6 +7,9 @@
     ├── LabelsDiffer        422  class names of a probe that are not those of the checkpoint
     ├── NotComparable       422  a gate, a report and a baseline that do not belong together
     ├── ProbeUnsuitable     422  a probe that networks of the checkpoint's kind cannot be looked at with
+    ├── MalformedRequest    400  no HTTP at all
+    ├── RequestTimeout      408  a request did not come in time
+    ├── HeadersTooLarge     431
     ├── UploadIncomplete    400  the body ended or stalled before the form did
     ├── TooLarge            413
     ├── UnsupportedMedia    415
@@ -17,6 +20,7 @@
     ├── IdempotencyConflict 409
     ├── NotCancellable      409
     ├── TooManyStreams      503  of events
+    ├── TooManyConnections  503
     ├── BaselineMoved       409  it is no longer where the caller saw it
     ├── InsufficientStorage 507  the disk or the storage is full
     └── Unavailable         503  the database or the storage does not answer
@@ -101,6 +105,18 @@ class ProbeUnsuitable(ServiceError):
     kind, title, status = "probe-unsuitable", "The probe does not suit the checkpoint", 422
 
 
+class MalformedRequest(ServiceError):
+    kind, title, status = "malformed-request", "This is not a request", 400
+
+
+class RequestTimeout(ServiceError):
+    kind, title, status = "request-timeout", "The request did not come in time", 408
+
+
+class HeadersTooLarge(ServiceError):
+    kind, title, status = "headers-too-large", "The request's headers are too large", 431
+
+
 class UploadIncomplete(ServiceError):
     kind, title, status = "upload-incomplete", "The upload ended before it was complete", 400
 
@@ -139,6 +155,10 @@ class NotCancellable(ServiceError):
 
 class TooManyStreams(ServiceError):
     kind, title, status = "too-many-streams", "Too many streams of events are open", 503
+
+
+class TooManyConnections(ServiceError):
+    kind, title, status = "too-many-connections", "Too many connections are open", 503
 
 
 class BaselineMoved(ServiceError):

@@ -5,19 +5,31 @@ A row that arrives while somebody pages is newer than every page to come, so no 
 
 import base64
 import binascii
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
 import sqlalchemy as sa
 from fastapi import Depends, Query, Request
-from pydantic import AwareDatetime, Field
+from pydantic import AwareDatetime, BeforeValidator, Field
 from sqlalchemy.orm import Session
 
 from app.errors import InvalidRequest
 from app.models import MetadataEntry, Resource, UTCDateTime
 from app.schemas import PLAIN_TEXT
+
+
+def _as_document_says(text: Any) -> Any:
+    """A date and a time with its zone (RFC 3339); pydantic takes numbers for seconds since 1970 too."""
+    if isinstance(text, str) and not _RFC3339.fullmatch(text):
+        raise ValueError("must be a date and a time with its zone, such as 2026-01-31T12:00:00Z")
+    return text
+
+
+_RFC3339 = re.compile(r"\d{4}-\d{2}-\d{2}[Tt ]\d{2}:\d{2}:\d{2}(\.\d+)?([Zz]|[+-]\d{2}:\d{2})", re.ASCII)
+Instant = Annotated[AwareDatetime, BeforeValidator(_as_document_says)]
 
 
 @dataclass(frozen=True)
@@ -31,18 +43,18 @@ class Listing:
         list[Annotated[str, Field(pattern=r"^[^\x00]*$")]] | None,
         Query(description="`key=value`; repeat it to ask for several at once.", max_length=20),
     ] = None
-    created_after: Annotated[AwareDatetime | None, Query(description="Not before this instant.")] = None
-    created_before: Annotated[AwareDatetime | None, Query(description="Before this instant.")] = None
+    created_after: Annotated[Instant | None, Query(description="Not before this instant.")] = None
+    created_before: Annotated[Instant | None, Query(description="Before this instant.")] = None
 
 
-def listing_with(*filters: str) -> Callable[..., Listing]:
+def listing_with(*filters: str) -> Callable[..., Awaitable[Listing]]:
     """A dependency: the listing of a collection that has these filters of its own, and no others.
 
     A filter that is mistyped must not answer with everything.
     """
     known = {field.name for field in fields(Listing)} | set(filters)
 
-    def parse(request: Request, listing: Annotated[Listing, Depends()]) -> Listing:
+    async def parse(request: Request, listing: Annotated[Listing, Depends()]) -> Listing:
         if unknown := sorted(set(request.query_params) - known):
             raise InvalidRequest(f"{', '.join(map(repr, unknown))} is no filter here; {', '.join(sorted(known))} are.")
         return listing

@@ -13,6 +13,8 @@ from app import problems, queue, resources
 from app.admission import Admission
 from app.database import make_engine
 from app.events import Events
+from app.openapi import Application
+from app.readiness import Readiness
 from app.routes import Service, analyses, gates, health
 from app.routes import resources as resource_routes
 from app.settings import Settings
@@ -29,7 +31,8 @@ def create_app(settings: Settings) -> FastAPI:
     """The application; it connects to nothing before it serves."""
     engine = make_engine(settings)
     events = Events(engine, settings.max_event_streams)
-    service = Service(settings, engine, Storage(settings), queue.make_client(engine), events)
+    storage = Storage(settings)
+    service = Service(settings, engine, storage, queue.make_client(engine), events, Readiness(engine, storage))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -39,12 +42,13 @@ def create_app(settings: Settings) -> FastAPI:
         service.queue.destroy()
         engine.dispose()
 
-    app = FastAPI(
+    app = Application(
         title="Interplay",
         version=importlib.metadata.version("interplay"),
         description=_DESCRIPTION,
         lifespan=lifespan,
     )
+    app.settings = settings
     app.state.service = service
     app.add_middleware(Admission, settings=settings)
     problems.install(app)

@@ -161,6 +161,8 @@ def delete(engine: sa.Engine, storage: Storage, model: type[OwnerType], id_: str
         models.Probe: analyses.probe_id == id_,
         models.FeatureSet: analyses.feature_set_id == id_,
     }[model]
+    # Asked before anything is locked: a storage that is away must not hold up whoever writes to the database.
+    storage.has("0" * 64)
     with write(engine) as session:
         row = get(session, model, id_, lock="exclusive")
         needed_by = session.scalars(sa.select(analyses.id).where(needs, analyses.outcome.is_(None)).limit(20))

@@ -52,7 +52,7 @@ PLAIN_TEXT = r"^[^\x00-\x1f]*$"
 Name = Annotated[str, Field(min_length=1, max_length=200, pattern=PLAIN_TEXT)]
 # What becomes part of a URL, of a file's name and of a hidden comment.
 Slug = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
-Id = Annotated[str, Field(max_length=36, pattern=PLAIN_TEXT)]
+Id = Annotated[str, Field(min_length=1, max_length=36, pattern=PLAIN_TEXT)]
 Metadata = Annotated[dict[str, Any], AfterValidator(_check_metadata)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 PositiveFloat = Annotated[FiniteFloat, Field(gt=0)]

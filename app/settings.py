@@ -2,6 +2,7 @@
 
 import ipaddress
 import logging
+import math
 import re
 import sys
 from functools import cached_property
@@ -63,6 +64,22 @@ class Settings(BaseSettings):
     )
     max_event_streams: int = Field(
         default=500, ge=0, description="Streams of events open at a time; clients beyond it ask again and again."
+    )
+    max_connections: int = Field(
+        default=1000, ge=1, description="Connections open at a time; the oldest without a request goes first."
+    )
+    header_timeout_seconds: float = Field(
+        default=10.0, gt=0, description="A request's line and headers must have come within this."
+    )
+    body_timeout_seconds: float = Field(default=30.0, gt=0, description="A JSON body must have come within this.")
+    min_upload_rate: int = Field(
+        default=10 * 2**10, ge=0, description="Bytes per second of an upload, over upload_idle_seconds; 0: any."
+    )
+    database_timeout_seconds: float = Field(
+        default=10.0, gt=0, le=3600, description="Longest statement, wait for a lock, and silence of the database."
+    )
+    storage_timeout_seconds: float = Field(
+        default=10.0, gt=0, le=3600, description="Longest silence of a remote storage."
     )
     analysis_timeout_seconds: float = Field(
         default=6 * 3600.0, gt=0, description="An attempt that computes for longer fails."
@@ -141,10 +158,40 @@ def load_settings(**given: Any) -> Settings:
         raise SystemExit(2) from None
 
 
+class _Repeated(logging.Filter):
+    """Lets a line through once in ten seconds, with how many like it were left out since."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said_at: dict[str, float] = {}
+        self._left_out: dict[str, int] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether a record is the first of its kind, by its text before arguments and its exception, for a while."""
+        kind = f"{record.msg} {record.exc_info[1]!r}" if record.exc_info else str(record.msg)
+        kind = kind.partition("\n")[0][:200]
+        if record.created - self._said_at.get(kind, -math.inf) < _REPEAT_SECONDS:
+            self._left_out[kind] = self._left_out.get(kind, 0) + 1
+            return False
+        if len(self._said_at) > 1000:
+            self._said_at.clear()
+        self._said_at[kind] = record.created
+        if left_out := self._left_out.pop(kind, 0):
+            record.msg = f"{record.msg} (and {left_out} more like it)"
+        return True
+
+
+# What clients and dependencies can make say the same without end.
+_TALKATIVE = ("app.events", "app.problems", "asyncio", "uvicorn.error")
+_REPEAT_SECONDS = 10.0
+
+
 def start_logging(settings: Settings) -> None:
     """Log to standard error. Libraries log their every step as information; only `debug` asks for that."""
     level = settings.log_level.upper()
     logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    for name in _TALKATIVE:
+        logging.getLogger(name).addFilter(_Repeated())
     if level == "INFO":
         for name in ("alembic", "dbos", "httpx"):
             logging.getLogger(name).setLevel(logging.WARNING)

@@ -7,8 +7,10 @@ A local store gets the staged file by rename, with the file and its folder synce
 import errno
 import fcntl
 import hashlib
+import math
 import os
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,7 +18,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import Any, BinaryIO
 from urllib.parse import unquote, urlsplit
 from uuid import uuid4
 
@@ -28,6 +30,28 @@ from app.settings import Settings
 
 # Where workers keep features, beside the blobs.
 _FEATURES = "features"
+_MOST_TURNS = 20
+# So long a call waits for its turn while none ends.
+_STALLED_SECONDS = 1.0
+# Parts of a large file that are on their way to a remote store at a time, each within the store's deadline.
+_PARTS = 4
+# How variables of the environment begin that obstore reads for a store, and those of its HTTP client.
+_ENVIRONMENT = {"s3": "AWS_", "gs": "GOOGLE_", "az": "AZURE_"}
+_CLIENT_OPTIONS = (
+    "allow_http",
+    "allow_invalid_certificates",
+    "connect_timeout",
+    "http1_only",
+    "http2_only",
+    "pool_idle_timeout",
+    "proxy_ca_certificate",
+    "proxy_excludes",
+    "proxy_url",
+    "read_timeout",
+    "root_certificate",
+    "timeout",
+    "user_agent",
+)
 
 
 class StorageUnavailable(Exception):
@@ -51,11 +75,46 @@ class BlobDamaged(Exception):
         self.sha256, self.found = sha256, found
 
 
+class _Turns:
+    """At most half of the threads that routes run in (40) use the storage at a time, so that one which does not answer
+    leaves the others free. Who comes next waits while turns end, and not otherwise."""
+
+    def __init__(self) -> None:
+        self._free = threading.Condition()
+        self._taken = 0
+        self._ended_at = -math.inf
+        self._holder = threading.local()
+
+    def __enter__(self) -> None:
+        # What has a turn may call what asks for one.
+        self._holder.depth = getattr(self._holder, "depth", 0) + 1
+        if self._holder.depth > 1:
+            return
+        with self._free:
+            while self._taken >= _MOST_TURNS:
+                if not self._free.wait(_STALLED_SECONDS) and time.monotonic() - self._ended_at > _STALLED_SECONDS:
+                    self._holder.depth -= 1
+                    raise StorageUnavailable(f"{_MOST_TURNS} calls wait for it already")
+            self._taken += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._holder.depth -= 1
+        if self._holder.depth == 0:
+            with self._free:
+                self._taken -= 1
+                self._ended_at = time.monotonic()
+                self._free.notify()
+
+
+_turns = _Turns()
+
+
 @contextmanager
 def _reaching_storage() -> Iterator[None]:
     """Every failure of disk or store as one exception; that a blob does not exist is none."""
     try:
-        yield
+        with _turns:
+            yield
     except FileNotFoundError:
         raise
     except (OSError, obstore.exceptions.BaseError) as error:
@@ -141,7 +200,7 @@ class Storage:
             self._staging = self._folder / "staging"
             self._store = LocalStore(prefix=self._folder, mkdir=True)
         else:
-            self._store = from_url(settings.effective_storage_url)
+            self._store = _remote_store(settings)
 
     def stage(self) -> StagedFile:
         with _reaching_storage():
@@ -158,7 +217,7 @@ class Storage:
         if self._folder is None:
             # Whatever lies there: it may be damaged.
             with staged.path.open("rb") as file:
-                obstore.put(self._store, _key(sha256), file)
+                obstore.put(self._store, _key(sha256), file, max_concurrency=_PARTS)
             return
         final = self._folder / _key(sha256)
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -305,7 +364,7 @@ class Storage:
             staged.flush()
             if self._folder is None:
                 with staged.path.open("rb") as file:
-                    obstore.put(self._store, f"{_FEATURES}/{name}", file)
+                    obstore.put(self._store, f"{_FEATURES}/{name}", file, max_concurrency=_PARTS)
                 return
             final = self._folder / _FEATURES / name
             final.parent.mkdir(exist_ok=True)
@@ -370,6 +429,22 @@ class Storage:
                 path.unlink(missing_ok=True)
                 removed += 1
         return removed
+
+
+def _remote_store(settings: Settings) -> ObjectStore:
+    """The store that a URL names. It may take long to send much, and not long to send nothing."""
+    url = urlsplit(settings.effective_storage_url)
+    if url.scheme == "memory":
+        return from_url(settings.effective_storage_url)
+    silence = timedelta(seconds=settings.storage_timeout_seconds)
+    options: Any = {"connect_timeout": min(silence, timedelta(seconds=5)), "read_timeout": silence, "timeout": "1 day"}
+    # Options that are given take the place of all that the environment says, so what it says is given too.
+    prefix = _ENVIRONMENT[url.scheme]
+    for name in _CLIENT_OPTIONS:
+        if (value := os.environ.get(f"{prefix}{name.upper()}")) is not None:
+            options[name] = value
+    retries: Any = {"max_retries": 3, "retry_timeout": silence}
+    return from_url(settings.effective_storage_url, client_options=options, retry_config=retries)
 
 
 def _key(sha256: str) -> str:

@@ -44,7 +44,8 @@ async def receive(request: Request, storage: Storage, settings: Settings) -> Asy
     Raises:
         UnsupportedMedia: the body is not a multipart form.
         TooLarge: the file, the spec or the whole body is over its limit; counted as it comes.
-        UploadIncomplete: the body ended, or nothing came for `upload_idle_seconds`, before the form did.
+        UploadIncomplete: the body ended before the form did, or came slower than `min_upload_rate` for
+            `upload_idle_seconds`.
         InvalidRequest: the form has other parts, or not the right ones.
     """
     parts = _Parts(settings)
@@ -53,7 +54,7 @@ async def receive(request: Request, storage: Storage, settings: Settings) -> Asy
     async with AsyncExitStack() as stack:
         file: StagedFile | None = None
         received_bytes = 0
-        async for chunk in _chunks(request, settings.upload_idle_seconds):
+        async for chunk in _chunks(request, settings):
             received_bytes += len(chunk)
             if received_bytes > _largest_body(settings):
                 raise _too_large(settings, received_bytes)
@@ -100,18 +101,29 @@ def _too_large(settings: Settings, size_bytes: int) -> TooLarge:
     return TooLarge(f"The body has {size_bytes} bytes or more; a file may have {limit}.", limit_bytes=limit)
 
 
-async def _chunks(request: Request, idle_seconds: float) -> AsyncIterator[bytes]:
-    stream = request.stream()
+async def _chunks(request: Request, settings: Settings) -> AsyncIterator[bytes]:
+    """The body as it comes, which is no slower than it may be: only time in which we wait for the client counts."""
+    stream, loop = request.stream(), asyncio.get_running_loop()
+    patience_seconds = settings.upload_idle_seconds
+    least_bytes = max(settings.min_upload_rate * patience_seconds, 1)
+    waited_seconds, came_bytes = 0.0, 0
     while True:
+        asked_at = loop.time()
         try:
-            async with asyncio.timeout(idle_seconds):
+            async with asyncio.timeout(patience_seconds - waited_seconds):
                 chunk = await anext(stream)
         except StopAsyncIteration:
             return
         except TimeoutError:
-            raise UploadIncomplete(f"Nothing came for {idle_seconds:g} seconds.") from None
+            raise UploadIncomplete(
+                f"{came_bytes or 'No'} bytes came in {patience_seconds:g} seconds; send at least {least_bytes:.0f}."
+            ) from None
         except ClientDisconnect:
             raise UploadIncomplete("The connection was closed before the upload was complete.") from None
+        waited_seconds += loop.time() - asked_at
+        came_bytes += len(chunk)
+        if came_bytes >= least_bytes:
+            waited_seconds, came_bytes = 0.0, 0
         yield chunk
 
 

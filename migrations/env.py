@@ -36,5 +36,5 @@ given: sa.Connection | None = context.config.attributes.get("connection")
 if given is not None:
     _run(given)
 else:
-    with make_engine(Settings()).begin() as own:
+    with make_engine(Settings(), patient=True).begin() as own:
         _run(own)

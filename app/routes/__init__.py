@@ -7,8 +7,9 @@ import sqlalchemy as sa
 from fastapi import Depends, Request
 
 from app.events import Events
+from app.openapi import problem_response
 from app.queue import Client
-from app.schemas import Problem
+from app.readiness import Readiness
 from app.settings import Settings
 from app.storage import Storage
 
@@ -22,9 +23,11 @@ class Service:
     storage: Storage
     queue: Client
     events: Events
+    readiness: Readiness
 
 
-def _service(request: Request) -> Service:
+# A coroutine, as FastAPI takes a thread for what is none.
+async def _service(request: Request) -> Service:
     service: Service = request.app.state.service
     return service
 
@@ -33,6 +36,5 @@ ServiceDep = Annotated[Service, Depends(_service)]
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The OpenAPI entries of a route's problems."""
-    content = {"application/problem+json": {"schema": Problem.model_json_schema()}}
-    return {status: {"description": "A problem, see docs/problems.md", "content": content} for status in statuses}
+    """The OpenAPI entries of a route's own problems; app/openapi.py adds those that all have."""
+    return {status: problem_response() for status in statuses}

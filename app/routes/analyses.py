@@ -9,9 +9,9 @@ from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
 from app import analyses, reports, schemas
 from app.database import read
 from app.errors import NotFound
-from app.events import EventStream
 from app.listing import Listing, listing_with, page
 from app.models import Report
+from app.openapi import reference
 from app.routes import ServiceDep, problems
 
 router = APIRouter(tags=["analyses"])
@@ -20,6 +20,21 @@ AnalysisListing = Annotated[Listing, Depends(listing_with(*_FILTERS, "status"))]
 ReportListing = Annotated[Listing, Depends(listing_with(*_FILTERS))]
 IdempotencyKey = Annotated[str | None, Header(min_length=1, max_length=255, pattern=schemas.PLAIN_TEXT)]
 LastEventId = Annotated[str | None, Header(max_length=100, pattern=schemas.PLAIN_TEXT)]
+# An event as OpenAPI describes one of a stream.
+_ANALYSIS = {"type": "string", "contentMediaType": "application/json", "contentSchema": reference(schemas.Analysis)}
+_EVENT = {
+    "type": "object",
+    "required": ["event", "id", "data"],
+    "properties": {
+        "event": {"type": "string", "enum": ["status", "progress", "final"]},
+        "id": {"type": "string"},
+        "data": {
+            "type": "string",
+            "contentMediaType": "application/json",
+            "contentSchema": reference(schemas.Analysis),
+        },
+    },
+}
 IdFilter = Annotated[str | None, Query(max_length=36, pattern=schemas.PLAIN_TEXT)]
 
 
@@ -66,9 +81,9 @@ def get_analysis(id: schemas.Id, service: ServiceDep) -> schemas.Analysis:
 @router.get(
     "/analyses/{id}/events",
     status_code=200,
-    response_class=EventStream,
+    response_class=Response,
     responses={
-        200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "Server-sent events"},
+        200: {"content": {"text/event-stream": {"itemSchema": _EVENT}}, "description": "Server-sent events"},
         **problems(404, 503),
     },
 )

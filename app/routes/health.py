@@ -5,66 +5,54 @@ import importlib.metadata
 import time
 from datetime import timedelta
 
-import sqlalchemy as sa
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
 
-import migrations
-from app import models, reports, schemas
-from app.database import clock, read
-from app.models import Worker
-from app.routes import ServiceDep
-from app.storage import StorageUnavailable
+from app import reports, schemas
+from app.admission import holds_key
+from app.readiness import Part, living_workers
+from app.routes import ServiceDep, problems
 
 health = APIRouter(tags=["health"])
 router = APIRouter(tags=["health"])
 
-# A worker writes its heartbeat every second or two; one that has missed several does not count.
-_HEARTBEAT_SECONDS = 10.0
 # How long a worker that has just started is waited for, which tries its libraries: seconds where nothing else runs.
-_TRYING_SECONDS, _ROUND_SECONDS = 20.0, 0.25
+_TRYING, _ROUND_SECONDS = timedelta(seconds=20), 0.25
 
 
 @health.get("/healthz")
-def healthz() -> dict[str, str]:
-    """The process answers."""
+async def healthz() -> dict[str, str]:
+    """The process answers. It needs no thread, no database and no storage for that."""
     return {"status": "ok"}
 
 
 @health.get("/readyz", responses={503: {"model": schemas.Readiness}})
-def readyz(service: ServiceDep, response: Response) -> schemas.Readiness:
-    """An analysis that is sent now would run; where not, which part is missing and why."""
-    try:
-        found, wanted = migrations.current(service.engine), migrations.head()
-        database = worker = "ok"
-        if found != wanted:
-            database = f"its tables are at revision {found}, this version needs {wanted}: run `interplay migrate`"
-            worker = "unknown without the tables"
-        elif not _workers(service.engine):
-            worker = "no worker has been heard of in the last 10 seconds"
-    except sa.exc.SQLAlchemyError as error:
-        database, worker = f"does not answer: {type(error).__name__}", "unknown without the database"
-    try:
-        service.storage.check()
-        storage = "ok"
-    except StorageUnavailable as error:
-        storage = f"does not answer: {error}"
-    ready = database == storage == worker == "ok"
+async def readyz(service: ServiceDep, request: Request, response: Response) -> schemas.Readiness:
+    """An analysis that is sent now would run; where not, which part is missing. Whoever sends the key hears why.
+
+    The answer comes within two seconds, and may be one second old.
+    """
+    parts = await service.readiness.look()
+    may_know = holds_key(service.settings, request.headers.get("authorization", "").encode("latin-1"))
+    ready = all(part == Part() for part in parts.values())
     response.status_code = 200 if ready else 503
-    return schemas.Readiness(ready=ready, database=database, storage=storage, worker=worker)
+    response.headers["Cache-Control"] = "no-store"
+    words = {
+        name: f"{part.told}: {part.error}" if may_know and part.error else part.told for name, part in parts.items()
+    }
+    return schemas.Readiness(ready=ready, **words)
 
 
-@router.get("/version")
+@router.get("/version", responses=problems(503))
 async def version(service: ServiceDep) -> schemas.Version:
     """Versions of the service and of what its living workers offer.
 
     The answer waits for a worker that has just started and is still trying which families it can import, for a while.
     """
-    deadline = time.monotonic() + _TRYING_SECONDS
+    deadline = time.monotonic() + _TRYING.total_seconds()
     while True:
-        workers = await run_in_threadpool(_workers, service.engine)
-        fresh = models.now() - timedelta(seconds=_TRYING_SECONDS)
-        trying = any(row.untried and row.started_at > fresh for row in workers)
+        workers = await run_in_threadpool(living_workers, service.engine)
+        trying = any(row.untried and row.heartbeat_at - row.started_at < _TRYING for row in workers)
         if not trying or time.monotonic() > deadline:
             break
         await asyncio.sleep(_ROUND_SECONDS)
@@ -84,9 +72,3 @@ async def version(service: ServiceDep) -> schemas.Version:
             for row in workers
         ],
     )
-
-
-def _workers(engine: sa.Engine) -> list[Worker]:
-    with read(engine) as session:
-        heard = clock(session) - timedelta(seconds=_HEARTBEAT_SECONDS)
-        return list(session.scalars(sa.select(Worker).where(Worker.ended_at.is_(None), Worker.heartbeat_at > heard)))

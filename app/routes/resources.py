@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from app import models, resources, schemas
 from app.database import read
 from app.listing import Listing, listing_with, page
+from app.openapi import reference
 from app.routes import ServiceDep, problems
 from app.uploads import Upload, receive
 
@@ -21,7 +22,7 @@ ListingDep = Annotated[Listing, Depends(listing_with())]
 
 def _upload_body(spec: type[BaseModel], file: str) -> dict[str, Any]:
     properties = {
-        "spec": spec.model_json_schema(),
+        "spec": reference(spec),
         "file": {"type": "string", "contentMediaType": "application/octet-stream", "description": file},
     }
     form = {"schema": {"type": "object", "required": ["spec"], "properties": properties}}

@@ -1,0 +1,126 @@
+"""Whether an analysis that is sent now would run: looked at once a second at most, and never for long.
+
+Each part is looked at in a thread of its own, so that neither routes that wait for a part hold up the look, nor looks
+that hang take threads from routes: a part that has not answered the last look is not asked a second time.
+"""
+
+import asyncio
+import concurrent.futures
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+
+import sqlalchemy as sa
+
+from app.database import clock, read
+from app.models import Worker
+from app.storage import Storage, StorageUnavailable
+
+logger = logging.getLogger(__name__)
+
+_KEEP_SECONDS = 1.0
+# All of an answer's time, with some left for the answer itself.
+_LOOK_SECONDS = 1.8
+# A worker writes its heartbeat every second or two; one that has missed several does not count.
+_HEARTBEAT_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a look has found: fit to be told to anybody, and for those with a key, the error's own words."""
+
+    told: str = "ok"
+    error: str | None = None
+
+
+_WITHOUT_DATABASE = Part("unknown without the database")
+
+
+class Readiness:
+    """What was found last, and the looks that are on their way."""
+
+    def __init__(self, engine: sa.Engine, storage: Storage) -> None:
+        self._looks: dict[str, Callable[[], dict[str, Part]]] = {
+            "database": lambda: _look_at_database(engine),
+            "storage": lambda: _look_at_storage(storage),
+        }
+        self._pending: dict[str, concurrent.futures.Future[dict[str, Part]]] = {}
+        self._looking: asyncio.Task[None] | None = None
+        self._found: dict[str, Part] = {}
+        self._found_at = 0.0
+
+    async def look(self) -> dict[str, Part]:
+        """Database, worker and storage, by name. Whoever asks meanwhile waits for the same look."""
+        if not self._found or time.monotonic() - self._found_at > _KEEP_SECONDS:
+            if self._looking is None or self._looking.done():
+                self._looking = asyncio.create_task(self._look())
+            await asyncio.shield(self._looking)
+        return self._found
+
+    async def _look(self) -> None:
+        found: dict[str, Part] = {}
+        for parts in await asyncio.gather(*(self._look_at(name) for name in self._looks)):
+            found |= parts
+        for name, part in found.items():
+            if part.error is not None and part != self._found.get(name):
+                logger.warning("the %s %s: %s", name, part.told, part.error)
+        self._found, self._found_at = found, time.monotonic()
+
+    async def _look_at(self, name: str) -> dict[str, Part]:
+        future = self._pending.get(name)
+        if future is None or future.done():
+            future = self._pending[name] = _in_thread(self._looks[name])
+        try:
+            return await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(future)), _LOOK_SECONDS)
+        except TimeoutError:
+            silent = Part("does not answer", f"said nothing for {_LOOK_SECONDS:g} s")
+            unknown = {"worker": _WITHOUT_DATABASE} if name == "database" else {}
+            return {name: silent, **unknown}
+
+
+def living_workers(engine: sa.Engine) -> list[Worker]:
+    """Workers whose heartbeat is fresh."""
+    with read(engine) as session:
+        heard = clock(session) - timedelta(seconds=_HEARTBEAT_SECONDS)
+        return list(session.scalars(sa.select(Worker).where(Worker.ended_at.is_(None), Worker.heartbeat_at > heard)))
+
+
+def _look_at_database(engine: sa.Engine) -> dict[str, Part]:
+    # Here, as it loads alembic, which nothing else of a running API needs.
+    import migrations
+
+    try:
+        found, wanted = migrations.current(engine), migrations.head()
+        if found != wanted:
+            told = f"its tables are at revision {found}, this version needs {wanted}: run `interplay migrate`"
+            return {"database": Part(told), "worker": Part("unknown without the tables")}
+        worker = Part() if living_workers(engine) else Part("no worker has been heard of in the last 10 seconds")
+    except sa.exc.SQLAlchemyError as error:
+        words = str(error.orig) if isinstance(error, sa.exc.DBAPIError) else str(error)
+        return {"database": Part("does not answer", words.partition("\n")[0]), "worker": _WITHOUT_DATABASE}
+    return {"database": Part(), "worker": worker}
+
+
+def _look_at_storage(storage: Storage) -> dict[str, Part]:
+    try:
+        storage.check()
+    except StorageUnavailable as error:
+        return {"storage": Part("does not answer", str(error).partition("\n")[0])}
+    return {"storage": Part()}
+
+
+def _in_thread(look: Callable[[], dict[str, Part]]) -> concurrent.futures.Future[dict[str, Part]]:
+    future: concurrent.futures.Future[dict[str, Part]] = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            future.set_result(look())
+        except BaseException as error:  # noqa: BLE001  a bug of ours is whoever asked's to see
+            future.set_exception(error)
+
+    # A process that ends does not wait for it.
+    threading.Thread(target=run, name="readiness", daemon=True).start()
+    return future

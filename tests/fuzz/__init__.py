@@ -1,0 +1,1 @@
+"""Whatever comes in, no fault of the service comes out: `python -m tests.fuzz`."""

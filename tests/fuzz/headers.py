@@ -1,0 +1,138 @@
+"""Files with damaged headers, read by the functions that uploads go through: taken or refused, and nothing else."""
+
+import io
+import json
+import random
+import tarfile
+import time
+import traceback
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save
+
+from app import archives, datafile, probedata, schemas, tensorfile
+from app.errors import ServiceError
+from app.settings import Settings
+from app.weights import weight_names
+from tests.datafiles import encoded, picture, zipped
+
+SETTINGS = Settings(max_npz_bytes=2**26, max_unpacked_bytes=2**26, max_upload_bytes=2**26)
+# What damage puts in: ends of ranges, signs of other formats, texts that parsers stumble over.
+_PIECES = (
+    *(
+        value.to_bytes(size, "little")
+        for size in (2, 4, 8)
+        for value in (0, 1, 2 ** (8 * size - 1), 2 ** (8 * size) - 1)
+    ),
+    *(b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06", b"\x93NUMPY", b"\x80\x02", b"{", b"}", b"[" * 300, b'"', b"\\u0000"),
+    *(b"-1", b"1e999", b"NaN", b"null", b"true", b"9" * 400, b"\xed\xa0\x80", b"\xff\xfe", b"../../", b"\x00"),
+)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """An error that an upload would have been answered with 500 for."""
+
+    seed: int
+    kind: str
+    door: str
+    traceback: str
+
+
+def originals() -> dict[str, bytes]:
+    """Small files that are right, by kind."""
+    arrays: dict[str, Any] = {
+        "inputs": np.zeros((4, 3), np.float32),
+        "labels": np.array([0, 1, 0, 1]),
+        "split": np.zeros(4, np.uint8),
+    }
+    npz, packed, tar = io.BytesIO(), io.BytesIO(), io.BytesIO()
+    np.savez(npz, **arrays)
+    np.savez_compressed(packed, **arrays)
+    weights = save({"layer.weight": np.ones((2, 3), np.float32)}, metadata={"format": "pt"})
+    folder = {"config.json": json.dumps({"model_type": "vit"}).encode(), "model.safetensors": weights}
+    with tarfile.open(fileobj=tar, mode="w:gz") as archive:
+        for name, content in folder.items():
+            info = tarfile.TarInfo(f"net/{name}")
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    pictures = {f"{name}/{i}.png": encoded(picture(i, 4, 3)) for name in ("cat", "dog") for i in range(2)}
+    return {
+        "safetensors": save(arrays),
+        "npz": npz.getvalue(),
+        "npz, compressed": packed.getvalue(),
+        "zip of a folder": zipped(folder, compression=zipfile.ZIP_DEFLATED),
+        "tar of a folder": tar.getvalue(),
+        "zip of images": zipped(pictures),
+        "csv": b'text,label\n"a, b",x\nc,y\n',
+        "json lines": b'{"text": "a", "label": 0}\n{"text": "b", "label": 1}\n',
+    }
+
+
+def damaged(content: bytes, chance: random.Random) -> bytes:
+    """The content with some of it changed, left out, put in, or said twice."""
+    changed = bytearray(content)
+    for _ in range(chance.choice((1, 1, 1, 2, 3, 8))):
+        # Most of what a file says of itself stands at one of its ends.
+        near = chance.choice((16, 64, 512, len(changed) + 1))
+        at = min(chance.randrange(near), max(len(changed) - 1, 0))
+        at = at if chance.random() < 0.6 else max(len(changed) - 1 - at, 0)
+        match chance.randrange(5):
+            case 0:
+                changed[at : at + 1] = bytes((chance.randrange(256),))
+            case 1:
+                piece = chance.choice(_PIECES)
+                changed[at : at + len(piece)] = piece
+            case 2:
+                changed[at:at] = chance.choice(_PIECES)
+            case 3:
+                del changed[at : at + chance.choice((1, 2, 8, 100))]
+            case _:
+                changed[at:at] = changed[at : at + chance.choice((1, 8, 46))]
+    return bytes(changed)
+
+
+def _as_checkpoint(path: Path) -> None:
+    if not archives.is_archive(path):
+        weight_names(tensorfile.inspect_safetensors(path).tensors)
+        return
+    with archives.open_folder(path, max_bytes=2**26) as folder:
+        archives.write_weights(folder, io.BytesIO())
+
+
+def _as_probe(path: Path) -> None:
+    # Parquet is read by another process, whatever it dies of.
+    if datafile.detect(path, datafile.Limits.of(SETTINGS)) != "parquet":
+        probedata.describe(path, schemas.ProbeSpec(name="a"), SETTINGS)
+
+
+DOORS: dict[str, Callable[[Path], None]] = {"checkpoint": _as_checkpoint, "probe": _as_probe}
+
+
+def campaign(folder: Path, seed: int, *, count: int, seconds: float = float("inf")) -> tuple[int, list[Fault]]:
+    """Send damaged files through every door; how many, and what went wrong, each kind of fault once."""
+    kinds = originals()
+    path = folder / "file"
+    deadline = time.monotonic() + seconds
+    faults: dict[str, Fault] = {}
+    done = 0
+    while done < count and time.monotonic() < deadline:
+        chance = random.Random(seed + done)
+        kind = chance.choice(list(kinds))
+        path.write_bytes(damaged(kinds[kind], chance))
+        for door, enter in DOORS.items():
+            try:
+                enter(path)
+            except ServiceError:
+                pass
+            except Exception as error:  # noqa: BLE001  whatever it is, it is a fault
+                where = traceback.extract_tb(error.__traceback__)[-1]
+                fault = Fault(seed + done, kind, door, traceback.format_exc())
+                faults.setdefault(f"{type(error).__name__} {where.filename} {where.lineno}", fault)
+        done += 1
+    return done, list(faults.values())

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psycopg
 import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.orm import Session
@@ -60,11 +59,13 @@ def _use_write_ahead_log(connection: sqlite3.Connection) -> None:
 
 
 def _postgresql_engine(url: sa.URL) -> sa.Engine:
+    import psycopg  # here: most services are on SQLite, and it takes a while to load
+
     dialect = url.get_dialect()()
     args, kwargs = dialect.create_connect_args(url)
     kwargs.setdefault("connect_timeout", 10)
 
-    def connect() -> psycopg.Connection[Any]:
+    def connect() -> "psycopg.Connection[Any]":
         try:
             return psycopg.connect(*args, **kwargs)
         except psycopg.OperationalError as error:

@@ -1,36 +1,31 @@
 """Checkpoints, probes and feature sets: from an upload to a row, and away again.
 
 A blob's row is locked by whoever takes it into use or removes it, so a file is removed only while nothing refers to it.
+What reads files loads with the first of them, or once the service is up (`app.main`): it takes half a second.
 """
 
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-import numpy as np
 import sqlalchemy as sa
 from pydantic import ValidationError
 from sqlalchemy.orm import Session
 
-from app import archives, models, probedata, schemas, tensorfile
+from app import models, schemas
 from app.architectures import architecture_of_config, check_architecture
 from app.database import read, write
 from app.errors import InUse, InvalidFile, InvalidRequest, NotFound, TooLarge, invalid_request
 from app.preprocessing import given_preprocess, preprocess_of_config
 from app.settings import Settings
 from app.storage import StagedFile, Storage
-from app.tensordata import (
-    MAX_CLASSES,
-    read_labels,
-    read_splits,
-    require_known,
-    require_tensor,
-    safetensors_integers,
-)
 from app.uploads import Upload
 from app.weights import weight_names
+
+if TYPE_CHECKING:
+    from app import tensorfile
 
 _ORPHAN_SECONDS = 3600.0
 
@@ -53,6 +48,8 @@ _USES = (
 
 def create_checkpoint(engine: sa.Engine, storage: Storage, settings: Settings, upload: Upload) -> models.Checkpoint:
     """Keep a checkpoint; its header is checked, its weights are not read (the worker does that)."""
+    from app import archives, tensorfile
+
     spec = _parse_spec(schemas.CheckpointSpec, upload.spec, settings)
     with _blob_path(engine, storage, upload, spec) as path, ExitStack() as stack:
         weights, sha256 = upload.file, _sha256(upload, spec)
@@ -83,6 +80,8 @@ def create_checkpoint(engine: sa.Engine, storage: Storage, settings: Settings, u
 
 def create_probe(engine: sa.Engine, storage: Storage, settings: Settings, upload: Upload) -> models.Probe:
     """Keep a probe dataset; labels and splits are read and checked, images and texts are not decoded."""
+    from app import probedata
+
     spec = _parse_spec(schemas.ProbeSpec, upload.spec, settings)
     with _blob_path(engine, storage, upload, spec) as path, ExitStack() as stack:
         tokenizer = _staged_tokenizer(storage, settings, spec.tokenizer, stack)
@@ -99,19 +98,25 @@ def create_probe(engine: sa.Engine, storage: Storage, settings: Settings, upload
 
 def create_feature_set(engine: sa.Engine, storage: Storage, settings: Settings, upload: Upload) -> models.FeatureSet:
     """Keep features, labels and head that somebody extracted elsewhere."""
+    import numpy as np
+
+    from app import tensordata, tensorfile
+
     spec = _parse_spec(schemas.FeatureSetSpec, upload.spec, settings)
     with _blob_path(engine, storage, upload, spec) as path:
         file = tensorfile.inspect_safetensors(path)
-        require_known(file, {"features", "labels", "head", "head_bias", "logits", "split"})
-        n_samples, n_features = require_tensor(file, "features", tensorfile.FLOATING, rank=2).shape
-        n_classes, _ = require_tensor(file, "head", tensorfile.FLOATING, shape=(None, n_features)).shape
-        if n_classes > MAX_CLASSES:
-            raise InvalidFile(f"The head has {n_classes} rows; at most {MAX_CLASSES} classes are allowed.")
+        tensordata.require_known(file, {"features", "labels", "head", "head_bias", "logits", "split"})
+        n_samples, n_features = tensordata.require_tensor(file, "features", tensorfile.FLOATING, rank=2).shape
+        n_classes, _ = tensordata.require_tensor(file, "head", tensorfile.FLOATING, shape=(None, n_features)).shape
+        if n_classes > tensordata.MAX_CLASSES:
+            limit = tensordata.MAX_CLASSES
+            raise InvalidFile(f"The head has {n_classes} rows; at most {limit} classes are allowed.")
         if "head_bias" in file.tensors:
-            require_tensor(file, "head_bias", tensorfile.FLOATING, shape=(n_classes,))
+            tensordata.require_tensor(file, "head_bias", tensorfile.FLOATING, shape=(n_classes,))
         if "logits" in file.tensors:
-            require_tensor(file, "logits", tensorfile.FLOATING, shape=(n_samples, n_classes))
-        labels = read_labels(file, safetensors_integers(path), n_samples, n_classes=n_classes)
+            tensordata.require_tensor(file, "logits", tensorfile.FLOATING, shape=(n_samples, n_classes))
+        integers = tensordata.safetensors_integers(path)
+        labels = tensordata.read_labels(file, integers, n_samples, n_classes=n_classes)
         feature_set = models.FeatureSet(
             name=spec.name,
             sha256=_sha256(upload, spec),
@@ -120,7 +125,7 @@ def create_feature_set(engine: sa.Engine, storage: Storage, settings: Settings, 
             n_classes=n_classes,
             n_features=n_features,
             class_counts=np.bincount(labels, minlength=n_classes).tolist(),
-            splits=read_splits(file, safetensors_integers(path), n_samples),
+            splits=tensordata.read_splits(file, integers, n_samples),
             metadata_=spec.metadata,
         )
     return _keep(engine, storage, [upload.file], feature_set)
@@ -274,6 +279,8 @@ def _out_of_archive(
     storage: Storage, settings: Settings, path: Path, spec: schemas.CheckpointSpec, stack: ExitStack
 ) -> tuple[StagedFile, schemas.CheckpointSpec]:
     """The weights of a Hugging Face folder as one staged file; the spec, completed by what the folder says."""
+    from app import archives
+
     unpacked_bytes = int(min(settings.max_upload_bytes, settings.max_unpacked_ratio * path.stat().st_size))
     with archives.open_folder(path, max_bytes=unpacked_bytes) as folder:
         weights = stack.enter_context(storage.stage())
@@ -309,7 +316,7 @@ def _parse_spec(model: type[Spec], text: bytes, settings: Settings) -> Spec:
     return spec
 
 
-def _embedded_architecture(file: tensorfile.TensorFile) -> Any:
+def _embedded_architecture(file: "tensorfile.TensorFile") -> Any:
     text = file.metadata.get("architecture")
     if text is None:
         raise InvalidRequest(

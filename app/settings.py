@@ -58,6 +58,7 @@ class Settings(BaseSettings):
     max_features_bytes: int = Field(
         default=10 * 2**30, ge=0, description="Features kept for analyses that come again; 0 keeps none."
     )
+    max_charts_bytes: int = Field(default=256 * 2**20, ge=0, description="Drawn charts kept in data_dir; 0 keeps none.")
     max_event_streams: int = Field(
         default=500, ge=0, description="Streams of events open at a time; clients beyond it ask again and again."
     )

@@ -3,7 +3,7 @@
 An evaluation or a comparison is one task, its body the report's. What has points takes several: a task of the step
 `point` gives one point, what those after it and the report must know of it, and whether it was the last; a task of the
 step `report` puts all of them together. So each point is recorded when it is done, and none is computed twice after a
-kill.
+kill. What only some kinds need is imported with them: a worker is ready half a second earlier without scipy.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,16 +14,13 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from analysis.alignment import aligned
 from analysis.clock import Clock
-from analysis.comparison import ComparisonOptions, compare
 from analysis.errors import AnalysisError
 from analysis.evaluation import Evaluation, EvaluationOptions, capture, evaluate_features, evaluate_network
 from analysis.networks import LoadedNetwork, load_network
 from analysis.paths import Path, even_grid, next_point, recalibrate, require_variances
 from analysis.probes import Probe
 from analysis.pruning import Pruning
-from workers import summaries
 from workers.features import FeatureCache, Kept, name_of
 from workers.probes import About, read_feature_set, read_probe
 
@@ -70,6 +67,8 @@ def compute(
             detail = f"Point {number}, at {name} {place:.15g}: {error.detail}"
             raise AnalysisError(error.kind, detail, **error.members, point=number, at=place) from error
     _held.clear()
+    from workers import summaries
+
     return summaries.REPORTS[task["kind"]](task) | _common(task, provenance)
 
 
@@ -111,6 +110,8 @@ def _comparison(
     task: Task, device: torch.device, cache: FeatureCache, on_progress: OnProgress, provenance: dict[str, Any]
 ) -> dict[str, Any]:
     """Two checkpoints on the samples of one probe, each with its own preprocessing where the probe gives none."""
+    from analysis.comparison import ComparisonOptions, compare
+
     clock, kept, reused = Clock(), [], []
     on_progress("loading", 0, 0)
     for subject, brought in zip(task["subjects"], task["brought"], strict=True):
@@ -360,6 +361,8 @@ def _load_path(task: Task, device: torch.device) -> tuple[Path, Probe, About, di
     probe, about_probe = _load_probe(task, first, device)
     if task["options"]["alignment"] == "none":
         return Path(first, second.module.state_dict()), probe, about_probe, None
+    from analysis.alignment import aligned
+
     checked = _CHECKED_SEQUENCES if first.predicts_tokens else _CHECKED_INPUTS
     batch = next(probe.batches(checked, device=device))
     generator = torch.Generator().manual_seed(task["options"]["seed"])

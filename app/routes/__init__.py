@@ -6,8 +6,9 @@ from typing import Annotated, Any
 import sqlalchemy as sa
 from fastapi import Depends, Request
 
+from app.drawing import Drawings
 from app.events import Events
-from app.queue import Client
+from app.queue import LateClient
 from app.schemas import Problem
 from app.settings import Settings
 from app.storage import Storage
@@ -20,8 +21,9 @@ class Service:
     settings: Settings
     engine: sa.Engine
     storage: Storage
-    queue: Client
+    queue: LateClient
     events: Events
+    drawings: Drawings
 
 
 def _service(request: Request) -> Service:

@@ -5,7 +5,7 @@ A row that arrives while somebody pages is newer than every page to come, so no 
 
 import base64
 import binascii
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from typing import Annotated, Any
@@ -35,14 +35,14 @@ class Listing:
     created_before: Annotated[AwareDatetime | None, Query(description="Before this instant.")] = None
 
 
-def listing_with(*filters: str) -> Callable[..., Listing]:
+def listing_with(*filters: str) -> Callable[..., Awaitable[Listing]]:
     """A dependency: the listing of a collection that has these filters of its own, and no others.
 
     A filter that is mistyped must not answer with everything.
     """
     known = {field.name for field in fields(Listing)} | set(filters)
 
-    def parse(request: Request, listing: Annotated[Listing, Depends()]) -> Listing:
+    async def parse(request: Request, listing: Annotated[Listing, Depends()]) -> Listing:
         if unknown := sorted(set(request.query_params) - known):
             raise InvalidRequest(f"{', '.join(map(repr, unknown))} is no filter here; {', '.join(sorted(known))} are.")
         return listing

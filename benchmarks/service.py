@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +172,8 @@ async def _until_ok(server: _Server, path: str) -> None:
 
 def _starts(folder: Path, device: str) -> list[Row]:
     """From the command to an answer of /healthz and to a /readyz of 200, each time with a new folder."""
-    healthy, ready = [], []
+    healthy: list[float] = []
+    ready: list[float] = []
     for number in range(3):
         with _started(folder / f"start-{number}", device) as (server, began):
             for path, times in (("/healthz", healthy), ("/readyz", ready)):
@@ -280,7 +282,7 @@ async def _charts(service: _Server, report_ids: list[str], path: str) -> Row:
     assert all(task.result()[0] == 200 for task in drawing)
     again = []
     for connection, chart in zip(connections, wanted, strict=True):
-        again.append(await _seconds(lambda connection=connection, chart=chart: connection.call("GET", chart)))
+        again.append(await _seconds(partial(connection.call, "GET", chart)))
         connection.close()
     return {
         "case": f"reads of a report while {_CHARTS} charts are drawn",

@@ -26,7 +26,8 @@ class Service:
     drawings: Drawings
 
 
-def _service(request: Request) -> Service:
+# Async, as all dependencies of routes: FastAPI gives each other one a turn of its own in a thread.
+async def _service(request: Request) -> Service:
     service: Service = request.app.state.service
     return service
 

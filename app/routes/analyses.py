@@ -204,17 +204,19 @@ def _is_held(headers: dict[str, str], if_none_match: str | None) -> bool:
 
 def _kind(service: ServiceDep, id_: str) -> tuple[str, str]:
     """A report's kind, and its sha256."""
-    with read(service.engine) as session:
-        found = session.execute(sa.select(Report.kind, Report.sha256).where(Report.id == id_)).one_or_none()
-    if found is None:
-        raise NotFound(f"There is no report {id_!r}.")
-    return found.kind, found.sha256
+    return _of_report(service, id_, sa.select(Report.kind, Report.sha256))
 
 
 def _content(service: ServiceDep, id_: str) -> tuple[str, str]:
     """A report's JSON text, and its sha256."""
-    with read(service.engine) as session:
-        found = session.execute(sa.select(Report.content, Report.sha256).where(Report.id == id_)).one_or_none()
+    return _of_report(service, id_, sa.select(Report.content, Report.sha256))
+
+
+def _of_report(service: ServiceDep, id_: str, columns: sa.Select[str, str]) -> tuple[str, str]:
+    # On the connection itself: a session takes longer than all else that reading one row does.
+    with service.engine.connect() as connection:
+        found = connection.execute(columns.where(Report.id == id_)).one_or_none()
     if found is None:
         raise NotFound(f"There is no report {id_!r}.")
-    return found.content, found.sha256
+    first, second = found
+    return first, second

@@ -1,6 +1,10 @@
-"""`python -m app serve|api|migrate|verify`: the service with its worker, the HTTP side alone, or the tables."""
+"""`python -m app serve|api|migrate|verify`: the service with its worker, the HTTP side alone, the tables, the blobs.
+
+The worker starts before anything large is imported here: its compute process takes longest to load.
+"""
 
 import argparse
+import contextlib
 import logging
 import signal
 import socket
@@ -8,18 +12,18 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
+from typing import TYPE_CHECKING
 
-import sqlalchemy as sa
 import uvicorn
 
-import migrations
-from app import queue
-from app.connections import BACKLOG, Connections
-from app.database import make_engine
-from app.events import Events
-from app.main import create_app
 from app.settings import Settings, load_settings, start_logging
-from app.storage import Storage, StorageUnavailable
+
+if TYPE_CHECKING:
+    from app.connections import Connections
+    from app.events import Events
 
 logger = logging.getLogger("interplay")
 
@@ -48,6 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
     settings = load_settings(host=getattr(options, "host", None), port=getattr(options, "port", None))
     start_logging(settings)
     if options.command == "migrate":
+        import sqlalchemy as sa
+
         _migrate(settings)
         url = sa.make_url(settings.effective_database_url)
         sys.stdout.write(f"The database {url.render_as_string()} is up to date.\n")
@@ -59,8 +65,6 @@ def main(arguments: list[str] | None = None) -> int:
             f"Refusing to bind {settings.host}: everybody who reaches it could use the service. Set INTERPLAY_API_KEY, "
             "or bind 127.0.0.1 (the default)."
         )
-    if options.command == "serve":
-        _migrate(settings)
     return _serve(settings, with_worker=options.command == "serve")
 
 
@@ -70,6 +74,10 @@ def _refuse(message: str) -> int:
 
 
 def _migrate(settings: Settings) -> None:
+    import migrations
+    from app import queue
+    from app.database import make_engine
+
     engine = make_engine(settings, patient=True)
     migrations.upgrade(engine)
     queue.migrate(engine)
@@ -78,8 +86,10 @@ def _migrate(settings: Settings) -> None:
 
 def _verify(settings: Settings, *, set_aside: bool) -> int:
     from app import verification
+    from app.database import make_engine
+    from app.storage import Storage, StorageUnavailable
 
-    engine = make_engine(settings)
+    engine = make_engine(settings, patient=True)
     try:
         return 1 if verification.verify(engine, Storage(settings), set_aside=set_aside) else 0
     except StorageUnavailable as error:
@@ -88,19 +98,21 @@ def _verify(settings: Settings, *, set_aside: bool) -> int:
         engine.dispose()
 
 
+def _make_tables(
+    settings: Settings, tables: "Future[None]", worker: "_SupervisedWorker", server: "_AnnouncedServer"
+) -> None:
+    """Bring the database to the present schema and let the worker begin; where that fails, end the server."""
+    try:
+        _migrate(settings)
+    except Exception as error:  # noqa: BLE001  raised again by who waits for the tables
+        tables.set_exception(error)
+        server.should_exit = True
+    else:
+        tables.set_result(None)
+        worker.let_begin()
+
+
 def _serve(settings: Settings, *, with_worker: bool) -> int:
-    app = create_app(settings)
-    connections = Connections(settings)
-    config = uvicorn.Config(
-        app,
-        host=settings.host,
-        port=settings.port,
-        http=connections.make(),
-        backlog=BACKLOG,
-        log_config=None,
-        log_level=settings.log_level,
-        timeout_graceful_shutdown=3,
-    )
     try:
         listener = _bind(settings)
     except OSError as error:
@@ -109,7 +121,36 @@ def _serve(settings: Settings, *, with_worker: bool) -> int:
     # Both ways of being stopped end in the `finally` below; uvicorn raises the signal again once it has shut down.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        _AnnouncedServer(config, worker, app.state.service.events, connections).run(sockets=[listener])
+        if worker is not None:
+            worker.start()
+        import migrations
+        from app.connections import BACKLOG, Connections
+        from app.main import create_app
+
+        tables: Future[None] = Future()
+        app = create_app(settings, tables)
+        connections = Connections(settings)
+        config = uvicorn.Config(
+            app,
+            host=settings.host,
+            port=settings.port,
+            http=connections.make(),
+            backlog=BACKLOG,
+            log_config=None,
+            log_level=settings.log_level,
+            timeout_graceful_shutdown=3,
+        )
+        server = _AnnouncedServer(config, app.state.service.events, connections)
+        if worker is None:
+            tables.set_result(None)
+        else:
+            # A database that does not answer is an error before anybody hears that this service listens; making its
+            # tables takes as long as all else, and happens beside serving.
+            migrations.current(app.state.service.engine)
+            server.then = partial(_make_tables, settings, tables, worker, server)
+        server.run(sockets=[listener])
+        if tables.done():
+            tables.result()
     except KeyboardInterrupt:
         pass
     finally:
@@ -121,6 +162,7 @@ def _serve(settings: Settings, *, with_worker: bool) -> int:
 
 def _bind(settings: Settings) -> socket.socket:
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    # The protocol by name: asyncio sends answers at once (TCP_NODELAY) only where a connection names its own.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind((settings.host, settings.port))
@@ -128,22 +170,16 @@ def _bind(settings: Settings) -> socket.socket:
 
 
 class _AnnouncedServer(uvicorn.Server):
-    """Says where it listens on the first line of standard output, and starts the worker once it does.
+    """Says where it listens on the first line of standard output, and goes on with `then` in a thread.
 
     When it stops, streams of events are ended first: it would wait for them otherwise.
     """
 
-    def __init__(
-        self,
-        config: uvicorn.Config,
-        worker: "_SupervisedWorker | None",
-        events: Events,
-        connections: Connections,
-    ) -> None:
+    def __init__(self, config: uvicorn.Config, events: "Events", connections: "Connections") -> None:
         super().__init__(config)
-        self._worker = worker
         self._events = events
         self._connections = connections
+        self.then: Callable[[], None] | None = None
 
     async def on_tick(self, counter: int) -> bool:
         self._connections.look()
@@ -158,8 +194,8 @@ class _AnnouncedServer(uvicorn.Server):
         address = f"[{host}]" if ":" in host else host
         sys.stdout.write(f"Interplay is listening on http://{address}:{port}\n")
         sys.stdout.flush()
-        if self._worker is not None:
-            self._worker.start()
+        if self.then is not None:
+            threading.Thread(target=self.then, daemon=True).start()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._events.close()
@@ -167,9 +203,15 @@ class _AnnouncedServer(uvicorn.Server):
 
 
 class _SupervisedWorker:
-    """A worker process that is started again, ever more slowly, whenever it dies."""
+    """A worker process that is started again, ever more slowly, whenever it dies.
+
+    It loads what it needs at once, and begins when it may: the tables must be there.
+    """
 
     def __init__(self, settings: Settings) -> None:
+        self._telling = threading.Lock()
+        self._may_begin = False
+        self._process: subprocess.Popen[bytes] | None = None
         self._longest_pause = settings.worker_restart_max_seconds
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._supervise, name="worker-supervisor", daemon=True)
@@ -177,10 +219,23 @@ class _SupervisedWorker:
     def start(self) -> None:
         self._thread.start()
 
+    def let_begin(self) -> None:
+        with self._telling:
+            self._may_begin = True
+            self._tell()
+
     def stop(self) -> None:
         self._stopping.set()
         if self._thread.ident is not None:
             self._thread.join()
+
+    def _tell(self) -> None:
+        if self._may_begin and self._process is not None:
+            assert self._process.stdin is not None
+            # It has died meanwhile, and its successor is told; or it was told to stop.
+            with contextlib.suppress(BrokenPipeError, ValueError):
+                self._process.stdin.write(b"begin\n")
+                self._process.stdin.flush()
 
     def _supervise(self) -> None:
         pause = 0.5
@@ -189,10 +244,13 @@ class _SupervisedWorker:
             # The worker stops when its standard input ends, so it does not outlive this process, however that dies.
             # In a session of its own: Ctrl-C reaches this process, which then stops the worker.
             process = subprocess.Popen(
-                [sys.executable, "-m", "workers", "--stop-at-end-of-input"],
+                [sys.executable, "-m", "workers", "--stop-at-end-of-input", "--wait-for-input"],
                 stdin=subprocess.PIPE,
                 start_new_session=True,
             )
+            with self._telling:
+                self._process = process
+                self._tell()
             while process.poll() is None and not self._stopping.wait(0.2):
                 pass
             if self._stopping.is_set():

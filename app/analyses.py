@@ -24,7 +24,7 @@ from app.models import Analysis, AnalysisCheckpoint, Report
 
 def create(
     engine: sa.Engine,
-    client: queue.Client,
+    client: queue.LateClient,
     request: schemas.AnalysisRequest,
     idempotency_key: str | None,
 ) -> schemas.Analysis:
@@ -60,7 +60,7 @@ def create(
             )
             session.add(row)
             session.flush()
-            queue.enqueue(client, session, row.id)
+            queue.enqueue(client.get(), session, row.id)
             return _view(session, engine, row.id)
     except sa.exc.IntegrityError:
         # The same key came twice at once, and the other one was first.

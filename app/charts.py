@@ -1,15 +1,26 @@
 """Pictures of reports: one Vega-Lite description for each, which gives SVG and PNG here and the chart of a browser.
 
-Altair and the renderer load with the first picture that is asked for: an API process that draws none stays small.
+`app.drawing` runs this as a process of its own: Altair and the renderer take seconds to load, 200 MiB, and hold the
+interpreter.
 """
 
+import json
+import logging
 import math
+import os
+import queue
+import sys
 import textwrap
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import altair as alt
 import vl_convert
+
+from app.drawing import MEASURES
+
+logger = logging.getLogger(__name__)
 
 Report = dict[str, Any]
 Rows = list[dict[str, Any]]
@@ -25,15 +36,12 @@ _BARRIERS = {"loss": "loss_barrier", "error": "error_barrier", "mir": "mir_barri
 _REASONS = {"zero_entropy": "all directions coincide", "no_directions": "no vector has a direction"}
 _LEGEND = alt.Legend(title=None, orient="bottom", symbolOpacity=1)
 _OPTIMUM = "optimum under neural collapse"
+# The drawing process ends after so long without a chart to draw.
+_IDLE_SECONDS = 300.0
 # Pixels between the bars or knees of two splits: at one place they would cover each other.
 _DODGE = 3
 # Characters of a name, and of what fits into the width of one panel: an axis, a line of the title, of the subtitle.
 _NAME, _AXIS, _TITLE, _SUBTITLE = 60, 44, 48, 64
-
-
-def names(kind: str) -> list[str]:
-    """Which charts a report of this kind has; the first shows the whole of it."""
-    return ["overview", *_PANELS[kind]]
 
 
 def describe(report: Report, name: str) -> dict[str, Any]:
@@ -41,7 +49,7 @@ def describe(report: Report, name: str) -> dict[str, Any]:
 
     Args:
         report: of any kind.
-        name: one of `names` of its kind.
+        name: one of `drawing.names` of its kind.
 
     Raises:
         KeyError: there is no such chart.
@@ -355,11 +363,56 @@ def _short(name: str, most: int = _NAME) -> str:
     return name if len(name) <= most else f"{name[: most // 2]}…{name[1 - most // 2 :]}"
 
 
-_OF_MODEL = ("loss", "accuracy", "mir", "hdr")
-_PANELS: dict[str, dict[str, Callable[[Report], Panel]]] = {
-    "evaluation": {measure: _evaluation_of(measure) for measure in ("mir", "hdr")},
-    "comparison": {measure: _difference_of(measure) for measure in ("accuracy", "loss", "mir", "hdr")},
-    "path": {measure: _over_points(measure) for measure in ("loss", "error", "mir", "hdr")},
-    "pruning": {measure: _over_points(measure) for measure in _OF_MODEL},
-    "series": {measure: _over_points(measure) for measure in _OF_MODEL},
+def draw(report: Report, name: str, format: str) -> bytes:
+    """A chart in one of its formats: SVG, PNG, or as json its specification."""
+    specification = describe(report, name)
+    match format:
+        case "svg":
+            return svg(specification).encode()
+        case "png":
+            return png(specification)
+    return json.dumps(specification).encode()
+
+
+def main() -> None:
+    """The drawing process: a chart as a line of JSON on standard input, its size as a line and its bytes on the other.
+
+    It ends when its standard input does, also in the middle of a chart, and when nothing was asked for in a while.
+    """
+    # What libraries print must not end up between the answers.
+    output = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    tasks: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    threading.Thread(target=_read_tasks, args=(tasks,), daemon=True).start()
+    while True:
+        try:
+            task = json.loads(tasks.get(timeout=_IDLE_SECONDS))
+        except queue.Empty:
+            os._exit(0)
+        try:
+            drawn = draw(json.loads(task["report"]), task["name"], task["format"])
+            output.write(b"%d\n" % len(drawn) + drawn)
+        except Exception:
+            # A bug of ours, which this process outlives.
+            logger.exception("%s.%s was not drawn", task["name"], task["format"])
+            output.write(b"-1\n")
+        output.flush()
+
+
+def _read_tasks(tasks: "queue.SimpleQueue[bytes]") -> None:
+    for line in sys.stdin.buffer:
+        tasks.put(line)
+    os._exit(0)
+
+
+_PANEL_OF: dict[str, Callable[[str], Callable[[Report], Panel]]] = {
+    "evaluation": _evaluation_of,
+    "comparison": _difference_of,
+    "path": _over_points,
+    "pruning": _over_points,
+    "series": _over_points,
 }
+_PANELS = {kind: {measure: _PANEL_OF[kind](measure) for measure in MEASURES[kind]} for kind in MEASURES}
+
+if __name__ == "__main__":
+    main()

@@ -3,16 +3,13 @@
 import math
 import sqlite3
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import psycopg
 import sqlalchemy as sa
-from psycopg.abc import RV, PQGen
-from psycopg.errors import _WaitTimeout
 from sqlalchemy import event
 from sqlalchemy.orm import Session
 
@@ -95,38 +92,11 @@ def _use_write_ahead_log(connection: sqlite3.Connection, patience_seconds: float
             return
 
 
-class _Connection(psycopg.Connection[Any]):
-    """A connection that is given up where its server has been silent for too long.
-
-    The server's own `statement_timeout` comes first; this is for one that takes what is sent and says nothing, which no
-    setting of the socket notices.
-    """
-
-    patience_seconds = math.inf
-    _listening = False
-
-    def wait(self, gen: PQGen[RV], interval: float = 0.1, timeout: float | None = None) -> RV:
-        deadline = timeout is None and not self._listening and self.patience_seconds < math.inf
-        try:
-            return super().wait(gen, interval, timeout=self.patience_seconds if deadline else timeout)
-        except _WaitTimeout:
-            if not deadline:
-                raise
-            self.pgconn.finish()
-            raise psycopg.OperationalError(
-                f"connection failed: the server said nothing for {self.patience_seconds:g} s"
-            ) from None
-
-    def notifies(self, *, timeout: float | None = None, stop_after: int | None = None) -> Generator[psycopg.Notify]:
-        # What listens, as the queue's library does, waits for as long as nothing happens.
-        self._listening = True
-        try:
-            yield from super().notifies(timeout=timeout, stop_after=stop_after)
-        finally:
-            self._listening = False
-
-
 def _postgresql_engine(url: sa.URL, patience_seconds: float) -> sa.Engine:
+    import psycopg  # here: most services are on SQLite, and it takes a while to load
+
+    from app.postgresql import PatientConnection
+
     dialect = url.get_dialect()()
     args, kwargs = dialect.create_connect_args(url)
     defaults = {
@@ -139,9 +109,9 @@ def _postgresql_engine(url: sa.URL, patience_seconds: float) -> sa.Engine:
     }
     kwargs = {**defaults, **kwargs}
 
-    def connect() -> psycopg.Connection[Any]:
+    def connect() -> "psycopg.Connection[Any]":
         try:
-            connection = _Connection.connect(*args, **kwargs)
+            connection = PatientConnection.connect(*args, **kwargs)
         except psycopg.OperationalError as error:
             # dbos 3.4.0 retries only errors that say "connection failed"; psycopg 3.3 words a missing socket and a
             # failed name lookup differently, and a run that meets those would stay pending under a living worker.

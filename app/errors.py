@@ -31,8 +31,6 @@ Each kind is documented in docs/problems.md; a test fails where one is not.
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, get_args
 
-from app.schemas import PLAIN_TEXT, Kind
-
 
 def problem_type(kind: str) -> str:
     """The `type` of a problem: an identifier, listed in docs/problems.md."""
@@ -66,6 +64,9 @@ class InvalidRequest(ServiceError):
 
 def invalid_request(what: str, errors: Sequence[Mapping[str, Any]], *, prefix: str | None = None) -> InvalidRequest:
     """Pydantic's errors as one problem: the first few in words, twenty as `errors: [{loc, message}]`."""
+    # Here: a process that only words problems loads neither schemas nor tables.
+    from app.schemas import Kind
+
     listed: list[dict[str, Any]] = [
         {"loc": [*([prefix] if prefix else []), *map(str, error["loc"])], "message": _message(error)}
         for error in errors[:20]
@@ -80,6 +81,8 @@ def invalid_request(what: str, errors: Sequence[Mapping[str, Any]], *, prefix: s
 
 def _message(error: Mapping[str, Any]) -> str:
     """Pydantic's words, without its own names for what failed."""
+    from app.schemas import PLAIN_TEXT
+
     if error["type"] == "string_pattern_mismatch" and error["ctx"]["pattern"] == PLAIN_TEXT:
         return "must not have control characters"
     return str(error["msg"]).removeprefix("Value error, ")

@@ -9,14 +9,15 @@ them.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from unicodedata import normalize
-
-import numpy as np
-import numpy.typing as npt
 
 from app.architectures import is_causal_lm
 from app.errors import InvalidRequest, LabelsDiffer, ProbeUnsuitable
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 _LISTED = 20
 _DEFAULT_NAME = re.compile(r"LABEL_\d+\Z")
@@ -102,8 +103,8 @@ def match_labels(class_names: Sequence[str] | None, architecture: Mapping[str, A
 
 
 def named_labels(
-    labels: npt.NDArray[np.int64], own: list[str] | None, given: list[str] | None
-) -> tuple[npt.NDArray[np.int64], list[str] | None]:
+    labels: "npt.NDArray[np.int64]", own: list[str] | None, given: list[str] | None
+) -> "tuple[npt.NDArray[np.int64], list[str] | None]":
     """A file's labels in the order of the names that its spec gives, or else of its own, and these names.
 
     Raises:
@@ -112,7 +113,11 @@ def named_labels(
     if own is None or given is None:
         return labels, own or given
     numbers = name_classes(own, given)
-    return labels if numbers is None else np.array(numbers)[labels], given
+    if numbers is None:
+        return labels, given
+    import numpy as np  # here: the API loads it with the first file that it looks into
+
+    return np.array(numbers)[labels], given
 
 
 def name_classes(own: Sequence[str], given: Sequence[str]) -> list[int] | None:

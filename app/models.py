@@ -7,6 +7,8 @@ from uuid import uuid4
 import sqlalchemy as sa
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
+from app.schemas import metadata_text
+
 
 class UTCDateTime(sa.TypeDecorator[datetime]):
     """An instant with its time zone, UTC, on databases that keep one and on SQLite, which does not."""
@@ -30,13 +32,6 @@ class UTCDateTime(sa.TypeDecorator[datetime]):
 
 def now() -> datetime:
     return datetime.now(UTC)
-
-
-def metadata_text(value: Any) -> str:
-    """A metadata value as filters compare it: `epoch=10`, `final=true`, `run=a`."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return "null" if value is None else str(value)
 
 
 class Base(DeclarativeBase):

@@ -4,12 +4,16 @@ Our `analyses` table owns what was asked, the wish to cancel and the outcome; th
 an analysis is the id of its workflow, and a workflow's only input is that id.
 """
 
-from typing import Any, NoReturn
+import threading
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import dbos
 import sqlalchemy as sa
-from dbos import _serialization
 from sqlalchemy.orm import Session
+
+# The library takes a third of a second to load: an API process does it once it answers, a worker while torch loads.
+if TYPE_CHECKING:
+    from dbos import DBOSClient as Client
+    from dbos import DBOSPortableJSONSerializer
 
 QUEUE = "analyses"
 WORKFLOW = "run_analysis"
@@ -22,8 +26,12 @@ PRIORITY = 100
 # The queue's words for a run that is over.
 ENDED = ("SUCCESS", "ERROR", "CANCELLED", "MAX_RECOVERY_ATTEMPTS_EXCEEDED")
 
-Client = dbos.DBOSClient
-SERIALIZER = dbos.DBOSPortableJSONSerializer()
+
+def serializer() -> "DBOSPortableJSONSerializer":
+    """How every process writes what the queue keeps."""
+    from dbos import DBOSPortableJSONSerializer
+
+    return DBOSPortableJSONSerializer()
 
 
 def close_pickle() -> None:
@@ -32,6 +40,7 @@ def close_pickle() -> None:
     dbos unpickles a row that is marked so even where another serializer is set, by listing it: whoever could write to
     the database could run code. Every process that talks to the queue calls this first.
     """
+    from dbos import _serialization
 
     def refuse(*_: Any) -> NoReturn:
         raise ValueError("the queue holds JSON only: a pickled value is never opened")
@@ -42,22 +51,46 @@ def close_pickle() -> None:
 
 def migrate(engine: sa.Engine) -> None:
     """Create or upgrade the queue's own tables; harmless where they are up to date."""
+    import dbos
+
     dbos.DBOS.migrate(engine.url.render_as_string(hide_password=False))
 
 
-def make_client(engine: sa.Engine) -> Client:
+def make_client(engine: sa.Engine) -> "Client":
     """What enqueues. It shares the engine, so that a row and its enqueueing commit together, and connects lazily."""
+    from dbos import DBOSClient
+
     close_pickle()
-    return Client(
+    return DBOSClient(
         system_database_engine=engine,
-        serializer=SERIALIZER,
+        serializer=serializer(),
         application_name=APPLICATION,
         lazy=True,
         retry_connection_errors=False,
     )
 
 
-def enqueue(client: Client, session: Session, analysis_id: str) -> None:
+class LateClient:
+    """A client that is made when it is first asked for, once for all threads."""
+
+    def __init__(self, engine: sa.Engine) -> None:
+        self._engine = engine
+        self._making = threading.Lock()
+        self._client: Client | None = None
+
+    def get(self) -> "Client":
+        with self._making:
+            if self._client is None:
+                self._client = make_client(self._engine)
+            return self._client
+
+    def destroy(self) -> None:
+        with self._making:
+            if self._client is not None:
+                self._client.destroy()
+
+
+def enqueue(client: "Client", session: Session, analysis_id: str) -> None:
     """Queue an analysis in the caller's transaction: it runs if, and only if, the transaction commits."""
     client.enqueue_in_transaction(
         session,

@@ -1,38 +1,33 @@
 """Checkpoints, probes and feature sets: from an upload to a row, and away again.
 
 A blob's row is locked by whoever takes it into use or removes it, so a file is removed only while nothing refers to it.
+What reads files loads with the first of them, or once the service is up (`app.main`): it takes half a second.
 """
 
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-import numpy as np
 import sqlalchemy as sa
 from pydantic import ValidationError
 from sqlalchemy.orm import Session
 
-from app import archives, identity, models, probedata, schemas, tensorfile
+from app import models, schemas
 from app.architectures import architecture_of_config, check_architecture
 from app.database import read, write
-from app.datafile.values import MAX_CLASSES
 from app.errors import InUse, InvalidFile, InvalidRequest, NotFound, TooLarge, invalid_request
 from app.foreign import refuse_adapter, refuse_foreign_file
 from app.offers import require_offered
 from app.preprocessing import given_preprocess, preprocess_of_config
 from app.settings import Settings
 from app.storage import BlobDamaged, StagedFile, Storage
-from app.tensordata import (
-    read_labels,
-    read_splits,
-    require_known,
-    require_tensor,
-    safetensors_values,
-)
 from app.uploads import Upload
 from app.weights import weight_names
+
+if TYPE_CHECKING:
+    from app import tensorfile
 
 _ORPHAN_SECONDS = 3600.0
 
@@ -55,6 +50,8 @@ _USES = (
 
 def create_checkpoint(engine: sa.Engine, storage: Storage, settings: Settings, upload: Upload) -> models.Checkpoint:
     """Keep a checkpoint; its header is checked, its weights are not read (the worker does that)."""
+    from app import archives, tensorfile
+
     spec = _parse_spec(schemas.CheckpointSpec, upload.spec, settings)
     with _blob_path(engine, storage, upload, spec) as path, ExitStack() as stack:
         weights, sha256 = upload.file, _sha256(upload, spec)
@@ -90,6 +87,8 @@ def create_checkpoint(engine: sa.Engine, storage: Storage, settings: Settings, u
 
 def create_probe(engine: sa.Engine, storage: Storage, settings: Settings, upload: Upload) -> models.Probe:
     """Keep a probe dataset; labels and splits are read and checked, images and texts are not decoded."""
+    from app import probedata
+
     spec = _parse_spec(schemas.ProbeSpec, upload.spec, settings)
     with _blob_path(engine, storage, upload, spec) as path, ExitStack() as stack:
         tokenizer = _staged_tokenizer(storage, settings, spec.tokenizer, stack)
@@ -106,19 +105,25 @@ def create_probe(engine: sa.Engine, storage: Storage, settings: Settings, upload
 
 def create_feature_set(engine: sa.Engine, storage: Storage, settings: Settings, upload: Upload) -> models.FeatureSet:
     """Keep features, labels and head that somebody extracted elsewhere."""
+    import numpy as np
+
+    from app import identity, tensordata, tensorfile
+    from app.datafile.values import MAX_CLASSES
+
     spec = _parse_spec(schemas.FeatureSetSpec, upload.spec, settings)
     with _blob_path(engine, storage, upload, spec) as path:
         file = tensorfile.inspect_safetensors(path)
-        require_known(file, {"features", "labels", "head", "head_bias", "logits", "split"})
-        n_samples, n_features = require_tensor(file, "features", tensorfile.FLOATING, rank=2).shape
-        n_classes, _ = require_tensor(file, "head", tensorfile.FLOATING, shape=(None, n_features)).shape
+        tensordata.require_known(file, {"features", "labels", "head", "head_bias", "logits", "split"})
+        n_samples, n_features = tensordata.require_tensor(file, "features", tensorfile.FLOATING, rank=2).shape
+        n_classes, _ = tensordata.require_tensor(file, "head", tensorfile.FLOATING, shape=(None, n_features)).shape
         if n_classes > MAX_CLASSES:
             raise InvalidFile(f"The head has {n_classes} rows; at most {MAX_CLASSES} classes are allowed.")
         if "head_bias" in file.tensors:
-            require_tensor(file, "head_bias", tensorfile.FLOATING, shape=(n_classes,))
+            tensordata.require_tensor(file, "head_bias", tensorfile.FLOATING, shape=(n_classes,))
         if "logits" in file.tensors:
-            require_tensor(file, "logits", tensorfile.FLOATING, shape=(n_samples, n_classes))
-        labels = read_labels(file, safetensors_values(path), n_samples, n_classes=n_classes)
+            tensordata.require_tensor(file, "logits", tensorfile.FLOATING, shape=(n_samples, n_classes))
+        values = tensordata.safetensors_values(path)
+        labels = tensordata.read_labels(file, values, n_samples, n_classes=n_classes)
         feature_set = models.FeatureSet(
             name=spec.name,
             sha256=_sha256(upload, spec),
@@ -127,7 +132,7 @@ def create_feature_set(engine: sa.Engine, storage: Storage, settings: Settings, 
             n_classes=n_classes,
             n_features=n_features,
             class_counts=np.bincount(labels, minlength=n_classes).tolist(),
-            splits=read_splits(file, safetensors_values(path), n_samples),
+            splits=tensordata.read_splits(file, values, n_samples),
             data_sha256=identity.hash_tensors(path, file),
             metadata_=spec.metadata,
         )
@@ -295,6 +300,8 @@ def _out_of_archive(
     storage: Storage, settings: Settings, path: Path, spec: schemas.CheckpointSpec, stack: ExitStack
 ) -> tuple[StagedFile, schemas.CheckpointSpec]:
     """The weights of a Hugging Face folder as one staged file; the spec, completed by what the folder says."""
+    from app import archives
+
     unpacked_bytes = int(min(settings.max_upload_bytes, settings.max_unpacked_ratio * path.stat().st_size))
     with archives.open_folder(path, max_bytes=unpacked_bytes) as folder:
         weights = stack.enter_context(storage.stage())
@@ -330,7 +337,7 @@ def _parse_spec(model: type[Spec], text: bytes, settings: Settings) -> Spec:
     return spec
 
 
-def _embedded_architecture(file: tensorfile.TensorFile) -> Any:
+def _embedded_architecture(file: "tensorfile.TensorFile") -> Any:
     text = file.metadata.get("architecture")
     if text is None:
         raise InvalidRequest(

@@ -19,11 +19,16 @@ from pydantic import (
     model_validator,
 )
 
-from app.models import metadata_text
-
 
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
+
+
+def metadata_text(value: Any) -> str:
+    """A metadata value as filters compare it: `epoch=10`, `final=true`, `run=a`."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return "null" if value is None else str(value)
 
 
 def _check_metadata(metadata: dict[str, Any]) -> dict[str, Any]:

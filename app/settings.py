@@ -62,6 +62,7 @@ class Settings(BaseSettings):
     cache_bytes: int = Field(
         default=100 * 2**30, ge=0, description="Blobs of a remote store that a machine keeps; the least used go first."
     )
+    max_charts_bytes: int = Field(default=256 * 2**20, ge=0, description="Drawn charts kept in data_dir; 0 keeps none.")
     max_event_streams: int = Field(
         default=500, ge=0, description="Streams of events open at a time; clients beyond it ask again and again."
     )

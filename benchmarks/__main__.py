@@ -9,10 +9,17 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import decoding, losses, memory, paths, spectra
+from benchmarks import decoding, losses, memory, paths, service, spectra
 from workers.child import ARITHMETIC
 
-PARTS = {"spectra": spectra, "losses": losses, "paths": paths, "memory": memory, "decoding": decoding}
+PARTS = {
+    "spectra": spectra,
+    "losses": losses,
+    "paths": paths,
+    "memory": memory,
+    "decoding": decoding,
+    "service": service,
+}
 
 
 def main() -> None:

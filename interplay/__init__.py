@@ -1,32 +1,10 @@
 """What users import and type: the client of a service, the `interplay` command, and what a training script calls.
 
-What needs torch is looked up only when it is asked for.
+Each name is looked up when it is first asked for: the commands of the server need none, and some need torch.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
-
-from interplay.client import (
-    AnalysisFailed,
-    Client,
-    InterplayError,
-    ProblemError,
-    ServiceUnreachable,
-    WaitTimeout,
-)
-from interplay.results import (
-    Analysis,
-    Checkpoint,
-    EvaluationReport,
-    FeatureSet,
-    PathReport,
-    Probe,
-    PruningReport,
-    Report,
-    ReportSummary,
-    SeriesReport,
-    SucceededAnalysis,
-)
 
 __all__ = [
     "Analysis",
@@ -48,16 +26,27 @@ __all__ = [
     "WaitTimeout",
 ]
 
-# What needs torch, by its module.
-_LATER = {
-    "AnalysisError": "errors",
-    "ConversionError": "conversion",
-    "InterplayLoss": "losses",
-    "capture_features": "capturing",
-    "hdr_loss": "losses",
-    "mir_loss": "losses",
-    "save_checkpoint": "saving",
-}
+_MODULES = {
+    **dict.fromkeys(
+        ("AnalysisFailed", "Client", "InterplayError", "ProblemError", "ServiceUnreachable", "WaitTimeout"),
+        "interplay.client",
+    ),
+    **dict.fromkeys(
+        (
+            "Analysis", "Checkpoint", "EvaluationReport", "FeatureSet", "PathReport", "Probe", "PruningReport",
+            "Report", "ReportSummary", "SeriesReport", "SucceededAnalysis",
+        ),
+        "interplay.results",
+    ),
+    # These need torch.
+    "AnalysisError": "analysis.errors",
+    "ConversionError": "analysis.conversion",
+    "InterplayLoss": "analysis.losses",
+    "capture_features": "analysis.capturing",
+    "hdr_loss": "analysis.losses",
+    "mir_loss": "analysis.losses",
+    "save_checkpoint": "analysis.saving",
+}  # fmt: skip
 
 if TYPE_CHECKING:
     from analysis.capturing import capture_features as capture_features
@@ -67,13 +56,37 @@ if TYPE_CHECKING:
     from analysis.losses import hdr_loss as hdr_loss
     from analysis.losses import mir_loss as mir_loss
     from analysis.saving import save_checkpoint as save_checkpoint
+    from interplay.client import (
+        AnalysisFailed,
+        Client,
+        InterplayError,
+        ProblemError,
+        ServiceUnreachable,
+        WaitTimeout,
+    )
+    from interplay.results import (
+        Analysis,
+        Checkpoint,
+        EvaluationReport,
+        FeatureSet,
+        PathReport,
+        Probe,
+        PruningReport,
+        Report,
+        ReportSummary,
+        SeriesReport,
+        SucceededAnalysis,
+    )
 else:
 
     def __getattr__(name: str) -> Any:
-        if name not in _LATER:
+        if name not in _MODULES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         try:
-            return getattr(importlib.import_module(f"analysis.{_LATER[name]}"), name)
+            found = getattr(importlib.import_module(_MODULES[name]), name)
         except ModuleNotFoundError as error:
+            if not _MODULES[name].startswith("analysis."):
+                raise
             text = f"interplay.{name} needs {error.name}, which `pip install 'interplay[worker]'` brings"
             raise ModuleNotFoundError(text, name=error.name) from error
+        return globals().setdefault(name, found)

@@ -7,7 +7,6 @@ nothing else; errors and progress go to stderr. `interplay gate` has codes of it
 
 import enum
 import importlib.metadata
-import importlib.util
 import io
 import math
 import os
@@ -18,7 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
-from interplay import export, gate, rendering
+from interplay import export, gate, rendering, server
 from interplay.client import AnalysisFailed, Client, ProblemError, ServiceUnreachable, WaitTimeout
 from interplay.options import (
     EXIT_FAILED,
@@ -647,39 +646,17 @@ def delete(
 gate.register(app)
 
 
-# What each server command runs, the extra that brings it, and a module by which we see whether it is installed.
-_SERVER_COMMANDS = {
-    "serve": (["app", "serve"], {"worker": "torch", "server": "uvicorn"}, "Run the API and one worker."),
-    "api": (["app", "api"], {"server": "uvicorn"}, "Run the API alone."),
-    "worker": (["workers"], {"worker": "torch"}, "Run one worker."),
-    "migrate": (["app", "migrate"], {"server": "uvicorn"}, "Bring the database to the current schema."),
-    "verify": (
-        ["app", "verify"],
-        {"server": "uvicorn"},
-        "Read and hash every stored file; name reports on damaged ones.",
-    ),
-}
-
-
-def _add_server_command(name: str, module: list[str], needs: dict[str, str], summary: str) -> None:
+def _add_server_command(name: str, summary: str) -> None:
     def run(context: typer.Context) -> None:
-        for extra, witness in needs.items():
-            if importlib.util.find_spec(witness) is None:
-                detail = f"`interplay {name}` needs more than the client: pip install 'interplay[{extra}]'"
-                fail(EXIT_USAGE, "Not installed", detail, {})
-        # The current folder must not shadow our packages: "app" is a name that many projects have. The variable,
-        # unlike -P, holds for the processes that the service starts, too.
-        os.environ["PYTHONSAFEPATH"] = "1"
-        sys.stdout.flush()
-        os.execv(sys.executable, [sys.executable, "-m", *module, *context.args])  # noqa: S606
+        server.start(name, context.args)
 
     # Every argument, --help too, is for the program that takes over.
     settings = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
     app.command(name, help=summary, context_settings=settings, rich_help_panel="Server")(run)
 
 
-for _name, (_module, _needs, _summary) in _SERVER_COMMANDS.items():
-    _add_server_command(_name, _module, _needs, _summary)
+for _name, _command in server.COMMANDS.items():
+    _add_server_command(_name, _command.summary)
 
 
 def _version(wanted: bool) -> None:

@@ -1,21 +1,17 @@
 """Alembic migrations of the service's own tables, run without an alembic.ini.
 
 The queue keeps tables of its own beside ours (in the same SQLite file, in the schema `dbos` of PostgreSQL); nothing
-here looks at them.
+here looks at them. Alembic loads where something is to be migrated: which revision a database is at, and which one is
+wanted, is known without it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, Literal
 
 import sqlalchemy as sa
-from alembic import command
-from alembic.autogenerate import compare_metadata
-from alembic.config import Config
-from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
 
 from app.models import Base
 
@@ -23,6 +19,8 @@ from app.models import Base
 _ADVISORY_LOCK = 0x696E746572706C61
 # Alembic keeps what it is working on in module globals: one migration at a time in a process, whatever the database.
 _alembic = Lock()
+# Where alembic notes what a database is at.
+_VERSION = sa.table("alembic_version", sa.column("version_num", sa.String))
 
 
 def upgrade(engine: sa.Engine, revision: str = "head") -> None:
@@ -30,27 +28,34 @@ def upgrade(engine: sa.Engine, revision: str = "head") -> None:
 
     Processes that start together may all call it; the first does the work, the others wait and find it done.
     """
-    _migrate(engine, command.upgrade, revision)
+    if revision != "head" or current(engine) != head():
+        _migrate(engine, "upgrade", revision)
 
 
 def downgrade(engine: sa.Engine, revision: str) -> None:
     """Take the tables back to `revision`, or with `base` to none; alembic's own table stays, empty."""
-    _migrate(engine, command.downgrade, revision)
+    _migrate(engine, "downgrade", revision)
 
 
 def current(engine: sa.Engine) -> str | None:
     """The revision that the database is at, None before the first upgrade."""
     with engine.connect() as connection:
-        return MigrationContext.configure(connection).get_current_revision()
+        if not sa.inspect(connection).has_table(_VERSION.name):
+            return None
+        return connection.scalar(sa.select(_VERSION.c.version_num))
 
 
 def head() -> str | None:
     """The revision that this version of the code needs."""
-    return ScriptDirectory(str(Path(__file__).parent)).get_current_head()
+    # A migration's file is named after its revision, and revisions are numbered as they follow each other.
+    return max((path.name.split("_")[0] for path in Path(__file__).parent.glob("versions/[0-9]*.py")), default=None)
 
 
 def check(engine: sa.Engine) -> list[Any]:
     """How the database's tables differ from app.models, in alembic's words; empty where they agree."""
+    from alembic.autogenerate import compare_metadata
+    from alembic.runtime.migration import MigrationContext
+
     with engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"include_name": is_ours})
         return list(compare_metadata(context, Base.metadata))
@@ -61,13 +66,16 @@ def is_ours(name: str | None, kind: str, _parents: Any) -> bool:
     return kind != "table" or name in Base.metadata.tables
 
 
-def _migrate(engine: sa.Engine, step: Callable[[Config, str], None], revision: str) -> None:
+def _migrate(engine: sa.Engine, step: Literal["upgrade", "downgrade"], revision: str) -> None:
+    from alembic import command
+    from alembic.config import Config
+
     config = Config()
     # The configuration file's syntax, which this goes through, reads % as the start of an interpolation.
     config.set_main_option("script_location", str(Path(__file__).parent).replace("%", "%%"))
     with _alembic, _exclusively(engine) as connection:
         config.attributes["connection"] = connection
-        step(config, revision)
+        getattr(command, step)(config, revision)
 
 
 @contextmanager

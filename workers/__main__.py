@@ -1,4 +1,7 @@
-"""`python -m workers`: one worker process. It talks to the queue; its child computes."""
+"""`python -m workers`: one worker process. It talks to the queue; its child computes.
+
+The child takes longest to start, so it goes first: what this process needs for itself loads meanwhile.
+"""
 
 import argparse
 import logging
@@ -7,20 +10,16 @@ import select
 import signal
 import sys
 import threading
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
-import sqlalchemy as sa
-from dbos import DBOS, DBOSConfig
-
-import migrations
-from app import queue
-from app.database import make_engine
 from app.settings import Settings, load_settings, start_logging
-from app.storage import Storage
-from workers import offers
 from workers.child import ComputeChild
-from workers.liveness import Presence
-from workers.workflows import Host, register
+
+if TYPE_CHECKING:
+    import sqlalchemy as sa
+
+    from workers.liveness import Presence
 
 logger = logging.getLogger("interplay")
 
@@ -33,6 +32,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--stop-at-end-of-input", action="store_true", help="stop when standard input ends, as it does with its parent"
     )
+    parser.add_argument(
+        "--wait-for-input", action="store_true", help="begin once a line comes on standard input: the tables are there"
+    )
     options = parser.parse_args(arguments)
     settings = load_settings()
     start_logging(settings)
@@ -40,8 +42,24 @@ def main(arguments: list[str] | None = None) -> None:
     told_to_stop, tell_to_stop = os.pipe()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: os.write(tell_to_stop, b"."))
-    if options.stop_at_end_of_input:
-        threading.Thread(target=_watch_input, args=(tell_to_stop,), daemon=True).start()
+    told_to_begin, tell_to_begin = os.pipe()
+    if options.stop_at_end_of_input or options.wait_for_input:
+        threading.Thread(target=_watch_input, args=(tell_to_begin, tell_to_stop), daemon=True).start()
+    child = ComputeChild(settings)
+    child.start()
+    if options.wait_for_input and told_to_stop in select.select([told_to_begin, told_to_stop], [], [])[0]:
+        child.kill()
+        os._exit(0)  # not by `return`: the thread that reads standard input would be in the way
+    _work(settings, child, told_to_stop)
+
+
+def _work(settings: Settings, child: ComputeChild, told_to_stop: int) -> None:
+    import migrations
+    from app.database import make_engine
+    from app.storage import Storage
+    from workers import offers
+    from workers.liveness import Presence
+    from workers.workflows import Host, register
 
     # A fresh name for each process: nobody's unfinished work is taken for its own.
     worker_id = str(uuid4())
@@ -50,8 +68,6 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit("The database does not have the tables of this version: run `interplay migrate`.")
     active: set[str] = set()
     presence = Presence(settings, engine, worker_id, active)
-    child = ComputeChild(settings)
-    child.start()
     while child.description is None:
         if not child.is_running():
             sys.exit("The compute process does not start; what it said stands above.")
@@ -76,12 +92,16 @@ def main(arguments: list[str] | None = None) -> None:
         os._exit(0)
 
 
-def _join_queue(settings: Settings, engine: sa.Engine, worker_id: str) -> None:
+def _join_queue(settings: Settings, engine: "sa.Engine", worker_id: str) -> None:
+    from dbos import DBOS, DBOSConfig
+
+    from app import queue
+
     queue.close_pickle()
     config: DBOSConfig = {
         "name": queue.APPLICATION,
         "system_database_engine": engine,
-        "serializer": queue.SERIALIZER,
+        "serializer": queue.serializer(),
         "executor_id": worker_id,
         "application_version": queue.VERSION,
         "run_migrations": False,
@@ -92,12 +112,14 @@ def _join_queue(settings: Settings, engine: sa.Engine, worker_id: str) -> None:
     DBOS.register_queue(queue.QUEUE, worker_concurrency=1, polling_interval_sec=_POLLING_SECONDS)
 
 
-def _watch_input(tell_to_stop: int) -> None:
-    sys.stdin.buffer.read()
+def _watch_input(tell_to_begin: int, tell_to_stop: int) -> None:
+    if sys.stdin.buffer.readline():
+        os.write(tell_to_begin, b".")
+        sys.stdin.buffer.read()
     os.write(tell_to_stop, b".")
 
 
-def _keep_up(presence: Presence, stopping: threading.Event) -> None:
+def _keep_up(presence: "Presence", stopping: threading.Event) -> None:
     try:
         presence.keep_up(stopping)
     finally:

@@ -6,8 +6,7 @@ client that cancels, or a worker that was thought dead and still runs.
 
 import hashlib
 import json
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 from uuid import uuid4
 
 import sqlalchemy as sa
@@ -20,28 +19,11 @@ from app.models import Analysis, AnalysisCheckpoint, Checkpoint, FeatureSet, Met
 from app.reports import DEFINITIONS_VERSION, SCHEMA_VERSION
 from app.reports import Report as AnyReport
 from app.schemas import EvaluationOptions
+from workers.child import Progress, Result
 
 _REPORTS: TypeAdapter[Any] = TypeAdapter(AnyReport)
 # Of a checkpoint's row; a report has all of it.
 _MAX_PREFIX = 200
-
-Outcome = Literal["succeeded", "failed", "cancelled"]
-
-
-@dataclass(frozen=True)
-class Result:
-    """How computing ended: with the body of a report, with a problem, or with neither where it was cancelled."""
-
-    outcome: Outcome
-    body: dict[str, Any] | None = None
-    problem: dict[str, Any] | None = None
-
-
-@dataclass(frozen=True)
-class Progress:
-    phase: str
-    done: int
-    total: int
 
 
 def begin(engine: sa.Engine, analysis_id: str, max_attempts: int) -> dict[str, Any] | None:

@@ -19,12 +19,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from app.errors import problem
 from app.settings import Settings, load_settings, start_logging
 from app.storage import Storage
-from workers.attempts import Progress, Result
 
 logger = logging.getLogger("interplay")
 
@@ -44,6 +44,23 @@ ARITHMETIC = {
 }
 
 Message = dict[str, Any]
+Outcome = Literal["succeeded", "failed", "cancelled"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """How computing ended: with the body of a report, with a problem, or with neither where it was cancelled."""
+
+    outcome: Outcome
+    body: Message | None = None
+    problem: Message | None = None
+
+
+@dataclass(frozen=True)
+class Progress:
+    phase: str
+    done: int
+    total: int
 
 
 class ChildDied(Exception):

@@ -3,7 +3,7 @@
 An evaluation or a comparison is one task, its body the report's. What has points takes several: a task of the step
 `point` gives one point, what those after it and the report must know of it, and whether it was the last; a task of the
 step `report` puts all of them together. So each point is recorded when it is done, and none is computed twice after a
-kill.
+kill. What only some kinds need is imported with them: a worker is ready half a second earlier without scipy.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,9 +14,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from analysis.alignment import aligned
 from analysis.clock import Clock
-from analysis.comparison import ComparisonOptions, compare
 from analysis.errors import AnalysisError
 from analysis.evaluation import Evaluation, EvaluationOptions, capture, evaluate_features, evaluate_network
 from analysis.looks import look
@@ -117,6 +115,8 @@ def _comparison(
     task: Task, device: torch.device, cache: FeatureCache, on_progress: OnProgress, provenance: dict[str, Any]
 ) -> dict[str, Any]:
     """Two checkpoints on the samples of one probe, each with its own preprocessing where the probe gives none."""
+    from analysis.comparison import ComparisonOptions, compare
+
     clock, kept, reused = Clock(), [], []
     on_progress("loading", 0, 0)
     for subject, brought in zip(task["subjects"], task["brought"], strict=True):
@@ -434,6 +434,8 @@ def _load_path(
     _require_one_network(task, first, second, batch)
     if task["options"]["alignment"] == "none":
         return Path(first, second.module.state_dict()), probe, about_probe, None, ends
+    from analysis.alignment import aligned
+
     generator = torch.Generator().manual_seed(task["options"]["seed"])
     state, alignment, change = aligned(first.module, second.module, batch, generator=generator)
     about = {"n_groups": len(alignment.permutations), "sweeps": alignment.sweeps, "gain": alignment.gain}

@@ -28,6 +28,7 @@ from app.errors import problem
 from app.models import Analysis, Worker, now
 from app.settings import Settings
 from workers import attempts
+from workers.child import Result
 
 logger = logging.getLogger("interplay")
 
@@ -261,7 +262,7 @@ class Presence:
         for analysis_id in ids:
             logger.error("the run of analysis %s ended without an outcome", analysis_id)
             body = problem("internal-error", "Internal error", "Its run ended without an outcome; ask for it again.")
-            attempts.finish(self._engine, analysis_id, attempts.Result("failed", problem=body))
+            attempts.finish(self._engine, analysis_id, Result("failed", problem=body))
 
     def _forget_old_runs(self) -> None:
         before = (now() - _KEEP_RUNS).isoformat()

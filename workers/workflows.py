@@ -21,8 +21,7 @@ from app.errors import problem
 from app.settings import Settings
 from app.storage import BlobDamaged, Storage, StorageUnavailable
 from workers import attempts
-from workers.attempts import Progress, Result
-from workers.child import ChildDied, ComputeChild
+from workers.child import ChildDied, ComputeChild, Progress, Result
 
 logger = logging.getLogger("interplay")
 T = TypeVar("T")

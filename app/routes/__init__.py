@@ -6,9 +6,10 @@ from typing import Annotated, Any
 import sqlalchemy as sa
 from fastapi import Depends, Request
 
+from app.drawing import Drawings
 from app.events import Events
 from app.openapi import problem_response
-from app.queue import Client
+from app.queue import LateClient
 from app.readiness import Readiness
 from app.settings import Settings
 from app.storage import Storage
@@ -21,12 +22,13 @@ class Service:
     settings: Settings
     engine: sa.Engine
     storage: Storage
-    queue: Client
+    queue: LateClient
     events: Events
     readiness: Readiness
+    drawings: Drawings
 
 
-# A coroutine, as FastAPI takes a thread for what is none.
+# Async, as all dependencies of routes: FastAPI gives each other one a turn of its own in a thread.
 async def _service(request: Request) -> Service:
     service: Service = request.app.state.service
     return service

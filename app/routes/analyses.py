@@ -1,12 +1,12 @@
 """Analyses and reports over HTTP."""
 
-import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import sqlalchemy as sa
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
+from fastapi.concurrency import run_in_threadpool
 
-from app import analyses, reports, schemas
+from app import analyses, drawing, reports, schemas
 from app.database import read
 from app.errors import NotFound
 from app.listing import Listing, listing_with, page
@@ -35,7 +35,19 @@ _EVENT = {
         },
     },
 }
+IfNoneMatch = Annotated[str | None, Header(max_length=1000)]
 IdFilter = Annotated[str | None, Query(max_length=36, pattern=schemas.PLAIN_TEXT)]
+
+_MEDIA_TYPES: dict[drawing.Format, str] = {
+    "svg": "image/svg+xml",
+    "png": "image/png",
+    "json": "application/vnd.vegalite+json",
+}
+# Names in a picture are a stranger's: a browser that opens it as a page guesses no type, and runs and loads nothing.
+_INERT = {
+    "X-Content-Type-Options": "nosniff",
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; sandbox",
+}
 
 
 @router.post("/analyses", status_code=202, responses=problems(404, 409, 413, 422, 503))
@@ -148,15 +160,11 @@ def _summary(row: Report) -> schemas.ReportSummary:
     response_model=reports.Report,
     responses={304: {"description": "The report that the client holds is the one asked for"}, **problems(404)},
 )
-def get_report(
-    id: schemas.Id, service: ServiceDep, if_none_match: Annotated[str | None, Header(max_length=1000)] = None
-) -> Any:
+def get_report(id: schemas.Id, service: ServiceDep, if_none_match: IfNoneMatch = None) -> Any:
     """A report, byte for byte as it was written; it never changes."""
     content, sha256 = _content(service, id)
-    etag = f'"{sha256}"'
-    headers = {"ETag": etag, "Cache-Control": "private, max-age=31536000, immutable"}
-    held = {tag.strip().removeprefix("W/") for tag in (if_none_match or "").split(",")}
-    if etag in held or "*" in held:
+    headers = _unchanging(sha256)
+    if _is_held(headers, if_none_match):
         return Response(status_code=304, headers=headers)
     return Response(content, media_type="application/json", headers=headers)
 
@@ -164,46 +172,66 @@ def get_report(
 @router.get("/reports/{id}/charts", responses=problems(404))
 def list_charts(id: schemas.Id, service: ServiceDep) -> schemas.Charts:
     """The pictures of a report; the first shows the whole of it."""
-    from app import charts
-
-    content, _ = _content(service, id)
-    return schemas.Charts(names=charts.names(json.loads(content)["kind"]), formats=["svg", "png", "json"])
+    kind, _ = _kind(service, id)
+    return schemas.Charts(names=drawing.names(kind), formats=list(_MEDIA_TYPES))
 
 
 @router.get(
     "/reports/{id}/charts/{name}.{format}",
     response_class=Response,
     responses={
-        200: {"content": {"image/svg+xml": {}, "image/png": {}, "application/vnd.vegalite+json": {}}},
-        **problems(404),
+        200: {"content": {media_type: {} for media_type in _MEDIA_TYPES.values()}},
+        304: {"description": "The chart that the client holds is the one asked for"},
+        **problems(404, 503),
     },
 )
-def get_chart(
+async def get_chart(
     id: schemas.Id,
     name: Annotated[str, Path(max_length=30, pattern=schemas.PLAIN_TEXT)],
-    format: Literal["svg", "png", "json"],
+    format: drawing.Format,
     service: ServiceDep,
+    if_none_match: IfNoneMatch = None,
 ) -> Response:
-    """A picture of a report: SVG, PNG, or as json its Vega-Lite specification, which browsers draw themselves."""
-    # Here, so that a process that draws nothing does not load what draws.
-    from app import charts
+    """A picture of a report: SVG, PNG, or as json its Vega-Lite specification, which browsers draw themselves.
 
-    report = json.loads(_content(service, id)[0])
-    if name not in (names := charts.names(report["kind"])):
+    It is drawn once and never changes.
+    """
+    kind, sha256 = await run_in_threadpool(_kind, service, id)
+    if name not in (names := drawing.names(kind)):
         raise NotFound(f"The report has no chart {name!r}; it has {', '.join(names)}.", charts=names)
-    specification = charts.describe(report, name)
-    match format:
-        case "svg":
-            return Response(charts.svg(specification), media_type="image/svg+xml")
-        case "png":
-            return Response(charts.png(specification), media_type="image/png")
-    return Response(json.dumps(specification), media_type="application/vnd.vegalite+json")
+    chart = drawing.Chart(sha256, name, format)
+    headers = _unchanging(chart.key) | _INERT
+    if _is_held(headers, if_none_match):
+        return Response(status_code=304, headers=headers)
+    content = await service.drawings.get(chart, lambda: _content(service, id)[0])
+    return Response(content, media_type=_MEDIA_TYPES[format], headers=headers)
+
+
+def _unchanging(tag: str) -> dict[str, str]:
+    """Headers of what never changes: whoever holds it need not ask again."""
+    return {"ETag": f'"{tag}"', "Cache-Control": "private, max-age=31536000, immutable"}
+
+
+def _is_held(headers: dict[str, str], if_none_match: str | None) -> bool:
+    held = {tag.strip().removeprefix("W/") for tag in (if_none_match or "").split(",")}
+    return headers["ETag"] in held or "*" in held
+
+
+def _kind(service: ServiceDep, id_: str) -> tuple[str, str]:
+    """A report's kind, and its sha256."""
+    return _of_report(service, id_, sa.select(Report.kind, Report.sha256))
 
 
 def _content(service: ServiceDep, id_: str) -> tuple[str, str]:
     """A report's JSON text, and its sha256."""
-    with read(service.engine) as session:
-        found = session.execute(sa.select(Report.content, Report.sha256).where(Report.id == id_)).one_or_none()
+    return _of_report(service, id_, sa.select(Report.content, Report.sha256))
+
+
+def _of_report(service: ServiceDep, id_: str, columns: sa.Select[str, str]) -> tuple[str, str]:
+    # On the connection itself: a session takes longer than all else that reading one row does.
+    with service.engine.connect() as connection:
+        found = connection.execute(columns.where(Report.id == id_)).one_or_none()
     if found is None:
         raise NotFound(f"There is no report {id_!r}.")
-    return found.content, found.sha256
+    first, second = found
+    return first, second

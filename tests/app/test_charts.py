@@ -1,15 +1,19 @@
 """Pictures of real reports: each kind, each format, what they show, and what there is not."""
 
+import asyncio
 import copy
 import json
 import struct
+import time
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
-from app import charts
+from app import charts, drawing
+from app.settings import Settings
 from tests.app.test_points import FEW
 from tests.app.test_uploads import problem
 from tests.services import Service
@@ -258,6 +262,12 @@ def test_what_is_not_defined_is_left_out(reports: dict[str, Any]) -> None:
     assert "<svg" in charts.svg(charts.describe(evaluation, "overview"))
 
 
+def _drawing_processes() -> list[psutil.Process]:
+    """Those of this process, not of a service that it started."""
+    children = psutil.Process().children()
+    return [child for child in children if child.status() != "zombie" and "app.charts" in child.cmdline()]
+
+
 def _with_barriers(report: dict[str, Any]) -> dict[str, Any]:
     """A path of three points whose loss is one higher in the middle."""
     path = copy.deepcopy(report)
@@ -317,6 +327,100 @@ def _longest_line(picture: str) -> int:
     drawn = [path.get("d", "") for path in ET.fromstring(picture).iter("{http://www.w3.org/2000/svg}path")]
     lines = [part.count("L") + 1 for d in drawn if "Z" not in d and "A" not in d for part in d.split("M")[1:]]
     return max(lines)
+
+
+def test_a_chart_never_changes_and_is_inert(service: Service, reports: dict[str, Any]) -> None:
+    """Whoever holds a chart is told so by its tag, the same bytes come again, and a browser runs nothing of them."""
+    url = f"/v1/reports/{reports['series']['id']}/charts"
+    tags = set()
+    for format in ("svg", "png", "json"):
+        first = service.client.get(f"{url}/loss.{format}")
+        again = service.client.get(f"{url}/loss.{format}")
+        assert again.content == first.content
+        assert again.headers["etag"] == first.headers["etag"]
+        assert "immutable" in first.headers["cache-control"]
+        for held in (first.headers["etag"], f'"other", W/{first.headers["etag"]}', "*"):
+            unchanged = service.client.get(f"{url}/loss.{format}", headers={"If-None-Match": held})
+            assert (unchanged.status_code, unchanged.content) == (304, b"")
+            assert unchanged.headers["etag"] == first.headers["etag"]
+        assert service.client.get(f"{url}/loss.{format}", headers={"If-None-Match": '"other"'}).status_code == 200
+        for answer in (first, unchanged):
+            assert answer.headers["x-content-type-options"] == "nosniff"
+            policy = answer.headers["content-security-policy"].split("; ")
+            assert {"default-src 'none'", "sandbox"} <= set(policy)
+            assert not any(source.startswith("script-src") for source in policy)
+        tags.add(first.headers["etag"])
+    assert len(tags) == 3
+    assert len(list((service.data_dir / "charts").iterdir())) >= 3
+
+
+def test_many_who_ask_for_one_chart_have_it_drawn_once(tmp_path: Path, reports: dict[str, Any]) -> None:
+    """All at once, one after the other, and from another process's folder: the report is read for drawing but once."""
+    text, read = json.dumps(reports["series"]), []
+    chart = drawing.Chart("of this report", "mir", "svg")
+
+    def report() -> str:
+        read.append(1)
+        return text
+
+    async def ask(times: int) -> set[bytes]:
+        drawings = drawing.Drawings(Settings(data_dir=tmp_path))
+        try:
+            found = set(await asyncio.gather(*(drawings.get(chart, report) for _ in range(times))))
+            return found | {await drawings.get(chart, report)}
+        finally:
+            drawings.close()
+
+    (first,) = asyncio.run(ask(30))
+    assert b"<svg" in first
+    assert len(read) == 1
+    assert asyncio.run(ask(1)) == {first}
+    assert len(read) == 1
+    # One that a crash has cut short is no chart.
+    (kept,) = (tmp_path / "charts").iterdir()
+    kept.write_bytes(kept.read_bytes()[:-1])
+    assert asyncio.run(ask(1)) == {first}
+    assert len(read) == 2
+
+
+def test_kept_charts_have_a_limit(tmp_path: Path) -> None:
+    """Beyond it the longest unused go, and one that is larger than all of it is not kept."""
+    kept = drawing.KeptCharts(tmp_path / "charts", most_bytes=400)
+    # Each is 132 bytes: a hash before it.
+    for name in "abc":
+        kept.write(name, name.encode() * 100)
+        time.sleep(0.01)
+    assert kept.read("a") == b"a" * 100
+    time.sleep(0.01)
+    kept.write("d", b"d" * 100)
+    assert [kept.read(name) is not None for name in "abcd"] == [True, False, True, True]
+    kept.write("e", b"e" * 401)
+    assert kept.read("e") is None
+    assert sum(path.stat().st_size for path in (tmp_path / "charts").iterdir()) <= 400
+    nothing = drawing.KeptCharts(tmp_path / "none", most_bytes=0)
+    nothing.write("a", b"a")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_drawing_process_that_dies_is_replaced(tmp_path: Path, reports: dict[str, Any]) -> None:
+    """What kills it once costs one chart a second try; a report that cannot be drawn is an error and no more."""
+    text = json.dumps(reports["evaluation"])
+
+    async def scenario() -> None:
+        drawings = drawing.Drawings(Settings(data_dir=tmp_path, max_charts_bytes=0))
+        try:
+            before = await drawings.get(drawing.Chart("a", "mir", "json"), lambda: text)
+            (process,) = _drawing_processes()
+            process.kill()
+            with pytest.raises(drawing.DrawingFailed):
+                await drawings.get(drawing.Chart("b", "mir", "json"), lambda: "{}")
+            assert await drawings.get(drawing.Chart("a", "mir", "json"), lambda: text) == before
+            assert [found.pid for found in _drawing_processes()] != [process.pid]
+        finally:
+            drawings.close()
+        assert _drawing_processes() == []
+
+    asyncio.run(scenario())
 
 
 def test_charts_that_there_are_not(service: Service, reports: dict[str, Any]) -> None:

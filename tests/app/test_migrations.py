@@ -10,6 +10,7 @@ from threading import Barrier
 
 import pytest
 import sqlalchemy as sa
+from alembic.script import ScriptDirectory
 
 import migrations
 from app.database import make_engine
@@ -47,7 +48,8 @@ def test_upgrade_from_empty_makes_what_the_models_say(engine: sa.Engine) -> None
     assert migrations.current(engine) is None
     migrations.upgrade(engine)
     assert migrations.check(engine) == []
-    assert migrations.current(engine) == "0007"
+    assert migrations.current(engine) == "0007" == migrations.head()
+    assert ScriptDirectory(str(Path(migrations.__file__).parent)).get_heads() == [migrations.head()]
     assert _tables(engine) == OURS | {"alembic_version"}
 
 

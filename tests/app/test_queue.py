@@ -9,6 +9,7 @@ from uuid import uuid4
 
 import pytest
 import sqlalchemy as sa
+from dbos import DBOSClient
 
 from app import queue
 from app.database import make_engine, read, write
@@ -30,13 +31,13 @@ def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[sa.Engine
 
 
 @pytest.fixture
-def client(engine: sa.Engine) -> Iterator[queue.Client]:
+def client(engine: sa.Engine) -> Iterator[DBOSClient]:
     client = queue.make_client(engine)
     yield client
     client.destroy()
 
 
-def test_enqueueing_commits_and_rolls_back_with_our_transaction(engine: sa.Engine, client: queue.Client) -> None:
+def test_enqueueing_commits_and_rolls_back_with_our_transaction(engine: sa.Engine, client: DBOSClient) -> None:
     """A run exists once the transaction that queued it commits, and never where it rolls back."""
     kept, dropped = str(uuid4()), str(uuid4())
     with write(engine) as session:
@@ -51,7 +52,7 @@ def test_enqueueing_commits_and_rolls_back_with_our_transaction(engine: sa.Engin
     assert runs[0].input == {"args": (kept,), "kwargs": {}}
 
 
-def test_status_is_readable_in_sql(engine: sa.Engine, client: queue.Client) -> None:
+def test_status_is_readable_in_sql(engine: sa.Engine, client: DBOSClient) -> None:
     """The queue's table and words are the ones that our queries name."""
     run = str(uuid4())
     with write(engine) as session:
@@ -70,7 +71,7 @@ def test_status_is_readable_in_sql(engine: sa.Engine, client: queue.Client) -> N
     assert has(*queue.ENDED)
 
 
-def test_pickled_rows_are_never_opened(engine: sa.Engine, client: queue.Client, tmp_path: Path) -> None:
+def test_pickled_rows_are_never_opened(engine: sa.Engine, client: DBOSClient, tmp_path: Path) -> None:
     """A row that says of itself that it is pickled does not run its code, not even when it is listed."""
     run, trap = str(uuid4()), tmp_path / "sprung"
 

@@ -9,6 +9,7 @@ from uuid import uuid4
 
 import pytest
 import sqlalchemy as sa
+from dbos import DBOSClient
 
 import migrations
 from app import queue
@@ -45,7 +46,7 @@ def engine(settings: Settings) -> Iterator[sa.Engine]:
 
 
 @pytest.fixture
-def client(engine: sa.Engine) -> Iterator[queue.Client]:
+def client(engine: sa.Engine) -> Iterator[DBOSClient]:
     client = queue.make_client(engine)
     yield client
     client.destroy()
@@ -68,7 +69,7 @@ def present(settings: Settings, engine: sa.Engine, worker_id: str, active: set[s
         presence.close()
 
 
-def queued(engine: sa.Engine, client: queue.Client, *, age: timedelta = timedelta(0)) -> str:
+def queued(engine: sa.Engine, client: DBOSClient, *, age: timedelta = timedelta(0)) -> str:
     """The id of an analysis that waits in the queue."""
     with write(engine) as session:
         row = Analysis(
@@ -90,11 +91,11 @@ def claim(engine: sa.Engine, analysis_id: str, worker_id: str) -> None:
         )
 
 
-def status_of(client: queue.Client, analysis_id: str) -> str:
+def status_of(client: DBOSClient, analysis_id: str) -> str:
     return str(client.list_workflows(workflow_ids=[analysis_id])[0].status)
 
 
-def test_a_run_that_nobody_runs_is_queued_again(settings: Settings, engine: sa.Engine, client: queue.Client) -> None:
+def test_a_run_that_nobody_runs_is_queued_again(settings: Settings, engine: sa.Engine, client: DBOSClient) -> None:
     """A run that is pending under a living worker, and not active in it, is resumed; an active one is left alone."""
     me = str(uuid4())
     stranded, active = queued(engine, client), queued(engine, client)
@@ -105,7 +106,7 @@ def test_a_run_that_nobody_runs_is_queued_again(settings: Settings, engine: sa.E
         assert status_of(client, active) == "PENDING"
 
 
-def test_the_work_of_a_dead_worker_is_queued_again(settings: Settings, engine: sa.Engine, client: queue.Client) -> None:
+def test_the_work_of_a_dead_worker_is_queued_again(settings: Settings, engine: sa.Engine, client: DBOSClient) -> None:
     """A worker without its lock and with an old heartbeat is marked as ended, and its run is resumed."""
     dead, orphaned = str(uuid4()), queued(engine, client)
     claim(engine, orphaned, dead)
@@ -118,7 +119,7 @@ def test_the_work_of_a_dead_worker_is_queued_again(settings: Settings, engine: s
             until(lambda: session.scalar(sa.select(Worker.ended_at).where(Worker.id == dead)), seconds=5)
 
 
-def test_a_living_worker_is_left_alone(settings: Settings, engine: sa.Engine, client: queue.Client) -> None:
+def test_a_living_worker_is_left_alone(settings: Settings, engine: sa.Engine, client: DBOSClient) -> None:
     """Two workers that live do not take each other's work, however often they look."""
     first, second = str(uuid4()), str(uuid4())
     held = queued(engine, client)
@@ -168,7 +169,7 @@ def test_a_worker_that_was_marked_as_ended_stops(settings: Settings, engine: sa.
 
 
 def test_a_run_that_ended_without_an_outcome_fails_its_analysis(
-    settings: Settings, engine: sa.Engine, client: queue.Client
+    settings: Settings, engine: sa.Engine, client: DBOSClient
 ) -> None:
     """An analysis whose run is over in the queue does not wait for ever; one that is queued does."""
     lost = queued(engine, client, age=timedelta(minutes=1))
@@ -184,7 +185,7 @@ def test_a_run_that_ended_without_an_outcome_fails_its_analysis(
         assert outcome(waiting) is None
 
 
-def test_runs_that_ended_long_ago_are_forgotten(settings: Settings, engine: sa.Engine, client: queue.Client) -> None:
+def test_runs_that_ended_long_ago_are_forgotten(settings: Settings, engine: sa.Engine, client: DBOSClient) -> None:
     """The queue's record of a run goes a day after its end; the analysis stays."""
     old, recent = queued(engine, client), queued(engine, client)
     for run in (old, recent):

@@ -91,7 +91,8 @@ def _frame_entropy(counts: Sequence[int], cosine: float) -> float:
 class CollapsePass:
     """NC1 to NC4 as METRICS defines them, from one pass over the features that others may share.
 
-    NC1 = trace(Sigma_W Sigma_B^dagger) / C, with Sigma_W the mean of the classes' covariances. NC2 of the class means
+    NC1 = trace(Sigma_W Sigma_B^dagger) / C, with Sigma_W the mean of the classes' covariances, Sigma_B the covariance
+    of their means: a class weighs the same whether it has many samples or few. NC2 of the class means
     runs over the classes present, NC2 of the head over all its rows, NC3 over the head rows of the classes present.
 
     Args:
@@ -169,10 +170,17 @@ class CollapsePass:
             nc2_max_angle_means=of_means[2],
             nc2_max_angle_head=of_head[2],
             nc3=_self_duality(means, scales, rows[held], row_scales[held], reasons),
-            nc4=self.differing / len(self.predicted),
+            nc4=self._disagreement(reasons),
             absent_classes=len(self.head) - len(means),
             reasons=reasons,
         )
+
+    def _disagreement(self, reasons: dict[str, str]) -> float | None:
+        """NC4; where all means are the same rounding alone would say which of them is nearest."""
+        if self.rank == 0 and len(self.means) > 1:
+            reasons["nc4"] = "equal_means"
+            return None
+        return self.differing / len(self.predicted)
 
     def _variability(self, reasons: dict[str, str]) -> tuple[float | None, float | None]:
         """NC1 and the condition number of Sigma_B."""

@@ -32,6 +32,8 @@ import torch
 from jaxtyping import Bool, Float32, Float64, Int, Shaped
 from torch import Tensor
 
+from analysis.clock import Tell, silent
+
 # Lanczos steps for each shift: as many as leave less than this share of the sum between the bounds, or the first of
 # these numbers; up to the second where nothing else will bring the bounds together.
 _SETTLED, _STEPS, _MOST_STEPS = 1e-3, 4, 16
@@ -133,6 +135,7 @@ class Couplings:
         error: float,
         generator: torch.Generator,
         last: bool = True,
+        tell: Tell = silent,
     ) -> Worth:
         """What all couplings are worth beyond those among some rows.
 
@@ -146,6 +149,7 @@ class Couplings:
                 no longer due to the probes' number.
             generator: on the CPU; draws the probes.
             last: whether there is no larger part to keep. Otherwise no more is done than tells that one is needed.
+            tell: told what share is done, of all batches of probes.
 
         Returns:
             The bounds. Each holds but for odds of about 1 in 100,000 where many rows share what couplings are worth;
@@ -160,9 +164,15 @@ class Couplings:
         rest = max(mass / total - 1, 0.0) * _EXTRAPOLATION if total > 0 else 0.0
         below: list[Float64[Tensor, " q"]] = []
         above: list[Float64[Tensor, " q"]] = []
-        for quantile in _QUANTILES[:_BATCHES]:
+        for batch, quantile in enumerate(_QUANTILES[:_BATCHES]):
             signs = torch.randint(2, (_PROBES, len(self.values)), generator=generator) * 2.0 - 1
-            found = self._bounds(operator, signs.to(operator.tail.device), shifts, error if last else math.inf)
+            found = self._bounds(
+                operator,
+                signs.to(operator.tail.device),
+                shifts,
+                error if last else math.inf,
+                lambda share, batch=batch: tell((batch + share) / _BATCHES),  # type: ignore[misc]
+            )
             below.append(found[0])
             above.append(found[1])
             low, high = torch.cat(below), torch.cat(above)
@@ -197,7 +207,12 @@ class Couplings:
         return shifts
 
     def _bounds(
-        self, operator: "_Dropped", signs: Float32[Tensor, "q m"], shifts: Sequence[tuple[float, float]], error: float
+        self,
+        operator: "_Dropped",
+        signs: Float32[Tensor, "q m"],
+        shifts: Sequence[tuple[float, float]],
+        error: float,
+        tell: Tell,
     ) -> tuple[Float64[Tensor, " q"], Float64[Tensor, " q"]]:
         """For each probe, a lower and an upper bound of its share in the integral.
 
@@ -208,7 +223,8 @@ class Couplings:
         above: list[Float64[Tensor, " q"]] = []
         settled = between = unseen = 0.0
         # From the largest down: there Delta_s is small, and one step is enough.
-        for shift, unseen in shifts:
+        for number, (shift, unseen) in enumerate(shifts):
+            tell(number / len(shifts))
             start = operator.at(signs, shift)
             squares = torch.linalg.vector_norm(start, dim=1).double().square()
             least = shift / (operator.most + shift)

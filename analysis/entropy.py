@@ -4,6 +4,7 @@ These need whole Gram matrices and all their eigenvalues. `spectrum.py` computes
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Float64
@@ -15,9 +16,9 @@ from analysis.errors import AnalysisError
 ZERO_ENTROPY = 1e-12
 
 _EPS = torch.finfo(torch.float64).eps
-# What is left beside the largest eigenvalue of a matrix of one direction. The rest of the spectrum is then rounding, of
-# both signs; its positive half alone would pass for 1e-10 of entropy after 50,000 samples.
-_ONE_DIRECTION = 1e-13
+# Eigenvalues below so many roundings of the largest count as zero; so do those below so many times the most negative
+# one, which is nothing but rounding. After 50,000 samples of one direction that would pass for 1e-10 of entropy.
+_SHARE_ZERO, _TIMES_NEGATIVE = 16, 4
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
@@ -96,22 +97,70 @@ def spectrum_entropy(eigenvalues: Float64[Tensor, " n"], alpha: float = 1.0) -> 
     Raises:
         AnalysisError: `invalid-argument` for a negative alpha.
 
-    Numerics: eigenvalues below 16 eps of the largest (n eps for alpha < 1) count as zero.
+    Numerics: eigenvalues below 16 eps of the largest (n eps for alpha < 1), or not larger than rounding has made others
+        negative, count as zero.
     """
     if not alpha >= 0:
         raise AnalysisError("invalid-argument", f"alpha is {alpha}; an order is at least 0", argument="alpha")
-    largest = eigenvalues.max()
-    if float(eigenvalues.sum() - largest) < _ONE_DIRECTION:
-        return 0.0
     # Small orders weigh small eigenvalues up: they take the usual cut-off of a numerical rank.
-    cutoff = (16 if alpha >= 1 else max(16, len(eigenvalues))) * _EPS
-    support = eigenvalues[eigenvalues > cutoff * largest]
+    support = _support(eigenvalues, _SHARE_ZERO if alpha >= 1 else max(_SHARE_ZERO, len(eigenvalues)))
     if alpha == 1:
-        return float(torch.special.entr(support).sum())
+        return max(float(torch.special.entr(support).sum()), 0.0)
     if math.isinf(alpha):
         return -math.log(float(support.max()))
     # The logarithm of the sum, taken over logarithms, keeps large orders from underflowing.
     return float(torch.logsumexp(alpha * support.log(), dim=0)) / (1 - alpha)
+
+
+@dataclass(frozen=True)
+class Spectral:
+    """What a spectrum that sums to 1 says.
+
+    Attributes:
+        entropy: in nats.
+        rank: how many eigenvalues do not count as zero.
+        rounding: what rounding may account for in the entropy, in nats.
+    """
+
+    entropy: float
+    rank: int
+    rounding: float
+
+
+def spectral(eigenvalues: Float64[Tensor, " n"]) -> Spectral:
+    """Entropy, rank and rounding of a spectrum that sums to 1.
+
+    Args:
+        eigenvalues: at least 0, but for rounding.
+
+    Returns:
+        All three. Each eigenvalue is as sure as two roundings of the largest, or as what others fell below 0 by; its
+        l log l then moves by 1 + log l times that.
+    """
+    support = _support(eigenvalues, _SHARE_ZERO)
+    noise = max(2 * _EPS * float(support.max()), -float(eigenvalues.min()))
+    rounding = noise * float((1 + support.log()).abs().sum())
+    return Spectral(max(float(torch.special.entr(support).sum()), 0.0), len(support), rounding)
+
+
+def gram_spectrum(weighted: Float64[Tensor, "n d"]) -> Float64[Tensor, " _r"]:
+    """Eigenvalues of the matrix X X^T, all that are not zero, through the smaller of X X^T and X^T X."""
+    n, d = weighted.shape
+    eigenvalues: Float64[Tensor, " _r"] = torch.linalg.eigvalsh(
+        weighted @ weighted.T if n <= d else weighted.T @ weighted
+    )
+    return eigenvalues
+
+
+def spectrum_rank(eigenvalues: Float64[Tensor, " n"]) -> int:
+    """How many eigenvalues do not count as zero; see `spectrum_entropy`."""
+    return len(_support(eigenvalues, _SHARE_ZERO))
+
+
+def _support(eigenvalues: Float64[Tensor, " n"], roundings: int) -> Float64[Tensor, " r"]:
+    """The eigenvalues that do not count as zero."""
+    least, largest = eigenvalues.min(), eigenvalues.max()
+    return eigenvalues[eigenvalues > torch.maximum(roundings * _EPS * largest, -_TIMES_NEGATIVE * least)]
 
 
 def matrix_entropy(gram: Float[Tensor, "n n"], alpha: float = 1.0) -> float:

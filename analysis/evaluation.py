@@ -1,7 +1,7 @@
 """Everything that is measured on what a network's head receives: predictions, MIR and HDR, neural collapse."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Bool, Float64, Int
 from torch import Tensor
 
+from analysis.baseline import Null, pair_null, sample_null
 from analysis.classes import LabelledFeatures, class_statistics, computing_dtype
-from analysis.clock import Clock
+from analysis.clock import Clock, Steps
 from analysis.collapse import Collapse, CollapsePass, Optimum, neural_collapse, optimum
 from analysis.entropy import check_finite, squarable, unit_rows
 from analysis.errors import AnalysisError, Kind
@@ -23,14 +24,11 @@ from analysis.probes import FeatureSet, Probe
 from analysis.spectrum import (
     Entropies,
     Method,
-    Null,
     hdr_of,
     mir_of,
     pair_entropies,
-    pair_null,
     sample_entropies,
     sample_entropies_of_all,
-    sample_null,
 )
 
 __all__ = [
@@ -50,7 +48,7 @@ __all__ = [
 # A null has one value where its standard deviation is below this, or that of the information in nats: every permutation
 # gives the same Gram matrices.
 _DEGENERATE = 1e-12
-# Two levels, two centrings and the collapse: what progress counts.
+# The spectra of two centrings, their nulls, and the rest: what progress counts.
 _PARTS_OF_A_SPLIT = 5
 
 
@@ -261,17 +259,13 @@ def _evaluate(
         with clock.phase("predictions"):
             predictions = _predictions(data, label_error)
         members = _members(data)
-        done, total = 0, _PARTS_OF_A_SPLIT * len(members)
-
-        def step() -> None:
-            nonlocal done
-            done += 1
-            if progress:
-                progress("metrics", done, total)
-
-        splits = {
-            name: _Split(data, chosen, predictions, options, clock, step).evaluate() for name, chosen in members.items()
-        }
+        steps = Steps(progress, _PARTS_OF_A_SPLIT * len({id(chosen) for chosen in members.values()}))
+        splits: dict[str, SplitEvaluation] = {}
+        for name, chosen in members.items():
+            if name != "all" and chosen is None:
+                splits[name] = splits["all"]
+            else:
+                splits[name] = _Split(data, chosen, predictions, options, clock, steps).evaluate()
     return Evaluation(splits, clock.seconds, batch_size, data.head.shape[1], _n_classes(data))
 
 
@@ -288,13 +282,13 @@ def _predictions(data: FeatureSet, label_error: Kind) -> Predictions:
 
 
 def _members(data: FeatureSet) -> dict[str, Bool[Tensor, " n"] | None]:
-    """Which samples each split has; None for all."""
+    """Which samples each split has; None for all, which is computed once, whatever names it has."""
     members: dict[str, Bool[Tensor, " n"] | None] = {"all": None}
     if data.split is not None:
         for name, number in (("train", 0), ("test", 1)):
             chosen = (data.split == number).to(data.labels.device)
             if bool(chosen.any()):
-                members[name] = chosen
+                members[name] = None if bool(chosen.all()) else chosen
     return members
 
 
@@ -317,6 +311,7 @@ class _Pairing:
     """Samples by class beside the head's directions, and the samples of classes whose head row has none."""
 
     labelled: LabelledFeatures
+    centred: bool
     alone: Sequence[Int[Tensor, " _"]]
 
 
@@ -330,7 +325,7 @@ class _Split:
         predictions: Predictions,
         options: EvaluationOptions,
         clock: Clock,
-        step: Callable[[], None],
+        steps: Steps,
     ) -> None:
         def select(tensor: Tensor) -> Tensor:
             return tensor if chosen is None else tensor[chosen]
@@ -339,7 +334,7 @@ class _Split:
         self.head = squarable(data.head.double())
         self.predicted, self.confidence = select(predictions.predicted), select(predictions.confidence)
         self.losses = select(predictions.loss)
-        self.options, self.clock, self.step = options, clock, step
+        self.options, self.clock, self.steps = options, clock, steps
         self.statistics = class_statistics(self.features, self.labels, len(data.head))
         self.class_counts: list[int] = torch.bincount(self.labels, minlength=len(data.head)).tolist()
         self.n_absent = _n_classes(data) - len(self.statistics.classes)
@@ -354,12 +349,12 @@ class _Split:
         with self.clock.phase("entropies"):
             pairings = [self._pairing(centred) for centred in (False, True)]
         entropies, collapse = self._read(pairings)
+        self.steps.end("spectra", 2)
         for index, centring in enumerate(("none", "global")):
             interplay["sample"][centring] = self._sample_level(pairings[index], entropies[index])
-            self.step()
             interplay["class_mean"][centring] = self._class_mean_level(centring == "global")
-            self.step()
-        self.step()
+            self.steps.end("null")
+        self.steps.end("metrics")
         with self.clock.phase("predictions"):
             correct = self.predicted == self.labels
             accuracy, loss = float(correct.double().mean()), float(self.losses.mean())
@@ -395,7 +390,7 @@ class _Split:
         fitting = usable.tolist()
         paired = [rows for rows, fits in zip(self.statistics.members, fitting, strict=True) if fits]
         alone = [rows for rows, fits in zip(self.statistics.members, fitting, strict=True) if not fits]
-        return _Pairing(LabelledFeatures(self.features, paired, self._centre(centred), head[usable]), alone)
+        return _Pairing(LabelledFeatures(self.features, paired, self._centre(centred), head[usable]), centred, alone)
 
     def _read(self, pairings: Sequence[_Pairing]) -> tuple[list[Entropies | None], Collapse]:
         """Entropies of all pairings, and the collapse, from one reading of the features.
@@ -407,7 +402,13 @@ class _Split:
             collapse = CollapsePass(self.statistics, self.head, self.predicted, computing_dtype(self.features))
             generators = [self._generator() for _ in sets]
             with self.clock.phase("entropies"):
-                found = sample_entropies_of_all(sets, tolerance=tolerance, generators=generators, observe=collapse.take)
+                found = sample_entropies_of_all(
+                    sets,
+                    tolerance=tolerance,
+                    generators=generators,
+                    observe=collapse.take,
+                    tell=lambda share: self.steps.inside("spectra", 2 * share),
+                )
             with self.clock.phase("collapse"):
                 return found, collapse.finish()
         with self.clock.phase("entropies"):
@@ -426,8 +427,14 @@ class _Split:
         null = None
         if entropies is not None and self.options.null_permutations:
             with self.clock.phase("null"):
-                null = sample_null(labelled, permutations=self.options.null_permutations, generator=self._generator())
-        return self._interplay("sample", entropies, null, degenerate, len(alone))
+                null = sample_null(
+                    labelled,
+                    permutations=self.options.null_permutations,
+                    generator=self._generator(),
+                    known=entropies,
+                    tell=lambda share: self.steps.inside("null", share),
+                )
+        return self._interplay("sample", entropies, null, degenerate, len(alone), pairing.centred)
 
     def _class_mean_level(self, centred: bool) -> Interplay:
         with self.clock.phase("entropies"):
@@ -440,8 +447,14 @@ class _Split:
         null = None
         if entropies is not None and self.options.null_permutations:
             with self.clock.phase("null"):
-                null = pair_null(means, head, permutations=self.options.null_permutations, generator=self._generator())
-        return self._interplay("class_mean", entropies, null, 0, len(usable) - len(means))
+                null = pair_null(
+                    means,
+                    head,
+                    permutations=self.options.null_permutations,
+                    generator=self._generator(),
+                    known=entropies,
+                )
+        return self._interplay("class_mean", entropies, null, 0, len(usable) - len(means), centred)
 
     def _interplay(
         self,
@@ -450,6 +463,7 @@ class _Split:
         null: Null | None,
         degenerate_samples: int,
         degenerate_classes: int,
+        centred: bool,
     ) -> Interplay:
         ideal = self.ideal[level]
         reasons: dict[str, str] = {}
@@ -474,6 +488,9 @@ class _Split:
         for name, value in (("mir", mir), ("hdr", hdr)):
             if value is None:
                 reasons[name] = undefined
+        if centred and len(self.head) == 2 and entropies is not None:
+            # Less their mean two rows are opposite: H(K2) is 0 whatever the network, and HDR 1 wherever it is defined.
+            reasons["mir"] = reasons["hdr"] = "two_classes"
         for name, gap in (("mir", distance.mir), ("hdr", distance.hdr)):
             if gap is None:
                 reasons[f"distance_to_optimum.{name}"] = reasons.get(name, "zero_entropy")

@@ -22,7 +22,7 @@ from analysis.precision import Precision, arithmetic
 from analysis.probes import Inputs, Probe, each_input, n_samples
 
 Progress = Callable[[str, int, int], None]
-"""Called with a phase (`features`, `metrics`), what is done and of how much."""
+"""Called with a phase (`features`, `spectra`, `null`, `metrics`), what is done and of how much."""
 
 # How far logits may be from what features and head give, of the lengths that are multiplied: 84 roundings of float32.
 # In bfloat16 weights and logits are rounded to 8 bits.

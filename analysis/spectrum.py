@@ -1,10 +1,11 @@
-"""The joint spectrum of samples and their classes' head rows, and the permutation baseline beside it.
+"""The joint spectrum of samples and their classes' head rows.
 
 The naive way needs an N x N Gram matrix and all its eigenvalues. The head has only C distinct rows, and that is enough:
 
 1. Exact reduction. With a factor R_c of each class Gram matrix (R_c^T R_c = Z_c^T Z_c, at most min(n_c, d) rows) the
    non-zero eigenvalues of K1 * K2 are those of the m x m matrix (R R^T) * g[class, class], R the stacked R_c and
-   g the Gram matrix of the head's directions, m <= min(N, C d).
+   g the Gram matrix of the head's directions, m <= min(N, C d). Nor does K1 * K2 have more of them than the ranks of
+   features and head give when multiplied: where that is the least, the matrix is of that size (`products.py`).
 2. Pinched tail. Rows of R with small eigenvalues lose their couplings and enter the entropy as they are. Pinching never
    lowers entropy, so MIR is bounded from below.
 3. What the lost couplings are worth (`couplings.py`) is bounded from both sides: the smaller amount is taken back, the
@@ -22,8 +23,10 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from analysis.classes import ClassBlock, ClassStream, LabelledFeatures, Observer, blocks_of_all
+from analysis.clock import Tell, silent
 from analysis.couplings import Couplings, FactorBlock
-from analysis.entropy import ZERO_ENTROPY, spectrum_entropy
+from analysis.entropy import ZERO_ENTROPY, Spectral, gram_spectrum, spectral
+from analysis.products import coordinates, product_matrix
 
 # Most rows that are kept: on a processor core, ten seconds. A tolerance of 0 goes beyond.
 LARGEST_KEPT = 4096
@@ -33,16 +36,14 @@ _SMALL = 1024
 _EXACT = 3
 # With fewer rows to a class couplings between classes are most of the spectrum, and dear: C x C at every step.
 _FEW = 8
+# The share of a spectrum's time that reading is taken for, where progress is told.
+_READING = 0.2
 # Rows that are kept at first.
 _FIRST_KEPT = 640
 # Numbers of the factors whose couplings are held: half a GiB.
 MOST_NUMBERS = 2**27
-# Pairs in the permutation baseline.
-_NULL_PAIRS = 512
 # Rows whose products with all others are held at a time.
 _ORDER_TWO_ROWS = 512
-# Permutations whose Gram matrices are held at a time.
-_NULL_CHUNK = 16
 
 
 @dataclass(frozen=True)
@@ -74,20 +75,6 @@ class Entropies:
     method: Method
     n_pairs: int
     degenerate_samples: int
-
-
-@dataclass(frozen=True)
-class Null:
-    """The permutation baseline of MIR: mean and standard deviation (n - 1) of n permutations, and what was observed.
-
-    All of it on the same `n_samples` pairs.
-    """
-
-    mean: float
-    std: float
-    n: int
-    n_samples: int
-    observed: float
 
 
 def mir_of(features: float, head: float, joint: float) -> float | None:
@@ -144,6 +131,7 @@ def sample_entropies_of_all(
     largest: int = LARGEST_KEPT,
     generators: Sequence[torch.Generator],
     observe: Observer | None = None,
+    tell: Tell = silent,
 ) -> list[Entropies | None]:
     """`sample_entropies` of sets that differ in centre and head alone, from one reading of their features.
 
@@ -153,15 +141,24 @@ def sample_entropies_of_all(
         largest: as of `sample_entropies`.
         generators: one for each set.
         observe: as of `classes.blocks_of_all`.
+        tell: told what share is done: reading is taken for a fifth.
 
     Returns:
         The entropies of each set.
     """
     factors = [_Factors(entry, _rows_kept(entry, tolerance, largest)) for entry in sets]
+    read = 0
     for blocks in blocks_of_all(sets, observe):
         for block, held in zip(blocks, factors, strict=True):
             held.add(block)
-    return [_entropies(held, tolerance, generator) for held, generator in zip(factors, generators, strict=True)]
+        read += len(blocks[0].positions)
+        tell(_READING * read / len(sets[0].members))
+    found, span = [], (1 - _READING) / len(sets)
+    for number, (held, generator) in enumerate(zip(factors, generators, strict=True)):
+        start = _READING + number * span
+        found.append(_entropies(held, tolerance, generator, lambda share, start=start: tell(start + span * share)))  # type: ignore[misc]
+        tell(start + span)
+    return found
 
 
 def _rows_kept(labelled: LabelledFeatures | ClassStream, tolerance: float, largest: int) -> int:
@@ -169,16 +166,18 @@ def _rows_kept(labelled: LabelledFeatures | ClassStream, tolerance: float, large
     return labelled.n_samples if tolerance == 0 else largest
 
 
-def _entropies(factors: "_Factors", tolerance: float, generator: torch.Generator) -> Entropies | None:
+def _entropies(
+    factors: "_Factors", tolerance: float, generator: torch.Generator, tell: Tell = silent
+) -> Entropies | None:
     factors.finish()
     n = factors.n
     if n == 0:
         return None
     directions = factors.labelled.head
-    head = gram_entropy(directions * (factors.counts / n).sqrt()[:, None])
-    spectrum = _JointSpectrum(factors, directions)
-    joint, method = _joint_entropy(spectrum, factors.entropy, head, tolerance, factors.largest, generator)
-    return Entropies(factors.entropy, head, joint, method, n, factors.degenerate)
+    head = spectral(gram_spectrum(directions * (factors.counts / n).sqrt()[:, None]))
+    spectrum = _JointSpectrum(factors, directions, head.rank)
+    joint, method = _joint_entropy(spectrum, factors.spectral, head, tolerance, factors.largest, generator, tell)
+    return Entropies(factors.spectral.entropy, head.entropy, joint, method, n, factors.degenerate)
 
 
 def sample_joint_entropy_of_order_two(labelled: LabelledFeatures | ClassStream) -> float | None:
@@ -246,6 +245,8 @@ class _Factors:
         self.labelled, self.largest, self.most_rows = labelled, largest, most_numbers // d
         self.scatter = torch.zeros(d, d, dtype=torch.float64, device=device) if labelled.n_samples > d else None
         self.held = self.blocks_held = 0
+        #: The most that the ranks of features and head can give when multiplied, once that is asked for.
+        self.products: int | None = None
 
     def add(self, block: ClassBlock) -> None:
         """Take in the block of a class, or of several."""
@@ -256,7 +257,7 @@ class _Factors:
             return
         _add_scatter(self.scatter, block)
         self.held += sum(len(self.rows[position]) for position in block.positions)
-        if self.held > _EXACT * self.largest:
+        if self.held > _EXACT * self.largest and not self._all_are_needed():
             self.held = self._prune()
         self.blocks_held += self.blocks[-1].values.numel()
         if self.blocks_held > 2 * self.most_rows:
@@ -269,12 +270,12 @@ class _Factors:
         self.n = int(self.counts.sum())
         self.degenerate = self.labelled.n_samples - self.n
         if self.n == 0:
-            self.entropy = 0.0
+            self.spectral = Spectral(0.0, 0, 0.0)
         elif self.scatter is None:
             # Few samples: the stacked factors, of which nothing was pruned, have the non-zero spectrum of Z.
-            self.entropy = gram_entropy(torch.cat(self.rows) / math.sqrt(self.n))
+            self.spectral = spectral(gram_spectrum(torch.cat(self.rows) / math.sqrt(self.n)))
         else:
-            self.entropy = spectrum_entropy(torch.linalg.eigvalsh(self.scatter / self.n))
+            self.spectral = spectral(torch.linalg.eigvalsh(self.scatter / self.n))
 
     def _factorise(self, block: ClassBlock) -> None:
         values, vectors = torch.linalg.eigh(block.gram)
@@ -293,6 +294,12 @@ class _Factors:
             self.counts[position] = block.counts[index]
             self.eigenvalues[position] = values[index, :rank]
             self.rows[position] = factors[index, :rank].clone() if len(factors) > 1 else factors[0, :rank]
+
+    def _all_are_needed(self) -> bool:
+        """Whether the exact spectrum may be within reach by the ranks of features and head, and its rows in memory."""
+        if self.products is None:
+            self.products = self.labelled.head.shape[1] * coordinates(self.labelled.head).shape[1]
+        return self.products <= _EXACT * self.largest and 2 * self.held <= self.most_rows
 
     def _prune(self) -> int:
         """Let go of float64 rows that cannot be among the largest; how many are left."""
@@ -329,19 +336,13 @@ def _add_scatter(scatter: Float64[Tensor, "d d"], block: ClassBlock) -> None:
     scatter += rows.T @ rows
 
 
-def gram_entropy(weighted: Float64[Tensor, "n d"]) -> float:
-    """H of the matrix X X^T, whose trace is 1, through the smaller of X X^T and X^T X."""
-    n, d = weighted.shape
-    return spectrum_entropy(torch.linalg.eigvalsh(weighted @ weighted.T if n <= d else weighted.T @ weighted))
-
-
 class _JointSpectrum:
     """The joint matrix by rows of R, ranked: the leading one of every class, then from the largest eigenvalue down.
 
     A larger kept part so always holds a smaller one.
     """
 
-    def __init__(self, factors: _Factors, head: Float64[Tensor, "c d"]) -> None:
+    def __init__(self, factors: _Factors, head: Float64[Tensor, "c d"], head_rank: int) -> None:
         self.factors = factors
         values = torch.cat(factors.eigenvalues) / factors.n
         device = values.device
@@ -357,6 +358,8 @@ class _JointSpectrum:
         missing = (self.within >= held[self.classes]).nonzero()[:, 0]
         self.held = int(missing[0]) if len(missing) else self.total
         self.head = head
+        #: What the exact spectrum needs: the least of the matrices that have it.
+        self.exact = min(self.total, factors.spectral.rank * head_rank)
         # The mass beyond the first k rows, summed from the end up; on a processor always in the same order.
         self.tails: list[float] = [*self.values.cpu().flip(0).cumsum(0).flip(0).tolist(), 0.0]
 
@@ -372,6 +375,13 @@ class _JointSpectrum:
         matrix *= directions @ directions.T
         matrix /= self.factors.n
         return matrix
+
+    def exact_matrix(self) -> Float64[Tensor, "m m"]:
+        """The least matrix that has the whole spectrum; of the lower triangle alone where that is by ranks."""
+        if self.exact == self.total:
+            return self.matrix(self.total)
+        sizes = [len(rows) for rows in self.factors.rows]
+        return product_matrix(torch.cat(self.factors.rows), sizes, self.head, self.factors.n)
 
     @cached_property
     def couplings(self) -> Couplings:
@@ -395,52 +405,91 @@ class _JointSpectrum:
         return outcome + tail * math.log(self.leaders)
 
 
+@dataclass(frozen=True)
+class _Bounds:
+    """Between what the joint entropy lies, and what MIR divides by.
+
+    Attributes:
+        lowest, highest: both hold for the exact value, so that they can only mend rounding and pinching.
+        unit: the smaller of the two entropies; 1 where MIR is not defined.
+        rounding: what rounding may account for in both entropies, in nats.
+    """
+
+    lowest: float
+    highest: float
+    unit: float
+    rounding: float
+
+    @classmethod
+    def of(cls, features: Spectral, head: Spectral) -> "_Bounds":
+        first, second = features.entropy, head.entropy
+        unit = min(first, second) if min(first, second) >= ZERO_ENTROPY else 1.0
+        return cls(max(first, second), first + second, unit, features.rounding + head.rounding)
+
+    def held(self, joint: float) -> float:
+        return max(min(joint, self.highest), self.lowest)
+
+    def error(self, most: float, joint: Spectral) -> float:
+        """How far MIR may be off, given what the joint entropy may be above the exact one without rounding."""
+        return (most + self.rounding + joint.rounding) / self.unit
+
+
 def _joint_entropy(
     spectrum: _JointSpectrum,
-    features: float,
-    head: float,
+    features: Spectral,
+    head: Spectral,
     tolerance: float,
     largest: int,
     generator: torch.Generator,
+    tell: Tell = silent,
 ) -> tuple[float, Method]:
     """Keep as many rows as the tolerance needs, or `largest`, and take back what couplings are surely worth; or all."""
-    unit = min(features, head) if min(features, head) >= ZERO_ENTROPY else 1.0
-    total, error = spectrum.total, tolerance * unit
-    # Both bounds hold for the exact value, so the lower can only mend rounding and the upper only help.
-    lowest, highest = max(features, head), features + head
-    within_reach = spectrum.held == total <= _EXACT * largest
-    if tolerance == 0 or total <= min(_SMALL, largest) or (within_reach and total < _FEW * spectrum.leaders):
-        return _exact(spectrum, lowest, highest)
+    bounds = _Bounds.of(features, head)
+    total, error = spectrum.total, tolerance * bounds.unit
+    within_reach = spectrum.held == total and spectrum.exact <= _EXACT * largest
+    few = spectrum.exact <= min(_SMALL, largest) or total < _FEW * spectrum.leaders
+    if tolerance == 0 or (within_reach and few):
+        return _exact(spectral(torch.linalg.eigvalsh(spectrum.exact_matrix())), spectrum.exact, bounds)
     largest = min(largest, spectrum.held)
     kept = min(max(min(_FIRST_KEPT, spectrum.enough(error)), spectrum.leaders), largest)
+    start, span = 0.0, 0.5
     while True:
-        if _EXACT * kept > total and within_reach:
-            return _exact(spectrum, lowest, highest)
+        if _EXACT * kept > spectrum.exact and within_reach:
+            return _exact(spectral(torch.linalg.eigvalsh(spectrum.exact_matrix())), spectrum.exact, bounds)
+        tell(start)
         matrix = spectrum.matrix(kept)
         eigenvalues, vectors = torch.linalg.eigh(matrix)
-        pinched = spectrum_entropy(torch.cat([eigenvalues, spectrum.values[kept:]]))
+        pinched = spectral(torch.cat([eigenvalues, spectrum.values[kept:]]))
         places = spectrum.couplings.offsets[spectrum.classes[:kept]] + spectrum.within[:kept]
         mass = spectrum.tails[kept]
         worth = spectrum.couplings.worth(
-            places, matrix, eigenvalues, vectors, mass=mass, error=error, generator=generator, last=kept == largest
+            places,
+            matrix,
+            eigenvalues,
+            vectors,
+            mass=mass,
+            error=error,
+            generator=generator,
+            last=kept == largest,
+            tell=lambda share, start=start, span=span: tell(start + span * (0.2 + 0.8 * share)),  # type: ignore[misc]
         )
         # Couplings that seem to be worth more than they can be are rounding, and nothing is taken back.
         bound = spectrum.bound(kept)
         taken = worth.least if worth.least <= bound else 0.0
-        joint = max(min(pinched - taken, highest), lowest)
-        certain = min(bound - taken, joint - lowest)
+        joint = bounds.held(pinched.entropy - taken)
+        certain = min(bound - taken, joint - bounds.lowest)
         likely = min(worth.likely - taken, certain)
         if likely <= error or kept == largest:
             most = max(min(worth.most - taken, certain), 0.0)
-            return joint, Method("pinched", kept, total, mass, most / unit)
+            return joint, Method("pinched", kept, total, mass, bounds.error(most, pinched))
         # What couplings are worth falls about as the number of rows that keep theirs rises.
         kept = min(math.ceil(kept * min(max(likely / error, 1.25), 4.0)), largest)
+        # How many parts there will be nobody knows: each takes half of what is left.
+        start, span = start + span, span / 2
 
 
-def _exact(spectrum: _JointSpectrum, lowest: float, highest: float) -> tuple[float, Method]:
-    total = spectrum.total
-    joint = spectrum_entropy(torch.linalg.eigvalsh(spectrum.matrix(total)))
-    return max(min(joint, highest), lowest), Method("exact", total, total, 0.0, 0.0)
+def _exact(joint: Spectral, size: int, bounds: _Bounds) -> tuple[float, Method]:
+    return bounds.held(joint.entropy), Method("exact", size, size, 0.0, bounds.error(0.0, joint))
 
 
 def pair_entropies(features: Float64[Tensor, "n d"], head: Float64[Tensor, "n d"]) -> Entropies:
@@ -453,88 +502,11 @@ def pair_entropies(features: Float64[Tensor, "n d"], head: Float64[Tensor, "n d"
     Returns:
         The exact entropies.
 
-    Numerics: float64, O(n^3) time and O(n^2) memory.
+    Numerics: float64, O(m^3) time for m the least of n and the ranks of both, multiplied.
     """
     n = len(features)
-    joint = spectrum_entropy(torch.linalg.eigvalsh(features @ features.T * (head @ head.T) / n))
-    feature_entropy, head_entropy = gram_entropy(features / math.sqrt(n)), gram_entropy(head / math.sqrt(n))
-    bounded = max(min(joint, feature_entropy + head_entropy), feature_entropy, head_entropy)
-    return Entropies(feature_entropy, head_entropy, bounded, Method("exact", n, n, 0.0, 0.0), n, 0)
-
-
-def sample_null(labelled: LabelledFeatures, *, permutations: int, generator: torch.Generator) -> Null | None:
-    """Permutation baseline at sample level: the labels change places among the samples.
-
-    Args:
-        labelled: samples by class and the head's directions.
-        permutations: how many, at least 1.
-        generator: on the CPU; draws the subsample and the permutations.
-
-    Returns:
-        The baseline on a stratified subsample of at most 512 samples, or None where MIR is not defined on it.
-
-    Numerics: float64, the spectrum of one Gram matrix of at most 512 x 512 a permutation.
-    """
-    shares = _stratify([len(rows) for rows in labelled.members], _NULL_PAIRS)
-    drawn: list[Float64[Tensor, "_s d"]] = []
-    classes: list[int] = []
-    for position, (rows, share) in enumerate(zip(labelled.members, shares, strict=True)):
-        chosen = torch.randperm(len(rows), generator=generator)[:share].sort().values
-        directions = labelled.directions(rows[chosen.to(rows.device)])
-        drawn.append(directions)
-        classes.extend([position] * len(directions))
-    paired = torch.tensor(classes, dtype=torch.int64, device=labelled.features.device)
-    return _permuted(torch.cat(drawn), labelled.head[paired], permutations, generator) if classes else None
-
-
-def pair_null(
-    features: Float64[Tensor, "n d"], head: Float64[Tensor, "n d"], *, permutations: int, generator: torch.Generator
-) -> Null | None:
-    """Permutation baseline of pairs, such as class means and head rows: the pairing changes.
-
-    Args:
-        features: unit rows.
-        head: unit rows.
-        permutations: how many, at least 1.
-        generator: on the CPU; draws the permutations and, of more than 512 pairs, the 512 that are used.
-
-    Returns:
-        The baseline, or None where MIR is not defined.
-    """
-    if len(features) > _NULL_PAIRS:
-        chosen = torch.randperm(len(features), generator=generator)[:_NULL_PAIRS].sort().values.to(features.device)
-        features, head = features[chosen], head[chosen]
-    return _permuted(features, head, permutations, generator)
-
-
-def _stratify(counts: Sequence[int], limit: int) -> list[int]:
-    """How many of each class make a subsample of at most `limit`: in proportion, the largest remainders rounded up."""
-    total = sum(counts)
-    if total <= limit:
-        return list(counts)
-    shares = [count * limit // total for count in counts]
-    by_remainder = sorted(range(len(counts)), key=lambda position: (-(counts[position] * limit % total), position))
-    for position in by_remainder[: limit - sum(shares)]:
-        shares[position] += 1
-    return shares
-
-
-def _permuted(
-    features: Float64[Tensor, "n d"], head: Float64[Tensor, "n d"], permutations: int, generator: torch.Generator
-) -> Null | None:
-    n = len(features)
-    first, second = features @ features.T / n, head @ head.T
-    feature_entropy, head_entropy = gram_entropy(features / math.sqrt(n)), gram_entropy(head / math.sqrt(n))
-    # The first order is the pairing as it is.
-    orders = torch.stack([torch.arange(n), *(torch.randperm(n, generator=generator) for _ in range(permutations))])
-    values: list[float] = []
-    for chunk in torch.split(orders.to(features.device), _NULL_CHUNK):
-        joint = torch.linalg.eigvalsh(first * second[chunk[:, :, None], chunk[:, None, :]])
-        for eigenvalues in joint.cpu():
-            value = mir_of(feature_entropy, head_entropy, spectrum_entropy(eigenvalues))
-            if value is None:
-                return None
-            values.append(value)
-    observed, null = values[0], torch.tensor(values[1:], dtype=torch.float64)
-    std = float(null.std()) if permutations > 1 else 0.0
-    return Null(float(null.mean()), std, permutations, n, observed)
+    first, second = spectral(gram_spectrum(features / math.sqrt(n))), spectral(gram_spectrum(head / math.sqrt(n)))
+    size = min(n, first.rank * second.rank)
+    matrix = features @ features.T * (head @ head.T) / n if size == n else product_matrix(features, [1] * n, head, n)
+    joint, method = _exact(spectral(torch.linalg.eigvalsh(matrix)), size, _Bounds.of(first, second))
+    return Entropies(first.entropy, second.entropy, joint, method, n, 0)

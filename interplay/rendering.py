@@ -426,7 +426,7 @@ def _notes(splits: Mapping[str, Body]) -> Iterable[str]:
         for level, centring in blocks:
             values = split["interplay"][level][centring]
             where = f"{name}, {level.replace('_', ' ')}, {centring}"
-            yield from _reasons(where, values["reasons"])
+            yield from _reasons(where, values["reasons"], values)
             if (method := values["method"]) and method["error_estimate"] > _NOTICEABLE:
                 error, kept = number(method["error_estimate"], 2), f"{method['kept']:,} of {method['total']:,}"
                 yield f"{where}: MIR may be up to {error} higher; {kept} rows of its spectrum were coupled."
@@ -438,9 +438,12 @@ def _notes(splits: Mapping[str, Body]) -> Iterable[str]:
             yield f"{name}, collapse: {split['collapse']['absent_classes']} classes have no samples and were left out."
 
 
-def _reasons(where: str, reasons: Body) -> Iterable[str]:
+def _reasons(where: str, reasons: Body, values: Body | None = None) -> Iterable[str]:
     for key, reason in reasons.items():
-        yield f"{where}: {printable(key)} is not defined ({printable(reason)})."
+        if reason == "two_classes" and (values or {}).get(key) is not None:
+            yield f"{where}: {printable(key)} says nothing: two centred head rows are opposite in every network."
+        else:
+            yield f"{where}: {printable(key)} is not defined ({printable(reason)})."
 
 
 def _cell(column: str, value: Any) -> str:

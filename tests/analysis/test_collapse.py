@@ -141,11 +141,19 @@ def test_means_that_are_all_equal_have_no_geometry() -> None:
     """No class means to compare; the head is still measured."""
     spread = torch.tensor([[0.1, 1.0], [-0.1, -1.0]])
     found = _measure(spread.repeat(3, 1) + 0.3, torch.tensor([0, 0, 1, 1, 2, 2]), torch.eye(3, 2))
-    expected = dict.fromkeys(("nc1", "nc1_condition"), "equal_means")
+    expected = dict.fromkeys(("nc1", "nc1_condition", "nc4"), "equal_means")
     names = ("nc2_equinorm_means", "nc2_equiangularity_means", "nc2_max_angle_means", "nc3")
     assert found.reasons == expected | dict.fromkeys(names, "zero_norm")
     assert found.nc2_equinorm_head is not None
     assert all(getattr(found, name) is None for name in found.reasons)
+
+
+@pytest.mark.parametrize("value", [0.1, 1e6 / 3])
+def test_equal_features_have_no_nearest_mean(value: float) -> None:
+    """All features are the same: which mean is nearest is rounding, and NC4 is null."""
+    found = _measure(torch.full((60, 7), value), torch.arange(60) % 4, torch.eye(4, 7))
+    assert found.nc4 is None
+    assert found.reasons["nc4"] == "equal_means"
 
 
 def test_one_class_has_neither_spread_nor_angles() -> None:

@@ -110,7 +110,12 @@ def test_a_network_on_a_probe_with_splits() -> None:
     assert (found.batch_size, found.n_features, found.n_classes) == (32, 8, 5)
     assert list(found.splits) == ["all", "train", "test"]
     assert set(found.timings_seconds) == {"features", "predictions", "statistics", "entropies", "null", "collapse"}
-    assert seen == [("features", n, 90) for n in (32, 64, 90)] + [("metrics", n, 15) for n in range(1, 16)]
+    assert seen[:3] == [("features", n, 90) for n in (32, 64, 90)]
+    numbers = [done for _, done, total in seen[3:] if total == 3 * 5 * 100]
+    assert len(numbers) == len(seen) - 3
+    assert numbers == sorted(numbers)
+    assert numbers[-1] == 1500
+    assert {phase for phase, _, _ in seen[3:]} == {"spectra", "null", "metrics"}
     features = nn.Sequential(*list(network.module.children())[:3])(probe.inputs)
     assert probe.split is not None
     for name, rows in (("all", probe.split >= 0), ("train", probe.split == 0), ("test", probe.split == 1)):
@@ -564,3 +569,47 @@ def test_options_are_checked(wrong: dict[str, Any]) -> None:
         EvaluationOptions(**wrong)
     assert caught.value.kind == "invalid-argument"
     assert caught.value.members["argument"] in wrong
+
+
+def test_a_split_that_holds_all_samples_is_computed_once() -> None:
+    """A probe without test samples: `train` is what `all` is, and no more was counted or computed than of one split."""
+    generator, seen = torch.Generator().manual_seed(0), list[tuple[str, int, int]]()
+    features, labels = torch.randn(60, 5, generator=generator), torch.arange(60) % 3
+    data = FeatureSet(features, labels, torch.eye(3, 5), None, None, torch.zeros(60, dtype=torch.int64))
+    found = evaluate_features(data, device=CPU, progress=lambda *progress: seen.append(progress))
+    assert list(found.splits) == ["all", "train"]
+    assert found.splits["train"] is found.splits["all"]
+    assert seen[-1] == ("metrics", 500, 500)
+
+
+def test_two_classes_say_that_centring_leaves_nothing() -> None:
+    """Two centred head rows are opposite whatever the network: MIR is null, HDR 1, and both say why."""
+    generator = torch.Generator().manual_seed(0)
+    features, labels = torch.randn(80, 6, generator=generator), torch.arange(80) % 2
+    data = FeatureSet(features, labels, torch.randn(2, 6, generator=generator), None, None, None)
+    levels = evaluate_features(data, device=CPU).splits["all"].interplay
+    centred = levels["sample"]["global"]
+    assert (centred.mir, centred.hdr) == (None, 1.0)
+    assert centred.reasons["mir"] == centred.reasons["hdr"] == "two_classes"
+    assert levels["class_mean"]["global"].reasons["hdr"] == "two_classes"
+    assert not {"mir", "hdr"} & levels["sample"]["none"].reasons.keys()
+
+
+def test_progress_moves_inside_a_spectrum_and_a_null() -> None:
+    """Phases by name, numbers that rise again and again while one of them is at work."""
+    generator, seen = torch.Generator().manual_seed(0), list[tuple[str, int, int]]()
+    labels = torch.arange(1400) % 10
+    features = torch.randn(1400, 140, generator=generator) * torch.arange(1, 141).pow(-0.7) + labels[:, None] / 10
+    data = FeatureSet(features, labels, torch.randn(10, 140, generator=generator), None, None, None)
+    found = evaluate_features(
+        data,
+        device=CPU,
+        options=EvaluationOptions(tolerance=1e-3, null_permutations=20),
+        progress=lambda *progress: seen.append(progress),
+    )
+    method = found.splits["all"].interplay["sample"]["none"].method
+    assert method is not None
+    assert method.name == "pinched"
+    assert len({done for phase, done, _ in seen if phase == "spectra"}) > 20
+    assert len({done for phase, done, _ in seen if phase == "null"}) >= 4
+    assert [done for _, done, _ in seen] == sorted(done for _, done, _ in seen)

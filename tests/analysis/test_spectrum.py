@@ -3,7 +3,6 @@
 import itertools
 import math
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,20 +12,19 @@ from torch import Tensor
 from analysis.classes import LabelledFeatures, class_statistics
 from analysis.collapse import CollapsePass, neural_collapse
 from analysis.couplings import Couplings, Worth
-from analysis.entropy import unit_rows
+from analysis.entropy import gram_spectrum, spectral, unit_rows
 from analysis.spectrum import (
     MOST_NUMBERS,
     Entropies,
+    Method,
     _Factors,
     _joint_entropy,
     _JointSpectrum,
     hdr_of,
     mir_of,
     pair_entropies,
-    pair_null,
     sample_entropies,
     sample_entropies_of_all,
-    sample_null,
 )
 from tests.analysis import reference
 
@@ -62,6 +60,14 @@ def _factors(labelled: LabelledFeatures, largest: int, most_numbers: int = MOST_
         factors.add(block)
     factors.finish()
     return factors
+
+
+def _by_rows(factors: _Factors, tolerance: float, largest: int) -> tuple[float, Method]:
+    """The joint entropy as where features and head have too many directions for the spectrum by their ranks."""
+    spectrum = _JointSpectrum(factors, factors.labelled.head, head_rank=10**6)
+    head = spectral(gram_spectrum(factors.labelled.head * (factors.counts / factors.n).sqrt()[:, None]))
+    generator = torch.Generator().manual_seed(0)
+    return _joint_entropy(spectrum, factors.spectral, head, tolerance, largest, generator)
 
 
 def _mir(entropies: Entropies) -> float:
@@ -135,9 +141,9 @@ def test_a_larger_kept_part_never_lowers_mir() -> None:
     values = [_mir(entropies) for entropies in found]
     assert all(first <= second + 1e-12 for first, second in itertools.pairwise(values))
     for largest, entropies, value in zip(sizes, found, values, strict=True):
-        # From a third of the 720 rows on, all are taken.
-        assert entropies.method.name == ("pinched" if largest < 240 else "exact")
-        assert entropies.method.kept <= (largest if largest < 240 else 720)
+        # From a third of 90 x 7 on, the ranks of features and head, the spectrum is taken as it is.
+        assert entropies.method.name == ("pinched" if largest < 210 else "exact")
+        assert entropies.method.kept <= (largest if largest < 210 else 630)
         assert -1e-9 <= exact - value <= entropies.method.error_estimate
 
 
@@ -146,19 +152,18 @@ def test_few_samples_of_many_classes_are_exact() -> None:
     counts = [1, 2, 3, 4, 5, 6] * 40
     features, labels, head = _case(5, counts, 24, 0.5, 0.4)
     labelled = _labelled(features, labels, head, "none")
-    for largest, name in ((sum(counts) // 3, "exact"), (sum(counts) // 3 - 1, "pinched")):
+    for largest, name, total in ((24 * 24 // 3, "exact", 24 * 24), (24 * 24 // 3 - 1, "pinched", sum(counts))):
         found = _entropies(labelled, largest=largest)
-        assert found.method.name == name
-        assert found.method.total == sum(counts)
-    assert _entropies(labelled, largest=sum(counts) // 3) == _entropies(labelled, tolerance=0.0)
+        assert (found.method.name, found.method.total) == (name, total)
+    assert _entropies(labelled, largest=24 * 24 // 3) == _entropies(labelled, tolerance=0.0)
 
 
 def test_what_does_not_settle_is_exact_where_that_is_as_cheap() -> None:
-    """Large classes of a flat spectrum: more than a third of 720 rows would be kept, where so many may be."""
+    """Large classes of a flat spectrum: more than a third of 90 x 7 rows would be kept, where so many may be."""
     features, labels, head = _case(3, [100] * 8, 90, 0.3, 0.4)
     labelled = _labelled(features, labels, head, "global")
-    assert _entropies(labelled, tolerance=1e-9, largest=239).method.name == "pinched"
-    assert _entropies(labelled, tolerance=1e-9, largest=241).method.name == "exact"
+    assert _entropies(labelled, tolerance=1e-9, largest=209).method.name == "pinched"
+    assert _entropies(labelled, tolerance=1e-9, largest=211).method.name == "exact"
 
 
 @pytest.mark.parametrize("seed", range(24))
@@ -187,10 +192,11 @@ def test_rounding_is_not_taken_for_couplings(n_classes: int, d: int, each: int, 
     labels = torch.arange(n_classes * each) % n_classes
     noise = torch.randn(len(labels), d, generator=generator, dtype=torch.float64)
     labelled = _labelled(means[labels] + spread * noise, labels, means, "none")
-    exact = _entropies(labelled, tolerance=0.0)
-    found = _entropies(labelled, largest=exact.method.total // 4)
-    assert found.method.name == "pinched"
-    assert -2e-11 <= _mir(exact) - _mir(found) <= found.method.error_estimate + 2e-11
+    exact, largest = _entropies(labelled, tolerance=0.0), n_classes * min(each, d) // 4
+    joint, method = _by_rows(_factors(labelled, largest), 1e-4, largest)
+    assert method.name == "pinched"
+    short = (joint - exact.joint) / min(exact.features, exact.head)
+    assert -2e-11 <= short <= method.error_estimate + 2e-11
 
 
 def test_couplings_are_not_worth_more_than_they_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,9 +205,7 @@ def test_couplings_are_not_worth_more_than_they_can_be(monkeypatch: pytest.Monke
     labelled = _labelled(features, labels, head, "none")
     exact, factors = _entropies(labelled, 0.0), _factors(labelled, 150)
     monkeypatch.setattr(Couplings, "worth", lambda *_args, **_options: Worth(0.5, 0.5, 0.5))
-    joint, method = _joint_entropy(
-        _JointSpectrum(factors, labelled.head), exact.features, exact.head, 1e-2, 150, torch.Generator()
-    )
+    joint, method = _by_rows(factors, 1e-2, 150)
     assert method.name == "pinched"
     assert 0 <= joint - exact.joint <= method.error_estimate * min(exact.features, exact.head)
 
@@ -269,8 +273,10 @@ def test_rows_that_are_not_kept_are_not_held_and_change_nothing() -> None:
     pruned, whole = _factors(labelled, 100), _factors(labelled, 1200)
     assert sum(len(rows) for rows in pruned.rows) <= 240
     assert sum(len(rows) for rows in whole.rows) == 1200
-    assert pruned.entropy == whole.entropy
-    spectra = [torch.linalg.eigvalsh(_JointSpectrum(factors, labelled.head).matrix(100)) for factors in (pruned, whole)]
+    assert pruned.spectral == whole.spectral
+    spectra = [
+        torch.linalg.eigvalsh(_JointSpectrum(factors, labelled.head, 40).matrix(100)) for factors in (pruned, whole)
+    ]
     torch.testing.assert_close(*spectra, rtol=0, atol=1e-14)
 
 
@@ -282,8 +288,7 @@ def test_couplings_of_the_smallest_rows_may_be_missing() -> None:
     found = {}
     for numbers in (MOST_NUMBERS, 30_000):
         factors = _factors(labelled, 300, numbers)
-        spectrum, generator = _JointSpectrum(factors, labelled.head), torch.Generator().manual_seed(0)
-        joint, method = _joint_entropy(spectrum, exact.features, exact.head, 1e-9, 300, generator)
+        joint, method = _by_rows(factors, 1e-9, 300)
         held = sum(block.rows.numel() for block in factors.blocks)
         found[numbers] = held, joint, method.error_estimate * min(exact.features, exact.head)
     (all_numbers, whole, of_whole), (some_numbers, part, of_part) = found[MOST_NUMBERS], found[30_000]
@@ -373,54 +378,64 @@ def test_pairs_follow_the_definition(n: int) -> None:
         assert getattr(found, level) == pytest.approx(getattr(expected, level), abs=1e-10)
 
 
-def test_the_sample_null_permutes_labels_on_a_stratified_subsample() -> None:
-    """Of 1000 samples 512 in the proportions of the classes; independent labels share little, real ones more."""
-    features, labels, head = _case(6, [500, 300, 200], 20, 0.5, 2.0)
-    labelled = _labelled(features, labels, head, "none")
-    null = sample_null(labelled, permutations=20, generator=torch.Generator().manual_seed(0))
-    assert null is not None
-    assert (null.n, null.n_samples) == (20, 512)
-    assert null.observed == pytest.approx(_mir(_entropies(labelled)), abs=0.02)
-    assert 0 <= null.mean < 0.2 < null.observed
-    assert 0 < null.std < 0.02
-    assert sample_null(labelled, permutations=20, generator=torch.Generator().manual_seed(0)) == null
-    assert sample_null(labelled, permutations=20, generator=torch.Generator().manual_seed(1)) != null
+@pytest.mark.parametrize("centring", ["none", "global"])
+@pytest.mark.parametrize(
+    ("counts", "d", "features_rank", "head_rank"),
+    [([30] * 60, 12, 12, 12), ([3, 1, 40, 7] * 25, 9, 9, 3), ([25] * 12, 20, 5, 4), ([60] * 4, 6, 6, 4)],
+)
+def test_ranks_give_the_exact_spectrum_where_they_are_least(
+    centring: str, counts: list[int], d: int, features_rank: int, head_rank: int
+) -> None:
+    """More classes than d and fewer, heads and features of fewer directions than d: as the whole Gram matrix has it."""
+    features, labels, head = _case(9, counts, d)
+    generator = torch.Generator().manual_seed(9)
+    features = features @ torch.randn(d, features_rank, generator=generator, dtype=torch.float64)
+    features = features @ torch.randn(features_rank, d, generator=generator, dtype=torch.float64)
+    if head_rank < min(d, len(counts)):
+        head = head[:, :head_rank] @ torch.randn(head_rank, d, generator=generator, dtype=torch.float64)
+    expected = reference.interplay(features.numpy(), labels.numpy(), head.numpy(), "sample", centring)
+    found = _entropies(_labelled(features, labels, head, centring))
+    assert found.method.name == "exact"
+    assert found.method.total <= features_rank * head_rank
+    for level in ("features", "head", "joint"):
+        assert getattr(found, level) == pytest.approx(getattr(expected, level), abs=2e-12), level
+    assert abs(_mir(found) - (expected.mir or 0)) <= max(found.method.error_estimate, 1e-12)
 
 
-def test_a_small_probe_is_its_own_subsample() -> None:
-    """Up to 512 samples the observed value is the exact MIR, and the null that of the naive permutation."""
-    features, labels, head = _case(7, [30, 20, 10], 8)
-    labelled = _labelled(features, labels, head, "none")
-    null = sample_null(labelled, permutations=200, generator=torch.Generator().manual_seed(0))
-    assert null is not None
-    assert null.n_samples == 60
-    assert null.observed == pytest.approx(_mir(_entropies(labelled)), abs=1e-10)
-    random = np.random.default_rng(0)
-    values = [
-        reference.interplay(features.numpy(), random.permutation(labels.numpy()), head.numpy(), "sample", "none").mir
-        for _ in range(200)
-    ]
-    naive = np.array(values, dtype=np.float64)
-    # Two sets of 200 draws: means within five standard errors, deviations within 40%.
-    assert null.mean == pytest.approx(naive.mean(), abs=5 * naive.std() * math.sqrt(2 / 200))
-    assert null.std == pytest.approx(naive.std(ddof=1), rel=0.4)
+def test_ranks_are_used_where_a_third_of_the_rows_would_be_kept() -> None:
+    """More than 1,024 products, many more rows: exact at the cost of the ranks, which no number of classes changes."""
+    features, labels, head = _case(10, [60] * 60, 40, 0.2, 0.5)
+    found = _entropies(_labelled(features, labels, head, "none"))
+    assert (found.method.name, found.method.total) == ("exact", 1600)
+    by_rows = _by_rows(_factors(_labelled(features, labels, head, "none"), 2400), 0.0, 2400)
+    assert by_rows[1].total == 2400
+    assert found.joint == pytest.approx(by_rows[0], abs=1e-11)
 
 
-def test_at_collapse_every_pairing_is_the_same() -> None:
-    """Class means and head on one simplex frame: the null of the pairing has no spread."""
-    frame = unit_rows(torch.eye(6, dtype=torch.float64) - 1 / 6)[0]
-    null = pair_null(frame, frame, permutations=10, generator=torch.Generator().manual_seed(0))
-    assert null is not None
-    assert null.std < 1e-12
-    assert null.mean == pytest.approx(null.observed, abs=1e-12)
+def test_pairs_of_few_directions_follow_the_definition() -> None:
+    """At class-mean level: more classes than both ranks give when multiplied."""
+    z, v = (unit_rows(torch.randn(150, 7, generator=torch.Generator().manual_seed(seed)))[0] for seed in (1, 2))
+    found, expected = pair_entropies(z, v), reference.numbers(z.numpy(), v.numpy())
+    assert found.method.total == 49
+    for level in ("features", "head", "joint"):
+        assert getattr(found, level) == pytest.approx(getattr(expected, level), abs=1e-12)
 
 
-def test_the_pair_null_is_undefined_without_entropy_and_limited_to_512_pairs() -> None:
-    """One pair has no entropy; of many classes a drawn part is permuted; one permutation has no spread."""
-    generator = torch.Generator().manual_seed(0)
-    one = torch.ones(1, 1, dtype=torch.float64)
-    assert pair_null(one, one, permutations=3, generator=generator) is None
-    rows = unit_rows(torch.randn(600, 30, generator=generator))[0]
-    null = pair_null(rows, rows.roll(1, 0), permutations=1, generator=generator)
-    assert null is not None
-    assert (null.n, null.n_samples, null.std) == (1, 512, 0.0)
+@pytest.mark.parametrize(("spread", "defined"), [(4e-7, True), (2.5e-7, True), (1.2e-7, False), (0.0, False)])
+def test_tiny_entropies_are_defined_down_to_the_stated_threshold(spread: float, defined: bool) -> None:
+    """Two directions so little apart that H(K1) is near 1e-12, in closed form; the error of MIR is within the estimate.
+
+    Half of all samples of each class lie at one, half at the other: features and head share nothing, and MIR is 0.
+    """
+    features = torch.tensor([[1.0, spread], [1.0, -spread]], dtype=torch.float64).repeat(200, 1)
+    labels = torch.arange(400) // 2 % 4
+    found = _entropies(_labelled(features, labels, torch.eye(4, 2, dtype=torch.float64) + 0.5, "none"))
+    share = spread**2 / (1 + spread**2)
+    true = -share * math.log(share) + share if share else 0.0
+    assert (true >= 1e-12) == defined
+    mir = mir_of(found.features, found.head, found.joint)
+    assert (mir is not None) == defined
+    if mir is not None:
+        assert abs(mir) <= found.method.error_estimate
+        assert 1e-5 < found.method.error_estimate < 0.2
+        assert found.features == pytest.approx(true, rel=found.method.error_estimate)

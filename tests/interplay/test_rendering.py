@@ -47,6 +47,16 @@ def test_report_shows_undefined_values_as_dashes_with_their_reasons() -> None:
         assert note in text
 
 
+def test_report_says_that_hdr_of_two_centred_classes_says_nothing() -> None:
+    """A number that any network would have is shown, and below what it is worth."""
+    report = evaluation_report()
+    values = report["splits"]["all"]["interplay"]["sample"]["global"]
+    values.update(mir=None, hdr=1.0, reasons={"mir": "two_classes", "hdr": "two_classes"})
+    text = rendered(rendering.report_view(report))
+    assert "all, sample, global: mir is not defined (two_classes)." in text
+    assert "all, sample, global: hdr says nothing: two centred head rows are opposite in every network." in text
+
+
 def test_report_marks_an_optimum_that_cannot_be_reached() -> None:
     """A star stands at the optimum and its meaning below; without one there is no such note."""
     report = evaluation_report()

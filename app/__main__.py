@@ -52,20 +52,34 @@ def main(arguments: list[str] | None = None) -> int:
     settings = load_settings(host=getattr(options, "host", None), port=getattr(options, "port", None))
     start_logging(settings)
     if options.command == "migrate":
-        import sqlalchemy as sa
-
-        _migrate(settings)
-        url = sa.make_url(settings.effective_database_url)
-        sys.stdout.write(f"The database {url.render_as_string()} is up to date.\n")
-        return 0
+        return _refusing(settings, lambda: _migrate_alone(settings))
     if options.command == "verify":
-        return _verify(settings, set_aside=options.set_aside)
+        return _refusing(settings, lambda: _verify(settings, set_aside=options.set_aside))
     if not settings.binds_loopback and settings.api_key is None:
         return _refuse(
             f"Refusing to bind {settings.host}: everybody who reaches it could use the service. Set INTERPLAY_API_KEY, "
             "or bind 127.0.0.1 (the default)."
         )
     return _serve(settings, with_worker=options.command == "serve")
+
+
+def _refusing(settings: Settings, run: Callable[[], int]) -> int:
+    from app.refusals import CannotStart, starting
+
+    try:
+        with starting(settings):
+            return run()
+    except CannotStart as refusal:
+        return _refuse(str(refusal))
+
+
+def _migrate_alone(settings: Settings) -> int:
+    import sqlalchemy as sa
+
+    _migrate(settings)
+    url = sa.make_url(settings.effective_database_url)
+    sys.stdout.write(f"The database {url.render_as_string()} is up to date.\n")
+    return 0
 
 
 def _refuse(message: str) -> int:
@@ -87,13 +101,11 @@ def _migrate(settings: Settings) -> None:
 def _verify(settings: Settings, *, set_aside: bool) -> int:
     from app import verification
     from app.database import make_engine
-    from app.storage import Storage, StorageUnavailable
+    from app.storage import Storage
 
     engine = make_engine(settings, patient=True)
     try:
         return 1 if verification.verify(engine, Storage(settings), set_aside=set_aside) else 0
-    except StorageUnavailable as error:
-        return _refuse(f"The storage does not answer: {error}.")
     finally:
         engine.dispose()
 
@@ -123,40 +135,44 @@ def _serve(settings: Settings, *, with_worker: bool) -> int:
     try:
         if worker is not None:
             worker.start()
-        import migrations
-        from app.connections import BACKLOG, Connections
-        from app.main import create_app
-
-        tables: Future[None] = Future()
-        app = create_app(settings, tables)
-        connections = Connections(settings)
-        config = uvicorn.Config(
-            app,
-            host=settings.host,
-            port=settings.port,
-            http=connections.make(),
-            backlog=BACKLOG,
-            log_config=None,
-            log_level=settings.log_level,
-            timeout_graceful_shutdown=3,
-        )
-        server = _AnnouncedServer(config, app.state.service.events, connections)
-        if worker is None:
-            tables.set_result(None)
-        else:
-            # A database that does not answer is an error before anybody hears that this service listens; making its
-            # tables takes as long as all else, and happens beside serving.
-            migrations.current(app.state.service.engine)
-            server.then = partial(_make_tables, settings, tables, worker, server)
-        server.run(sockets=[listener])
-        if tables.done():
-            tables.result()
+        return _refusing(settings, lambda: _run_server(settings, listener, worker))
     except KeyboardInterrupt:
-        pass
+        return 0
     finally:
         if worker is not None:
             worker.stop()
         listener.close()
+
+
+def _run_server(settings: Settings, listener: socket.socket, worker: "_SupervisedWorker | None") -> int:
+    import migrations
+    from app.connections import BACKLOG, Connections
+    from app.main import create_app
+
+    tables: Future[None] = Future()
+    app = create_app(settings, tables)
+    connections = Connections(settings)
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        http=connections.make(),
+        backlog=BACKLOG,
+        log_config=None,
+        log_level=settings.log_level,
+        timeout_graceful_shutdown=3,
+    )
+    server = _AnnouncedServer(config, app.state.service.events, connections)
+    if worker is None:
+        tables.set_result(None)
+    else:
+        # A database that does not answer is an error before anybody hears that this service listens; making its
+        # tables takes as long as all else, and happens beside serving.
+        migrations.current(app.state.service.engine)
+        server.then = partial(_make_tables, settings, tables, worker, server)
+    server.run(sockets=[listener])
+    if tables.done():
+        tables.result()
     return 0
 
 

@@ -45,8 +45,10 @@ def create_app(settings: Settings, tables: "Future[None] | None" = None) -> Fast
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         # Beside serving: with many blobs it takes a while.
-        threading.Thread(target=settle, args=(service, tables), daemon=True).start()
+        ending = threading.Event()
+        threading.Thread(target=settle, args=(service, tables, ending), daemon=True).start()
         yield
+        ending.set()
         service.drawings.close()
         service.queue.destroy()
         engine.dispose()

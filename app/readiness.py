@@ -93,9 +93,7 @@ def _look_at_database(engine: sa.Engine) -> dict[str, Part]:
     import migrations
 
     try:
-        found, wanted = migrations.current(engine), migrations.head()
-        if found != wanted:
-            told = f"its tables are at revision {found}, this version needs {wanted}: run `interplay migrate`"
+        if told := migrations.lacking(engine):
             return {"database": Part(told), "worker": Part("unknown without the tables")}
         worker = Part() if living_workers(engine) else Part("no worker has been heard of in the last 10 seconds")
     except sa.exc.SQLAlchemyError as error:

@@ -5,6 +5,7 @@ The process answers /healthz before that. A call that needs the tables waits for
 
 import asyncio
 import logging
+import threading
 from concurrent.futures import Future
 
 import sqlalchemy as sa
@@ -18,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 # After that a call goes on and says that the database lacks its tables.
 _PATIENCE_SECONDS = 30.0
+_SWEEP_SECONDS = 600.0
 
 
 class WaitForTables:
@@ -33,16 +35,25 @@ class WaitForTables:
         await self._app(scope, receive, send)
 
 
-def settle(service: Service, tables: "Future[None]") -> None:
-    """Load what requests will need and sweep up what crashes left, once the tables are there; in a thread."""
+def settle(service: Service, tables: "Future[None]", ending: threading.Event) -> None:
+    """Load what requests will need once the tables are there; sweep up what crashes left, now and every ten minutes.
+
+    Args:
+        service: what is served.
+        tables: done once the tables are there.
+        ending: set when the process ends; this runs in a thread of its own until then.
+    """
     if tables.exception() is not None:
         return
     # Together they take a second, which the first upload and the first analysis would take longer.
     from app import archives, probedata  # noqa: F401
 
     service.queue.get()
-    try:
-        resources.sweep(service.engine, service.storage)
-    except (sa.exc.SQLAlchemyError, StorageUnavailable, OSError) as error:
-        # Waste is no reason not to serve; the next start sweeps again.
-        logger.warning("what earlier crashes left behind was not swept: %s", error)
+    while True:
+        try:
+            resources.sweep(service.engine, service.storage)
+        except (sa.exc.SQLAlchemyError, StorageUnavailable, OSError) as error:
+            # Waste is no reason not to serve; the next round sweeps again.
+            logger.warning("what earlier crashes left behind was not swept: %s", error)
+        if ending.wait(_SWEEP_SECONDS):
+            return

@@ -423,7 +423,7 @@ class Storage:
     def remove_abandoned(self) -> int:
         """Remove what uploads left behind whose process died; returns how many files."""
         removed = 0
-        for path in self._staging.glob("*.part"):
+        for path in (*self._staging.glob("*.part"), *self._staging.glob("*.whole")):
             with suppress(OSError), path.open("rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink(missing_ok=True)

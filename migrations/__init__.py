@@ -51,6 +51,24 @@ def head() -> str | None:
     return max((path.name.split("_")[0] for path in Path(__file__).parent.glob("versions/[0-9]*.py")), default=None)
 
 
+def lacking(engine: sa.Engine) -> str | None:
+    """What is wrong with the database's tables, and what to do about it; None where they are those of this version."""
+    found, wanted = current(engine), head()
+    if found == wanted:
+        return None
+    if found is not None and not _knows(found):
+        return (
+            f"its tables are at revision {found}, which a newer version of Interplay has made; this one knows up to "
+            f"{wanted}, and `interplay migrate` takes nothing back: install that version, or restore a backup"
+        )
+    return f"its tables are at revision {found}, this version needs {wanted}: run `interplay migrate`"
+
+
+def _knows(revision: str) -> bool:
+    scripts = ScriptDirectory(str(Path(__file__).parent))
+    return revision in {script.revision for script in scripts.walk_revisions()}
+
+
 def check(engine: sa.Engine) -> list[Any]:
     """How the database's tables differ from app.models, in alembic's words; empty where they agree."""
     from alembic.autogenerate import compare_metadata

@@ -13,6 +13,7 @@ import threading
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
+from app.refusals import CannotStart, starting
 from app.settings import Settings, load_settings, start_logging
 from workers.child import ComputeChild
 
@@ -50,7 +51,12 @@ def main(arguments: list[str] | None = None) -> None:
     if options.wait_for_input and told_to_stop in select.select([told_to_begin, told_to_stop], [], [])[0]:
         child.kill()
         os._exit(0)  # not by `return`: the thread that reads standard input would be in the way
-    _work(settings, child, told_to_stop)
+    try:
+        _work(settings, child, told_to_stop)
+    except CannotStart as refusal:
+        sys.stderr.write(f"{refusal}\n")
+        child.kill()
+        sys.exit(2)
 
 
 def _work(settings: Settings, child: ComputeChild, told_to_stop: int) -> None:
@@ -64,8 +70,9 @@ def _work(settings: Settings, child: ComputeChild, told_to_stop: int) -> None:
     # A fresh name for each process: nobody's unfinished work is taken for its own.
     worker_id = str(uuid4())
     engine = make_engine(settings)
-    if migrations.current(engine) != migrations.head():
-        sys.exit("The database does not have the tables of this version: run `interplay migrate`.")
+    with starting(settings):
+        if lacking := migrations.lacking(engine):
+            raise migrations.OtherTables(lacking)
     active: set[str] = set()
     presence = Presence(settings, engine, worker_id, active)
     while child.description is None:
@@ -113,9 +120,11 @@ def _join_queue(settings: Settings, engine: "sa.Engine", worker_id: str) -> None
 
 
 def _watch_input(tell_to_begin: int, tell_to_stop: int) -> None:
-    if sys.stdin.buffer.readline():
+    # Not through sys.stdin: a thread that waits in its buffer aborts the interpreter where that shuts down.
+    if os.read(0, 1):
         os.write(tell_to_begin, b".")
-        sys.stdin.buffer.read()
+        while os.read(0, 4096):
+            pass
     os.write(tell_to_stop, b".")
 
 

@@ -27,6 +27,7 @@ from app.database import clock, read, write
 from app.errors import problem
 from app.models import Analysis, Worker, now
 from app.settings import Settings
+from app.storage import Storage
 from workers import attempts
 from workers.child import Result
 
@@ -149,6 +150,7 @@ class Presence:
         self._dead_after = timedelta(0) if sqlite else _DEAD_AFTER
         self._locks = FileLocks(settings.data_dir / "workers") if sqlite else AdvisoryLocks(engine)
         self._client = queue.make_client(engine)
+        self._storage = Storage(settings)
 
     def register(self, description: dict[str, Any]) -> None:
         """Take the lock, then appear in the table: whoever finds the row finds the lock held.
@@ -186,6 +188,8 @@ class Presence:
                 self._resume_lost_work()
                 if self._rounds % 10 == 0:
                     self._settle_lost_analyses()
+                if self._rounds % 600 == 0:
+                    self._storage.remove_abandoned()
                 if self._rounds % 3600 == 0:
                     self._forget_old_runs()
                 self._rounds += 1

@@ -132,7 +132,7 @@ def test_a_living_worker_is_left_alone(settings: Settings, engine: sa.Engine, cl
 
 
 def test_a_worker_whose_clock_is_ahead_takes_nobody_for_dead(
-    settings: Settings, engine: sa.Engine, client: queue.Client, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, engine: sa.Engine, client: DBOSClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its clock is three minutes ahead: neither its judgement of others nor theirs of it hangs on that."""
     ahead: set[threading.Thread] = set()

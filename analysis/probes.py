@@ -312,7 +312,7 @@ class FeatureSet:
             return self.predictions
         parts = []
         # Features are widened too, so that the wider of the two says how many rows fit.
-        for rows in torch.arange(len(self.labels)).split(rows_at_a_time(max(self.head.shape))):
+        for rows in torch.split(torch.arange(len(self.labels)), rows_at_a_time(max(self.head.shape))):
             part = slice(int(rows[0]), int(rows[-1]) + 1)
             logits = self._logits(part)
             check_finite("logits", logits)

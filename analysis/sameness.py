@@ -6,6 +6,7 @@ and must answer the same to the last bit. The weights are those of either checkp
 network has (a head of zeros gives zeros through any activation), and random ones, small and large.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -192,4 +193,4 @@ def _random(tensor: Tensor, gain: float, generator: torch.Generator) -> Tensor:
     drawn = torch.randn(tensor.shape, generator=generator)
     if tensor.ndim < 2:
         return (1 + 0.5 * gain * drawn).to(tensor)
-    return (drawn * gain / max(tensor[0].numel(), 1) ** 0.5).to(tensor)
+    return (drawn * (gain / math.sqrt(max(tensor[0].numel(), 1)))).to(tensor)

@@ -38,7 +38,7 @@ def require_offered(engine: sa.Engine, architecture: Mapping[str, Any]) -> None:
     # Of a name with a tag, such as resnet18.a1_in1k, first what is wrong with the name.
     plain, _, tag = name.partition(".")
     of_name = [one for one in known if one.startswith(f"{plain}.")] if tag and plain in known else []
-    nearest = _nearest(name, of_name) or [*([plain] if of_name else []), *_nearest(name, known)][:_NEAREST]
+    nearest = [plain, *_nearest(name, of_name)] if of_name else _nearest(name, known)
     advice = f"The nearest: {', '.join(nearest)}" if nearest else "None of its names is near"
     what = f"{family} has no network {name!r}" if not of_name else f"{family} knows no weights {tag!r} of {plain!r}"
     raise InvalidRequest(f"architecture.name: {what}. {advice}.", nearest=nearest)

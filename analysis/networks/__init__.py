@@ -124,6 +124,12 @@ def names_of(family: str) -> list[str]:
         AnalysisError: `family-unavailable` with the library's own words where it cannot be imported.
     """
     module = _imported(family)
+    if hasattr(module, "try_imports"):
+        try:
+            module.try_imports()
+        except Exception as error:
+            _failed[family] = _unavailable(family, error)
+            raise _failed[family] from error
     return list(module.names()) if hasattr(module, "names") else []
 
 
@@ -329,7 +335,9 @@ def _unavailable(family: str, error: Exception) -> AnalysisError:
 
 
 def words_of(error: BaseException) -> str:
-    """An error's type and the first line that it says."""
+    """The type of the error at the root, which libraries wrap in others, and the first line that it says."""
+    while error.__cause__ is not None:
+        error = error.__cause__
     said = str(error).strip().splitlines()
     return f"{type(error).__name__}: {said[0][:500]}" if said else type(error).__name__
 

@@ -74,6 +74,12 @@ def create(description: Mapping[str, Any]) -> nn.Module:
     return network
 
 
+def try_imports() -> None:
+    """Import what the library leaves for later, of a network that takes texts and one that takes images."""
+    for model_type, name in (("llama", "LlamaForCausalLM"), ("vit", "ViTForImageClassification")):
+        _ = CONFIG_MAPPING[model_type], getattr(transformers, name)
+
+
 def predicts_tokens(network: nn.Module) -> bool:
     """Whether it is a causal language model."""
     return CAUSAL_LM.search(type(network).__name__) is not None

@@ -21,15 +21,16 @@ OPTIONS = EvaluationOptions(null_permutations=0)
 def _bump(at: float, width: float) -> Path:
     """A path on which two hidden units, told by nothing but their bias, make a bump of the first class's logit."""
     torch.manual_seed(0)
-    ends = []
+    ends: list[nn.Sequential] = []
     for w in (0.0, 1.0):
-        module = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+        below, above = nn.Linear(6, 8), nn.Linear(8, 3)
+        module = nn.Sequential(below, nn.Tanh(), above)
         with torch.no_grad():
             if ends:
                 module.load_state_dict(ends[0].state_dict())
-            module[0].weight[:2] = 0
-            module[0].bias[:2] = torch.tensor([w - at + width, w - at - width]) / width
-            module[2].weight[:, :2] = torch.tensor([[6.0, -6.0], [0.0, 0.0], [0.0, 0.0]])
+            below.weight[:2] = 0
+            below.bias[:2] = torch.tensor([w - at + width, w - at - width]) / width
+            above.weight[:, :2] = torch.tensor([[6.0, -6.0], [0.0, 0.0], [0.0, 0.0]])
         ends.append(module.eval().requires_grad_(False))
     return Path(LoadedNetwork(ends[0], "2"), ends[1].state_dict())
 

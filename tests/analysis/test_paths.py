@@ -295,7 +295,7 @@ def _dense(loss: Callable[[float], float]) -> float:
     return barrier(ws, [loss(w) for w in ws]).value
 
 
-BUMPS = {
+BUMPS: dict[str, Callable[[float], float]] = {
     "near the end": _bumps((0.9, 0.97, 0.02)),
     "near the start": _bumps((2.0, 0.013, 0.005)),
     "narrow": _bumps((1.0, 0.5473, 0.003)),

@@ -157,10 +157,9 @@ def test_a_file_of_two_copies_needs_a_prefix(
     probe = service.post("/v1/probes", {"name": "digits", "preprocess": {"scale": 0.0625}}, digits_probe_file).json()
     with Client(service.url) as client:
         unsaid = client.push_checkpoint(path, name="both", architecture=MLP)
-        student, teacher = (
-            client.push_checkpoint(path, name=prefix, architecture=MLP, prefix=prefix)
-            for prefix in ("student", "teacher")
-        )
+        student = client.push_checkpoint(path, name="student", architecture=MLP, prefix="student")
+    said = ("--prefix", "teacher", "--architecture", json.dumps(MLP), "--json")
+    teacher = json.loads(interplay("push", "checkpoint", path, *said, url=service.url).stdout)
     analysis = service.wait(service.analyze(checkpoint_id=unsaid["id"], probe_id=probe["id"])["id"])
     assert analysis["problem"]["reason"] == "ambiguous"
     assert sorted(analysis["problem"]["candidates"]) == ["student.", "teacher."]

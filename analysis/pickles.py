@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from io import SEEK_END, SEEK_SET, BufferedReader, BytesIO
-from typing import Any, ClassVar
+from typing import IO, Any, ClassVar, cast
 
 # Far more than a training state has; a pickle of as many empty lists takes a gigabyte and half a minute.
 MOST_STEPS = 10_000_000
@@ -89,7 +89,7 @@ def read_pickle(file: OpenFile, *, references: list[Reference] | None = None, mo
         with warnings.catch_warnings():
             # Of backslashes in names, which pickletools takes for escapes.
             warnings.simplefilter("ignore", DeprecationWarning)
-            for opcode, argument, _ in pickletools.genops(_Bounded(file)):
+            for opcode, argument, _ in pickletools.genops(cast(IO[bytes], _Bounded(file))):
                 machine.step(opcode.name, argument)
     except PickleError:
         raise

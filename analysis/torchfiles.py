@@ -374,7 +374,7 @@ def _plain(value: Inert, storage: Callable[[Any], Storage | None]) -> TensorPlan
     if any(isinstance(entry, dict) and any(entry.values()) for entry in rest if _is_marked(entry)):
         return NoPlainTensor("conjugated or negated by a mark alone", sizes)
     last = first + sum((size - 1) * step for size, step in zip(sizes, steps, strict=True))
-    if first < 0 or (math.prod(sizes) and last >= of.n_numbers):
+    if first < 0 or (0 not in sizes and last >= of.n_numbers):
         return NoPlainTensor("damaged: it reaches beyond its numbers", sizes)
     return TensorPlan(of.dtype, sizes, lambda: _read(of, first, sizes, steps))
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch.distributed import checkpoint as distributed
+from torch.distributed.checkpoint import state_dict_saver as distributed
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -328,7 +328,7 @@ def test_programs_and_other_files_get_one_true_sentence(tmp_path: Path) -> None:
     """TorchScript, torch.export, whole networks, and what is something else; never cut short, without escape codes."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.jit.script(torch.nn.Linear(2, 2)).save(str(tmp_path / "script"))
+        torch.jit.script(torch.nn.Linear(2, 2)).save(str(tmp_path / "script"))  # type: ignore[no-untyped-call]
     for legacy in (False, True):
         content = {"model": torch.nn.Sequential(torch.nn.Linear(2, 2)), "epoch": 3}
         saved(content, tmp_path / f"module {legacy}", _use_new_zipfile_serialization=not legacy)

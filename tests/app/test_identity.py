@@ -225,7 +225,7 @@ def test_what_was_there_before_has_no_hash(own: Service, tmp_path: Path) -> None
         connection.execute(sa.text("UPDATE probes SET data_sha256 = NULL WHERE id = :id"), {"id": probe["id"]})
     engine.dispose()
     assert own.client.get(f"/v1/probes/{probe['id']}").json()["data_sha256"] is None
-    found = []
+    found: list[dict[str, Any]] = []
     for id_ in (probe["id"], probe["id"], again["id"]):
         body = {"checkpoint_id": checkpoint["id"], "probe_id": id_, "options": {"null_permutations": len(found)}}
         found.append(own.report(own.wait(own.analyze(**body)["id"])))

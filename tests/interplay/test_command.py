@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import save_file
-from torch.distributed import checkpoint as distributed
+from torch.distributed.checkpoint import state_dict_saver as distributed
 
 from analysis.networks import build
 from tests.interplay.scripted import BREAK, answer, scripted

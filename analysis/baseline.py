@@ -347,7 +347,8 @@ def _relative_entropies(matrices: Float32[Tensor, "q k k"], values: Float32[Tens
     """
     entropies = torch.special.entr(torch.linalg.eigvalsh(matrices).clamp(min=0)).sum(dim=1)
     diagonals = matrices.diagonal(dim1=1, dim2=2)
-    return values.sum() - entropies - diagonals @ (values.log() + 1)
+    found: Float32[Tensor, " q"] = values.sum() - entropies - diagonals @ (values.log() + 1)
+    return found
 
 
 def _slopes(x: Float32[Tensor, "..."], y: Float32[Tensor, "..."]) -> Float32[Tensor, "..."]:

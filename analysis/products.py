@@ -46,7 +46,7 @@ def product_matrix(
     at_a_time = max(_NUMBERS // (p * (p + max(sizes)) + len(sums)), 1)
     for start in range(0, len(parts), at_a_time):
         some = slice(start, start + at_a_time)
-        by_class = pad_sequence(parts[some], batch_first=True)
+        by_class = pad_sequence(list(parts[some]), batch_first=True)
         sums += pairs_of(second[some]).T @ (by_class.mT @ by_class).flatten(1).index_select(1, upper)
     return assembled(sums / n, r, p)
 
@@ -64,20 +64,23 @@ def coordinates(vectors: Float64[Tensor, "n d"]) -> Float64[Tensor, "n r"]:
     values, basis = torch.linalg.eigh(vectors @ vectors.T if n <= d else vectors.T @ vectors)
     rank = spectrum_rank(values)
     leading = basis[:, len(values) - rank :]
-    return leading * values[len(values) - rank :].sqrt() if n <= d else vectors @ leading
+    found: Float64[Tensor, "n r"] = leading * values[len(values) - rank :].sqrt() if n <= d else vectors @ leading
+    return found
 
 
 def pairs_of(coordinates: Float[Tensor, "n r"]) -> Float[Tensor, "n r2"]:
     """The different entries of each x x^T: products of coordinates i <= j, in the order of `torch.triu_indices`."""
     r = coordinates.shape[1]
     first, second = torch.triu_indices(r, r, device=coordinates.device)
-    return coordinates[:, first] * coordinates[:, second]
+    pairs: Float[Tensor, "n r2"] = coordinates[:, first] * coordinates[:, second]
+    return pairs
 
 
 def upper_places(r: int, device: torch.device) -> Int[Tensor, " r2"]:
     """Where those entries stand in a matrix of r x r, flattened."""
     first, second = torch.triu_indices(r, r, device=device)
-    return first * r + second
+    places: Int[Tensor, " r2"] = first * r + second
+    return places
 
 
 def pair_places(r: int, device: torch.device) -> Int[Tensor, "r r"]:

@@ -67,7 +67,9 @@ def _check(split: SplitEvaluation) -> None:
         nulls = {name for name, value in place.items() if value is None}
         for nested in ("optimum", "distance_to_optimum"):
             nulls |= {f"{nested}.{name}" for name, value in place.get(nested, {}).items() if value is None}
-        assert nulls == set(place["reasons"])
+        # Of two classes HDR has a reason beside its number.
+        worthless = {name for name, reason in place["reasons"].items() if reason == "two_classes"}
+        assert nulls | worthless == set(place["reasons"])
 
 
 def _compare(split: SplitEvaluation, features: Tensor, labels: Tensor, network: LoadedNetwork) -> None:
@@ -598,9 +600,9 @@ def test_two_classes_say_that_centring_leaves_nothing() -> None:
 def test_progress_moves_inside_a_spectrum_and_a_null() -> None:
     """Phases by name, numbers that rise again and again while one of them is at work."""
     generator, seen = torch.Generator().manual_seed(0), list[tuple[str, int, int]]()
-    labels = torch.arange(1400) % 10
-    features = torch.randn(1400, 140, generator=generator) * torch.arange(1, 141).pow(-0.7) + labels[:, None] / 10
-    data = FeatureSet(features, labels, torch.randn(10, 140, generator=generator), None, None, None)
+    labels = torch.arange(2200) % 10
+    features = torch.randn(2200, 220, generator=generator) / torch.arange(1, 221) + labels[:, None] / 10
+    data = FeatureSet(features, labels, torch.randn(10, 220, generator=generator), None, None, None)
     found = evaluate_features(
         data,
         device=CPU,

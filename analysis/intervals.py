@@ -134,7 +134,8 @@ def lognormal_interval(a: float, b: float, covariance: NDArray[np.float64], quan
 def _root(covariance: NDArray[np.float64]) -> NDArray[np.float64]:
     """A with A A^T the covariance, which may be singular."""
     values, vectors = np.linalg.eigh(covariance)
-    return vectors * np.sqrt(np.maximum(values, 0.0))
+    root: NDArray[np.float64] = vectors * np.sqrt(np.maximum(values, 0.0))
+    return root
 
 
 def _normals(n: int) -> NDArray[np.float64]:

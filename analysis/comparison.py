@@ -12,8 +12,8 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float64, Int, Int64
-from scipy.optimize import brentq
-from scipy.stats import binomtest, norm
+from scipy.special import betaincinv
+from scipy.stats import binom, binomtest
 from scipy.stats import t as student
 from torch import Tensor
 
@@ -29,8 +29,9 @@ from analysis.evaluation import (
     SplitEvaluation,
     evaluate_features,
 )
-from analysis.influence import influence, standard_errors
+from analysis.influence import influence
 from analysis.probes import FeatureSet
+from analysis.spreads import Sizes, Spread, delta_spreads
 
 _OF_SPLIT = ("accuracy", "loss", "calibration_error", "effective_rank")
 _OF_INTERPLAY = (
@@ -79,10 +80,10 @@ class Difference:
         significant: whether 0 lies outside of the interval, and by more than may be rounding and, where a spectrum was
             pinched, more than either side's `method.error_estimate` leaves open.
         bias, bias_a, bias_b: of the difference, of A's and of B's value, as the bootstrap estimates it.
-        reason: why there is no standard error: `undefined` (one of the values), `no_derivative` (the delta method does
-            not reach the metric where it is), `undefined_resamples` (of the bootstrap), `no_standard_error` (`mir_z`,
-            itself a statistic). Or `near_zero`: HDR or a distance is 0 within its error, and the standard error is the
-            larger of two.
+        reason: why there is no standard error and no interval, and `significant` is None: `undefined` (one of the
+            values), `no_derivative` (the delta method does not reach the metric where it is), `undefined_resamples` (of
+            the bootstrap), `no_standard_error` (`mir_z`, itself a statistic), `few_samples`, `too_few_disagreements`,
+            `class_sizes`. Or how the interval came about: `near_zero` (HDR or a distance may be 0), `equal_entropies`.
     """
 
     a: float | None
@@ -107,8 +108,8 @@ class Agreement:
             language model may predict too, count as different.
         both_correct, only_a_correct, only_b_correct, neither_correct: counts of samples.
         mcnemar_p: two-sided p value of McNemar's exact test; 1 where no sample is right in one of them alone.
-        smallest_difference: of accuracy, that this probe shows with probability 0.8 at the confidence asked for, given
-            the share of samples on which one alone is right; None where there are too few of them.
+        smallest_difference: of accuracy, that McNemar's exact test shows with probability 0.8 at the confidence asked
+            for, on as many samples as those on which one alone is right; None where these are too few to show any.
         reason: `too_few_disagreements` where that is so.
     """
 
@@ -165,18 +166,18 @@ def compare(
         progress: called as the work goes on; phase `resamples` counts those of the bootstrap.
 
     Returns:
-        The comparison. Intervals are difference +- q times the standard error, with q the normal quantile, or Student's
-        for as many resamples: symmetric about what was evaluated, since MIR and HDR of a resample are biased, as it
-        holds samples twice, and the bootstrap's own quantiles would lie beside the value. The bias that it estimates is
-        stated, not taken off.
+        The comparison. Intervals of smooth metrics are difference +- q times the standard error, with Student's
+        quantile for as many samples as the error rests on, or resamples; those of others are as `spreads` says. They
+        are about what was evaluated, since MIR and HDR of a resample are biased, as it holds samples twice, and the
+        bootstrap's own quantiles would lie beside the value. The bias that it estimates is stated, not taken off.
 
     Raises:
         AnalysisError: `invalid-probe` where the two are of different samples or classes; else as `evaluate_features`.
 
     Numerics: the error that `method.error_estimate` states for MIR of A and of B is not part of the interval, but of
-        what is significant. What `influence` says of NC4 and of the calibration error holds here. float64.
+        what is significant. What `influence` says of the calibration error holds here. float64.
 
-    Source: METRICS, "Comparing two checkpoints"; Efron and Tibshirani 1993, chapter 13; McNemar 1947; Connor 1987.
+    Source: METRICS, "Comparing two checkpoints"; Efron and Tibshirani 1993, chapter 13; McNemar 1947.
     """
     options = options or ComparisonOptions()
     # Each set may lie on a device of its own: one that was kept on the processor, one that was just computed on a GPU.
@@ -193,13 +194,11 @@ def compare(
         for name, rows in _rows(a.split, len(a.labels)).items():
             pair = _Pair(_part(a, rows), _part(b, rows), first.splits[name], second.splits[name])
             if options.interval == "delta":
-                spreads = _by_delta(pair, device)
+                spreads = _by_delta(pair, options, device)
             else:
                 done = len(splits) * options.resamples
                 spreads = _by_bootstrap(pair, options, device, _counted(progress, done, len(first.splits), options))
-            splits[name] = ComparedSplit(
-                pair.of_a, pair.of_b, _differences(pair, spreads, options), _agreement(pair, options)
-            )
+            splits[name] = ComparedSplit(pair.of_a, pair.of_b, _differences(pair, spreads), _agreement(pair, options))
     timings = clock.seconds
     for evaluation in (first, second):
         for phase, seconds in evaluation.timings_seconds.items():
@@ -215,17 +214,6 @@ class _Pair:
     b: FeatureSet
     of_a: SplitEvaluation
     of_b: SplitEvaluation
-
-
-@dataclass(frozen=True)
-class _Spread:
-    """The standard error of a difference, and biases where they were estimated; or why there is none."""
-
-    standard_error: float | None
-    bias: float | None = None
-    bias_a: float | None = None
-    bias_b: float | None = None
-    reason: str | None = None
 
 
 def _rows(split: Int[Tensor, " n"] | None, n: int) -> dict[str, Int64[Tensor, " _"]]:
@@ -264,44 +252,31 @@ def _levels(split: SplitEvaluation) -> Iterator[tuple[str, Interplay]]:
             yield f"interplay.{level}.{centring}", entry
 
 
-def _by_delta(pair: _Pair, device: torch.device) -> dict[str, _Spread]:
-    """Standard errors from the difference of both networks' influence functions."""
-    found_a, found_b = (
-        _influences(entry, split, device) for entry, split in ((pair.a, pair.of_a), (pair.b, pair.of_b))
+def _by_delta(pair: _Pair, options: ComparisonOptions, device: torch.device) -> dict[str, Spread]:
+    """Standard errors and intervals from the difference of both networks' influence functions."""
+    a, b = (
+        (split, _metrics(split), _influences(entry, device))
+        for entry, split in ((pair.a, pair.of_a), (pair.b, pair.of_b))
     )
-    spreads = {path: _Spread(value) for path, value in standard_errors(found_b, found_a).items()}
-    values_a, values_b = _metrics(pair.of_a), _metrics(pair.of_b)
-    for path in spreads:
-        # HDR and distances are absolute values. Where one of them is 0 within its own error, a draw may take it to the
-        # other side, where it moves the other way: the larger of both possibilities is taken.
-        signed = path.endswith((".hdr", ".distance_to_optimum.mir"))
-        if signed and (_near_zero(values_a[path], found_a[path]) or _near_zero(values_b[path], found_b[path])):
-            turned = standard_errors({path: found_b[path]}, {path: -found_a[path]})[path]
-            spreads[path] = _Spread(max(turned, spreads[path].standard_error or 0.0), reason="near_zero")
-    return spreads
+    sizes = Sizes.of(pair.a.labels.to(device), tokens=pair.a.vocabulary is not None)
+    fewest = _fewest_discordant(options.confidence)
+    return delta_spreads(a, b, sizes, confidence=options.confidence, fewest=fewest)
 
 
-def _near_zero(value: float | None, influence: Float64[Tensor, " n"]) -> bool:
-    return value is not None and abs(value) < 2 * float(influence.norm()) / len(influence)
-
-
-def _influences(entry: FeatureSet, split: SplitEvaluation, device: torch.device) -> dict[str, Float64[Tensor, " n"]]:
+def _influences(entry: FeatureSet, device: torch.device) -> dict[str, Float64[Tensor, " n"]]:
     there = entry.to(device)
-    predictions = there.network_predictions()
-    found = influence(squarable(there.features), there.labels, squarable(there.head), predictions)
-    for path, interplay in _levels(split):
-        for name in ("mir", "hdr"):
-            value, ideal = getattr(interplay, name), getattr(interplay.optimum, name)
-            if value is not None and ideal is not None and f"{path}.{name}" in found:
-                # The optimum stays where the class counts do.
-                sign = 1.0 if value >= ideal else -1.0
-                found[f"{path}.distance_to_optimum.{name}"] = sign * found[f"{path}.{name}"]
-    return found
+    features, head = squarable(there.features), squarable(there.head)
+    return influence(features, there.labels, head, there.network_predictions(), within_classes=False)
+
+
+def _fewest_discordant(confidence: float) -> int:
+    """The fewest discordant samples on which McNemar's exact test can reject: all of them right in one network."""
+    return math.floor(1 - math.log2(1 - confidence) - 1e-9) + 1
 
 
 def _by_bootstrap(
     pair: _Pair, options: ComparisonOptions, device: torch.device, step: Callable[[], None]
-) -> dict[str, _Spread]:
+) -> dict[str, Spread]:
     """Standard errors and biases from evaluations of the same resamples for both."""
     generator = torch.Generator().manual_seed(options.seed)
     # The permutations of the null are no part of what a sample does.
@@ -315,22 +290,35 @@ def _by_bootstrap(
         step()
     known_a, known_b = _metrics(pair.of_a), _metrics(pair.of_b)
     return {
-        path: _spread([entry[path] for entry in drawn[0]], [entry[path] for entry in drawn[1]], a, known_b[path])
+        path: _spread(
+            [entry[path] for entry in drawn[0]],
+            [entry[path] for entry in drawn[1]],
+            a,
+            known_b[path],
+            options.confidence,
+        )
         for path, a in known_a.items()
         if not path.endswith(".mir_z")
     }
 
 
 def _spread(
-    drawn_a: Sequence[float | None], drawn_b: Sequence[float | None], a: float | None, b: float | None
-) -> _Spread:
+    drawn_a: Sequence[float | None],
+    drawn_b: Sequence[float | None],
+    a: float | None,
+    b: float | None,
+    confidence: float,
+) -> Spread:
     if a is None or b is None:
-        return _Spread(None)
+        return Spread(None)
     if None in drawn_a or None in drawn_b:
-        return _Spread(None, reason="undefined_resamples")
+        return Spread(None, reason="undefined_resamples")
     of_a, of_b = (torch.tensor(values, dtype=torch.float64) for values in (drawn_a, drawn_b))
     bias_a, bias_b = float(of_a.mean()) - a, float(of_b.mean()) - b
-    return _Spread(float((of_b - of_a).std()), bias_b - bias_a, bias_a, bias_b)
+    # A standard error from few resamples is itself uncertain: Student's quantile is wider by that.
+    error, margin = float((of_b - of_a).std()), float(student.ppf((1 + confidence) / 2, len(of_a) - 1))
+    low, high = b - a - margin * error, b - a + margin * error
+    return Spread(error, low, high, bias_b - bias_a, bias_a, bias_b)
 
 
 def _resample(labels: Int[Tensor, " n"], generator: torch.Generator) -> Int64[Tensor, " n"]:
@@ -359,16 +347,13 @@ def _counted(progress: Progress | None, done: int, n_splits: int, options: Compa
     return step
 
 
-def _differences(pair: _Pair, spreads: Mapping[str, _Spread], options: ComparisonOptions) -> dict[str, Difference]:
+def _differences(pair: _Pair, spreads: Mapping[str, Spread]) -> dict[str, Difference]:
     values_a, values_b, numerical = _metrics(pair.of_a), _metrics(pair.of_b), _numerical(pair)
-    # A standard error from few resamples is itself uncertain: Student's quantile is wider by that.
-    freedom = math.inf if options.interval == "delta" else options.resamples - 1
-    quantile = float(student.ppf((1 + options.confidence) / 2, freedom))
     found = {}
     for path, a in values_a.items():
         # How far MIR is above its permutations is a statistic of the samples, with no standard error of its own.
-        unknown = _Spread(None, reason="no_standard_error" if path.endswith(".mir_z") else "no_derivative")
-        found[path] = _difference(a, values_b[path], spreads.get(path, unknown), quantile, numerical[path])
+        unknown = Spread(None, reason="no_standard_error" if path.endswith(".mir_z") else "no_derivative")
+        found[path] = _difference(a, values_b[path], spreads.get(path, unknown), numerical[path])
     return found
 
 
@@ -399,13 +384,12 @@ def _left_open(entry: Interplay, in_nats: bool) -> float:
     return entry.method.error_estimate * (smaller if in_nats and entry.mir is not None else 1.0)
 
 
-def _difference(a: float | None, b: float | None, spread: _Spread, quantile: float, numerical: float) -> Difference:
+def _difference(a: float | None, b: float | None, spread: Spread, numerical: float) -> Difference:
     if a is None or b is None:
         return Difference(a, b, None, reason="undefined")
-    error, difference = spread.standard_error, b - a
-    if error is None:
+    error, low, high, difference = spread.standard_error, spread.low, spread.high, b - a
+    if error is None or low is None or high is None:
         return Difference(a, b, difference, reason=spread.reason)
-    low, high = difference - quantile * error, difference + quantile * error
     significant = low > numerical or high < -numerical
     biases = (spread.bias, spread.bias_a, spread.bias_b)
     return Difference(a, b, difference, error, low, high, significant, *biases, reason=spread.reason)
@@ -449,32 +433,32 @@ def mcnemar_p(only_a: int, only_b: int) -> float:
 
 
 def smallest_difference(n: int, discordant: int, *, confidence: float = 0.95, power: float = 0.8) -> float | None:
-    """The smallest difference of accuracy that a probe shows with this power, for its share of discordant samples.
+    """The smallest difference of accuracy that McNemar's exact test shows with this power on so many discordances.
 
-    Solves n d^2 = (z_a sqrt(q) + z_b sqrt(q - d^2))^2 for d, with q the share of samples on which one network alone
-    is right.
+    Given their number m, those that one network alone has right are binomial with a probability (1 + d n / m) / 2, d
+    the difference of accuracy. The test rejects from some number k of them on: d is where k or more have the
+    probability `power`. So it never contradicts the test: a measured difference of at least d is significant, and where
+    there is no d no outcome on m samples is.
 
     Args:
         n: samples.
-        discordant: those on which one network alone is right.
-        confidence: of the two-sided test.
-        power: probability that the test finds the difference.
+        discordant: m, those on which one network alone is right.
+        confidence: of the two-sided test, which rejects where its p value is at most 1 - confidence.
+        power: probability that the test finds the difference, at least 0.5.
 
     Returns:
-        The difference; None where there is none: even if one network were right in all discordant samples, the test
-        would find it less often.
+        The difference; None where there is none: were one network right in all m samples, the test would not reject.
 
-    Source: Connor 1987, "Sample size for testing differences in proportions for the paired-sample design".
+    Source: McNemar 1947, conditional on the number of discordant samples as his test is.
 
     >>> round(smallest_difference(1000, 100), 4)
-    0.028
+    0.029
     """
-    share = discordant / n
-    certain, likely = float(norm.ppf((1 + confidence) / 2)), float(norm.ppf(power))
-
-    def missing(d: float) -> float:
-        return certain * math.sqrt(share) + likely * math.sqrt(max(share - d * d, 0.0)) - d * math.sqrt(n)
-
-    if discordant == 0 or missing(share) > 0:
+    if discordant == 0:
         return None
-    return float(brentq(missing, 0.0, share))
+    rejected_from = int(binom.isf((1 - confidence) / 2, discordant, 0.5)) + 1
+    if rejected_from > discordant:
+        return None
+    # The binomial tail as a function of its probability is an incomplete beta function.
+    likely = float(betaincinv(rejected_from, discordant - rejected_from + 1, power))
+    return (2 * likely - 1) * discordant / n

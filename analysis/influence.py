@@ -35,6 +35,7 @@ def influence(
     logits: Float[Tensor, "n c"] | Predictions,
     *,
     largest: int = LARGEST_KEPT,
+    within_classes: bool = True,
 ) -> dict[str, Float64[Tensor, " n"]]:
     """dT/dp_i of every metric T for every sample i, at p_i = 1/n and centred within the sample's class.
 
@@ -45,6 +46,8 @@ def influence(
         logits: what the network predicts from, with the bias; or what it predicts, where logits are too many to keep.
         largest: most principal directions whose couplings enter the joint entropy, but at least 4 a class on average;
             with n or c d or more it is exact.
+        within_classes: whether influences are centred within the samples' classes, whose sizes are then given, or over
+            all samples, as where sizes come with the draw.
 
     Returns:
         By the metric's path in a split of a report, such as `interplay.sample.global.mir` or `collapse.nc1`. A metric
@@ -52,9 +55,9 @@ def influence(
         is not among them. Metrics that no sample moves (the head's) have zeros. The distance to an optimum has the
         influence of its metric but for the sign, because the class counts are given.
 
-        NC4 and the calibration error are taken as averages: which class mean is nearest, into which bin a confidence
-        falls and which sign a bin's gap has do not change with the weights. Their standard error is too small where
-        many samples are close to such a border, and for calibration where gaps are of the size of their own error.
+        The calibration error is taken as an average: into which bin a confidence falls and which sign a bin's gap has
+        do not change with the weights. Its standard error is too small where gaps are of the size of their own error.
+        Of NC4 the influence through the class means is a kernel estimate, since it is an average of steps.
 
     Raises:
         AnalysisError: `invalid-argument` without samples, for labels out of range or a `largest` below 1;
@@ -67,14 +70,16 @@ def influence(
     """
     _check(features, labels, head, logits, largest)
     samples = Samples.of(features, labels, head)
-    pieces = _Pieces(_of_predictions(samples, logits), {})
+    predictions = logits if isinstance(logits, Predictions) else predictions_of(logits, samples.labels)
+    pieces = _Pieces(_of_predictions(samples, predictions), {})
+    _nearest_means(samples, predictions.predicted, pieces)
     levels = {}
     for centring in ("none", "global"):
         centred = centring == "global"
         levels[f"interplay.sample.{centring}"] = _sample_level(samples, pieces, centred, largest)
         levels[f"interplay.class_mean.{centring}"] = _class_mean_level(samples, pieces, centred)
     _collapse(samples, pieces)
-    found = pieces.resolve(samples)
+    found = pieces.resolve(samples, within_classes)
     for name, entropies in levels.items():
         if entropies is not None:
             found.update(_ratios(name, entropies, found))
@@ -116,8 +121,8 @@ class _Pieces:
     direct: dict[str, Float64[Tensor, " n"]]
     through_means: dict[str, Float64[Tensor, "k d"]]
 
-    def resolve(self, samples: Samples) -> dict[str, Float64[Tensor, " n"]]:
-        """Both parts together, centred within classes; one pass over the samples for all metrics."""
+    def resolve(self, samples: Samples, within_classes: bool) -> dict[str, Float64[Tensor, " n"]]:
+        """Both parts together, centred within classes or over all; one pass over the samples for all metrics."""
         n = len(samples.labels)
         gradients = torch.stack(list(self.through_means.values())) if self.through_means else None
         moved = samples.means.new_zeros(len(self.through_means), n)
@@ -128,6 +133,8 @@ class _Pieces:
         for name in self.direct.keys() & self.through_means.keys():
             found[name] = found[name] + self.direct[name]
         table = torch.stack(list(found.values()))
+        if not within_classes:
+            return dict(zip(found, table - table.mean(dim=1, keepdim=True), strict=True))
         counts = torch.bincount(samples.labels, minlength=len(samples.head)).clamp(min=1)
         # On the processor, class by class in order: a GPU adds in any order, and the last digit differs.
         totals = torch.zeros(len(table), len(counts), dtype=table.dtype)
@@ -157,24 +164,55 @@ def _check(
             raise AnalysisError("non-finite-values", f"{name} hold NaN or infinity", tensor=name)
 
 
-def _of_predictions(samples: Samples, logits: Float[Tensor, "n c"] | Predictions) -> dict[str, Float64[Tensor, " n"]]:
-    """Accuracy, loss and NC4 are averages over samples; the calibration error is one within each bin."""
-    predictions = logits if isinstance(logits, Predictions) else predictions_of(logits, samples.labels)
+def _of_predictions(samples: Samples, predictions: Predictions) -> dict[str, Float64[Tensor, " n"]]:
+    """Accuracy and loss are averages over samples; the calibration error is one within each bin."""
     network, certain = predictions.predicted, predictions.confidence
     right = network == samples.labels
     correct, (bins, gaps) = right.double(), calibration_gaps(certain, right)
-    nearest = torch.empty_like(samples.labels)
-    centre = samples.means.mean(dim=0)
-    means = samples.means - centre
-    for members in samples.members:
-        distances = means.square().sum(dim=1) - 2 * (samples.features[members].double() - centre) @ means.T
-        nearest[members] = samples.classes[distances.argmin(dim=1)]
     return {
         "accuracy": correct,
         "loss": predictions.loss,
         "calibration_error": gaps.sign()[bins] * (correct - certain),
-        "collapse.nc4": (nearest != network).double(),
     }
+
+
+def _nearest_means(samples: Samples, predicted: Int[Tensor, " n"], pieces: _Pieces) -> None:
+    """NC4: the share of samples where the network and the nearest class mean disagree.
+
+    A mean that moves takes samples across the plane halfway between it and another. How many is the density of samples
+    at that plane, which a kernel estimates from those near it: the smooth part of an average of steps (Powell 1984).
+    """
+    n, k = len(samples.labels), len(samples.means)
+    centre = samples.means.mean(dim=0)
+    means = samples.means - centre
+    order = torch.zeros(n, 2, dtype=torch.int64, device=means.device)
+    depth = means.new_full((n,), math.inf)
+    for members in samples.members:
+        rows = samples.features[members].double() - centre
+        distances = means.square().sum(dim=1) - 2 * rows @ means.T
+        two = distances.topk(min(2, k), dim=1, largest=False)
+        order[members, : two.indices.shape[1]] = two.indices
+        if k > 1:
+            apart = (means[two.indices[:, 0]] - means[two.indices[:, 1]]).norm(dim=1)
+            depth[members] = (two.values[:, 1] - two.values[:, 0]) / (2 * apart)
+    classes = samples.classes[order]
+    pieces.direct["collapse.nc4"] = (classes[:, 0] != predicted).double()
+    if k == 1:
+        return
+    # Steps of one sample: what it adds to NC4 where the second nearest mean becomes the nearest.
+    step = (classes[:, 0] == predicted).double() - (classes[:, 1] == predicted).double()
+    scale = min(float(depth.square().mean().sqrt()), float(depth.median()) / 0.6745)
+    width = 2.34 * scale * n**-0.2
+    near = ((depth < width) & (step != 0)).nonzero()[:, 0] if width > 0 else order.new_zeros(0)
+    weights = 0.75 / width * (1 - (depth[near] / width).square()) * step[near]
+    first, second = order[near].T
+    weights = (weights / (n * (means[first] - means[second]).norm(dim=1)))[:, None]
+    rows = samples.features[near].double() - centre
+    gradient = torch.zeros_like(means)
+    # A mean that comes nearer to a sample takes it, one that goes farther leaves it.
+    gradient.index_add_(0, first, -weights * (rows - means[first]))
+    gradient.index_add_(0, second, weights * (rows - means[second]))
+    pieces.through_means["collapse.nc4"] = gradient
 
 
 def _sample_level(samples: Samples, pieces: _Pieces, centred: bool, largest: int) -> Entropies | None:
@@ -288,7 +326,9 @@ def _variability(samples: Samples, pieces: _Pieces) -> None:
         deviations = samples.deviations(position)
         along = deviations @ v.T
         within += along.T @ deviations / (len(rows) * k)
-        forms[rows] = (along / s).square().sum(dim=1) * (len(samples.labels) / (len(rows) * k))
+        squares = (along / s).square().sum(dim=1)
+        # Each class weighs the same, however many samples it has.
+        forms[rows] = (squares - squares.mean()) * (len(samples.labels) / (len(rows) * k))
         outside += float((deviations - along @ v).square().sum()) / (len(rows) * k)
     if rank < expected and math.sqrt(outside) > 1e-12 * float(samples.sizes.max()):
         return

@@ -261,7 +261,7 @@ class Predictions(Strict):
     neither_correct: int
     mcnemar_p: FiniteFloat = Field(description="Of McNemar's exact test, two-sided.")
     smallest_difference: FiniteFloat | None = Field(
-        description="Of accuracy, that this probe shows with probability 0.8 at `options.confidence`."
+        description="Of accuracy, that McNemar's test shows with probability 0.8 at `options.confidence`."
     )
     reason: str | None
 

@@ -349,9 +349,19 @@ def _interval(metric: str, confidence: float, sides: Sides) -> Interval:
     if error is None or found["difference"] is None:
         reason = f" ({found['reason']})" if found.get("reason") else ""
         raise Undefined(f"the comparison has no standard error of this change{reason}")
-    margin = NormalDist().inv_cdf((1 + confidence) / 2) * error
     difference = found["difference"]
+    if found.get("reason") and low is not None and high is not None and sides.confidence is not None:
+        # Near a kink the interval is not symmetric: its sides are stretched as those of a normal one are.
+        stretch = _normal(confidence) / _normal(sides.confidence)
+        low, high = difference + stretch * (low - difference), difference + stretch * (high - difference)
+        return Interval(low=low, high=high, confidence=confidence, method="normal")
+    margin = _normal(confidence) * error
     return Interval(low=difference - margin, high=difference + margin, confidence=confidence, method="normal")
+
+
+def _normal(confidence: float) -> float:
+    """The two-sided quantile of the normal distribution."""
+    return NormalDist().inv_cdf((1 + confidence) / 2)
 
 
 def _decide(check: Check, finding: _Finding) -> tuple[bool, DecidedBy, str]:

@@ -168,11 +168,14 @@ def _comparison(report: Body) -> RenderableType:
 
 def _agreement(predictions: Body) -> str:
     smallest = predictions["smallest_difference"]
-    shown = "no difference of accuracy" if smallest is None else f"a difference of accuracy of {number(smallest)}"
+    shown = (
+        "on so few the test shows no difference of accuracy"
+        if smallest is None
+        else f"on as many the test shows a difference of accuracy of {number(smallest)} in 4 of 5 cases"
+    )
     return (
         f"Same prediction for {predictions['agreement']:.1%}; right in A alone {predictions['only_a_correct']:,}, in B "
-        f"alone {predictions['only_b_correct']:,} (McNemar p = {number(predictions['mcnemar_p'])}); this probe shows "
-        f"{shown} in 4 of 5 cases."
+        f"alone {predictions['only_b_correct']:,} (McNemar p = {number(predictions['mcnemar_p'])}); {shown}."
     )
 
 

@@ -115,12 +115,14 @@ def test_what_both_share_drops_out() -> None:
 
 
 def test_a_network_beside_itself() -> None:
-    """Nothing differs, and nothing is significant."""
+    """Nothing differs, and nothing is significant; of counts that never differ nothing can be shown."""
     a, _ = pair(0, [30, 20, 40], 5)
     split = compare(a, a, device=CPU, options=QUICK).splits["all"]
     for path, found in split.differences.items():
-        if not path.endswith(".mir_z"):
-            # HDR near 0 is taken with the larger of two errors, so its interval has a width.
+        if path in ("accuracy", "collapse.nc4"):
+            assert (found.difference, found.low, found.significant) == (0, None, None)
+            assert found.reason == "too_few_disagreements"
+        elif not path.endswith(".mir_z"):
             assert found.difference == 0
             assert found.low is not None, path
             assert found.low <= 0 <= found.high  # type: ignore[operator]
@@ -225,8 +227,8 @@ def test_scales_beyond_squares_are_compared() -> None:
         assert scaled[path].standard_error == pytest.approx(found[path].standard_error, rel=1e-9)
 
 
-def test_hdr_near_zero_takes_the_larger_error() -> None:
-    """Where the entropies of features and head are the same within their error, the sign of HDR's step is not known."""
+def test_intervals_near_a_kink() -> None:
+    """Where the entropies of features and head are the same within their error, MIR and HDR may be of either side."""
     a, b = pair(7, [50, 50, 50], 4)
     # Features that are their head rows but for noise: H(K1) and H(K2) nearly the same.
     near = replace(a, features=a.head[a.labels] + 0.05 * (a.features - a.features.mean(dim=0)))
@@ -234,7 +236,11 @@ def test_hdr_near_zero_takes_the_larger_error() -> None:
     hdr = found["interplay.class_mean.none.hdr"]
     assert hdr.reason == "near_zero"
     assert hdr.standard_error is not None
-    assert found["interplay.class_mean.none.mir"].reason is None
+    assert found["interplay.class_mean.none.mir"].reason == "equal_entropies"
+    assert found["loss"].reason is None
+    for name in ("mir", "hdr"):
+        entry = found[f"interplay.class_mean.none.{name}"]
+        assert entry.low <= entry.difference <= entry.high  # type: ignore[operator]
     drawn = compare(near, b, device=CPU, options=replace(QUICK, interval="bootstrap", resamples=100))
     of_draws = drawn.splits["all"].differences["interplay.class_mean.none.hdr"].standard_error
     assert hdr.standard_error > 0.85 * of_draws  # type: ignore[operator]
@@ -270,24 +276,41 @@ def test_mcnemar_by_the_binomial(only_a: int, only_b: int) -> None:
     assert mcnemar_p(only_a, only_b) == pytest.approx(min(1.0, 2 * tail), rel=1e-9)
 
 
-def test_smallest_difference_is_found_so_often() -> None:
-    """Networks that differ by it are told apart in about 8 of 10 probes, in a simulation of McNemar's test."""
-    n, share = 2000, 0.1
-    d = smallest_difference(n, int(n * share))
+@pytest.mark.parametrize(("discordant", "confidence"), [(6, 0.95), (25, 0.95), (200, 0.99)])
+def test_smallest_difference_is_found_so_often(discordant: int, confidence: float) -> None:
+    """Networks that differ by it are told apart in 8 of 10 probes, in a simulation of McNemar's exact test."""
+    n = 2000
+    d = smallest_difference(n, discordant, confidence=confidence)
     assert d is not None
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.rand(2000, n, dtype=F64, generator=generator)
-    only_b = (drawn < (share + d) / 2).sum(dim=1).double()
-    only_a = ((drawn >= (share + d) / 2) & (drawn < share)).sum(dim=1).double()
-    found = ((only_b - only_a).abs() / (only_a + only_b).sqrt() > 1.959964).double().mean()
-    assert 0.77 < float(found) < 0.83
+    drawn = torch.rand(4000, discordant, dtype=F64, generator=generator)
+    only_b = (drawn < (1 + d * n / discordant) / 2).sum(dim=1).tolist()
+    p_values = {k: mcnemar_p(discordant - k, k) for k in set(only_b)}
+    found = sum(p_values[k] <= 1 - confidence and 2 * k > discordant for k in only_b) / len(only_b)
+    assert 0.78 < found < 0.82
 
 
-def test_smallest_difference_of_hopeless_probes() -> None:
-    """Where even the surest outcome is no evidence there is none; more samples show less."""
+@pytest.mark.parametrize("confidence", [0.5, 0.8, 0.95, 0.99])
+def test_smallest_difference_never_contradicts_the_test(confidence: float) -> None:
+    """Measured differences of at least that size are significant; where it is None nothing is, else something."""
+    for discordant in range(80):
+        smallest = smallest_difference(500, discordant, confidence=confidence)
+        significant = [
+            abs(discordant - 2 * k) / 500
+            for k in range(discordant + 1)
+            if mcnemar_p(discordant - k, k) <= 1 - confidence
+        ]
+        assert (smallest is None) == (not significant), discordant
+        for k in range(discordant + 1):
+            if smallest is not None and abs(discordant - 2 * k) / 500 >= smallest:
+                assert mcnemar_p(discordant - k, k) <= 1 - confidence, (discordant, k)
+
+
+def test_smallest_difference_by_hand() -> None:
+    """Six of six right in one alone is p = 1/32: shown where each goes there with the sixth root of 0.8."""
+    assert smallest_difference(100, 6) == pytest.approx(0.06 * (2 * 0.8 ** (1 / 6) - 1), rel=1e-12)
+    assert smallest_difference(100, 5) is None
     assert smallest_difference(100, 0) is None
-    assert smallest_difference(100, 7) is None
-    assert smallest_difference(100, 8) == pytest.approx(0.08, abs=2e-3)
     small, large = smallest_difference(1_000, 100), smallest_difference(100_000, 10_000)
     assert small > 9 * large  # type: ignore[operator]
     assert smallest_difference(1_000, 100, confidence=0.99) > small  # type: ignore[operator]
@@ -306,13 +329,52 @@ def test_undefined_values_have_reasons() -> None:
 
 
 def test_intervals_follow_the_confidence() -> None:
-    """The normal quantile of the confidence, symmetric about the difference."""
+    """Student's quantile of the confidence for as many samples as the error rests on, symmetric where all is smooth."""
     a, b = pair(4, [40, 40, 40], 5)
     for confidence, quantile in ((0.95, 1.959964), (0.5, 0.674490)):
         options = replace(QUICK, confidence=confidence)
         found = compare(a, b, device=CPU, options=options).splits["all"].differences["loss"]
-        assert found.high - found.difference == pytest.approx(quantile * found.standard_error)  # type: ignore[operator]
-        assert found.difference - found.low == pytest.approx(quantile * found.standard_error)  # type: ignore[operator]
+        margin = found.high - found.difference  # type: ignore[operator]
+        assert quantile < margin / found.standard_error < 1.2 * quantile  # type: ignore[operator]
+        assert found.difference - found.low == pytest.approx(margin)  # type: ignore[operator]
+
+
+def test_few_samples_that_decide_give_no_interval() -> None:
+    """One sample's loss outweighs all others: what its kind does was seen once, and a standard error says nothing."""
+    a, b = pair(4, [40, 40, 40], 5)
+    logits = b.network_logits()
+    logits[3, b.labels[3]] -= 1e5
+    found = compare(a, replace(b, logits=logits), device=CPU, options=QUICK).splits["all"].differences["loss"]
+    assert found.difference is not None
+    assert (found.standard_error, found.low, found.significant) == (None, None, None)
+    assert found.reason == "few_samples"
+
+
+def test_class_sizes_that_may_be_drawn() -> None:
+    """Equal sizes are given; of unequal ones an error that hangs on which it is has no interval, others are widened."""
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.tensor([60, 20, 40])
+    labels = torch.repeat_interleave(torch.arange(3), counts)
+    predicted = labels.clone()
+    predicted[:60] = 1  # A is wrong wherever the class is 0: its accuracy is the share of that class
+    sets = [
+        FeatureSet(
+            torch.randn(120, 4, dtype=F64, generator=generator),
+            labels,
+            torch.eye(3, 4, dtype=F64),
+            None,
+            9.0 * torch.nn.functional.one_hot(of, 3).double()
+            + 0.1 * torch.randn(120, 3, dtype=F64, generator=generator),
+            None,
+        )
+        for of in (predicted, labels)
+    ]
+    found = compare(*sets, device=CPU, options=QUICK).splits["all"].differences
+    assert found["accuracy"].reason == "class_sizes"
+    assert found["loss"].reason == "class_sizes"
+    even = torch.cat([(labels == c).nonzero()[:20, 0] for c in range(3)])
+    given = compare(*(entry.take(even) for entry in sets), device=CPU, options=QUICK).splits["all"].differences
+    assert given["accuracy"].standard_error == pytest.approx(0, abs=1e-12)
 
 
 def test_bootstrap_is_the_same_again() -> None:

@@ -19,6 +19,11 @@ CPU = torch.device("cpu")
 F64 = torch.float64
 SIMULATIONS, PROBES = 400, 600
 PATHS = ("accuracy", "loss", "interplay.sample.none.mir", "interplay.sample.global.mir", "interplay.sample.none.hdr")
+# With influence functions those that are not smooth, too: their kinks, and the nearest class mean.
+KINKED = (
+    "collapse.nc4",
+    *(f"interplay.class_mean.{centring}.{name}" for centring in ("none", "global") for name in ("mir", "hdr")),
+)
 
 
 class Checkpoints:
@@ -50,14 +55,14 @@ def truth(checkpoints: Checkpoints) -> dict[str, float]:
     """The mean difference of each metric over many probes."""
     generator = torch.Generator().manual_seed(2)
     options = EvaluationOptions(null_permutations=0)
-    totals = torch.zeros(len(PATHS), dtype=F64)
+    totals = torch.zeros(len(PATHS + KINKED), dtype=F64)
     for _ in range(PROBES):
         a, b = (
             _values(evaluate_features(entry, device=CPU, options=options).splits["all"])
             for entry in checkpoints.probe(generator)
         )
         totals += b - a
-    return dict(zip(PATHS, (totals / PROBES).tolist(), strict=True))
+    return dict(zip(PATHS + KINKED, (totals / PROBES).tolist(), strict=True))
 
 
 def _values(split: object) -> Tensor:
@@ -68,7 +73,7 @@ def _values(split: object) -> Tensor:
         assert isinstance(found, float)
         return found
 
-    return torch.tensor([at(path) for path in PATHS], dtype=F64)
+    return torch.tensor([at(path) for path in PATHS + KINKED], dtype=F64)
 
 
 @pytest.mark.timeout(900)
@@ -83,11 +88,12 @@ def _values(split: object) -> Tensor:
     ],
 )
 def test_intervals_hold_the_truth(options: ComparisonOptions, size: tuple[int, int, int]) -> None:
-    """In 93 to 97 of 100 probes, for each metric."""
+    """In 93 to 97 of 100 probes for smooth metrics, and with influence functions in 92 to 98 for all."""
     # In a process of its own: the types of arguments, which tests check, would take twice as long as the numbers.
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         shares = pool.submit(coverage, options, size).result()
-    assert all(0.93 <= share <= 0.97 for share in shares.values()), shares
+    assert all(0.93 <= shares[path] <= 0.97 for path in PATHS), shares
+    assert options.interval == "bootstrap" or all(0.92 <= share <= 0.98 for share in shares.values()), shares
 
 
 def coverage(options: ComparisonOptions, size: tuple[int, int, int]) -> dict[str, float]:
@@ -96,13 +102,14 @@ def coverage(options: ComparisonOptions, size: tuple[int, int, int]) -> dict[str
     checkpoints = Checkpoints(*size)
     expected = truth(checkpoints)
     generator = torch.Generator().manual_seed(3)
-    held = dict.fromkeys(PATHS, 0)
+    held: dict[str, list[bool]] = {path: [] for path in PATHS + KINKED}
     for _ in range(SIMULATIONS):
         a, b = checkpoints.probe(generator)
         differences = compare(a, b, device=CPU, options=options).splits["all"].differences
-        for path in PATHS:
+        for path in PATHS + KINKED:
             low, high = differences[path].low, differences[path].high
-            assert low is not None
-            assert high is not None
-            held[path] += low <= expected[path] <= high
-    return {path: count / SIMULATIONS for path, count in held.items()}
+            if low is not None and high is not None:
+                held[path].append(low <= expected[path] <= high)
+    # Few probes are without an interval, for the reasons that the report gives.
+    assert all(len(found) > 0.9 * SIMULATIONS for found in held.values())
+    return {path: sum(found) / len(found) for path, found in held.items()}

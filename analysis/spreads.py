@@ -63,7 +63,7 @@ class Sizes:
     @classmethod
     def of(cls, labels: Int[Tensor, " n"], *, tokens: bool) -> "Sizes":
         """Sizes of the classes present; of tokens they are drawn."""
-        _, places, counts = labels.unique(return_inverse=True, return_counts=True)
+        _, places, counts = torch.unique(labels, return_inverse=True, return_counts=True)
         drawn = tokens or int(counts.min()) == 1
         return cls(places, counts.double(), drawn, not drawn and bool((counts == counts[0]).all()))
 

@@ -89,13 +89,17 @@ def _exists(engine: sa.Engine, sha256: str) -> bool:
 
 
 def _finding(engine: sa.Engine, sha256: str, what: str) -> Finding:
-    resources, reports = [], set()
+    resources: list[str] = []
+    reports: set[tuple[str, str]] = set()
     with read(engine) as session:
-        for model, noun in ((Checkpoint, "checkpoint"), (Probe, "probe"), (FeatureSet, "feature set")):
-            columns = [model.sha256, *([model.tokenizer_sha256] if hasattr(model, "tokenizer_sha256") else [])]
-            for row in session.scalars(sa.select(model).where(sa.or_(*(column == sha256 for column in columns)))):
-                resources.append(f"{noun} {row.name} ({row.id})")
-                reports |= set(_reports_on(session, row.id))
+        for noun, model, uses in (
+            ("checkpoint", Checkpoint, (Checkpoint.sha256 == sha256) | (Checkpoint.tokenizer_sha256 == sha256)),
+            ("probe", Probe, (Probe.sha256 == sha256) | (Probe.tokenizer_sha256 == sha256)),
+            ("feature set", FeatureSet, FeatureSet.sha256 == sha256),
+        ):
+            for resource_id, name in session.execute(sa.select(model.id, model.name).where(uses)):
+                resources.append(f"{noun} {name} ({resource_id})")
+                reports |= set(_reports_on(session, resource_id))
     return Finding(sha256, what, resources, [report_id for _, report_id in sorted(reports)])
 
 

@@ -9,9 +9,11 @@ one, and the reason that most of the others gave.
 import argparse
 import math
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -85,7 +87,7 @@ def replicate(design: Design, number: int) -> list[FeatureSet]:
     else:
         labels = np.repeat(np.arange(c), design.counts)
     shape = (len(labels), d)
-    draws = {
+    draws: dict[str, Callable[..., Any]] = {
         "normal": drawn.normal,
         "student": partial(drawn.standard_t, 3),
         "lognormal": lambda size: drawn.lognormal(0, 0.8, size) - math.exp(0.32),

@@ -23,12 +23,22 @@ _alembic = Lock()
 _VERSION = sa.table("alembic_version", sa.column("version_num", sa.String))
 
 
+class OtherTables(Exception):
+    """The database's tables are not those of this version; the words say what to do."""
+
+
 def upgrade(engine: sa.Engine, revision: str = "head") -> None:
     """Bring the tables to `revision`, in one transaction: all of it happens or nothing.
 
     Processes that start together may all call it; the first does the work, the others wait and find it done.
+
+    Raises:
+        OtherTables: a newer version has made them.
     """
-    if revision != "head" or current(engine) != head():
+    found = current(engine)
+    if found is not None and found not in _revisions():
+        raise OtherTables(lacking(engine))
+    if revision != "head" or found != head():
         _migrate(engine, "upgrade", revision)
 
 
@@ -47,8 +57,12 @@ def current(engine: sa.Engine) -> str | None:
 
 def head() -> str | None:
     """The revision that this version of the code needs."""
-    # A migration's file is named after its revision, and revisions are numbered as they follow each other.
-    return max((path.name.split("_")[0] for path in Path(__file__).parent.glob("versions/[0-9]*.py")), default=None)
+    return max(_revisions(), default=None)
+
+
+def _revisions() -> set[str]:
+    """A migration's file is named after its revision, and revisions are numbered as they follow each other."""
+    return {path.name.split("_")[0] for path in Path(__file__).parent.glob("versions/[0-9]*.py")}
 
 
 def lacking(engine: sa.Engine) -> str | None:
@@ -56,17 +70,12 @@ def lacking(engine: sa.Engine) -> str | None:
     found, wanted = current(engine), head()
     if found == wanted:
         return None
-    if found is not None and not _knows(found):
+    if found is not None and found not in _revisions():
         return (
             f"its tables are at revision {found}, which a newer version of Interplay has made; this one knows up to "
             f"{wanted}, and `interplay migrate` takes nothing back: install that version, or restore a backup"
         )
     return f"its tables are at revision {found}, this version needs {wanted}: run `interplay migrate`"
-
-
-def _knows(revision: str) -> bool:
-    scripts = ScriptDirectory(str(Path(__file__).parent))
-    return revision in {script.revision for script in scripts.walk_revisions()}
 
 
 def check(engine: sa.Engine) -> list[Any]:

@@ -24,7 +24,7 @@ _BERT = {
 }  # fmt: skip
 _IDS = torch.arange(24).reshape(4, 6) % 37 + 3
 _IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-ABSENT = object()
+ABSENT = "absent"
 
 
 def _description(family: str, **args: Any) -> dict[str, Any]:

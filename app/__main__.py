@@ -99,12 +99,15 @@ def _migrate(settings: Settings) -> None:
 
 
 def _verify(settings: Settings, *, set_aside: bool) -> int:
+    import migrations
     from app import verification
     from app.database import make_engine
     from app.storage import Storage
 
     engine = make_engine(settings, patient=True)
     try:
+        if lacking := migrations.lacking(engine):
+            raise migrations.OtherTables(lacking)
         return 1 if verification.verify(engine, Storage(settings), set_aside=set_aside) else 0
     finally:
         engine.dispose()

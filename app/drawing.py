@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Literal
 from uuid import uuid4
 
+from app.environment import plain_environment
 from app.errors import Unavailable
 from app.settings import Settings
 
@@ -42,8 +43,6 @@ MEASURES: dict[str, tuple[str, ...]] = {
 # Charts that wait for their turn, and how long one may take; a picture of two panels takes 0.3 s, the first one 2 s.
 _MOST_WAITING = 200
 _DRAWING_SECONDS = 60.0
-# What the drawing process gets of the environment: nothing that is secret.
-_ENVIRONMENT = ("PATH", "HOME", "LANG", "TMPDIR", "LD_LIBRARY_PATH", "FONTCONFIG_PATH", "FONTCONFIG_FILE")
 
 
 def names(kind: str) -> list[str]:
@@ -168,13 +167,8 @@ class _DrawingProcess:
             return self._process
 
     def _start(self) -> "subprocess.Popen[bytes]":
-        given = {
-            name: value
-            for name, value in os.environ.items()
-            if name in _ENVIRONMENT or name.startswith(("LC_", "PYTHON"))
-        }
         command = [sys.executable, "-m", "app.charts"]
-        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=given)
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=plain_environment())
 
     def _ask(self, process: "subprocess.Popen[bytes]", task: bytes) -> bytes | None:
         """What it answers; None where it ends in place of an answer, by itself or after its time."""

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from app import datafile, identity, schemas, tensorfile
+from app.environment import plain_environment
 from app.errors import InvalidFile, InvalidRequest, Unavailable
 from app.labels import named_labels
 from app.settings import Settings
@@ -86,7 +87,12 @@ def _in_another_process(path: Path, spec: schemas.ProbeSpec, limits: datafile.Li
     with _reading:
         try:
             ran = subprocess.run(
-                command, input=json.dumps(task).encode(), capture_output=True, check=False, timeout=seconds
+                command,
+                input=json.dumps(task).encode(),
+                capture_output=True,
+                check=False,
+                timeout=seconds,
+                env=plain_environment(),
             )
         except subprocess.TimeoutExpired:
             raise InvalidFile(f"Looking into the Parquet file took more than {seconds:.0f} seconds.") from None

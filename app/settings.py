@@ -85,6 +85,14 @@ class Settings(BaseSettings):
     analysis_timeout_seconds: float = Field(
         default=6 * 3600.0, gt=0, description="An attempt that computes for longer fails."
     )
+    stall_seconds: float = Field(
+        default=600.0,
+        gt=0,
+        description="A compute process that neither tells progress nor computes for so long is replaced.",
+    )
+    child_environment: str = Field(
+        default="", description="Further variables of the environment that compute processes get, with commas."
+    )
     max_attempts: int = Field(
         default=50, ge=1, description="An analysis whose worker died so often is given up as failed."
     )

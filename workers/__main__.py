@@ -69,8 +69,8 @@ def _work(settings: Settings, child: ComputeChild, told_to_stop: int) -> None:
 
     # A fresh name for each process: nobody's unfinished work is taken for its own.
     worker_id = str(uuid4())
-    engine = make_engine(settings)
     with starting(settings):
+        engine, storage = make_engine(settings), Storage(settings)
         if lacking := migrations.lacking(engine):
             raise migrations.OtherTables(lacking)
     active: set[str] = set()
@@ -84,7 +84,7 @@ def _work(settings: Settings, child: ComputeChild, told_to_stop: int) -> None:
     presence.register(child.description)
     found = offers.Offers(child.description["families"], child.description["untried"])
     offers.start(found, settings.data_dir / "workers", engine, worker_id)
-    register(Host(settings, engine, Storage(settings), child, active))
+    register(Host(settings, engine, storage, child, active))
     _join_queue(settings, engine, worker_id)
     logger.info("worker %s is ready", worker_id)
     stopping = threading.Event()

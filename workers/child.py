@@ -20,8 +20,10 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
+from app.environment import plain_environment
 from app.errors import problem
 from app.settings import Settings, load_settings, start_logging
 from app.storage import Storage
@@ -30,6 +32,8 @@ logger = logging.getLogger("interplay")
 
 # How often a running analysis is asked whether it should stop, and how stale its progress may be.
 _TICK_SECONDS = 0.25
+# Of a processor, below which a process counts as doing nothing.
+_IDLE_SHARE = 0.01
 
 # How torch computes in the process, where the operator's environment does not say otherwise.
 ARITHMETIC = {
@@ -82,7 +86,7 @@ class ComputeChild:
         """Start the process where it does not run; it loads torch while there is nothing to do yet."""
         if self.is_running():
             return
-        environment = {**ARITHMETIC, **os.environ}
+        environment = {**ARITHMETIC, **plain_environment(self._settings, storage=True)}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "workers.child"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
         )
@@ -97,7 +101,8 @@ class ComputeChild:
         the task takes longer than `analysis_timeout_seconds`, the process is killed.
 
         Raises:
-            ChildDied: the process ended by itself; nothing is known about why but its exit status.
+            ChildDied: the process ended by itself, of which nothing is known but its exit status, or it was killed
+                because it did nothing.
         """
         with self._one_at_a_time:
             return self._run(task, on_tick)
@@ -108,9 +113,11 @@ class ComputeChild:
         deadline = time.monotonic() + self._settings.analysis_timeout_seconds
         next_tick = time.monotonic() + _TICK_SECONDS
         progress: Progress | None = None
+        watch = _Watch(self._process_id(), self._settings.stall_seconds)
         while True:
             with contextlib.suppress(queue.Empty):
                 message = self._messages.get(timeout=max(0.0, next_tick - time.monotonic()))
+                watch.heard()
                 match message:
                     case None:
                         raise ChildDied(self._exit_status())
@@ -129,12 +136,19 @@ class ComputeChild:
                 detail = f"It had not ended after {limit:g} s, the limit that the service's operator has set."
                 body = problem("analysis-timeout", "The analysis took too long", detail, limit_seconds=limit)
                 return Result("failed", problem=body)
+            if watch.is_stalled():
+                self.kill()
+                raise ChildDied(f"it neither computed nor told progress for {self._settings.stall_seconds:g} s")
             if now >= next_tick:
                 next_tick = now + _TICK_SECONDS
                 if on_tick(progress):
                     self.kill()
                     return Result("cancelled")
                 progress = None
+
+    def _process_id(self) -> int:
+        assert self._process is not None
+        return self._process.pid
 
     def kill(self) -> None:
         if self._process is not None:
@@ -166,6 +180,44 @@ class ComputeChild:
         if status >= 0:
             return f"it ended with status {status}"
         return f"it was ended by {signal.Signals(-status).name}"
+
+
+class _Watch:
+    """Whether a process has done nothing for long: told nothing, and used no processor.
+
+    A GPU that is waited for keeps a thread of the process busy; a deadlock, a read that never returns and a lost device
+    do not.
+    """
+
+    def __init__(self, process_id: int, patience_seconds: float) -> None:
+        self._process_id, self._patience_seconds = process_id, patience_seconds
+        self.heard()
+
+    def heard(self) -> None:
+        """Begin anew: the process has told something, or was seen to compute."""
+        self._since, self._computed_seconds = time.monotonic(), self._processor_seconds()
+
+    def is_stalled(self) -> bool:
+        """Whether all of the patience went by without a sign; False where the system does not tell."""
+        if time.monotonic() - self._since < self._patience_seconds:
+            return False
+        now = self._processor_seconds()
+        if now is None or self._computed_seconds is None:
+            return False
+        # A thread that only looks around now and then, as some libraries' do, does not count.
+        if now - self._computed_seconds > _IDLE_SHARE * self._patience_seconds:
+            self.heard()
+            return False
+        return True
+
+    def _processor_seconds(self) -> float | None:
+        """Processor time of the process, all of its threads together; None where /proc does not tell."""
+        try:
+            # The name, in brackets, may hold anything; user and system time are the 12th and 13th field after it.
+            fields = Path(f"/proc/{self._process_id}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return None
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def main() -> None:

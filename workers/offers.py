@@ -21,7 +21,9 @@ from typing import Any
 import sqlalchemy as sa
 
 from app.database import write
+from app.environment import plain_environment
 from app.models import Worker
+from app.settings import load_settings
 
 logger = logging.getLogger("interplay")
 
@@ -101,7 +103,8 @@ def _try(offers: Offers, announce: Callable[[Offers], None]) -> str | None:
     """Let a process try what is left, and take its results; the family in the middle of which it ended, if it did."""
     command = [sys.executable, "-m", "workers.offers", *offers.untried]
     # At the end of the block its input ends, and so does the process.
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    environment, pipe = plain_environment(load_settings()), subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment) as process:
         deadline = threading.Timer(_PATIENCE_SECONDS, process.kill)
         deadline.daemon = True
         deadline.start()

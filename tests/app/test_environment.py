@@ -1,0 +1,64 @@
+"""What processes that read strangers' files get of the environment."""
+
+from pathlib import Path
+
+import psutil
+import pytest
+
+from app.environment import plain_environment
+from app.settings import Settings
+from tests import services
+
+GIVEN = {
+    "PATH": "/bin",
+    "LC_ALL": "C",
+    "CUDA_VISIBLE_DEVICES": "1",
+    "OMP_NUM_THREADS": "2",
+    "PYTHONPATH": "x",
+    "INTERPLAY_DEVICE": "cpu",
+    "INTERPLAY_API_KEY": "secret",
+    "INTERPLAY_DATABASE_URL": "postgresql://u:secret@h/d",
+    "AWS_SECRET_ACCESS_KEY": "secret",
+    "AWS_REGION": "x",
+    "HF_TOKEN": "secret",
+    "WANDB_API_KEY": "secret",
+    "PGPASSWORD": "secret",
+    "TORCH_PRIVATE_TOKEN": "secret",
+    "SOMETHING": "else",
+}
+
+
+def test_no_key_and_no_password_is_passed_on() -> None:
+    """What computing needs is; what is named like a secret is not, whatever else its name begins with."""
+    found = plain_environment(Settings(), given=GIVEN, storage=True)
+    assert "secret" not in " ".join(found.values())
+    kept = {"PATH", "LC_ALL", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "PYTHONPATH", "INTERPLAY_DEVICE"}
+    assert kept == found.keys() & GIVEN.keys()
+    assert found["HF_HUB_OFFLINE"] == "1"
+
+
+def test_what_is_named_is_passed_on() -> None:
+    """A network of the operator's own may need more."""
+    found = plain_environment(Settings(child_environment="SOMETHING,MISSING"), given=GIVEN)
+    assert found["SOMETHING"] == "else"
+    assert "MISSING" not in found
+
+
+@pytest.mark.parametrize(("storage", "passed"), [(True, True), (False, False)])
+def test_a_remote_storage_is_opened_by_whoever_reaches_it(storage: bool, passed: bool) -> None:
+    """Its credentials, and no other store's."""
+    given = {**GIVEN, "GOOGLE_SERVICE_ACCOUNT_KEY": "secret"}
+    found = plain_environment(Settings(storage_url="s3://bucket/x"), given=given, storage=storage)
+    assert ("AWS_SECRET_ACCESS_KEY" in found) is passed
+    assert not found.keys() & {"GOOGLE_SERVICE_ACCOUNT_KEY", "INTERPLAY_API_KEY", "HF_TOKEN"}
+
+
+def test_the_compute_process_has_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a service with a key: its worker has it, as it was given, the process that computes has not."""
+    monkeypatch.setenv("A_PASSWORD", "hidden")
+    with services.running(tmp_path / "data", api_key="a-long-key-for-tests") as service:
+        environment = psutil.Process(service.compute_child().pid).environ()
+    assert "A_PASSWORD" not in environment
+    assert "INTERPLAY_API_KEY" not in environment
+    assert environment["HF_HUB_OFFLINE"] == "1"
+    assert environment["INTERPLAY_DATA_DIR"] == str(tmp_path / "data")

@@ -1,0 +1,95 @@
+"""A start that fails says why in one sentence, with status 2 and without a traceback."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+import migrations
+from app.database import make_engine
+from app.settings import Settings
+
+Variables = dict[str, str]
+
+
+def _unreachable(folder: Path) -> Variables:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return {"INTERPLAY_DATABASE_URL": f"postgresql://u:a-password@127.0.0.1:{port}/d"}
+
+
+def _not_a_folder(folder: Path) -> Variables:
+    (folder / "file").write_text("x")
+    return {"INTERPLAY_DATA_DIR": str(folder / "file")}
+
+
+def _not_writable(folder: Path) -> Variables:
+    # Of a kernel's own file system, as root may write anywhere else.
+    return {"INTERPLAY_DATA_DIR": "/proc/interplay"}
+
+
+def _no_database(folder: Path) -> Variables:
+    (folder / "interplay.db").write_bytes(b"this is no database" * 1000)
+    return {}
+
+
+def _newer(folder: Path) -> Variables:
+    engine = make_engine(Settings(data_dir=folder))
+    migrations.upgrade(engine)
+    with engine.begin() as connection:
+        connection.execute(sa.text("UPDATE alembic_version SET version_num = '9999'"))
+    engine.dispose()
+    return {}
+
+
+CASES: dict[str, tuple[Callable[[Path], Variables], str]] = {
+    "a database that nobody listens at": (_unreachable, "127.0.0.1"),
+    "a data folder that is a file": (_not_a_folder, "file"),
+    "a data folder that cannot be made": (_not_writable, "/proc/interplay"),
+    "a file that is no database": (_no_database, "not a database"),
+    "tables of a newer version": (_newer, "newer version"),
+}
+
+
+@pytest.mark.parametrize(
+    "command", [["app", "serve", "--port", "0"], ["app", "migrate"], ["workers"], ["app", "verify"]]
+)
+@pytest.mark.parametrize("case", CASES)
+def test_one_sentence_and_status_2(case: str, command: list[str], tmp_path: Path) -> None:
+    """Whichever process it is; what is said names the place and never a password."""
+    prepare, expected = CASES[case]
+    environment = {**os.environ, "INTERPLAY_DATA_DIR": str(tmp_path), **prepare(tmp_path)}
+    ran = subprocess.run(
+        [sys.executable, "-m", *command], env=environment, capture_output=True, text=True, check=False, timeout=120
+    )
+    said = [line for line in ran.stderr.splitlines() if " ERROR " not in line and " WARNING " not in line]
+    assert ran.returncode == 2, ran.stderr
+    assert len(said) == 1, ran.stderr
+    assert expected in said[0]
+    assert said[0].endswith(".")
+    assert "a-password" not in ran.stderr
+    if case == "tables of a newer version":
+        assert "run `interplay migrate`" not in said[0]
+
+
+def test_a_worker_whose_compute_process_ends_says_so(tmp_path: Path) -> None:
+    """With a status of its own and not by an abort of the interpreter, while it still reads its input."""
+    engine = make_engine(Settings(data_dir=tmp_path))
+    migrations.upgrade(engine)
+    engine.dispose()
+    environment = {**os.environ, "INTERPLAY_DATA_DIR": str(tmp_path), "INTERPLAY_DEVICE": "cuda:99"}
+    command = [sys.executable, "-m", "workers", "--stop-at-end-of-input"]
+    with subprocess.Popen(
+        command, env=environment, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        said = process.stderr.read()
+        assert process.wait(60) == 1, said
+    assert "cuda:99" in said
+    assert "Fatal Python error" not in said

@@ -13,6 +13,7 @@ lies and the third order counts, the block of J has its own spectrum taken, and 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float32, Float64, Int
@@ -50,7 +51,8 @@ _MOST_ENTRIES = 2**19
 class Null:
     """The permutation baseline of MIR: mean and standard deviation (n - 1) of n permutations, and what was observed.
 
-    All of it on the same `n_samples` pairs.
+    All of it on the same `n_samples` pairs. `method` is `exact` where every permutation had its spectrum taken, else
+    `estimated`.
     """
 
     mean: float
@@ -58,6 +60,7 @@ class Null:
     n: int
     n_samples: int
     observed: float
+    method: Literal["exact", "estimated"]
 
 
 def sample_null(
@@ -187,7 +190,8 @@ class _Pairs:
             found = estimate.between(ends)
         values = found / smaller
         std = float(values.std()) if permutations > 1 else 0.0
-        return Null(float(values.mean()), std, permutations, self.n, observed / smaller)
+        method: Literal["exact", "estimated"] = "exact" if estimate is None else "estimated"
+        return Null(float(values.mean()), std, permutations, self.n, observed / smaller, method)
 
     def _near(self, separate: float) -> "_NearProduct | None":
         """The product of both marginals, where permuted matrices are near it and it has few enough entries."""

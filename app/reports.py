@@ -39,6 +39,8 @@ class Null(Strict):
     n: int
     n_samples: int
     observed: FiniteFloat
+    # Of a report from before there were estimates it was exact.
+    method: Literal["exact", "estimated"] = "exact"
 
 
 class Method(Strict):

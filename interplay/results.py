@@ -118,6 +118,7 @@ class Null(TypedDict):
     n: int
     n_samples: int
     observed: float
+    method: NotRequired[Literal["exact", "estimated"]]
 
 
 class Optimum(TypedDict):

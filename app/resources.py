@@ -60,28 +60,31 @@ def create_checkpoint(engine: sa.Engine, storage: Storage, settings: Settings, u
             weights, spec = _out_of_archive(storage, settings, path, spec, stack)
             path, sha256 = weights.path, weights.sha256
         tokenizer = _staged_tokenizer(storage, settings, spec.tokenizer, stack)
-        file = tensorfile.inspect_safetensors(path)
-        refuse_adapter(file.tensors)
-        description = spec.architecture
-        if description is None:
-            description = _embedded_architecture(file)
-        architecture = check_architecture(description)
-        require_offered(engine, architecture)
-        names = weight_names(file.tensors, spec.prefix)
-        checkpoint = models.Checkpoint(
-            name=spec.name,
-            sha256=sha256,
-            size_bytes=path.stat().st_size,
-            n_parameters=file.n_parameters(names.ignored),
-            architecture=architecture,
-            head=spec.head,
-            prefix=names.prefix,
-            ignored=names.ignored,
-            asked_prefix=spec.prefix,
-            preprocess=None if spec.preprocess is None else given_preprocess(spec.preprocess),
-            tokenizer_sha256=None if tokenizer is None else tokenizer.sha256,
-            metadata_=spec.metadata,
-        )
+        with tensorfile.in_turn(path):
+            file = tensorfile.inspect_safetensors(path)
+            refuse_adapter(file.tensors)
+            description = spec.architecture
+            if description is None:
+                description = _embedded_architecture(file)
+            architecture = check_architecture(description)
+            require_offered(engine, architecture)
+            names = weight_names(file.tensors, spec.prefix)
+            checkpoint = models.Checkpoint(
+                name=spec.name,
+                sha256=sha256,
+                size_bytes=path.stat().st_size,
+                n_parameters=file.n_parameters(names.ignored),
+                architecture=architecture,
+                head=spec.head,
+                prefix=names.prefix,
+                ignored=names.ignored,
+                asked_prefix=spec.prefix,
+                preprocess=None if spec.preprocess is None else given_preprocess(spec.preprocess),
+                tokenizer_sha256=None if tokenizer is None else tokenizer.sha256,
+                metadata_=spec.metadata,
+            )
+            # What was read of the header goes before the next one is read.
+            del file, names
         return _keep(engine, storage, [weights, tokenizer], checkpoint)
 
 

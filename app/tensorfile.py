@@ -14,7 +14,8 @@ import tokenize
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,7 +26,7 @@ from numpy.lib import format as npy
 from safetensors import SafetensorError, safe_open
 
 from app import zips
-from app.errors import InvalidFile
+from app.errors import InvalidFile, Unavailable
 
 MAX_HEADER_BYTES = 16 * 2**20
 MAX_TENSORS = 100_000
@@ -35,8 +36,10 @@ MAX_NAME_BYTES = 512
 _MAX_NPY_HEADER_BYTES = 64 * 2**10
 _MAX_NPZ_MEMBERS = 100
 
-# Parsing a header of the largest size takes some seconds and hundreds of MB; not forty at once.
-_parsing = threading.BoundedSemaphore(2)
+# A header of the largest size takes some seconds and, with what is made of it, hundreds of MB: one at a time, and no
+# more than so many that wait, as each holds a thread.
+_LARGE_HEADER_BYTES = 2**18
+_MOST_WAITING = 8
 # What zipfile and numpy raise for broken files; numpy reads an array's header as a Python literal.
 BROKEN_NPZ = (
     zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, TypeError, SyntaxError, tokenize.TokenError,
@@ -104,21 +107,65 @@ def header_bytes(entries: Mapping[str, Any]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
+class _Turn:
+    """Lets one thread at a time work with a large header; that thread may ask again."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._counting = threading.Lock()
+        self._waiting = 0
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        if not self._lock.acquire(blocking=False):
+            with self._counting:
+                if self._waiting >= _MOST_WAITING:
+                    raise Unavailable("Many files with large headers come at once; try again in a few seconds.")
+                self._waiting += 1
+            self._lock.acquire()
+            with self._counting:
+                self._waiting -= 1
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+
+_turn = _Turn()
+
+
+def in_turn(path: Path) -> AbstractContextManager[None]:
+    """Hold the memory that a large safetensors header takes to that of one, for as long as the block lasts.
+
+    Args:
+        path: of any file; only one whose first bytes announce a large header waits.
+
+    Raises:
+        Unavailable: many wait already.
+    """
+    with path.open("rb") as file:
+        start = file.read(9)
+    large = begins_as_safetensors(start) and int.from_bytes(start[:8], "little") > _LARGE_HEADER_BYTES
+    return _turn() if large else nullcontext()
+
+
 def inspect_safetensors(path: Path) -> TensorFile:
     """Check a safetensors file as a whole and say what it holds; no tensor's bytes are read.
 
     Raises:
         InvalidFile: it is not safetensors, is cut short, or its header breaks a limit.
+        Unavailable: many files with large headers come at once.
     """
     _refuse_pickles(path)
-    with path.open("rb") as opened:
-        header = read_header(opened, path.stat().st_size)
-    try:
-        with safe_open(path, framework="np") as file:
-            file.keys()
-    except (SafetensorError, OSError, ValueError) as error:
-        raise InvalidFile(f"The file is not complete, valid safetensors: {error}.") from None
-    return TensorFile("safetensors", header.tensors, header.metadata)
+    with in_turn(path):
+        with path.open("rb") as opened:
+            header = read_header(opened, path.stat().st_size)
+        try:
+            with safe_open(path, framework="np") as file:
+                file.keys()
+        except (SafetensorError, OSError, ValueError) as error:
+            raise InvalidFile(f"The file is not complete, valid safetensors: {error}.") from None
+        return TensorFile("safetensors", header.tensors, header.metadata)
 
 
 def begins_as_safetensors(start: bytes) -> bool:
@@ -172,8 +219,7 @@ def read_header(file: BinaryIO, size_bytes: int) -> Header:
     if not raw.startswith(b"{"):
         raise InvalidFile("The file is not safetensors: its header does not start with '{'.")
     try:
-        with _parsing:
-            header = json.loads(raw, object_pairs_hook=_object_reader())
+        header = json.loads(raw, object_pairs_hook=_object_reader())
     except (ValueError, RecursionError) as error:
         raise InvalidFile(f"The file is not safetensors: its header is not valid JSON ({error}).") from None
     metadata = header.pop("__metadata__", {})

@@ -154,8 +154,8 @@ def _serve(settings: Settings, *, with_worker: bool) -> int:
 def _share_memory() -> None:
     """Let all threads of this process take memory from one place, so that what one gives back another uses.
 
-    By default the C library gives each thread its own: eight uploads at once with headers of 8 MiB took the process from
-    147 to 1,217 MiB, and with this, one at a time, from 149 to 321.
+    By default the C library gives each thread its own: eight uploads at once with headers of 8 MiB took the process
+    from 147 to 1,217 MiB, and with this, one at a time, from 149 to 321.
     """
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).mallopt(_ARENA_MAX, 1)

@@ -258,7 +258,7 @@ def _by_delta(pair: _Pair, options: ComparisonOptions, device: torch.device) -> 
         (split, _metrics(split), _influences(entry, device))
         for entry, split in ((pair.a, pair.of_a), (pair.b, pair.of_b))
     )
-    sizes = Sizes.of(pair.a.labels.to(device), tokens=pair.a.vocabulary is not None)
+    sizes = Sizes.of(pair.a.labels.cpu(), tokens=pair.a.vocabulary is not None)
     fewest = _fewest_discordant(options.confidence)
     return delta_spreads(a, b, sizes, confidence=options.confidence, fewest=fewest)
 
@@ -266,7 +266,9 @@ def _by_delta(pair: _Pair, options: ComparisonOptions, device: torch.device) -> 
 def _influences(entry: FeatureSet, device: torch.device) -> dict[str, Float64[Tensor, " n"]]:
     there = entry.to(device)
     features, head = squarable(there.features), squarable(there.head)
-    return influence(features, there.labels, head, there.network_predictions(), within_classes=False)
+    found = influence(features, there.labels, head, there.network_predictions(), within_classes=False)
+    # On the processor sums have an order: what a GPU adds in any order differs in the last digit from run to run.
+    return {name: values.cpu() for name, values in found.items()}
 
 
 def _fewest_discordant(confidence: float) -> int:

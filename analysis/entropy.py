@@ -302,7 +302,7 @@ def hdr(first: Float[Tensor, "n n"], second: Float[Tensor, "n n"]) -> float | No
 
     Source: Song et al. 2024 (arXiv 2406.03999).
 
-    >>> hdr(torch.eye(4), torch.ones(4, 4))
+    >>> round(hdr(torch.eye(4), torch.ones(4, 4)), 12)
     1.0
     """
     entropies = matrix_entropy(first), matrix_entropy(second)

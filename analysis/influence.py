@@ -208,11 +208,11 @@ def _nearest_means(samples: Samples, predicted: Int[Tensor, " n"], pieces: _Piec
     first, second = order[near].T
     weights = (weights / (n * (means[first] - means[second]).norm(dim=1)))[:, None]
     rows = samples.features[near].double() - centre
-    gradient = torch.zeros_like(means)
-    # A mean that comes nearer to a sample takes it, one that goes farther leaves it.
-    gradient.index_add_(0, first, -weights * (rows - means[first]))
-    gradient.index_add_(0, second, weights * (rows - means[second]))
-    pieces.through_means["collapse.nc4"] = gradient
+    gradient = torch.zeros_like(means, device="cpu")
+    # A mean that comes nearer to a sample takes it, one that goes farther leaves it. On the processor, in order.
+    gradient.index_add_(0, first.cpu(), (-weights * (rows - means[first])).cpu())
+    gradient.index_add_(0, second.cpu(), (weights * (rows - means[second])).cpu())
+    pieces.through_means["collapse.nc4"] = gradient.to(means.device)
 
 
 def _sample_level(samples: Samples, pieces: _Pieces, centred: bool, largest: int) -> Entropies | None:

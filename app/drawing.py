@@ -146,8 +146,7 @@ class _DrawingProcess:
             with suppress(BrokenPipeError):
                 if (drawn := self._ask(process, task)) is not None:
                     return drawn
-            process.kill()
-            process.wait()
+            _end(process)
         raise DrawingFailed(f"{chart.name}.{chart.format} of the report with the sha256 {chart.report_sha256}")
 
     def close(self) -> None:
@@ -155,14 +154,15 @@ class _DrawingProcess:
         with self._starting:
             self._closed = True
             if self._process is not None:
-                self._process.kill()
-                self._process.wait()
+                _end(self._process)
 
     def _running(self) -> "subprocess.Popen[bytes]":
         with self._starting:
             if self._closed:
                 raise DrawingFailed("the service ends")
             if self._process is None or self._process.poll() is not None:
+                if self._process is not None:
+                    _end(self._process)
                 self._process = self._start()
             return self._process
 
@@ -188,6 +188,17 @@ class _DrawingProcess:
             return drawn if len(drawn) == size else None
         finally:
             limit.cancel()
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    """Kill a process, wait for it, and close its pipes but those that a thread still reads or writes."""
+    process.kill()
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        assert pipe is not None
+        # What could not be sent any more is lost with whom it was for.
+        with suppress(OSError, ValueError):
+            pipe.close()
 
 
 class KeptCharts:

@@ -54,6 +54,6 @@ def settle(service: Service, tables: "Future[None]", ending: threading.Event) ->
             resources.sweep(service.engine, service.storage)
         except (sa.exc.SQLAlchemyError, StorageUnavailable, OSError) as error:
             # Waste is no reason not to serve; the next round sweeps again.
-            logger.warning("what earlier crashes left behind was not swept: %s", error)
+            logger.warning("what earlier crashes left behind was not swept: %s", str(error).partition("\n")[0])
         if ending.wait(_SWEEP_SECONDS):
             return

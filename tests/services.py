@@ -137,9 +137,11 @@ def running(
 def _share_what_was_found(folder: Path) -> None:
     """A worker keeps which libraries it could import, under a name of all that is installed: once is enough for all."""
     for known in _FOLDERS:
-        for file in known.glob("networks-*.json"):
+        for file in known.glob("networks-*.json") if known != folder else ():
             shutil.copy(file, folder)
-    _FOLDERS.append(folder)
+    # A service that starts again in its folder has its own.
+    if folder not in _FOLDERS:
+        _FOLDERS.append(folder)
 
 
 @contextmanager

@@ -25,7 +25,6 @@ from analysis.probes import Inputs, Probe
 from analysis.pruning import Pruning
 from analysis.sameness import require_same_function
 from app.labels import own_class_names
-from workers import summaries
 from workers.features import FeatureCache, Kept, name_of
 from workers.probes import About, read_feature_set, read_probe
 from workers.series import require_comparable
@@ -73,6 +72,8 @@ def compute(
             detail = f"Point {number}, at {name} {place:.15g}: {error.detail}"
             raise AnalysisError(error.kind, detail, **error.members, point=number, at=place) from error
     _held.clear()
+    from workers import summaries
+
     return summaries.REPORTS[task["kind"]](task) | _common(task, provenance)
 
 
@@ -96,6 +97,8 @@ def _evaluation(
     known = {"n_features": evaluation.n_features, "n_classes": evaluation.n_classes, **about_network}
     timings = evaluation.timings_seconds
     timings["features"] += clock.seconds.pop("features", 0.0)
+    from workers import summaries
+
     return {
         "subject": summaries.described(subject, known),
         "probe": about,
@@ -116,6 +119,7 @@ def _comparison(
 ) -> dict[str, Any]:
     """Two checkpoints on the samples of one probe, each with its own preprocessing where the probe gives none."""
     from analysis.comparison import ComparisonOptions, compare
+    from workers import summaries
 
     clock, kept, reused = Clock(), [], []
     on_progress("loading", 0, 0)

@@ -95,8 +95,10 @@ def test_delta_and_bootstrap_agree() -> None:
         drawn = compare(a, b, device=CPU, options=options).splits["all"].differences
         for path in ("accuracy", "loss", "interplay.sample.global.mir", "interplay.sample.none.mir", "collapse.nc3"):
             ratio = delta[path].standard_error / drawn[path].standard_error  # type: ignore[operator]
-            # 300 resamples know a standard error to 4 %.
-            assert 0.85 < ratio < 1.15, (seed, path, ratio)
+            # 300 resamples know a standard error to 4 %. They keep class sizes; where these differ the delta method
+            # counts them as drawn, which it lets add 15 % at the most.
+            most = 1.15 if len(set(counts)) == 1 else 1.15 * 1.15
+            assert 0.85 < ratio < most, (seed, path, ratio)
         assert drawn["interplay.sample.global.mir"].bias_b is not None
         assert delta["interplay.sample.global.mir"].bias is None
         # A resample holds samples twice, so MIR of it is higher.
@@ -194,7 +196,7 @@ def test_the_errors_of_both_spectra_are_what_a_difference_is_held_against() -> N
         error * min(x for x in of if x is not None) for of, error in zip(entropies, loose.values(), strict=True)
     )
     assert numerical["interplay.sample.none.entropy_joint"] == pytest.approx(in_nats, abs=1e-8)
-    assert numerical["interplay.sample.global.mir"] == 1e-9
+    assert numerical["interplay.sample.global.mir"] == pytest.approx(1e-9, rel=1e-3)
     assert numerical["accuracy"] == 1e-9
 
 

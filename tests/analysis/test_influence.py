@@ -209,7 +209,9 @@ def test_facts_that_hold_for_every_probe(seed: int, c: int, d: int, n: int) -> N
     for name, values in found.items():
         tolerance = 1e-6 * (1e-3 + float(values.abs().max()))
         torch.testing.assert_close(moved[name], values[order], rtol=0, atol=tolerance)
-        torch.testing.assert_close(twice[name], values.repeat(2), rtol=0, atol=tolerance)
+        # That of NC4 is smoothed over samples near a border, the more widely the fewer there are.
+        if name != "collapse.nc4":
+            torch.testing.assert_close(twice[name], values.repeat(2), rtol=0, atol=tolerance)
         for label in range(c):
             assert float(values[labels == label].sum()) == pytest.approx(0, abs=1e-9 * (1 + float(values.abs().sum())))
     once, doubled = standard_errors(found), standard_errors(twice)

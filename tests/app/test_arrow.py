@@ -210,7 +210,7 @@ def test_more_memory_than_there_is(tmp_path: Path) -> None:
 
 
 def test_an_error_that_nobody_knows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Is a problem of the file, and its traceback is in the log; here the file has gone."""
+    """Is a problem of the file, and its traceback is in the log; here the file is a folder."""
     with pytest.raises(InvalidFile, match="an error that Parquet's reader does not know"):
-        probedata._in_another_process(tmp_path / "gone", ProbeSpec(name="a"), Limits.of(Settings()))
-    assert "FileNotFoundError" in caplog.text
+        probedata._in_another_process(tmp_path, ProbeSpec(name="a"), Limits.of(Settings()))
+    assert "IsADirectoryError" in caplog.text

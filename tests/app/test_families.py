@@ -206,8 +206,9 @@ def test_what_is_installed_and_does_not_import_is_not_announced(tmp_path: Path) 
             assert failed["problem"]["type"] == "urn:interplay:problem:family-unavailable"
             assert own in failed["problem"]["detail"]
             assert "pip install interplay[" not in failed["problem"]["detail"]
-    [kept] = (tmp_path / "data" / "workers").glob("networks-*.json")
-    assert own in json.loads(kept.read_text())["unavailable"]["timm"]
+    # Beside what the tests share of other environments.
+    kept = [json.loads(file.read_text()) for file in (tmp_path / "data" / "workers").glob("networks-*.json")]
+    assert any(own in found["unavailable"].get("timm", "") for found in kept)
 
 
 BERT = {"model_type": "bert", "architectures": ["BertForSequenceClassification"]}

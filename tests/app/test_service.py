@@ -165,7 +165,7 @@ def test_readiness_names_what_is_missing(tmp_path: Path) -> None:
         early = subprocess.run(
             [sys.executable, "-m", "workers"], env=service.environment, capture_output=True, text=True, timeout=60
         )
-        assert early.returncode == 1
+        assert early.returncode == 2
         assert early.stderr.strip().endswith("run `interplay migrate`.")
         assert "Traceback" not in early.stderr
         migrated = subprocess.run([sys.executable, "-m", "app", "migrate"], env=service.environment, timeout=60)

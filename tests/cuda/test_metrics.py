@@ -85,7 +85,8 @@ def test_evaluation_of_a_feature_set(dtype: torch.dtype, device: torch.device) -
     assert len(here) > 200
     # The standard deviation of a null that hardly varies is the difference of near numbers, and z divides by it.
     for path, value in here.items():
-        near = 1e-3 if path.endswith(("_z", "std")) else 1e-5
+        # So is what is estimated of permutations in float32.
+        near = 1e-3 if path.endswith("_z") or ".null." in path else 1e-5
         assert there[path] == pytest.approx(value, rel=near, abs=near), path
 
 
@@ -115,7 +116,8 @@ def test_comparison_of_sets_that_lie_apart(interval: Any, which: str, device: to
     there = sets["AB".index(which)].to(device)
     sets["AB".index(which)] = replace(there, labels=there.labels.to(device))
     found = numbers(asdict(compare(*sets, device=device, options=options)))
-    assert found == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    # Networks as alike as rounding have a difference, and an interval of it, of rounding.
+    assert found == pytest.approx(expected, rel=1e-6, abs=1e-8)
 
 
 def test_influence_functions(device: torch.device) -> None:

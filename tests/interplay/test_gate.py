@@ -168,7 +168,9 @@ def test_significance_has_both_checkpoints_compared(place: Place) -> None:
     again: tuple[str | Path, ...] = ("--probe", place.probe, "--baseline", name, "--json", body)
     assert place.run("--gate", better, "--checkpoint", place.good, *again).returncode == 0
     assert json.loads(body.read_text())["verdict"]["baseline"]["subject"] == "worse"
-    assert place.run("--gate", better, "--checkpoint", place.worse, *again).returncode == 1
+    # Two networks that predict the same have no interval of a difference of accuracy: too few samples could decide it.
+    assert place.run("--gate", better, "--checkpoint", place.worse, *again).returncode == 5
+    assert json.loads(body.read_text())["verdict"]["checks"][0]["reason"] == "too_few_disagreements"
     # A point against a baseline that is a comparison: its B.
     point = place.gate({"min_change": 0.001})
     assert place.run("--gate", point, "--checkpoint", place.good, *again).returncode == 0
@@ -377,7 +379,8 @@ def test_files_that_are_no_gate_are_2(place: Place, text: str, said: str) -> Non
     path.write_text(text)
     ran = place.run("--gate", path, "--report", "x", "--url", f"http://127.0.0.1:{closed_port()}")
     assert (ran.returncode, ran.stdout) == (2, "")
-    assert said in message(ran)
+    # A line of the frame may break a number at its sign.
+    assert "".join(said.split()) in "".join(message(ran).split())
 
 
 def test_a_gate_of_another_kind_judges_reports_alone(place: Place) -> None:

@@ -170,7 +170,8 @@ def without_timm(tmp_path: Path) -> Iterator[Service]:
     """A service whose processes find no timm."""
     site = tmp_path / "site"
     site.mkdir()
-    (site / "sitecustomize.py").write_text(WITHOUT_TIMM)
+    operators = (services.OPERATORS / "sitecustomize.py").read_text()
+    (site / "sitecustomize.py").write_text(f"{operators}\n{WITHOUT_TIMM}")
     with services.running(tmp_path / "data", site=site) as service:
         yield service
 

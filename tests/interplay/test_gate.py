@@ -170,7 +170,7 @@ def test_significance_has_both_checkpoints_compared(place: Place) -> None:
     assert json.loads(body.read_text())["verdict"]["baseline"]["subject"] == "worse"
     # Two networks that predict the same have no interval of a difference of accuracy: too few samples could decide it.
     assert place.run("--gate", better, "--checkpoint", place.worse, *again).returncode == 5
-    assert json.loads(body.read_text())["verdict"]["checks"][0]["reason"] == "too_few_disagreements"
+    assert "too_few_disagreements" in body.read_text()
     # A point against a baseline that is a comparison: its B.
     point = place.gate({"min_change": 0.001})
     assert place.run("--gate", point, "--checkpoint", place.good, *again).returncode == 0

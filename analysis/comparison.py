@@ -83,7 +83,8 @@ class Difference:
         reason: why there is no standard error and no interval, and `significant` is None: `undefined` (one of the
             values), `no_derivative` (the delta method does not reach the metric where it is), `undefined_resamples` (of
             the bootstrap), `no_standard_error` (`mir_z`, itself a statistic), `few_samples`, `too_few_disagreements`,
-            `class_sizes`. Or how the interval came about: `near_zero` (HDR or a distance may be 0), `equal_entropies`.
+            `class_sizes`. Or how the interval came about: `near_zero` (HDR or a distance may be 0), `equal_entropies`,
+            `too_few_disagreements` (of accuracy).
     """
 
     a: float | None

@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from jaxtyping import Float64, Int
 from numpy.typing import NDArray
+from scipy.special import ndtri
 from scipy.stats import t as student
 from torch import Tensor
 
 from analysis.evaluation import SplitEvaluation
-from analysis.intervals import FAR, Folded, lognormal_interval
+from analysis.intervals import FAR, Folded, lognormal_interval, paired_interval
 
 # Of samples that may have been drawn with sizes of their classes or to given ones, the error is that of drawn sizes,
 # up to this much above that of given ones; where both are farther apart than the second number none of them will do.
@@ -31,7 +32,8 @@ _ENTROPIES = ("entropy_features", "entropy_head", "entropy_joint")
 class Spread:
     """The standard error of a difference, its interval, and biases where they were estimated; or why there is none.
 
-    `reason` may also say of an interval that there is how it came about: `near_zero`, `equal_entropies`.
+    `reason` may also say of an interval that there is how it came about: `near_zero`, `equal_entropies`,
+    `too_few_disagreements`.
     """
 
     standard_error: float | None
@@ -188,9 +190,12 @@ def _distance(entry: _Checkpoint, path: str) -> _Side | None:
 def _spread(path: str, a: _Side, b: _Side, sizes: Sizes, confidence: float, fewest: int) -> Spread:
     if path in ("accuracy", "collapse.nc4"):
         # Samples that count for one of them alone move the difference by 1 / n, less than half of which is smooth.
-        apart = int(((b.influence - a.influence + b.value - a.value).abs() > 0.5).sum())
-        if apart < fewest:
-            return Spread(None, reason="too_few_disagreements")
+        moves = b.influence - a.influence + b.value - a.value
+        only_a, only_b = int((moves < -0.5).sum()), int((moves > 0.5).sum())
+        if only_a + only_b < fewest:
+            if path != "accuracy":
+                return Spread(None, reason="too_few_disagreements")
+            return _few_disagreements(only_a, only_b, len(moves), confidence)
     none = torch.zeros_like(a.influence)
     kinked = [side if side.of_kink is not None else _Side(0.0, none, math.inf, none) for side in (a, b)]
     of_a, of_b = (side.of_kink for side in kinked)
@@ -220,6 +225,13 @@ def _spread(path: str, a: _Side, b: _Side, sizes: Sizes, confidence: float, fewe
         low, high = lognormal_interval(a.value, b.value, _draw(scales, [-1.0, 1.0], sizes).covariance, quantile)
         return Spread(error, min(low, difference), max(high, difference))
     return Spread(error, difference - quantile * error, difference + quantile * error)
+
+
+def _few_disagreements(only_a: int, only_b: int, n: int, confidence: float) -> Spread:
+    """Of accuracies that hardly differ: the score interval, which holds 0, as McNemar's exact test cannot reject."""
+    low, high = paired_interval(only_a, only_b, n, float(ndtri((1 + confidence) / 2)))
+    error = math.sqrt(only_a + only_b - (only_b - only_a) ** 2 / n) / n
+    return Spread(error, min(low, 0.0), max(high, 0.0), reason="too_few_disagreements")
 
 
 def _folds(a: _Side, b: _Side) -> bool:

@@ -27,6 +27,7 @@ from analysis.precision import Precision, arithmetic
 from analysis.preprocess import Preprocess
 from analysis.probes import FeatureSet, Inputs, Probe
 from benchmarks import losses, paths, spectra
+from benchmarks.paths import seconds_of
 
 Row = dict[str, Any]
 # timm's names, and the samples that go through each: enough for a second or more of an H100.
@@ -135,7 +136,7 @@ def _pass_row(name: str, network: LoadedNetwork, probe: Probe, precision: Precis
         extract_features(network, probe, device=device, batch_size=size, precision=precision)
 
     done = sum(len(batch) for batch in prepared)
-    turns = [(_seconds(extract, device), _seconds(lambda: bare(prepared), device)) for _ in range(3)]
+    turns = [(seconds_of(extract, device), seconds_of(lambda: bare(prepared), device)) for _ in range(3)]
     ours = min(of_ours for of_ours, _ in turns) / n
     theirs = min(of_theirs for _, of_theirs in turns) / done
     return {
@@ -213,16 +214,6 @@ def _reset_peak(device: torch.device) -> int:
 
 def _peak(device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-
-
-def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 def _same_bits(device: torch.device) -> Iterable[Row]:

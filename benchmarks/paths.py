@@ -61,7 +61,8 @@ def _case(name: str, device: torch.device) -> list[Row]:
     own, bare, metrics = _walk(path, probe, even_grid(points), rounds, loop, device)
     # In turns, so that what else the machine does falls on both sides.
     turns = [
-        (_seconds(extract, device), _seconds(loop, device)) for _ in range(points * rounds if points > 3 else rounds)
+        (seconds_of(extract, device), seconds_of(loop, device))
+        for _ in range(points * rounds if points > 3 else rounds)
     ]
     extracted, alone = (min(times) for times in zip(*turns, strict=True))
     # A GPU is done with these networks while the processor still launches: what is fixed in a pass counts there.
@@ -108,14 +109,14 @@ def _walk(
                 network = path.move_to(w)
                 phases.update(evaluate_network(network, probe, device=device, options=options).timings_seconds)
 
-            whole = _seconds(point, device)
+            whole = seconds_of(point, device)
             of_metrics = sum(seconds for phase, seconds in phases.items() if phase != "features")
             # A pass that takes seconds fills the caches by itself.
             if len(grid) > 3:
                 loop()
             own[index] = min(own[index], whole - of_metrics)
             metrics[index] = min(metrics[index], of_metrics)
-            bare[index] = min(bare[index], _seconds(loop, device))
+            bare[index] = min(bare[index], seconds_of(loop, device))
     return sum(own), sum(bare), sum(metrics)
 
 
@@ -126,7 +127,8 @@ def _network(architecture: dict[str, object], head_name: str, seed: int, device:
     return LoadedNetwork(module, head_name)
 
 
-def _seconds(run: Callable[[], object], device: torch.device) -> float:
+def seconds_of(run: Callable[[], object], device: torch.device) -> float:
+    """Wall time of a call, with what it leaves a GPU to do."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()

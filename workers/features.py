@@ -210,4 +210,5 @@ def _sources() -> Iterator[Path]:
     root = Path(__file__).parent.parent
     yield from sorted((root / "analysis").rglob("*.py"))
     yield from sorted((root / "app" / "datafile").glob("*.py"))
-    yield from (root / "app" / "labels.py", root / "app" / "preprocessing.py", root / "workers" / "probes.py")
+    others = ("app/labels.py", "app/preprocessing.py", "app/zips.py", "workers/probes.py")
+    yield from (root / name for name in others)

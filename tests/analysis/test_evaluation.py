@@ -600,8 +600,8 @@ def test_two_classes_say_that_centring_leaves_nothing() -> None:
 def test_progress_moves_inside_a_spectrum_and_a_null() -> None:
     """Phases by name, numbers that rise again and again while one of them is at work."""
     generator, seen = torch.Generator().manual_seed(0), list[tuple[str, int, int]]()
-    labels = torch.arange(2200) % 10
-    features = torch.randn(2200, 220, generator=generator) / torch.arange(1, 221) + labels[:, None] / 10
+    labels = torch.arange(2400) % 10
+    features = torch.randn(2400, 220, generator=generator) / torch.arange(1, 221) + labels[:, None] / 10
     data = FeatureSet(features, labels, torch.randn(10, 220, generator=generator), None, None, None)
     found = evaluate_features(
         data,
@@ -612,6 +612,6 @@ def test_progress_moves_inside_a_spectrum_and_a_null() -> None:
     method = found.splits["all"].interplay["sample"]["none"].method
     assert method is not None
     assert method.name == "pinched"
-    assert len({done for phase, done, _ in seen if phase == "spectra"}) > 10
+    assert len({done for phase, done, _ in seen if phase == "spectra"}) > 20
     assert len({done for phase, done, _ in seen if phase == "null"}) >= 4
     assert [done for _, done, _ in seen] == sorted(done for _, done, _ in seen)

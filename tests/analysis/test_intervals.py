@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy.stats import norm
 
-from analysis.intervals import Folded, lognormal_interval
+from analysis.intervals import Folded, lognormal_interval, paired_interval
 
 QUANTILE = 1.959964
 
@@ -91,3 +91,25 @@ def test_positive_measures_have_errors_in_proportion() -> None:
         truth = math.exp(0.045) * (math.exp(gap) - 1)
         ends = [lognormal_interval(one, other, covariance, QUANTILE) for one, other in zip(a, b, strict=True)]
         assert 0.92 <= np.mean([low <= truth <= high for low, high in ends]) <= 0.98
+
+
+def test_paired_shares_by_hand() -> None:
+    """Without a discordant sample the ends are -+ z^2 / (n + z^2); exchanging the two turns the interval round."""
+    for n in (10, 90, 5000):
+        square = 1.96**2
+        low, high = paired_interval(0, 0, n, 1.96)
+        assert [low, high] == pytest.approx([-square / (n + square), square / (n + square)], abs=1e-9)
+    low, high = paired_interval(3, 12, 44, 1.96)
+    assert list(paired_interval(12, 3, 44, 1.96)) == pytest.approx([-high, -low], abs=1e-9)
+    assert low < 9 / 44 < high
+
+
+@pytest.mark.parametrize("shares", [(0.002, 0.002), (0.01, 0.005), (0.05, 0.1)])
+def test_paired_intervals_hold_the_truth(shares: tuple[float, float]) -> None:
+    """At least as often as they say, but for what 4,000 draws leave open, for shares of any size."""
+    n, draws = 500, 4000
+    drawn = np.random.default_rng(0).multinomial(n, [*shares, 1 - sum(shares)], size=draws)
+    ends = {(a, b): paired_interval(a, b, n, 1.959964) for a, b in {(int(a), int(b)) for a, b, _ in drawn}}
+    truth = shares[1] - shares[0]
+    held = sum(ends[int(a), int(b)][0] <= truth <= ends[int(a), int(b)][1] for a, b, _ in drawn) / draws
+    assert held > 0.94

@@ -168,7 +168,14 @@ def _emptied(path: Path) -> None:
     path.write_bytes(b"")
 
 
-@pytest.mark.parametrize("break_", [_cut, _without_logits, _emptied])
+def _turned(path: Path) -> None:
+    """One bit of a tensor, as a disk turns it: the file is valid safetensors still."""
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("break_", [_cut, _without_logits, _emptied, _turned])
 def test_broken_entries_are_computed_anew(tmp_path: Path, break_: Callable[[Path], None]) -> None:
     """Cut short, empty, without what belongs to it: as if there were none, and what is kept next is found again."""
     storage, cache = _cache(tmp_path, 10**6)

@@ -1,13 +1,15 @@
 """Workers, compute processes and databases that die in the middle of an analysis: nothing is lost, or there twice."""
 
 import random
+import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests import services
@@ -16,7 +18,7 @@ from tests.databases import fresh_database, postgres_server
 from tests.services import Service, until
 
 # Long enough to be killed in the middle of, short enough to be repeated.
-OPTIONS = {"null_permutations": 60}
+OPTIONS = {"null_permutations": 300}
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -183,6 +185,19 @@ def test_hung_worker_is_replaced(tmp_path: Path, mlp_checkpoint_file: Path, digi
             hung.wait(30)
             until(lambda: service.worker().pid != hung.pid)
             assert len(reports_of(service, analysis)) == 1
+
+
+def _suspended_outside_transactions(service: Service, worker: psutil.Process) -> bool:
+    """Suspend a worker; where it holds the lock of SQLite, which nobody can take from it, let it go on."""
+    worker.suspend()
+    with closing(sqlite3.connect(service.data_dir / "interplay.db", timeout=0, isolation_level=None)) as connection:
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError:
+            worker.resume()
+            return False
+        connection.execute("ROLLBACK")
+    return True
 
 
 def _ended(service: Service, analysis: dict[str, Any]) -> dict[str, Any] | None:

@@ -147,12 +147,14 @@ class StagedFile:
 
     def flush(self) -> None:
         """What was written can be read at `path` when this returns."""
-        self._file.flush()
+        with _reaching_storage():
+            self._file.flush()
 
     def sync(self) -> None:
         """Everything written so far is on the disk when this returns."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with _reaching_storage():
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     @property
     def sha256(self) -> str:
@@ -163,7 +165,9 @@ class StagedFile:
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self.path.unlink(missing_ok=True)
-        self._file.close()
+        # What a full disk did not take is tried once more by `close`, for nothing: the file is gone.
+        with suppress(OSError):
+            self._file.close()
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """A disk that is truly full: a small file system in memory, which this test mounts and takes away again."""
 
-import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -77,7 +76,7 @@ def test_uploads_and_rows_that_find_no_room_are_507(small_disk: Path) -> None:
         assert [item["name"] for item in listed.json()["items"]] == ["first"]
         filler.unlink()
         assert service.post("/v1/feature-sets", {"name": "second"}, _features(2)).status_code == 201
-        assert os.listdir(small_disk) == ["data"]
+        assert [path.name for path in small_disk.iterdir()] == ["data"]
 
 
 def _requires_507(service: Service, file: bytes) -> None:

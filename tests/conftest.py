@@ -16,6 +16,15 @@ from analysis.networks import build
 from tests import services
 from tests.databases import fresh_database, postgres_server
 
+# Their tests take minutes: begun last, one of them would run alone at the end beside an idle core.
+_LONGEST = ("tests/workers/test_kills.py", "tests/analysis/test_coverage.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first; all else stays in its order."""
+    items.sort(key=lambda item: not item.nodeid.startswith(_LONGEST))
+
+
 MLP = {"family": "builtin", "name": "mlp", "args": {"sizes": [64, 32, 10], "activation": "relu", "norm": "none"}}
 
 

@@ -280,10 +280,12 @@ async def _charts(service: _Server, report_ids: list[str], path: str) -> Row:
         reads += await _timed(service, path, 1, 5)
     took = time.perf_counter() - began
     assert all(task.result()[0] == 200 for task in drawing)
-    again = []
-    for connection, chart in zip(connections, wanted, strict=True):
-        again.append(await _seconds(partial(connection.call, "GET", chart)))
+    for connection in connections:
         connection.close()
+    # A fresh one: the service has closed those that were idle since their chart came.
+    connection = await _Connection.open(service)
+    again = [await _seconds(partial(connection.call, "GET", chart)) for chart in wanted]
+    connection.close()
     return {
         "case": f"reads of a report while {_CHARTS} charts are drawn",
         "p50_seconds": _at(reads, 0.5),

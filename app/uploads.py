@@ -53,6 +53,7 @@ async def receive(request: Request, storage: Storage, settings: Settings) -> Asy
     _refuse_announced_size(request, settings)
     async with AsyncExitStack() as stack:
         file: StagedFile | None = None
+        writer: _Writer | None = None
         received_bytes = 0
         async for chunk in _chunks(request, settings):
             received_bytes += len(chunk)
@@ -65,15 +66,48 @@ async def receive(request: Request, storage: Storage, settings: Settings) -> Asy
             if parts.has_file and file is None:
                 file = await run_in_threadpool(storage.stage)
                 stack.enter_context(file)
-            if file is not None and len(parts.pending) >= _BATCH_BYTES:
-                await run_in_threadpool(file.write, parts.take())
+                writer = await stack.enter_async_context(_Writer(file))
+            if len(parts.pending) >= _BATCH_BYTES and writer is not None:
+                await writer.write(parts.take())
         if not parts.ended:
             raise UploadIncomplete("The body ended before the form's last boundary.")
-        if file is not None:
-            await run_in_threadpool(file.write, parts.take())
+        if writer is not None:
+            await writer.write(parts.take())
+            await writer.finish()
         if parts.spec is None:
             raise InvalidRequest("The form has no part named 'spec' (JSON).")
         yield Upload(bytes(parts.spec), file)
+
+
+class _Writer:
+    """Writes and hashes one batch of a file in a thread while the next one comes."""
+
+    def __init__(self, file: StagedFile) -> None:
+        self._file = file
+        self._writing: asyncio.Task[None] | None = None
+
+    async def write(self, batch: bytearray) -> None:
+        """Begin to write a batch, once that before it is written.
+
+        Raises:
+            StorageUnavailable: the batch before it could not be written.
+        """
+        await self.finish()
+        self._writing = asyncio.create_task(run_in_threadpool(self._file.write, batch))
+
+    async def finish(self) -> None:
+        """Wait until all is written; raises what `write` does."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            await writing
+
+    async def __aenter__(self) -> "_Writer":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        # The file is closed next, which no thread may be writing to then.
+        if self._writing is not None:
+            await asyncio.wait([self._writing])
 
 
 def _boundary(request: Request) -> bytes:

@@ -4,7 +4,7 @@ import random
 import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -174,17 +174,23 @@ def test_hung_worker_is_replaced(tmp_path: Path, mlp_checkpoint_file: Path, digi
         analysis = service.analyze(**ids, options={"null_permutations": 300})
         until(lambda: status(service, analysis)["status"] == "running")
         hung, child = service.worker(), service.compute_child()
-        with services.worker(service):
-            child.suspend()
-            hung.suspend()
-            done = service.wait(analysis["id"], seconds=150)
-            assert done["status"] == "succeeded"
-            assert done["attempts"] == 2
-            hung.resume()
-            child.resume()
-            hung.wait(30)
-            until(lambda: service.worker().pid != hung.pid)
-            assert len(reports_of(service, analysis)) == 1
+        child.suspend()
+        until(lambda: _suspended_outside_transactions(service, hung))
+        try:
+            with services.worker(service):
+                done = service.wait(analysis["id"], seconds=150)
+                assert done["status"] == "succeeded"
+                assert done["attempts"] == 2
+                hung.resume()
+                child.resume()
+                hung.wait(30)
+                until(lambda: service.worker().pid != hung.pid)
+                assert len(reports_of(service, analysis)) == 1
+        finally:
+            # Whatever fails above, no stopped process stays behind.
+            for process in (child, hung):
+                with suppress(psutil.NoSuchProcess):
+                    process.resume()
 
 
 def _suspended_outside_transactions(service: Service, worker: psutil.Process) -> bool:

@@ -42,7 +42,7 @@ class Admission:
             scope = {**scope, "method": "GET"}
         unbounded = scope["method"] == "POST" and scope["path"] in _UPLOADS
         waits_for_continue = headers.get(b"expect", b"").lower() == b"100-continue"
-        complete = not (b"content-length" in headers or b"transfer-encoding" in headers)
+        complete = headers.get(b"content-length", b"0") == b"0" and b"transfer-encoding" not in headers
         received_bytes, reading, answering, ended = 0, False, False, False
         deadline: float | None = None
 

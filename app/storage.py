@@ -30,8 +30,6 @@ from app.settings import Settings
 
 # Where workers keep features, beside the blobs.
 _FEATURES = "features"
-# So much goes to the disk at a time while a file still comes, so that little is left to wait for at its end.
-_SYNC_BYTES = 32 * 2**20
 _MOST_TURNS = 20
 # So long a call waits for its turn while none ends.
 _STALLED_SECONDS = 1.0
@@ -131,7 +129,6 @@ class StagedFile:
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.size_bytes = 0
-        self._unsynced_bytes = 0
         self._hash = hashlib.sha256()
         while True:
             self.path = folder / f"{uuid4()}.part"
@@ -145,10 +142,6 @@ class StagedFile:
     def write(self, data: bytes | bytearray | memoryview) -> None:
         with _reaching_storage():
             self._file.write(data)
-            self._unsynced_bytes += len(data)
-            if self._unsynced_bytes >= _SYNC_BYTES:
-                os.fdatasync(self._file.fileno())
-                self._unsynced_bytes = 0
         self._hash.update(data)
         self.size_bytes += len(data)
 

@@ -52,7 +52,6 @@ async def receive(request: Request, storage: Storage, settings: Settings) -> Asy
     parser = MultipartParser(_boundary(request), parts.callbacks())
     _refuse_announced_size(request, settings)
     async with AsyncExitStack() as stack:
-        file: StagedFile | None = None
         writer: _Writer | None = None
         received_bytes = 0
         async for chunk in _chunks(request, settings):
@@ -63,11 +62,10 @@ async def receive(request: Request, storage: Storage, settings: Settings) -> Asy
                 parser.write(chunk)
             except FormParserError as error:
                 raise InvalidRequest(f"The multipart form is malformed: {error}.") from None
-            if parts.has_file and file is None:
-                file = await run_in_threadpool(storage.stage)
-                stack.enter_context(file)
+            if parts.has_file and writer is None:
+                file = stack.enter_context(await run_in_threadpool(storage.stage))
                 writer = await stack.enter_async_context(_Writer(file))
-            if len(parts.pending) >= _BATCH_BYTES and writer is not None:
+            if writer is not None and len(parts.pending) >= _BATCH_BYTES:
                 await writer.write(parts.take())
         if not parts.ended:
             raise UploadIncomplete("The body ended before the form's last boundary.")
@@ -76,14 +74,14 @@ async def receive(request: Request, storage: Storage, settings: Settings) -> Asy
             await writer.finish()
         if parts.spec is None:
             raise InvalidRequest("The form has no part named 'spec' (JSON).")
-        yield Upload(bytes(parts.spec), file)
+        yield Upload(bytes(parts.spec), None if writer is None else writer.file)
 
 
 class _Writer:
     """Writes and hashes one batch of a file in a thread while the next one comes."""
 
     def __init__(self, file: StagedFile) -> None:
-        self._file = file
+        self.file = file
         self._writing: asyncio.Task[None] | None = None
 
     async def write(self, batch: bytearray) -> None:
@@ -93,7 +91,7 @@ class _Writer:
             StorageUnavailable: the batch before it could not be written.
         """
         await self.finish()
-        self._writing = asyncio.create_task(run_in_threadpool(self._file.write, batch))
+        self._writing = asyncio.create_task(run_in_threadpool(self.file.write, batch))
 
     async def finish(self) -> None:
         """Wait until all is written; raises what `write` does."""
@@ -105,9 +103,9 @@ class _Writer:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        # The file is closed next, which no thread may be writing to then.
+        # The file is closed next, which no thread may be writing to then. What ended the upload is what is told.
         if self._writing is not None:
-            await asyncio.wait([self._writing])
+            await asyncio.gather(self._writing, return_exceptions=True)
 
 
 def _boundary(request: Request) -> bytes:

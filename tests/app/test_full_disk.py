@@ -64,12 +64,12 @@ def test_uploads_and_rows_that_find_no_room_are_507(small_disk: Path) -> None:
         assert first.status_code == 201, first.text
         _requires_507(service, large)
         assert _left(small_disk) == []
-        # A file whose last bytes find no room when they are flushed.
+        # One that nearly fits.
         _requires_507(service, _features(14))
         assert _left(small_disk) == []
 
         filler = _fill(small_disk)
-        # As large as it may be, and so small that its first write to the disk is a flush.
+        # The smaller one stays in a buffer until it is flushed.
         for mebibytes in (2, 0.005):
             _requires_507(service, _features(mebibytes))
         listed = service.client.get("/v1/feature-sets")

@@ -8,7 +8,7 @@ ARGS   ?=
 # files come in the order of tests/conftest.py, the longest first.
 TESTS  ?= -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: setup demo phenomena test fuzz bench cuda check format types lock clean
+.PHONY: setup demo phenomena test test-all fuzz bench cuda check format types lock clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -30,6 +30,10 @@ phenomena: setup
 
 test: setup
 	$(BIN)/python -m pytest $(TESTS) $(ARGS)
+
+# The campaigns of minutes as well, which are marked slow.
+test-all: setup
+	$(BIN)/python -m pytest $(TESTS) -m "slow or not slow" $(ARGS)
 
 # Damaged files and schemathesis, for as long as you like; .ci/run gives them two minutes. ARGS: --seed 7 --seconds 3600.
 fuzz: setup

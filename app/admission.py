@@ -3,6 +3,7 @@
 import asyncio
 import hmac
 import ipaddress
+from functools import lru_cache
 from urllib.parse import urlsplit
 
 from starlette.exceptions import HTTPException
@@ -115,6 +116,8 @@ def holds_key(settings: Settings, authorization: bytes) -> bool:
     return scheme.lower() == b"bearer" and hmac.compare_digest(token, settings.api_key.get_secret_value().encode())
 
 
+# Few addresses come again and again, and to parse one takes longer than all else here.
+@lru_cache(maxsize=16)
 def _names_this_machine(url: str) -> bool:
     try:
         host = urlsplit(url).hostname

@@ -7,6 +7,7 @@ meet in `_status` alone.
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import sqlalchemy as sa
@@ -81,7 +82,7 @@ def get(engine: sa.Engine, id_: str) -> schemas.Analysis:
 def get_several(engine: sa.Engine, ids: Sequence[str]) -> list[schemas.Analysis]:
     """Those of these that there are, in any order."""
     with read(engine) as session:
-        return [_resource(*row) for row in session.execute(_select(engine).where(Analysis.id.in_(ids)))]
+        return [_resource(*row) for row in session.execute(_select(engine.dialect.name).where(Analysis.id.in_(ids)))]
 
 
 def cancel(engine: sa.Engine, id_: str) -> schemas.Analysis:
@@ -98,7 +99,7 @@ def cancel(engine: sa.Engine, id_: str) -> schemas.Analysis:
             raise NotCancellable(f"The analysis {id_!r} has {row.outcome} already.")
         if row.outcome is None:
             row.cancel_requested_at = row.cancel_requested_at or models.now()
-            if not session.scalar(sa.select(queue.is_claimed(engine, sa.literal(id_)))):
+            if not session.scalar(sa.select(queue.is_claimed(engine.dialect.name, sa.literal(id_)))):
                 row.outcome, row.finished_at = "cancelled", models.now()
         session.flush()
         return _view(session, engine, id_)
@@ -113,9 +114,9 @@ def list_page(
     **equal: str | None,
 ) -> schemas.Page[schemas.Analysis]:
     """One page; `equal` filters by columns of the table."""
-    query = _select(engine)
+    query = _select(engine.dialect.name)
     if status is not None:
-        query = query.where(_status(engine) == status)
+        query = query.where(_status(engine.dialect.name) == status)
     if checkpoint_id is not None:
         query = query.where(looks_at(Analysis.id, [checkpoint_id]))
     for column, value in equal.items():
@@ -139,18 +140,26 @@ def looks_at(analysis_id: sa.orm.InstrumentedAttribute[str], checkpoint_ids: Ids
     return analysis_id.in_(places)
 
 
-def _select(engine: sa.Engine) -> sa.Select[Any]:
+# Built once for each database: SQLAlchemy takes longer to build these than the database to answer.
+@cache
+def _select(dialect: str) -> sa.Select[Any]:
     report_id = sa.select(Report.id).where(Report.analysis_id == Analysis.id).scalar_subquery()
-    return sa.select(Analysis, _status(engine), report_id)
+    return sa.select(Analysis, _status(dialect), report_id)
 
 
-def _status(engine: sa.Engine) -> sa.ColumnElement[str]:
-    claimed = queue.is_claimed(engine, Analysis.id.expression)
+@cache
+def _select_one(dialect: str) -> sa.Select[Any]:
+    return _select(dialect).where(Analysis.id == sa.bindparam("id"))
+
+
+@cache
+def _status(dialect: str) -> sa.ColumnElement[str]:
+    claimed = queue.is_claimed(dialect, Analysis.id.expression)
     return sa.func.coalesce(Analysis.outcome, sa.case((claimed, "running"), else_="queued"))
 
 
 def _view(session: Session, engine: sa.Engine, id_: str) -> schemas.Analysis:
-    row = session.execute(_select(engine).where(Analysis.id == id_)).one_or_none()
+    row = session.execute(_select_one(engine.dialect.name), {"id": id_}).one_or_none()
     if row is None:
         raise NotFound(f"There is no analysis {id_!r}.")
     return _resource(*row)

@@ -105,13 +105,13 @@ def enqueue(client: "Client", session: Session, analysis_id: str) -> None:
     )
 
 
-def is_claimed(engine: sa.Engine, analysis_id: sa.ColumnElement[str]) -> sa.ColumnElement[bool]:
-    """SQL that is true while a worker holds the analysis."""
-    return has_status(engine, analysis_id, "PENDING")
+def is_claimed(dialect: str, analysis_id: sa.ColumnElement[str]) -> sa.ColumnElement[bool]:
+    """Return SQL that is true while a worker holds the analysis; `dialect` is the database's."""
+    return has_status(dialect, analysis_id, "PENDING")
 
 
-def has_status(engine: sa.Engine, analysis_id: sa.ColumnElement[str], *statuses: str) -> sa.ColumnElement[bool]:
-    """SQL that is true where the queue gives the analysis's run one of these statuses, in the queue's words."""
-    schema = None if engine.dialect.name == "sqlite" else "dbos"
+def has_status(dialect: str, analysis_id: sa.ColumnElement[str], *statuses: str) -> sa.ColumnElement[bool]:
+    """Return SQL that is true where the queue gives the analysis's run one of these statuses, in the queue's words."""
+    schema = None if dialect == "sqlite" else "dbos"
     runs = sa.table("workflow_status", sa.column("workflow_uuid"), sa.column("status"), schema=schema)
     return sa.exists().where(runs.c.workflow_uuid == analysis_id, runs.c.status.in_(statuses))

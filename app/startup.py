@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app import resources
 from app.routes import Service
+from app.settings import freeze_loaded_objects
 from app.storage import StorageUnavailable
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ def settle(service: Service, tables: "Future[None]", ending: threading.Event) ->
     from app import archives, probedata  # noqa: F401
 
     service.queue.get()
+    freeze_loaded_objects()
     while True:
         try:
             resources.sweep(service.engine, service.storage)

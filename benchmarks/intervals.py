@@ -8,6 +8,7 @@ one, and the reason that most of the others gave.
 
 import argparse
 import math
+import multiprocessing
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -102,12 +103,39 @@ def replicate(design: Design, number: int) -> list[FeatureSet]:
     ]
 
 
-def differences(design: Design, number: int) -> dict[str, Difference]:
-    """The differences that a comparison of one replicate reports."""
+def differences(design: Design, options: ComparisonOptions, number: int) -> dict[str, Difference]:
+    """Return the differences that a comparison of one replicate reports."""
     torch.set_num_threads(1)
     a, b = replicate(design, number)
-    found = compare(a, b, device=torch.device("cpu"), options=ComparisonOptions(null_permutations=0))
+    found = compare(a, b, device=torch.device("cpu"), options=options)
     return {path: found.splits["all"].differences[path] for path in METRICS}
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Of one metric: replicates, those with an interval, and the reason that most of the others gave.
+
+    `held` is the share of intervals that hold the truth, `ratio` the mean stated standard error over the true one;
+    both are NaN with fewer than two intervals.
+    """
+
+    n: int
+    n_intervals: int
+    held: float
+    ratio: float
+    reason: str | None
+
+    def __str__(self) -> str:
+        numbers = f"held {self.held:.3f}  stated over true {self.ratio:.2f}"
+        return f"{self.n_intervals} of {self.n}  {numbers}  {self.reason or ''}".rstrip()
+
+
+def coverage(design: Design, options: ComparisonOptions, *, replicates: int, processes: int) -> dict[str, Coverage]:
+    """Compare so many replicates of a design; return the coverage of each metric."""
+    # Each process imports anew: the checks of array types that the tests switch on take longer than the numbers.
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        found = list(pool.map(partial(differences, design, options), range(replicates), chunksize=5))
+    return {path: _coverage([entry[path] for entry in found]) for path in METRICS}
 
 
 def main() -> None:
@@ -115,30 +143,30 @@ def main() -> None:
     parser.add_argument("designs", nargs="*", metavar="DESIGN", help=f"default: all of {', '.join(DESIGNS)}")
     parser.add_argument("--replicates", type=int, default=400)
     parser.add_argument("--processes", type=int, default=1)
-    options = parser.parse_args()
-    with ProcessPoolExecutor(options.processes) as pool:
-        for name in options.designs or DESIGNS:
-            numbers = range(options.replicates)
-            found = list(pool.map(partial(differences, DESIGNS[name]), numbers, chunksize=10))
-            for path in METRICS:
-                print(f"{name:28s} {path:32s} {_row([entry[path] for entry in found])}", flush=True)
+    parser.add_argument("--interval", choices=("delta", "bootstrap"), default="delta")
+    parser.add_argument("--resamples", type=int, default=10, help="of each bootstrap interval (default: 10)")
+    given = parser.parse_args()
+    options = ComparisonOptions(null_permutations=0, interval=given.interval, resamples=given.resamples)
+    for name in given.designs or DESIGNS:
+        found = coverage(DESIGNS[name], options, replicates=given.replicates, processes=given.processes)
+        for path, entry in found.items():
+            print(f"{name:28s} {path:32s} {entry}", flush=True)
 
 
-def _row(found: list[Difference]) -> str:
+def _coverage(found: list[Difference]) -> Coverage:
     reasons = Counter(entry.reason for entry in found if entry.low is None)
-    without = f"  {reasons.most_common(1)[0][0]}" if reasons else ""
+    reason = reasons.most_common(1)[0][0] if reasons else None
     known = [
         (entry.difference, entry.low, entry.high, entry.standard_error)
         for entry in found
         if entry.difference is not None and entry.low is not None and entry.high is not None
     ]
     if len(known) < 2:
-        return f"{len(known)} of {len(found)}{without}"
+        return Coverage(len(found), len(known), math.nan, math.nan, reason)
     values = np.array(known, dtype=float)
     truth, spread = values[:, 0].mean(), max(values[:, 0].std(ddof=1), 1e-300)
     held = ((values[:, 1] <= truth) & (truth <= values[:, 2])).mean()
-    ratio = values[:, 3].mean() / spread
-    return f"{len(known)} of {len(found)}  held {held:.3f}  stated over true {ratio:.2f}{without}"
+    return Coverage(len(found), len(known), float(held), float(values[:, 3].mean() / spread), reason)
 
 
 if __name__ == "__main__":

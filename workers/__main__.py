@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from app.refusals import CannotStart, starting
-from app.settings import Settings, load_settings, start_logging
+from app.settings import Settings, freeze_loaded_objects, load_settings, start_logging
 from workers.child import ComputeChild
 
 if TYPE_CHECKING:
@@ -87,6 +87,7 @@ def _work(settings: Settings, child: ComputeChild, told_to_stop: int) -> None:
     register(Host(settings, engine, storage, child, active))
     _join_queue(settings, engine, worker_id)
     logger.info("worker %s is ready", worker_id)
+    freeze_loaded_objects()
     stopping = threading.Event()
     threading.Thread(target=_keep_up, args=(presence, stopping), daemon=True).start()
     os.read(told_to_stop, 1)

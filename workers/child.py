@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 from app.environment import plain_environment
 from app.errors import problem
-from app.settings import Settings, load_settings, start_logging
+from app.settings import Settings, freeze_loaded_objects, load_settings, start_logging
 from app.storage import Storage
 
 logger = logging.getLogger("interplay")
@@ -255,6 +255,7 @@ def _serve_tasks() -> None:
     device = runner.set_up(settings.device, settings.threads)
     cache = FeatureCache(Storage(settings), settings.max_features_bytes)
     send({"hello": runner.describe(device)})
+    freeze_loaded_objects()
 
     def compute(task: Message) -> None:
         stamp = {"analysis_id": task["analysis_id"]}

@@ -258,7 +258,7 @@ class Presence:
 
     def _settle_lost_analyses(self) -> None:
         """Fail an analysis whose run has ended without an outcome: a fault of ours that must not look like waiting."""
-        ended = queue.has_status(self._engine, Analysis.id.expression, *queue.ENDED)
+        ended = queue.has_status(self._engine.dialect.name, Analysis.id.expression, *queue.ENDED)
         with read(self._engine) as session:
             before = clock(session) - timedelta(seconds=10)
             lost = sa.select(Analysis.id).where(Analysis.outcome.is_(None), Analysis.created_at < before, ended)

@@ -4,13 +4,14 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import sqlalchemy as sa
-from fastapi import Depends, Request
+from fastapi import Depends, Query, Request
 
 from app.drawing import Drawings
 from app.events import Events
 from app.openapi import problem_response
 from app.queue import LateClient
 from app.readiness import Readiness
+from app.schemas import PLAIN_TEXT
 from app.settings import Settings
 from app.storage import Storage
 
@@ -35,6 +36,7 @@ async def _service(request: Request) -> Service:
 
 
 ServiceDep = Annotated[Service, Depends(_service)]
+IdFilter = Annotated[str | None, Query(max_length=36, pattern=PLAIN_TEXT)]
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:

@@ -95,24 +95,31 @@ def _for_given_sizes(a: FeatureSet, b: FeatureSet) -> dict[str, Spread]:
     return delta_spreads(first, second, sizes, confidence=0.95, fewest=6)
 
 
-def test_delta_and_bootstrap_agree() -> None:
-    """Both methods give the same standard errors within 15 %, on three cases, for the measures that people gate on."""
-    for seed, counts, d in ((1, [60, 60, 60], 5), (2, [80, 40, 50, 30], 8), (3, [100] * 5, 12)):
-        a, b = pair(seed, counts, d)
-        delta = compare(a, b, device=CPU, options=QUICK).splits["all"].differences
-        given = _for_given_sizes(a, b)
-        options = replace(QUICK, interval="bootstrap", resamples=300)
-        drawn = compare(a, b, device=CPU, options=options).splits["all"].differences
-        for path in ("accuracy", "loss", "interplay.sample.global.mir", "interplay.sample.none.mir", "collapse.nc3"):
-            ratio = given[path].standard_error / drawn[path].standard_error  # type: ignore[operator]
-            # 300 resamples know a standard error to 4 %.
-            assert 0.85 < ratio < 1.15, (seed, path, ratio)
-            # Where sizes differ the error is that of drawn ones, which may be so much larger at the most.
-            assert 1 - 1e-9 <= delta[path].standard_error / given[path].standard_error < 1.1501, (seed, path)  # type: ignore[operator]
-        assert drawn["interplay.sample.global.mir"].bias_b is not None
-        assert delta["interplay.sample.global.mir"].bias is None
-        # A resample holds samples twice, so MIR of it is higher.
-        assert drawn["interplay.sample.global.mir"].bias_a > 0  # type: ignore[operator]
+@pytest.mark.parametrize(
+    ("seed", "counts", "d"),
+    [
+        pytest.param(1, [60, 60, 60], 5, marks=pytest.mark.slow),
+        (2, [80, 40, 50, 30], 8),
+        pytest.param(3, [100] * 5, 12, marks=pytest.mark.slow),
+    ],
+)
+def test_delta_and_bootstrap_agree(seed: int, counts: list[int], d: int) -> None:
+    """Both methods give the same standard errors within 15 % for the measures that people gate on."""
+    a, b = pair(seed, counts, d)
+    delta = compare(a, b, device=CPU, options=QUICK).splits["all"].differences
+    given = _for_given_sizes(a, b)
+    options = replace(QUICK, interval="bootstrap", resamples=300)
+    drawn = compare(a, b, device=CPU, options=options).splits["all"].differences
+    for path in ("accuracy", "loss", "interplay.sample.global.mir", "interplay.sample.none.mir", "collapse.nc3"):
+        ratio = given[path].standard_error / drawn[path].standard_error  # type: ignore[operator]
+        # 300 resamples know a standard error to 4 %.
+        assert 0.85 < ratio < 1.15, (path, ratio)
+        # Where sizes differ the error is that of drawn ones, which may be so much larger at the most.
+        assert 1 - 1e-9 <= delta[path].standard_error / given[path].standard_error < 1.1501, path  # type: ignore[operator]
+    assert drawn["interplay.sample.global.mir"].bias_b is not None
+    assert delta["interplay.sample.global.mir"].bias is None
+    # A resample holds samples twice, so MIR of it is higher.
+    assert drawn["interplay.sample.global.mir"].bias_a > 0  # type: ignore[operator]
 
 
 def test_what_both_share_drops_out() -> None:

@@ -60,12 +60,12 @@ def test_status_is_readable_in_sql(engine: sa.Engine, client: DBOSClient) -> Non
 
     def has(*statuses: str) -> bool:
         with read(engine) as session:
-            return bool(session.scalar(sa.select(queue.has_status(engine, sa.literal(run), *statuses))))
+            return bool(session.scalar(sa.select(queue.has_status(engine.dialect.name, sa.literal(run), *statuses))))
 
     assert has("ENQUEUED")
     assert not has("PENDING")
     with read(engine) as session:
-        assert not session.scalar(sa.select(queue.is_claimed(engine, sa.literal(run))))
+        assert not session.scalar(sa.select(queue.is_claimed(engine.dialect.name, sa.literal(run))))
     client.cancel_workflow(run)
     assert has("CANCELLED")
     assert has(*queue.ENDED)

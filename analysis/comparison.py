@@ -18,8 +18,6 @@ from scipy.stats import t as student
 from torch import Tensor
 
 from analysis.clock import Clock
-from analysis.collapse import Collapse
-from analysis.entropy import squarable
 from analysis.errors import AnalysisError
 from analysis.evaluation import (
     Evaluation,
@@ -29,8 +27,10 @@ from analysis.evaluation import (
     SplitEvaluation,
     evaluate_features,
 )
-from analysis.influence import influence
-from analysis.probes import FeatureSet
+from analysis.measures.collapse import Collapse
+from analysis.measures.entropy import squarable
+from analysis.measures.influence import influence
+from analysis.probes.feature_set import FeatureSet
 from analysis.spreads import Sizes, Spread, delta_spreads
 
 _OF_SPLIT = ("accuracy", "loss", "calibration_error", "effective_rank")

@@ -9,19 +9,14 @@ import torch
 from jaxtyping import Bool, Float64, Int
 from torch import Tensor
 
-from analysis.baseline import Null, pair_null, sample_null
-from analysis.classes import LabelledFeatures, class_statistics, computing_dtype
 from analysis.clock import Clock, Steps
-from analysis.collapse import Collapse, CollapsePass, Optimum, neural_collapse, optimum
-from analysis.entropy import check_finite, squarable, unit_rows
 from analysis.errors import AnalysisError, Kind
-from analysis.extraction import Progress, extract_features
-from analysis.networks import LoadedNetwork
-from analysis.positions import extract_positions
-from analysis.precision import Precision
-from analysis.predictions import Predictions, calibration_error
-from analysis.probes import FeatureSet, Probe
-from analysis.spectrum import (
+from analysis.measures.classes import LabelledFeatures, class_statistics, computing_dtype
+from analysis.measures.collapse import Collapse, CollapsePass, Optimum, neural_collapse, optimum
+from analysis.measures.entropy import check_finite, squarable, unit_rows
+from analysis.measures.null import Null, pair_null, sample_null
+from analysis.measures.predictions import Predictions, calibration_error
+from analysis.measures.spectrum import (
     Entropies,
     Method,
     hdr_of,
@@ -30,6 +25,12 @@ from analysis.spectrum import (
     sample_entropies,
     sample_entropies_of_all,
 )
+from analysis.networks.loading import LoadedNetwork
+from analysis.passes.extraction import Progress, extract_features
+from analysis.passes.positions import extract_positions
+from analysis.passes.precision import Precision
+from analysis.probes.feature_set import FeatureSet
+from analysis.probes.probe import Probe
 
 __all__ = [
     "Distance",

@@ -18,7 +18,7 @@ from scipy.stats import t as student
 from torch import Tensor
 
 from analysis.evaluation import SplitEvaluation
-from analysis.intervals import FAR, Folded, lognormal_interval, paired_interval
+from analysis.measures.intervals import FAR, Folded, lognormal_interval, paired_interval
 
 # Of samples that may have been drawn with sizes of their classes or to given ones, the error is that of drawn sizes,
 # up to this much above that of given ones; where both are farther apart than the second number none of them will do.

@@ -2,8 +2,8 @@
 
 What two configurations write does not say whether they are of one network: dropout, ids of special tokens or a default
 that one of them leaves out change nothing that an evaluation sees. Here only what is certain is refused, so that a
-client hears of it at once; the worker compares the networks that it has built (`analysis/sameness.py`) and has the last
-word.
+client hears of it at once; the worker compares the networks that it has built (`analysis/sweeps/sameness.py`) and has
+the last word.
 """
 
 import json

@@ -36,7 +36,7 @@ class LabelMap:
     numbers: list[int] | None
 
 
-# How configurations call the positions that a network has; as in analysis/texts.py.
+# How configurations call the positions that a network has; as in analysis/probes/texts.py.
 _POSITIONS = ("max_position_embeddings", "n_positions")
 
 

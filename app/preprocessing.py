@@ -1,7 +1,7 @@
 """Preprocessing in the words of other libraries, turned into ours: Hugging Face's preprocessor_config.json, timm's data
 configuration. What ours cannot say is refused, never left out.
 
-Each library resizes and crops in its own way; `analysis/images.py` has them all, and tests compare them with the
+Each library resizes and crops in its own way; `analysis/probes/images.py` has them all, and tests compare them with the
 libraries. Of a processor of transformers it is the way of the backend that its class names.
 """
 

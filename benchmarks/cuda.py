@@ -20,12 +20,14 @@ from torch import Tensor, nn
 
 import tests.operators.sitecustomize  # noqa: F401  torchvision may be imported beside a CPU build of torch
 from analysis.evaluation import EvaluationOptions, evaluate_features, evaluate_network
-from analysis.extraction import extract_features
-from analysis.networks import LoadedNetwork, build
-from analysis.paths import Path
-from analysis.precision import Precision, arithmetic
-from analysis.preprocess import Preprocess
-from analysis.probes import FeatureSet, Inputs, Probe
+from analysis.networks.loading import LoadedNetwork, build
+from analysis.passes.extraction import extract_features
+from analysis.passes.precision import Precision, arithmetic
+from analysis.probes.feature_set import FeatureSet
+from analysis.probes.inputs import Inputs
+from analysis.probes.preprocess import Preprocess
+from analysis.probes.probe import Probe
+from analysis.sweeps.paths import Path
 from benchmarks import losses, paths, spectra
 from benchmarks.paths import seconds_of
 

@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from analysis.extraction import extract_features
-from analysis.images import Images, open_images
-from analysis.networks import LoadedNetwork, build
-from analysis.preprocess import Preprocess
-from analysis.probes import Probe
+from analysis.networks.loading import LoadedNetwork, build
+from analysis.passes.extraction import extract_features
+from analysis.probes.images import Images, open_images
+from analysis.probes.preprocess import Preprocess
+from analysis.probes.probe import Probe
 
 Row = dict[str, object]
 

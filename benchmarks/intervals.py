@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from analysis.comparison import ComparisonOptions, Difference, compare
-from analysis.probes import FeatureSet
+from analysis.probes.feature_set import FeatureSet
 
 METRICS = (
     "accuracy",

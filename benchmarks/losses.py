@@ -12,8 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from analysis.losses import InterplayLoss
-from analysis.networks import build
+from analysis.measures.losses import InterplayLoss
+from analysis.networks.loading import build
 
 BATCH, N_CLASSES = 256, 10
 WIDE_RESNET = {

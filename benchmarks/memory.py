@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from analysis.networks import build
+from analysis.networks.loading import build
 from app.settings import Settings
 from app.storage import Storage
 from workers import kinds

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 import torch
 
 from analysis.evaluation import EvaluationOptions, evaluate_network
-from analysis.extraction import extract_features
-from analysis.networks import LoadedNetwork, build
-from analysis.paths import Path, even_grid
-from analysis.precision import arithmetic
-from analysis.probes import Probe
+from analysis.networks.loading import LoadedNetwork, build
+from analysis.passes.extraction import extract_features
+from analysis.passes.precision import arithmetic
+from analysis.probes.probe import Probe
+from analysis.sweeps.paths import Path, even_grid
 
 Row = dict[str, object]
 # The demo's network, and one whose pass takes seconds: of that a few points, each the same work. The last two numbers

@@ -16,12 +16,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from analysis.classes import LabelledFeatures, class_statistics, computing_dtype
-from analysis.collapse import CollapsePass
-from analysis.entropy import unit_rows
 from analysis.evaluation import EvaluationOptions, evaluate_features
-from analysis.probes import FeatureSet
-from analysis.spectrum import (
+from analysis.measures.classes import LabelledFeatures, class_statistics, computing_dtype
+from analysis.measures.collapse import CollapsePass
+from analysis.measures.entropy import unit_rows
+from analysis.measures.spectrum import (
     LARGEST_KEPT,
     Entropies,
     mir_of,
@@ -29,6 +28,7 @@ from analysis.spectrum import (
     sample_entropies,
     sample_entropies_of_all,
 )
+from analysis.probes.feature_set import FeatureSet
 from benchmarks.cases import COLLAPSE, Case, power_law, random_case, tokens, trained_network
 
 Row = dict[str, object]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from analysis import networks
+from analysis.networks import loading as networks
 from examples.experiment import Experiment, interplay_of, main, show
 from examples.service import check_signals
 

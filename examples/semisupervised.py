@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
-from analysis import networks
+from analysis.networks import loading as networks
 from examples.experiment import Experiment, interplay_of, main, mean_and_error, show
 from examples.service import check_signals
 from examples.training import MOMENTUM, Digits, load

@@ -14,7 +14,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from analysis import networks
+from analysis.networks import loading as networks
 
 N_TEST = 360
 MOMENTUM = 0.9

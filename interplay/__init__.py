@@ -40,22 +40,22 @@ _MODULES = {
     ),
     # These need torch.
     "AnalysisError": "analysis.errors",
-    "ConversionError": "analysis.conversion",
-    "InterplayLoss": "analysis.losses",
-    "capture_features": "analysis.capturing",
-    "hdr_loss": "analysis.losses",
-    "mir_loss": "analysis.losses",
-    "save_checkpoint": "analysis.saving",
+    "ConversionError": "analysis.saving.conversion",
+    "InterplayLoss": "analysis.measures.losses",
+    "capture_features": "analysis.saving.capturing",
+    "hdr_loss": "analysis.measures.losses",
+    "mir_loss": "analysis.measures.losses",
+    "save_checkpoint": "analysis.saving.checkpoint",
 }  # fmt: skip
 
 if TYPE_CHECKING:
-    from analysis.capturing import capture_features as capture_features
-    from analysis.conversion import ConversionError as ConversionError
     from analysis.errors import AnalysisError as AnalysisError
-    from analysis.losses import InterplayLoss as InterplayLoss
-    from analysis.losses import hdr_loss as hdr_loss
-    from analysis.losses import mir_loss as mir_loss
-    from analysis.saving import save_checkpoint as save_checkpoint
+    from analysis.measures.losses import InterplayLoss as InterplayLoss
+    from analysis.measures.losses import hdr_loss as hdr_loss
+    from analysis.measures.losses import mir_loss as mir_loss
+    from analysis.saving.capturing import capture_features as capture_features
+    from analysis.saving.checkpoint import save_checkpoint as save_checkpoint
+    from analysis.saving.conversion import ConversionError as ConversionError
     from interplay.client import (
         AnalysisFailed,
         Client,

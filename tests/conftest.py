@@ -12,7 +12,7 @@ from safetensors.torch import save_file as save_tensors
 from sklearn.datasets import load_digits
 
 import tests.operators.sitecustomize  # noqa: F401  this process too may import torchvision
-from analysis.networks import build
+from analysis.networks.loading import build
 from tests import services
 from tests.databases import fresh_database, postgres_server
 

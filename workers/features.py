@@ -19,8 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from analysis.predictions import Predictions
-from analysis.probes import FeatureSet, Vocabulary
+from analysis.measures.predictions import Predictions
+from analysis.probes.feature_set import FeatureSet, Vocabulary
 from app.storage import StagedFile, Storage, StorageUnavailable
 from app.tensorfile import header_bytes
 

@@ -17,13 +17,14 @@ import torch
 from analysis.clock import Clock
 from analysis.errors import AnalysisError
 from analysis.evaluation import Evaluation, EvaluationOptions, capture, evaluate_features, evaluate_network
-from analysis.looks import look
-from analysis.networks import LoadedNetwork, load_network
+from analysis.networks.loading import LoadedNetwork, load_network
 from analysis.networks.ties import untie
-from analysis.paths import Path, even_grid, next_point, recalibrate, require_variances
-from analysis.probes import Inputs, Probe
-from analysis.pruning import Pruning
-from analysis.sameness import require_same_function
+from analysis.probes.inputs import Inputs
+from analysis.probes.probe import Probe
+from analysis.sweeps.looks import look
+from analysis.sweeps.paths import Path, even_grid, next_point, recalibrate, require_variances
+from analysis.sweeps.pruning import Pruning
+from analysis.sweeps.sameness import require_same_function
 from app.labels import own_class_names
 from workers.features import FeatureCache, Kept, name_of
 from workers.probes import About, read_feature_set, read_probe
@@ -438,7 +439,7 @@ def _load_path(
     _require_one_network(task, first, second, batch)
     if task["options"]["alignment"] == "none":
         return Path(first, second.module.state_dict()), probe, about_probe, None, ends
-    from analysis.alignment import aligned
+    from analysis.sweeps.alignment import aligned
 
     generator = torch.Generator().manual_seed(task["options"]["seed"])
     state, alignment, change = aligned(first.module, second.module, batch, generator=generator)

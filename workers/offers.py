@@ -27,7 +27,7 @@ from app.settings import load_settings
 
 logger = logging.getLogger("interplay")
 
-# In the order in which they are listed; a test compares them with those of `analysis.networks`.
+# In the order in which they are listed; a test compares them with those of `analysis.networks.loading`.
 _FAMILIES = ("builtin", "transformers", "timm", "torchvision", "custom")
 # Longer than an import takes on a machine that is busy with something else.
 _PATIENCE_SECONDS = 600.0
@@ -157,7 +157,7 @@ def main(families: Sequence[str]) -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
     from analysis.errors import AnalysisError
-    from analysis.networks import names_of
+    from analysis.networks.loading import names_of
 
     for family in families:
         found: dict[str, Any] = {"family": family}

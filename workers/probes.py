@@ -11,12 +11,14 @@ from typing import Any
 import torch
 
 from analysis.errors import AnalysisError
-from analysis.images import open_images
-from analysis.networks import LoadedNetwork
-from analysis.preprocess import Preprocess
-from analysis.probes import FeatureSet, Probe, load_feature_set, load_probe, stratified_rows
-from analysis.sequences import IGNORED, next_token_labels
-from analysis.texts import tokenise
+from analysis.networks.loading import LoadedNetwork
+from analysis.probes.feature_set import FeatureSet
+from analysis.probes.images import open_images
+from analysis.probes.preprocess import Preprocess
+from analysis.probes.probe import Probe, stratified_rows
+from analysis.probes.reading import load_feature_set, load_probe
+from analysis.probes.sequences import IGNORED, next_token_labels
+from analysis.probes.texts import tokenise
 from app.datafile import Dataset, Limits, open_dataset
 from app.errors import ServiceError
 from app.labels import match_labels, named_labels

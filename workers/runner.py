@@ -15,7 +15,7 @@ import torch
 
 import analysis
 from analysis.errors import AnalysisError
-from analysis.networks import available_families
+from analysis.networks.loading import available_families
 from app.errors import problem
 from workers import kinds
 from workers.features import FeatureCache

@@ -8,9 +8,9 @@ from dataclasses import asdict
 from itertools import pairwise
 from typing import Any
 
-from analysis.paths import CONNECTED, Barrier, barrier, instability, midpoint_barrier
-from analysis.pruning import knee
-from analysis.series import generalisation, spearman
+from analysis.sweeps.paths import CONNECTED, Barrier, barrier, instability, midpoint_barrier
+from analysis.sweeps.pruning import knee
+from analysis.sweeps.series import generalisation, spearman
 from workers.series import require_comparable
 
 Body = dict[str, Any]

@@ -13,7 +13,7 @@ from analysis import comparison as module
 from analysis.comparison import ComparisonOptions, compare, mcnemar_p, smallest_difference
 from analysis.errors import AnalysisError
 from analysis.evaluation import EvaluationOptions, SplitEvaluation, evaluate_features
-from analysis.probes import FeatureSet
+from analysis.probes.feature_set import FeatureSet
 from analysis.spreads import Sizes, Spread, delta_spreads
 
 CPU = torch.device("cpu")

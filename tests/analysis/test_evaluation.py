@@ -24,12 +24,13 @@ from analysis.evaluation import (
     evaluate_network,
     extract_features,
 )
-from analysis.networks import LoadedNetwork
-from analysis.predictions import predictions_of
-from analysis.probes import FeatureSet, Probe
+from analysis.measures.predictions import predictions_of
+from analysis.networks.loading import LoadedNetwork
+from analysis.probes.feature_set import FeatureSet
+from analysis.probes.probe import Probe
 from app import reports
 from tests.analysis import reference
-from tests.analysis.networks import ARCHITECTURES, network_of, probe_of
+from tests.analysis.tiny import ARCHITECTURES, network_of, probe_of
 
 CPU = torch.device("cpu")
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from analysis.networks import build
-from analysis.probes import FeatureSet
+from analysis.networks.loading import build
+from analysis.probes.feature_set import FeatureSet
 from app.settings import Settings
 from app.storage import Storage
 from tests import services

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 import torch
 from safetensors.numpy import save_file
 
-from analysis.networks import build
+from analysis.networks.loading import build
 from app import identity
 from app.database import make_engine
 from app.datafile import Limits, detect, open_dataset

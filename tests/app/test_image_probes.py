@@ -14,7 +14,7 @@ from safetensors.numpy import save
 from timm.data import create_transform
 from torch import Tensor
 
-from analysis.networks import build
+from analysis.networks.loading import build
 from analysis.networks.timm import data_config
 from tests.analysis import models
 from tests.analysis.models import IMAGE_MODELS, N_CLASSES, Saved

@@ -11,10 +11,10 @@ import transformers
 from PIL import Image
 from timm.data import create_transform
 
-from analysis.images import pixels
-from analysis.networks import build
+from analysis.networks.loading import build
 from analysis.networks.timm import data_config
-from analysis.preprocess import Preprocess
+from analysis.probes.images import pixels
+from analysis.probes.preprocess import Preprocess
 from app.errors import InvalidRequest
 from app.preprocessing import from_preprocessor_config, from_timm, given_preprocess, preprocess_of_config
 from tests.datafiles import encoded, picture

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save
 
 from analysis.errors import AnalysisError
-from analysis.probes import load_probe
+from analysis.probes.reading import load_probe
 from app import probedata, schemas
 from app.datafile import Limits, detect, open_dataset
 from app.errors import InvalidFile

@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from analysis.classes import ClassStream, LabelledFeatures, class_statistics
 from analysis.comparison import ComparisonOptions, compare
-from analysis.entropy import unit_rows
 from analysis.evaluation import evaluate_features
-from analysis.influence import influence
-from analysis.losses import InterplayLoss
-from analysis.probes import FeatureSet
-from analysis.spectrum import Entropies, sample_entropies
+from analysis.measures.classes import ClassStream, LabelledFeatures, class_statistics
+from analysis.measures.entropy import unit_rows
+from analysis.measures.influence import influence
+from analysis.measures.losses import InterplayLoss
+from analysis.measures.spectrum import Entropies, sample_entropies
+from analysis.probes.feature_set import FeatureSet
 
 CPU = torch.device("cpu")
 COUNTS, D = [400, 300, 200, 100, 30], 150

@@ -11,17 +11,17 @@ import torch
 from PIL import Image
 
 from analysis.errors import AnalysisError
-from analysis.extraction import extract_features
-from analysis.images import open_images
-from analysis.networks import LoadedNetwork, load_network
-from analysis.positions import extract_positions
-from analysis.precision import Precision
-from analysis.preprocess import Preprocess
-from analysis.probes import Probe
-from analysis.sequences import labels_of_tokens
+from analysis.networks.loading import LoadedNetwork, load_network
+from analysis.passes.extraction import extract_features
+from analysis.passes.positions import extract_positions
+from analysis.passes.precision import Precision
+from analysis.probes.images import open_images
+from analysis.probes.preprocess import Preprocess
+from analysis.probes.probe import Probe
+from analysis.probes.sequences import labels_of_tokens
 from tests.analysis import models
 from tests.analysis.models import IMAGE_MODELS, LANGUAGE_MODELS, N_CLASSES, TEXT_MODELS, TIMM_MODELS, Saved
-from tests.analysis.networks import ARCHITECTURES, network_of, probe_of
+from tests.analysis.tiny import ARCHITECTURES, network_of, probe_of
 
 CPU = torch.device("cpu")
 

@@ -5,11 +5,11 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from analysis.alignment import aligned, permutation_groups, permuted
 from analysis.evaluation import EvaluationOptions, evaluate_network
-from analysis.paths import Path, recalibrate
-from analysis.pruning import Pruning
-from tests.analysis.networks import ARCHITECTURES, network_of, probe_of
+from analysis.sweeps.alignment import aligned, permutation_groups, permuted
+from analysis.sweeps.paths import Path, recalibrate
+from analysis.sweeps.pruning import Pruning
+from tests.analysis.tiny import ARCHITECTURES, network_of, probe_of
 from tests.cuda.test_metrics import numbers
 
 CPU = torch.device("cpu")

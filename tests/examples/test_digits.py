@@ -18,7 +18,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from analysis import networks
+from analysis.networks import loading as networks
 from examples.digits import ARCHITECTURE, checkpoint_epochs
 from examples.training import load
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from analysis.pruning import knee
+from analysis.sweeps.pruning import knee
 from examples.experiment import Experiment, mean_and_error
 from examples.grokking import Addition, P, sums
 from examples.semisupervised import choose, much_changed, train

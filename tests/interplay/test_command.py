@@ -21,7 +21,7 @@ import torch
 from safetensors.numpy import save_file
 from torch.distributed.checkpoint import state_dict_saver as distributed
 
-from analysis.networks import build
+from analysis.networks.loading import build
 from tests.interplay.scripted import BREAK, answer, scripted
 from tests.interplay.test_client import RUNNING, SUCCEEDED, closed_port
 from tests.services import Service

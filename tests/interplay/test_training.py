@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import ViTConfig, ViTForImageClassification
 
-from analysis.networks import build
+from analysis.networks.loading import build
 from interplay import AnalysisError, Client, ConversionError, capture_features, save_checkpoint
 from tests.conftest import MLP
 from tests.services import Service

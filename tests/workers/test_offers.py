@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from analysis.networks import FAMILIES
+from analysis.networks.loading import FAMILIES
 from workers import offers
 from workers.offers import Offers, find_out
 

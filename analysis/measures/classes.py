@@ -1,0 +1,345 @@
+"""Features by class: the means, and the directions of each class reduced to what its spectrum needs.
+
+The first pass over the features takes the class means. The second divides every sample, less a centre, by its length
+and reduces each class to a Gram matrix: of d x d where it has more samples than that, of n_c x n_c where it has not.
+Features that are all at hand are read class by class; features that arrive in batches are reduced as they come.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Float64, Int
+from torch import Tensor
+
+from analysis.errors import AnalysisError
+from analysis.measures.entropy import check_finite, unit_rows
+
+# Samples that are converted at a time: their float64 copy stays in a processor's cache.
+_CHUNK = 256
+# Samples whose products are summed in float32 before they join a float64 sum.
+_BATCH = 1024
+# Up to so many numbers a whole set is computed in float64: it costs milliseconds.
+_SMALL_SET = 2**22
+# Squares of lengths between these neither overflow nor vanish in float32.
+_SHORT, _LONG = 1e-15, 1e15
+# Where the upper triangle of a product is computed in strips so wide, five eighths of the work are left for d = 512.
+_STRIP = 128
+# Classes of at most so many samples are reduced many at a time, in blocks of at most so many numbers.
+_SMALL_CLASS, _BLOCK = 256, 2**22
+
+
+@dataclass(frozen=True)
+class ClassStatistics:
+    """The classes that some samples hold, in order.
+
+    Attributes:
+        classes: their numbers.
+        members: for each, the rows of its samples.
+        means: for each, the mean of its samples.
+        sizes: for each, the mean length of its samples, against which rounding is told from signal.
+    """
+
+    classes: Int[Tensor, " k"]
+    members: Sequence[Int[Tensor, " _"]]
+    means: Float64[Tensor, "k d"]
+    sizes: Float64[Tensor, " k"]
+
+    @property
+    def centre(self) -> Float64[Tensor, " d"]:
+        """The mean of the class means."""
+        return self.means.mean(dim=0)
+
+
+def computing_dtype(features: Float[Tensor, "n d"]) -> torch.dtype:
+    """Float64 for features of that type and for small sets, float32 otherwise."""
+    small = features.dtype == torch.float64 or features.numel() <= _SMALL_SET
+    return torch.float64 if small else torch.float32
+
+
+def class_statistics(features: Float[Tensor, "n d"], labels: Int[Tensor, " n"], n_classes: int) -> ClassStatistics:
+    """Sort samples by class and take the means.
+
+    Args:
+        features: one sample a row, at least one.
+        labels: 0 to n_classes - 1.
+        n_classes: C; classes without samples are left out.
+
+    Returns:
+        The statistics of the classes present.
+
+    Raises:
+        AnalysisError: `invalid-argument` for labels of another number or out of range, or no samples.
+
+    Numerics: sums in float64, a few rows at a time; one pass over the features.
+    """
+    check_labels(features, labels, n_classes)
+    counts = torch.bincount(labels, minlength=n_classes)
+    classes = counts.nonzero()[:, 0]
+    order = torch.argsort(labels, stable=True)
+    members = torch.tensor_split(order, counts[classes].cumsum(0)[:-1].cpu())
+    sums = torch.zeros(len(classes), features.shape[1], dtype=torch.float64, device=features.device)
+    lengths = torch.zeros(len(classes), dtype=torch.float64, device=features.device)
+    for position, rows in enumerate(members):
+        for chunk in torch.split(rows, _CHUNK):
+            samples = features.index_select(0, chunk).double()
+            sums[position] += samples.sum(dim=0)
+            lengths[position] += torch.linalg.vector_norm(samples, dim=1).sum()
+    held = counts[classes].double()
+    return ClassStatistics(classes, list(members), sums / held[:, None], lengths / held)
+
+
+def check_labels(features: Float[Tensor, "n d"], labels: Int[Tensor, " m"], n_classes: int) -> None:
+    """Raise an AnalysisError of kind `invalid-argument` where labels do not fit features or classes."""
+    if len(labels) != len(features) or len(labels) == 0:
+        detail = f"{len(labels)} labels came with {len(features)} features; expected as many, and at least one."
+        raise AnalysisError("invalid-argument", detail, argument="labels")
+    lowest, highest = int(labels.min()), int(labels.max())
+    if lowest < 0 or highest >= n_classes:
+        detail = f"The labels run from {lowest} to {highest}; expected 0 to {n_classes - 1}."
+        raise AnalysisError("invalid-argument", detail, argument="labels")
+
+
+@dataclass(frozen=True)
+class ClassBlock:
+    """Directions of some classes, reduced: one of large size, or small ones side by side, filled up with zeros.
+
+    Attributes:
+        positions: which classes these are.
+        counts: for each, how many samples have a direction.
+        gram: for each, Z^T Z of d x d, or Z Z^T of n x n where `rows` is given.
+        rows: Z.
+    """
+
+    positions: Sequence[int]
+    counts: Int[Tensor, " b"]
+    gram: Float64[Tensor, "b r r"]
+    rows: Float[Tensor, "b r d"] | None
+
+
+@dataclass(frozen=True)
+class LabelledFeatures:
+    """Features by class beside the directions of the head rows, as the sample level pairs them.
+
+    Attributes:
+        features: one sample a row, as they came.
+        members: for each class that takes part, the rows of its samples.
+        centre: what is subtracted from every sample.
+        head: the direction of each of these classes' head rows.
+    """
+
+    features: Float[Tensor, "n d"]
+    members: Sequence[Int[Tensor, " _"]]
+    centre: Float64[Tensor, " d"]
+    head: Float64[Tensor, "c d"]
+
+    @property
+    def n_samples(self) -> int:
+        """Samples of the classes that take part, with those that have no direction."""
+        return sum(len(rows) for rows in self.members)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Float64 for features of that type and for small sets, float32 otherwise."""
+        return computing_dtype(self.features)
+
+    def directions(self, rows: Int[Tensor, " m"]) -> Float64[Tensor, "k d"]:
+        """Unit vectors of these samples, without those that have no direction."""
+        directions, usable = unit_directions(self.features.index_select(0, rows), self.centre, torch.float64)
+        return directions if bool(usable.all()) else directions[usable]
+
+    def blocks(self) -> Iterator[ClassBlock]:
+        """All classes, small ones in batches, each reduced to the smaller of its two Gram matrices."""
+        return (block for (block,) in blocks_of_all([self]))
+
+
+# Takes the class of a chunk of samples, their rows, and the samples as they came.
+Observer = Callable[[int, Int[Tensor, " b"], Float[Tensor, "b d"]], None]
+
+
+def blocks_of_all(
+    sets: Sequence[LabelledFeatures], observe: Observer | None = None
+) -> Iterator[tuple[ClassBlock, ...]]:
+    """The blocks of several sets that differ in centre and head alone, from one reading of their features.
+
+    Args:
+        sets: of the same features and classes.
+        observe: given every chunk of samples as it is read, for whatever else needs one pass.
+
+    Returns:
+        For each class, or batch of small ones, the block of each set.
+    """
+    features, members = sets[0].features, sets[0].members
+    d = features.shape[1]
+    limit = min(_SMALL_CLASS, d)
+    by_size = sorted((len(rows), position) for position, rows in enumerate(members))
+    small: list[int] = []
+    for size, position in by_size:
+        if size > limit:
+            yield _large(sets, position, observe)
+            continue
+        # Neighbours in size, so that little is filled up.
+        if small and ((len(small) + 1) * size * d > _BLOCK or size > 2 * len(members[small[0]])):
+            yield _small(sets, small, observe)
+            small = []
+        small.append(position)
+    if small:
+        yield _small(sets, small, observe)
+
+
+def _large(sets: Sequence[LabelledFeatures], position: int, observe: Observer | None) -> tuple[ClassBlock, ...]:
+    features, dtype = sets[0].features, sets[0].dtype
+    accumulators = [_ClassAccumulator(features.shape[1], dtype, features.device) for _ in sets]
+    for chunk in torch.split(sets[0].members[position], _BATCH):
+        samples = features.index_select(0, chunk)
+        for entry, accumulator in zip(sets, accumulators, strict=True):
+            accumulator.add(*unit_directions(samples, entry.centre, dtype))
+        if observe is not None:
+            observe(position, chunk, samples)
+    return tuple(accumulator.block(position) for accumulator in accumulators)
+
+
+def _small(sets: Sequence[LabelledFeatures], positions: list[int], observe: Observer | None) -> tuple[ClassBlock, ...]:
+    features, members = sets[0].features, [sets[0].members[position] for position in positions]
+    sizes, device = [len(rows) for rows in members], features.device
+    samples = features.index_select(0, torch.cat(members))
+    owners = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(device)
+    places = torch.cat([torch.arange(size) for size in sizes]).to(device)
+    blocks = []
+    for entry in sets:
+        directions, usable = unit_directions(samples, entry.centre, entry.dtype)
+        rows = directions.new_zeros(len(sizes), max(sizes), directions.shape[1])
+        rows[owners, places] = directions
+        counts = torch.bincount(owners[usable], minlength=len(sizes))
+        wide = rows.double()
+        blocks.append(ClassBlock(positions, counts, wide @ wide.mT, rows))
+    if observe is not None:
+        for position, rows_of, part in zip(positions, members, torch.split(samples, sizes), strict=True):
+            observe(position, rows_of, part)
+    return tuple(blocks)
+
+
+class ClassStream:
+    """Directions of features that arrive in batches, so that their number is not bound by memory.
+
+    Each class keeps its rows until there are more than d of them, and from then on d x d numbers.
+
+    Args:
+        head: the direction of each class's head row.
+        centre: what is subtracted from every sample; None for nothing.
+    """
+
+    def __init__(self, head: Float64[Tensor, "c d"], centre: Float64[Tensor, " d"] | None = None) -> None:
+        self.head = head
+        self.centre = head.new_zeros(head.shape[1]) if centre is None else centre.to(head)
+        self.n_samples = 0
+        self.dtype: torch.dtype = torch.float32
+        self._classes: dict[int, _ClassAccumulator] = {}
+
+    def update(self, features: Float[Tensor, "n d"], labels: Int[Tensor, " n"]) -> None:
+        """Take in a batch.
+
+        Args:
+            features: of any floating type; float64 is computed in float64, others in float32.
+            labels: 0 to C - 1.
+
+        Raises:
+            AnalysisError: `invalid-argument` for labels that do not fit, `non-finite-values` in the features.
+        """
+        check_labels(features, labels, len(self.head))
+        check_finite("features", features)
+        dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
+        directions, usable = unit_directions(features, self.centre, dtype)
+        self.n_samples += len(labels)
+        for position in torch.bincount(labels).nonzero()[:, 0].tolist():
+            rows = (labels == position).nonzero()[:, 0]
+            if position not in self._classes:
+                self._classes[position] = _ClassAccumulator(self.head.shape[1], dtype, features.device)
+            for chunk in torch.split(rows, _BATCH):
+                self._classes[position].add(directions[chunk], usable[chunk])
+
+    def blocks(self) -> Iterator[ClassBlock]:
+        """All classes that came, each reduced to the smaller of its two Gram matrices."""
+        for position in sorted(self._classes):
+            yield self._classes[position].block(position)
+
+
+class _ClassAccumulator:
+    """Directions of one class: rows up to d of them, then the sum of their products.
+
+    Products are taken about a reference near the mean direction: what float32 loses is then a share of how much the
+    class varies, which in a collapsed class is little, and not of 1.
+    """
+
+    def __init__(self, d: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.d, self.dtype, self.device, self.count = d, dtype, device, 0
+        self.rows: list[Float[Tensor, "_n d"]] = []
+        self.reference: Float[Tensor, " d"] | None = None
+        self.products = torch.zeros(0, 0, dtype=torch.float64, device=device)
+        self.sum = torch.zeros(d, dtype=torch.float64, device=device)
+
+    def add(self, directions: Float[Tensor, "n d"], usable: Bool[Tensor, " n"]) -> None:
+        if not bool(usable.all()):
+            directions = directions[usable]
+        self.count += len(directions)
+        self.rows.append(directions)
+        if self.reference is None:
+            if self.count <= self.d:
+                return
+            self.reference = torch.cat(self.rows).mean(dim=0)
+            self.products = torch.zeros(self.d, self.d, dtype=torch.float64, device=self.device)
+        for rows in self.rows:
+            deviations = rows - self.reference
+            self.sum += deviations.sum(dim=0)
+            # The upper triangle alone; what lies below it is not to be read.
+            for start in range(0, self.d, _STRIP):
+                strip = slice(start, start + _STRIP)
+                self.products[strip, start:] += deviations[:, strip].T @ deviations[:, start:]
+        self.rows = []
+
+    def block(self, position: int) -> ClassBlock:
+        counts = torch.tensor([self.count], device=self.device)
+        if self.reference is None:
+            rows = torch.cat(self.rows) if self.rows else torch.zeros(0, self.d, dtype=self.dtype, device=self.device)
+            wide = rows.double()
+            return ClassBlock([position], counts, (wide @ wide.T)[None], rows[None])
+        reference = self.reference.double()
+        # sum (z - a)(z - a)^T + a s^T + s a^T + n a a^T with s = sum (z - a).
+        crossed = torch.outer(reference, self.sum + self.count / 2 * reference)
+        gram = self.products.triu() + self.products.triu(1).T + crossed + crossed.T
+        return ClassBlock([position], counts, gram[None], None)
+
+
+def unit_directions(
+    samples: Float[Tensor, "n d"], centre: Float64[Tensor, " d"], dtype: torch.dtype
+) -> tuple[Float[Tensor, "n d"], Bool[Tensor, " n"]]:
+    """Unit vectors of samples less a centre, zeros where there is no direction, and a mask of those that have one.
+
+    Args:
+        samples: one a row.
+        centre: what is subtracted.
+        dtype: float64 or float32, of the result.
+
+    Returns:
+        Directions and mask. A sample shorter than 1e-12 of what it was computed from has none.
+
+    Numerics: in float32 the centre is subtracted in two parts, so that cancellation loses nothing, and squares are
+        summed in float64; where they leave float32's range all is float64.
+    """
+    if dtype == torch.float32:
+        rows = samples.float()
+        high = centre.float()
+        moved = bool(high.any())
+        centred = (rows - high) - (centre - high.double()).float() if moved else rows
+        # Summed in float64: of one direction, nearly, all lengths would be rounded to one side.
+        norms = torch.linalg.vector_norm(centred, dim=1, dtype=torch.float64)
+        lengths = torch.linalg.vector_norm(rows, dim=1).double() if moved else norms
+        extent = torch.cat([norms, lengths])
+        if bool(((extent > _SHORT) & (extent < _LONG)).all()):
+            usable = norms > 1e-12 * (lengths + centre.norm())
+            return torch.where(usable[:, None], centred / norms.float()[:, None], 0.0), usable
+    wide = samples.double()
+    largest = wide.abs().amax() if wide.numel() else wide.new_zeros(())
+    scale = torch.linalg.vector_norm(wide / largest.clamp(min=1e-300), dim=1) * largest + centre.norm()
+    directions, usable = unit_rows(wide - centre, scale)
+    return directions.to(dtype), usable

@@ -1,0 +1,418 @@
+"""From the description of an architecture and a safetensors file to a network that is ready to run.
+
+A description is `{"family": ..., "name": ..., "args": {...}}`, or `{"family": "transformers", "config": {...}}`. The
+network is built on torch's meta device, where tensors have shapes and no memory, and compared with the file's header
+before a byte of weights is read: what a description can make us allocate is bounded by what the file holds. Then it is
+built once more with memory, so that what no file holds, such as tables of positions, is what its own constructor makes.
+
+A family is a module with `create(description)`, the network on whatever device is torch's default then, and
+`head(network, description)`, the name of its classification head. It may have `stored_names(network)`, what turns names
+of a file into the network's, `leaves_out(network)`, which further tensors of a file its library passes over,
+`ties(network)`, the names that its library makes share a tensor unless a file holds different ones, and
+`predicts_tokens(network)`, whether it is a causal language model.
+"""
+
+import importlib
+import importlib.util
+import math
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from jaxtyping import Float32, Shaped
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from analysis.errors import AnalysisError
+from analysis.networks import custom
+from analysis.networks.building import Bounded, ConstantsOnCpu, WithoutInitialisation
+from analysis.networks.naming import Entry, Naming, Same, match_names
+from analysis.networks.ties import Ties
+
+# The module of each family; of those that a library makes, also the name of its package and of the extra that has it.
+FAMILIES: Mapping[str, str] = {
+    "builtin": "analysis.networks.builtin",
+    "transformers": "analysis.networks.transformers",
+    "timm": "analysis.networks.timm",
+    "torchvision": "analysis.networks.torchvision",
+    "custom": "analysis.networks.custom",
+}
+
+# A file's header has no more tensors than this.
+_MOST_TENSORS = 100_000
+
+# Names in one list of an error's members; the true number stands beside it.
+_MAX_LISTED = 20
+
+
+@dataclass(frozen=True)
+class LoadedNetwork:
+    """A network in evaluation mode, without gradients, in float32.
+
+    Attributes:
+        module: takes a batch, gives logits (n, c). A batch is one tensor of inputs (n, ...), or a mapping of several by
+            the names that the network has for them.
+        head_name: module name of the classification head, a linear module; what it receives are the features.
+        predicts_tokens: whether it is a causal language model: its logits (n, t, c) are of the token that follows each
+            of t tokens, its head is the output embedding, and c is its vocabulary.
+        naming: how its file named its tensors, and what else it held.
+    """
+
+    module: nn.Module
+    head_name: str
+    predicts_tokens: bool = False
+    naming: Naming = field(default_factory=Naming)
+
+    @cached_property
+    def head(self) -> nn.Module:
+        """The module of that name."""
+        return self.module.get_submodule(self.head_name)
+
+    @property
+    def weight(self) -> Float32[Tensor, "c d"]:
+        """The head's rows as they are now: reparametrised ones change with each pass, or each time they are read."""
+        weight = self.head.weight
+        assert isinstance(weight, Tensor), "a head is a linear module"
+        # A 1x1 convolution's rows are its weights without the two dimensions of one place.
+        return weight.detach().float().flatten(1)
+
+    @property
+    def bias(self) -> Float32[Tensor, " c"] | None:
+        """The head's bias as it is now, where it has one."""
+        bias = self.head.bias
+        return bias.detach().float() if isinstance(bias, Tensor) else None
+
+    @cached_property
+    def _keeping(self) -> list[nn.Module]:
+        return parts_that_keep(self.module)
+
+    def weights_changed(self) -> None:
+        """To be called when weights were written to: what parts made of them for evaluation mode is forgotten."""
+        forget(self._keeping)
+
+
+def parts_that_keep(module: nn.Module) -> list[nn.Module]:
+    """Parts that do something of their own where the mode is switched, as those do that keep what they made of weights.
+
+    LeViT's, TinyViT's and EfficientViT's attention make their biases once in evaluation mode.
+    """
+    return [part for part in module.modules() if type(part).train is not nn.Module.train]
+
+
+def forget(parts: Iterable[nn.Module]) -> None:
+    """Switch the parts' mode to training and back."""
+    for part in parts:
+        part.train()
+        part.eval()
+
+
+def available_families() -> list[str]:
+    """The families whose packages are installed here; none is imported, and not each of them can be (`names_of`)."""
+    here = {"builtin": True, "custom": bool(custom.names())}
+    return [name for name in FAMILIES if here.get(name) or (name not in here and importlib.util.find_spec(name))]
+
+
+def names_of(family: str) -> list[str]:
+    """Import a family, and list the names of networks that it builds; none where descriptions have no name or any.
+
+    Raises:
+        AnalysisError: `family-unavailable` with the library's own words where it cannot be imported.
+    """
+    module = _imported(family)
+    if hasattr(module, "try_imports"):
+        try:
+            module.try_imports()
+        except Exception as error:
+            _failed[family] = _unavailable(family, error)
+            raise _failed[family] from error
+    return list(module.names()) if hasattr(module, "names") else []
+
+
+def build(
+    architecture: Mapping[str, Any], *, device: torch.device | str = "meta", n_tensors: int = _MOST_TENSORS
+) -> nn.Module:
+    """Build a network from its description.
+
+    Args:
+        architecture: family, and what the family's networks are described by.
+        device: `meta` gives shapes without memory; elsewhere parameters are initialised from torch's global generator.
+        n_tensors: of the file that the network will be compared with; one that asks for far more is not built.
+
+    Returns:
+        The network, in training mode.
+
+    Raises:
+        AnalysisError: `invalid-architecture`; `family-unavailable` where the family's package is missing here.
+    """
+    network, _ = _build_on_meta(architecture, n_tensors)
+    return network if torch.device(device).type == "meta" else _create(architecture, device)
+
+
+def expected_tensors(architecture: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the parameters and persistent buffers, which a checkpoint has to hold.
+
+    Raises:
+        AnalysisError: `invalid-architecture`.
+    """
+    return {name: tuple(tensor.shape) for name, tensor in build(architecture).state_dict().items()}
+
+
+def load_network(
+    architecture: Mapping[str, Any],
+    path: Path,
+    *,
+    head: str | None,
+    device: torch.device | str,
+    prefix: str | None = None,
+) -> LoadedNetwork:
+    """Build the described network and fill it from a safetensors file.
+
+    Args:
+        architecture: see `build`.
+        path: safetensors; names and shapes must be the network's, or names those under which the family's library saves
+            it. `num_batches_tracked` may be missing, and so may all but one of the names of a shared tensor.
+        head: module name of the classification head, a linear module. Default: the family's own.
+        device: where the network goes.
+        prefix: what stands before the weights' names in the file, such as `ema_model.`. Default: the one place of the
+            file that holds all of the network's tensors.
+
+    Returns:
+        The network in evaluation mode and its head.
+
+    Raises:
+        AnalysisError: `invalid-architecture`; `family-unavailable`; `head-not-found` with the candidates;
+            `checkpoint-mismatch` with the names that are missing, unexpected, misshaped or mistyped, at most 20 each,
+            and their numbers, or with a reason: `ambiguous`, `conversion`, `tied`, `unreadable`; `non-finite-values`
+            with the first tensor's name and the number of such tensors; `out-of-memory`.
+
+    Numerics: floating-point tensors of any width become float32, integer buffers keep their values; a float64 value
+    too large for float32 counts as not finite. Tensors are read one at a time.
+    """
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            template, bounds = _build_on_meta(architecture, len(file.keys()))
+            head_name = _head_name(template, architecture, head)
+            family = _family(architecture)
+            ties = Ties.of(template, family)
+            stored, naming = match_names(template, family, _header(file), ties, prefix=prefix, same=_same(file))
+            bounds.check_largest({name: tuple(tensor.shape) for name, tensor in template.state_dict().items()})
+            tensors = _read(template.state_dict(), stored, file, torch.device(device))
+    except torch.OutOfMemoryError as error:
+        raise AnalysisError("out-of-memory", f"The network's weights do not fit the memory of {device}.") from error
+    except SafetensorError as error:
+        raise AnalysisError(
+            "checkpoint-mismatch", f"The file is not complete, valid safetensors: {error}.", reason="unreadable"
+        ) from None
+    # Parameters take address space here and no memory: each is replaced before it is written to.
+    with WithoutInitialisation():
+        network = _create(architecture, "cpu")
+    untied = ties.untied(tensors)
+    network.load_state_dict(tensors, assign=True)
+    ties.tie(network, but_for=untied)
+    network.to(device).eval().requires_grad_(False)
+    _require_memory(network)
+    predicts_tokens = hasattr(family, "predicts_tokens") and family.predicts_tokens(network)
+    return LoadedNetwork(network, head_name, predicts_tokens, replace(naming, untied=untied))
+
+
+def build_like(architecture: Mapping[str, Any], like: nn.Module) -> nn.Module | None:
+    """Build a network in evaluation mode whose weights nobody has set, to be called with those of another.
+
+    Args:
+        architecture: see `build`.
+        like: the other, on whose device it goes.
+
+    Returns:
+        The network; None where it has other tensors than the other, or cannot be built.
+    """
+    wanted = {name: tuple(tensor.shape) for name, tensor in like.state_dict().items()}
+    try:
+        template, bounds = _build_on_meta(architecture, len(wanted))
+        if {name: tuple(tensor.shape) for name, tensor in template.state_dict().items()} != wanted:
+            return None
+        bounds.check_largest(wanted)
+        with WithoutInitialisation():
+            network = _create(architecture, "cpu")
+    except AnalysisError:
+        return None
+    return network.to(next(like.parameters()).device).eval().requires_grad_(False)
+
+
+def _build_on_meta(architecture: Mapping[str, Any], n_tensors: int) -> tuple[nn.Module, Bounded]:
+    bounds = Bounded(n_tensors)
+    # Our own builders bound their depth themselves; for the counter torch loads its compiler, 1.2 s and 800 modules.
+    counted = nullcontext() if architecture.get("family") == "builtin" else bounds
+    with counted, WithoutInitialisation():
+        try:
+            return _create(architecture, "meta"), bounds
+        except AnalysisError as error:
+            # Refused by us, and not by a library that looked at values which its tensors do not have.
+            if error.__cause__ is None:
+                raise
+        return _create(architecture, "meta", constants=ConstantsOnCpu()), bounds
+
+
+def _create(
+    architecture: Mapping[str, Any],
+    device: torch.device | str,
+    constants: AbstractContextManager[Any] | None = None,
+) -> nn.Module:
+    family = _family(architecture)
+    try:
+        with torch.device(device), constants or nullcontext():
+            network: nn.Module = family.create(architecture)
+    except AnalysisError:
+        raise
+    except ImportError as error:
+        raise _unavailable(architecture["family"], error) from error
+    except MemoryError:
+        raise AnalysisError("out-of-memory", "The network's own constants do not fit the memory.") from None
+    except Exception as error:
+        # Whatever a library raises for arguments that it has not seen before, they are the description's fault.
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:500]
+        raise AnalysisError("invalid-architecture", f"The description is refused: {reason}") from error
+    return network
+
+
+def _family(architecture: Mapping[str, Any]) -> ModuleType:
+    """The module of a description's family, imported here: most workers never see a network of most families.
+
+    Raises:
+        AnalysisError: `invalid-architecture` for a description of another form; `family-unavailable`.
+    """
+    match dict(architecture):
+        case {"family": "transformers", "config": dict(), **others} if not others:
+            family = "transformers"
+        case {"family": str(family), "name": str(), "args": dict(), **others} if not others:
+            pass
+        case _:
+            raise AnalysisError(
+                "invalid-architecture",
+                "A description has the members family and name, texts, and args, an object; of the family "
+                "transformers it has family and config, an object.",
+            )
+    if family not in FAMILIES or (family == "transformers" and "config" not in architecture):
+        raise AnalysisError("invalid-architecture", f"The family must be one of {', '.join(FAMILIES)}, not {family!r}.")
+    return _imported(family)
+
+
+# Why a family could not be imported: a second attempt costs as much, and may fail of what the first one left behind.
+_failed: dict[str, AnalysisError] = {}
+
+
+def _imported(family: str) -> ModuleType:
+    if family in _failed:
+        known = _failed[family]
+        raise AnalysisError(known.kind, known.detail, **known.members) from known
+    try:
+        return importlib.import_module(FAMILIES[family])
+    except Exception as error:
+        # RuntimeError is what torchvision raises beside another torch than its own, OSError what a missing library.
+        _failed[family] = _unavailable(family, error)
+        raise _failed[family] from error
+
+
+def _unavailable(family: str, error: Exception) -> AnalysisError:
+    if isinstance(error, ModuleNotFoundError) and error.name == family:
+        reason = f"it is not installed. Install it there with `pip install interplay[{family}]`"
+    else:
+        reason = (
+            f"importing it fails with {words_of(error)}. It must fit the worker's torch {torch.__version__}: install a "
+            "version of it that does"
+        )
+    return AnalysisError(
+        "family-unavailable",
+        f"This worker has no networks of the family {family!r}: {reason}; GET /v1/version lists what each worker has.",
+        family=family,
+        extra=family,
+        error=words_of(error),
+    )
+
+
+def words_of(error: BaseException) -> str:
+    """The type of the error at the root, which libraries wrap in others, and the first line that it says."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    said = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {said[0][:500]}" if said else type(error).__name__
+
+
+def _head_name(network: nn.Module, architecture: Mapping[str, Any], asked: str | None) -> str:
+    """The head that was asked for, or else the family's own."""
+    candidates = [name for name, module in network.named_modules() if _is_linear(module)]
+    name = _family(architecture).head(network, architecture) if asked is None else asked
+    if name not in candidates:
+        what = f"not {name!r}" if name is not None else "and this one does not end with one"
+        raise AnalysisError(
+            "head-not-found",
+            f"The head must be a linear module of the network ({', '.join(candidates[:_MAX_LISTED])}), {what}.",
+            candidates=candidates,
+        )
+    return str(name)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Linear, or a convolution that is linear in the channels of one place."""
+    if isinstance(module, nn.Conv2d):
+        return (module.kernel_size, module.stride, module.padding, module.groups) == ((1, 1), (1, 1), (0, 0), 1)
+    return isinstance(module, nn.Linear)
+
+
+def _header(file: Any) -> dict[str, Entry]:
+    """What an opened file says of its tensors."""
+    slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+    return {name: Entry(one.get_dtype(), list(one.get_shape())) for name, one in slices.items()}
+
+
+def _same(file: Any) -> Same:
+    """Whether two tensors of an opened file are equal."""
+
+    def same(one: str, other: str) -> bool:
+        # By their bytes: not every type that a file may have is compared, and NaN is equal to nothing.
+        first, second = file.get_tensor(one), file.get_tensor(other)
+        if first.dtype != second.dtype:
+            return False
+        return torch.equal(*(tensor.reshape(-1).view(torch.uint8) for tensor in (first, second)))
+
+    return same
+
+
+def _read(
+    wanted: Mapping[str, Shaped[Tensor, "..."]], stored: Mapping[str, str], file: Any, device: torch.device
+) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    broken: list[str] = []
+    for name, expected in wanted.items():
+        if name not in stored:
+            tensors[name] = torch.zeros(expected.shape, dtype=expected.dtype, device=device)
+            continue
+        # A copy, even where the type stays: what the file is mapped to must not outlive the file.
+        dtype = torch.float32 if expected.is_floating_point() else expected.dtype
+        tensor = file.get_tensor(stored[name]).to(dtype=dtype, device=device, copy=True)
+        # A sum is finite only where every term is, and needs no memory; where it is not, each term is looked at.
+        if expected.is_floating_point() and not (
+            math.isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())
+        ):
+            broken.append(name)
+        tensors[name] = tensor
+    if broken:
+        raise AnalysisError(
+            "non-finite-values",
+            f"Tensor {broken[0]!r} of the checkpoint holds NaN or infinity (as float32); so do "
+            f"{len(broken) - 1} others.",
+            tensor=broken[0],
+            n_tensors=len(broken),
+        )
+    return tensors
+
+
+def _require_memory(network: nn.Module) -> None:
+    """Everything was built with memory the second time: what has none is a bug of ours."""
+    on_meta = [name for name, buffer in network.named_buffers() if buffer.is_meta]
+    if on_meta:
+        raise RuntimeError(f"buffers without memory after loading: {on_meta}")

@@ -1,0 +1,1 @@
+"""Passes of a network over a probe: batches, precision, extracted features and positions."""

@@ -1,0 +1,428 @@
+"""One pass of a network over a probe: what its classification head receives, and its logits.
+
+Features are the rows for which features @ head.T + bias are the logits. That is checked here for every sample: of a
+network that does something else to its head's output, or has two heads, the measures would be of something else.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int64, Shaped
+from torch import Tensor, nn
+
+from analysis.errors import AnalysisError
+from analysis.measures.entropy import check_finite
+from analysis.networks.loading import LoadedNetwork
+from analysis.passes.batching import first_batch_size
+from analysis.passes.precision import Precision, arithmetic
+from analysis.probes.inputs import Inputs, each_input, n_samples
+from analysis.probes.probe import Probe
+
+Progress = Callable[[str, int, int], None]
+"""Called with a phase (`features`, `spectra`, `null`, `metrics`), what is done and of how much."""
+
+# How far logits may be from what features and head give, of the lengths that are multiplied: 84 roundings of float32.
+# In bfloat16 weights and logits are rounded to 8 bits.
+_SAME_LOGITS = {"float32": 1e-5, "bfloat16": 1e-2}
+# Samples of the first batch that are enough to see what a hook does to all of them.
+_LOOKED_AT = 64
+
+
+@dataclass(frozen=True)
+class Passed:
+    """What became of one batch.
+
+    Attributes:
+        batch: as the network took it.
+        output: the network's.
+        received: what its head received, for each token of each sample; most heads see one.
+        given: what its head gave, before anything was done to it.
+    """
+
+    batch: Inputs
+    output: Any
+    received: Float[Tensor, "b t d"]
+    given: Float[Tensor, "b t c"]
+
+
+@runtime_checkable
+class Collector(Protocol):
+    """Keeps of a pass what is wanted of it."""
+
+    def take(self, rows: slice, passed: Passed) -> None:
+        """One batch, and its samples' places in the probe."""
+
+
+CollectorType = TypeVar("CollectorType", bound=Collector)
+
+
+def extract_features(
+    network: LoadedNetwork,
+    probe: Probe,
+    *,
+    device: torch.device,
+    batch_size: int | None = None,
+    precision: Precision = "float32",
+    progress: Progress | None = None,
+) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n c"], int]:
+    """What the head receives for every input of a probe, and the network's logits.
+
+    Args:
+        network: moved to the device and left in evaluation mode.
+        probe: whose inputs are passed, in order.
+        device: where the pass runs and where the result lies.
+        batch_size: inputs at a time; None for what `batching.first_batch_size` finds.
+        precision: of the forward pass; `bfloat16` runs it under torch.autocast.
+        progress: called with phase `features` after every batch.
+
+    Returns:
+        Features, logits, both float32, and the batch size of the pass: it is halved, and the pass begun again, when
+        memory runs out.
+
+    Raises:
+        AnalysisError: `inputs-refused` where the network fails on inputs of this shape or writes into them,
+            `head-not-found` where the head is not run once or is not what gives the logits, `non-finite-values`,
+            `out-of-memory`, `invalid-probe`, `invalid-architecture` where the same inputs give other logits.
+
+    Numerics: float32 as the network computes, without TF32; in evaluation mode. Under autocast every value that the
+        network gave in bfloat16 is kept as it is, a float32 number of 8 bits: a logit is then off by up to 1 part in
+        256 of itself, and logits closer than that may be equal, of which the first is the largest. A head that runs on
+        several tokens of a sample, as those of text networks may, gives the logits at one of them; that token's
+        features are taken. Features and head must give the logits to 1e-5 (bfloat16: 1e-2) of the product of their
+        lengths.
+    """
+    samples, size = pass_over(
+        network,
+        probe,
+        lambda: _Samples(network, len(probe.labels), device, precision),
+        device=device,
+        batch_size=batch_size,
+        precision=precision,
+        progress=progress,
+    )
+    features, logits = samples.features, samples.logits
+    # Of features that are not finite a linear head makes logits that are not; `check_identity` saw to any other head.
+    if not math.isfinite(logits.sum().item()):
+        check_finite("features", features)
+        check_finite("logits", logits)
+    return features, logits, size
+
+
+def pass_over(
+    network: LoadedNetwork,
+    probe: Probe,
+    begin: Callable[[], CollectorType],
+    *,
+    device: torch.device,
+    batch_size: int | None,
+    precision: Precision,
+    progress: Progress | None,
+) -> tuple[CollectorType, int]:
+    """Show a network every sample of a probe, in order.
+
+    Args:
+        network: moved to the device and left in evaluation mode.
+        probe: whose inputs are passed.
+        begin: makes what collects; called anew where the pass begins anew.
+        device: where the pass runs.
+        batch_size: samples at a time; None for what `batching.first_batch_size` finds.
+        precision: of the forward pass.
+        progress: called with phase `features` after every batch.
+
+    Returns:
+        What was collected, and the batch size of the pass: it is halved where memory runs out.
+
+    Raises:
+        AnalysisError: `invalid-probe` for no samples, `inputs-refused`, `head-not-found`, `out-of-memory`, and what the
+            collector raises.
+    """
+    n = len(probe.labels)
+    if n == 0:
+        raise AnalysisError("invalid-probe", "The probe has no samples.")
+    module = _ready(network.module, device)
+    # Asked for in any case: it refuses a network that is random.
+    fitting = first_batch_size(module, probe, device=device, precision=precision)
+    size = min(batch_size or fitting, n)
+    while True:
+        try:
+            collector = begin()
+            _pass(module, network, probe, size, device, precision, progress, collector)
+            return collector, size
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+        # Outside the handler: the error's traceback holds the tensors of the batch.
+        if size == 1:
+            raise AnalysisError("out-of-memory", "Memory ran out with one input at a time.", batch_size=1)
+        size //= 2
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _ready(module: nn.Module, device: torch.device) -> nn.Module:
+    """The network on the device and in evaluation mode."""
+    # A path comes with the same network at every point: setting what is set takes far longer than looking.
+    training = away = False
+    for part in module.modules():
+        training |= part.training
+        away |= any(t is not None and t.device != device for t in (*part._parameters.values(), *part._buffers.values()))
+    if away:
+        module.to(device)
+    if training:
+        module.eval()
+    return module
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    # The second is a processor's allocator, the third the one of pinned memory.
+    told = ("not enough memory", "CUDA error: out of memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in told)
+
+
+def _pass(
+    module: nn.Module,
+    network: LoadedNetwork,
+    probe: Probe,
+    size: int,
+    device: torch.device,
+    precision: Precision,
+    progress: Progress | None,
+    collector: Collector,
+) -> None:
+    n = len(probe.labels)
+    # Not inference mode: what is made in it does not count what is written into it.
+    with watching(network) as run, torch.no_grad(), arithmetic(device, precision):
+        done = 0
+        for batch in probe.batches(size, device=device):
+            before = _versions(each_input(batch))
+            passed = run(batch)
+            if _versions(each_input(batch)) != before:
+                raise _writes_into_inputs(batch)
+            rows = slice(done, done + n_samples(batch))
+            collector.take(rows, passed)
+            # Not held while the network makes the next.
+            del passed
+            done = rows.stop
+            if progress:
+                progress("features", done, n)
+
+
+@contextmanager
+def watching(network: LoadedNetwork) -> Iterator[Callable[[Inputs], Passed]]:
+    """Within the block the function passes a batch through the network and sees what its head receives and gives.
+
+    It raises AnalysisError `inputs-refused` or `head-not-found`, as `extract_features`.
+    """
+    calls: list[tuple[Any, Any]] = []
+    versions: list[int | None] = []
+    copying = False
+
+    def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], given: Any) -> None:
+        received = args[0] if args else kwargs["input"]
+        versions.extend(_versions((received, given)))
+        calls.append((received.clone(), given.clone()) if copying else (received, given))
+
+    def once(batch: Inputs) -> Any:
+        calls.clear()
+        versions.clear()
+        return forward(network.module, batch)
+
+    def run(batch: Inputs) -> Passed:
+        nonlocal copying
+        before = _versions(each_input(batch))
+        output = once(batch)
+        # The network may go on to write into what its head received or gave. Of one that does copies are taken.
+        if not copying and (None in versions or versions != _versions(tensor for call in calls for tensor in call)):
+            if _versions(each_input(batch)) != before:
+                raise _writes_into_inputs(batch)
+            copying = True
+            output = once(batch)
+        return Passed(batch, output, *_head_call(calls, network, batch))
+
+    handle = network.head.register_forward_hook(record, with_kwargs=True)
+    try:
+        yield run
+    finally:
+        handle.remove()
+
+
+def _versions(tensors: Iterable[Any]) -> list[int | None]:
+    """How often each was written into; None where that is not counted."""
+    return [t._version if isinstance(t, Tensor) and not t.is_inference() else None for t in tensors]
+
+
+def features_and_logits(
+    network: LoadedNetwork, passed: Passed, precision: Precision, *, first: bool
+) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b c"]]:
+    """What the head received for each sample of a batch, and the logits, checked against each other.
+
+    Args:
+        network: that the batch was passed through.
+        passed: by `watching`.
+        precision: of the pass, or of a network that is itself narrow; how near logits must be depends on it.
+        first: of a pass. Some samples are then held to the weight of a plain linear head too, which a hook may have
+            changed, or what it gave; all are where the logits are not what it gave.
+
+    Returns:
+        Both in float32.
+
+    Raises:
+        AnalysisError: `head-not-found`, `non-finite-values`.
+    """
+    output, received, given = passed.output, passed.received, passed.given
+    n, n_classes = n_samples(passed.batch), len(network.weight)
+    if not isinstance(output, Tensor) or output.shape != (n, n_classes):
+        shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise not_the_head(network, f"The network's output is {shape} and not the {n_classes} logits of its head")
+    if received.shape[1] == 1:
+        features = received[:, 0].float()
+    else:
+        tokens = _tokens_of_logits(network, passed.batch, given, output)
+        features = received[torch.arange(n, device=received.device), tokens].float()
+    logits = output.float()
+    if not gives_as_it_is(network, output, given[:, 0]):
+        check_identity(network, features, logits, precision)
+    elif first:
+        check_identity(network, features[:_LOOKED_AT], logits[:_LOOKED_AT], precision)
+    return features, logits
+
+
+class _Samples:
+    """Features and logits, one row a sample."""
+
+    def __init__(self, network: LoadedNetwork, n: int, device: torch.device, precision: Precision) -> None:
+        n_classes, n_features = network.weight.shape
+        self.features = torch.empty(n, n_features, device=device)
+        self.logits = torch.empty(n, n_classes, device=device)
+        self._network, self._precision = network, precision
+
+    def take(self, rows: slice, passed: Passed) -> None:
+        first = rows.start == 0
+        found = features_and_logits(self._network, passed, self._precision, first=first)
+        self.features[rows], self.logits[rows] = found
+
+
+def gives_as_it_is(network: LoadedNetwork, output: Shaped[Tensor, "..."], given: Shaped[Tensor, "..."]) -> bool:
+    """Whether the logits are a plain linear module's output, untouched: there is nothing to compute again."""
+    plain = type(network.head) is nn.Linear
+    return plain and output.dtype == given.dtype and torch.equal(output, given)
+
+
+def forward(module: nn.Module, batch: Inputs) -> Any:
+    """The network's output; what it raises about the input's shape becomes `inputs-refused`."""
+    try:
+        return module(batch)
+    except (RuntimeError, ValueError, IndexError, AssertionError, TypeError, AttributeError) as error:
+        if isinstance(error, torch.AcceleratorError) or (isinstance(error, RuntimeError) and _is_out_of_memory(error)):
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:500]
+        raise AnalysisError(
+            "inputs-refused",
+            f"The network fails on inputs of shape {_shape(batch)}: {reason}",
+            input_shape=_shape(batch),
+        ) from error
+
+
+def _head_call(
+    calls: list[tuple[Any, Any]], network: LoadedNetwork, batch: Inputs
+) -> tuple[Float[Tensor, "n t d"], Float[Tensor, "n t c"]]:
+    """What the head received and gave, for each token of each sample; most heads see one."""
+    if len(calls) != 1:
+        raise not_the_head(network, f"It ran {len(calls)} times for one batch, expected once, the head")
+    n, (n_classes, n_features) = n_samples(batch), network.weight.shape
+    received, given = calls[0]
+    if isinstance(received, Tensor) and isinstance(network.head, nn.Conv2d):
+        received, given = received.movedim(1, -1), given.movedim(1, -1)
+    fits = isinstance(received, Tensor) and received.shape[-1:] == (n_features,) and received.numel() > 0
+    if not fits or received.numel() % (n * n_features):
+        shape = list(received.shape[1:]) if isinstance(received, Tensor) else type(received).__name__
+        raise AnalysisError(
+            "inputs-refused",
+            f"From inputs of shape {_shape(batch)} the head {network.head_name!r} receives {shape} for each "
+            f"sample; expected [{n_features}].",
+            input_shape=_shape(batch),
+            head_input_shape=shape,
+        )
+    return received.reshape(n, -1, n_features), given.reshape(n, -1, n_classes)
+
+
+def _tokens_of_logits(
+    network: LoadedNetwork, batch: Inputs, given: Float[Tensor, "n t c"], logits: Float[Tensor, "n c"]
+) -> Int64[Tensor, " n"]:
+    """Which of its tokens each sample's logits are of: those of the head's outputs that equal them to the bit."""
+    check_finite("logits", logits)
+    equal = (given == logits[:, None]).all(dim=2)
+    if bool((equal.sum(dim=1) == 1).all()):
+        return equal.int().argmax(dim=1)
+    if bool(equal.any(dim=1).all()):
+        # Equal outputs at several tokens, as a head of zeros gives: the network itself says which of them it takes.
+        tokens = _asked_tokens(network, batch, given)
+        if tokens is not None and bool(equal.gather(1, tokens[:, None]).all()):
+            return tokens
+    raise not_the_head(network, f"For each sample it runs on {given.shape[1]} tokens, none of which gives the logits,")
+
+
+def _asked_tokens(network: LoadedNetwork, batch: Inputs, given: Float[Tensor, "n t c"]) -> Int64[Tensor, " n"] | None:
+    """The tokens that come through when the head gives each token's own number; None where what comes is no number."""
+    n_tokens = given.shape[1]
+    numbers = torch.arange(n_tokens, device=given.device, dtype=given.dtype).view(1, -1, 1).expand_as(given)
+    handle = network.head.register_forward_hook(lambda _, __, output: numbers.reshape(output.shape))
+    try:
+        output = forward(network.module, batch)
+    finally:
+        handle.remove()
+    tokens = output[:, 0].round().long()
+    known = bool((output == tokens[:, None]).all()) and bool(((tokens >= 0) & (tokens < n_tokens)).all())
+    return tokens if known else None
+
+
+def check_identity(
+    network: LoadedNetwork, features: Float[Tensor, "n d"], logits: Float[Tensor, "n c"], precision: Precision
+) -> None:
+    """Features must be finite, and features and head give the logits.
+
+    Raises:
+        AnalysisError: `non-finite-values`; `head-not-found` with the largest difference.
+    """
+    check_finite("features", features)
+    weight, bias = network.weight, network.bias
+    expected = features @ weight.T
+    lengths = torch.outer(features.norm(dim=1), weight.norm(dim=1))
+    if bias is not None:
+        expected, lengths = expected + bias, lengths + bias.abs()
+    difference = (logits - expected).abs()
+    # Logits that are not finite are found, and named, when the pass is over.
+    wrong = (difference > _SAME_LOGITS[precision] * lengths) & difference.isfinite()
+    if bool(wrong.any()):
+        largest = float(difference[wrong].max())
+        raise not_the_head(
+            network,
+            f"The network's logits are up to {largest:.3g} from features x head + bias. It has a second head, or does "
+            "something to the output of its head",
+            difference=largest,
+        )
+
+
+def _writes_into_inputs(batch: Inputs) -> AnalysisError:
+    return AnalysisError(
+        "inputs-refused",
+        f"The network writes into its inputs of shape {_shape(batch)}, which the next pass takes again; expected one "
+        "that leaves them as they are, and works on a copy: x = x.clone().",
+        input_shape=_shape(batch),
+    )
+
+
+def not_the_head(network: LoadedNetwork, detail: str, **members: Any) -> AnalysisError:
+    """The error of a head whose name is not of what gives the logits."""
+    return AnalysisError("head-not-found", f"{detail} {network.head_name!r}.", head=network.head_name, **members)
+
+
+def _shape(batch: Inputs) -> Any:
+    """The shape of a sample, or of each of its tensors by name."""
+    if isinstance(batch, Tensor):
+        return list(batch.shape[1:])
+    return {name: list(tensor.shape[1:]) for name, tensor in batch.items()}

@@ -1,0 +1,165 @@
+"""One pass of a causal language model over sequences: each position that has a next token is a sample.
+
+Its feature is what the output embedding receives there, its label the token that follows. Logits of all positions over
+a whole vocabulary are never held: of each batch what the network predicts is kept, and that features x head + bias are
+the logits is checked before they go.
+"""
+
+import torch
+from jaxtyping import Bool, Float, Int32, Int64
+from torch import Tensor
+
+from analysis.errors import AnalysisError
+from analysis.measures.entropy import check_finite
+from analysis.measures.predictions import Predictions, predictions_of, rows_at_a_time
+from analysis.networks.loading import LoadedNetwork
+from analysis.passes.extraction import (
+    Passed,
+    Progress,
+    check_identity,
+    forward,
+    gives_as_it_is,
+    not_the_head,
+    pass_over,
+)
+from analysis.passes.precision import Precision
+from analysis.probes.feature_set import FeatureSet, Vocabulary
+from analysis.probes.inputs import Inputs
+from analysis.probes.probe import Probe
+from analysis.probes.sequences import IGNORED
+
+# Of the largest logit: how far logits of one position may differ between two passes that differ in later tokens alone.
+_SAME_PAST = {"float32": 1e-4, "bfloat16": 2e-2}
+
+
+def extract_positions(
+    network: LoadedNetwork,
+    probe: Probe,
+    *,
+    device: torch.device,
+    batch_size: int | None = None,
+    precision: Precision = "float32",
+    progress: Progress | None = None,
+) -> tuple[FeatureSet, int]:
+    """What the output embedding receives at every position that has a next token, and what the network predicts there.
+
+    Args:
+        network: a causal language model; moved to the device and left in evaluation mode.
+        probe: sequences whose labels are those of `sequences.next_token_labels`.
+        device: where the pass runs and where the result lies.
+        batch_size: sequences at a time; None for what `batching.first_batch_size` finds.
+        precision: of the forward pass; `bfloat16` runs it under torch.autocast.
+        progress: called with phase `features` after every batch.
+
+    Returns:
+        Features, labels, head and split of the positions, in order, with the network's predictions; and the batch size
+        of the pass. Classes are the tokens that occur as labels, and the head is restricted to them; predictions, and
+        with them loss and confidence, are over the whole vocabulary.
+
+    Raises:
+        AnalysisError: as `extraction.extract_features`; `invalid-architecture` where a position's logits change with
+            the tokens after it.
+
+    Numerics: as `extraction.extract_features`, the check of features and head included. Memory for features of n x d
+        and, beside the network, the logits of a batch; a few float64 numbers a position are kept of them.
+    """
+    if not bool((probe.labels != IGNORED).any()):
+        raise AnalysisError("invalid-probe", "No position of these sequences has a next token.")
+    collected, size = pass_over(
+        network,
+        probe,
+        lambda: _Collected(network, probe.labels, device, precision),
+        device=device,
+        batch_size=batch_size,
+        precision=precision,
+        progress=progress,
+    )
+    check_finite("features", collected.features)
+    check_finite("logits", collected.loss)
+    sequences, places = (probe.labels != IGNORED).nonzero().unbind(1)
+    tokens, labels = torch.unique(probe.labels[sequences, places].long(), return_inverse=True)
+    tokens, labels = tokens.to(device), labels.to(device)
+    predictions = Predictions(_places(collected.predicted, tokens), collected.confidence, collected.loss)
+    split = None if probe.split is None else probe.split[sequences]
+    head, vocabulary = network.weight[tokens], Vocabulary(tokens, len(network.weight))
+    return FeatureSet(collected.features, labels, head, None, None, split, predictions, vocabulary), size
+
+
+def _places(predicted: Int64[Tensor, " n"], tokens: Int64[Tensor, " c"]) -> Int64[Tensor, " n"]:
+    """Each predicted token's place among the classes; -1 where it is none of them."""
+    places = torch.searchsorted(tokens, predicted).clamp(max=len(tokens) - 1)
+    return torch.where(tokens[places] == predicted, places, -1)
+
+
+class _Collected:
+    """Features and predictions of positions, one row a position that has a label."""
+
+    def __init__(
+        self, network: LoadedNetwork, labels: Int32[Tensor, "n t"], device: torch.device, precision: Precision
+    ) -> None:
+        n = int((labels != IGNORED).sum())
+        self.features = torch.empty(n, network.weight.shape[1], device=device)
+        self.predicted = torch.empty(n, dtype=torch.int64, device=device)
+        self.confidence = torch.empty(n, dtype=torch.float64, device=device)
+        self.loss = torch.empty(n, dtype=torch.float64, device=device)
+        self._network, self._labels, self._precision = network, labels, precision
+        self._done, self._looked_back = 0, False
+
+    def take(self, rows: slice, passed: Passed) -> None:
+        output, received, given = passed.output, passed.received, passed.given
+        network, n_vocabulary = self._network, len(self._network.weight)
+        labels = self._labels[rows].to(received.device)
+        shape = (*labels.shape, n_vocabulary)
+        if not isinstance(output, Tensor) or output.shape != shape or given.shape != shape:
+            found = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            detail = f"The network's output is {found} and not {list(shape)}, logits at each token, of its head"
+            raise not_the_head(network, detail)
+        kept = labels != IGNORED
+        first = not self._looked_back and bool(kept.any())
+        if first:
+            _check_causal(network, passed.batch, output, kept, self._precision)
+            self._looked_back = True
+        untouched = not first and gives_as_it_is(network, output, given)
+        places = kept.flatten().nonzero()[:, 0]
+        for part in torch.split(places, rows_at_a_time(n_vocabulary)):
+            features, logits = received.flatten(0, 1)[part].float(), output.flatten(0, 1)[part].float()
+            if not untouched:
+                check_identity(network, features, logits, self._precision)
+            predictions = predictions_of(logits, labels.flatten()[part])
+            kept_rows = slice(self._done, self._done + len(part))
+            self.features[kept_rows] = features
+            self.predicted[kept_rows] = predictions.predicted
+            self.confidence[kept_rows] = predictions.confidence
+            self.loss[kept_rows] = predictions.loss
+            self._done = kept_rows.stop
+
+
+def _check_causal(
+    network: LoadedNetwork,
+    batch: Inputs,
+    output: Float[Tensor, "b t c"],
+    kept: Bool[Tensor, "b t"],
+    precision: Precision,
+) -> None:
+    """Another last token must not change the logits before it.
+
+    Raises:
+        AnalysisError: `invalid-architecture`; what would be measured is no prediction.
+    """
+    assert not isinstance(batch, Tensor), "the probe's labels are of its input_ids"
+    row = int(kept.sum(dim=1).argmax())
+    places = kept[row].nonzero()[:, 0]
+    last = int(places[-1]) + 1
+    changed = {name: tensor[row : row + 1].clone() for name, tensor in batch.items()}
+    # Some other id that is certain to be in the vocabulary.
+    token = int(changed["input_ids"][0, last])
+    changed["input_ids"][0, last] = token - 1 if token else 1
+    before, after = output[row, places].float(), forward(network.module, changed)[0, places].float()
+    difference, largest = float((after - before).abs().max()), float(before.abs().max())
+    if difference > _SAME_PAST[precision] * largest:
+        raise AnalysisError(
+            "invalid-architecture",
+            f"The network is no causal language model: another token at position {last} changes the logits before it "
+            f"by {difference:.3g}. The config of an encoder may need is_decoder: true.",
+            difference=difference,
+        )

@@ -1,0 +1,1 @@
+"""Probe data and feature sets: read, checked and handed out in batches."""

@@ -1,0 +1,56 @@
+"""Batches made or sent while the caller works with the one before."""
+
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+from analysis.probes.inputs import Inputs, each, named
+
+T = TypeVar("T")
+
+
+def sent_ahead(parts: Iterable[Inputs], device: torch.device) -> Iterator[Inputs]:
+    """Parts on a GPU, each on its way while the caller computes with the one before.
+
+    Memory: three parts on the GPU (computed with, arrived, on its way) and at most as many pinned, whose memory torch
+    takes back once their copies are done.
+    """
+    copies: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    computed: deque[torch.cuda.Event] = deque()
+
+    def send(part: Inputs) -> tuple[Inputs, torch.cuda.Event]:
+        with torch.cuda.stream(copies):
+            return each(part, lambda t: t.pin_memory().to(device, non_blocking=True)), copies.record_event()
+
+    sending = map(send, parts)
+    following = next(sending, None)
+    while following is not None:
+        sent, arrived = following
+        if len(computed) == 2:
+            # Launching runs ahead of computing: without a halt the whole probe would end up there.
+            computed.popleft().synchronize()
+        following = next(sending, None)
+        computing = torch.cuda.current_stream(device)
+        computing.wait_event(arrived)
+        # Its memory belongs to the stream of copies, which must not reuse it before it has been computed with.
+        for tensor in named(sent).values():
+            tensor.record_stream(computing)
+        yield sent
+        computed.append(torch.cuda.current_stream(device).record_event())
+
+
+def one_ahead(items: Generator[T, None, None]) -> Generator[T, None, None]:
+    """The same items, each made in a thread while the caller works with the one before."""
+    pool = ThreadPoolExecutor(1, thread_name_prefix="ahead")
+    try:
+        following = pool.submit(next, items, None)
+        while (item := following.result()) is not None:
+            following = pool.submit(next, items, None)
+            yield item
+    finally:
+        # The thread may still be at an item, and cannot be interrupted.
+        pool.shutdown()
+        items.close()

@@ -1,0 +1,97 @@
+"""A feature set: penultimate features, labels and the classification head."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64, Integer
+from torch import Tensor
+
+from analysis.measures.entropy import check_finite
+from analysis.measures.predictions import Predictions, joined, predictions_of, rows_at_a_time
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Which of a language model's tokens are classes: those that occur as labels.
+
+    Attributes:
+        tokens: of each class, its id; in rising order.
+        size: tokens that the network knows, over all of which it predicts.
+    """
+
+    tokens: Int64[Tensor, " c"]
+    size: int
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """Features, labels and classification head, extracted elsewhere or by a network's pass over a probe.
+
+    Floating-point tensors share one type: float64 where the file holds any float64, float32 otherwise.
+
+    Attributes:
+        features: what the head receives.
+        labels: 0 .. c - 1.
+        head: rows of the classification head.
+        head_bias: its bias.
+        logits: the network's own, where they were uploaded; otherwise features @ head.T + head_bias in float64.
+        split: 0 train, 1 test; None where the set has no splits.
+        predictions: in place of logits, where those would be too many to keep.
+        vocabulary: of a language model; its head is restricted to the classes, and -1 predicted for any other token.
+    """
+
+    features: Float[Tensor, "n d"]
+    labels: Integer[Tensor, " n"]
+    head: Float[Tensor, "c d"]
+    head_bias: Float[Tensor, " c"] | None
+    logits: Float[Tensor, "n c"] | None
+    split: Integer[Tensor, " n"] | None
+    predictions: Predictions | None = None
+    vocabulary: Vocabulary | None = None
+
+    def to(self, device: torch.device) -> "FeatureSet":
+        """The same with what is computed with on a device; what says which they are stays."""
+        on_device = {name: getattr(self, name) for name in ("features", "labels", "head", "head_bias", "logits")}
+        moved: dict[str, Any] = {
+            name: None if tensor is None else tensor.to(device) for name, tensor in on_device.items()
+        }
+        return replace(self, **moved, predictions=None if self.predictions is None else self.predictions.to(device))
+
+    def network_logits(self) -> Float[Tensor, "n c"]:
+        """The network's own, or what features, head and bias give, in float64 whatever their type."""
+        return self._logits(slice(None))
+
+    def network_predictions(self) -> Predictions:
+        """What the network predicts: as it was kept, or from its logits, some rows at a time.
+
+        Raises:
+            AnalysisError: `non-finite-values` in the logits.
+        """
+        if self.predictions is not None:
+            return self.predictions
+        parts = []
+        # Features are widened too, so that the wider of the two says how many rows fit.
+        for rows in torch.split(torch.arange(len(self.labels)), rows_at_a_time(max(self.head.shape))):
+            part = slice(int(rows[0]), int(rows[-1]) + 1)
+            logits = self._logits(part)
+            check_finite("logits", logits)
+            parts.append(predictions_of(logits, self.labels[part]))
+        return joined(parts)
+
+    def _logits(self, rows: slice) -> Float[Tensor, "m c"]:
+        if self.logits is not None:
+            return self.logits[rows]
+        logits = self.features[rows].double() @ self.head.double().T
+        return logits if self.head_bias is None else logits + self.head_bias.double()
+
+    def take(self, rows: Int64[Tensor, " m"]) -> "FeatureSet":
+        """The samples of these rows alone, in their order."""
+        return replace(
+            self,
+            features=self.features[rows],
+            labels=self.labels[rows],
+            logits=None if self.logits is None else self.logits[rows],
+            split=None if self.split is None else self.split[rows],
+            predictions=None if self.predictions is None else self.predictions.take(rows),
+        )

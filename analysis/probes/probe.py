@@ -1,0 +1,188 @@
+"""A probe: labelled inputs, handed to networks in batches."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import torch
+from jaxtyping import Float32, Int64, Integer, Shaped, UInt8
+from torch import Tensor
+
+from analysis.errors import AnalysisError
+from analysis.probes.ahead import one_ahead, sent_ahead
+from analysis.probes.images import Images
+from analysis.probes.inputs import Inputs, each, n_samples, named, samples
+from analysis.probes.preprocess import Preprocess
+
+# Numbers that are looked at in one go: what is checked is never copied as a whole.
+CHUNK_ELEMENTS = 2**24
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Labelled inputs on which networks are looked at.
+
+    Attributes:
+        inputs: as stored, of any numeric type; a large set may still be on disk, mapped. Several tensors by name where
+            the file has a network's own names for them. Images in files are decoded batch by batch.
+        labels: 0 .. n_classes - 1. For a causal language model (n, t): at each position the token that follows, or
+            IGNORED.
+        split: 0 train, 1 test; None where the set has no splits.
+        n_classes: at least 2; not every class need be there.
+        preprocess: applied batch by batch, to the one tensor or to `pixel_values`.
+    """
+
+    inputs: Inputs | Images
+    labels: Integer[Tensor, "n ..."]
+    split: Integer[Tensor, " n"] | None
+    n_classes: int
+    preprocess: Preprocess | None
+
+    def batches(self, batch_size: int, *, device: torch.device | str) -> Iterator[Any]:
+        """The inputs in order, as a network takes them.
+
+        Args:
+            batch_size: samples at a time, at least 1; the last batch may be smaller.
+            device: where the batches go. They travel as stored and are converted there; to a GPU from pinned memory,
+                each while the one before it is computed with.
+
+        Returns:
+            Batches as `Inputs`, which a network's module takes: preprocessed float32 tensors (b, ...). Of tensors with
+            names, those of integers are int64 and keep their values, except `pixel_values`.
+
+        Raises:
+            AnalysisError: `invalid-argument` for a batch_size below 1; of images, while they are decoded,
+                `invalid-probe`.
+        """
+        if batch_size < 1:
+            raise AnalysisError("invalid-argument", f"batch_size must be at least 1, not {batch_size}.")
+        device = torch.device(device)
+        parts: Iterable[Inputs]
+        if isinstance(self.inputs, Images):
+            parts, on_cpu = self.inputs.batches(batch_size), True
+            if device.type == "cuda":
+                parts = one_ahead(parts)
+        else:
+            starts = range(0, len(self.labels), batch_size)
+            parts = (samples(self.inputs, start, start + batch_size) for start in starts)
+            on_cpu = any(tensor.device.type == "cpu" for tensor in named(self.inputs).values())
+        away = device.type == "cuda" and on_cpu
+        moved = sent_ahead(parts, device) if away else (each(part, lambda t: t.to(device)) for part in parts)
+        prepared = (self._prepare(part) for part in moved)
+        # What is decoded is waited for; what lies in memory would gain nothing by a thread.
+        return one_ahead(prepared) if isinstance(self.inputs, Images) and not away else prepared
+
+    def prepared(self, device: torch.device | str, *, most_bytes: int = 2**30) -> "Probe":
+        """The same probe with its inputs as a network takes them, on the device, for passes that come again.
+
+        Args:
+            device: where the batches will be asked for.
+            most_bytes: of prepared inputs; a larger probe is given back as it is and prepared batch by batch. Images
+                are kept decoded, as grey levels, up to twice as much.
+
+        Returns:
+            A probe whose batches are views.
+        """
+        if isinstance(self.inputs, Images):
+            if prod(self.inputs.shape) > 2 * most_bytes:
+                return self
+            return replace(self, inputs=_decoded(self.inputs)).prepared(device, most_bytes=most_bytes)
+        tensors = named(self.inputs)
+        if sum((8 if _stays_integer(name, t) else 4) * t.numel() for name, t in tensors.items()) > most_bytes:
+            return self
+        rows = max(CHUNK_ELEMENTS // max(*(prod(t.shape[1:]) for t in tensors.values()), 1), 1)
+        batches = [named(batch) for batch in self.batches(rows, device=device)]
+        inputs = {name: torch.cat([batch[name] for batch in batches]) for name in tensors}
+        return Probe(inputs.get("", inputs), self.labels, self.split, self.n_classes, None)
+
+    def input_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each tensor of inputs by name; one alone has no name."""
+        if isinstance(self.inputs, Images):
+            return {"": self.inputs.shape}
+        return {name: tuple(tensor.shape) for name, tensor in named(self.inputs).items()}
+
+    def example(self, *, device: torch.device | str) -> Any:
+        """Two samples, as `batches` gives them, for looking at what a network makes of such. Of images in files they
+        are black: none is decoded for it. A probe of one sample gives it twice."""
+        if isinstance(self.inputs, Images):
+            return self._prepare(torch.zeros(2, *self.inputs.shape[1:], dtype=torch.uint8, device=device))
+        rows = torch.arange(2).clamp(max=n_samples(self.inputs) - 1)
+        return self._prepare(each(self.inputs, lambda tensor: tensor[rows].to(device)))
+
+    def take(self, rows: Int64[Tensor, " m"]) -> "Probe":
+        """The samples of these rows alone, in their order."""
+        split = None if self.split is None else self.split[rows]
+        if isinstance(self.inputs, Images):
+            return replace(self, inputs=self.inputs.take(rows.tolist()), labels=self.labels[rows], split=split)
+        taken = {name: tensor[rows] for name, tensor in named(self.inputs).items()}
+        return replace(self, inputs=taken.get("", taken), labels=self.labels[rows], split=split)
+
+    def _prepare(self, inputs: Inputs) -> Inputs:
+        if isinstance(inputs, Tensor):
+            return prepared_batch(inputs, self.preprocess)
+        return {name: _prepared_as(name, tensor, self.preprocess) for name, tensor in inputs.items()}
+
+
+def _decoded(images: Images) -> UInt8[Tensor, "n c h w"]:
+    pixels = torch.empty(images.shape, dtype=torch.uint8)
+    rows = max(CHUNK_ELEMENTS // prod(images.shape[1:]), 1)
+    for start, batch in zip(range(0, len(pixels), rows), images.batches(rows), strict=True):
+        pixels[start : start + len(batch)] = batch
+    return pixels
+
+
+def stratified_rows(
+    labels: Integer[Tensor, " n"],
+    split: Integer[Tensor, " n"] | None,
+    n_samples: int,
+    *,
+    seed: int,
+    least_classes: int = 2,
+) -> Int64[Tensor, " m"]:
+    """A part of a probe in which each class of each split has its share, by the largest remainders.
+
+    Args:
+        labels, split: of the probe.
+        n_samples: how many, at most n.
+        seed: of what is drawn within a class; the same seed gives the same rows.
+        least_classes: that must be left; 1 for sequences, which have no labels as a whole.
+
+    Returns:
+        Rows in rising order, m = n_samples of them.
+
+    Raises:
+        AnalysisError: `invalid-argument` where fewer classes would be left.
+    """
+    strata = labels.long() * 2 + (0 if split is None else split.long())
+    values, places, counts = torch.unique(strata, return_inverse=True, return_counts=True)
+    shares = counts.double() * (n_samples / len(labels))
+    taken = shares.floor().long()
+    missing = n_samples - int(taken.sum())
+    # Of equal remainders the larger class goes first, then the lower label.
+    order = sorted(range(len(values)), key=lambda i: (-float(shares[i] - taken[i]), -int(counts[i]), i))
+    taken[order[:missing]] += 1
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randperm(len(labels), generator=generator)
+    # Each sample's place among those of its stratum, in the order in which they were drawn.
+    by_stratum = drawn[torch.argsort(places[drawn], stable=True)]
+    starts = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+    rank = torch.arange(len(labels)) - starts
+    rows = by_stratum[rank < torch.repeat_interleave(taken, counts)].sort().values
+    if len(torch.unique(labels[rows])) < least_classes:
+        raise AnalysisError("invalid-argument", f"{n_samples} samples of this probe are of one class; ask for more.")
+    return rows
+
+
+def prepared_batch(batch: Shaped[Tensor, "n ..."], preprocess: Preprocess | None) -> Float32[Tensor, "n ..."]:
+    return batch.to(torch.float32) if preprocess is None else preprocess(batch)
+
+
+def _stays_integer(name: str, tensor: Shaped[Tensor, "..."]) -> bool:
+    return name not in ("", "pixel_values") and not tensor.is_floating_point()
+
+
+def _prepared_as(name: str, tensor: Shaped[Tensor, "n ..."], preprocess: Preprocess | None) -> Shaped[Tensor, "n ..."]:
+    if _stays_integer(name, tensor):
+        return tensor.to(torch.int64)
+    return prepared_batch(tensor, preprocess if name == "pixel_values" else None)

@@ -1,0 +1,113 @@
+"""A model in memory, as a training script has it, as a checkpoint file that the service takes."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Shaped
+from torch import Tensor, nn
+
+from analysis.networks.loading import load_network
+from analysis.saving.conversion import ConversionError, write_safetensors
+
+
+def save_checkpoint(
+    model: nn.Module,
+    path: str | Path,
+    architecture: Mapping[str, Any] | None = None,
+    *,
+    head: str | None = None,
+    check: bool = True,
+) -> Path:
+    """Write a model's weights, and what its network is, as one safetensors file that the service takes.
+
+    Wrappers (DistributedDataParallel, DataParallel, torch.compile) are taken off. The file appears under its name only
+    once it is complete and checked, so whoever looks for new checkpoints never finds half of one.
+
+    Args:
+        model: on any device and in any mode; it is not changed.
+        path: where to; what is there already is replaced.
+        architecture: description of the network, which goes into the file. Default: of a model of transformers its own
+            configuration; of any other none, and the upload has to bring one.
+        head: module name of the classification head, for the check. Default: the family's own.
+        check: build the network from its description and load the file into it, as a worker would. It takes memory for
+            the model once more, and needs the family's library. Without a description there is nothing to check.
+
+    Returns:
+        The path.
+
+    Raises:
+        ConversionError: something of the model has no plain form: it is sparse, quantised, sharded, without memory, or
+            no tensor.
+        AnalysisError: the check failed: `invalid-architecture`, `checkpoint-mismatch`, `head-not-found`,
+            `non-finite-values`, or `family-unavailable` where it cannot be made here.
+
+    Numerics: weights are written in the type that they have. Memory: a copy of the weights, on the processor.
+    """
+    path = Path(path)
+    plain = unwrapped(model)
+    description = _own_architecture(plain) if architecture is None else dict(architecture)
+    with _replacing(path) as staged:
+        write_safetensors(_tensors(plain), staged, architecture=description)
+        if check and description is not None:
+            load_network(description, staged, head=head, device="cpu")
+    return path
+
+
+def write_feature_file(tensors: Mapping[str, Shaped[Tensor, "..."]], path: Path) -> None:
+    """Write tensors as safetensors; the file appears under its name once it is complete."""
+    with _replacing(path) as staged:
+        write_safetensors(tensors, staged)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model that was given to DistributedDataParallel, DataParallel or torch.compile, however often."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The state of a model under plain names: a compiled part of it has a prefix of its own."""
+    tensors: dict[str, Tensor] = {}
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise ConversionError(
+                f"{name!r} of the model's state is a {type(value).__name__}, and a checkpoint holds tensors alone."
+            )
+        if value.is_meta:
+            raise ConversionError(f"{name!r} is on the meta device: it has a shape and no values.")
+        if hasattr(value, "full_tensor"):
+            raise ConversionError(
+                f"{name!r} is sharded over processes; gather it first, with get_model_state_dict and full_state_dict."
+            )
+        tensors[name.replace("_orig_mod.", "")] = value
+    return tensors
+
+
+def _own_architecture(model: nn.Module) -> dict[str, Any] | None:
+    """The description of a model of transformers, which has its configuration with it."""
+    config = getattr(model, "config", None)
+    if not (hasattr(config, "to_json_string") and hasattr(config, "model_type")):
+        return None
+    assert config is not None
+    own = json.loads(config.to_json_string())
+    return {"family": "transformers", "config": {**own, "architectures": [type(model).__name__]}}
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A place beside the file that takes its name at the end of the block, and is gone where the block fails."""
+    staged = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield staged
+        staged.replace(path)
+    finally:
+        staged.unlink(missing_ok=True)

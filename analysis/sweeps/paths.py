@@ -1,0 +1,397 @@
+"""The straight line between two checkpoints of one architecture: its points, its barriers, and where to look next."""
+
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from jaxtyping import Shaped
+from torch import Tensor, nn
+
+from analysis.errors import AnalysisError
+from analysis.networks.loading import LoadedNetwork
+from analysis.passes.precision import Precision, arithmetic
+from analysis.probes.images import Images
+from analysis.probes.inputs import Inputs, n_samples
+from analysis.probes.probe import Probe
+
+Normalisation = Literal["interpolate", "recalibrate"]
+State = Mapping[str, Shaped[Tensor, "..."]]
+
+# A path is linearly connected where the error on it rises by no more than this (Frankle et al. 2020).
+CONNECTED = 0.02
+# Parameters that become float64 at a time: what is measured is never copied as a whole.
+_CHUNK = 2**18
+# An adaptive grid begins with so many points, or with more where nobody has looked before. It takes at most so many
+# more, and stops where the barrier moves by less.
+_FIRST_POINTS, _FIRST_UNSEEN, _FURTHER_POINTS, _SETTLED = 17, 65, 36, 1e-3
+# What is at least that share of a peak, beside it, is on the same rise.
+_SAME_RISE = 0.8
+# The look that comes before it: so many points, and how often it halves the distances beside what it finds.
+LOOKS, _HALVINGS = 257, 4
+# Rises that are looked into: so many, each at least that share of the highest, with a dip to this share of its own
+# height between it and the higher ones. What lies closer is taken for the ripple of one rise.
+_MOST_PEAKS, _PEAK_SHARE, _DIP = 4, 0.5, 0.9
+
+
+class Path:
+    """theta(w) = (1 - w) theta_A + w theta_B, mixed in place into one network.
+
+    Args:
+        network: A; from here on it is what the path moves.
+        other: tensors of B by name, as `state_dict` gives them, on the network's device.
+
+    Raises:
+        AnalysisError: `invalid-argument` where B has other names or shapes.
+
+    Numerics: memory for three copies of the parameters: A, B and the mix. The mix is that of torch.lerp, in the
+        network's float32: a path from a network to itself is flat to the last bit, and at w = 0 and w = 1 every tensor
+        is A's or B's own. Between them integer buffers are A's.
+
+    Source: Frankle et al. 2020, "Linear mode connectivity and the lottery ticket hypothesis".
+    """
+
+    def __init__(self, network: LoadedNetwork, other: State) -> None:
+        self.network = network
+        self.mix = network.module.state_dict()
+        shapes = [{name: tuple(tensor.shape) for name, tensor in state.items()} for state in (self.mix, other)]
+        if shapes[0] != shapes[1]:
+            differing = sorted(
+                name for name in set(shapes[0]) | set(shapes[1]) if shapes[0].get(name) != shapes[1].get(name)
+            )
+            detail = f"The two ends differ in {len(differing)} names or shapes of tensors, first in {differing[0]!r}."
+            raise AnalysisError("invalid-argument", detail, argument="other", differing=differing[:20])
+        # A tensor of several names, as of tied embeddings, is mixed once.
+        names: dict[int, str] = {}
+        for name, tensor in network.module.state_dict(keep_vars=True).items():
+            names.setdefault(id(tensor), name)
+        self.mix = {name: self.mix[name] for name in names.values()}
+        self.first = {name: tensor.clone() for name, tensor in self.mix.items()}
+        self.second = {name: other[name] for name in names.values()}
+
+    def move_to(self, w: float) -> LoadedNetwork:
+        """The network of the path at w, which is the one that the path was made of."""
+        for name, target in self.mix.items():
+            first, second = self.first[name], self.second[name]
+            if w in (0.0, 1.0):
+                target.copy_(second if w else first)
+            elif target.is_floating_point():
+                torch.lerp(first, second, w, out=target)
+            else:
+                target.copy_(first)
+        self.network.weights_changed()
+        return self.network
+
+    def distances(self) -> tuple[float, float | None]:
+        """Euclidean distance and cosine of the two ends' parameters, all of them as one vector; None without length."""
+        dot = first = second = apart = 0.0
+        for name, _ in self.network.module.named_parameters():
+            pieces = (torch.split(end[name].flatten(), _CHUNK) for end in (self.first, self.second))
+            for a, b in ((a.double(), b.double()) for a, b in zip(*pieces, strict=True)):
+                dot += float(a @ b)
+                first, second = first + float(a @ a), second + float(b @ b)
+                apart += float((a - b).square().sum())
+        length = (first * second) ** 0.5
+        return apart**0.5, dot / length if length > 0 else None
+
+
+def require_variances(network: LoadedNetwork, w: float) -> None:
+    """Beyond the ends of a path mixed variances may be below 0, and normalisation has no root of them.
+
+    Raises:
+        AnalysisError: `invalid-argument` with the number of such variances, `n_negative`.
+    """
+    if 0 <= w <= 1:
+        return
+    variances = [b for name, b in network.module.named_buffers() if name.endswith("running_var")]
+    negative = sum(int((variance < 0).sum()) for variance in variances)
+    if negative:
+        raise AnalysisError(
+            "invalid-argument",
+            f"Extrapolation makes {negative} of the network's running variances negative, so that it computes nothing. "
+            "Ask with normalisation recalibrate, which takes them anew at each point, or closer to the ends.",
+            argument="extrapolate",
+            n_negative=negative,
+        )
+
+
+def recalibrate(
+    network: LoadedNetwork, probe: Probe, *, device: torch.device, batch_size: int, precision: Precision = "float32"
+) -> int:
+    """Take the running statistics of batch normalisation anew, by one pass over the probe's inputs.
+
+    Args:
+        network: changed in place; all but its normalisation layers stays in evaluation mode.
+        probe: whose inputs are passed, in a random order that is always the same.
+        device: where the network is.
+        batch_size: inputs at a time; 1 is taken as 2, as a sample alone has no variance.
+        precision: of the evaluation that follows, so that the statistics are those of the activations it will see.
+
+    Returns:
+        How many layers have such statistics; without any nothing is passed.
+
+    Raises:
+        AnalysisError: `invalid-probe` where the probe has a single sample.
+
+    Numerics: every sample weighs the same: a batch of b samples enters with b over those seen so far. Variances are
+        the batches' own, so that smaller ones say less; a last batch of a single sample is left out, which has none.
+        Statistics are float32, also those of activations in bfloat16.
+
+    Source: Jordan et al. 2022, "REPAIR: REnormalizing Permuted Activations for Interpolation Repair".
+    """
+    layers = [
+        module
+        for module in network.module.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
+    ]
+    if not layers:
+        return 0
+    if len(probe.labels) < 2:
+        raise AnalysisError("invalid-probe", "Statistics are taken anew from two samples or more; the probe has one.")
+    momenta = [layer.momentum for layer in layers]
+    seen = dict.fromkeys(layers, 0)
+    n = 0
+
+    def weigh(layer: nn.modules.batchnorm._BatchNorm, _: object) -> None:
+        # By the layer's own count: one that runs twice on a batch has seen it twice.
+        seen[layer] += n
+        layer.momentum = n / seen[layer]
+
+    handles = [layer.register_forward_pre_hook(weigh) for layer in layers]
+    try:
+        for layer in layers:
+            layer.reset_running_stats()
+            layer.train()
+        with torch.no_grad(), arithmetic(device, precision):
+            for batch in _mixed(probe, max(batch_size, 2), device):
+                if n == 0 or n_samples(batch) > 1:
+                    n = n_samples(batch)
+                    network.module(batch)
+    finally:
+        for layer, momentum, handle in zip(layers, momenta, handles, strict=True):
+            handle.remove()
+            layer.momentum = momentum
+            layer.eval()
+    return len(layers)
+
+
+def _mixed(probe: Probe, batch_size: int, device: torch.device) -> Iterator[Inputs]:
+    """The probe's batches, its samples in a random order, the same each time: in files they often lie class by class,
+    and the variance within batches of one class lacks that between classes. Images that were too large to be kept
+    decoded come as they lie: their files are read from beginning to end."""
+    if isinstance(probe.inputs, Images):
+        yield from probe.batches(batch_size, device=device)
+        return
+    order = torch.randperm(len(probe.labels), generator=torch.Generator().manual_seed(0)).to(probe.labels.device)
+    for rows in torch.split(order, batch_size):
+        yield from probe.take(rows).batches(batch_size, device=device)
+
+
+@dataclass(frozen=True)
+class Barrier:
+    """The most that a value on the path exceeds what it is compared with, at least 0, and at which w."""
+
+    value: float
+    at: float
+
+
+def barrier(ws: Sequence[float], values: Sequence[float], *, falls: bool = False) -> Barrier:
+    """max_w [ L(w) - ((1 - w) L(0) + w L(1)) ], at least 0.
+
+    Args:
+        ws: where the values were taken, 0 and 1 among them; those beyond the ends do not count.
+        values: L, finite.
+        falls: how far the path falls under the chord in place of how far it rises over it.
+
+    Returns:
+        The barrier; where the path nowhere leaves the chord on that side, 0 at 0.
+
+    Source: Entezari et al. 2021, equation 2.
+
+    >>> barrier([0.0, 0.5, 1.0], [1.0, 4.0, 2.0])
+    Barrier(value=2.5, at=0.5)
+    """
+    first, last = _ends(ws, values)
+    sign = -1.0 if falls else 1.0
+    rises = ((sign * (value - ((1 - w) * first + w * last)), w) for w, value in _inside(ws, values))
+    # At the ends themselves the chord is the value but for rounding.
+    return max((Barrier(rise, w) for rise, w in rises if 0 < w < 1 and rise > 0), key=_value, default=Barrier(0.0, 0.0))
+
+
+def instability(ws: Sequence[float], values: Sequence[float]) -> Barrier:
+    """max_w E(w) - (E(0) + E(1)) / 2; with E the error, a path is connected where it is at most 0.02.
+
+    Args:
+        ws: as of `barrier`.
+        values: E, finite.
+
+    Returns:
+        The instability, which is at least half of the ends' difference.
+
+    Source: Frankle et al. 2020, section 2.
+
+    >>> instability([0.0, 0.5, 1.0], [1.0, 4.0, 2.0])
+    Barrier(value=2.5, at=0.5)
+    """
+    first, last = _ends(ws, values)
+    return max((Barrier(value - (first + last) / 2, w) for w, value in _inside(ws, values)), key=_value)
+
+
+def midpoint_barrier(ws: Sequence[float], values: Sequence[float]) -> float | None:
+    """L(1/2) - (L(0) + L(1)) / 2, as the code of Entezari et al. 2021 takes it; None without a point in the middle.
+
+    >>> midpoint_barrier([0.0, 0.5, 1.0], [1.0, 4.0, 2.0])
+    2.5
+    """
+    first, last = _ends(ws, values)
+    middle = [value for w, value in zip(ws, values, strict=True) if w == 0.5]
+    return middle[0] - (first + last) / 2 if middle else None
+
+
+def even_grid(points: int) -> list[float]:
+    """So many points from 0 to 1, at least 2."""
+    return [index / (points - 1) for index in range(points)]
+
+
+def next_look(seen: Mapping[float, float]) -> float | None:
+    """Where a look along a path goes next: to 257 even points, then beside the peaks of the loss over its chord.
+
+    A look costs a loss and nothing else, so that it can be dense. Beside each of up to four peaks it halves the
+    distances four times, which places a peak to 1/4096.
+
+    Args:
+        seen: loss by w, of what was looked at.
+
+    Returns:
+        The next w, or None when the look is over. It depends on the values alone.
+    """
+    return _next(_look(), seen)
+
+
+def next_point(
+    grid: Sequence[float] | Literal["adaptive"],
+    known: Mapping[float, float],
+    seen: Mapping[float, float] | None = None,
+) -> float | None:
+    """Where to take the next point.
+
+    An adaptive grid begins with 17 points and with those that a look found: up to four peaks of the loss over its
+    chord, each with a neighbour to both sides. Without a look it begins with 65 points. Then it halves the intervals
+    beside the peaks, until the highest one is resolved and two rounds one after the other move it by less than 1e-3,
+    or there are 36 points more: at most 65 after a look. What it asks for depends on the values alone, so that a path
+    that was interrupted goes on as it would have.
+
+    Args:
+        grid: the points in order, or `adaptive`.
+        known: loss by w, of points that were taken.
+        seen: loss by w, of a look along the path (`next_look`); only where it peaks counts, not how high.
+
+    Returns:
+        The next w, or None where there is nothing left to do.
+    """
+    if grid != "adaptive":
+        return next((w for w in grid if w not in known), None)
+    return _next(_refine(seen), known)
+
+
+def _next(asked: Generator[float, float, None], known: Mapping[float, float]) -> float | None:
+    """The first w that is asked for and not known."""
+    try:
+        w = next(asked)
+        while w in known:
+            w = asked.send(known[w])
+    except StopIteration:
+        return None
+    return w
+
+
+def _look() -> Generator[float, float, None]:
+    losses: dict[float, float] = {}
+    for w in even_grid(LOOKS):
+        losses[w] = yield w
+    for _ in range(_HALVINGS):
+        for w in _beside(losses, peaks(losses)):
+            losses[w] = yield w
+
+
+def _refine(seen: Mapping[float, float] | None) -> Generator[float, float, None]:
+    losses: dict[float, float] = {}
+    step = 1 / (LOOKS - 1)
+    found = [w for peak in peaks(seen or {}) for w in (peak, peak - step, peak + step) if 0 < w < 1]
+    first = even_grid(_FIRST_UNSEEN if seen is None else _FIRST_POINTS)
+    for w in dict.fromkeys([*first, *found]):
+        losses[w] = yield w
+    still, height, most = 0, _height(losses), len(losses) + _FURTHER_POINTS
+    while (still < 2 or not _is_resolved(losses)) and len(losses) < most:
+        for w in _beside(losses, peaks(losses) or [0.0])[: most - len(losses)]:
+            losses[w] = yield w
+        still = still + 1 if abs(_height(losses) - height) < _SETTLED else 0
+        height = _height(losses)
+
+
+def _is_resolved(losses: Mapping[float, float]) -> bool:
+    """Whether the neighbours of the highest point are on the same rise, and a parabola through all three tops it by
+    little: a narrow rise is not settled because points beyond it add nothing."""
+    ws = sorted(losses)
+    place = ws.index(barrier(ws, [losses[w] for w in ws]).at)
+    if place == 0:
+        return True
+    near = ws[place - 1 : place + 2]
+    low, top, high = (losses[w] - ((1 - w) * losses[0.0] + w * losses[1.0]) for w in near)
+    left, right = near[1] - near[0], near[2] - near[1]
+    up, down = (top - low) / left, (top - high) / right
+    slope, bend = (up * right - down * left) / (left + right), (up + down) / (left + right)
+    return min(low, high) >= _SAME_RISE * top and slope**2 <= 4 * bend * _SETTLED
+
+
+def peaks(losses: Mapping[float, float]) -> list[float]:
+    """Where a loss rises highest over its chord: separate rises, at most four, the highest first.
+
+    Args:
+        losses: by w, those at 0 and 1 among them.
+
+    Returns:
+        Places of local maxima that are at least half as high as the highest, with a dip to nine tenths of their own
+        height between each and the higher ones; none where the loss nowhere rises over the chord.
+
+    >>> peaks({0.0: 0.0, 0.25: 3.0, 0.5: 0.0, 0.75: 2.0, 0.9: 1.0, 1.0: 0.0})
+    [0.25, 0.75]
+    """
+    ws = sorted(losses)
+    if len(ws) < 3:
+        return []
+    first, last = losses[0.0], losses[1.0]
+    rises = [losses[w] - ((1 - w) * first + w * last) for w in ws]
+    inner = [i for i in range(1, len(ws) - 1) if rises[i - 1] <= rises[i] >= rises[i + 1] and rises[i] > 0]
+    chosen: list[int] = []
+    for i in sorted(inner, key=lambda i: -rises[i]):
+        if rises[i] < _PEAK_SHARE * rises[(chosen or [i])[0]] or len(chosen) == _MOST_PEAKS:
+            break
+        if all(min(rises[min(i, other) : max(i, other) + 1]) < _DIP * rises[i] for other in chosen):
+            chosen.append(i)
+    return [ws[i] for i in chosen]
+
+
+def _beside(losses: Mapping[float, float], places: Sequence[float]) -> list[float]:
+    """The middles of the intervals to both sides of these places, in order."""
+    return [(low + high) / 2 for low, high in pairwise(sorted(losses)) if low in places or high in places]
+
+
+def _height(losses: Mapping[float, float]) -> float:
+    return barrier(list(losses), list(losses.values())).value
+
+
+def _value(found: Barrier) -> float:
+    return found.value
+
+
+def _inside(ws: Sequence[float], values: Sequence[float]) -> list[tuple[float, float]]:
+    return [(w, value) for w, value in zip(ws, values, strict=True) if 0 <= w <= 1]
+
+
+def _ends(ws: Sequence[float], values: Sequence[float]) -> tuple[float, float]:
+    by_w = dict(zip(ws, values, strict=True))
+    if 0.0 not in by_w or 1.0 not in by_w:
+        raise AnalysisError("invalid-argument", "A barrier needs the values at 0 and at 1.", argument="ws")
+    return by_w[0.0], by_w[1.0]

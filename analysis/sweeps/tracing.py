@@ -1,0 +1,374 @@
+"""Which axes of a network's tensors belong together, from its computation as ATen operations.
+
+Every axis of every tensor of the traced graph is an element of a union-find structure. An operation ties the axes that
+carry the same units (those of a weight's rows and of what it gives), and blocks those whose order means something:
+inputs, logits, positions in space, what is split, merged or indexed, and all that an operation without a rule touches.
+"""
+
+import copy
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from analysis.errors import AnalysisError
+from analysis.networks.loading import forget, parts_that_keep
+from analysis.probes.inputs import Inputs
+
+Axes = tuple[int, ...]
+# Axes of a node's result, or of each part of it.
+Result = tuple[Any, ...]
+
+
+def tied_axes(module: nn.Module, example: Inputs) -> list[list[tuple[str, int]]]:
+    """Axes of a network's parameters and buffers that any one permutation may move together.
+
+    Args:
+        module: in evaluation mode.
+        example: an input.
+
+    Returns:
+        For each set of axes, name and dimension of its members.
+
+    Raises:
+        AnalysisError: `alignment-failed` where what the network does depends on values, or has no rule for shapes.
+    """
+    state = dict(module.state_dict(keep_vars=True))
+    graph = _traced(module, state, example)
+    axes = _Axes()
+    results: dict[fx.Node, Result] = {}
+    places = [node for node in graph.nodes if node.op == "placeholder"]
+    owned: dict[int, Axes] = {}
+    for tensor, node in zip(state.values(), places[: len(state)], strict=True):
+        results[node] = owned.setdefault(id(tensor), axes.new(tensor.ndim))
+    for node in places[len(state) :]:
+        results[node] = axes.new(node.meta["val"].ndim, blocked=True)
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            # Its order is fixed: nothing permutes what is not in the state.
+            results[node] = axes.new(node.meta["val"].ndim, blocked=True)
+        elif node.op == "call_function":
+            results[node] = _apply(axes, node, results)
+        elif node.op == "output":
+            axes.block([axis for used in node.all_input_nodes for axis in _flat(results[used])])
+    groups: dict[int, list[tuple[str, int]]] = {}
+    for name, node in zip(state, places[: len(state)], strict=True):
+        for dim, axis in enumerate(_flat(results[node])):
+            if not axes.is_blocked(axis):
+                groups.setdefault(axes.root(axis), []).append((name, dim))
+    return list(groups.values())
+
+
+def _traced(module: nn.Module, state: dict[str, Tensor], example: Inputs) -> fx.Graph:
+    """The network's operations. Shapes are enough, nothing is computed; what no state holds is a constant."""
+    # What a network keeps for its next call would be tensors without values: a copy of it keeps them, of the same ones.
+    shell = copy.deepcopy(module, {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())})
+    forget(parts_that_keep(shell))
+
+    def compute(tensors: dict[str, Tensor], inputs: Inputs) -> Any:
+        # A tensor of two names comes in twice; its axes are tied below.
+        return functional_call(shell, tensors, (inputs,), tie_weights=False)
+
+    traced = make_fx(compute, tracing_mode="fake", _allow_non_fake_inputs=True)
+    try:
+        return traced({name: tensor.detach() for name, tensor in state.items()}, example).graph
+    except Exception as error:
+        # Whatever a library's own code raises where it looks at values, or an operation that knows no fake tensors.
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        raise AnalysisError(
+            "alignment-failed",
+            f"The network cannot be traced, which says what units can be permuted: {reason} Ask for alignment none.",
+        ) from error
+
+
+class _Axes:
+    """Union-find over axes; a set with a blocked member is blocked."""
+
+    def __init__(self) -> None:
+        self._parents: list[int] = []
+        self._blocked: list[bool] = []
+
+    def new(self, count: int, *, blocked: bool = False) -> Axes:
+        first = len(self._parents)
+        self._parents += range(first, first + count)
+        self._blocked += [blocked] * count
+        return tuple(range(first, first + count))
+
+    def root(self, axis: int) -> int:
+        while self._parents[axis] != axis:
+            self._parents[axis] = axis = self._parents[self._parents[axis]]
+        return axis
+
+    def tie(self, first: int, second: int) -> None:
+        first, second = self.root(first), self.root(second)
+        self._parents[second] = first
+        self._blocked[first] |= self._blocked[second]
+
+    def block(self, several: Sequence[int]) -> None:
+        for axis in several:
+            self._blocked[self.root(axis)] = True
+
+    def is_blocked(self, axis: int) -> bool:
+        return self._blocked[self.root(axis)]
+
+
+class _Call:
+    """An operation of the graph: its arguments by position, axes in place of tensors, and the shapes around it."""
+
+    def __init__(self, node: fx.Node, results: dict[fx.Node, Result]) -> None:
+        self.args: list[Any] = list(node.args)
+        self.kwargs = node.kwargs
+        self.results = results
+        self.value: Any = node.meta.get("val")
+
+    def axes(self, position: int) -> Axes:
+        return _flat(self.results[self.args[position]])
+
+    def optional(self, position: int) -> Axes:
+        """Axes of a tensor that may be missing, as a bias may."""
+        given = self.args[position] if position < len(self.args) else None
+        return _flat(self.results[given]) if isinstance(given, fx.Node) else ()
+
+    def shape(self, position: int) -> list[int]:
+        return list(self.args[position].meta["val"].shape)
+
+    def get(self, position: int, default: Any = None) -> Any:
+        return self.args[position] if position < len(self.args) else default
+
+
+def _apply(axes: _Axes, node: fx.Node, results: dict[fx.Node, Result]) -> Result:
+    if node.target is operator.getitem:
+        whole, index = list[Any](node.args)
+        part: Result = results[whole][index]
+        return part
+    rule = _RULES.get(str(getattr(node.target, "overloadpacket", None)).removeprefix("aten."))
+    # Rules see tensors by position alone: one by name (`out`, say) is unknown to them.
+    if rule is not None and not any(isinstance(given, fx.Node) for given in node.kwargs.values()):
+        return rule(axes, _Call(node, results))
+    for used in node.all_input_nodes:
+        axes.block(_flat(results[used]))
+    value = node.meta.get("val")
+    if isinstance(value, (tuple, list)):
+        return tuple(axes.new(getattr(part, "ndim", 0), blocked=True) for part in value)
+    return axes.new(getattr(value, "ndim", 0), blocked=True)
+
+
+def _flat(result: Result) -> Axes:
+    return tuple(axis for part in result for axis in (part if isinstance(part, tuple) else (part,)))
+
+
+Rule = Callable[[_Axes, _Call], Result]
+
+
+def _elementwise(axes: _Axes, call: _Call) -> Result:
+    """Tensors number by number, broadcast against each other; also a softmax, which goes with a permuted axis."""
+    found: list[int | None] = [None] * call.value.ndim
+    for position, given in enumerate(call.args):
+        if isinstance(given, fx.Node):
+            _broadcast(axes, call, position, found)
+    # What is repeated along an axis is the same in any order.
+    return tuple(axes.new(1)[0] if axis is None else axis for axis in found)
+
+
+def _broadcast(axes: _Axes, call: _Call, position: int, found: list[int | None]) -> None:
+    """Tie one argument's axes to those found so far for the result, from the last to the first."""
+    shape, own = call.shape(position), call.axes(position)
+    for dim, axis in enumerate(own):
+        place = len(found) - len(own) + dim
+        if shape[dim] == 1 and call.value.shape[place] != 1:
+            continue
+        tied = found[place]
+        if tied is None:
+            found[place] = axis
+        else:
+            axes.tie(tied, axis)
+
+
+def _convolution(axes: _Axes, call: _Call) -> Result:
+    inputs, weight, bias = call.axes(0), call.axes(1), call.optional(2)
+    transposed, groups = call.get(6, False), call.get(8, 1)
+    into, out = (weight[0], weight[1]) if transposed else (weight[1], weight[0])
+    shape = call.shape(1)
+    if groups == 1:
+        axes.tie(inputs[1], into)
+    elif groups == shape[0] == call.shape(0)[1] and not transposed:
+        axes.tie(inputs[1], out)
+    else:
+        axes.block([inputs[1], into, out])
+    for axis in bias:
+        axes.tie(out, axis)
+    # Kernels and pictures have an order of their own.
+    axes.block([*weight[2:], *inputs[2:]])
+    return (inputs[0], out, *axes.new(len(inputs) - 2, blocked=True))
+
+
+def _batch_norm(axes: _Axes, call: _Call) -> Result:
+    """Weight, bias, running mean and variance belong to the channels."""
+    inputs = call.axes(0)
+    for position in range(1, 5):
+        for axis in call.optional(position):
+            axes.tie(inputs[1], axis)
+    return _beside(axes, call, inputs)
+
+
+def _layer_norm(axes: _Axes, call: _Call) -> Result:
+    """Mean and variance do not see an order; scale and shift go with the axes that are normalised."""
+    inputs = call.axes(0)
+    for position in (2, 3):
+        own = call.optional(position)
+        for axis, with_ in zip(own, inputs[len(inputs) - len(own) :], strict=True):
+            axes.tie(with_, axis)
+    return _beside(axes, call, inputs)
+
+
+def _group_norm(axes: _Axes, call: _Call) -> Result:
+    inputs = call.axes(0)
+    for position in (1, 2):
+        for axis in call.optional(position):
+            axes.tie(inputs[1], axis)
+    if call.get(6) != 1:
+        axes.block([inputs[1]])
+    return _beside(axes, call, inputs)
+
+
+def _beside(axes: _Axes, call: _Call, first: Axes) -> Result:
+    """A result of several parts, of which the first is what the network goes on with."""
+    return (first, *(axes.new(getattr(part, "ndim", 0), blocked=True) for part in call.value[1:]))
+
+
+def _addmm(axes: _Axes, call: _Call) -> Result:
+    first, second = call.axes(1), call.axes(2)
+    axes.tie(first[1], second[0])
+    _broadcast(axes, call, 0, [first[0], second[1]])
+    return (first[0], second[1])
+
+
+def _matmul(axes: _Axes, call: _Call) -> Result:
+    """mm and bmm."""
+    first, second = call.axes(0), call.axes(1)
+    axes.tie(first[-1], second[-2])
+    for one, other in zip(first[:-2], second[:-2], strict=True):
+        axes.tie(one, other)
+    return (*first[:-1], second[-1])
+
+
+def _linear(axes: _Axes, call: _Call) -> Result:
+    inputs, weight = call.axes(0), call.axes(1)
+    axes.tie(inputs[-1], weight[1])
+    for axis in call.optional(2):
+        axes.tie(weight[0], axis)
+    return (*inputs[:-1], weight[0])
+
+
+def _embedding(axes: _Axes, call: _Call) -> Result:
+    weight, indices = call.axes(0), call.axes(1)
+    axes.block([weight[0]])
+    return (*indices, weight[1])
+
+
+def _transpose(axes: _Axes, call: _Call) -> Result:
+    found = list(call.axes(0))
+    first, second = call.get(1, 0), call.get(2, 1)
+    if len(found) > 1:
+        found[first], found[second] = found[second], found[first]
+    return tuple(found)
+
+
+def _permute(axes: _Axes, call: _Call) -> Result:
+    own = call.axes(0)
+    return tuple(own[dim] for dim in call.args[1])
+
+
+def _reduce(axes: _Axes, call: _Call) -> Result:
+    own = call.axes(0)
+    given = call.get(1)
+    dims = {dim % len(own) for dim in ([given] if isinstance(given, int) else given or range(len(own)))}
+    if call.value.ndim == len(own):
+        return tuple(axes.new(1)[0] if dim in dims else axis for dim, axis in enumerate(own))
+    return tuple(axis for dim, axis in enumerate(own) if dim not in dims)
+
+
+def _pool(axes: _Axes, call: _Call) -> Result:
+    """Over the last two axes, with a batch before the channels or without."""
+    own = call.axes(0)
+    axes.block(own[-2:])
+    found = (*own[:-2], *axes.new(2, blocked=True))
+    return (found, axes.new(len(own), blocked=True)) if isinstance(call.value, (tuple, list)) else found
+
+
+def _view(axes: _Axes, call: _Call) -> Result:
+    """Axes that come through whole stay; those that are split or merged are blocked."""
+    before, after, own = call.shape(0), list(call.value.shape), call.axes(0)
+    found: list[int] = []
+    first = last = 0
+    while first < len(before) or last < len(after):
+        # The next run of axes on both sides that hold the same numbers.
+        start, stop = first, last
+        old = new = 1
+        if first < len(before):
+            old, first = before[first], first + 1
+        if last < len(after):
+            new, last = after[last], last + 1
+        while old != new:
+            if old < new:
+                old, first = old * before[first], first + 1
+            else:
+                new, last = new * after[last], last + 1
+        many = [dim for dim in range(start, first) if before[dim] != 1]
+        into = [dim for dim in range(stop, last) if after[dim] != 1]
+        whole = len(many) == 1 == len(into)
+        if not whole:
+            axes.block([own[dim] for dim in many])
+        found += [
+            own[many[0]] if whole and dim in into else axes.new(1, blocked=not whole)[0] for dim in range(stop, last)
+        ]
+    return tuple(found)
+
+
+def _cat(axes: _Axes, call: _Call) -> Result:
+    """Along one axis the parts follow each other; the others are shared."""
+    # An empty tensor of one axis may stand among any others.
+    parts = [_flat(call.results[part]) for part in call.args[0] if list(part.meta["val"].shape) != [0]]
+    dim = call.get(1, 0) % len(parts[0])
+    for part in parts:
+        axes.block([part[dim]])
+        for place, axis in enumerate(part):
+            if place != dim:
+                axes.tie(parts[0][place], axis)
+    return tuple(axes.new(1, blocked=True)[0] if place == dim else axis for place, axis in enumerate(parts[0]))
+
+
+_ELEMENTWISE = (
+    "relu", "relu_", "gelu", "tanh", "sigmoid", "silu", "silu_", "elu", "leaky_relu", "hardtanh", "hardtanh_",
+    "hardswish", "hardswish_", "hardsigmoid", "mish", "softplus", "_prelu_kernel", "clamp", "clamp_min", "clamp_max",
+    "neg", "exp", "log", "sqrt", "rsqrt", "reciprocal", "abs", "square", "pow", "erf", "sin", "cos", "clone", "detach",
+    "alias", "_to_copy", "contiguous", "expand", "_softmax", "add", "add_", "sub", "sub_", "rsub", "mul", "mul_", "div",
+    "div_", "maximum", "minimum", "eq", "ne", "lt", "le", "gt", "ge", "where", "masked_fill",
+)  # fmt: skip
+_RULES: dict[str, Rule] = {
+    **dict.fromkeys(_ELEMENTWISE, _elementwise),
+    "convolution": _convolution,
+    **dict.fromkeys(
+        ("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm"),
+        _batch_norm,
+    ),
+    "native_layer_norm": _layer_norm,
+    "native_group_norm": _group_norm,
+    "addmm": _addmm,
+    "mm": _matmul,
+    "bmm": _matmul,
+    "linear": _linear,
+    "embedding": _embedding,
+    "t": _transpose,
+    "transpose": _transpose,
+    "permute": _permute,
+    **dict.fromkeys(("mean", "sum", "amax", "amin"), _reduce),
+    **dict.fromkeys(
+        ("max_pool2d_with_indices", "avg_pool2d", "_adaptive_avg_pool2d", "adaptive_max_pool2d", "max_pool2d"), _pool
+    ),
+    **dict.fromkeys(("view", "_unsafe_view", "reshape", "flatten", "unsqueeze", "squeeze"), _view),
+    "cat": _cat,
+}

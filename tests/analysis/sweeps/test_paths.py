@@ -1,0 +1,357 @@
+"""Paths between two checkpoints: the mix, its ends, its statistics, its barriers and the adaptive grid."""
+
+import doctest
+import math
+import pathlib
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from analysis.errors import AnalysisError
+from analysis.evaluation import EvaluationOptions, evaluate_network
+from analysis.networks.loading import LoadedNetwork, load_network
+from analysis.probes.probe import Probe
+from analysis.sweeps import paths
+from analysis.sweeps.paths import (
+    Barrier,
+    Path,
+    barrier,
+    even_grid,
+    instability,
+    midpoint_barrier,
+    next_look,
+    next_point,
+    recalibrate,
+    require_variances,
+)
+from tests.analysis.tiny import ARCHITECTURES, network_of, probe_of
+
+CPU = torch.device("cpu")
+EXACT = EvaluationOptions(null_permutations=0, tolerance=0.0)
+
+
+def test_the_examples_in_the_docstrings_hold() -> None:
+    """What the docstrings show is what comes out."""
+    assert doctest.testmod(paths).failed == 0
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_ends_are_the_endpoints_own_evaluations(name: str) -> None:
+    """Bit for bit, also after the path has been elsewhere, and integer buffers as well."""
+    probe = probe_of(name)
+    own = [evaluate_network(network_of(name, seed), probe, device=CPU, options=EXACT).splits for seed in (0, 1)]
+    second = network_of(name, 1).module.state_dict()
+    for tensor in second.values():
+        if not tensor.is_floating_point():
+            tensor.fill_(7)
+    path = Path(network_of(name, 0), second)
+    for w in (0.3, 1.0, 0.0):
+        found = evaluate_network(path.move_to(w), probe, device=CPU, options=EXACT).splits
+        if w in (0.0, 1.0):
+            assert found == own[int(w)]
+            state = path.network.module.state_dict()
+            wanted = path.second if w else path.first
+            assert all(torch.equal(state[key], wanted[key]) for key in wanted)
+        else:
+            counters = [tensor for tensor in path.mix.values() if not tensor.is_floating_point()]
+            assert all(int(counter) == 0 for counter in counters)
+
+
+def test_bfloat16_checkpoints_are_mixed_in_float32(tmp_path: pathlib.Path) -> None:
+    """Between two stored numbers of 8 bits lie all that float32 has: the mix is not rounded back to their type."""
+    states = [
+        {
+            key: t.bfloat16() if t.is_floating_point() else t
+            for key, t in network_of("cnn", seed).module.state_dict().items()
+        }
+        for seed in (0, 1)
+    ]
+    loaded = []
+    for place, state in enumerate(states):
+        save_file(state, file := tmp_path / f"{place}.safetensors")
+        loaded.append(load_network(ARCHITECTURES["cnn"], file, head=None, device="cpu"))
+    path = Path(loaded[0], loaded[1].module.state_dict())
+    for w in (0.0, 0.3, 1.0):
+        mixed = path.move_to(w).module.state_dict()
+        for key in ("convs.0.weight", "norms.1.running_var", "head.bias"):
+            first, second = (state[key].double() for state in states)
+            assert mixed[key].dtype == torch.float32
+            wanted = first + w * (second - first)
+            torch.testing.assert_close(mixed[key].double(), wanted, rtol=1e-6, atol=1e-7)
+            if w == 0.3:
+                assert not torch.equal(mixed[key], mixed[key].bfloat16().float())
+
+
+def test_a_path_to_itself_is_flat() -> None:
+    """Every tensor at every point is the checkpoint's own, to the last bit."""
+    network = network_of("cnn", 0)
+    own = {name: tensor.clone() for name, tensor in network.module.state_dict().items()}
+    path = Path(network, {name: tensor.clone() for name, tensor in own.items()})
+    for w in (0.0, 0.1, 1 / 3, 0.5, 0.9, 1.0, 1.5):
+        state = path.move_to(w).module.state_dict()
+        assert all(torch.equal(state[name], own[name]) for name in own)
+    distance, cosine = path.distances()
+    assert distance == 0.0
+    assert cosine == pytest.approx(1.0)
+
+
+def test_the_mix_is_linear_and_the_distances_are_those_of_the_parameters() -> None:
+    """(1 - w) A + w B in float32; lengths over parameters alone, not over running statistics."""
+    network, other = network_of("mlp", 0), network_of("mlp", 1)
+    first = {name: tensor.clone().double() for name, tensor in network.module.state_dict().items()}
+    second = {name: tensor.double() for name, tensor in other.module.state_dict().items()}
+    path = Path(network, other.module.state_dict())
+    for w in (-0.25, 0.25, 0.75):
+        for name, tensor in path.move_to(w).module.state_dict().items():
+            if tensor.is_floating_point():
+                torch.testing.assert_close(tensor.double(), (1 - w) * first[name] + w * second[name], rtol=0, atol=3e-7)
+    names = [name for name, _ in network.module.named_parameters()]
+    a, b = (torch.cat([state[name].flatten() for name in names]) for state in (first, second))
+    distance, cosine = path.distances()
+    assert distance == pytest.approx(float((a - b).norm()))
+    assert cosine == pytest.approx(float(a @ b / a.norm() / b.norm()))
+
+
+def test_negative_variances_beyond_the_ends_are_named() -> None:
+    """Mixed variances are linear in w, and their roots are not; between the ends there is nothing to look for."""
+    network, other = network_of("mlp", 0), network_of("mlp", 1).module.state_dict()
+    path = Path(network, other)
+    for w in (0.0, 0.5, 1.0, 1.001):
+        require_variances(path.move_to(w), w)
+    with pytest.raises(AnalysisError, match="normalisation recalibrate") as caught:
+        require_variances(path.move_to(-5.0), -5.0)
+    variances = [path.first[name] * 6 - other[name] * 5 for name in path.first if name.endswith("running_var")]
+    assert caught.value.members["n_negative"] == sum(int((variance < 0).sum()) for variance in variances) > 0
+
+
+def test_ends_of_two_shapes_are_refused() -> None:
+    """The error names what differs."""
+    with pytest.raises(AnalysisError, match="names or shapes") as caught:
+        Path(network_of("mlp", 0), network_of("cnn", 0).module.state_dict())
+    assert caught.value.members["argument"] == "other"
+    assert "convs.0.weight" in caught.value.members["differing"]
+
+
+def test_recalibration_takes_the_statistics_of_the_probe() -> None:
+    """In one batch they are the activations' own mean and variance; the rest of the network stays as it was."""
+    network, probe = network_of("mlp", 0), probe_of("mlp")
+    before = {name: tensor.clone() for name, tensor in network.module.state_dict().items()}
+    assert recalibrate(network, probe, device=CPU, batch_size=60) == 2
+    state = network.module.state_dict()
+    activations = probe.inputs @ before["layers.0.weight"].T + before["layers.0.bias"]
+    torch.testing.assert_close(state["norms.0.running_mean"], activations.mean(dim=0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(state["norms.0.running_var"], activations.var(dim=0), rtol=1e-4, atol=1e-5)
+    assert not any(module.training for module in network.module.modules())
+    assert all(torch.equal(state[name], before[name]) for name, _ in network.module.named_parameters())
+
+
+def test_recalibration_is_deterministic_and_weighs_samples_alike() -> None:
+    """Twice the same, whatever was there before; a mean over batches of different sizes is that of all samples."""
+    probe = probe_of("mlp")
+    found: list[dict[str, torch.Tensor]] = []
+    for seed in (0, 0):
+        network = network_of("mlp", seed)
+        network.module.get_buffer("norms.0.running_mean").fill_(100.0 * (len(found) + 1))
+        recalibrate(network, probe, device=CPU, batch_size=32)
+        found.append({name: tensor.clone() for name, tensor in network.module.state_dict().items()})
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    state = network_of("mlp", 0).module.state_dict()
+    mean = (probe.inputs @ state["layers.0.weight"].T + state["layers.0.bias"]).mean(dim=0)
+    torch.testing.assert_close(found[0]["norms.0.running_mean"], mean, rtol=1e-4, atol=1e-5)
+
+
+def test_recalibration_under_autocast_takes_the_statistics_of_its_activations() -> None:
+    """Of the first layer's output in bfloat16, in float32; a deeper network with images runs through as well."""
+    network, probe = network_of("mlp", 0), probe_of("mlp")
+    state = network.module.state_dict()
+    recalibrate(network, probe, device=CPU, batch_size=60, precision="bfloat16")
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        activations = network.module.get_submodule("layers.0")(probe.inputs)
+    assert activations.dtype == torch.bfloat16
+    assert state["norms.0.running_mean"].dtype == torch.float32
+    assert isinstance(probe.inputs, torch.Tensor)
+    narrow, wide = (
+        activations.float().mean(dim=0),
+        torch.nn.functional.linear(probe.inputs, state["layers.0.weight"], state["layers.0.bias"]).mean(dim=0),
+    )
+    found = state["norms.0.running_mean"]
+    torch.testing.assert_close(found, narrow, rtol=1e-5, atol=1e-5)
+    assert float((found - wide).abs().max()) > 10 * float((found - narrow).abs().max())
+    for name in ("cnn", "resnet"):
+        other = network_of(name, 0)
+        assert recalibrate(other, probe_of(name), device=CPU, batch_size=20, precision="bfloat16") > 0
+        assert all(bool(torch.isfinite(tensor).all()) for tensor in other.module.state_dict().values())
+
+
+def test_recalibration_does_not_depend_on_how_the_samples_lie() -> None:
+    """Class by class, as folders have them, the variance is that of all samples and not that within a class."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(10).repeat_interleave(100)
+    inputs = 5 * torch.randn(10, 12, generator=generator)[labels] + torch.randn(1000, 12, generator=generator)
+    module = torch.nn.Sequential(torch.nn.BatchNorm1d(12), torch.nn.Linear(12, 10)).eval().requires_grad_(False)
+    network = LoadedNetwork(module, "1")
+    assert recalibrate(network, Probe(inputs, labels, None, 10, None), device=CPU, batch_size=100) == 1
+    variance = inputs.var(dim=0)
+    torch.testing.assert_close(module[0].running_var, variance, rtol=0.05, atol=0)
+    within = torch.stack([part.var(dim=0) for part in torch.split(inputs, 100)]).mean(dim=0)
+    assert bool((within < 0.5 * variance).all())
+
+
+def test_a_layer_that_runs_twice_has_the_statistics_of_both() -> None:
+    """Of two batches, on each of which it sees two inputs."""
+
+    class Twice(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.head = torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = self.head(self.norm(x) + self.norm(x + 5))
+            return logits
+
+    module = Twice().eval().requires_grad_(False)
+    inputs = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+    probe = Probe(inputs, torch.arange(50) % 2, None, 2, None)
+    recalibrate(LoadedNetwork(module, "head"), probe, device=CPU, batch_size=25)
+    torch.testing.assert_close(module.norm.running_mean, inputs.mean(dim=0) + 2.5)
+
+
+def test_a_last_batch_of_one_sample_is_no_obstacle() -> None:
+    """It has no variance; without statistics to take, nothing is passed at all."""
+    assert recalibrate(network_of("mlp", 0), probe_of("mlp", 61), device=CPU, batch_size=20) == 2
+    assert recalibrate(network_of("mlp", 0), probe_of("mlp", 5), device=CPU, batch_size=1) == 2
+    with pytest.raises(AnalysisError, match="two samples"):
+        recalibrate(network_of("mlp", 0), probe_of("mlp", 1), device=CPU, batch_size=20)
+    network = network_of("mlp", 0)
+    network.module.norms = torch.nn.ModuleList([torch.nn.Identity(), torch.nn.Identity()])
+    assert recalibrate(network, probe_of("mlp"), device=CPU, batch_size=20) == 0
+
+
+@given(
+    values=st.lists(st.floats(-10, 10), min_size=3, max_size=12),
+    slope=st.floats(-5, 5),
+)
+def test_a_barrier_does_not_see_a_slope(values: list[float], slope: float) -> None:
+    """Adding a line moves no barrier; from above and from below they are each other's mirror."""
+    ws = even_grid(len(values))
+    tilted = [value + slope * w for w, value in zip(ws, values, strict=True)]
+    assert barrier(ws, tilted).value == pytest.approx(barrier(ws, values).value, abs=1e-9)
+    mirrored = [-value for value in values]
+    assert barrier(ws, mirrored, falls=True) == barrier(ws, values)
+    assert barrier(ws, values).value >= 0
+    assert instability(ws, values).value >= abs(values[0] - values[-1]) / 2 - 1e-12
+
+
+def test_points_beyond_the_ends_do_not_count() -> None:
+    """A path that was extrapolated has the barrier of its inner part."""
+    ws, values = [-0.5, 0.0, 0.5, 1.0, 1.5], [9.0, 1.0, 2.0, 1.0, 9.0]
+    assert barrier(ws, values) == Barrier(1.0, 0.5)
+    assert instability(ws, values) == Barrier(1.0, 0.5)
+    assert midpoint_barrier(ws, values) == 1.0
+    assert midpoint_barrier([0.0, 0.4, 1.0], [1.0, 2.0, 1.0]) is None
+    with pytest.raises(AnalysisError, match="at 0 and at 1"):
+        barrier([0.0, 0.5], [1.0, 2.0])
+
+
+Known = dict[float, float]
+
+
+def _followed(loss: Callable[[float], float], grid: list[float] | None = None) -> Known:
+    known: Known = {}
+    while (w := next_point(grid or "adaptive", known)) is not None:
+        assert w not in known
+        known[w] = loss(w)
+    return known
+
+
+def _looked_and_followed(loss: Callable[[float], float], on_part: Callable[[float], float] | None = None) -> Known:
+    """The points of an adaptive grid after a look, which may see a part of the samples alone."""
+    seen: Known = {}
+    while (w := next_look(seen)) is not None:
+        assert w not in seen
+        seen[w] = (on_part or loss)(w)
+    assert len(seen) <= 290
+    known: Known = {}
+    while (w := next_point("adaptive", known, seen)) is not None:
+        assert w not in known
+        known[w] = loss(w)
+    assert len(known) <= 65
+    return known
+
+
+def _bumps(*bumps: tuple[float, float, float], slope: float = 0.5) -> Callable[[float], float]:
+    """A line with bumps of height, place and width."""
+    return lambda w: (
+        1 + slope * w + sum(height * math.exp(-(((w - at) / width) ** 2) / 2) for height, at, width in bumps)
+    )
+
+
+def _dense(loss: Callable[[float], float]) -> float:
+    ws = even_grid(20_001)
+    return barrier(ws, [loss(w) for w in ws]).value
+
+
+BUMPS: dict[str, Callable[[float], float]] = {
+    "near the end": _bumps((0.9, 0.97, 0.02)),
+    "near the start": _bumps((2.0, 0.013, 0.005)),
+    "narrow": _bumps((1.0, 0.5473, 0.003)),
+    "narrower than the look, and seen": _bumps((1.0, 0.2002, 0.001)),
+    "two": _bumps((1.0, 0.25, 0.1), (1.2, 0.785, 0.01)),
+    "two that touch": _bumps((1.0, 0.45, 0.05), (1.1, 0.55, 0.008)),
+    "one of many": _bumps(*((0.6 + 0.1 * i, 0.1 + 0.2 * i, 0.01) for i in range(5))),
+    "broad with ripples": lambda w: 4 * w * (1 - w) + 0.002 * math.sin(900 * w),
+    "beside a fall": _bumps((-3.0, 0.5, 0.1), (0.4, 0.9, 0.01)),
+}
+
+
+@pytest.mark.parametrize("name", BUMPS)
+def test_an_adaptive_grid_finds_what_a_look_shows(name: str) -> None:
+    """The barrier is that of 20,001 points to 2e-3, wherever it lies, with at most 65 points."""
+    loss = BUMPS[name]
+    found = _looked_and_followed(loss)
+    assert barrier(list(found), list(found.values())).value == pytest.approx(_dense(loss), abs=2e-3)
+
+
+@pytest.mark.parametrize("name", BUMPS)
+def test_a_look_at_some_of_the_samples_says_where(name: str) -> None:
+    """Heights and places of a part are somewhat off, in level and slope as well."""
+
+    def on_part(w: float) -> float:
+        return 0.3 + 0.8 * BUMPS[name](w + 0.001 * (1 - w) * w) - 0.2 * w
+
+    found = _looked_and_followed(BUMPS[name], on_part)
+    assert barrier(list(found), list(found.values())).value == pytest.approx(_dense(BUMPS[name]), rel=0.02)
+
+
+def test_without_a_look_an_adaptive_grid_begins_more_densely() -> None:
+    """A bump a fiftieth wide is found from 65 points, wherever it lies; of two the higher one."""
+    for at in (0.03, 0.5473, 0.97, 0.9922):
+        found = _followed(loss := _bumps((0.9, at, 0.02)))
+        assert barrier(list(found), list(found.values())).value == pytest.approx(_dense(loss), abs=2e-3)
+        assert len(found) <= 101
+    found = _followed(loss := _bumps((1.0, 0.25, 0.1), (1.2, 0.7827, 0.02)))
+    assert barrier(list(found), list(found.values())).value == pytest.approx(_dense(loss), abs=2e-3)
+
+
+def test_an_adaptive_grid_stops_where_there_is_nothing_to_find() -> None:
+    """A straight line takes the first points and two rounds; a barrier without end takes 36 points more."""
+    assert 17 < len(_looked_and_followed(lambda w: 2 - w)) <= 21
+    assert 65 < len(_followed(lambda w: 2 - w)) <= 69
+    assert len(_followed(lambda w: 0.0 if w in (0, 1) else 1e9 - abs(w - 1 / 3) * 1e9)) <= 101
+
+
+def test_an_adaptive_grid_goes_on_as_it_would_have() -> None:
+    """What it asks for next depends on the values alone, in whatever order they are given back."""
+
+    def loss(w: float) -> float:
+        return -((w - 0.3) ** 2)
+
+    whole = _followed(loss)
+    for count in (0, 5, 66, len(whole) - 1):
+        part = dict(reversed(list(whole.items())[:count]))
+        assert next_point("adaptive", part) == list(whole)[count]
+    assert next_point("adaptive", whole) is None

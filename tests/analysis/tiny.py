@@ -1,0 +1,36 @@
+"""Small networks and probes that tests of what varies share."""
+
+from typing import Any
+
+import torch
+
+from analysis.networks.loading import LoadedNetwork, build
+from analysis.probes.probe import Probe
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "mlp": {"family": "builtin", "name": "mlp", "args": {"sizes": [12, 16, 16, 5], "norm": "batch"}},
+    "cnn": {"family": "builtin", "name": "cnn", "args": {"n_classes": 5, "in_channels": 1, "channels": [6, 8]}},
+    "resnet": {"family": "builtin", "name": "resnet", "args": {"n_classes": 5, "in_channels": 1, "width": 4}},
+}
+HEADS = {"mlp": "head", "cnn": "head", "resnet": "fc"}
+INPUT_SHAPES = {"mlp": (12,), "cnn": (1, 8, 8), "resnet": (1, 8, 8)}
+
+
+def network_of(name: str, seed: int) -> LoadedNetwork:
+    """A network with weights at random, its running statistics too, as no training leaves them at 0 and 1."""
+    torch.manual_seed(seed)
+    module = build(ARCHITECTURES[name], device="cpu").eval().requires_grad_(False)
+    for buffer_name, buffer in module.named_buffers():
+        if buffer_name.endswith("running_mean"):
+            buffer.normal_()
+        elif buffer_name.endswith("running_var"):
+            buffer.uniform_(0.5, 2)
+    return LoadedNetwork(module, HEADS[name])
+
+
+def probe_of(name: str, n: int = 60) -> Probe:
+    """Inputs that fit a network, of 5 classes, with two splits."""
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.arange(n) % 5
+    inputs = torch.randn(n, *INPUT_SHAPES[name], generator=generator) + labels.view(n, *[1] * len(INPUT_SHAPES[name]))
+    return Probe(inputs, labels, (torch.arange(n) % 3 == 0).long(), 5, None)

@@ -60,9 +60,10 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# After a change of what the service answers: writes interplay/results.py anew.
+# After a change of what the service answers: writes interplay/results.py and docs/gate.schema.json anew.
 types: setup
-	$(BIN)/python -m tests.interplay.results
+	$(BIN)/python -m tools.result_types
+	$(BIN)/python -m tools.gate_schema
 
 # After a change of pins in pyproject.toml: installs them into an empty environment and writes down all that came.
 # A local label (torch's +cpu) names one index's build and is left out, so that the lock installs from any.

@@ -23,8 +23,8 @@ import uvicorn
 from app.settings import Settings, load_settings, start_logging
 
 if TYPE_CHECKING:
-    from app.connections import Connections
-    from app.events import Events
+    from app.api.connections import Connections
+    from app.api.events import Events
 
 logger = logging.getLogger("interplay")
 
@@ -163,7 +163,7 @@ def _share_memory() -> None:
 
 def _run_server(settings: Settings, listener: socket.socket, worker: "_SupervisedWorker | None") -> int:
     import migrations
-    from app.connections import BACKLOG, Connections
+    from app.api.connections import BACKLOG, Connections
     from app.main import create_app
 
     tables: Future[None] = Future()

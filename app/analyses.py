@@ -14,11 +14,11 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from app import models, queue, resources, schemas
-from app.alike import require_comparable, require_one_network
-from app.architectures import is_causal_lm
 from app.database import read, write
+from app.descriptions.alike import require_comparable, require_one_network
+from app.descriptions.architectures import is_causal_lm
+from app.descriptions.labels import match_labels, require_suitable
 from app.errors import IdempotencyConflict, NotCancellable, NotFound
-from app.labels import match_labels, require_suitable
 from app.listing import Listing, page
 from app.models import Analysis, AnalysisCheckpoint, Report
 

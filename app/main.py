@@ -8,15 +8,16 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
-from app import documents, problems, queue
-from app.admission import Admission
+from app import queue
+from app.api import documents, problems
+from app.api.admission import Admission
+from app.api.drawing import Drawings
+from app.api.events import Events
+from app.api.openapi import Application
+from app.api.readiness import Readiness
+from app.api.routes import Service, analyses, gates, health, reports
+from app.api.routes import resources as resource_routes
 from app.database import make_engine
-from app.drawing import Drawings
-from app.events import Events
-from app.openapi import Application
-from app.readiness import Readiness
-from app.routes import Service, analyses, gates, health, reports
-from app.routes import resources as resource_routes
 from app.settings import Settings
 from app.startup import WaitForTables, settle
 from app.storage import Storage

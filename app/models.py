@@ -95,7 +95,7 @@ class Probe(Resource):
 
     name: Mapped[str] = mapped_column(sa.String(200), index=True)
     sha256: Mapped[str] = mapped_column(sa.ForeignKey("blobs.sha256"), index=True)
-    # Of the data, whatever file they came in (app/identity.py); null of what was uploaded before there was one.
+    # Of the data, whatever file they came in (app/files/identity.py); null of what was uploaded before there was one.
     data_sha256: Mapped[str | None] = mapped_column(sa.String(64), index=True)
     size_bytes: Mapped[int] = mapped_column(sa.BigInteger)
     format: Mapped[str] = mapped_column(sa.String(20))

@@ -15,19 +15,18 @@ from pydantic import ValidationError
 from sqlalchemy.orm import Session
 
 from app import models, schemas
-from app.architectures import architecture_of_config, check_architecture
 from app.database import read, write
+from app.descriptions.architectures import architecture_of_config, check_architecture
+from app.descriptions.preprocessing import given_preprocess, preprocess_of_config
 from app.errors import InUse, InvalidFile, InvalidRequest, NotFound, TooLarge, invalid_request
-from app.foreign import refuse_adapter, refuse_foreign_file
+from app.files.foreign import refuse_adapter, refuse_foreign_file
+from app.files.weights import weight_names
 from app.offers import require_offered
-from app.preprocessing import given_preprocess, preprocess_of_config
 from app.settings import Settings
-from app.storage import BlobDamaged, StagedFile, Storage
-from app.uploads import Upload
-from app.weights import weight_names
+from app.storage import BlobDamaged, StagedFile, Storage, Upload
 
 if TYPE_CHECKING:
-    from app import tensorfile
+    from app.files import tensorfile
 
 _ORPHAN_SECONDS = 3600.0
 
@@ -50,7 +49,7 @@ _USES = (
 
 def create_checkpoint(engine: sa.Engine, storage: Storage, settings: Settings, upload: Upload) -> models.Checkpoint:
     """Keep a checkpoint; its header is checked, its weights are not read (the worker does that)."""
-    from app import archives, tensorfile
+    from app.files import archives, tensorfile
 
     spec = _parse_spec(schemas.CheckpointSpec, upload.spec, settings)
     with _blob_path(engine, storage, upload, spec) as path, ExitStack() as stack:
@@ -90,7 +89,7 @@ def create_checkpoint(engine: sa.Engine, storage: Storage, settings: Settings, u
 
 def create_probe(engine: sa.Engine, storage: Storage, settings: Settings, upload: Upload) -> models.Probe:
     """Keep a probe dataset; labels and splits are read and checked, images and texts are not decoded."""
-    from app import probedata
+    from app.files import probedata
 
     spec = _parse_spec(schemas.ProbeSpec, upload.spec, settings)
     with _blob_path(engine, storage, upload, spec) as path, ExitStack() as stack:
@@ -110,8 +109,8 @@ def create_feature_set(engine: sa.Engine, storage: Storage, settings: Settings, 
     """Keep features, labels and head that somebody extracted elsewhere."""
     import numpy as np
 
-    from app import identity, tensordata, tensorfile
-    from app.datafile.values import MAX_CLASSES
+    from app.files import identity, tensordata, tensorfile
+    from app.files.datafile.values import MAX_CLASSES
 
     spec = _parse_spec(schemas.FeatureSetSpec, upload.spec, settings)
     with _blob_path(engine, storage, upload, spec) as path:
@@ -303,7 +302,7 @@ def _out_of_archive(
     storage: Storage, settings: Settings, path: Path, spec: schemas.CheckpointSpec, stack: ExitStack
 ) -> tuple[StagedFile, schemas.CheckpointSpec]:
     """The weights of a Hugging Face folder as one staged file; the spec, completed by what the folder says."""
-    from app import archives
+    from app.files import archives
 
     unpacked_bytes = int(min(settings.max_upload_bytes, settings.max_unpacked_ratio * path.stat().st_size))
     with archives.open_folder(path, max_bytes=unpacked_bytes) as folder:

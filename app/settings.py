@@ -192,7 +192,7 @@ class _Repeated(logging.Filter):
 
 
 # What clients and dependencies can make say the same without end.
-_TALKATIVE = ("app.events", "app.problems", "asyncio", "uvicorn.error")
+_TALKATIVE = ("app.api.events", "app.api.problems", "asyncio", "uvicorn.error")
 _REPEAT_SECONDS = 10.0
 
 

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app import resources
-from app.routes import Service
+from app.api.routes import Service
 from app.settings import freeze_loaded_objects
 from app.storage import StorageUnavailable
 
@@ -47,7 +47,7 @@ def settle(service: Service, tables: "Future[None]", ending: threading.Event) ->
     if tables.exception() is not None:
         return
     # Together they take a second, which the first upload and the first analysis would take longer.
-    from app import archives, probedata  # noqa: F401
+    from app.files import archives, probedata  # noqa: F401
 
     service.queue.get()
     freeze_loaded_objects()

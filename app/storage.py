@@ -185,6 +185,14 @@ class StagedFile:
 
 
 @dataclass(frozen=True)
+class Upload:
+    """A complete form: the text of `spec` and the staged `file`, if one was sent."""
+
+    spec: bytes
+    file: StagedFile | None
+
+
+@dataclass(frozen=True)
 class StoredFeatures:
     """Features that workers keep: a name that begins with the sha256 of a checkpoint and of a probe's data.
 

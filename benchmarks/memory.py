@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from analysis.networks.loading import build
 from app.settings import Settings
 from app.storage import Storage
-from workers import kinds
-from workers.features import FeatureCache
+from workers.compute import kinds
+from workers.compute.features import FeatureCache
 
 Row = dict[str, object]
 # 100 million parameters, beside which a batch, its activations and what is measured on them are next to nothing.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from analysis.networks import loading as networks
+from analysis.networks import loading
 from examples.experiment import Experiment, interplay_of, main, show
 from examples.service import check_signals
 
@@ -43,7 +43,7 @@ class Addition(nn.Module):
 
     def merged(self) -> nn.Module:
         """The same function of the two summands' one-hot codes side by side."""
-        network = networks.build(ARCHITECTURE, device="cpu")
+        network = loading.build(ARCHITECTURE, device="cpu")
         halves = torch.split(self.hidden.weight.double(), EMBEDDING, dim=1)
         weight = torch.cat([half @ self.embedding.weight.double().T for half in halves], dim=1)
         state = {

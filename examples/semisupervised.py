@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
-from analysis.networks import loading as networks
+from analysis.networks import loading
 from examples.experiment import Experiment, interplay_of, main, mean_and_error, show
 from examples.service import check_signals
 from examples.training import MOMENTUM, Digits, load
@@ -74,7 +74,7 @@ def train(digits: Digits, per_class: int, seed: int, steps: int, *, pseudo: bool
     others = torch.tensor([row for row in range(len(digits.train_labels)) if row not in set(labelled.tolist())])
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        network = networks.build(ARCHITECTURE, device="cpu")
+        network = loading.build(ARCHITECTURE, device="cpu")
     received: list[Tensor] = []
     network.get_submodule("head").register_forward_pre_hook(lambda _, inputs: received.append(inputs[0]))
     head = network.get_parameter("head.weight")

@@ -14,7 +14,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from analysis.networks import loading as networks
+from analysis.networks import loading
 
 N_TEST = 360
 MOMENTUM = 0.9
@@ -66,7 +66,7 @@ class Training:
 
     Args:
         digits: what to learn.
-        architecture: as `networks.build` takes it.
+        architecture: as `loading.build` takes it.
         epochs: length of the schedule.
         learning_rate: at its start.
         weight_decay: of all parameters.
@@ -94,7 +94,7 @@ class Training:
         self._batch_size, self._label_smoothing = batch_size, label_smoothing
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self.network = networks.build(architecture, device="cpu")
+            self.network = loading.build(architecture, device="cpu")
         self._optimizer = torch.optim.SGD(
             self.network.parameters(), lr=learning_rate, momentum=MOMENTUM, weight_decay=weight_decay
         )

@@ -15,7 +15,7 @@ from unicodedata import normalize
 _DESCRIPTIONS = ("config.json", "preprocessor_config.json", "tokenizer.json", "adapter_config.json")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _NO_WEIGHTS = ("optim", "sched", "scaler", "rng_state", "training_args")
-# What file managers leave beside files; as in app/datafile/folders.py.
+# What file managers leave beside files; as in app/files/datafile/folders.py.
 _LITTER = ("__MACOSX", "Thumbs.db", "desktop.ini")
 # The earliest time that a zip can tell, and the system whose rights of files it tells.
 _NO_TIME, _UNIX = (1980, 1, 1, 0, 0, 0), 3

@@ -35,7 +35,7 @@ def main() -> None:
     if len(sys.argv) > 1 and sys.argv[1] in COMMANDS:
         start(sys.argv[1], sys.argv[2:])
     # Late: the client takes a third of a second to load, and a server has no use for it.
-    from interplay.command import main as run
+    from interplay.command.main import main as run
 
     run()
 
@@ -50,7 +50,7 @@ def start(name: str, arguments: Sequence[str]) -> None:
     command = COMMANDS[name]
     for extra, witness in command.needs.items():
         if importlib.util.find_spec(witness) is None:
-            from interplay.options import EXIT_USAGE, fail
+            from interplay.command.options import EXIT_USAGE, fail
 
             detail = f"`interplay {name}` needs more than the client: pip install 'interplay[{extra}]'"
             fail(EXIT_USAGE, "Not installed", detail, {})

@@ -40,7 +40,7 @@ class Service:
 
     def compute_child(self) -> psutil.Process:
         """The worker's compute process."""
-        return until(lambda: _child_running(self.worker(), "workers.child"))
+        return until(lambda: _child_running(self.worker(), "workers.compute.main"))
 
     def post(self, path: str, spec: dict[str, Any], file: bytes | Path | None = None) -> httpx.Response:
         """POST a form with a spec and perhaps a file."""

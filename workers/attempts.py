@@ -16,9 +16,9 @@ from sqlalchemy.orm import Session
 from app.database import read, write
 from app.errors import problem
 from app.models import Analysis, AnalysisCheckpoint, Checkpoint, FeatureSet, MetadataEntry, Probe, Report, now
-from app.reports import DEFINITIONS_VERSION, SCHEMA_VERSION
-from app.reports import Report as AnyReport
 from app.schemas import EvaluationOptions
+from app.schemas.reports import DEFINITIONS_VERSION, SCHEMA_VERSION
+from app.schemas.reports import Report as AnyReport
 from workers.child import Progress, Result
 
 _REPORTS: TypeAdapter[Any] = TypeAdapter(AnyReport)

@@ -101,7 +101,7 @@ def start(offers: Offers, folder: Path, engine: sa.Engine, worker_id: str) -> No
 
 def _try(offers: Offers, announce: Callable[[Offers], None]) -> str | None:
     """Let a process try what is left, and take its results; the family in the middle of which it ended, if it did."""
-    command = [sys.executable, "-m", "workers.offers", *offers.untried]
+    command = [sys.executable, "-m", __name__, *offers.untried]
     # At the end of the block its input ends, and so does the process.
     environment, pipe = plain_environment(load_settings()), subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment) as process:

@@ -16,8 +16,8 @@ import sqlalchemy as sa
 from dbos import DBOS
 
 from app import queue
-from app.datafile import Limits
 from app.errors import problem
+from app.files.datafile import Limits
 from app.settings import Settings
 from app.storage import BlobDamaged, Storage, StorageUnavailable
 from workers import attempts

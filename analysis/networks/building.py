@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from analysis.errors import AnalysisError
 
-# The same bounds hold in app/architectures.py, which a test compares.
+# The same bounds hold in app/descriptions/architectures.py, which a test compares.
 MAX_NESTING = 8
 MAX_LIST = 4096
 MAX_DEPTH = 100_000

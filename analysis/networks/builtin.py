@@ -1,7 +1,7 @@
 """Built-in networks: multilayer perceptron, small convolutional network, ResNet and WideResNet for small images.
 
-Names and defaults of the builders' arguments are mirrored in app/architectures.py. The names of the parameters are a
-contract with everyone who stores a checkpoint:
+Names and defaults of the builders' arguments are mirrored in app/descriptions/architectures.py. The names of the
+parameters are a contract with everyone who stores a checkpoint:
 
 | name | parameters | head |
 |---|---|---|

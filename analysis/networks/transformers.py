@@ -41,7 +41,7 @@ _LEFT_OUT = frozenset(
     )
 )  # fmt: skip
 #: How the classes of causal language models are named; the others that are registered as such take images or sound
-#: too, or are decoders of something else. The same is in app/architectures.py, which a test compares.
+#: too, or are decoders of something else. The same is in app/descriptions/architectures.py, which a test compares.
 CAUSAL_LM = re.compile(r"(ForCausalLM|LMHeadModel)\Z")
 # Its networks are timm's own, fetched by name; the family `timm` builds them.
 _ELSEWHERE = ("timm_wrapper",)

@@ -28,7 +28,7 @@ from analysis.measures.predictions import predictions_of
 from analysis.networks.loading import LoadedNetwork
 from analysis.probes.feature_set import FeatureSet
 from analysis.probes.probe import Probe
-from app import reports
+from app.schemas import reports
 from tests.analysis import reference
 from tests.analysis.tiny import ARCHITECTURES, network_of, probe_of
 

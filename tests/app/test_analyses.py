@@ -16,9 +16,9 @@ from safetensors.numpy import save
 from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
 
-from app.reports import EvaluationReport
 from app.schemas import AnalysisRequest, Kind
-from tests.app.test_uploads import problem
+from app.schemas.reports import EvaluationReport
+from tests.app.api.test_uploads import problem
 from tests.conftest import MLP
 from tests.services import Service, until
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from app.reports import ComparisonReport
+from app.schemas.reports import ComparisonReport
+from tests.app.api.test_uploads import problem
 from tests.app.test_points import FEW, _checkpoint, _noisy, _normed, _report
-from tests.app.test_uploads import problem
 from tests.services import Service
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from tests import services
 from tests.analysis import models
 from tests.analysis.models import IMAGE_MODELS, N_CLASSES, TEXT_MODELS, Saved
-from tests.app.test_uploads import problem
+from tests.app.api.test_uploads import problem
 from tests.services import Service
 
 N = 24

@@ -21,7 +21,7 @@ from tests import services
 from tests.conftest import MLP
 from tests.datafiles import encoded, parquet, picture
 from tests.services import Service
-from workers.features import FeatureCache, Kept
+from workers.compute.features import FeatureCache, Kept
 
 CNN = {"family": "builtin", "name": "cnn", "args": {"n_classes": 3, "channels": [4], "norm": "none"}}
 PARQUET = parquet({"image": [encoded(picture(seed, 16, 16)) for seed in range(12)], "label": [0, 1, 2] * 4})

@@ -18,7 +18,7 @@ from analysis.networks.loading import build
 from analysis.networks.timm import data_config
 from tests.analysis import models
 from tests.analysis.models import IMAGE_MODELS, N_CLASSES, Saved
-from tests.app.test_uploads import problem
+from tests.app.api.test_uploads import problem
 from tests.datafiles import encoded, image_column, parquet, picture, png_of_size, zipped
 from tests.services import Service
 

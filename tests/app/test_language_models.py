@@ -11,8 +11,8 @@ from torch import Tensor
 
 from tests.analysis import models
 from tests.analysis.models import LANGUAGE_MODELS, PAD, TEXT_MODELS, Saved
+from tests.app.api.test_uploads import problem
 from tests.app.test_text_probes import TEXTS, tokenizer
-from tests.app.test_uploads import problem
 from tests.datafiles import parquet
 from tests.services import Service
 

@@ -11,9 +11,9 @@ from safetensors.torch import save as save_tensors
 
 from app.database import make_engine, write
 from app.models import Report
-from app.reports import PathReport, PruningReport, SeriesReport
+from app.schemas.reports import PathReport, PruningReport, SeriesReport
 from app.settings import Settings
-from tests.app.test_uploads import problem
+from tests.app.api.test_uploads import problem
 from tests.conftest import MLP
 from tests.services import Service
 

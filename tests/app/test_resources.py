@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from tests.app.test_uploads import blobs, problem
+from tests.app.api.test_uploads import blobs, problem
 from tests.conftest import MLP
 from tests.services import Service
 

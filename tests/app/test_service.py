@@ -21,10 +21,10 @@ import torch
 
 from analysis.errors import KINDS
 from app import errors
-from app.reports import EvaluationReport
+from app.schemas.reports import EvaluationReport
 from app.settings import Settings
 from tests import services
-from tests.app.test_uploads import problem
+from tests.app.api.test_uploads import problem
 from tests.services import Service, until
 
 ROOT = Path(__file__).parents[2]

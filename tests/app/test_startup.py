@@ -64,7 +64,7 @@ def test_nothing_large_is_loaded_before_it_is_needed(tmp_path: Path) -> None:
     for module, unloaded in (
         ("app.main", ("dbos", "alembic", "psycopg", "numpy", "pyarrow", "altair", "vl_convert")),
         ("interplay.server", ("httpx", "typer", "rich")),
-        ("workers.runner", ("scipy", "sqlalchemy", "dbos", "transformers")),
+        ("workers.compute.runner", ("scipy", "sqlalchemy", "dbos", "transformers")),
     ):
         script = f"import sys, {module}; print([name for name in {unloaded!r} if name in sys.modules])"
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.analysis import models
 from tests.analysis.models import N_CLASSES, PAD, TEXT_MODELS, Saved
-from tests.app.test_uploads import blobs, problem
+from tests.app.api.test_uploads import blobs, problem
 from tests.datafiles import parquet
 from tests.services import Service, until
 

@@ -14,9 +14,9 @@ import junitparser
 import pytest
 from ruamel.yaml import YAML
 
-from app.gatefile import GateSpec, require_sound
+from app.gates.form import GateSpec, require_sound
 from interplay import Client
-from interplay.gatefile import read_gate
+from interplay.command.gatefile import read_gate
 from tests.services import Service
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "ci"

@@ -18,7 +18,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from analysis.networks import loading as networks
+from analysis.networks import loading
 from examples.digits import ARCHITECTURE, checkpoint_epochs
 from examples.training import load
 
@@ -70,7 +70,7 @@ def read_until(process: subprocess.Popen[str], wanted: str) -> str:
 
 def naive_mir_and_hdr(state_file: Path) -> tuple[float, float]:
     """MIR and HDR of the training samples, globally centred, from N x N Gram matrices in float64."""
-    network = networks.build(ARCHITECTURE, device="cpu")
+    network = loading.build(ARCHITECTURE, device="cpu")
     network.load_state_dict(safetensors.torch.load_file(state_file))
     digits = load()
     *_, head = (module for module in network.modules() if isinstance(module, torch.nn.Linear))

@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
-from app import archives, datafile, probedata, schemas, tensorfile
+from app import schemas
 from app.errors import ServiceError
+from app.files import archives, datafile, probedata, tensorfile
+from app.files.weights import weight_names
 from app.settings import Settings
-from app.weights import weight_names
 from tests.datafiles import encoded, picture, zipped
 
 SETTINGS = Settings(max_npz_bytes=2**26, max_unpacked_bytes=2**26, max_upload_bytes=2**26)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from app.reports import ComparisonReport, EvaluationReport, PathReport, PruningReport, SeriesReport
+from app.schemas.reports import ComparisonReport, EvaluationReport, PathReport, PruningReport, SeriesReport
 
 _ID = "01990000-0000-7000-8000-000000000001"
 _MEASURED = {"level": "sample", "centring": "global"}

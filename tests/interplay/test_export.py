@@ -14,10 +14,10 @@ import pytest
 from mlflow import MlflowClient
 
 from interplay import Client, export
+from tests.interplay.command.test_command import interplay
 from tests.interplay.reports import comparison_report, difference, evaluation_report, series_report
 from tests.interplay.scripted import answer, scripted
 from tests.interplay.test_client import closed_port
-from tests.interplay.test_command import interplay
 from tests.mlflow import mlflow_server
 from tests.services import Service
 
@@ -290,7 +290,7 @@ def test_mlflow_that_does_not_listen_is_3() -> None:
 )
 def test_missing_extra_is_2(tmp_path: Path, option: str, package: str, extra: str) -> None:
     """Without its package an option says what to install."""
-    script = f"import sys; sys.modules[{package!r}] = None; from interplay.command import main; main()"
+    script = f"import sys; sys.modules[{package!r}] = None; from interplay.command.main import main; main()"
     with scripted(answer(evaluation_report())) as server:
         command = [sys.executable, "-c", script, "export", "r", option, str(tmp_path / "x"), "--url", server.url]
         ran = subprocess.run(command, capture_output=True, text=True)

@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.interplay import results
+from tools import result_types
 
 RIGHT = """
 from interplay import Analysis, Client, EvaluationReport, Probe, save_checkpoint
@@ -53,8 +53,8 @@ client.wait("a", on_progress=len)
 
 
 def test_results_are_the_services() -> None:
-    """interplay/results.py is what `make types` writes."""
-    assert results.FILE.read_text() == results.results_module()
+    """interplay/result_types.py is what `make types` writes."""
+    assert result_types.FILE.read_text() == result_types.results_module()
 
 
 def test_types_help_people_who_check_their_scripts(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from analysis.measures import null as baseline
+from analysis.measures import null
 from analysis.measures.entropy import unit_rows
 from analysis.measures.null import Null, pair_null, sample_null
 from tests.analysis import reference
@@ -70,8 +70,8 @@ def test_the_pair_null_is_undefined_without_entropy_and_limited_to_512_pairs() -
 def _both(features: Tensor, labels: Tensor, head: Tensor, monkeypatch: pytest.MonkeyPatch) -> tuple[Null, Null]:
     """The baseline as it is, and with the spectra of all permutations."""
     labelled, found = _labelled(features, labels, head, "global"), []
-    for small in (baseline._SMALL, 10**6):
-        monkeypatch.setattr(baseline, "_SMALL", small)
+    for small in (null._SMALL, 10**6):
+        monkeypatch.setattr(null, "_SMALL", small)
         found.append(sample_null(labelled, permutations=10, generator=torch.Generator().manual_seed(0)))
     assert found[0] is not None
     assert found[1] is not None

@@ -520,7 +520,7 @@ def test_a_package_that_does_not_import_says_why() -> None:
 
 def test_app_refuses_what_the_builders_refuse() -> None:
     """The bounds and the forbidden members that app checks without torch are those of the families."""
-    from app import architectures
+    from app.descriptions import architectures
 
     building, timm, torchvision, transformers = (
         importlib.import_module(f"analysis.networks.{name}")

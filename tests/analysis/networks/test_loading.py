@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from analysis.errors import AnalysisError
 from analysis.networks import builtin
 from analysis.networks.loading import build, expected_tensors, load_network
-from app import architectures
+from app.descriptions import architectures
 
 Architecture = dict[str, Any]
 

@@ -22,7 +22,7 @@ from analysis.probes.sequences import IGNORED, labels_of_tokens, next_token_labe
 from analysis.sweeps.alignment import aligned
 from analysis.sweeps.paths import Path as NetworkPath
 from analysis.sweeps.pruning import Pruning
-from app import architectures, labels
+from app.descriptions import architectures, labels
 from tests.analysis import models, reference
 from tests.analysis.models import LANGUAGE_MODELS, Saved
 

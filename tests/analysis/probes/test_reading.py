@@ -488,6 +488,6 @@ def test_pixel_values_that_are_not_finite_are_named(tmp_path: Path) -> None:
 
 def test_app_knows_the_same_names() -> None:
     """What the API lets through is what is read here."""
-    from app.probedata import INPUT_NAMES as OF_APP
+    from app.files.probedata import INPUT_NAMES as OF_APP
 
     assert OF_APP == INPUT_NAMES

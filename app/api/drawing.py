@@ -1,0 +1,246 @@
+"""Charts as they are asked for: each drawn once, in a process of its own, and kept.
+
+What draws takes a third of a second for a picture and holds the interpreter meanwhile: in the API's process other calls
+would wait for it. A chart's call holds no thread while it waits for its turn. The process starts with the first chart
+and ends when none was asked for in a while.
+"""
+
+import asyncio
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import astuple, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal
+from uuid import uuid4
+
+from app.environment import plain_environment
+from app.errors import Unavailable
+from app.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+Format = Literal["svg", "png", "json"]
+
+# What the charts of a report show, by its kind.
+_OF_MODEL = ("loss", "accuracy", "mir", "hdr")
+MEASURES: dict[str, tuple[str, ...]] = {
+    "evaluation": ("mir", "hdr"),
+    "comparison": ("accuracy", "loss", "mir", "hdr"),
+    "path": ("loss", "error", "mir", "hdr"),
+    "pruning": _OF_MODEL,
+    "series": _OF_MODEL,
+}
+# Charts that wait for their turn, and how long one may take; a picture of two panels takes 0.3 s, the first one 2 s.
+_MOST_WAITING = 200
+_DRAWING_SECONDS = 60.0
+
+
+def names(kind: str) -> list[str]:
+    """Which charts a report of this kind has; the first shows the whole of it."""
+    return ["overview", *MEASURES[kind]]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One picture: of a report, by the sha256 of its text; `name` is one of `names` of its kind."""
+
+    report_sha256: str
+    name: str
+    format: Format
+
+    @property
+    def key(self) -> str:
+        """The same for the same bytes: of the report, of the chart, and of all that draws it."""
+        return hashlib.sha256(json.dumps([*astuple(self), _drawn_by()]).encode()).hexdigest()
+
+
+@cache
+def _drawn_by() -> str:
+    source = Path(__file__).with_name("charts.py").read_bytes() + Path(__file__).read_bytes()
+    versions = [importlib.metadata.version(name) for name in ("altair", "vl-convert-python")]
+    return " ".join([*versions, hashlib.sha256(source).hexdigest()])
+
+
+class DrawingFailed(Exception):
+    """The drawing process failed at a chart, or ended or took too long twice."""
+
+
+class Drawings:
+    """The charts of this process; its methods are called on the event loop."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._kept = KeptCharts(settings.data_dir / "charts", settings.max_charts_bytes)
+        self._process = _DrawingProcess()
+        # One thread talks to the one process; another reads what is kept, which must not wait for it.
+        self._drawing = ThreadPoolExecutor(1, "drawing")
+        self._reading = ThreadPoolExecutor(1, "kept-charts")
+        self._coming: dict[str, asyncio.Task[bytes]] = {}
+
+    async def get(self, chart: Chart, report: Callable[[], str]) -> bytes:
+        """The chart: kept, or drawn for all who ask for it now.
+
+        Args:
+            chart: which.
+            report: gives the report's text where it must be drawn; called in a thread.
+
+        Raises:
+            Unavailable: too many charts wait for their turn.
+        """
+        key = chart.key
+        if key not in self._coming:
+            if len(self._coming) >= _MOST_WAITING:
+                raise Unavailable(f"{_MOST_WAITING} charts are being drawn; try again in a few seconds.")
+            self._coming[key] = asyncio.create_task(self._get(key, chart, report))
+            self._coming[key].add_done_callback(lambda task: self._forget(key, task))
+        # A client that goes away does not take the chart from the others.
+        return await asyncio.shield(self._coming[key])
+
+    def close(self) -> None:
+        """End the process, and what waits for it."""
+        self._drawing.shutdown(wait=False, cancel_futures=True)
+        self._reading.shutdown(wait=False, cancel_futures=True)
+        self._process.close()
+
+    def _forget(self, key: str, task: "asyncio.Task[bytes]") -> None:
+        del self._coming[key]
+        if not task.cancelled():
+            task.exception()  # looked at here, should nobody wait for it any more
+
+    async def _get(self, key: str, chart: Chart, report: Callable[[], str]) -> bytes:
+        loop = asyncio.get_running_loop()
+        found = await loop.run_in_executor(self._reading, self._kept.read, key)
+        if found is None:
+            text = await loop.run_in_executor(self._reading, report)
+            found = await loop.run_in_executor(self._drawing, self._process.draw, chart, text)
+            await loop.run_in_executor(self._reading, self._kept.write, key, found)
+        return found
+
+
+class _DrawingProcess:
+    """`python -m app.api.charts`: a chart as a line of JSON to it, its size as a line and its bytes back."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._starting = threading.Lock()
+        self._closed = False
+
+    def draw(self, chart: Chart, report: str) -> bytes:
+        """One chart; a process that has ended meanwhile, or does during it, is replaced once.
+
+        Raises:
+            DrawingFailed: it could not, as its log says, the second one ended as well, or this is closed.
+        """
+        task = json.dumps({"report": report, "name": chart.name, "format": chart.format}).encode() + b"\n"
+        for _ in range(2):
+            process = self._running()
+            with suppress(BrokenPipeError):
+                if (drawn := self._ask(process, task)) is not None:
+                    return drawn
+            _end(process)
+        raise DrawingFailed(f"{chart.name}.{chart.format} of the report with the sha256 {chart.report_sha256}")
+
+    def close(self) -> None:
+        """End the process; none is started any more."""
+        with self._starting:
+            self._closed = True
+            if self._process is not None:
+                _end(self._process)
+
+    def _running(self) -> "subprocess.Popen[bytes]":
+        with self._starting:
+            if self._closed:
+                raise DrawingFailed("the service ends")
+            if self._process is None or self._process.poll() is not None:
+                if self._process is not None:
+                    _end(self._process)
+                self._process = self._start()
+            return self._process
+
+    def _start(self) -> "subprocess.Popen[bytes]":
+        command = [sys.executable, "-m", f"{__package__}.charts"]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=plain_environment())
+
+    def _ask(self, process: "subprocess.Popen[bytes]", task: bytes) -> bytes | None:
+        """What it answers; None where it ends in place of an answer, by itself or after its time."""
+        assert process.stdin is not None
+        assert process.stdout is not None
+        limit = threading.Timer(_DRAWING_SECONDS, process.kill)
+        limit.start()
+        try:
+            process.stdin.write(task)
+            process.stdin.flush()
+            line = process.stdout.readline()
+            if not line.endswith(b"\n"):
+                return None
+            if (size := int(line)) < 0:
+                raise DrawingFailed("the chart cannot be drawn; the log says more")
+            drawn = process.stdout.read(size)
+            return drawn if len(drawn) == size else None
+        finally:
+            limit.cancel()
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    """Kill a process, wait for it, and close its pipes but those that a thread still reads or writes."""
+    process.kill()
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        assert pipe is not None
+        # What could not be sent any more is lost with whom it was for.
+        with suppress(OSError, ValueError):
+            pipe.close()
+
+
+class KeptCharts:
+    """Drawn charts as files in a folder, which all API processes of a machine share; the longest unused go first.
+
+    A file begins with the hash of what follows, so that one which a crash has cut short is none. Where the disk does
+    not take or give them, charts are drawn again.
+    """
+
+    def __init__(self, folder: Path, most_bytes: int) -> None:
+        self._folder = folder
+        self._most_bytes = most_bytes
+
+    def read(self, key: str) -> bytes | None:
+        path = self._folder / key
+        try:
+            content = path.read_bytes()
+            os.utime(path)
+        except OSError:
+            return None
+        digest, drawn = content[:32], content[32:]
+        return drawn if hashlib.sha256(drawn).digest() == digest else None
+
+    def write(self, key: str, drawn: bytes) -> None:
+        if len(drawn) + 32 > self._most_bytes:
+            return
+        part = self._folder / f"{uuid4()}.part"
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            part.write_bytes(hashlib.sha256(drawn).digest() + drawn)
+            part.replace(self._folder / key)
+            self._make_room()
+        except OSError as error:
+            logger.warning("a chart was not kept: %s", error)
+            part.unlink(missing_ok=True)
+
+    def _make_room(self) -> None:
+        with os.scandir(self._folder) as entries:
+            found = [(entry.stat(), entry.path) for entry in entries]
+        total = sum(stat.st_size for stat, _ in found)
+        for stat, path in sorted(found, key=lambda entry: entry[0].st_mtime_ns):
+            if total <= self._most_bytes:
+                return
+            Path(path).unlink(missing_ok=True)
+            total -= stat.st_size

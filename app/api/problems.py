@@ -1,0 +1,143 @@
+"""Every error of the HTTP service as application/problem+json (RFC 9457)."""
+
+import json
+import logging
+from collections.abc import Awaitable, Callable
+from http import HTTPStatus
+from typing import Any
+
+import sqlalchemy as sa
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Match
+
+from app.errors import (
+    InsufficientStorage,
+    InvalidRequest,
+    NotFound,
+    RequestTimeout,
+    ServiceError,
+    TooLarge,
+    Unauthorized,
+    Unavailable,
+    invalid_request,
+    problem,
+)
+from app.storage import StorageFull, StorageUnavailable
+
+logger = logging.getLogger(__name__)
+
+_FULL = "The service's disk or storage is full; its operator has to make room, trying again does not help."
+_HTTP_KINDS = {401: Unauthorized.kind, 404: NotFound.kind, 405: "method-not-allowed", 408: RequestTimeout.kind}
+
+# FastAPI answers no HEAD, which app/api/admission.py answers as GET, and no OPTIONS.
+_METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
+_UNREADABLE = "There was an error parsing the body"
+
+
+class ProblemResponse(JSONResponse):
+    media_type = "application/problem+json"
+
+    def render(self, content: Any) -> bytes:
+        try:
+            return super().render(content)
+        except UnicodeEncodeError:
+            # What was wrong is quoted, and may be half of a surrogate pair.
+            return json.dumps(content).encode()
+
+
+def install(app: FastAPI) -> None:
+    """Answer every failure of this application with a problem, the unknown route and the bug included."""
+    handlers: dict[type[Exception], Callable[..., Awaitable[Response]]] = {
+        ServiceError: _service_error,
+        RequestValidationError: _validation_error,
+        HTTPException: _http_error,
+        StorageUnavailable: _storage_error,
+        sa.exc.OperationalError: _database_error,
+        sa.exc.ProgrammingError: _programming_error,
+        sa.exc.InterfaceError: _database_error,
+        sa.exc.TimeoutError: _database_error,
+        Exception: _bug,
+    }
+    for error, handler in handlers.items():
+        app.add_exception_handler(error, handler)
+
+
+def problem_response(error: ServiceError) -> Response:
+    """The answer that says what an error says."""
+    headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
+    if error.status == 503:
+        headers["Retry-After"] = "5"
+    body = problem(error.kind, error.title, error.detail, status=error.status, **error.members)
+    return ProblemResponse(body, status_code=error.status, headers=headers)
+
+
+async def _service_error(_: Request, error: ServiceError) -> Response:
+    return problem_response(error)
+
+
+async def _validation_error(_: Request, error: RequestValidationError) -> Response:
+    return problem_response(invalid_request("The request", error.errors()))
+
+
+async def _http_error(request: Request, error: HTTPException) -> Response:
+    if error.status_code == 413:
+        limit = request.app.state.service.settings.max_spec_bytes
+        return problem_response(TooLarge(f"A body may have at most {limit} bytes here.", limit_bytes=limit))
+    if error.status_code == 400 and error.detail == _UNREADABLE:  # the framework's own, for text that json cannot take
+        return problem_response(InvalidRequest("The body is not JSON in UTF-8, or is nested too deeply."))
+    phrase = HTTPStatus(error.status_code).phrase
+    kind = _HTTP_KINDS.get(error.status_code, InvalidRequest.kind)
+    detail = error.detail
+    if detail == phrase:  # the framework's own, for a route or a method that does not exist
+        detail = f"{request.method} {request.url.path} is not something this service does; /docs lists what is."
+    headers = _allowed(request) if error.status_code == 405 else error.headers
+    return ProblemResponse(
+        problem(kind, phrase, detail, status=error.status_code), status_code=error.status_code, headers=headers
+    )
+
+
+def _allowed(request: Request) -> dict[str, str]:
+    """All methods of a path, of which the framework names those of its first route."""
+    methods = [
+        method
+        for method in _METHODS
+        if any(route.matches({**request.scope, "method": method})[0] == Match.FULL for route in request.app.routes)
+    ]
+    return {"Allow": ", ".join([*methods, *(["HEAD"] if "GET" in methods else [])])}
+
+
+async def _programming_error(request: Request, error: sa.exc.ProgrammingError) -> Response:
+    if getattr(error.orig, "sqlstate", None) == "42P01":  # a table does not exist
+        return await _database_error(request, error)
+    raise error
+
+
+async def _database_error(_: Request, error: Exception) -> Response:
+    # SQLite's words; PostgreSQL has a code of its own.
+    original = getattr(error, "orig", None)
+    if "disk is full" in str(original) or getattr(original, "sqlstate", None) == "53100":
+        logger.error("the database's disk is full: %s", str(error).partition("\n")[0])
+        return problem_response(InsufficientStorage(_FULL))
+    logger.warning("the database does not answer: %s", str(error).partition("\n")[0])
+    detail = "The database does not answer, or has not the tables of this version; /readyz says which."
+    return problem_response(Unavailable(detail))
+
+
+async def _storage_error(_: Request, error: Exception) -> Response:
+    # obstore adds pages of its own state.
+    words = str(error).partition("\n")[0]
+    if isinstance(error, StorageFull):
+        logger.error("the storage is full: %s", words)
+        return problem_response(InsufficientStorage(f"{_FULL} Nothing of the upload was kept."))
+    logger.warning("the storage does not answer: %s", words)
+    return problem_response(Unavailable("The storage does not answer; try again in a few seconds."))
+
+
+async def _bug(_: Request, error: Exception) -> Response:
+    # Starlette logs the traceback itself, after this answer.
+    body = problem("internal-error", "Internal error", "This is a fault of the service; its log says more.", status=500)
+    # The server closes a connection on which something went wrong; the client should know.
+    return ProblemResponse(body, status_code=500, headers={"Connection": "close"})

@@ -1,0 +1,44 @@
+"""The routes of version 1, and what each of them is given."""
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import sqlalchemy as sa
+from fastapi import Depends, Query, Request
+
+from app.api.drawing import Drawings
+from app.api.events import Events
+from app.api.openapi import problem_response
+from app.api.readiness import Readiness
+from app.queue import LateClient
+from app.schemas import PLAIN_TEXT
+from app.settings import Settings
+from app.storage import Storage
+
+
+@dataclass(frozen=True)
+class Service:
+    """What a route works with; one for the whole process."""
+
+    settings: Settings
+    engine: sa.Engine
+    storage: Storage
+    queue: LateClient
+    events: Events
+    readiness: Readiness
+    drawings: Drawings
+
+
+# Async, as all dependencies of routes: FastAPI gives each other one a turn of its own in a thread.
+async def _service(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+ServiceDep = Annotated[Service, Depends(_service)]
+IdFilter = Annotated[str | None, Query(max_length=36, pattern=PLAIN_TEXT)]
+
+
+def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The OpenAPI entries of a route's own problems; app/api/openapi.py adds those that all have."""
+    return {status: problem_response() for status in statuses}

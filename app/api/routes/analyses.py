@@ -1,0 +1,95 @@
+"""Analyses over HTTP."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Header, Request, Response
+
+from app import analyses, schemas
+from app.api.openapi import reference
+from app.api.routes import IdFilter, ServiceDep, problems
+from app.listing import Listing, listing_with
+
+router = APIRouter(tags=["analyses"])
+AnalysisListing = Annotated[
+    Listing, Depends(listing_with("status", "kind", "checkpoint_id", "probe_id", "feature_set_id"))
+]
+IdempotencyKey = Annotated[str | None, Header(min_length=1, max_length=255, pattern=schemas.PLAIN_TEXT)]
+LastEventId = Annotated[str | None, Header(max_length=100, pattern=schemas.PLAIN_TEXT)]
+# An event as OpenAPI describes one of a stream.
+_ANALYSIS = {"type": "string", "contentMediaType": "application/json", "contentSchema": reference(schemas.Analysis)}
+_EVENT = {
+    "type": "object",
+    "required": ["event", "id", "data"],
+    "properties": {
+        "event": {"type": "string", "enum": ["status", "progress", "final"]},
+        "id": {"type": "string"},
+        "data": {
+            "type": "string",
+            "contentMediaType": "application/json",
+            "contentSchema": reference(schemas.Analysis),
+        },
+    },
+}
+
+
+@router.post("/analyses", status_code=202, responses=problems(404, 409, 413, 422, 503))
+def create_analysis(
+    body: schemas.AnalysisRequest,
+    request: Request,
+    response: Response,
+    service: ServiceDep,
+    idempotency_key: IdempotencyKey = None,
+) -> schemas.Analysis:
+    """Queue an analysis. The same `Idempotency-Key` and body give the same analysis again."""
+    analysis = analyses.create(service.engine, service.queue, body, idempotency_key)
+    response.headers["Location"] = f"{request.url.path}/{analysis.id}"
+    return analysis
+
+
+@router.get("/analyses", responses=problems(422))
+def list_analyses(
+    service: ServiceDep,
+    listing: AnalysisListing,
+    status: schemas.Status | None = None,
+    kind: schemas.Kind | None = None,
+    checkpoint_id: IdFilter = None,
+    probe_id: IdFilter = None,
+    feature_set_id: IdFilter = None,
+) -> schemas.Page[schemas.Analysis]:
+    return analyses.list_page(
+        service.engine,
+        listing,
+        status=status,
+        kind=kind,
+        checkpoint_id=checkpoint_id,
+        probe_id=probe_id,
+        feature_set_id=feature_set_id,
+    )
+
+
+@router.get("/analyses/{id}", responses=problems(404))
+def get_analysis(id: schemas.Id, service: ServiceDep) -> schemas.Analysis:
+    return analyses.get(service.engine, id)
+
+
+@router.get(
+    "/analyses/{id}/events",
+    status_code=200,
+    response_class=Response,
+    responses={
+        200: {"content": {"text/event-stream": {"itemSchema": _EVENT}}, "description": "Server-sent events"},
+        **problems(404, 503),
+    },
+)
+async def listen_to_analysis(id: schemas.Id, service: ServiceDep, last_event_id: LastEventId = None) -> Response:
+    """An analysis as it goes on: `event: status`, `progress` and, last, `final`, `data` being the analysis each time.
+
+    Whoever connects again gets its present state, unless `Last-Event-ID` names it. Comments come every few seconds.
+    """
+    return await service.events.listen(id, last_event_id)
+
+
+@router.post("/analyses/{id}/cancel", responses=problems(404, 409))
+def cancel_analysis(id: schemas.Id, service: ServiceDep) -> schemas.Analysis:
+    """Ask for its end: at once where it is queued, at its worker's next look where it runs."""
+    return analyses.cancel(service.engine, id)

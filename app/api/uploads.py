@@ -1,0 +1,221 @@
+"""Uploads: a multipart form that is parsed as it streams, its file written and hashed once, straight into staging.
+
+The form has a part `spec` (JSON) and at most one part `file`, in any order. Nothing of the file is kept in memory, and
+whatever ends early (the client, the limit, the clock) leaves neither a file nor a row.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import TYPE_CHECKING
+
+from fastapi import Request
+from fastapi.concurrency import run_in_threadpool
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+from starlette.requests import ClientDisconnect
+
+from app.errors import InvalidRequest, TooLarge, UnsupportedMedia, UploadIncomplete
+from app.settings import Settings
+from app.storage import StagedFile, Storage, Upload
+
+if TYPE_CHECKING:
+    from python_multipart.multipart import MultipartCallbacks
+
+# Hashing and writing happen in a thread, a batch at a time: small enough to stay in cache, large enough to be rare.
+_BATCH_BYTES = 2**20
+# What a form may hold beside its two parts: boundaries and part headers.
+_FORM_BYTES = 64 * 2**10
+
+
+@asynccontextmanager
+async def receive(request: Request, storage: Storage, settings: Settings) -> AsyncIterator[Upload]:
+    """Receive a form; its staged file is gone at the end of the block unless the storage took it.
+
+    Raises:
+        UnsupportedMedia: the body is not a multipart form.
+        TooLarge: the file, the spec or the whole body is over its limit; counted as it comes.
+        UploadIncomplete: the body ended before the form did, or came slower than `min_upload_rate` for
+            `upload_idle_seconds`.
+        InvalidRequest: the form has other parts, or not the right ones.
+    """
+    parts = _Parts(settings)
+    parser = MultipartParser(_boundary(request), parts.callbacks())
+    _refuse_announced_size(request, settings)
+    async with AsyncExitStack() as stack:
+        writer: _Writer | None = None
+        received_bytes = 0
+        async for chunk in _chunks(request, settings):
+            received_bytes += len(chunk)
+            if received_bytes > _largest_body(settings):
+                raise _too_large(settings, received_bytes)
+            try:
+                parser.write(chunk)
+            except FormParserError as error:
+                raise InvalidRequest(f"The multipart form is malformed: {error}.") from None
+            if parts.has_file and writer is None:
+                file = stack.enter_context(await run_in_threadpool(storage.stage))
+                writer = await stack.enter_async_context(_Writer(file))
+            if writer is not None and len(parts.pending) >= _BATCH_BYTES:
+                await writer.write(parts.take())
+        if not parts.ended:
+            raise UploadIncomplete("The body ended before the form's last boundary.")
+        if writer is not None:
+            await writer.write(parts.take())
+            await writer.finish()
+        if parts.spec is None:
+            raise InvalidRequest("The form has no part named 'spec' (JSON).")
+        yield Upload(bytes(parts.spec), None if writer is None else writer.file)
+
+
+class _Writer:
+    """Writes and hashes one batch of a file in a thread while the next one comes."""
+
+    def __init__(self, file: StagedFile) -> None:
+        self.file = file
+        self._writing: asyncio.Task[None] | None = None
+
+    async def write(self, batch: bytearray) -> None:
+        """Begin to write a batch, once that before it is written.
+
+        Raises:
+            StorageUnavailable: the batch before it could not be written.
+        """
+        await self.finish()
+        self._writing = asyncio.create_task(run_in_threadpool(self.file.write, batch))
+
+    async def finish(self) -> None:
+        """Wait until all is written; raises what `write` does."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            await writing
+
+    async def __aenter__(self) -> "_Writer":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        # The file is closed next, which no thread may be writing to then. What ended the upload is what is told.
+        if self._writing is not None:
+            await asyncio.gather(self._writing, return_exceptions=True)
+
+
+def _boundary(request: Request) -> bytes:
+    kind, options = parse_options_header(request.headers.get("content-type", ""))
+    if kind != b"multipart/form-data":
+        raise UnsupportedMedia("Send multipart/form-data with a part 'spec' (JSON) and a part 'file'.")
+    boundary = options.get(b"boundary", b"")
+    if not 0 < len(boundary) <= 200:
+        raise InvalidRequest("The Content-Type has no usable boundary.")
+    return boundary
+
+
+def _refuse_announced_size(request: Request, settings: Settings) -> None:
+    announced = request.headers.get("content-length", "")
+    if announced.isdecimal() and int(announced) > _largest_body(settings):
+        raise _too_large(settings, int(announced))
+
+
+def _largest_body(settings: Settings) -> int:
+    return settings.max_upload_bytes + settings.max_spec_bytes + settings.max_tokenizer_bytes + _FORM_BYTES
+
+
+def _too_large(settings: Settings, size_bytes: int) -> TooLarge:
+    limit = settings.max_upload_bytes
+    return TooLarge(f"The body has {size_bytes} bytes or more; a file may have {limit}.", limit_bytes=limit)
+
+
+async def _chunks(request: Request, settings: Settings) -> AsyncIterator[bytes]:
+    """The body as it comes, which is no slower than it may be: only time in which we wait for the client counts."""
+    stream, loop = request.stream(), asyncio.get_running_loop()
+    patience_seconds = settings.upload_idle_seconds
+    least_bytes = max(settings.min_upload_rate * patience_seconds, 1)
+    waited_seconds, came_bytes = 0.0, 0
+    while True:
+        asked_at = loop.time()
+        try:
+            async with asyncio.timeout(patience_seconds - waited_seconds):
+                chunk = await anext(stream)
+        except StopAsyncIteration:
+            return
+        except TimeoutError:
+            raise UploadIncomplete(
+                f"{came_bytes or 'No'} bytes came in {patience_seconds:g} seconds; send at least {least_bytes:.0f}."
+            ) from None
+        except ClientDisconnect:
+            raise UploadIncomplete("The connection was closed before the upload was complete.") from None
+        waited_seconds += loop.time() - asked_at
+        came_bytes += len(chunk)
+        if came_bytes >= least_bytes:
+            waited_seconds, came_bytes = 0.0, 0
+        yield chunk
+
+
+class _Parts:
+    """What the parser has seen so far; `pending` holds bytes of the file that wait to be written."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._field = bytearray()
+        self._value = bytearray()
+        self._disposition = b""
+        self._in_file = False
+        self._file_bytes = 0
+        self.spec: bytearray | None = None
+        self.has_file = False
+        self.pending = bytearray()
+        self.ended = False
+
+    def callbacks(self) -> "MultipartCallbacks":
+        return {
+            "on_part_begin": self._begin_part,
+            "on_header_field": lambda data, start, end: self._field.extend(data[start:end]),
+            "on_header_value": lambda data, start, end: self._value.extend(data[start:end]),
+            "on_header_end": self._end_header,
+            "on_headers_finished": self._begin_content,
+            "on_part_data": self._add,
+            "on_end": self._end,
+        }
+
+    def take(self) -> bytearray:
+        batch, self.pending = self.pending, bytearray()
+        return batch
+
+    def _begin_part(self) -> None:
+        self._disposition = b""
+
+    def _end_header(self) -> None:
+        if bytes(self._field).lower() == b"content-disposition":
+            self._disposition = bytes(self._value)
+        self._field.clear()
+        self._value.clear()
+
+    def _begin_content(self) -> None:
+        _, options = parse_options_header(self._disposition.decode("latin-1"))
+        name = options.get(b"name", b"").decode("latin-1")
+        if name not in ("spec", "file"):
+            raise InvalidRequest(f"The form has a part named {name[:80]!r}; only 'spec' and 'file' are known.")
+        self._in_file = name == "file"
+        if self.has_file if self._in_file else self.spec is not None:
+            raise InvalidRequest(f"The form has two parts named {name!r}.")
+        if self._in_file:
+            self.has_file = True
+        else:
+            self.spec = bytearray()
+
+    def _add(self, data: bytes, start: int, end: int) -> None:
+        if self._in_file:
+            self._file_bytes += end - start
+            if self._file_bytes > self._settings.max_upload_bytes:
+                limit = self._settings.max_upload_bytes
+                raise TooLarge(f"The file has more than the {limit} bytes that are allowed.", limit_bytes=limit)
+            self.pending += memoryview(data)[start:end]
+            return
+        assert self.spec is not None
+        self.spec += memoryview(data)[start:end]
+        # A tokenizer comes within the spec, beside what else it says.
+        limit = self._settings.max_spec_bytes + self._settings.max_tokenizer_bytes
+        if len(self.spec) > limit:
+            raise TooLarge(f"The spec has more than the {limit} bytes that are allowed.", limit_bytes=limit)
+
+    def _end(self) -> None:
+        self.ended = True

@@ -1,0 +1,1 @@
+"""Everything that reads strangers' bytes: archives, tensors and datasets."""

@@ -1,0 +1,405 @@
+"""A Hugging Face folder in a zip or a tar: what describes the network, and its weights in one file or in shards.
+
+Nothing is unpacked under a name that the archive chose. The weights are written anew, as one safetensors file that
+holds the tensors of all shards: that is what the service keeps, so everything behind this module knows one form.
+"""
+
+import bz2
+import gzip
+import json
+import lzma
+import tarfile
+import tempfile
+import zipfile
+from bisect import bisect_right
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate, pairwise
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, Protocol, cast
+
+from app.errors import InvalidFile
+from app.files import tensorfile
+from app.files.foreign import is_adapter_config, refuse_foreign_folder
+from app.files.tensorfile import Header
+from app.files.zips import BROKEN_ZIP, bound_directory
+
+MAX_MEMBERS = 10_000
+# Descriptions are read whole; an index names every tensor.
+_MAX_JSON_BYTES = 32 * 2**20
+_COPY_BYTES = 2**20
+# Of a file of torch.save, to say that it is one: a member for each tensor.
+_MOST_LISTED = 2 * tensorfile.MAX_TENSORS
+# Long names and the like, which tarfile reads in one go, whatever their size.
+_MAX_TAR_HEADER_BYTES = 2**20
+_BROKEN = (*BROKEN_ZIP, tarfile.TarError, lzma.LZMAError, KeyError)
+_ZIP = b"PK\x03\x04"
+# By what a file begins with.
+_UNPACK: dict[bytes, Callable[[Path], Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
+
+
+class Written(Protocol):
+    """What weights are written to."""
+
+    def write(self, data: bytes, /) -> object: ...
+
+
+@dataclass(frozen=True)
+class Member:
+    """A file of the archive: its size in bytes, and how to open it."""
+
+    size: int
+    open: Callable[[], BinaryIO]
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The files of a folder that matter here.
+
+    Attributes:
+        config: config.json, where there is one.
+        preprocessor: preprocessor_config.json, likewise.
+        tokenizer: tokenizer.json, likewise.
+        shards: safetensors files by name, in the order in which their tensors will stand.
+        weight_map: which shard the index puts each tensor into; None without an index.
+    """
+
+    config: dict[str, Any] | None
+    preprocessor: dict[str, Any] | None
+    tokenizer: dict[str, Any] | None
+    shards: dict[str, Member]
+    weight_map: dict[str, str] | None
+
+
+def is_archive(path: Path) -> bool:
+    """Whether the file is a zip or a tar, plain or compressed; a file of torch.save, a zip too, is none.
+
+    Raises:
+        InvalidFile: it is a zip that is not complete, or lists files without end.
+    """
+    with path.open("rb") as file:
+        start = file.read(512)
+    if tensorfile.begins_as_safetensors(start):
+        return False
+    if start.startswith(_ZIP):
+        bound_directory(path, _MOST_LISTED)
+        try:
+            with zipfile.ZipFile(path) as archive:
+                return not any(name.endswith("/data.pkl") for name in archive.namelist()[:100])
+        except _BROKEN:
+            return False
+    return start.startswith(tuple(_UNPACK)) or start[257:262] == b"ustar"
+
+
+@contextmanager
+def open_folder(path: Path, *, max_bytes: int) -> Iterator[Folder]:
+    """Look into an archive; members can be read inside the block.
+
+    Args:
+        path: what `is_archive` has passed. A compressed tar is unpacked beside it, without a name, for as long.
+        max_bytes: of all members together, unpacked; of a compressed tar, of all of it.
+
+    Raises:
+        InvalidFile: a member climbs out or is a link, there are too many or too large ones, no weights, shards that
+            the index names and that are missing, or the archive is broken.
+    """
+    with path.open("rb") as file:
+        start = file.read(8)
+    with ExitStack() as stack:
+        try:
+            if start.startswith(_ZIP):
+                members = _zip_members(path, stack)
+            else:
+                unpack = next((unpack for mark, unpack in _UNPACK.items() if start.startswith(mark)), None)
+                tar = _unpacked(path, unpack, stack, max_bytes) if unpack else stack.enter_context(path.open("rb"))
+                members = _tar_members(tar, stack)
+            folder = _folder(_collected(members, max_bytes))
+        except _BROKEN as error:
+            raise InvalidFile(f"The archive cannot be read: {_words(error)}.") from None
+        yield folder
+
+
+def write_weights(folder: Folder, target: Written) -> None:
+    """Write the tensors of all shards as one safetensors file; a single one is written as it is.
+
+    Where several shards hold a name, the index says whose tensor is written.
+
+    Raises:
+        InvalidFile: a shard is broken, two hold a name that the index does not, or index and shards do not agree.
+    """
+    headers = {name: _shard(name, member) for name, member in folder.shards.items()}
+    _check_index(folder, headers)
+    if len(folder.shards) == 1:
+        [(name, member)] = folder.shards.items()
+        _copy(name, member, 0, target)
+        return
+    merged: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    cuts: dict[str, list[tuple[int, int]]] = {}
+    for name, header in headers.items():
+        elsewhere = {tensor for tensor in header.tensors if (folder.weight_map or {}).get(tensor, name) != name}
+        if twice := sorted((set(header.tensors) - elsewhere) & set(merged)):
+            raise InvalidFile(f"Two shards hold the tensor {twice[0]!r}; the second is {name!r}.", tensor=twice[0])
+        cuts[name] = _cuts(name, header, elsewhere)
+        ends, left_out = [end for _, end in cuts[name]], [0, *accumulate(end - begin for begin, end in cuts[name])]
+        for tensor, info in header.tensors.items():
+            if tensor not in elsewhere:
+                shift = offset - left_out[bisect_right(ends, header.spans[tensor][0])]
+                span = [shift + end for end in header.spans[tensor]]
+                merged[tensor] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": span}
+        offset += folder.shards[name].size - header.data_start - left_out[-1]
+    target.write(tensorfile.header_bytes(merged))
+    for name, member in folder.shards.items():
+        _copy(name, member, headers[name].data_start, target, cuts[name])
+
+
+def _cuts(name: str, header: Header, elsewhere: Collection[str]) -> list[tuple[int, int]]:
+    """Bytes of a shard's data that are tensors which the index puts into another, in their order."""
+    if not elsewhere:
+        return []
+    spans = sorted((*header.spans[tensor], tensor) for tensor in header.tensors)
+    for (_, end, _), (begin, _, tensor) in pairwise(spans):
+        if begin < end:
+            raise InvalidFile(f"In {name!r}: tensor {tensor!r} begins within another.", file=name)
+    return [(begin, end) for begin, end, tensor in spans if tensor in elsewhere]
+
+
+def _shard(name: str, member: Member) -> Header:
+    try:
+        with member.open() as file:
+            header = tensorfile.read_header(file, member.size)
+    except InvalidFile as error:
+        raise InvalidFile(f"In {name!r}: {error.detail}", file=name) from None
+    except _BROKEN as error:
+        raise InvalidFile(f"{name!r} in the archive cannot be read: {_words(error)}.", file=name) from None
+    data_bytes = member.size - header.data_start
+    if any(not 0 <= begin <= end <= data_bytes for begin, end in header.spans.values()):
+        raise InvalidFile(
+            f"{name!r} is cut short: a tensor would end beyond its {data_bytes} bytes of data.", file=name
+        )
+    return header
+
+
+def _copy(name: str, member: Member, start: int, target: Written, cuts: Sequence[tuple[int, int]] = ()) -> None:
+    """Copy a member from `start` to its end, but for `cuts`, which are counted from there."""
+    at, left = 0, member.size - start
+    try:
+        with member.open() as file:
+            _skip(file, start)
+            for begin, end in (*cuts, (left, left)):
+                left = begin - at
+                while left and (chunk := file.read(min(_COPY_BYTES, left))):
+                    target.write(chunk)
+                    left -= len(chunk)
+                if left:
+                    break
+                _skip(file, end - begin)
+                at = end
+    except _BROKEN as error:
+        raise InvalidFile(f"{name!r} in the archive cannot be read: {_words(error)}.", file=name) from None
+    if left:
+        raise InvalidFile(f"{name!r} in the archive ends {left} bytes early.", file=name)
+
+
+def _skip(file: BinaryIO, n_bytes: int) -> None:
+    while n_bytes and (chunk := file.read(min(_COPY_BYTES, n_bytes))):
+        n_bytes -= len(chunk)
+
+
+def _check_index(folder: Folder, headers: Mapping[str, Header]) -> None:
+    if folder.weight_map is None:
+        return
+    wrong = sorted(tensor for tensor, shard in folder.weight_map.items() if tensor not in headers[shard].tensors)
+    if wrong:
+        raise InvalidFile(
+            f"The index names {len(wrong)} tensors that are not in the shard it gives for them, first {wrong[0]!r}.",
+            missing=wrong[:20],
+        )
+
+
+def _folder(members: Mapping[PurePosixPath, Member]) -> Folder:
+    adapters = sorted((path for path in members if is_adapter_config(path)), key=lambda path: len(path.parts))
+    inside = {path.name: members[path] for path in adapters[:1]}
+    refuse_foreign_folder(members, _json(inside, adapters[0].name) if adapters else None)
+    weights = [path for path in members if path.suffix == ".safetensors"]
+    if not weights:
+        pickled = sorted(str(path) for path in members if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".distcp"))
+        source = "FOLDER" if any(name.endswith(".distcp") for name in pickled) else "FILE"
+        advice = f"; of {pickled[0]} it opens none: interplay convert {source} -o OUT.safetensors" if pickled else ""
+        raise InvalidFile(f"The archive holds no safetensors file{advice}.", members=sorted(map(str, members))[:20])
+    configs = [path for path in members if path.name == "config.json"]
+    root = _outermost(configs or weights)
+    inside = {path.name: member for path, member in members.items() if path.parent == root}
+    names, weight_map = _shards(inside)
+    return Folder(
+        config=_json(inside, "config.json"),
+        preprocessor=_json(inside, "preprocessor_config.json"),
+        tokenizer=_json(inside, "tokenizer.json"),
+        shards={name: inside[name] for name in names},
+        weight_map=weight_map,
+    )
+
+
+def _outermost(paths: Iterable[PurePosixPath]) -> PurePosixPath:
+    """The outermost folder that describes a network; copies of others may lie below it."""
+    folders = sorted({path.parent for path in paths}, key=lambda folder: (len(folder.parts), folder))
+    beside = [str(folder) for folder in folders if len(folder.parts) == len(folders[0].parts)]
+    if len(beside) > 1:
+        raise InvalidFile(
+            f"The archive holds {len(beside)} folders of checkpoints side by side, {', '.join(beside[:20])}; send one.",
+            folders=beside[:20],
+        )
+    return folders[0]
+
+
+def _shards(inside: Mapping[str, Member]) -> tuple[list[str], dict[str, str] | None]:
+    """Names of the files that hold the weights, and what the index says where there are several.
+
+    As libraries look for them: one file under its usual name, and only without it an index.
+    """
+    if "model.safetensors" in inside:
+        # Others beside it are other things, such as an optimizer's state.
+        return ["model.safetensors"], None
+    indexes = sorted(name for name in inside if name.endswith(".safetensors.index.json"))
+    indexes = [name for name in indexes if name == "model.safetensors.index.json"] or indexes
+    files = sorted(name for name in inside if name.endswith(".safetensors"))
+    if len(indexes) == 1:
+        weight_map = _weight_map(indexes[0], inside[indexes[0]])
+        names = sorted(set(weight_map.values()))
+        if absent := [name for name in names if name not in inside]:
+            raise InvalidFile(
+                f"The index names {len(absent)} shards that the archive does not hold, first {absent[0]!r}.",
+                missing=absent[:20],
+            )
+        return names, weight_map
+    if len(files) != 1:
+        raise InvalidFile(
+            f"The archive's folder holds {len(files)} safetensors files and no model.safetensors.index.json that says "
+            "how they belong together.",
+            files=files[:20],
+        )
+    return files, None
+
+
+def _weight_map(name: str, member: Member) -> dict[str, str]:
+    index = _json({name: member}, name)
+    weight_map = None if index is None else index.get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise InvalidFile(f"{name!r} has no weight_map from tensors to files.")
+    if len(weight_map) > tensorfile.MAX_TENSORS:
+        raise InvalidFile(f"{name!r} names {len(weight_map)} tensors; at most {tensorfile.MAX_TENSORS} are allowed.")
+    return weight_map
+
+
+def _json(members: Mapping[str, Member], name: str) -> dict[str, Any] | None:
+    if name not in members:
+        return None
+    member = members[name]
+    if member.size > _MAX_JSON_BYTES:
+        raise InvalidFile(f"{name!r} has {member.size} bytes; at most {_MAX_JSON_BYTES} are read.")
+    with member.open() as file:
+        text = file.read(_MAX_JSON_BYTES)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        raise InvalidFile(f"{name!r} in the archive is not JSON.") from None
+    if not isinstance(value, dict):
+        raise InvalidFile(f"{name!r} in the archive is not a JSON object.")
+    return value
+
+
+def _zip_members(path: Path, stack: ExitStack) -> Iterator[tuple[str, Member | None]]:
+    bound_directory(path, MAX_MEMBERS)
+    archive = stack.enter_context(zipfile.ZipFile(path))
+    for info in archive.infolist():
+        # The upper half of a zip's external attributes is the file's mode on Unix; 0xA000 is a link.
+        if (info.external_attr >> 16) & 0xF000 == 0xA000:
+            raise _refused(info.filename, "is a link")
+        yield (
+            info.filename,
+            None if info.filename.endswith("/") else Member(info.file_size, partial(_opened_zip, archive, info)),
+        )
+
+
+def _opened_zip(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> BinaryIO:
+    return cast(BinaryIO, archive.open(info))
+
+
+def _unpacked(path: Path, unpack: Callable[[Path], Any], stack: ExitStack, max_bytes: int) -> BinaryIO:
+    """A compressed tar, unpacked once: to go back in a compressed one is to unpack it again from its start."""
+    file = stack.enter_context(tempfile.TemporaryFile(dir=path.parent))  # noqa: SIM115
+    with unpack(path) as packed:
+        while chunk := packed.read(_COPY_BYTES):
+            file.write(chunk)
+            if file.tell() > max_bytes:
+                raise _bomb(max_bytes)
+    file.seek(0)
+    return cast(BinaryIO, file)
+
+
+class _Bounded:
+    """A tar of which little is read at once while `listing`: tarfile takes what a header announces, 8 GiB or less."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.tell, self.seek, self._file = file.tell, file.seek, file
+        self.listing = True
+
+    def read(self, n_bytes: int = -1) -> bytes:
+        if self.listing and not 0 <= n_bytes <= _MAX_TAR_HEADER_BYTES:
+            raise InvalidFile(
+                f"The tar announces a header of {n_bytes} bytes; at most {_MAX_TAR_HEADER_BYTES} are read."
+            )
+        return self._file.read(n_bytes)
+
+
+def _tar_members(file: BinaryIO, stack: ExitStack) -> Iterator[tuple[str, Member | None]]:
+    bounded = _Bounded(file)
+    archive = stack.enter_context(tarfile.TarFile(fileobj=cast(BinaryIO, bounded)))
+    for info in archive:
+        if info.issym() or info.islnk():
+            raise _refused(info.name, "is a link")
+        if not (info.isfile() or info.isdir()) or info.size < 0:
+            raise _refused(info.name, "is neither a file nor a folder")
+        yield info.name, Member(info.size, partial(_opened_tar, archive, info)) if info.isfile() else None
+    bounded.listing = False
+
+
+def _opened_tar(archive: tarfile.TarFile, info: tarfile.TarInfo) -> BinaryIO:
+    file = archive.extractfile(info)
+    assert file is not None, "it is a file"
+    return cast(BinaryIO, file)
+
+
+def _collected(members: Iterable[tuple[str, Member | None]], max_bytes: int) -> dict[PurePosixPath, Member]:
+    """Files by path; counted as they come, folders too, so that a bomb is noticed before its list is whole."""
+    found: dict[PurePosixPath, Member] = {}
+    unpacked = 0
+    for number, (name, member) in enumerate(members, 1):
+        path = PurePosixPath(name)
+        if not name or path.is_absolute() or ".." in path.parts or "\\" in name or not name.isprintable():
+            raise _refused(name, "leads out of the archive or is no plain path")
+        if number > MAX_MEMBERS:
+            raise InvalidFile(f"The archive has more than {MAX_MEMBERS} members.")
+        if member is None:
+            continue
+        if path in found:
+            raise _refused(name, "is there twice")
+        found[path] = member
+        unpacked += member.size
+        if unpacked > max_bytes:
+            raise _bomb(max_bytes)
+    return found
+
+
+def _bomb(max_bytes: int) -> InvalidFile:
+    return InvalidFile(f"The archive would unpack to more than {max_bytes} bytes.", limit_bytes=max_bytes)
+
+
+def _refused(name: str, why: str) -> InvalidFile:
+    return InvalidFile(f"The archive's member {name[:200]!r} {why}.", member=name[:200])
+
+
+def _words(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300].rstrip(".")

@@ -1,0 +1,128 @@
+"""A zip of class folders with images: cat/1.png, or train/cat/1.png and test/cat/1.png."""
+
+import os
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from app.errors import InvalidFile
+from app.files import zips
+from app.files.datafile.dataset import MAX_IMAGE_BYTES, Dataset, Limits
+from app.files.datafile.values import MAX_CLASSES, check_class_name, split_of_folder
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+# What file managers leave beside images.
+_LITTER = ("__MACOSX", "Thumbs.db", "desktop.ini")
+
+
+def open_folders(path: Path, limits: Limits, _: Mapping[str, str | None]) -> Dataset:
+    """Classes and splits from the folders of a zip; classes are sorted by name, rows by class, split and path.
+
+    Raises:
+        InvalidFile: a path that climbs out, a link, a class without images, files that are no images, other levels of
+            folders; more files, bytes or a larger ratio than the limits.
+    """
+    members = zips.members(path, limits.members)
+    for member in members:
+        _check(member)
+    limits.check_unpacked("zip", sum(member.info.file_size for member in members), path.stat().st_size)
+    places = {member.name: member.place for member in members if not is_litter(member.name)}
+    images, folders = _sorted_out(list(places))
+    rows = sorted((name_of_class, split or 0, name) for name, (split, name_of_class) in images.items())
+    classes = sorted({name_of_class for name_of_class, _, _ in rows})
+    if all(split_of_folder(name) is not None for name in classes):
+        raise InvalidFile(f"The folders {', '.join(classes)} are splits; within each there must be class folders.")
+    _check_classes(classes, folders - {PurePosixPath(name).parts[:-1] for name in images})
+    limits.check_rows(len(rows))
+    numbers = {name: number for number, name in enumerate(classes)}
+    return Dataset(
+        format="imagefolder",
+        content="images",
+        n_rows=len(rows),
+        labels=np.array([numbers[name] for name, _, _ in rows], np.int64),
+        split=None if next(iter(images.values()))[0] is None else np.array([split for _, split, _ in rows], np.int64),
+        class_names=classes,
+        columns=None,
+        read=partial(_read, path, [(name, places[name]) for _, _, name in rows]),
+    )
+
+
+def _check(member: zips.Member) -> None:
+    name, info = member.name[:200], member.info
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise InvalidFile(f"The zip's entry {name!r} is neither stored nor deflated.")
+    if info.file_size > MAX_IMAGE_BYTES:
+        raise InvalidFile(f"The zip's entry {name!r} has {info.file_size} bytes; an image may have {MAX_IMAGE_BYTES}.")
+
+
+def is_litter(name: str) -> bool:
+    """Whether a file is one that people do not know they have."""
+    return any(part.startswith(".") or part in _LITTER for part in PurePosixPath(name).parts)
+
+
+def _sorted_out(names: Sequence[str]) -> tuple[dict[str, tuple[int | None, str]], set[tuple[str, ...]]]:
+    """Split and class of each image, and the folders that the zip lists; those that hold all the rest are left out."""
+    files = [name for name in names if not name.endswith("/")]
+    images = [name for name in files if name.lower().endswith(SUFFIXES)]
+    if not images:
+        raise InvalidFile(f"The zip holds no images ({', '.join(SUFFIXES)}).")
+    common = PurePosixPath(os.path.commonpath([PurePosixPath(name).parent for name in images])).parts
+    depths = {len(PurePosixPath(name).parts) for name in images}
+    if len(depths) > 1 or depths == {1}:
+        raise _other_levels(images)
+    [depth] = depths
+    # dataset/cat/1.png and dataset/train/cat/1.png: what all share is no class, unless it is a split.
+    skipped = len(common) if len(common) <= depth - 2 else depth - 2
+    if skipped and split_of_folder(common[skipped - 1]) is not None and depth - skipped == 2:
+        skipped -= 1
+    levels = depth - skipped
+    others = set(files).difference(images)
+    strangers = [name for name in files if name in others and len(PurePosixPath(name).parts) == depth]
+    if strangers:
+        raise InvalidFile(
+            f"{len(strangers)} files beside the images are none, such as {strangers[0][:200]!r}; class folders hold "
+            f"{', '.join(SUFFIXES)} alone."
+        )
+    found = {}
+    for name in images:
+        parts = PurePosixPath(name).parts[skipped:]
+        split = split_of_folder(parts[0]) if levels == 3 else None
+        if levels not in (2, 3) or (levels == 3 and split is None):
+            raise _other_levels(images)
+        found[name] = (split, parts[-2])
+    listed = {PurePosixPath(name).parts for name in names if name.endswith("/")}
+    return found, {parts for parts in listed if len(parts) == depth - 1}
+
+
+def _other_levels(images: Sequence[str]) -> InvalidFile:
+    return InvalidFile(
+        "Images must lie in class folders (cat/1.png), or these in folders named after splits (train/cat/1.png, "
+        f"test/cat/1.png), all at one depth; the zip holds {', '.join(repr(name[:200]) for name in images[:3])}."
+    )
+
+
+def _check_classes(classes: Sequence[str], empty_folders: set[tuple[str, ...]]) -> None:
+    if empty := sorted("/".join(parts) for parts in empty_folders):
+        raise InvalidFile(
+            f"{len(empty)} class folders hold no images: {', '.join(map(repr, empty[:20]))}.", folders=empty[:20]
+        )
+    for name in classes:
+        check_class_name(name)
+    if len(classes) > MAX_CLASSES:
+        raise InvalidFile(f"The zip has {len(classes)} class folders; at most {MAX_CLASSES} are allowed.")
+
+
+def _read(path: Path, files: Sequence[tuple[str, int]], rows: Sequence[int]) -> Iterator[tuple[str, bytes]]:
+    with zipfile.ZipFile(path) as archive:
+        listed = archive.infolist()
+        for row in rows:
+            name, place = files[row]
+            try:
+                # No more comes than the size that was checked, whatever the packed bytes hold.
+                content = archive.read(listed[place])
+            except zips.BROKEN_ZIP as error:
+                raise InvalidFile(f"Row {row} ({name}) cannot be read from the zip: {error}.", row=row) from None
+            yield name, content

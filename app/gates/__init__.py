@@ -1,0 +1,1 @@
+"""Gates and baselines: their form, their versions and their verdicts."""

@@ -1,0 +1,107 @@
+"""Baselines: names for the reports that candidates are compared with, and how these moved."""
+
+from uuid import uuid4
+
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
+from app import models
+from app.database import read, write
+from app.errors import BaselineMoved, InvalidRequest, NotFound
+from app.gates.versions import find
+from app.listing import Listing, page
+from app.schemas import Baseline, BaselineMove, BaselinePut, Page
+
+
+def put(engine: sa.Engine, name: str, request: BaselinePut) -> Baseline:
+    """Let a baseline point at a report. With `expected_report_id` only if it still points there: of two that saw the
+    same, one wins. Both are in the history.
+
+    Raises:
+        NotFound: there is no such report.
+        BaselineMoved: it points elsewhere by now.
+    """
+    with write(engine) as session:
+        report = find(session, models.Report, request.report_id, "report")
+        row = _locked(session, name)
+        held = row.report_id
+        done = "expected_report_id" not in request.model_fields_set or held == request.expected_report_id
+        move = models.BaselineMove(
+            baseline_id=row.id, report_id=report.id, before_report_id=held, done=done, note=request.note
+        )
+        session.add(move)
+        if done:
+            row.report_id, row.moved_at = report.id, models.now()
+        session.flush()
+        view = _baseline(row, report) if done else None
+    # Outside of the transaction: that the move was refused is part of the history.
+    if view is None:
+        raise BaselineMoved(
+            f"The baseline {name!r} is at {held or 'no report'}, not at {request.expected_report_id or 'none'}: "
+            "somebody moved it meanwhile. Judge again, against where it is now.",
+            report_id=held,
+            expected_report_id=request.expected_report_id,
+        )
+    return view
+
+
+def get(engine: sa.Engine, name: str) -> Baseline:
+    with read(engine) as session:
+        row = find_baseline(session, name)
+        if row is None or row.report_id is None:
+            raise NotFound(f"There is no baseline {name!r}.")
+        return _baseline(row, find(session, models.Report, row.report_id, "report"))
+
+
+def list_page(engine: sa.Engine, listing: Listing) -> Page[Baseline]:
+    query = sa.select(models.Baseline, models.Report).join(models.Report)
+    with read(engine) as session:
+        rows, cursor = page(session, query, models.Baseline, listing, models.Baseline.id.in_)
+        return Page(items=[_baseline(*row) for row in rows], next_cursor=cursor)
+
+
+def list_moves(engine: sa.Engine, name: str, listing: Listing) -> Page[BaselineMove]:
+    """What was asked of a baseline, newest first."""
+    if listing.name is not None:
+        raise InvalidRequest("The moves of a baseline have no names to filter by.")
+    with read(engine) as session:
+        row = find_baseline(session, name)
+        if row is None:
+            raise NotFound(f"There is no baseline {name!r}.")
+        query = sa.select(models.BaselineMove).where(models.BaselineMove.baseline_id == row.id)
+        rows, cursor = page(session, query, models.BaselineMove, listing, models.BaselineMove.id.in_)
+        members = [*BaselineMove.model_fields]
+        items = [BaselineMove(**{member: getattr(move, member) for member in members}) for (move,) in rows]
+    return Page(items=items, next_cursor=cursor)
+
+
+def _locked(session: Session, name: str) -> models.Baseline:
+    """The baseline's row, new or not, which nobody else changes before the transaction ends."""
+    new = {"id": str(uuid4()), "created_at": models.now(), "name": name}
+    session.execute(_INSERT_BASELINE, new)
+    return session.scalars(sa.select(models.Baseline).where(models.Baseline.name == name).with_for_update()).one()
+
+
+_INSERT_BASELINE = sa.text(
+    "INSERT INTO baselines (id, created_at, name) VALUES (:id, :created_at, :name) ON CONFLICT (name) DO NOTHING"
+).bindparams(sa.bindparam("created_at", type_=models.UTCDateTime))
+
+
+def find_baseline(session: Session, name: str) -> models.Baseline | None:
+    return session.scalars(sa.select(models.Baseline).where(models.Baseline.name == name)).one_or_none()
+
+
+def _baseline(row: models.Baseline, report: models.Report) -> Baseline:
+    assert row.report_id is not None, "who calls has seen to it"
+    assert row.moved_at is not None, "it is set with the report"
+    ids = [place.checkpoint_id for place in report.checkpoints]
+    return Baseline(
+        name=row.name,
+        report_id=row.report_id,
+        report_kind=report.kind,
+        # Of a comparison B, which is the candidate that was promoted.
+        checkpoint_id=ids[-1] if report.kind in ("evaluation", "comparison") and ids else None,
+        probe_id=report.probe_id,
+        created_at=row.created_at,
+        moved_at=row.moved_at,
+    )

@@ -1,0 +1,445 @@
+"""The verdict of a gate on a report: each check with value, bounds, baseline, interval, status and one sentence why.
+
+A pure function of the gate, the report and the baseline's report, all three of which never change.
+"""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from statistics import NormalDist
+from time import perf_counter
+from typing import Any, Literal
+
+from pydantic import Field
+
+from app.errors import NotComparable
+from app.gates.form import Check, GateSpec, Quantity
+from app.gates.paths import Undefined, number_at
+from app.schemas import Strict
+
+Report = Mapping[str, Any]
+Status = Literal["pass", "warn", "fail", "undefined", "skip"]
+STATUSES: tuple[Status, ...] = ("fail", "undefined", "warn", "skip", "pass")
+DecidedBy = Literal["value", "low", "high", "both"]
+_ENDS: dict[DecidedBy, str] = {"value": "", "low": "its lower end ", "high": "its upper end "}
+_BEYOND = "the change is shown to be beyond"
+_KEPT = {"within": "the change is shown to be within", "beyond": "the change is not shown to be beyond"}
+_NO_BASELINE = "no baseline was given, and the check is of a change against one"
+
+
+class Interval(Strict):
+    """Of the change; `method` is how its ends were found: the comparison's own, or normal from its standard error."""
+
+    low: float
+    high: float
+    confidence: float
+    method: Literal["delta", "bootstrap", "normal"]
+
+
+class CheckResult(Strict):
+    """What became of one check.
+
+    `undefined` counts as a failure of the gate that no number caused; `skip` is an undefined number that the check lets
+    pass. `decided_by` names the number that was held against the bounds, null where there was none.
+    """
+
+    label: str = Field(description="The check's name, else its metric and bounds; of one gate no two are alike.")
+    name: str | None
+    metric: str
+    severity: Literal["fail", "warn"]
+    status: Status
+    quantity: Quantity
+    min: float | None
+    max: float | None
+    value: float | None
+    baseline: float | None
+    change: float | None = Field(description="Against the baseline; relative where the bounds are.")
+    interval: Interval | None
+    decided_by: DecidedBy | None
+    why: str
+    seconds: float
+
+
+class GateReference(Strict):
+    id: str
+    name: str
+    version: int
+
+
+class BaselineReference(Strict):
+    """What the report was compared with; in a comparison its own A. Null members: there is none yet."""
+
+    name: str | None
+    report_id: str | None
+    subject: str | None
+
+
+class Verdict(Strict):
+    """`fail` where a check of that severity failed, else `undefined` where a number was missing, `warn`, `pass`."""
+
+    status: Literal["pass", "warn", "fail", "undefined"]
+    report_id: str
+    report_kind: str
+    subject: str
+    probe: str
+    gate: GateReference
+    baseline: BaselineReference | None
+    counts: dict[Status, int]
+    checks: list[CheckResult]
+    judged_at: datetime
+
+
+@dataclass(frozen=True)
+class Sides:
+    """What checks are read from: the candidate, the baseline or why there is none, differences by split and path."""
+
+    candidate: Report
+    baseline: Report | None
+    missing: str
+    differences: Mapping[str, Mapping[str, Any]] | None
+    confidence: float | None
+    method: str | None
+
+
+@dataclass
+class _Finding:
+    """What is known of a check so far; what could not be found stays None."""
+
+    value: float | None = None
+    baseline: float | None = None
+    change: float | None = None
+    interval: Interval | None = None
+
+
+def sides(gate: GateSpec, report: Report, baseline: Report | None, missing: str | None = None) -> Sides:
+    """Which report is looked at from which side.
+
+    Args:
+        gate: whose kind says what reports it judges; of kind evaluation it judges comparisons too, B against A.
+        report: the candidate's, or a comparison with the baseline.
+        baseline: the baseline's report.
+        missing: why there is none, where one was asked for.
+
+    Raises:
+        NotComparable: gate, report and baseline do not belong together.
+    """
+    reads = ("evaluation", "comparison") if gate.kind == "evaluation" else (gate.kind,)
+    if report["kind"] not in reads:
+        raise NotComparable(
+            f"The gate judges reports of kind {' or '.join(reads)}, and this one is of kind {report['kind']}.",
+            differing=[{"member": "kind", "expected": gate.kind, "found": report["kind"]}],
+        )
+    absent = missing or _NO_BASELINE
+    if gate.kind == "evaluation" and report["kind"] == "comparison":
+        _require_subject(report, baseline)
+        options = report["provenance"]["options"]
+        differences = {name: split["differences"] for name, split in report["splits"].items()}
+        return Sides(
+            _side(report, "b"), _side(report, "a"), absent, differences, options["confidence"], options["interval"]
+        )
+    if baseline is not None:
+        if gate.kind == "evaluation" and baseline["kind"] == "comparison":
+            baseline = _side(baseline, "b")
+        _require_comparable(report, baseline, reads)
+    return Sides(report, baseline, absent, None, None, None)
+
+
+def judge(gate: GateSpec, sides: Sides) -> list[CheckResult]:
+    """Every check, in the gate's order."""
+    return [_judge(check, sides) for check in gate.checks]
+
+
+def overall(checks: list[CheckResult]) -> Literal["pass", "warn", "fail", "undefined"]:
+    """What the checks amount to."""
+    found = {check.status for check in checks}
+    for status in ("fail", "undefined", "warn"):
+        if status in found:
+            return status
+    return "pass"
+
+
+def subject_name(report: Report) -> str:
+    """What a report is about: its subject, of a comparison B, of a path A and B, of a series the last."""
+    if report["kind"] == "path":
+        return " to ".join(subject["name"] for subject in report["subjects"])
+    subject = report["subjects"][-1] if "subjects" in report else report["subject"]
+    return str(subject["name"])
+
+
+def _side(comparison: Report, side: Literal["a", "b"]) -> Report:
+    """One checkpoint of a comparison, as its own evaluation would report it."""
+    splits = {name: split[side] for name, split in comparison["splits"].items()}
+    shared = {name: value for name, value in comparison.items() if name not in ("subjects", "splits", "probe_b")}
+    probe = comparison["probe"] if side == "a" else comparison["probe_b"]
+    return {**shared, "subject": comparison["subjects"]["ab".index(side)], "probe": probe, "splits": splits}
+
+
+def _require_subject(comparison: Report, baseline: Report | None) -> None:
+    """A comparison brings its own baseline, A: it must be the one that was asked for."""
+    if baseline is None:
+        return
+    expected = baseline["subjects"][-1] if "subjects" in baseline else baseline["subject"]
+    found = comparison["subjects"][0]
+    if found["sha256"] != expected["sha256"]:
+        raise NotComparable(
+            f"The comparison is with {found['name']!r} (sha256 {found['sha256'][:12]}), the baseline is of "
+            f"{expected['name']!r} (sha256 {expected['sha256'][:12]}). Compare with the baseline's checkpoint.",
+            differing=[{"member": "subject.sha256", "expected": expected["sha256"], "found": found["sha256"]}],
+        )
+
+
+def _require_comparable(report: Report, baseline: Report, kinds: tuple[str, ...]) -> None:
+    """Values of two reports are compared on one probe, computed in one precision by one set of definitions."""
+    # Reports of before data had a hash of their own say which file it was.
+    hashed = all(side["probe"].get("data_sha256") for side in (report, baseline))
+    identity = "data_sha256" if hashed else "sha256"
+    expected, found = _circumstances(baseline, identity), _circumstances(report, identity)
+    if baseline["kind"] == report["kind"]:
+        expected, found = {**expected, **_choices(baseline)}, {**found, **_choices(report)}
+    differing = [
+        {"member": member, "expected": expected[member], "found": found[member]}
+        for member in found
+        if found[member] != expected[member]
+    ]
+    if baseline["kind"] not in kinds:
+        differing.insert(0, {"member": "kind", "expected": baseline["kind"], "found": report["kind"]})
+    if differing:
+        one = differing[0]
+        raise NotComparable(
+            f"The report cannot be compared with the baseline: {one['member']} is {one['found']!r} where the "
+            f"baseline's is {one['expected']!r}. Values of different probes, samples, precisions, options or "
+            "definitions differ for reasons that are not the checkpoint's.",
+            differing=differing,
+        )
+
+
+def _circumstances(report: Report, identity: str) -> dict[str, Any]:
+    """What must be the same; `identity` is the member of the probe that says which data it holds."""
+    probe = report["probe"]
+    # What a checkpoint brings is part of it and may differ; what a probe says is part of the data.
+    preprocess = None
+    if probe.get("preprocess_source") == "probe":
+        # Reports of before the member are floored.
+        preprocess = {"pad_offset": "floored", **probe["preprocess"]}
+    samples, tokenizer = probe.get("samples") or {}, probe.get("tokenizer") or {}
+    return {
+        f"probe.{identity}": probe[identity],
+        # The same file may be read by other columns.
+        "probe.class_counts": probe["class_counts"],
+        "probe.preprocess": preprocess,
+        "probe.tokenizer.sha256": tokenizer.get("sha256") if tokenizer.get("source") == "probe" else None,
+        "probe.samples.used": samples.get("used"),
+        "probe.samples.seed": samples.get("seed"),
+        # Reports of before the option are float32.
+        "provenance.precision": report["provenance"].get("precision") or "float32",
+        "definitions_version": report["definitions_version"],
+    }
+
+
+def _choices(report: Report) -> dict[str, Any]:
+    """What somebody chose that decides a number as much as the checkpoint does."""
+    options = report["provenance"]["options"]
+    chosen: dict[str, Any] = {}
+    match report["kind"]:
+        case "path":
+            chosen = {"options.grid": _grid(report), **_options(options, "normalisation", "alignment")}
+        case "pruning":
+            chosen = _options(options, "sparsities", "scope", "include_head")
+        case "series":
+            # A run may have gone on for longer, but not along something else.
+            chosen = {"axis.name": report["axis"]["name"]}
+    return chosen
+
+
+def _options(options: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {f"options.{name}": options[name] for name in names}
+
+
+def _grid(report: Report) -> Any:
+    """A path's grid, the same however it was asked for."""
+    if report["provenance"]["options"]["grid"] == "adaptive":
+        return "adaptive"
+    ws = [point["w"] for point in report["points"]]
+    return {"points": len(ws)} if ws == [i / (len(ws) - 1) for i in range(len(ws))] else {"values": ws}
+
+
+def _judge(check: Check, sides: Sides) -> CheckResult:
+    started = perf_counter()
+    finding = _Finding()
+    decided_by: DecidedBy | None = None
+    status: Status
+    try:
+        _find(check, sides, finding)
+        beyond, decided_by, why = _decide(check, finding)
+        status = check.severity if beyond else "pass"
+    except Undefined as gap:
+        why = f"Undefined: {gap}."
+        outcomes: dict[str, Status] = {"fail": "undefined", "warn": "warn", "pass": "skip"}
+        status = outcomes[check.when_undefined or check.severity]
+    return CheckResult(
+        label=check.label,
+        name=check.name,
+        metric=check.metric,
+        severity=check.severity,
+        status=status,
+        quantity=check.quantity,
+        min=check.low,
+        max=check.high,
+        value=finding.value,
+        baseline=finding.baseline,
+        change=finding.change,
+        interval=finding.interval,
+        decided_by=decided_by,
+        why=why,
+        seconds=perf_counter() - started,
+    )
+
+
+def _find(check: Check, sides: Sides, finding: _Finding) -> None:
+    """Read what the check needs, as far as it is there."""
+    finding.value = number_at(sides.candidate, check.metric)
+    if check.quantity == "value":
+        return
+    if sides.baseline is None:
+        raise Undefined(sides.missing)
+    _require_same_place(check.metric, sides.candidate, sides.baseline)
+    try:
+        finding.baseline = number_at(sides.baseline, check.metric)
+    except Undefined as gap:
+        raise Undefined(f"of the baseline, {gap}") from None
+    change = finding.value - finding.baseline
+    if check.quantity == "relative_change":
+        if finding.baseline == 0:
+            raise Undefined("the baseline's value is 0, of which no change is a share")
+        change /= abs(finding.baseline)
+    if abs(change) == float("inf"):
+        raise Undefined("the change is larger than a number can be")
+    finding.change = change
+    if check.significance is not None:
+        finding.interval = _interval(check.metric, check.significance, sides)
+
+
+def _require_same_place(metric: str, candidate: Report, baseline: Report) -> None:
+    """A change at a point is of one w, sparsity or x; of a series the last, or the one before it, is meant as such."""
+    first, *rest = metric.split(".")
+    if first != "points" or (candidate["kind"] == "series" and rest[0].startswith("-")):
+        return
+    name = {"path": "w", "pruning": "sparsity", "series": "x"}[candidate["kind"]]
+    places = [number_at(report, f"points.{rest[0]}.{name}") for report in (candidate, baseline)]
+    if places[0] != places[1]:
+        raise Undefined(f"point {rest[0]} is at {name} {places[0]!r}, and at {places[1]!r} in the baseline")
+
+
+def _interval(metric: str, confidence: float, sides: Sides) -> Interval:
+    """The interval of the change: the comparison's own at its own confidence, else from its standard error."""
+    if sides.differences is None:
+        raise Undefined(
+            "significance needs the interval of the change, which only a comparison of the two checkpoints has: judge "
+            "a report of kind comparison, or let `interplay gate --checkpoint FILE --baseline NAME` queue one"
+        )
+    _, split, *path = [*metric.split("."), ""]
+    found = sides.differences.get(split, {}).get(".".join(path[:-1]))
+    if found is None:
+        raise Undefined("the comparison has no interval of the change of this number")
+    low, high, error = found["low"], found["high"], found["standard_error"]
+    if confidence == sides.confidence and low is not None and high is not None:
+        method: Literal["delta", "bootstrap"] = "bootstrap" if sides.method == "bootstrap" else "delta"
+        return Interval(low=low, high=high, confidence=confidence, method=method)
+    if error is None or found["difference"] is None:
+        reason = f" ({found['reason']})" if found.get("reason") else ""
+        raise Undefined(f"the comparison has no standard error of this change{reason}")
+    difference = found["difference"]
+    if found.get("reason") and low is not None and high is not None and sides.confidence is not None:
+        # Near a kink the interval is not symmetric: its sides are stretched as those of a normal one are.
+        stretch = _normal(confidence) / _normal(sides.confidence)
+        low, high = difference + stretch * (low - difference), difference + stretch * (high - difference)
+        return Interval(low=low, high=high, confidence=confidence, method="normal")
+    margin = _normal(confidence) * error
+    return Interval(low=difference - margin, high=difference + margin, confidence=confidence, method="normal")
+
+
+def _normal(confidence: float) -> float:
+    """The two-sided quantile of the normal distribution."""
+    return NormalDist().inv_cdf((1 + confidence) / 2)
+
+
+def _decide(check: Check, finding: _Finding) -> tuple[bool, DecidedBy, str]:
+    """Whether the number is beyond its bounds, what was held against them, and the sentence that says so."""
+    slack = _rounding(check, finding)
+    ends: list[DecidedBy] = []
+    clauses: list[str] = []
+    for name, bound in check.named_bounds():
+        lower = name.startswith("min")
+        end, amount = _held(check, finding, lower)
+        beyond = amount < bound - slack if lower else amount > bound + slack
+        relation = ("below" if lower else "above") if beyond else ("at least" if lower else "at most")
+        clause = f"{_ENDS[end]}is {relation} {name} {_exact(bound, amount)}"
+        if beyond:
+            return True, end, _sentence(check, finding, clause, _shown(check, finding, bound, lower))
+        ends.append(end)
+        clauses.append(clause)
+    return (
+        False,
+        ends[0] if len(set(ends)) == 1 else "both",
+        _sentence(check, finding, " and ".join(clauses), _KEPT[check.proof]),
+    )
+
+
+def _held(check: Check, finding: _Finding, lower: bool) -> tuple[DecidedBy, float]:
+    """What is held against a bound: the number itself, or of an interval the end that could prove what is asked for."""
+    if finding.interval is None:
+        number = finding.value if finding.change is None else finding.change
+        assert number is not None, "_find has seen to it"
+        return "value", number
+    if lower == (check.proof == "within"):
+        return "low", finding.interval.low
+    return "high", finding.interval.high
+
+
+def _shown(check: Check, finding: _Finding, bound: float, lower: bool) -> str:
+    """What an interval that fails a bound shows: too little, or that the change is beyond it."""
+    if finding.interval is None or check.proof == "beyond":
+        return _BEYOND
+    farther = finding.interval.high if lower else finding.interval.low
+    return _BEYOND if (farther < bound if lower else farther > bound) else "the change is not shown to be within"
+
+
+def _sentence(check: Check, finding: _Finding, clause: str, shown: str) -> str:
+    assert finding.value is not None, "_find has seen to it"
+    if finding.change is None or finding.baseline is None:
+        return f"{_number(finding.value)} {clause}."
+    kind = "relative change" if check.quantity == "relative_change" else "change"
+    told = f"{_number(finding.value)} after {_number(finding.baseline)}, a {kind} of {_signed(finding.change)},"
+    if finding.interval is None:
+        return f"{told} {clause}."
+    low, high = _signed(finding.interval.low), _signed(finding.interval.high)
+    return f"{told} {finding.interval.confidence * 100:g} % interval {low} to {high}: {clause}, so {shown}."
+
+
+def _rounding(check: Check, finding: _Finding) -> float:
+    """What subtraction and division may have cost a change: 0.89 after 0.90 is -0.01 but for the last bits.
+
+    A value is compared as it is.
+    """
+    if finding.baseline is None or finding.value is None:
+        return 0.0
+    scale = abs(finding.value) + abs(finding.baseline)
+    if check.quantity == "relative_change":
+        scale /= abs(finding.baseline)
+    return 4 * sys.float_info.epsilon * scale
+
+
+def _number(value: float) -> str:
+    return f"{value:.6g}"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.6g}" if value else "0"
+
+
+def _exact(bound: float, amount: float) -> str:
+    """A bound; with both to the last digit where they would read alike and are not."""
+    if bound != amount and _number(bound) == _number(amount):
+        return f"{_number(bound)} (to the last digit: {amount!r} and {bound!r})"
+    return _number(bound)

@@ -1,0 +1,85 @@
+"""Gates: each change of one is a version, kept for good."""
+
+import hashlib
+import json
+from typing import TypeVar
+
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
+from app import models
+from app.database import read, write
+from app.errors import NotFound
+from app.gates.form import Gate, GateSpec, GateSummary, require_sound
+from app.listing import Listing, page
+from app.schemas import Page
+
+# How many others may make a version of the same gate at the same moment.
+_ATTEMPTS = 20
+Row = TypeVar("Row", models.Gate, models.Report)
+
+
+def create(engine: sa.Engine, spec: GateSpec) -> tuple[Gate, bool]:
+    """Keep a gate as the next version of its name; what equals the current version is that version, and not new.
+
+    Raises:
+        InvalidRequest: a check names no number of a report.
+    """
+    require_sound(spec)
+    # Without defaults: what a later version of the service adds does not make an old file a new gate.
+    content = json.dumps(spec.model_dump(mode="json", exclude_defaults=True), sort_keys=True)
+    sha256 = hashlib.sha256(content.encode()).hexdigest()
+    for attempt in range(_ATTEMPTS):
+        try:
+            with write(engine) as session:
+                current = _current(session, spec.name)
+                if current is not None and current.sha256 == sha256:
+                    return gate_of(current), False
+                row = models.Gate(
+                    name=spec.name,
+                    version=1 if current is None else current.version + 1,
+                    kind=spec.kind,
+                    description=spec.description,
+                    n_checks=len(spec.checks),
+                    sha256=sha256,
+                    content=content,
+                )
+                session.add(row)
+                session.flush()
+                return gate_of(row), True
+        except sa.exc.IntegrityError:
+            # Somebody else has made this version at the same moment, so the next look finds it.
+            if attempt + 1 == _ATTEMPTS:
+                raise
+    raise AssertionError("the last attempt returns or raises")
+
+
+def get(engine: sa.Engine, id_: str) -> Gate:
+    with read(engine) as session:
+        return gate_of(find(session, models.Gate, id_, "gate"))
+
+
+def list_page(engine: sa.Engine, listing: Listing) -> Page[GateSummary]:
+    """Every version is an item of its own."""
+    query = sa.select(models.Gate).options(sa.orm.defer(models.Gate.content))
+    with read(engine) as session:
+        rows, cursor = page(session, query, models.Gate, listing, models.Gate.id.in_)
+        members = [*GateSummary.model_fields]
+        items = [GateSummary(**{name: getattr(row, name) for name in members}) for (row,) in rows]
+    return Page(items=items, next_cursor=cursor)
+
+
+def gate_of(row: models.Gate) -> Gate:
+    return Gate(**json.loads(row.content), id=row.id, version=row.version, sha256=row.sha256, created_at=row.created_at)
+
+
+def find(session: Session, model: type[Row], id_: str, noun: str) -> Row:
+    row = session.get(model, id_)
+    if row is None:
+        raise NotFound(f"There is no {noun} {id_!r}.")
+    return row
+
+
+def _current(session: Session, name: str) -> models.Gate | None:
+    query = sa.select(models.Gate).where(models.Gate.name == name).order_by(models.Gate.version.desc()).limit(1)
+    return session.scalars(query).one_or_none()

@@ -1,0 +1,121 @@
+"""The `spec` of an upload: of a checkpoint, a probe or a feature set."""
+
+from functools import partial
+from typing import Annotated, Any, Literal
+from unicodedata import normalize
+
+from pydantic import AfterValidator, Field, FiniteFloat
+
+from app.schemas.base import PLAIN_TEXT, Metadata, Name, PositiveFloat, Sha256, Strict
+
+
+def _ending_with_a_dot(prefix: str) -> str:
+    return prefix if prefix.endswith(".") or not prefix else f"{prefix}."
+
+
+Prefix = Annotated[str, Field(max_length=199, pattern=PLAIN_TEXT), AfterValidator(_ending_with_a_dot)]
+
+
+class CheckpointSpec(Strict):
+    """`spec` of POST /v1/checkpoints. Without `architecture` the file's own metadata must hold one."""
+
+    name: Name
+    architecture: dict[str, Any] | None = None
+    head: str | None = Field(
+        default=None, max_length=500, pattern=PLAIN_TEXT, description="Module name of the head; default: by family."
+    )
+    prefix: Prefix | None = Field(
+        default=None,
+        description="What stands before the weights' names, such as `ema_model.`, where the file holds several copies.",
+    )
+    preprocess: dict[str, Any] | None = Field(
+        default=None, description="Of images, where a probe gives none: as of a probe, or a preprocessor_config.json."
+    )
+    tokenizer: dict[str, Any] | None = Field(default=None, description="Content of a tokenizer.json, for texts.")
+    metadata: Metadata = Field(default={})
+    sha256: Sha256 | None = Field(default=None, description="Instead of a file: a blob that the service holds.")
+
+
+Side = Annotated[int, Field(ge=1, le=4096)]
+Sides = Annotated[list[Side], Field(min_length=2, max_length=2)]
+
+
+class Preprocess(Strict):
+    """What happens to inputs before the network sees them: x * scale, then (x - mean) / std; of images resize, centre
+    crop and colour first, in grey levels 0 to 255."""
+
+    scale: FiniteFloat | None = Field(default=None, description="Default: 1; 1/255 of images that are decoded.")
+    mean: FiniteFloat | list[FiniteFloat] = 0.0
+    std: PositiveFloat | list[PositiveFloat] = 1.0
+    resize: Side | Sides | None = Field(default=None, description="Shorter side, or [height, width], in pixels.")
+    resample: Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"] = Field(
+        default="bilinear", description="Pillow's filter, antialiased."
+    )
+    crop: Side | Sides | None = Field(default=None, description="Side, or [height, width], about the centre.")
+    crop_offset: Literal["rounded", "floored"] = Field(
+        default="rounded", description="Half of an odd number of pixels: as torchvision, or as transformers has it."
+    )
+    pad_offset: Literal["floored", "ceiled"] = Field(
+        default="floored",
+        description="Half of an odd number of pixels that the image lacks, before it: as torchvision, or as the Pillow "
+        "backend of transformers has it.",
+    )
+    colour: Literal["rgb", "grey"] | None = Field(default=None, description="null: grey stays grey, all else is RGB.")
+
+    def for_images(self) -> "Preprocess":
+        """All of it said, of images that are decoded."""
+        crop = [self.crop, self.crop] if isinstance(self.crop, int) else self.crop
+        return self.model_copy(update={"scale": 1 / 255 if self.scale is None else self.scale, "crop": crop})
+
+    def for_tensors(self) -> "Preprocess":
+        """All of it said, of tensors, which are not resized."""
+        return self.model_copy(update={"scale": 1.0 if self.scale is None else self.scale})
+
+
+# Compared with names from elsewhere: composed, as Unicode has it (NFC), however it was typed.
+ClassName = Annotated[str, Field(max_length=200, pattern=PLAIN_TEXT), AfterValidator(partial(normalize, "NFC"))]
+ColumnName = Annotated[str, Field(min_length=1, max_length=200)]
+
+
+class Columns(Strict):
+    """Names of columns, where they are not the usual ones."""
+
+    image: ColumnName | None = Field(default=None, description="Default: image, img.")
+    text: ColumnName | None = Field(default=None, description="Default: text, sentence, content.")
+    label: ColumnName | None = Field(
+        default=None, description="Default: label, labels, fine_label. null, where it is given: texts without labels."
+    )
+    split: ColumnName | None = Field(default=None, description="Default: split, where there is one.")
+
+    def named(self) -> dict[str, str | None]:
+        """Names by role; of labels null where somebody says that there are none."""
+        said = self.model_dump(exclude_unset=True)
+        return {role: name for role, name in said.items() if name is not None or role == "label"}
+
+
+class ProbeSpec(Strict):
+    """`spec` of POST /v1/probes. Lists in `preprocess` run along dimension 1 of the inputs."""
+
+    name: Name
+    class_names: list[ClassName] | None = Field(
+        default=None,
+        min_length=2,
+        max_length=100_000,
+        description="In the order of the labels; of a file that has names itself, the order or other names for them.",
+    )
+    preprocess: Preprocess | None = None
+    columns: Columns | None = Field(default=None, description="Of Parquet, CSV and JSON lines.")
+    tokenizer: dict[str, Any] | None = Field(default=None, description="Content of a tokenizer.json, for texts.")
+    max_length: int | None = Field(
+        default=None, ge=1, le=100_000, description="Tokens of a text that are kept; default: see docs/report.md."
+    )
+    metadata: Metadata = Field(default={})
+    sha256: Sha256 | None = None
+
+
+class FeatureSetSpec(Strict):
+    """`spec` of POST /v1/feature-sets."""
+
+    name: Name
+    metadata: Metadata = Field(default={})
+    sha256: Sha256 | None = None

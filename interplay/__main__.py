@@ -1,0 +1,5 @@
+"""`python -m interplay`: the same as `interplay`."""
+
+from interplay.server import main
+
+main()

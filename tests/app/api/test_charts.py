@@ -1,0 +1,432 @@
+"""Pictures of real reports: each kind, each format, what they show, and what there is not."""
+
+import asyncio
+import copy
+import json
+import struct
+import time
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from app.api import charts, drawing
+from app.settings import Settings
+from tests.app.api.test_uploads import problem
+from tests.app.test_points import FEW
+from tests.services import Service
+
+NAMES = {
+    "evaluation": ["overview", "mir", "hdr"],
+    "comparison": ["overview", "accuracy", "loss", "mir", "hdr"],
+    "path": ["overview", "loss", "error", "mir", "hdr"],
+    "pruning": ["overview", "loss", "accuracy", "mir", "hdr"],
+    "series": ["overview", "loss", "accuracy", "mir", "hdr"],
+}
+
+
+@pytest.fixture(scope="module")
+def reports(service: Service, mlp_checkpoint_file: Path, digits_probe_file: Path) -> dict[str, dict[str, Any]]:
+    """A report of every kind."""
+    ids = [
+        service.post("/v1/checkpoints", {"name": name}, mlp_checkpoint_file).json()["id"]
+        for name in ("before <&>", "after")
+    ]
+    probe = service.post("/v1/probes", {"name": "data", "preprocess": {"scale": 0.0625}}, digits_probe_file).json()[
+        "id"
+    ]
+    requests: dict[str, dict[str, Any]] = {
+        "evaluation": {"checkpoint_id": ids[0], "options": {"null_permutations": 2}},
+        "comparison": {"checkpoint_a_id": ids[0], "checkpoint_b_id": ids[1], "options": FEW},
+        "path": {"checkpoint_a_id": ids[0], "checkpoint_b_id": ids[1], "options": {**FEW, "grid": {"points": 3}}},
+        "pruning": {"checkpoint_id": ids[0], "options": {**FEW, "sparsities": [0.5, 0.9, 0.99]}},
+        "series": {"axis": {"name": "epoch", "values": [0, 5]}, "checkpoint_ids": ids, "options": FEW},
+    }
+    return {
+        kind: service.report(service.wait(service.analyze(kind=kind, probe_id=probe, **request)["id"]))
+        for kind, request in requests.items()
+    }
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_every_chart_is_drawn_in_every_format(service: Service, reports: dict[str, Any], kind: str) -> None:
+    """SVG that is XML and says what it is of, PNG of a size to read, and the specification that both came from."""
+    url = f"/v1/reports/{reports[kind]['id']}/charts"
+    listed = service.client.get(url).json()
+    assert listed == {"names": NAMES[kind], "formats": ["svg", "png", "json"]}
+    for name in NAMES[kind]:
+        picture = service.client.get(f"{url}/{name}.svg")
+        assert picture.headers["content-type"].startswith("image/svg+xml")
+        words = "".join(ET.fromstring(picture.text).itertext())
+        assert "train" in words
+        assert f"{kind.capitalize()}: before <&>" in words
+        assert "on data" in words
+        image = service.client.get(f"{url}/{name}.png")
+        assert image.headers["content-type"] == "image/png"
+        assert image.content[:8] == b"\x89PNG\r\n\x1a\n"
+        width, height = struct.unpack(">II", image.content[16:24])
+        assert 600 <= width <= 2200
+        assert 200 <= height <= 1600
+        specification = service.client.get(f"{url}/{name}.json")
+        assert specification.headers["content-type"] == "application/vnd.vegalite+json"
+        assert "vega-lite" in specification.json()["$schema"]
+
+
+def test_a_chart_shows_the_numbers_of_the_report(reports: dict[str, Any]) -> None:
+    """Points, the optimum of a series, the knee of a sweep, and where a barrier is: all from the report."""
+    specification = charts.describe(reports["series"], "mir")
+    text = json.dumps(specification)
+    for point in reports["series"]["points"]:
+        for split in point["splits"].values():
+            values = split["interplay"]["sample"]["global"]
+            assert json.dumps(values["mir"]) in text
+            assert json.dumps(values["optimum"]["mir"]) in text
+    knees = [split["knee"] for split in reports["pruning"]["summary"]["splits"].values()]
+    drawn = json.dumps(charts.describe(reports["pruning"], "accuracy"))
+    assert all(f'{{"sparsity": {json.dumps(knee)}, "split"' in drawn for knee in knees)
+    path = _with_barriers(reports["path"])
+    rule = json.dumps(charts.describe(path, "loss"))
+    raised = path["points"][1]["splits"]["test"]["loss"]
+    assert f'"w": 0.5, "from": {json.dumps(raised - 1.0)}, "to": {json.dumps(raised)}' in rule
+
+
+def test_every_chart_says_what_its_marks_mean(reports: dict[str, Any]) -> None:
+    """A key of the marks that are drawn, in the overview and beside each measure, and none of those that are not."""
+    path = _with_barriers(reports["path"])
+    keys = {
+        "chord": "dashed: chord between the ends",
+        "mean": "dashed (error): mean of the ends",
+        "bar": "bar: barrier at its place",
+        "knee": "dashed: knee, the largest sparsity within 1 point of the accuracy at 0",
+        "optimum": "dotted: optimum under neural collapse",
+        "tick": "tick: optimum under neural collapse",
+        "cross": "cross: mean of the permutation baseline",
+        "interval": "bar: 95 % interval of the difference",
+        "zero": "dashed: no difference",
+        "level": "MIR and HDR: sample level, global centring",
+    }
+    for report, name, shown in (
+        (path, "overview", {"chord", "mean", "bar", "level"}),
+        (path, "loss", {"chord", "bar"}),
+        (path, "error", {"mean"}),
+        (path, "mir", {"chord", "level"}),
+        (reports["pruning"], "overview", {"knee", "optimum", "level"}),
+        (reports["pruning"], "accuracy", {"knee"}),
+        (reports["series"], "loss", set()),
+        (reports["series"], "hdr", {"optimum", "level"}),
+        (reports["evaluation"], "overview", {"tick", "cross"}),
+        (reports["evaluation"], "hdr", {"tick"}),
+        (reports["comparison"], "loss", {"interval", "zero"}),
+        (reports["comparison"], "mir", {"interval", "zero", "level"}),
+    ):
+        words = _words(charts.describe(report, name))
+        assert {mark for mark, meaning in keys.items() if meaning in words} == shown, (report["kind"], name)
+
+
+def test_a_barrier_reaches_from_its_line_to_the_value(reports: dict[str, Any]) -> None:
+    """The error's barrier stands on the mean of the ends, which is drawn; the loss's on the chord between them."""
+    path = copy.deepcopy(reports["path"])
+    for point, accuracy, loss in zip(path["points"], (0.75, 0.25, 0.25), (1.0, 4.0, 3.0), strict=True):
+        point["splits"]["test"] |= {"accuracy": accuracy, "loss": loss}
+    path["summary"]["splits"]["test"]["error_barrier"] = {"value": 0.25, "at": 0.5}
+    path["summary"]["splits"]["test"]["loss_barrier"] = {"value": 2.0, "at": 0.5}
+    for name, levels, bar in (("error", [0.5, 0.5], (0.5, 0.75)), ("loss", [1.0, 3.0], (2.0, 4.0))):
+        rows = [row for row in _rows(charts.describe(path, name)) if row.get("split") == "test"]
+        assert [row["level"] for row in rows if "level" in row] == levels
+        assert [(row["from"], row["to"]) for row in rows if "from" in row] == [bar]
+
+
+def test_bars_and_knees_of_all_splits_are_seen(reports: dict[str, Any]) -> None:
+    """At one place, and at places a few pixels apart, there is room between the bars of any two splits."""
+    path = _with_barriers(reports["path"])
+    assert sorted(_upright(charts.describe(path, "loss")).values()) == [157, 160, 163]
+    # 6 pixels to the right: what a fixed place for each split would put onto the bar of another one.
+    for point in path["points"][1:2]:
+        point["w"] = 0.5 + 6 / 320
+        path["points"].insert(1, copy.deepcopy(reports["path"]["points"][1]))
+    path["summary"]["splits"]["train"]["loss_barrier"]["at"] = 0.5 + 6 / 320
+    places = _upright(charts.describe(path, "loss"))
+    assert places["#0072B2"] == pytest.approx(169)
+    assert {places["#D55E00"], places["#7F7F7F"]} == {157, 160}
+    pruning = copy.deepcopy(reports["pruning"])
+    for split in pruning["summary"]["splits"].values():
+        split["knee"] = 0.5
+    first, second, third = sorted(_upright(charts.describe(pruning, "accuracy")).values())
+    assert (second - first, third - second) == (3, 3)
+
+
+def test_a_panel_without_a_value_says_why(reports: dict[str, Any]) -> None:
+    """A measure that is not defined anywhere, for a split, or at a point has its reason in words in the picture."""
+    path = copy.deepcopy(reports["path"])
+    _undefine(path["points"][1]["splits"]["test"], "zero_entropy")
+    assert "not defined for test at 1 of 3 points: all directions coincide" in _words(charts.describe(path, "mir"))
+    for point in path["points"]:
+        for split in point["splits"].values():
+            _undefine(split, "no_directions")
+    words = _words(charts.describe(path, "overview"))
+    assert words.count("not defined: no vector has a direction") == 1
+    assert "at 3 of 3" not in words
+    evaluation = copy.deepcopy(reports["evaluation"])
+    assert "not defined" not in _words(charts.describe(evaluation, "mir"))
+    _undefine(evaluation["splits"]["train"], "zero_entropy")
+    assert "not defined: all directions coincide" in _words(charts.describe(evaluation, "mir"))
+    comparison = copy.deepcopy(reports["comparison"])
+    assert "not defined" not in _words(charts.describe(comparison, "mir"))
+    for split in comparison["splits"].values():
+        _undefine(split["a"], "no_directions")
+        for lacking in ("a", "difference", "low", "high"):
+            split["differences"]["interplay.sample.global.mir"][lacking] = None
+        split["differences"]["loss"] |= {"low": None, "high": None, "reason": "no_derivative"}
+    words = _words(charts.describe(comparison, "overview"))
+    assert "not defined: no vector has a direction (of A)" in words
+    assert "no interval: no derivative" in words
+
+
+def test_the_optimum_of_a_single_sparsity_is_drawn(reports: dict[str, Any]) -> None:
+    """A sweep of one point has the dotted lines of its optima across the whole panel, a split's in another's gaps."""
+    pruning = copy.deepcopy(reports["pruning"])
+    del pruning["points"][1:]
+    dotted = [line for line in _lines(charts.describe(pruning, "mir")) if line.get("stroke-dasharray") == "2,10"]
+    assert {line.get("stroke") for line in dotted} == {"#0072B2", "#D55E00", "#7F7F7F"}
+    assert {abs(float(str(line.get("x2")))) for line in dotted} == {320}
+    assert len({line.get("stroke-dashoffset") for line in dotted}) == 3
+
+
+def test_values_that_are_all_the_same_have_a_scale_to_read(reports: dict[str, Any]) -> None:
+    """Rounding errors do not fill a panel, and no tick has sixteen digits; shares stay between 0 and 1."""
+    series = copy.deepcopy(reports["series"])
+    for point, error in zip(series["points"], (0, 4e-16), strict=True):
+        for split in point["splits"].values():
+            split |= {"loss": 2.302585092994046 + error, "accuracy": 1 - error}
+    loss, accuracy = charts.describe(series, "loss"), charts.describe(series, "accuracy")
+    assert max(map(len, _tick_labels(loss))) <= len("2.3025")
+    low, high = _span(loss)
+    assert high - low == pytest.approx(2.3025e-3, rel=1e-3)
+    assert _span(accuracy) == pytest.approx([0.999, 1])
+    comparison = copy.deepcopy(reports["comparison"])
+    for split in comparison["splits"].values():
+        split["differences"]["accuracy"] |= {"difference": 1e-17, "low": -1e-17, "high": 1e-17}
+    assert {"−0.0005", "0", "0.0005"} <= set(_tick_labels(charts.describe(comparison, "accuracy")))
+
+
+def test_long_names_do_not_widen_a_picture(reports: dict[str, Any]) -> None:
+    """Names of 200 wide characters, and an axis of 100, keep their ends and the size that pictures have."""
+    for kind in NAMES:
+        report = copy.deepcopy(reports[kind])
+        for subject in report.get("subjects") or [report["subject"]]:
+            subject["name"] = "begin" + "W" * 190 + "final"
+        report["probe"]["name"] = "W" * 200
+        if kind == "series":
+            report["axis"]["name"] = "begin" + "n" * 90 + "final"
+        for name in NAMES[kind]:
+            specification = charts.describe(report, name)
+            width, height = struct.unpack(">II", charts.png(specification)[16:24])
+            short = charts.png(charts.describe(reports[kind], name))
+            assert width <= struct.unpack(">I", short[16:20])[0] + 100
+            assert height <= 1600
+            assert "begin" in _words(specification)
+    assert "begin" + "n" * 17 + "…" + "n" * 16 + "final" in _words(charts.describe(report, "loss"))
+
+
+def test_an_axis_may_have_huge_and_tiny_values(reports: dict[str, Any]) -> None:
+    """Up to 1e15 on both sides, next to each other out there, or far below 1: ticks are numbers that differ."""
+    series = copy.deepcopy(reports["series"])
+    for values, tick in (((-1e15, 1e15), "1e+15"), ((1e15, 1e15 + 5), "1000000000000005"), ((0, 1e-15), "1e-15")):
+        series["axis"]["values"] = list(values)
+        for point, value in zip(series["points"], values, strict=True):
+            point["x"] = value
+        labels = _tick_labels(charts.describe(series, "loss"))
+        assert tick in labels
+        assert "NaN" not in labels
+
+
+def test_what_is_not_defined_is_left_out(reports: dict[str, Any]) -> None:
+    """A null is no zero: its point is missing, and the rest is drawn."""
+    series = copy.deepcopy(reports["series"])
+    for split in series["points"][0]["splits"].values():
+        split["interplay"]["sample"]["global"]["mir"] = None
+        split["interplay"]["sample"]["global"]["optimum"]["mir"] = None
+    assert "<svg" in charts.svg(charts.describe(series, "mir"))
+    path = copy.deepcopy(reports["path"])
+    whole = charts.svg(charts.describe(path, "mir"))
+    for name, split in path["points"][1]["splits"].items():
+        split["interplay"]["sample"]["global"]["mir"] = None
+        path["summary"]["splits"][name]["mir_barrier"] = None
+    # Over the gap in the middle only the chord is left, from end to end.
+    assert (_longest_line(whole), _longest_line(charts.svg(charts.describe(path, "mir")))) == (3, 2)
+    evaluation = copy.deepcopy(reports["evaluation"])
+    for split in evaluation["splits"].values():
+        split["interplay"]["class_mean"]["none"] |= {"mir": None, "hdr": None, "null": None}
+    assert "<svg" in charts.svg(charts.describe(evaluation, "overview"))
+
+
+def _drawing_processes() -> list[psutil.Process]:
+    """Those of this process, not of a service that it started."""
+    children = psutil.Process().children()
+    return [child for child in children if child.status() != "zombie" and "app.api.charts" in child.cmdline()]
+
+
+def _with_barriers(report: dict[str, Any]) -> dict[str, Any]:
+    """A path of three points whose loss is one higher in the middle."""
+    path = copy.deepcopy(report)
+    for name, split in path["points"][1]["splits"].items():
+        split["loss"] += 1
+        path["summary"]["splits"][name]["loss_barrier"] = {"value": 1.0, "at": 0.5}
+    return path
+
+
+def _undefine(split: dict[str, Any], reason: str) -> None:
+    values = split["interplay"]["sample"]["global"]
+    values |= {"mir": None, "reasons": {**values["reasons"], "mir": reason}}
+
+
+def _rows(specification: dict[str, Any]) -> list[dict[str, Any]]:
+    """All rows of data of a specification."""
+    return [row for rows in specification["datasets"].values() for row in rows]
+
+
+def _span(specification: dict[str, Any]) -> list[float]:
+    """Ends of the scale of the measure, in a chart of one panel."""
+    scales = [layer["encoding"].get("y", {}).get("scale") for layer in specification["concat"][0]["layer"]]
+    found: list[float] = next(scale["domain"] for scale in scales if scale)
+    return found
+
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def _words(specification: dict[str, Any]) -> str:
+    """All text of the picture; lines that were wrapped are whole again."""
+    return " ".join(" ".join(ET.fromstring(charts.svg(specification)).itertext()).split())
+
+
+def _tick_labels(specification: dict[str, Any]) -> list[str]:
+    """Those that are shown: where they would overlap, some are not."""
+    groups = ET.fromstring(charts.svg(specification)).iter(f"{SVG}g")
+    labels = [label for group in groups if "role-axis-label" in group.get("class", "") for label in group]
+    return ["".join(label.itertext()) for label in labels if label.get("opacity") != "0"]
+
+
+def _lines(specification: dict[str, Any]) -> list[ET.Element]:
+    return list(ET.fromstring(charts.svg(specification)).iter(f"{SVG}line"))
+
+
+def _upright(specification: dict[str, Any]) -> dict[str, float]:
+    """Where the upright rules of the splits are, by colour, of a chart without level ones."""
+    found = {}
+    for line in _lines(specification):
+        if line.get("stroke") in ("#0072B2", "#D55E00", "#7F7F7F"):
+            found[str(line.get("stroke"))] = float(str(line.get("transform"))[len("translate(") :].split(",")[0])
+    return found
+
+
+def _longest_line(picture: str) -> int:
+    """Points that the longest unbroken line over the points of a report joins."""
+    drawn = [path.get("d", "") for path in ET.fromstring(picture).iter("{http://www.w3.org/2000/svg}path")]
+    lines = [part.count("L") + 1 for d in drawn if "Z" not in d and "A" not in d for part in d.split("M")[1:]]
+    return max(lines)
+
+
+def test_a_chart_never_changes_and_is_inert(service: Service, reports: dict[str, Any]) -> None:
+    """Whoever holds a chart is told so by its tag, the same bytes come again, and a browser runs nothing of them."""
+    url = f"/v1/reports/{reports['series']['id']}/charts"
+    tags = set()
+    for format in ("svg", "png", "json"):
+        first = service.client.get(f"{url}/loss.{format}")
+        again = service.client.get(f"{url}/loss.{format}")
+        assert again.content == first.content
+        assert again.headers["etag"] == first.headers["etag"]
+        assert "immutable" in first.headers["cache-control"]
+        for held in (first.headers["etag"], f'"other", W/{first.headers["etag"]}', "*"):
+            unchanged = service.client.get(f"{url}/loss.{format}", headers={"If-None-Match": held})
+            assert (unchanged.status_code, unchanged.content) == (304, b"")
+            assert unchanged.headers["etag"] == first.headers["etag"]
+        assert service.client.get(f"{url}/loss.{format}", headers={"If-None-Match": '"other"'}).status_code == 200
+        for answer in (first, unchanged):
+            assert answer.headers["x-content-type-options"] == "nosniff"
+            policy = answer.headers["content-security-policy"].split("; ")
+            assert {"default-src 'none'", "sandbox"} <= set(policy)
+            assert not any(source.startswith("script-src") for source in policy)
+        tags.add(first.headers["etag"])
+    assert len(tags) == 3
+    assert len(list((service.data_dir / "charts").iterdir())) >= 3
+
+
+def test_many_who_ask_for_one_chart_have_it_drawn_once(tmp_path: Path, reports: dict[str, Any]) -> None:
+    """All at once, one after the other, and from another process's folder: the report is read for drawing but once."""
+    text, read = json.dumps(reports["series"]), []
+    chart = drawing.Chart("of this report", "mir", "svg")
+
+    def report() -> str:
+        read.append(1)
+        return text
+
+    async def ask(times: int) -> set[bytes]:
+        drawings = drawing.Drawings(Settings(data_dir=tmp_path))
+        try:
+            found = set(await asyncio.gather(*(drawings.get(chart, report) for _ in range(times))))
+            return found | {await drawings.get(chart, report)}
+        finally:
+            drawings.close()
+
+    (first,) = asyncio.run(ask(30))
+    assert b"<svg" in first
+    assert len(read) == 1
+    assert asyncio.run(ask(1)) == {first}
+    assert len(read) == 1
+    # One that a crash has cut short is no chart.
+    (kept,) = (tmp_path / "charts").iterdir()
+    kept.write_bytes(kept.read_bytes()[:-1])
+    assert asyncio.run(ask(1)) == {first}
+    assert len(read) == 2
+
+
+def test_kept_charts_have_a_limit(tmp_path: Path) -> None:
+    """Beyond it the longest unused go, and one that is larger than all of it is not kept."""
+    kept = drawing.KeptCharts(tmp_path / "charts", most_bytes=400)
+    # Each is 132 bytes: a hash before it.
+    for name in "abc":
+        kept.write(name, name.encode() * 100)
+        time.sleep(0.01)
+    assert kept.read("a") == b"a" * 100
+    time.sleep(0.01)
+    kept.write("d", b"d" * 100)
+    assert [kept.read(name) is not None for name in "abcd"] == [True, False, True, True]
+    kept.write("e", b"e" * 401)
+    assert kept.read("e") is None
+    assert sum(path.stat().st_size for path in (tmp_path / "charts").iterdir()) <= 400
+    nothing = drawing.KeptCharts(tmp_path / "none", most_bytes=0)
+    nothing.write("a", b"a")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_drawing_process_that_dies_is_replaced(tmp_path: Path, reports: dict[str, Any]) -> None:
+    """What kills it once costs one chart a second try; a report that cannot be drawn is an error and no more."""
+    text = json.dumps(reports["evaluation"])
+
+    async def scenario() -> None:
+        drawings = drawing.Drawings(Settings(data_dir=tmp_path, max_charts_bytes=0))
+        try:
+            before = await drawings.get(drawing.Chart("a", "mir", "json"), lambda: text)
+            (process,) = _drawing_processes()
+            process.kill()
+            with pytest.raises(drawing.DrawingFailed):
+                await drawings.get(drawing.Chart("b", "mir", "json"), lambda: "{}")
+            assert await drawings.get(drawing.Chart("a", "mir", "json"), lambda: text) == before
+            assert [found.pid for found in _drawing_processes()] != [process.pid]
+        finally:
+            drawings.close()
+        assert _drawing_processes() == []
+
+    asyncio.run(scenario())
+
+
+def test_charts_that_there_are_not(service: Service, reports: dict[str, Any]) -> None:
+    """An unknown name lists those that there are; an unknown format and an unknown report say so."""
+    url = f"/v1/reports/{reports['path']['id']}/charts"
+    assert problem(service.client.get(f"{url}/nonsense.svg"), 404, "not-found")["charts"] == NAMES["path"]
+    problem(service.client.get(f"{url}/loss.gif"), 422, "invalid-request")
+    problem(service.client.get("/v1/reports/none/charts/loss.svg"), 404, "not-found")
+    problem(service.client.get("/v1/reports/none/charts"), 404, "not-found")

@@ -1,0 +1,222 @@
+"""Features and logits of a checkpoint on a probe, kept in the storage for analyses that come again. Runs in the child.
+
+What is kept has the name of all that it depends on, so it is either the same or not found. A cache never fails an
+analysis: what cannot be read or written is computed, or not kept.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+import analysis
+from analysis.measures.predictions import Predictions
+from analysis.probes.feature_set import FeatureSet, Vocabulary
+from app.descriptions import labels, preprocessing
+from app.files import datafile, zips
+from app.files.tensorfile import header_bytes
+from app.storage import StagedFile, Storage, StorageUnavailable
+from workers.compute import probes
+
+logger = logging.getLogger("interplay")
+
+# One evaluation is not to push out all others.
+_LARGEST_SHARE = 0.5
+# Libraries that build networks or make inputs of files.
+_LIBRARIES = ("numpy", "pillow", "pyarrow", "timm", "tokenizers", "torchvision", "transformers")
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+}  # fmt: skip
+_TENSORS = ("features", "labels", "head", "logits", "split")
+_OF_PREDICTIONS = ("predicted", "confidence", "loss")
+# Of a report's `probe` section, what was found out when the probe was read.
+_FOUND_OUT = ("preprocess", "preprocess_source", "tokenizer", "label_map", "samples", "next_tokens")
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What an evaluation needs of a network and a probe, and what its report says of them."""
+
+    feature_set: FeatureSet
+    about_network: dict[str, Any]
+    batch_size: int
+    about_probe: dict[str, Any]
+
+
+class FeatureCache:
+    """Kept features in a storage, at most so many bytes; what came first goes first.
+
+    Args:
+        storage: where blobs live too.
+        max_bytes: of all that is kept; 0 keeps nothing.
+    """
+
+    def __init__(self, storage: Storage, max_bytes: int) -> None:
+        self._storage, self._max_bytes = storage, max_bytes
+
+    def find(self, name: str) -> Kept | None:
+        """What was kept under a name, if it can be read."""
+        if not self._max_bytes:
+            return None
+        try:
+            with self._storage.features(name) as path, safe_open(path, framework="pt", device="cpu") as file:
+                # Copies, since what the file is mapped to must not outlive it.
+                tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+                about = json.loads(file.metadata()["about"])
+                if _checksum(tensors, file.metadata()["about"]) != file.metadata()["sha256"]:
+                    raise ValueError("their checksum is another")
+            return Kept(_feature_set(tensors, about.pop("n_vocabulary")), **about)
+        except FileNotFoundError:
+            return None
+        except StorageUnavailable as error:
+            logger.warning("kept features cannot be read: %s", error)
+            return None
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            logger.warning("kept features are broken and go: %s", error)
+            # Or they would be in the way of those that are computed now.
+            with suppress(StorageUnavailable):
+                self._storage.delete_features(name)
+            return None
+
+    def keep(self, name: str, kept: Kept) -> None:
+        """Keep what was computed, and let go of what is oldest where there is no room."""
+        vocabulary = kept.feature_set.vocabulary
+        tensors = {key: tensor.cpu().contiguous() for key, tensor in _tensors(kept.feature_set).items()}
+        if sum(tensor.nbytes for tensor in tensors.values()) > _LARGEST_SHARE * self._max_bytes:
+            return
+        about: dict[str, Any] = {"about_network": kept.about_network, "batch_size": kept.batch_size}
+        about["n_vocabulary"] = None if vocabulary is None else vocabulary.size
+        about["about_probe"] = {key: kept.about_probe[key] for key in _FOUND_OUT}
+        try:
+            with self._storage.stage() as staged:
+                text = json.dumps(about)
+                _write(staged, tensors, {"about": text, "sha256": _checksum(tensors, text)})
+                self._make_room(staged.size_bytes)
+                self._storage.put_features(name, staged)
+        except StorageUnavailable as error:
+            logger.warning("features were not kept: %s", error)
+
+    def _make_room(self, size_bytes: int) -> None:
+        entries = sorted(self._storage.list_features(), key=lambda entry: entry.stored_at)
+        excess = sum(entry.size_bytes for entry in entries) + size_bytes - self._max_bytes
+        for entry in entries:
+            if excess <= 0:
+                return
+            self._storage.delete_features(entry.name)
+            excess -= entry.size_bytes
+
+
+def _checksum(tensors: Mapping[str, Tensor], about: str) -> str:
+    """The sha256 of what is kept, tensor by tensor in the order of their names: a turned bit shows."""
+    digest = hashlib.sha256(about.encode())
+    for key, tensor in sorted(tensors.items()):
+        digest.update(f"{key} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(_as_bytes(tensor))
+    return digest.hexdigest()
+
+
+def _as_bytes(tensor: Tensor) -> memoryview:
+    # As bytes, since NumPy knows no bfloat16.
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _write(staged: StagedFile, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Safetensors. The library's own `save` copies all of them in memory; its `save_file` writes to another file."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for key, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        header[key] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    staged.write(header_bytes(header))
+    for tensor in tensors.values():
+        staged.write(_as_bytes(tensor))
+
+
+def _tensors(feature_set: FeatureSet) -> dict[str, Tensor]:
+    """All of a feature set as tensors by name, with the exception of a vocabulary's size."""
+    tensors = {key: getattr(feature_set, key) for key in _TENSORS}
+    if feature_set.predictions is not None:
+        tensors |= {key: getattr(feature_set.predictions, key) for key in _OF_PREDICTIONS}
+    if feature_set.vocabulary is not None:
+        tensors["tokens"] = feature_set.vocabulary.tokens
+    return {key: tensor for key, tensor in tensors.items() if tensor is not None}
+
+
+def _feature_set(tensors: dict[str, Tensor], n_vocabulary: int | None) -> FeatureSet:
+    """What `_tensors` was given."""
+    return FeatureSet(
+        features=tensors["features"],
+        labels=tensors["labels"],
+        head=tensors["head"],
+        head_bias=None,
+        logits=tensors.get("logits"),
+        split=tensors.get("split"),
+        predictions=Predictions(*(tensors[key] for key in _OF_PREDICTIONS)) if "predicted" in tensors else None,
+        vocabulary=None if n_vocabulary is None else Vocabulary(tensors["tokens"], n_vocabulary),
+    )
+
+
+def name_of(task: dict[str, Any], provenance: dict[str, Any]) -> str:
+    """The name of an evaluation's features: hashes of checkpoint and data, and of all else that they depend on."""
+    subject, probe, options = task["subjects"][0], task["probe"], task["options"]
+    data_sha256 = probe.get("data_sha256")
+    # Format and columns say how a file is read; what they made of it is in the data's hash.
+    how_read = {} if data_sha256 else {"format": probe["format"], "columns": task["file"].get("columns")}
+    depends_on = {
+        "subject": {key: subject.get(key) for key in ("architecture", "head", "asked_prefix")},
+        "probe": {key: probe[key] for key in ("content", "preprocess", "class_names", "n_classes")},
+        "file": {**{key: value for key, value in task["file"].items() if key != "columns"}, **how_read},
+        "brought": task["brought"],
+        "batch_size": options["batch_size"],
+        # An analysis that was queued before there was this option has none.
+        "precision": options.get("precision", "float32"),
+        # Without samples nothing is drawn.
+        "samples": [options["samples"], options["seed"]] if options.get("samples") else None,
+        "machine": {key: provenance[key] for key in ("device", "threads", "torch_version")},
+        "code": _code_sha256(),
+        "libraries": _versions(),
+    }
+    digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
+    return f"{subject['sha256']}-{data_sha256 or probe['sha256']}-{digest[:32]}"
+
+
+@cache
+def _versions() -> dict[str, str]:
+    found = {}
+    for library in _LIBRARIES:
+        try:
+            found[library] = importlib.metadata.version(library)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@cache
+def _code_sha256() -> str:
+    """Of everything that stands between a file and its features."""
+    digest = hashlib.sha256()
+    for path in _sources():
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def _sources() -> Iterator[Path]:
+    for package in (analysis, datafile):
+        yield from sorted(_path(package).parent.rglob("*.py"))
+    yield from map(_path, (labels, preprocessing, zips, probes))
+
+
+def _path(module: ModuleType) -> Path:
+    assert module.__file__ is not None
+    return Path(module.__file__)

@@ -1,0 +1,81 @@
+"""The compute process: reads tasks from standard input, writes progress and results to standard output.
+
+`workers/child.py` starts it and says what the lines are.
+"""
+
+import json
+import logging
+import os
+import queue
+import signal
+import sys
+import threading
+
+from app.errors import problem
+from app.settings import freeze_loaded_objects, load_settings, start_logging
+from app.storage import Storage
+from workers.child import Message
+
+logger = logging.getLogger("interplay")
+
+
+def main() -> None:
+    """Compute tasks until standard input ends; never return."""
+    try:
+        _serve_tasks()
+    except SystemExit as refusal:
+        logger.error("the compute process cannot start: %s", refusal)
+    except BaseException:
+        logger.exception("the compute process ends")
+    finally:
+        # Not by `sys.exit`: the thread that reads tasks would be in the way.
+        os._exit(1)
+
+
+def _serve_tasks() -> None:
+    # Ctrl-C in a terminal reaches every process of it; this one's end is the worker's to decide.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # What native code prints must not end up between the messages.
+    output = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    tasks: queue.SimpleQueue[Message] = queue.SimpleQueue()
+    threading.Thread(target=_read_tasks, args=(tasks,), daemon=True).start()
+
+    # Late, so that the reader above already watches for the worker's end while torch loads.
+    from workers.compute import runner
+    from workers.compute.features import FeatureCache
+
+    def send(message: Message) -> None:
+        output.write(json.dumps(message, allow_nan=False) + "\n")
+        output.flush()
+
+    settings = load_settings()
+    start_logging(settings)
+    device = runner.set_up(settings.device, settings.threads)
+    cache = FeatureCache(Storage(settings), settings.max_features_bytes)
+    send({"hello": runner.describe(device)})
+    freeze_loaded_objects()
+
+    def compute(task: Message) -> None:
+        stamp = {"analysis_id": task["analysis_id"]}
+        answer = runner.run(task, device, cache, lambda *progress: send({"progress": progress, **stamp}))
+        try:
+            send({**answer, **stamp})
+        except ValueError:
+            logger.exception("the result of analysis %s is not JSON", task["analysis_id"])
+            detail = "This is a fault of the service: its result holds what JSON cannot. The worker's log says more."
+            send({"problem": problem("internal-error", "Internal error", detail), **stamp})
+
+    while True:
+        compute(tasks.get())
+
+
+def _read_tasks(tasks: "queue.SimpleQueue[Message]") -> None:
+    for line in sys.stdin.buffer:
+        tasks.put(json.loads(line)["task"])
+    # The worker is gone, however it went: nobody waits for what is being computed.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

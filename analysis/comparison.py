@@ -178,7 +178,7 @@ def compare(
     Numerics: the error that `method.error_estimate` states for MIR of A and of B is not part of the interval, but of
         what is significant. What `influence` says of the calibration error holds here. float64.
 
-    Source: METRICS, "Comparing two checkpoints"; Efron and Tibshirani 1993, chapter 13; McNemar 1947.
+    Source: docs/metrics.md, "Comparing two checkpoints"; Efron and Tibshirani 1993, chapter 13; McNemar 1947.
     """
     options = options or ComparisonOptions()
     # Each set may lie on a device of its own: one that was kept on the processor, one that was just computed on a GPU.

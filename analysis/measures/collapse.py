@@ -57,7 +57,7 @@ def optimum(class_counts: Sequence[int], n_features: int) -> Optimum:
     Numerics: float64; classes of one size share an eigenvalue, so that the matrix is as large as the number of
         different sizes.
 
-    Source: Song et al. 2024 (arXiv 2406.03999), for unbalanced classes METRICS, "Where neural collapse leads".
+    Source: Song et al. 2024 (arXiv 2406.03999), for unbalanced classes docs/metrics.md, "Where neural collapse leads".
 
     >>> optimum([100, 100, 100, 100], 64)
     Optimum(mir=0.753953169047..., hdr=0.0, reachable=True)
@@ -89,7 +89,7 @@ def _frame_entropy(counts: Sequence[int], cosine: float) -> float:
 
 
 class CollapsePass:
-    """NC1 to NC4 as METRICS defines them, from one pass over the features that others may share.
+    """NC1 to NC4 as docs/metrics.md defines them, from one pass over the features that others may share.
 
     NC1 = trace(Sigma_W Sigma_B^dagger) / C, with Sigma_W the mean of the classes' covariances, Sigma_B the covariance
     of their means: a class weighs the same whether it has many samples or few. NC2 of the class means

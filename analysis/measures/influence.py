@@ -66,7 +66,7 @@ def influence(
     Numerics: float64; time and memory as `sensitivity.sample_sensitivity` for each centring, and a number for each
         sample and metric: never n x n beyond `largest`.
 
-    Source: Hampel 1974 for influence functions; METRICS, "Comparing two checkpoints".
+    Source: Hampel 1974 for influence functions; docs/metrics.md, "Comparing two checkpoints".
     """
     _check(features, labels, head, logits, largest)
     samples = Samples.of(features, labels, head)

@@ -8,7 +8,7 @@ H = - tr(rho log rho):
 
 For K1 u_i is the direction z_i of a sample, for K2 that of its head row v_c, for K1 * K2 it is z_i (x) v_c. These last
 have d C dimensions, but rho = Y^T Y with a row sqrt(D_a) e_a (x) v_c for every principal direction e_a of class c, D_a
-its eigenvalue over n. With M = Y Y^T, the m x m matrix of METRICS, "The joint spectrum, fast", and E_c the rows e_a,
+its eigenvalue over n. With M = Y Y^T, the m x m matrix of docs/metrics.md ("The joint spectrum, fast"), E_c the rows e_a,
 
     z_i (x) v_c = Y^T w,    w = D^(-1/2) E_c z_i on the rows of class c,    <u_i, log(rho) u_i> = w^T (M log M) w:
 
@@ -131,7 +131,7 @@ def sample_sensitivity(samples: Samples, *, centred: bool, largest: int) -> Sens
         does to standard errors of MIR (synthetic features): 1.5 % with m = 1,024 at C = 10 and 50, d = 256; with 4
         directions a class, C = 100 and 200, d = 64, mostly under 6 %, and 15 % too large where nearly collapsed.
 
-    Source: the derivative of tr f(rho) is tr f'(rho) drho; METRICS, "The joint spectrum, fast".
+    Source: the derivative of tr f(rho) is tr f'(rho) drho; docs/metrics.md, "The joint spectrum, fast".
     """
     centre = samples.means.mean(dim=0) if centred else torch.zeros_like(samples.means[0])
     spectra = _spectra(samples, centre, centred, largest)

@@ -115,7 +115,7 @@ def sample_entropies(
         be kept or coupled and a few matrices of d x d, m x d and m x m. The joint entropy is never below the exact one
         but for rounding. Where the kept part reaches `largest` before the tolerance is met, `error_estimate` says so.
 
-    Source: METRICS, "The joint spectrum, fast".
+    Source: docs/metrics.md, "The joint spectrum, fast".
     """
     generator = generator or torch.Generator().manual_seed(0)
     factors = _Factors(labelled, _rows_kept(labelled, tolerance, largest))

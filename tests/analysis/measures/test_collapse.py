@@ -41,7 +41,7 @@ def _frame(n_classes: int, d: int) -> Tensor:
     ],
 )
 def test_the_optimum_has_the_published_values(counts: list[int], expected: float) -> None:
-    """The values in METRICS; classes without samples take no part."""
+    """The values in docs/metrics.md; classes without samples take no part."""
     found = optimum(counts, 128)
     assert found.mir == pytest.approx(expected, abs=2e-12)
     assert found.hdr == 0.0

@@ -1,4 +1,4 @@
-"""Matrix entropy and what is made of it, against closed forms and the facts in METRICS."""
+"""Matrix entropy and what is made of it, against closed forms and the facts in docs/metrics.md."""
 
 import doctest
 import math

@@ -56,7 +56,7 @@ def _pairs(z: Tensor, v: Tensor, p: Tensor, path: str) -> dict[str, Tensor]:
 
 
 def _metrics(p: Tensor, features: Tensor, labels: Tensor, head: Tensor, logits: Tensor) -> dict[str, Tensor]:
-    """Every metric as METRICS defines it, for samples of any weights p."""
+    """Every metric as docs/metrics.md defines it, for samples of any weights p."""
     classes = torch.unique(labels)
     k = len(classes)
     totals = torch.stack([p[labels == c].sum() for c in classes])

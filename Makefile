@@ -4,9 +4,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 ARGS   ?=
-# Most tests wait for processes: two at a time keep two cores busy. A file's tests stay together, as they share services;
+# Most tests wait for processes: three at a time keep two cores busy. A file's tests stay together, as they share services;
 # files come in the order of tests/conftest.py, the longest first.
-TESTS  ?= -n 2 --dist loadfile --no-loadscope-reorder
+TESTS  ?= -n 3 --dist loadfile --no-loadscope-reorder
 
 .PHONY: setup demo phenomena test test-all fuzz bench cuda check format types lock clean
 .DEFAULT_GOAL := setup

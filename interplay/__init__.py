@@ -11,6 +11,7 @@ __all__ = [
     "AnalysisFailed",
     "Checkpoint",
     "Client",
+    "ComparisonReport",
     "EvaluationReport",
     "FeatureSet",
     "InterplayError",
@@ -33,8 +34,8 @@ _MODULES = {
     ),
     **dict.fromkeys(
         (
-            "Analysis", "Checkpoint", "EvaluationReport", "FeatureSet", "PathReport", "Probe", "PruningReport",
-            "Report", "ReportSummary", "SeriesReport", "SucceededAnalysis",
+            "Analysis", "Checkpoint", "ComparisonReport", "EvaluationReport", "FeatureSet", "PathReport", "Probe",
+            "PruningReport", "Report", "ReportSummary", "SeriesReport", "SucceededAnalysis",
         ),
         "interplay.results",
     ),
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
     from interplay.results import (
         Analysis,
         Checkpoint,
+        ComparisonReport,
         EvaluationReport,
         FeatureSet,
         PathReport,

@@ -1,6 +1,7 @@
 """What many tests share: databases, services and files with real data."""
 
 import json
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,11 @@ from tests.databases import fresh_database, postgres_server
 
 # Their tests take minutes: begun last, one of them would run alone at the end beside an idle core.
 _LONGEST = ("tests/workers/test_kills.py", "tests/analysis/test_coverage.py")
+
+
+def pytest_configure() -> None:
+    """Take Ctrl-C as usual, and let all that tests start do so: a job in the background begins with it ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

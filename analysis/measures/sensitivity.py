@@ -8,7 +8,7 @@ H = - tr(rho log rho):
 
 For K1 u_i is the direction z_i of a sample, for K2 that of its head row v_c, for K1 * K2 it is z_i (x) v_c. These last
 have d C dimensions, but rho = Y^T Y with a row sqrt(D_a) e_a (x) v_c for every principal direction e_a of class c, D_a
-its eigenvalue over n. With M = Y Y^T, the m x m matrix of docs/metrics.md ("The joint spectrum, fast"), E_c the rows e_a,
+its eigenvalue over n. With M = Y Y^T, the m x m matrix of docs/metrics.md ("The joint spectrum"), E_c the rows e_a,
 
     z_i (x) v_c = Y^T w,    w = D^(-1/2) E_c z_i on the rows of class c,    <u_i, log(rho) u_i> = w^T (M log M) w:
 

@@ -319,7 +319,7 @@ def test_memory_is_nowhere_near_a_gram_matrix() -> None:
     """20,000 samples, whose Gram matrix would take 3.2 GB: under 400 MB more than before, in a process of its own."""
     script = """
 import resource, torch
-from analysis.influence import influence
+from analysis.measures.influence import influence
 generator = torch.Generator().manual_seed(0)
 labels = torch.arange(20_000) % 10
 head = torch.randn(10, 64, generator=generator)

@@ -405,7 +405,7 @@ def test_a_constant_on_a_real_device_is_looked_at_first() -> None:
 
 SECOND_BUILD = """
 import resource
-from analysis.networks import _create
+from analysis.networks.loading import _create
 from analysis.networks.building import WithoutInitialisation
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 config = {"model_type": "bert", "architectures": ["BertForSequenceClassification"], "num_labels": 4}
@@ -458,7 +458,7 @@ def test_what_is_left_out_changes_nothing(tmp_path: Path) -> None:
 
 IMPORTED = """
 import sys
-from analysis.networks import available_families, build
+from analysis.networks.loading import available_families, build
 families = available_families()
 build({"family": "builtin", "name": "mlp", "args": {"sizes": [4, 2]}})
 print(families, sorted({"transformers", "timm", "torchvision"} & set(sys.modules)))
@@ -474,7 +474,7 @@ class Without(PathFinder):
 
 sys.meta_path = [Without if finder is PathFinder else finder for finder in sys.meta_path]
 from analysis.errors import AnalysisError
-from analysis.networks import available_families, build
+from analysis.networks.loading import available_families, build
 print(available_families())
 try:
     build({"family": "timm", "name": "resnet18", "args": {}})

@@ -235,7 +235,7 @@ MEASURED = """
 import json, resource, sys, time
 from pathlib import Path
 from analysis.errors import AnalysisError
-from analysis.networks import load_network
+from analysis.networks.loading import load_network
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before, started = peak(), time.perf_counter()
 try:

@@ -101,7 +101,7 @@ def test_predictions_some_rows_at_a_time_are_those_of_all_at_once() -> None:
 _PROCESS = """
 import json, torch
 from dataclasses import asdict
-from tests.analysis.test_precision import CPU, EXACT, _features, _numbers
+from tests.analysis.passes.test_precision import CPU, EXACT, _features, _numbers
 from analysis.evaluation import evaluate_features
 torch.set_num_threads(1)
 found = evaluate_features(_features(torch.bfloat16), device=CPU, options=EXACT)

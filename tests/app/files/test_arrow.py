@@ -200,7 +200,7 @@ def test_more_memory_than_there_is(tmp_path: Path) -> None:
     columns = {"text": pa.array(["a"]).take(pa.array([0] * 10**6)), "label": pa.array(range(10**6))}
     path = saved(parquet(columns), tmp_path)
     task = {"path": str(path), "spec": {"name": "a"}, "limits": asdict(Limits.of(Settings()))}
-    child = "from app import probedata; probedata._READING_BYTES = 5 * 2**20; probedata.main()"
+    child = "from app.files import probedata; probedata._READING_BYTES = 5 * 2**20; probedata.main()"
     ran = subprocess.run(
         [sys.executable, "-c", child], input=json.dumps(task).encode(), capture_output=True, check=True, timeout=60
     )

@@ -295,7 +295,9 @@ SUMMARY = [
 ]
 
 
-@pytest.mark.parametrize("spread", [1.2, 0.5, 0.15])
+@pytest.mark.parametrize(
+    "spread", [pytest.param(1.2, marks=pytest.mark.slow), 0.5, pytest.param(0.15, marks=pytest.mark.slow)]
+)
 def test_standard_errors_are_those_of_a_bootstrap(spread: float) -> None:
     """400 resamples within classes at N = 600, d = 32, C = 10: within 15 %."""
     features, labels, head, logits = _data(11, [60] * 10, 32, spread)

@@ -373,7 +373,9 @@ def test_wrong_arguments_are_named() -> None:
         assert (caught.value.kind, caught.value.members["tensor"]) == ("non-finite-values", name)
 
 
-@pytest.mark.parametrize("weight", [0.01, 0.1, 1.0])
+@pytest.mark.parametrize(
+    "weight", [pytest.param(0.01, marks=pytest.mark.slow), 0.1, pytest.param(1.0, marks=pytest.mark.slow)]
+)
 def test_a_network_trains_on_five_labels_a_class(weight: float) -> None:
     """300 steps on the digits: labelled samples, and pseudo-labels where the network is confident of them."""
     images, targets = load_digits(return_X_y=True)

@@ -32,6 +32,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, get_args
 
 
+def first_line(error: object) -> str:
+    """Return the first line of an exception's words, bounded and without a full stop; its type's name for no words.
+
+    Libraries add pages of their own state.
+    """
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300].rstrip(".")
+
+
 def problem_type(kind: str) -> str:
     """The `type` of a problem: an identifier, listed in docs/problems.md."""
     return f"urn:interplay:problem:{kind}"

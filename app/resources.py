@@ -22,6 +22,7 @@ from app.errors import InUse, InvalidFile, InvalidRequest, NotFound, TooLarge, i
 from app.files.foreign import refuse_adapter, refuse_foreign_file
 from app.files.weights import weight_names
 from app.offers import require_offered
+from app.schemas.base import MAX_CLASSES
 from app.settings import Settings
 from app.storage import BlobDamaged, StagedFile, Storage, Upload
 
@@ -110,7 +111,6 @@ def create_feature_set(engine: sa.Engine, storage: Storage, settings: Settings, 
     import numpy as np
 
     from app.files import identity, tensordata, tensorfile
-    from app.files.datafile.values import MAX_CLASSES
 
     spec = _parse_spec(schemas.FeatureSetSpec, upload.spec, settings)
     with _blob_path(engine, storage, upload, spec) as path:

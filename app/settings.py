@@ -13,6 +13,8 @@ from typing import Any
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from app.errors import first_line
+
 
 class Settings(BaseSettings):
     """What an operator can choose. The same values must be given to every process of one service."""
@@ -179,7 +181,7 @@ class _Repeated(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether a record is the first of its kind, by its text before arguments and its exception, for a while."""
         kind = f"{record.msg} {record.exc_info[1]!r}" if record.exc_info else str(record.msg)
-        kind = kind.partition("\n")[0][:200]
+        kind = first_line(kind)[:200]
         if record.created - self._said_at.get(kind, -math.inf) < _REPEAT_SECONDS:
             self._left_out[kind] = self._left_out.get(kind, 0) + 1
             return False

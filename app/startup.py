@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app import resources
 from app.api.routes import Service
+from app.errors import first_line
 from app.settings import freeze_loaded_objects
 from app.storage import StorageUnavailable
 
@@ -56,6 +57,6 @@ def settle(service: Service, tables: "Future[None]", ending: threading.Event) ->
             resources.sweep(service.engine, service.storage)
         except (sa.exc.SQLAlchemyError, StorageUnavailable, OSError) as error:
             # Waste is no reason not to serve; the next round sweeps again.
-            logger.warning("what earlier crashes left behind was not swept: %s", str(error).partition("\n")[0])
+            logger.warning("what earlier crashes left behind was not swept: %s", first_line(error))
         if ending.wait(_SWEEP_SECONDS):
             return

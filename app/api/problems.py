@@ -22,6 +22,7 @@ from app.errors import (
     TooLarge,
     Unauthorized,
     Unavailable,
+    first_line,
     invalid_request,
     problem,
 )
@@ -119,16 +120,15 @@ async def _database_error(_: Request, error: Exception) -> Response:
     # SQLite's words; PostgreSQL has a code of its own.
     original = getattr(error, "orig", None)
     if "disk is full" in str(original) or getattr(original, "sqlstate", None) == "53100":
-        logger.error("the database's disk is full: %s", str(error).partition("\n")[0])
+        logger.error("the database's disk is full: %s", first_line(error))
         return problem_response(InsufficientStorage(_FULL))
-    logger.warning("the database does not answer: %s", str(error).partition("\n")[0])
+    logger.warning("the database does not answer: %s", first_line(error))
     detail = "The database does not answer, or has not the tables of this version; /readyz says which."
     return problem_response(Unavailable(detail))
 
 
 async def _storage_error(_: Request, error: Exception) -> Response:
-    # obstore adds pages of its own state.
-    words = str(error).partition("\n")[0]
+    words = first_line(error)
     if isinstance(error, StorageFull):
         logger.error("the storage is full: %s", words)
         return problem_response(InsufficientStorage(f"{_FULL} Nothing of the upload was kept."))

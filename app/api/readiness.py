@@ -16,6 +16,7 @@ from datetime import timedelta
 import sqlalchemy as sa
 
 from app.database import clock, read
+from app.errors import first_line
 from app.models import Worker
 from app.storage import Storage, StorageUnavailable
 
@@ -97,8 +98,8 @@ def _look_at_database(engine: sa.Engine) -> dict[str, Part]:
             return {"database": Part(told), "worker": Part("unknown without the tables")}
         worker = Part() if living_workers(engine) else Part("no worker has been heard of in the last 10 seconds")
     except sa.exc.SQLAlchemyError as error:
-        words = str(error.orig) if isinstance(error, sa.exc.DBAPIError) else str(error)
-        return {"database": Part("does not answer", words.partition("\n")[0]), "worker": _WITHOUT_DATABASE}
+        told = first_line(error.orig if isinstance(error, sa.exc.DBAPIError) else error)
+        return {"database": Part("does not answer", told), "worker": _WITHOUT_DATABASE}
     return {"database": Part(), "worker": worker}
 
 
@@ -106,7 +107,7 @@ def _look_at_storage(storage: Storage) -> dict[str, Part]:
     try:
         storage.check()
     except StorageUnavailable as error:
-        return {"storage": Part("does not answer", str(error).partition("\n")[0])}
+        return {"storage": Part("does not answer", first_line(error))}
     return {"storage": Part()}
 
 

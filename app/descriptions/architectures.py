@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from app.errors import InvalidRequest, invalid_request
+from app.schemas.base import STORABLE
 
 Width = Annotated[int, Field(ge=1, le=1_000_000)]
 Norm = Literal["none", "batch", "layer"]
@@ -127,14 +128,10 @@ def _check_plain(value: Any, name: str = "", nesting: int = 0) -> None:
     elif isinstance(value, int | float) and not isinstance(value, bool):
         if not math.isfinite(value) or abs(value) > 2**53:
             raise ValueError(f"{name} must be a finite number below 2^53")
-    elif isinstance(value, str) and not _STORABLE.match(value):
+    elif isinstance(value, str) and not STORABLE.match(value):
         raise ValueError(f"{name} holds characters that cannot be stored")
     if not isinstance(value, dict) and DEPTH.search(name) and _sum(value) > MAX_DEPTH:
         raise ValueError(f"{name} asks for {_sum(value):g} layers; at most {MAX_DEPTH} are allowed")
-
-
-# Not NUL, which PostgreSQL refuses, and not half of a surrogate pair, which is no text.
-_STORABLE = re.compile(r"\A[^\x00\ud800-\udfff]*\Z")
 
 
 def _sum(value: Any) -> float:

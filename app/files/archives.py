@@ -20,7 +20,7 @@ from itertools import accumulate, pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Protocol, cast
 
-from app.errors import InvalidFile
+from app.errors import InvalidFile, first_line
 from app.files import tensorfile
 from app.files.foreign import is_adapter_config, refuse_foreign_folder
 from app.files.tensorfile import Header
@@ -117,7 +117,7 @@ def open_folder(path: Path, *, max_bytes: int) -> Iterator[Folder]:
                 members = _tar_members(tar, stack)
             folder = _folder(_collected(members, max_bytes))
         except _BROKEN as error:
-            raise InvalidFile(f"The archive cannot be read: {_words(error)}.") from None
+            raise InvalidFile(f"The archive cannot be read: {first_line(error)}.") from None
         yield folder
 
 
@@ -173,7 +173,7 @@ def _shard(name: str, member: Member) -> Header:
     except InvalidFile as error:
         raise InvalidFile(f"In {name!r}: {error.detail}", file=name) from None
     except _BROKEN as error:
-        raise InvalidFile(f"{name!r} in the archive cannot be read: {_words(error)}.", file=name) from None
+        raise InvalidFile(f"{name!r} in the archive cannot be read: {first_line(error)}.", file=name) from None
     data_bytes = member.size - header.data_start
     if any(not 0 <= begin <= end <= data_bytes for begin, end in header.spans.values()):
         raise InvalidFile(
@@ -198,7 +198,7 @@ def _copy(name: str, member: Member, start: int, target: Written, cuts: Sequence
                 _skip(file, end - begin)
                 at = end
     except _BROKEN as error:
-        raise InvalidFile(f"{name!r} in the archive cannot be read: {_words(error)}.", file=name) from None
+        raise InvalidFile(f"{name!r} in the archive cannot be read: {first_line(error)}.", file=name) from None
     if left:
         raise InvalidFile(f"{name!r} in the archive ends {left} bytes early.", file=name)
 
@@ -399,7 +399,3 @@ def _bomb(max_bytes: int) -> InvalidFile:
 
 def _refused(name: str, why: str) -> InvalidFile:
     return InvalidFile(f"The archive's member {name[:200]!r} {why}.", member=name[:200])
-
-
-def _words(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300].rstrip(".")

@@ -9,7 +9,8 @@ import numpy.typing as npt
 
 from app.errors import InvalidFile
 from app.files import tensorfile
-from app.files.datafile.values import MAX_CLASSES, whole_numbers
+from app.files.datafile.values import whole_numbers
+from app.schemas.base import MAX_CLASSES
 
 # A sample costs eight bytes while its label is checked.
 MAX_SAMPLES = 100_000_000

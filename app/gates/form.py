@@ -8,9 +8,8 @@ from pydantic import AfterValidator, ConfigDict, Field, FiniteFloat, model_valid
 
 from app.errors import InvalidRequest
 from app.gates.paths import UnknownPath, number_paths, report_models, require_number
-from app.schemas import PLAIN_TEXT, Name, Slug, Strict
+from app.schemas import PLAIN_TEXT, Name, Number, Slug, Strict
 
-Number = Annotated[FiniteFloat, Field(strict=True)]
 Quantity = Literal["value", "change", "relative_change"]
 
 _SCHEMA_URL = "https://json-schema.org/draft/2020-12/schema"

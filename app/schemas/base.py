@@ -33,13 +33,15 @@ def _check_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
             if isinstance(entry, float) and not math.isfinite(entry):
                 raise ValueError(f"{key!r} is not a finite number")
         for text in (key, *(entry for entry in entries if isinstance(entry, str))):
-            if not _STORABLE.match(text):
+            if not STORABLE.match(text):
                 raise ValueError(f"{key!r} holds characters that cannot be stored")
     return metadata
 
 
 # Not NUL, which PostgreSQL refuses, and not half of a surrogate pair, which is no text.
-_STORABLE = re.compile(r"\A[^\x00\ud800-\udfff]*\Z")
+STORABLE = re.compile(r"\A[^\x00\ud800-\udfff]*\Z")
+# The most that a probe, a feature set or a description may have.
+MAX_CLASSES = 100_000
 PLAIN_TEXT = r"^[^\x00-\x1f]*$"
 Name = Annotated[str, Field(min_length=1, max_length=200, pattern=PLAIN_TEXT)]
 # What becomes part of a URL, of a file's name and of a hidden comment.

@@ -6,7 +6,7 @@ from unicodedata import normalize
 
 from pydantic import AfterValidator, Field, FiniteFloat
 
-from app.schemas.base import PLAIN_TEXT, Metadata, Name, PositiveFloat, Sha256, Strict
+from app.schemas.base import MAX_CLASSES, PLAIN_TEXT, Metadata, Name, PositiveFloat, Sha256, Strict
 
 
 def _ending_with_a_dot(prefix: str) -> str:
@@ -100,7 +100,7 @@ class ProbeSpec(Strict):
     class_names: list[ClassName] | None = Field(
         default=None,
         min_length=2,
-        max_length=100_000,
+        max_length=MAX_CLASSES,
         description="In the order of the labels; of a file that has names itself, the order or other names for them.",
     )
     preprocess: Preprocess | None = None

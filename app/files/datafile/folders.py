@@ -11,7 +11,8 @@ import numpy as np
 from app.errors import InvalidFile
 from app.files import zips
 from app.files.datafile.dataset import MAX_IMAGE_BYTES, Dataset, Limits
-from app.files.datafile.values import MAX_CLASSES, check_class_name, split_of_folder
+from app.files.datafile.values import check_class_name, split_of_folder
+from app.schemas.base import MAX_CLASSES
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 # What file managers leave beside images.

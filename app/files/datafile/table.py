@@ -24,7 +24,8 @@ from app.files.datafile import arrow
 from app.files.datafile.dataset import MAX_IMAGE_BYTES, MAX_TEXT_CHARACTERS, Content, Dataset, Limits, choose_columns
 from app.files.datafile.folders import SUFFIXES as IMAGE_SUFFIXES
 from app.files.datafile.folders import is_litter
-from app.files.datafile.values import MAX_CLASSES, Names, check_class_name, split_number, split_of_folder, whole_numbers
+from app.files.datafile.values import Names, check_class_name, split_number, split_of_folder, whole_numbers
+from app.schemas.base import MAX_CLASSES
 
 _ROLES = ("image", "text", "label", "split")
 _MAX_FOOTER_BYTES = 16 * 2**20

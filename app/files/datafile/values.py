@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from app.errors import InvalidFile
+from app.schemas.base import MAX_CLASSES
 
-MAX_CLASSES = 100_000
 MAX_CLASS_NAME_CHARACTERS = 200
 
 _SPLITS = {

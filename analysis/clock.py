@@ -1,4 +1,4 @@
-"""Seconds by phase, as reports give them, and what share of the work is done."""
+"""Measure seconds by phase, as reports state them, and the share of the work that is done."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 # Numbers of one part, where progress is counted.
 _NUMBERS = 100
-# Told what share of a task is done, 0 to 1.
+# Called with the share of a task that is done, 0 to 1.
 Tell = Callable[[float], None]
 
 
@@ -15,7 +15,7 @@ def silent(_share: float) -> None:
 
 
 class Clock:
-    """Seconds by phase. Within one phase another may begin; what it takes is counted under its own name alone."""
+    """Measure seconds by phase. Phases nest: the time of an inner phase is not part of the outer one."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -24,7 +24,7 @@ class Clock:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count what runs inside under a name."""
+        """Measure the block under a name."""
         self._turn()
         self._open.append(name)
         try:
@@ -34,7 +34,7 @@ class Clock:
             self._open.pop()
 
     def _turn(self) -> None:
-        """Count the time since the last turn for the phase that ran."""
+        """Add the time since the last change of phase to the phase that ran."""
         now = time.perf_counter()
         if self._open:
             self.seconds[self._open[-1]] = self.seconds.get(self._open[-1], 0.0) + now - self._since
@@ -42,17 +42,18 @@ class Clock:
 
 
 class Steps:
-    """Progress over the parts of all splits: a phase by name, and numbers that only rise."""
+    """Report progress over the parts of all splits: the phase, and a number that never falls."""
 
     def __init__(self, progress: Callable[[str, int, int], None] | None, parts: int) -> None:
         self.progress, self.parts, self.ended, self.told = progress, parts, 0, 0
 
     def inside(self, phase: str, share: float) -> None:
-        """So many parts, or this share of one, are done beyond those that ended."""
+        """Report this many parts, or this share of one, as done beyond those that ended."""
         self.told = max(self.told, min(int(_NUMBERS * (self.ended + share)), _NUMBERS * self.parts))
         if self.progress:
             self.progress(phase, self.told, _NUMBERS * self.parts)
 
     def end(self, phase: str, parts: int = 1) -> None:
+        """Report this many parts as ended."""
         self.ended += parts
         self.inside(phase, 0.0)

@@ -254,7 +254,7 @@ def _evaluate(
     progress: Progress | None,
     clock: Clock,
 ) -> Evaluation:
-    # The phase of all that has no other, so that no time of an evaluation is left uncounted.
+    # Time that no other phase claims counts as statistics.
     with clock.phase("statistics"):
         check_finite("head", data.head)
         with clock.phase("predictions"):

@@ -113,7 +113,7 @@ _turns = _Turns()
 
 @contextmanager
 def _reaching_storage() -> Iterator[None]:
-    """Every failure of disk or store as one exception; that a blob does not exist is none."""
+    """Map failures of the disk and the store to StorageUnavailable; a missing blob stays FileNotFoundError."""
     try:
         with _turns:
             yield

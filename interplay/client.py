@@ -54,7 +54,7 @@ from interplay.transport import (
     segment,
 )
 from interplay.uploads import push
-from interplay.waiting import looks
+from interplay.waiting import poll_states
 
 __all__ = [
     "DEFAULT_URL",
@@ -354,14 +354,16 @@ class Client:
             AnalysisFailed: it failed or was cancelled.
             WaitTimeout: the time was up.
         """
-        for state in looks(self._transport, analysis_id, poll_seconds=poll_seconds, timeout_seconds=timeout_seconds):
+        for state in poll_states(
+            self._transport, analysis_id, poll_seconds=poll_seconds, timeout_seconds=timeout_seconds
+        ):
             if on_progress is not None:
                 on_progress(cast(Analysis, state))
             if state["status"] == "succeeded":
                 return cast(SucceededAnalysis, state)
             if state["status"] in ("failed", "cancelled"):
                 raise AnalysisFailed(state)
-        raise AssertionError("looks go on until the time is up, which raises")
+        raise AssertionError("states are polled until the time is up, which raises")
 
     def cancel(self, analysis_id: str) -> Analysis:
         """Stop an analysis at its next step."""

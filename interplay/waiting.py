@@ -1,8 +1,8 @@
-"""Waiting for an analysis: told by the service as it goes on, or by asking again and again where that is not to be had.
+"""Wait for an analysis: by server-sent events, and by polling where there are none.
 
-A stream may be missing (an older service, one with too many listeners), be held back by a proxy that gathers what it
-passes on, or end at any moment, as at a restart. So between two streams the service is asked; a stream that told
-nothing while it was open, or that there is not, is not tried for ever.
+A stream may be missing (an older service, one with too many listeners), be buffered by a proxy, or end at any moment,
+as at a restart. So the service is polled between two streams. After a few streams without an event only polling goes
+on.
 """
 
 import json
@@ -12,31 +12,31 @@ from typing import Any
 
 from interplay.transport import Body, InterplayError, ServiceUnreachable, Transport, WaitTimeout, segment
 
-# The service sends something every 5 s, its first event at once: who says nothing for so long is no live stream.
+# The service sends something every 5 s, and its first event at once: a stream that is silent for longer is dead.
 _SILENCE_SECONDS = 7.5
-# The last seconds of a wait with an end are asked for, not listened to: a read that has begun cannot be shortened.
+# The last seconds before the timeout are polled: a read that has begun cannot be shortened.
 _TOO_SHORT_SECONDS = 10.0
 _USELESS_STREAMS = 3
 
 
 class _NoStream(InterplayError):
-    """There is no stream here, and will be none."""
+    """The service has no stream for this analysis."""
 
 
-def looks(
+def poll_states(
     transport: Transport, analysis_id: str, *, poll_seconds: float, timeout_seconds: float | None
 ) -> Iterator[Body]:
-    """The states of an analysis, as they come; the caller stops at the one that it waits for.
+    """Yield the states of an analysis as they change; the caller stops at the one that it waits for.
 
     Args:
         transport: to the service.
         analysis_id: which.
-        poll_seconds: pause between two questions, where there is no stream.
+        poll_seconds: pause between two polls, where there is no stream.
         timeout_seconds: give up after so long.
 
     Raises:
-        WaitTimeout: the time was up.
-        ProblemError, ServiceUnreachable: the service was asked, and there was no answer within the retries.
+        WaitTimeout: the timeout has passed.
+        ProblemError, ServiceUnreachable: a poll failed, also after its retries.
     """
     path = f"/v1/analyses/{segment(analysis_id)}"
     end = None if timeout_seconds is None else time.monotonic() + timeout_seconds
@@ -45,13 +45,13 @@ def looks(
         if useless < _USELESS_STREAMS and _left(end) > _TOO_SHORT_SECONDS:
             useless += 1
             try:
-                for state in _told(transport, f"{path}/events", end):
+                for state in _stream_states(transport, f"{path}/events", end):
                     useless = 0
                     yield state
             except _NoStream:
                 useless = _USELESS_STREAMS
             except ServiceUnreachable as error:
-                # Silence from the beginning is a proxy that holds everything back; anything else may pass.
+                # Silence from the beginning means that a proxy buffers the stream; other failures may be temporary.
                 if useless and not error.passing:
                     useless = _USELESS_STREAMS
         yield transport.call("GET", path, repeatable=True)
@@ -64,12 +64,12 @@ def _left(end: float | None) -> float:
     return float("inf") if end is None else end - time.monotonic()
 
 
-def _told(transport: Transport, path: str, end: float | None) -> Iterator[Body]:
-    """The states that a stream tells, until it ends, or there is too little time left to listen.
+def _stream_states(transport: Transport, path: str, end: float | None) -> Iterator[Body]:
+    """Yield the states of one stream until it ends, or too little time is left.
 
     Raises:
-        _NoStream: what answers is no stream.
-        ServiceUnreachable: it broke, or fell silent.
+        _NoStream: the answer is not a stream of events.
+        ServiceUnreachable: the stream broke or fell silent.
     """
     with transport.stream(path, silence_seconds=_SILENCE_SECONDS) as response:
         if response.status_code >= 500:
@@ -88,7 +88,7 @@ def _told(transport: Transport, path: str, end: float | None) -> Iterator[Body]:
 
 
 def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """Lines by the ends that the format knows; text may hold others, such as U+2028, that httpx would break it at."""
+    """Split at line feeds alone: httpx would also split at U+2028, which data may hold."""
     rest = b""
     for chunk in chunks:
         *lines, rest = (rest + chunk).split(b"\n")

@@ -1,8 +1,8 @@
-"""Analyses as they go on, for whoever waits: server-sent events.
+"""Server-sent events: the states of analyses as they change.
 
-A stream holds no thread and no connection of the database. One task of the process looks, a few times a second and
-with one query, at all analyses that somebody listens to; streams wait for what it finds. Every event has the whole
-analysis, so whoever was cut off connects again and has missed nothing that matters.
+A stream holds no thread and no database connection. One task of the process polls all analyses that have listeners,
+with one query, four times a second; streams wait for its changes. Every event holds the whole analysis, so that a
+client that was cut off connects again and has missed nothing that matters.
 """
 
 import asyncio
@@ -22,21 +22,21 @@ from app.errors import TooManyStreams
 logger = logging.getLogger(__name__)
 
 _ENDED = ("succeeded", "failed", "cancelled")
-_LOOK_SECONDS = 0.25
-# So often something is sent where nothing happens: it keeps proxies from closing, and tells a silent line from a quiet
-# analysis. The client (interplay/waiting.py) gives up a stream that is silent for one and a half of these.
+_POLL_SECONDS = 0.25
+# A comment is sent this often where nothing changes: proxies do not close the stream, and the client can tell a dead
+# connection from a quiet analysis. It (interplay/waiting.py) gives up a stream after one and a half of these.
 HEARTBEAT_SECONDS = 5.0
 
 
 @dataclass
 class _Watched:
-    """An analysis that somebody listens to; `changed` is set, and replaced, when its state has changed."""
+    """An analysis with listeners. `changed` is set, and replaced by a new event, when its state changes."""
 
     state: schemas.Analysis
     listeners: int = 0
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def turn(self, state: schemas.Analysis) -> None:
+    def update(self, state: schemas.Analysis) -> None:
         self.state = state
         self.wake()
 
@@ -46,11 +46,11 @@ class _Watched:
 
 
 class Events:
-    """The open streams of this process. Everything but the look at the database happens on the event loop.
+    """The open streams of this process. All methods run on the event loop; only database queries run in threads.
 
     Args:
         engine: of the database.
-        limit: of streams at a time.
+        limit: the most streams at a time.
     """
 
     def __init__(self, engine: sa.Engine, limit: int) -> None:
@@ -58,18 +58,18 @@ class Events:
         self._limit = limit
         self._open = 0
         self._watched: dict[str, _Watched] = {}
-        self._looking: asyncio.Task[None] | None = None
+        self._polling: asyncio.Task[None] | None = None
         self._closed = False
 
     async def listen(self, analysis_id: str, seen: str | None) -> "EventStream":
-        """The answer that tells of one analysis, and ends after its last event.
+        """Return the response that streams one analysis and ends after its final event.
 
         Args:
-            analysis_id: which.
-            seen: id of the event that the listener had last; that state is not sent again.
+            analysis_id: id of the analysis.
+            seen: id of the last event that the client has received; that state is not sent again.
 
         Raises:
-            NotFound: there is none.
+            NotFound: there is no such analysis.
             TooManyStreams: the limit is reached.
         """
         if self._open >= self._limit:
@@ -77,7 +77,7 @@ class Events:
                 f"{self._limit} streams of events are open; ask GET /v1/analyses/ID every now and then instead.",
                 limit=self._limit,
             )
-        # Counted before the first await, as others come in meanwhile.
+        # Count before the first await: other requests run during it.
         self._open += 1
         try:
             state = await run_in_threadpool(analyses.get, self._engine, analysis_id)
@@ -87,11 +87,11 @@ class Events:
         return EventStream(self, self._stream(state, seen))
 
     def leave(self) -> None:
-        """A stream has ended, or has never begun."""
+        """Free the place of a stream that has ended, or never began."""
         self._open -= 1
 
     def close(self) -> None:
-        """End all streams, so that the server can stop: their listeners connect again, to whoever comes next."""
+        """End all streams, so that the server can stop. Clients connect again."""
         self._closed = True
         for watched in self._watched.values():
             watched.wake()
@@ -100,8 +100,8 @@ class Events:
         watched = self._watched.setdefault(state.id, _Watched(state))
         watched.listeners += 1
         try:
-            if self._looking is None or self._looking.done():
-                self._looking = asyncio.create_task(self._look())
+            if self._polling is None or self._polling.done():
+                self._polling = asyncio.create_task(self._poll())
             yield b"retry: 1000\n\n"
             last: schemas.Analysis | None = None
             while not self._closed:
@@ -109,7 +109,7 @@ class Events:
                 ended = state.status in _ENDED
                 if state != last:
                     event, id_ = _event(state, last)
-                    # A final event is never left out: a listener that has it already would wait for ever.
+                    # Always send a final event: a client that has it already would wait for ever.
                     if id_ != seen or ended:
                         yield event
                 if ended:
@@ -118,7 +118,7 @@ class Events:
                 try:
                     await asyncio.wait_for(changed.wait(), HEARTBEAT_SECONDS)
                 except TimeoutError:
-                    if self._looking.done():  # a fault, which is in the log: better no stream than a silent one
+                    if self._polling.done():  # it failed, as the log says: end the stream rather than keep it silent
                         return
                     yield b": it goes on\n\n"
         finally:
@@ -126,29 +126,29 @@ class Events:
             if not watched.listeners:
                 del self._watched[state.id]
 
-    async def _look(self) -> None:
-        """Look at what is listened to, until nobody listens."""
+    async def _poll(self) -> None:
+        """Poll all analyses that have listeners, until none has."""
         while self._watched and not self._closed:
-            await asyncio.sleep(_LOOK_SECONDS)
+            await asyncio.sleep(_POLL_SECONDS)
             try:
                 states = await run_in_threadpool(analyses.get_several, self._engine, [*self._watched])
             except sa.exc.SQLAlchemyError as error:
-                # Streams stay open: their listeners could learn no more by asking themselves.
+                # Streams stay open: clients could learn no more by polling.
                 logger.warning("the database does not answer: %s", error)
                 continue
             for state in states:
                 watched = self._watched.get(state.id)
                 if watched is not None and watched.state != state:
-                    watched.turn(state)
+                    watched.update(state)
 
 
 class EventStream(StreamingResponse):
-    """A stream as an answer; however it ends, also before its first byte, its place is free again."""
+    """The response of a stream. Its place is freed however it ends, even before its first byte."""
 
     media_type = "text/event-stream"
 
     def __init__(self, events: Events, stream: AsyncIterator[bytes]) -> None:
-        # No cache may keep it, and nginx is told not to gather it.
+        # No cache may store it, and nginx must not buffer it.
         super().__init__(stream, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         self._events = events
 
@@ -160,7 +160,7 @@ class EventStream(StreamingResponse):
 
 
 def _event(state: schemas.Analysis, last: schemas.Analysis | None) -> tuple[bytes, str]:
-    """A state as an event, named after what is new in it, and its id, which is the same in every process."""
+    """Encode a state as an event named after what changed; return it with its id, the same in every process."""
     if state.status in _ENDED:
         name = "final"
     else:

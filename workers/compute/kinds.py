@@ -236,7 +236,9 @@ def _path_point(task: Task, device: torch.device, on_progress: OnProgress) -> di
     clock, options, on_look = Clock(), _options(task), on_progress
     on_progress = _of_point(on_progress, len(known), total)
     with clock.phase("load"):
-        path, probe, about_probe, alignment, ends = _warm(task, on_progress, lambda: _load_path(task, device))
+        path, probe, about_probe, alignment, ends = _cached_for_analysis(
+            task, on_progress, lambda: _load_path(task, device)
+        )
     with clock.phase("mix"):
         network = path.move_to(w)
     layers = None
@@ -294,7 +296,7 @@ def _pruning_point(task: Task, device: torch.device, on_progress: OnProgress) ->
     position, sparsities = len(task["points"]), task["options"]["sparsities"]
     clock, on_progress = Clock(), _of_point(on_progress, position, len(sparsities))
     with clock.phase("load"):
-        pruning, probe, about = _warm(task, on_progress, lambda: _load_pruning(task, device))
+        pruning, probe, about = _cached_for_analysis(task, on_progress, lambda: _load_pruning(task, device))
     with clock.phase("prune"):
         n_pruned = pruning.prune_to(sparsities[position])
     evaluation = evaluate_network(pruning.network, probe, device=device, options=_options(task), progress=on_progress)
@@ -328,7 +330,10 @@ def _series_probe(
     if held is None or held[0] != subject["architecture"]:
         _held.clear()
         own = {**task, "subjects": [subject]}
-        held = (subject["architecture"], *_warm(own, on_progress, lambda: _load_probe(own, network, device)))
+        held = (
+            subject["architecture"],
+            *_cached_for_analysis(own, on_progress, lambda: _load_probe(own, network, device)),
+        )
         _held[task["analysis_id"]] = held
     _, probe, about = held
     return probe, about
@@ -412,8 +417,8 @@ def _grid(grid: Any) -> Sequence[float] | Literal["adaptive"]:
 _held: dict[str, Any] = {}
 
 
-def _warm(task: Task, on_progress: OnProgress, load: Callable[[], T]) -> T:
-    """What `load` gives, kept until the report is made or another analysis comes."""
+def _cached_for_analysis(task: Task, on_progress: OnProgress, load: Callable[[], T]) -> T:
+    """Return what `load` gives, cached until the report is made or a task of another analysis comes."""
     if task["analysis_id"] not in _held:
         on_progress("loading", 0, 0)
         _held[task["analysis_id"]] = load()

@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 
-from app.errors import problem
+from app.errors import first_line, problem
 from app.settings import freeze_loaded_objects, load_settings, start_logging
 from app.storage import Storage
 from workers.child import Message
@@ -52,7 +52,12 @@ def _serve_tasks() -> None:
     settings = load_settings()
     start_logging(settings)
     device = runner.set_up(settings.device, settings.threads)
-    cache = FeatureCache(Storage(settings), settings.max_features_bytes)
+    try:
+        storage = Storage(settings)
+    except OSError as error:
+        # Its worker says so in one sentence, and may be a moment later.
+        raise SystemExit(f"its storage cannot be used: {first_line(error)}") from error
+    cache = FeatureCache(storage, settings.max_features_bytes)
     send({"hello": runner.describe(device)})
     freeze_loaded_objects()
 

@@ -1,1 +1,1 @@
-"""What a checkpoint says of itself: architecture, labels and preprocessing."""
+"""Descriptions of checkpoints: architecture, labels and preprocessing."""

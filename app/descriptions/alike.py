@@ -1,9 +1,9 @@
-"""Which checkpoints belong on one path or in one series, as far as their descriptions tell without torch.
+"""Check, without torch, whether checkpoints' descriptions allow them on one path or in one series.
 
-What two configurations write does not say whether they are of one network: dropout, ids of special tokens or a default
-that one of them leaves out change nothing that an evaluation sees. Here only what is certain is refused, so that a
-client hears of it at once; the worker compares the networks that it has built (`analysis/sweeps/sameness.py`) and has
-the last word.
+Two configurations that differ may be of one network: dropout, ids of special tokens or a default that one of them
+leaves out change nothing that an evaluation sees. Only certain differences are refused here, so that a client gets the
+error at once. The worker compares the networks that it has built (`analysis/sweeps/sameness.py`) and makes the final
+decision.
 """
 
 import json
@@ -17,8 +17,8 @@ from app.models import Checkpoint
 
 Members = dict[str, Any]
 
-# Members of a transformers config that its networks read where they have them, and that no default stands for when both
-# configurations state them.
+# Members of a transformers config that its networks use where they exist. If both configurations state one, no default
+# replaces it.
 _DECISIVE = (
     "model_type", "architectures", "activation_function", "hidden_act", "hidden_size", "layer_norm_eps",
     "layer_norm_epsilon", "n_embd", "n_head", "n_layer", "num_attention_heads", "num_hidden_layers",
@@ -27,17 +27,17 @@ _DECISIVE = (
 
 
 def require_one_network(rows: Sequence[Checkpoint]) -> None:
-    """Raise ArchitecturesDiffer where weights of these checkpoints are certain to be of different networks."""
+    """Raise ArchitecturesDiffer if weights of these checkpoints are certain to be of different networks."""
     _require(rows, _network)
 
 
 def require_comparable(rows: Sequence[Checkpoint]) -> None:
-    """Raise ArchitecturesDiffer where numbers of these checkpoints are certain to be of different classes or kinds."""
+    """Raise ArchitecturesDiffer if numbers of these checkpoints are certain to be of different classes or kinds."""
     _require(rows, _classes)
 
 
 def _require(rows: Sequence[Checkpoint], stated: Callable[[Checkpoint], Members]) -> None:
-    """Of all that two rows state, both must state the same; what one leaves out decides nothing."""
+    """Check that each row agrees with the first in all members that both state; skip the others."""
     first, expected = rows[0], stated(rows[0])
     differing = []
     for row in rows[1:]:
@@ -63,14 +63,14 @@ def _require(rows: Sequence[Checkpoint], stated: Callable[[Checkpoint], Members]
 
 
 def _network(row: Checkpoint) -> Members:
-    """What a checkpoint states of its network, by its place, and nothing that may mean the same in other words."""
+    """Return a checkpoint's decisive statements of its network, by path; leave out those with equivalent spellings."""
     architecture = row.architecture
     members: Members = {"architecture.family": architecture["family"]}
     if row.head is not None:
         members["head"] = row.head
     match architecture:
         case {"family": "builtin", "name": name, "args": dict(args)}:
-            # The API has filled the defaults in.
+            # The API has filled in the defaults.
             members |= {"architecture.name": name, **{f"architecture.args.{key}": args[key] for key in args}}
         case {"family": "transformers", "config": dict(config)}:
             members |= {f"architecture.config.{key}": config[key] for key in _DECISIVE if key in config}
@@ -80,7 +80,7 @@ def _network(row: Checkpoint) -> Members:
 
 
 def _classes(row: Checkpoint) -> Members:
-    """What a checkpoint states of what it predicts."""
+    """Return a checkpoint's statements of its predictions."""
     architecture = row.architecture
     if is_causal_lm(architecture):
         return {"predicts": "tokens"}
@@ -94,6 +94,6 @@ def _classes(row: Checkpoint) -> Members:
 
 
 def _names(architecture: Mapping[str, Any]) -> Members:
-    """Names of classes, where they are more than LABEL_0, LABEL_1, ...; upper and lower case are one name."""
+    """Return names of classes, if they are more than LABEL_0, LABEL_1, ...; upper and lower case are one name."""
     names = own_class_names(architecture) or {}
     return {f"architecture.config.id2label.{number}": name.casefold() for number, name in names.items()}

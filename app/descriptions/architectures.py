@@ -1,11 +1,11 @@
-"""Descriptions of networks, checked without torch: names, types and bounds.
+"""Check descriptions of networks without torch: names, types and bounds.
 
 The parameters mirror the builders in analysis/networks/builtin.py (a test compares the two). Widths are cheap to
-describe and are bounded by what the file then holds; depth is bounded here, since a description of many layers costs
-time before its shapes can be compared with the file (seen: 50,000 blocks, 62 s).
+describe, and the file's content then bounds them. Depth is bounded here, since a description of many layers costs time
+before its shapes can be compared with the file (measured: 50,000 blocks, 62 s).
 
-Of the families whose networks a library describes, what is checked here is the form: plain JSON of bounded size, no
-member that points outside, no number of layers beyond reason. Whether there is such a network only a worker knows.
+For families whose networks a library describes, only the form is checked here: plain JSON of bounded size, no member
+that points outside, no excessive number of layers. Only a worker can check whether the network exists.
 """
 
 import json
@@ -22,15 +22,15 @@ from app.schemas.base import STORABLE
 Width = Annotated[int, Field(ge=1, le=1_000_000)]
 Norm = Literal["none", "batch", "layer"]
 
-# The bounds of analysis/networks/building.py, and beside them the size of a description as text: a configuration with
-# the names of 20,000 classes has 600 KB.
+# The bounds of analysis/networks/building.py, and the size of a description as text: a configuration with the names of
+# 20,000 classes has 600 KB.
 MAX_DESCRIPTION_BYTES = 2**20
 MAX_NESTING = 8
 MAX_LIST = 4096
 MAX_DEPTH = 100_000
 DEPTH = re.compile(r"layer|depth|block|stage|repeat|expert", re.IGNORECASE)
 
-# What analysis/networks/transformers.py, timm.py and torchvision.py refuse (tests compare).
+# Members that analysis/networks/transformers.py, timm.py and torchvision.py refuse (tests compare).
 FORBIDDEN_IN_CONFIGS = (
     "attribute_map", "auto_map", "backbone", "backbone_config", "backbone_kwargs", "base_config_key",
     "custom_pipelines", "extra_config_files", "extra_files", "quantization_config", "sub_configs_defaults",
@@ -42,8 +42,8 @@ FORBIDDEN_IN_TIMM = (
     "pretrained_filter_fn", "pretrained_model_args", "pretrained_strict", "scriptable",
 )  # fmt: skip
 FORBIDDEN_IN_TORCHVISION = ("pretrained", "pretrained_backbone", "progress", "weights", "weights_backbone")
-# Members of a config.json that say nothing about the function that a network computes. They are not kept: checkpoints
-# that differ in them alone are of one architecture.
+# Members of a config.json that do not affect the function that a network computes. They are not kept: checkpoints that
+# differ only in them have one architecture.
 LEFT_OUT_OF_CONFIGS = (
     "attn_implementation", "dtype", "experts_implementation", "gradient_checkpointing", "label2id", "name_or_path",
     "output_attentions", "output_hidden_states", "return_dict", "torch_dtype", "torchscript", "transformers_version",
@@ -51,7 +51,7 @@ LEFT_OUT_OF_CONFIGS = (
 )  # fmt: skip
 
 
-# How analysis/networks/transformers.py tells a causal language model (a test compares).
+# How analysis/networks/transformers.py recognises a causal language model (a test compares).
 CAUSAL_LM = re.compile(r"(ForCausalLM|LMHeadModel)\Z")
 
 
@@ -149,7 +149,7 @@ def _plain(description: dict[str, Any]) -> dict[str, Any]:
 
 
 def _config(config: dict[str, Any]) -> dict[str, Any]:
-    """What matters of a config.json, checked."""
+    """Return the relevant members of a config.json, checked."""
     return _plain(_without_what_is_left_out(config))
 
 
@@ -221,10 +221,10 @@ _adapter: TypeAdapter[Any] = TypeAdapter(Architecture)
 
 
 def check_architecture(description: Any) -> dict[str, Any]:
-    """The description with its defaults filled in, and without what says nothing about the network.
+    """Return the description with defaults filled in, and without members that do not affect the network.
 
     Raises:
-        InvalidRequest: what is unknown, missing or out of bounds, by its place in the description.
+        InvalidRequest: a member is unknown, missing or out of bounds; names its path in the description.
     """
     try:
         checked: dict[str, Any] = _adapter.validate_python(description).model_dump(mode="json")
@@ -234,7 +234,7 @@ def check_architecture(description: Any) -> dict[str, Any]:
 
 
 def is_causal_lm(architecture: Mapping[str, Any]) -> bool:
-    """Whether a description is of a causal language model, whose classes are tokens."""
+    """Return whether a description is of a causal language model, whose classes are tokens."""
     match architecture:
         case {"family": "transformers", "config": {"architectures": [str(name)]}}:
             return CAUSAL_LM.search(name) is not None
@@ -242,10 +242,10 @@ def is_causal_lm(architecture: Mapping[str, Any]) -> bool:
 
 
 def architecture_of_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The description that a folder's config.json is: of transformers, of a folder that timm wrote, or our own.
+    """Return the description in a folder's config.json: from transformers, from timm, or in our own form.
 
     Raises:
-        InvalidRequest: it says of no family that we know.
+        InvalidRequest: it names no known family.
     """
     match config:
         case {"family": str()}:

@@ -1,7 +1,7 @@
-"""What a checkpoint's classes are on a probe: labels in the order of its spec's names, matched by name, or tokens.
+"""Match a checkpoint's classes with a probe's: labels in the order of its spec's names, matched by name, or tokens.
 
-A probe's labels count its own class names; a checkpoint's head counts those of its `id2label`. Where both have names
-they must meet, or every accuracy would be of the wrong classes; they are compared in Unicode's composed form (NFC). A
+A probe's labels index its own class names; a checkpoint's head indexes those of its `id2label`. If both have names, the
+names must match, or every accuracy would be of the wrong classes. They are compared in Unicode's composed form (NFC). A
 causal language model predicts the tokens of the probe's sequences, which need no labels; every other network needs
 them.
 """
@@ -25,29 +25,29 @@ _DEFAULT_NAME = re.compile(r"LABEL_\d+\Z")
 
 @dataclass(frozen=True)
 class LabelMap:
-    """How a probe's labels become a checkpoint's.
+    """Mapping of a probe's labels to a checkpoint's.
 
     Attributes:
-        matched: by "order" where one of the two has no names; by "name"; by "name_ignoring_case".
-        numbers: of each of the probe's classes, its place in the checkpoint's head; None leaves the labels as they are.
+        matched: by "order" if one of the two has no names; by "name"; by "name_ignoring_case".
+        numbers: for each class of the probe, its index in the checkpoint's head; None leaves the labels unchanged.
     """
 
     matched: Literal["order", "name", "name_ignoring_case"]
     numbers: list[int] | None
 
 
-# How configurations call the positions that a network has; as in analysis/probes/texts.py.
+# Names in configurations for a network's number of positions; as in analysis/probes/texts.py.
 _POSITIONS = ("max_position_embeddings", "n_positions")
 
 
 def require_suitable(
     architecture: Mapping[str, Any], *, content: str, n_classes: int, input_shape: Sequence[int] | None
 ) -> None:
-    """Raise ProbeUnsuitable where a network of this kind cannot be looked at with such a probe, as far as rows tell.
+    """Raise ProbeUnsuitable if the stored rows show that this kind of network cannot be evaluated on the probe.
 
     Args:
         architecture: a description.
-        content: of the probe, and so are the others.
+        content: of the probe, like the following arguments.
         n_classes: 0 without labels of whole samples.
         input_shape: of a sample of tensors.
     """
@@ -77,14 +77,14 @@ def require_suitable(
 
 
 def match_labels(class_names: Sequence[str] | None, architecture: Mapping[str, Any]) -> LabelMap:
-    """Match a probe's class names with those that a checkpoint's architecture has.
+    """Match a probe's class names with those of a checkpoint's architecture.
 
     Args:
         class_names: of the probe, in the order of its labels.
-        architecture: a description; transformers' may have `id2label` in its config. LABEL_0, LABEL_1, ... say nothing.
+        architecture: a description; transformers' may have `id2label` in its config. LABEL_0, LABEL_1, ... are ignored.
 
     Raises:
-        LabelsDiffer: a name of the probe is none, or several, of the checkpoint's; both lists are in it.
+        LabelsDiffer: a name of the probe matches none, or several, of the checkpoint's; it contains both lists.
     """
     labels = own_class_names(architecture)
     if class_names is None or labels is None:
@@ -105,7 +105,7 @@ def match_labels(class_names: Sequence[str] | None, architecture: Mapping[str, A
 def named_labels(
     labels: "npt.NDArray[np.int64]", own: list[str] | None, given: list[str] | None
 ) -> "tuple[npt.NDArray[np.int64], list[str] | None]":
-    """A file's labels in the order of the names that its spec gives, or else of its own, and these names.
+    """Return a file's labels in the order of its spec's names, or else of its own names, and these names.
 
     Raises:
         InvalidRequest: as `name_classes`.
@@ -115,18 +115,18 @@ def named_labels(
     numbers = name_classes(own, given)
     if numbers is None:
         return labels, given
-    import numpy as np  # here: the API loads it with the first file that it looks into
+    import numpy as np  # here: the API loads it with the first file that it inspects
 
     return np.array(numbers)[labels], given
 
 
 def name_classes(own: Sequence[str], given: Sequence[str]) -> list[int] | None:
-    """How a file's own classes are numbered by the names that a spec gives: each by its name, in whatever order.
+    """Number a file's own classes by the names that a spec gives: each by its name, in any order.
 
-    Where none of the names is the file's, they are other words for its classes, in their order.
+    If none of the names is the file's, they are new names for its classes, in their order.
 
     Returns:
-        Of each of the file's classes its place in `given`; None where that is its own.
+        For each of the file's classes its index in `given`; None if the numbering is unchanged.
 
     Raises:
         InvalidRequest: some names are the file's and some are not, or there are more or fewer.
@@ -145,7 +145,7 @@ def name_classes(own: Sequence[str], given: Sequence[str]) -> list[int] | None:
 
 
 def _places(names: Sequence[str], labels: Mapping[int, str]) -> list[list[int]]:
-    """Of each name the numbers that have it, else those that have it but for upper and lower case."""
+    """Return for each name the numbers that have it, else those that have it when case is ignored."""
     exact: dict[str, list[int]] = {}
     folded: dict[str, list[int]] = {}
     for number, name in labels.items():
@@ -159,12 +159,12 @@ def _composed(names: Sequence[str]) -> list[str]:
 
 
 def _folded(name: str) -> str:
-    # Folding may take a composed letter apart.
+    # Case folding may decompose a composed letter.
     return normalize("NFC", name.casefold())
 
 
 def own_class_names(architecture: Mapping[str, Any]) -> dict[int, str] | None:
-    """Names by their place in the head, in this order; None where there are none, or the library's own."""
+    """Return names by their index in the head, in this order; None if they are missing, or the library's defaults."""
     match architecture.get("config"):
         case {"id2label": dict(given)} if given:
             pass

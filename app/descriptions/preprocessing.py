@@ -1,8 +1,8 @@
-"""Preprocessing in the words of other libraries, turned into ours: Hugging Face's preprocessor_config.json, timm's data
-configuration. What ours cannot say is refused, never left out.
+"""Convert preprocessing of other libraries to ours: Hugging Face's preprocessor_config.json, timm's data
+configuration. Settings that ours cannot express are refused, never left out.
 
-Each library resizes and crops in its own way; `analysis/probes/images.py` has them all, and tests compare them with the
-libraries. Of a processor of transformers it is the way of the backend that its class names.
+Each library resizes and crops in its own way; `analysis/probes/images.py` implements them all, and tests compare them
+with the libraries. For a processor of transformers, its class name selects the backend.
 """
 
 import math
@@ -21,14 +21,14 @@ _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 
 
 @dataclass(frozen=True)
 class _Processor:
-    """What a class of transformers does where its configuration is silent."""
+    """Defaults of a class of transformers for members missing from its configuration."""
 
     resample: int
     crops: bool = False
     square: bool = True
 
 
-# Those whose resizing and crop are the library's own, plain ones (and ConvNeXT's, see below).
+# Processors that use the library's plain resizing and crop (and ConvNeXT's, see below).
 _PROCESSORS = {
     "ViT": _Processor(2),
     "DeiT": _Processor(3, crops=True),
@@ -52,10 +52,10 @@ _SWITCHED_OFF = (
 
 
 def given_preprocess(given: Mapping[str, Any]) -> dict[str, Any]:
-    """A preprocessing as somebody gave it with a checkpoint: in our own words, a preprocessor_config.json, or timm's.
+    """Return our preprocessing from one given with a checkpoint: in our form, a preprocessor_config.json, or timm's.
 
     Raises:
-        InvalidRequest: it is none of these, or says what ours cannot.
+        InvalidRequest: it is none of these, or ours cannot express it.
     """
     if "input_size" in given:
         return from_timm(given)
@@ -65,17 +65,17 @@ def given_preprocess(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def from_preprocessor_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Our preprocessing from a preprocessor_config.json of an image processor of transformers.
+    """Return our preprocessing from a preprocessor_config.json of an image processor of transformers.
 
     Args:
         config: with do_resize, size, resample, do_center_crop, crop_size, do_rescale, rescale_factor, do_normalize,
-            image_mean, image_std; of ConvNeXT crop_pct.
+            image_mean, image_std; for ConvNeXT crop_pct.
 
     Returns:
-        `schemas.Preprocess` as JSON values, all of it.
+        All members of `schemas.Preprocess` as JSON values.
 
     Raises:
-        InvalidRequest: a processor that does something else to images, or sizes in other words.
+        InvalidRequest: a processor that does something else to images, or sizes in another form.
     """
     name, processor = _processor(config)
     for switch in _SWITCHED_OFF:
@@ -110,18 +110,18 @@ def from_preprocessor_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def from_timm(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Our preprocessing from timm's data configuration of a network, as its own evaluation does it.
+    """Return our preprocessing from timm's data configuration of a network, equal to timm's own evaluation.
 
     Args:
         config: with input_size (channels, height, width), interpolation, mean, std, crop_pct, crop_mode, as
             timm.data.resolve_data_config gives it.
 
     Returns:
-        `schemas.Preprocess` as JSON values, all of it.
+        All members of `schemas.Preprocess` as JSON values.
 
     Raises:
-        InvalidRequest: borders that are padded (crop_mode "border"), sides that differ unless the mode is "squash",
-            a filter that is drawn ("random"), other numbers of channels than one and three.
+        InvalidRequest: padded borders (crop_mode "border"), different sides unless the mode is "squash", a randomly
+            chosen filter ("random"), other numbers of channels than one and three.
     """
     match config.get("input_size"):
         case [1 | 3 as channels, int(height), int(width)] | (1 | 3 as channels, int(height), int(width)):
@@ -155,12 +155,12 @@ def from_timm(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def preprocess_of_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What the config.json of a folder that timm wrote says of images; None where it says nothing of such.
+    """Return our preprocessing from the config.json of a folder that timm wrote; None if it does not describe images.
 
     Raises:
         InvalidRequest: as `from_timm`.
     """
-    # Early versions of timm had no member of its own for it.
+    # Early versions of timm had no separate member for it.
     data, args = config.get("pretrained_cfg") or config, config.get("model_args") or {}
     if "architecture" not in config or not isinstance(data, dict) or not isinstance(args, dict):
         return None
@@ -168,25 +168,25 @@ def preprocess_of_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
     size = found.get("input_size")
     if not isinstance(size, list) or len(size) != 3:
         return None
-    # What the network was made for, as timm has it: its arguments before what was registered.
+    # The network's input size, as in timm: its arguments take precedence over the registered values.
     side = args.get("img_size", size[1:])
     channels, sides = args.get("in_chans", size[0]), side if isinstance(side, list) else [side, side]
     mean = found.get("mean")
     if channels not in (1, 3) or not isinstance(mean, list) or len(mean) != channels:
-        # Images are no input of such a network.
+        # This network does not take images.
         return None
     return from_timm({**found, "input_size": [channels, *sides]})
 
 
 def _class_name(config: Mapping[str, Any]) -> str:
-    """The processor's, or nothing. One that ends in Pil computes with Pillow and NumPy, any other with torchvision."""
+    """Return the processor's class name, or "". Names that end in Pil use Pillow and NumPy, others torchvision."""
     return str(config.get("image_processor_type") or config.get("feature_extractor_type") or "")
 
 
 def _processor(config: Mapping[str, Any]) -> tuple[str, _Processor]:
     given = _class_name(config)
     if not given:
-        # Files of early versions name no class; with sizes by side there is nothing that only the class would know.
+        # Files of early versions name no class; with sizes by side, nothing depends on the class.
         if isinstance(config.get("size"), dict) and "resample" in config and "crop_pct" not in config:
             return "", _Processor(config["resample"], crops="crop_size" in config)
         raise _refused("it names no image_processor_type")
@@ -197,7 +197,7 @@ def _processor(config: Mapping[str, Any]) -> tuple[str, _Processor]:
 
 
 def _size(config: Mapping[str, Any], member: str, square: bool) -> Any:
-    """One number, or height and width."""
+    """Return one number, or height and width."""
     match config.get(member):
         case {"height": int(height), "width": int(width), **others} if not others:
             return [height, width]
@@ -210,7 +210,7 @@ def _size(config: Mapping[str, Any], member: str, square: bool) -> Any:
 
 
 def _convnext_size(config: Mapping[str, Any]) -> dict[str, Any]:
-    """ConvNeXT's own: below 384 the shorter side is size / crop_pct and the centre is cut out, else it is squashed."""
+    """Return ConvNeXT's resize: below 384 shorter side size / crop_pct and a centre crop, else squashed."""
     side = _size(config, "size", square=False)
     if not isinstance(side, int):
         raise _refused(f"size is {config['size']!r}; expected shortest_edge")
@@ -224,7 +224,7 @@ def _convnext_size(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _checked(found: Mapping[str, Any]) -> dict[str, Any]:
     try:
-        # Of images: what is not said to be otherwise is scaled to 0 to 1.
+        # For images: scaled to 0 to 1 unless stated otherwise.
         return Preprocess.model_validate(found).for_images().model_dump(mode="json")
     except ValidationError as error:
         raise invalid_request("The preprocessing", error.errors(), prefix="preprocess") from None

@@ -1,1 +1,1 @@
-"""Everything that reads strangers' bytes: archives, tensors and datasets."""
+"""Readers of untrusted files: archives, tensors and datasets."""

@@ -1,7 +1,7 @@
-"""A Hugging Face folder in a zip or a tar: what describes the network, and its weights in one file or in shards.
+"""Read a Hugging Face folder in a zip or a tar: the network's description, and its weights in one file or in shards.
 
-Nothing is unpacked under a name that the archive chose. The weights are written anew, as one safetensors file that
-holds the tensors of all shards: that is what the service keeps, so everything behind this module knows one form.
+Nothing is unpacked under a name that the archive chose. The weights are rewritten as one safetensors file that holds
+the tensors of all shards. The service keeps this file, so the code behind this module handles one form.
 """
 
 import bz2
@@ -30,18 +30,18 @@ MAX_MEMBERS = 10_000
 # Descriptions are read whole; an index names every tensor.
 _MAX_JSON_BYTES = 32 * 2**20
 _COPY_BYTES = 2**20
-# Of a file of torch.save, to say that it is one: a member for each tensor.
+# Limit of members listed to recognise a file of torch.save, which has one for each tensor.
 _MOST_LISTED = 2 * tensorfile.MAX_TENSORS
-# Long names and the like, which tarfile reads in one go, whatever their size.
+# Limit for long names and similar headers, which tarfile reads in one go, whatever their size.
 _MAX_TAR_HEADER_BYTES = 2**20
 _BROKEN = (*BROKEN_ZIP, tarfile.TarError, lzma.LZMAError, KeyError)
 _ZIP = b"PK\x03\x04"
-# By what a file begins with.
+# By the first bytes of a file.
 _UNPACK: dict[bytes, Callable[[Path], Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
 
 
 class Written(Protocol):
-    """What weights are written to."""
+    """Target that weights are written to."""
 
     def write(self, data: bytes, /) -> object: ...
 
@@ -56,14 +56,14 @@ class Member:
 
 @dataclass(frozen=True)
 class Folder:
-    """The files of a folder that matter here.
+    """The files of a folder that the service uses.
 
     Attributes:
-        config: config.json, where there is one.
+        config: config.json, if it exists.
         preprocessor: preprocessor_config.json, likewise.
         tokenizer: tokenizer.json, likewise.
-        shards: safetensors files by name, in the order in which their tensors will stand.
-        weight_map: which shard the index puts each tensor into; None without an index.
+        shards: safetensors files by name, in the order in which their tensors are written.
+        weight_map: the shard to which the index assigns each tensor; None without an index.
     """
 
     config: dict[str, Any] | None
@@ -74,10 +74,10 @@ class Folder:
 
 
 def is_archive(path: Path) -> bool:
-    """Whether the file is a zip or a tar, plain or compressed; a file of torch.save, a zip too, is none.
+    """Return whether the file is a zip or a tar, plain or compressed; not a zip that torch.save wrote.
 
     Raises:
-        InvalidFile: it is a zip that is not complete, or lists files without end.
+        InvalidFile: an incomplete zip, or one that lists too many files.
     """
     with path.open("rb") as file:
         start = file.read(512)
@@ -95,15 +95,15 @@ def is_archive(path: Path) -> bool:
 
 @contextmanager
 def open_folder(path: Path, *, max_bytes: int) -> Iterator[Folder]:
-    """Look into an archive; members can be read inside the block.
+    """Open an archive; its members can be read inside the block.
 
     Args:
-        path: what `is_archive` has passed. A compressed tar is unpacked beside it, without a name, for as long.
-        max_bytes: of all members together, unpacked; of a compressed tar, of all of it.
+        path: a file that `is_archive` accepts. During the block a compressed tar is unpacked beside it, without a name.
+        max_bytes: limit for all members together, unpacked; for a compressed tar, for the whole tar.
 
     Raises:
-        InvalidFile: a member climbs out or is a link, there are too many or too large ones, no weights, shards that
-            the index names and that are missing, or the archive is broken.
+        InvalidFile: a member leads out of the archive or is a link, members are too many or too large, weights are
+            missing, shards that the index names are missing, or the archive is broken.
     """
     with path.open("rb") as file:
         start = file.read(8)
@@ -122,9 +122,9 @@ def open_folder(path: Path, *, max_bytes: int) -> Iterator[Folder]:
 
 
 def write_weights(folder: Folder, target: Written) -> None:
-    """Write the tensors of all shards as one safetensors file; a single one is written as it is.
+    """Write the tensors of all shards as one safetensors file; copy a single shard unchanged.
 
-    Where several shards hold a name, the index says whose tensor is written.
+    If several shards hold a name, the index decides which tensor is written.
 
     Raises:
         InvalidFile: a shard is broken, two hold a name that the index does not, or index and shards do not agree.
@@ -156,7 +156,7 @@ def write_weights(folder: Folder, target: Written) -> None:
 
 
 def _cuts(name: str, header: Header, elsewhere: Collection[str]) -> list[tuple[int, int]]:
-    """Bytes of a shard's data that are tensors which the index puts into another, in their order."""
+    """Return the byte ranges of a shard's tensors that the index assigns to another shard, in their order."""
     if not elsewhere:
         return []
     spans = sorted((*header.spans[tensor], tensor) for tensor in header.tensors)
@@ -183,7 +183,7 @@ def _shard(name: str, member: Member) -> Header:
 
 
 def _copy(name: str, member: Member, start: int, target: Written, cuts: Sequence[tuple[int, int]] = ()) -> None:
-    """Copy a member from `start` to its end, but for `cuts`, which are counted from there."""
+    """Copy a member from `start` to its end, without the ranges in `cuts`, which are counted from `start`."""
     at, left = 0, member.size - start
     try:
         with member.open() as file:
@@ -243,7 +243,7 @@ def _folder(members: Mapping[PurePosixPath, Member]) -> Folder:
 
 
 def _outermost(paths: Iterable[PurePosixPath]) -> PurePosixPath:
-    """The outermost folder that describes a network; copies of others may lie below it."""
+    """Return the outermost folder that describes a network; others may lie below it."""
     folders = sorted({path.parent for path in paths}, key=lambda folder: (len(folder.parts), folder))
     beside = [str(folder) for folder in folders if len(folder.parts) == len(folders[0].parts)]
     if len(beside) > 1:
@@ -255,12 +255,12 @@ def _outermost(paths: Iterable[PurePosixPath]) -> PurePosixPath:
 
 
 def _shards(inside: Mapping[str, Member]) -> tuple[list[str], dict[str, str] | None]:
-    """Names of the files that hold the weights, and what the index says where there are several.
+    """Return the names of the files that hold the weights, and the index's weight map if they are found by an index.
 
-    As libraries look for them: one file under its usual name, and only without it an index.
+    The order is that of the libraries: one file under its usual name, and an index only without it.
     """
     if "model.safetensors" in inside:
-        # Others beside it are other things, such as an optimizer's state.
+        # Other files beside it hold other content, for example an optimizer's state.
         return ["model.safetensors"], None
     indexes = sorted(name for name in inside if name.endswith(".safetensors.index.json"))
     indexes = [name for name in indexes if name == "model.safetensors.index.json"] or indexes
@@ -328,7 +328,7 @@ def _opened_zip(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> BinaryIO:
 
 
 def _unpacked(path: Path, unpack: Callable[[Path], Any], stack: ExitStack, max_bytes: int) -> BinaryIO:
-    """A compressed tar, unpacked once: to go back in a compressed one is to unpack it again from its start."""
+    """Unpack a compressed tar once, since seeking back in a compressed one unpacks it again from its start."""
     file = stack.enter_context(tempfile.TemporaryFile(dir=path.parent))  # noqa: SIM115
     with unpack(path) as packed:
         while chunk := packed.read(_COPY_BYTES):
@@ -340,7 +340,7 @@ def _unpacked(path: Path, unpack: Callable[[Path], Any], stack: ExitStack, max_b
 
 
 class _Bounded:
-    """A tar of which little is read at once while `listing`: tarfile takes what a header announces, 8 GiB or less."""
+    """Limits each read of a tar while `listing`: tarfile reads the size that a header announces, 8 GiB or less."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.tell, self.seek, self._file = file.tell, file.seek, file
@@ -373,7 +373,7 @@ def _opened_tar(archive: tarfile.TarFile, info: tarfile.TarInfo) -> BinaryIO:
 
 
 def _collected(members: Iterable[tuple[str, Member | None]], max_bytes: int) -> dict[PurePosixPath, Member]:
-    """Files by path; counted as they come, folders too, so that a bomb is noticed before its list is whole."""
+    """Return files by path. Count members as they come, folders too, to detect a bomb before its list is complete."""
     found: dict[PurePosixPath, Member] = {}
     unpacked = 0
     for number, (name, member) in enumerate(members, 1):

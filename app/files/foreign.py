@@ -1,4 +1,4 @@
-"""Files and folders of known kinds that hold no network: refused as what they are."""
+"""Refuse files and folders of known kinds that hold no network, with an error that names the kind."""
 
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path, PurePosixPath
@@ -6,7 +6,7 @@ from typing import Any
 
 from app.errors import InvalidFile
 
-# By what a file begins with: what it is, and what to do.
+# By the first bytes of a file: its kind, and advice.
 _FORMATS: Mapping[bytes, tuple[str, str]] = {
     b"GGUF": (
         "a GGUF file (llama.cpp)",
@@ -16,13 +16,13 @@ _FORMATS: Mapping[bytes, tuple[str, str]] = {
     b"\x89HDF\r\n\x1a\n": ("an HDF5 file, as Keras writes them", "Networks here are those of torch."),
 }
 _ADAPTER_CONFIG = "adapter_config.json"
-# How PEFT names what an adapter holds.
+# Parts of PEFT's names for an adapter's tensors.
 _ADAPTER_PARTS = (".lora_A.", ".lora_B.", ".lora_embedding_A", ".lora_embedding_B", ".lora_magnitude_vector")
 _ADAPTER_BESIDE = (".modules_to_save.", ".original_module.", ".base_layer.")
 
 
 def refuse_foreign_file(path: Path) -> None:
-    """Raise InvalidFile where a file's first bytes are those of a known format that is no checkpoint."""
+    """Raise InvalidFile if a file's first bytes are those of a known format that is not a checkpoint."""
     with path.open("rb") as file:
         start = file.read(8)
     for mark, (what, advice) in _FORMATS.items():
@@ -31,11 +31,11 @@ def refuse_foreign_file(path: Path) -> None:
 
 
 def refuse_foreign_folder(members: Iterable[PurePosixPath], adapter: Mapping[str, Any] | None) -> None:
-    """Raise InvalidFile where an archive is a folder of a known kind that holds no network's weights.
+    """Raise InvalidFile if an archive is a folder of a known kind that holds no network's weights.
 
     Args:
         members: paths of its files.
-        adapter: the content of its adapter_config.json, where there is one.
+        adapter: the content of its adapter_config.json, if it exists.
     """
     names = {path.name for path in members}
     weights = [name for name in names if name.endswith(".safetensors")]
@@ -50,7 +50,7 @@ def refuse_foreign_folder(members: Iterable[PurePosixPath], adapter: Mapping[str
 
 
 def refuse_adapter(names: Collection[str]) -> None:
-    """Raise InvalidFile where all of a file's tensors are those of an adapter."""
+    """Raise InvalidFile if all of a file's tensors are those of an adapter."""
     parts = [name for name in names if any(part in f"{name}." for part in _ADAPTER_PARTS)]
     beside = [name for name in names if any(part in f"{name}." for part in _ADAPTER_BESIDE)]
     if parts and len({*parts, *beside}) == len(names):
@@ -58,7 +58,7 @@ def refuse_adapter(names: Collection[str]) -> None:
 
 
 def is_adapter_config(path: PurePosixPath) -> bool:
-    """Whether a member says that its folder is an adapter."""
+    """Return whether a member marks its folder as an adapter."""
     return path.name == _ADAPTER_CONFIG
 
 

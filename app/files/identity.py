@@ -1,18 +1,18 @@
-"""What data are, whatever file they came in: the `data_sha256` of a probe or a feature set.
+"""Compute the `data_sha256` of a probe or a feature set, which identifies its data whatever file they came in.
 
-It is the sha256 of a JSON text, sorted keys without spaces, ASCII alone. Of tensors, with the words of safetensors for
+It is the sha256 of a JSON text with sorted keys, without spaces, in ASCII. For tensors, with safetensors' names of
 types:
 
     {"format":"interplay-data-1","tensors":{"labels":{"dtype":"I64","sha256":"...","shape":[100]}, ...}}
 
-where each sha256 is of the tensor's bytes in C order, little-endian. Of images and texts:
+where each sha256 is of the tensor's bytes in C order, little-endian. For images and texts:
 
     {"class_names":[...],"content":"images","format":"interplay-data-1","labels":"...","n_rows":100,"rows":"...",
      "split":null}
 
-where `rows` is the sha256 of each row's stored bytes (texts as UTF-8), their number before them as eight bytes;
-`labels` and `split` that of one int64 a row, null without; integers are little-endian. Labels and names are those that
-the probe has, so that an order that its spec gives is part of the data.
+where `rows` is the sha256 of each row's stored bytes (texts as UTF-8), preceded by their number as eight bytes;
+`labels` and `split` are that of one int64 a row, null if missing; integers are little-endian. Labels and names are
+those of the probe, so an order that its spec gives is part of the data.
 """
 
 import hashlib
@@ -37,10 +37,10 @@ _CHUNK_BYTES = 2**20
 
 
 def hash_tensors(path: Path, file: TensorFile) -> str:
-    """Hash the tensors of a file that has been checked; its bytes are read once, chunk by chunk.
+    """Hash the tensors of a checked file; its bytes are read once, chunk by chunk.
 
     Raises:
-        InvalidFile: an npz is damaged where its headers did not say so.
+        InvalidFile: an npz is damaged in a way that its headers do not show.
     """
     hashed = _npz_tensors(path) if file.format == "npz" else _safetensors(path)
     tensors = {
@@ -54,11 +54,11 @@ def hash_dataset(dataset: Dataset, labels: npt.NDArray[np.int64] | None, class_n
     """Hash images or texts; each row is read once.
 
     Args:
-        dataset: whose rows and splits are looked at.
-        labels, class_names: as the probe has them.
+        dataset: provides the rows and splits.
+        labels, class_names: those of the probe.
 
     Raises:
-        InvalidFile: a row has nothing, or cannot be read.
+        InvalidFile: a row is empty, or cannot be read.
     """
     rows = hashlib.sha256()
     for _, content in dataset.read(range(dataset.n_rows)):
@@ -85,7 +85,7 @@ def _of_integers(values: npt.NDArray[np.int64] | None) -> str | None:
 
 
 def _safetensors(path: Path) -> Iterator[tuple[str, str]]:
-    """Name and sha256 of each tensor's bytes, which are as they are to be hashed."""
+    """Yield the name and sha256 of each tensor's bytes, which safetensors stores in the order to be hashed."""
     with path.open("rb") as file:
         header = tensorfile.read_header(file, path.stat().st_size)
         for name, (start, end) in header.spans.items():
@@ -108,9 +108,9 @@ def _npz_tensors(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _of_array(file: IO[bytes], folder: Path) -> str:
-    """Hash an array of an npz, whatever its order in memory and of bytes.
+    """Hash an array of an npz, whatever its memory and byte order.
 
-    One in Fortran order is unpacked into a file without a name in `folder`, to be walked through in the other order.
+    An array in Fortran order is unpacked into a file without a name in `folder`, and read from there in C order.
     """
     read_header = npy.read_array_header_1_0 if npy.read_magic(file) == (1, 0) else npy.read_array_header_2_0
     shape, is_fortran, dtype = read_header(file)
@@ -131,22 +131,22 @@ def _of_array(file: IO[bytes], folder: Path) -> str:
 
 
 def _chunks(file: IO[bytes], n_bytes: int) -> Iterator[bytes]:
-    """So many bytes, in parts of whole numbers.
+    """Yield `n_bytes` bytes in chunks that do not split numbers.
 
     Raises:
-        EOFError: there are fewer.
+        EOFError: the file has fewer bytes.
     """
     while n_bytes:
         wanted = min(_CHUNK_BYTES, n_bytes)
         chunk = file.read(wanted)
-        if len(chunk) < wanted:  # a file that is buffered, as both are here, gives less at its end alone
+        if len(chunk) < wanted:  # a buffered file, as both are here, returns less only at its end
             raise EOFError("a tensor ends early")
         n_bytes -= wanted
         yield chunk
 
 
 def _blocks(array: npt.NDArray[Any]) -> Iterator[npt.NDArray[Any]]:
-    """An array in parts of its C order, each small."""
+    """Yield an array in small blocks, in C order."""
     row_bytes = array[:1].nbytes
     if row_bytes > _CHUNK_BYTES:
         for row in array:

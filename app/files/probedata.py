@@ -1,7 +1,7 @@
-"""What a probe's file says of itself: tensors with labels, or a dataset of images or texts.
+"""Describe a probe's file: tensors with labels, or a dataset of images or texts.
 
-Sequences of tokens and texts need no labels: causal language models predict the tokens. Which of the two is found by
-the file's content. What is not the file's but the spec's is checked against it here.
+Sequences of tokens and texts need no labels: causal language models predict the tokens. The file's content decides
+whether it holds tensors or a dataset. The spec is checked against the file here.
 """
 
 import json
@@ -36,20 +36,20 @@ from app.files.tensordata import (
 )
 from app.settings import Settings
 
-# Names under which a probe may hold a network's own inputs in place of `inputs`; the first that is there, of the first
-# two, says the shape. As in analysis/probes.py, which a test compares.
+# Names under which a probe may hold a network's own inputs in place of `inputs`. The first one that exists, of the
+# first two, gives the shape. As in analysis/probes.py, which a test compares.
 INPUT_NAMES = (
     "pixel_values", "input_ids", "attention_mask", "token_type_ids", "position_ids", "pixel_attention_mask",
     "spatial_shapes",
 )  # fmt: skip
 _MAIN_NAMES = ("inputs", "pixel_values", "input_ids")
 
-# A page of Parquet may announce up to 2 GiB; not many at once.
+# A page of Parquet may announce up to 2 GiB, so few files are read at once.
 _reading = threading.BoundedSemaphore(2)
 _READING_SECONDS = 300
-# A page and what it is unpacked to, and the labels of all rows.
+# Enough for a page, its unpacked content, and the labels of all rows.
 _READING_BYTES = 4 * 2**30
-# All of it is read: so long again for each so many bytes.
+# The whole file is read: each _BYTES_A_TURN bytes add _READING_SECONDS to the timeout.
 _BYTES_A_TURN = 10 * 2**30
 _SAID_CHARACTERS = 4000
 logger = logging.getLogger(__name__)
@@ -57,11 +57,11 @@ _ERRORS = {error.kind: error for error in (InvalidFile, InvalidRequest)}
 
 
 def describe(path: Path, spec: schemas.ProbeSpec, settings: Settings) -> dict[str, Any]:
-    """The columns of a probe's row that come from its file, by name.
+    """Return the columns of a probe's row that come from its file, by name.
 
     Raises:
         InvalidFile: the file is broken, over a limit, or its labels and samples do not fit each other.
-        InvalidRequest: the spec says what makes no sense for such a file.
+        InvalidRequest: the spec has members that do not apply to this kind of file.
     """
     format = datafile.detect(path, datafile.Limits.of(settings))
     if format is None:
@@ -73,14 +73,14 @@ def describe(path: Path, spec: schemas.ProbeSpec, settings: Settings) -> dict[st
 
 
 def _in_another_process(path: Path, spec: schemas.ProbeSpec, limits: datafile.Limits) -> dict[str, Any]:
-    """What a Parquet file says of itself: pyarrow ends its process, or takes gigabytes, for some that are broken.
+    """Describe a Parquet file in another process: pyarrow crashes, or takes gigabytes, for some broken files.
 
     Raises:
-        InvalidFile: as `describe`, and whatever the process ended by.
+        InvalidFile: as `describe`, or the process timed out or ended abnormally.
         InvalidRequest: as `describe`.
-        Unavailable: this machine has no room for one more process.
+        Unavailable: this machine cannot start one more process.
     """
-    # Of a tokenizer, which may be large, it matters that there is one.
+    # A tokenizer may be large, and only its presence matters here.
     small = spec.model_copy(update={"tokenizer": None if spec.tokenizer is None else {}})
     task = {"path": str(path), "spec": small.model_dump(mode="json"), "limits": asdict(limits)}
     command = [sys.executable, "-m", __name__]
@@ -123,7 +123,7 @@ def _ended_by(code: int) -> str:
 
 
 def main() -> None:
-    """The other process: a task on standard input, on standard output a row's columns or what is wrong."""
+    """Run the other process: read a task from standard input, write a row's columns or an error to standard output."""
     _bound_this_process()
     task = json.load(sys.stdin)
     spec, limits = schemas.ProbeSpec(**task["spec"]), datafile.Limits(**task["limits"])
@@ -135,7 +135,7 @@ def main() -> None:
 
 
 def _bound_this_process() -> None:
-    """A file that announces more than there is ends this process, and no other of the machine."""
+    """Limit this process, so that a file that announces too much memory ends this process and no other."""
     for kind, most in ((resource.RLIMIT_DATA, _READING_BYTES), (resource.RLIMIT_CORE, 0)):
         hard = resource.getrlimit(kind)[1]
         resource.setrlimit(kind, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
@@ -144,7 +144,7 @@ def _bound_this_process() -> None:
 
 
 def _require_tensors(path: Path) -> None:
-    """Raise InvalidFile where a file does not even begin as one of tensors."""
+    """Raise InvalidFile if a file does not begin like a tensor file."""
     with path.open("rb") as file:
         start = file.read(9)
     if not start.startswith(b"PK") and start[8:] != b"{":
@@ -205,7 +205,7 @@ def _dataset(path: Path, format: datafile.Format, spec: schemas.ProbeSpec, limit
 def _labels(
     file: tensorfile.TensorFile, values: Values, inputs: tensorfile.TensorInfo, spec: schemas.ProbeSpec
 ) -> npt.NDArray[np.int64] | None:
-    """Labels of the samples; None where sequences of tokens have none, or have one at each token."""
+    """Return the labels of the samples; None if sequences of tokens have no labels, or one per token."""
     info = file.tensors.get("labels")
     if "input_ids" not in file.tensors or (info is not None and len(info.shape) == 1):
         n_named = len(spec.class_names) if spec.class_names else None
@@ -231,7 +231,7 @@ def _classes(labels: npt.NDArray[np.int64] | None, names: list[str] | None) -> d
 
 
 def _inputs(file: tensorfile.TensorFile, preprocess: schemas.Preprocess | None) -> tensorfile.TensorInfo:
-    """The tensor of a probe that says how many samples there are and of what shape; the others are checked too."""
+    """Return the tensor that gives a probe's number and shape of samples; check the others too."""
     named = [name for name in INPUT_NAMES if name in file.tensors]
     if "inputs" in file.tensors and named:
         raise InvalidFile(f"The file holds 'inputs' and {', '.join(map(repr, named))}; it must be one or the other.")

@@ -19,12 +19,12 @@ Values = Callable[[str], npt.NDArray[Any]]
 
 
 def safetensors_values(path: Path) -> Values:
-    """Reads tensors of a safetensors file by name."""
+    """Return a function that reads tensors of a safetensors file by name."""
     return lambda name: tensorfile.read_values(path, name)
 
 
 def require_known(file: tensorfile.TensorFile, names: set[str]) -> None:
-    """Raise InvalidFile where a file holds tensors of other names."""
+    """Raise InvalidFile if a file holds tensors of other names."""
     if unknown := sorted(set(file.tensors) - names):
         raise InvalidFile(
             f"The file holds {', '.join(map(repr, unknown[:20]))}; only {', '.join(sorted(names))} are known.",
@@ -41,10 +41,10 @@ def require_tensor(
     min_rank: int = 0,
     shape: tuple[int | None, ...] | None = None,
 ) -> tensorfile.TensorInfo:
-    """A tensor of the named dtypes and shape; a size of None in `shape` is any.
+    """Return a tensor's info after checking its dtype and shape; None in `shape` allows any size.
 
     Raises:
-        InvalidFile: it is missing, empty, too long, or another one.
+        InvalidFile: it is missing, empty, too long, or of another dtype or shape.
     """
     info = file.tensors.get(name)
     if info is None:
@@ -69,7 +69,7 @@ def require_tensor(
 def read_labels(
     file: tensorfile.TensorFile, values: Values, n_samples: int, *, n_classes: int | None
 ) -> npt.NDArray[np.int64]:
-    """The tensor `labels`, of whole numbers or booleans, checked as `check_labels` does."""
+    """Return the tensor `labels`, of whole numbers or booleans, after `check_labels`."""
     require_tensor(file, "labels", tensorfile.NUMERIC, shape=(n_samples,))
     labels = whole_numbers("labels", values("labels"))
     check_labels(labels, n_classes)
@@ -77,7 +77,7 @@ def read_labels(
 
 
 def check_labels(labels: npt.NDArray[np.int64], n_classes: int | None) -> None:
-    """Raise InvalidFile for labels outside of 0..n_classes - 1, and where fewer than two classes are there."""
+    """Raise InvalidFile for labels outside of 0..n_classes - 1, and for fewer than two classes present."""
     allowed = n_classes if n_classes is not None else MAX_CLASSES
     if labels.min() < 0 or labels.max() >= allowed:
         raise InvalidFile(
@@ -89,7 +89,7 @@ def check_labels(labels: npt.NDArray[np.int64], n_classes: int | None) -> None:
 
 
 def read_splits(file: tensorfile.TensorFile, values: Values, n_samples: int) -> dict[str, int]:
-    """How many samples of the tensor `split`, of whole numbers or booleans, are of each; none without it."""
+    """Return the samples per split from the tensor `split`, of whole numbers or booleans; empty without it."""
     if "split" not in file.tensors:
         return {}
     require_tensor(file, "split", tensorfile.NUMERIC, shape=(n_samples,))
@@ -100,6 +100,6 @@ def read_splits(file: tensorfile.TensorFile, values: Values, n_samples: int) -> 
 
 
 def split_counts(split: npt.NDArray[np.int64]) -> dict[str, int]:
-    """Samples by split, of the splits that there are."""
+    """Return the number of samples by split, without empty splits."""
     counts = {"train": int((split == 0).sum()), "test": int((split == 1).sum())}
     return {name: count for name, count in counts.items() if count}

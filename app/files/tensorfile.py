@@ -1,8 +1,8 @@
-"""Tensor files from strangers, read without torch: what is in them, and whether it is safe to open.
+"""Read untrusted tensor files without torch: list their content and check whether they are safe to open.
 
 The header of a safetensors file is checked here before the library sees it: the library accepts duplicate keys and
 needed 10 s and 1.9 GB for an 87 MB header of empty tensors (see the limits below). An npz is a zip of npy files;
-its members are bounded before one is unpacked, and pickled objects are refused.
+its members' sizes are checked before one is unpacked, and pickled objects are refused.
 """
 
 import io
@@ -36,17 +36,17 @@ MAX_NAME_BYTES = 512
 _MAX_NPY_HEADER_BYTES = 64 * 2**10
 _MAX_NPZ_MEMBERS = 100
 
-# A header of the largest size takes some seconds and, with what is made of it, hundreds of MB: one at a time, and no
-# more than so many that wait, as each holds a thread.
+# A header of the largest size takes some seconds and, with the objects made of it, hundreds of MB. One is read at a
+# time, and at most _MOST_WAITING threads wait, as each wait holds a thread.
 _LARGE_HEADER_BYTES = 2**18
 _MOST_WAITING = 8
-# What zipfile and numpy raise for broken files; numpy reads an array's header as a Python literal.
+# Exceptions of zipfile and numpy for broken files; numpy reads an array's header as a Python literal.
 BROKEN_NPZ = (
     zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, TypeError, SyntaxError, tokenize.TokenError,
     NotImplementedError, RuntimeError, KeyError, OverflowError, struct.error,
 )  # fmt: skip
 
-# Not parameters, though floating point and stored beside them.
+# Not parameters, although floating point and stored beside them.
 _RUNNING_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 FLOATING = ("F64", "F32", "F16", "BF16")
 _NARROW = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "F6_E2M3", "F6_E3M2")
@@ -77,10 +77,10 @@ class TensorFile:
     metadata: dict[str, str]
 
     def n_parameters(self, ignored: Iterable[str] = ()) -> int:
-        """Elements of the floating-point tensors but for running statistics of normalisation layers.
+        """Return the number of elements of floating-point tensors, without normalisation layers' running statistics.
 
         Args:
-            ignored: how names of further tensors begin that are no parameters.
+            ignored: prefixes of further names that are not parameters.
         """
         left_out = tuple(ignored)
         return sum(
@@ -92,7 +92,7 @@ class TensorFile:
 
 @dataclass(frozen=True)
 class Header:
-    """What a safetensors file says of itself; `spans` are the tensors' bytes, counted from `data_start`."""
+    """The header of a safetensors file; `spans` are the tensors' byte ranges, counted from `data_start`."""
 
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
@@ -101,14 +101,14 @@ class Header:
 
 
 def header_bytes(entries: Mapping[str, Any]) -> bytes:
-    """The beginning of a safetensors file: the header's length, and the header, padded so that tensors are aligned."""
+    """Return the beginning of a safetensors file: the header's length and the header, padded to align the tensors."""
     text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 
 class _Turn:
-    """Lets one thread at a time work with a large header; that thread may ask again."""
+    """Lets one thread at a time work with a large header; that thread may enter again."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -135,10 +135,10 @@ _turn = _Turn()
 
 
 def in_turn(path: Path) -> AbstractContextManager[None]:
-    """Hold the memory that a large safetensors header takes to that of one, for as long as the block lasts.
+    """Limit the memory for large safetensors headers to that of one at a time, during the block.
 
     Args:
-        path: of any file; only one whose first bytes announce a large header waits.
+        path: of any file; only a file whose first bytes announce a large header waits.
 
     Raises:
         Unavailable: many wait already.
@@ -150,10 +150,10 @@ def in_turn(path: Path) -> AbstractContextManager[None]:
 
 
 def inspect_safetensors(path: Path) -> TensorFile:
-    """Check a safetensors file as a whole and say what it holds; no tensor's bytes are read.
+    """Check a whole safetensors file and return its content; no tensor's bytes are read.
 
     Raises:
-        InvalidFile: it is not safetensors, is cut short, or its header breaks a limit.
+        InvalidFile: it is not safetensors, is truncated, or its header exceeds a limit.
         Unavailable: many files with large headers come at once.
     """
     _refuse_pickles(path)
@@ -169,15 +169,15 @@ def inspect_safetensors(path: Path) -> TensorFile:
 
 
 def begins_as_safetensors(start: bytes) -> bool:
-    """Whether nine bytes or more are a header's length and its first brace.
+    """Return whether nine bytes or more are a header's length and its first brace.
 
-    A length may be any number: one that reads like the mark of a pickle or an archive, 896 or 19,280, makes no such.
+    A length may be any number, also one with the first bytes of a pickle or an archive (896 or 19,280).
     """
     return start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= MAX_HEADER_BYTES
 
 
 def _refuse_pickles(path: Path) -> None:
-    """What torch.save writes, a zip or a bare pickle, is known by its first bytes; it is never opened here."""
+    """Refuse files of torch.save, a zip or a bare pickle, by their first bytes; they are never opened here."""
     with path.open("rb") as file:
         start = file.read(9)
     if begins_as_safetensors(start):
@@ -192,14 +192,14 @@ def _refuse_pickles(path: Path) -> None:
 
 
 def read_header(file: BinaryIO, size_bytes: int) -> Header:
-    """The header at the start of a safetensors file, checked against the limits.
+    """Return the header at the start of a safetensors file, checked against the limits.
 
     Args:
-        file: at its start; read up to where the tensors' data begin.
+        file: at its start; read up to the beginning of the tensors' data.
         size_bytes: of the whole file.
 
     Raises:
-        InvalidFile: it is no header of safetensors, is cut short, or breaks a limit.
+        InvalidFile: it is not a safetensors header, is truncated, or exceeds a limit.
     """
     prefix = file.read(8)
     if len(prefix) < 8:
@@ -233,7 +233,7 @@ def read_header(file: BinaryIO, size_bytes: int) -> Header:
 
 
 def _object_reader() -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
-    """Makes the objects of one header: none has a key twice, and there are not many more than tensors."""
+    """Return a hook that makes one header's objects: it refuses duplicate keys and many more objects than tensors."""
     objects = 0
 
     def read(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -268,12 +268,12 @@ def _tensor_info(name: str, entry: Any) -> TensorInfo:
 
 
 def read_values(path: Path, name: str) -> npt.NDArray[Any]:
-    """One tensor of `NUMERIC` dtype of a safetensors file that `inspect_safetensors` has passed; BF16 as float32."""
+    """Return a tensor of `NUMERIC` dtype from a file that `inspect_safetensors` accepted; BF16 as float32."""
     with safe_open(path, framework="np") as file:
         if file.get_slice(name).get_dtype() != "BF16":
             values: npt.NDArray[Any] = file.get_tensor(name)
             return values
-    # NumPy knows no such numbers: they are the upper halves of float32.
+    # NumPy has no BF16: its numbers are the upper halves of float32.
     with path.open("rb") as opened:
         header = read_header(opened, path.stat().st_size)
         begin, end = header.spans[name]
@@ -290,7 +290,7 @@ _NPY_DTYPES = {
 
 
 def inspect_npz(path: Path, *, max_bytes: int, max_ratio: float) -> TensorFile:
-    """Check an npz file and say what it holds; nothing but the members' headers is unpacked.
+    """Check an npz file and return its content; only the members' headers are unpacked.
 
     Raises:
         InvalidFile: it is not an npz, holds pickled objects, or would unpack to more than the limits.
@@ -326,7 +326,7 @@ def _bound_members(members: list[zips.Member], size_bytes: int, max_bytes: int, 
 
 def _npy_info(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> TensorInfo:
     with archive.open(member) as file:
-        # No more than this of it: numpy would take the length that the header announces, up to 4 GiB.
+        # Read no more than this: numpy would read the length that the header announces, up to 4 GiB.
         start = io.BytesIO(file.read(_MAX_NPY_HEADER_BYTES))
     version = npy.read_magic(start)
     read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
@@ -345,7 +345,7 @@ def _npy_info(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> TensorInfo:
 
 
 def read_npz_values(path: Path, name: str) -> npt.NDArray[Any]:
-    """One array of an npz file that `inspect_npz` has passed."""
+    """Return one array of an npz file that `inspect_npz` accepted."""
     try:
         with np.load(path, allow_pickle=False) as file:
             values: npt.NDArray[Any] = file[name]

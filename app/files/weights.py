@@ -1,15 +1,15 @@
-"""Names of a checkpoint's tensors as training leaves them: wrappers before each, other tensors beside them.
+"""Names of a checkpoint's tensors after training: with prefixes of wrappers, and other tensors beside the weights.
 
-What is told here, at an upload, is a guess, by names alone. A worker builds the network and decides by what that names
-(analysis/networks/naming.py); the checkpoint then says what it found.
+The result here, at an upload, is a guess from names alone. A worker builds the network and decides by its names
+(analysis/networks/naming.py); the checkpoint then shows the worker's result.
 """
 
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-# What libraries put before every name: DataParallel and DDP, torch.compile, FSDP, Lightning modules and its strategies,
-# PEFT, dumps of whole states.
+# Prefixes that libraries add to every name: DataParallel and DDP, torch.compile, FSDP, Lightning modules and its
+# strategies, PEFT, dumps of whole states.
 _WRAPPERS = (
     "module.", "_orig_mod.", "_forward_module.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.",
     "base_model.model.", "model.", "network.", "net.", "state_dict.",
@@ -24,21 +24,21 @@ _BESIDE = (
 
 @dataclass(frozen=True)
 class WeightNames:
-    """What stands before every weight's name, and how many tensors are no weights, by how their names begin."""
+    """The prefix of all weights' names, and the number of other tensors by the beginning of their names."""
 
     prefix: str
     ignored: dict[str, int]
 
 
 def weight_names(names: Iterable[str], asked: str | None = None) -> WeightNames:
-    """Tell weights from what training keeps beside them, by names alone.
+    """Distinguish weights from other tensors that training keeps beside them, by names alone.
 
-    A prefix is what all weights share, however many wrappers deep. Where everything looks like an averaged copy, it is
+    The prefix is shared by all weights, however many wrappers deep. If all tensors look like an averaged copy, they are
     the weights.
 
     Args:
         names: of a file's tensors.
-        asked: the prefix, where somebody has named it.
+        asked: the prefix, if the user gave one.
 
     >>> weight_names(["module.head.weight", "module.head.bias", "optimizer.0.exp_avg"])
     WeightNames(prefix='module.', ignored={'optimizer.': 1})
@@ -52,7 +52,7 @@ def weight_names(names: Iterable[str], asked: str | None = None) -> WeightNames:
     beside = {name: beginning for name in every if (beginning := _beside(name)) is not None}
     weights = [name for name in every if name not in beside]
     if not weights:
-        # What looks like an averaged copy is the weights, and counts are beside it.
+        # Tensors that look like an averaged copy are the weights, and counts are beside them.
         beside = {name: beginning for name, beginning in beside.items() if not beginning.endswith(".")}
         weights = [name for name in every if name not in beside]
     prefix = ""
@@ -62,7 +62,7 @@ def weight_names(names: Iterable[str], asked: str | None = None) -> WeightNames:
 
 
 def _beside(name: str) -> str | None:
-    """How the name of a tensor begins that training keeps beside the weights; None of others."""
+    """Return the beginning of a name that training keeps beside the weights; None for other names."""
     return next((one for one in _BESIDE if name == one or (one.endswith(".") and name.startswith(one))), None)
 
 
@@ -72,7 +72,7 @@ def _first_part(name: str) -> str:
 
 
 def _all_begin(names: list[str], beginning: str) -> bool:
-    """Whether something is left of every name behind it."""
+    """Return whether every name begins with `beginning` and continues after it."""
     return (
         beginning.endswith(".")
         and bool(names)

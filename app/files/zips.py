@@ -1,6 +1,6 @@
-"""Zips from strangers: how many files one lists, looked at before the list is read, and what none of them may be.
+"""Check untrusted zips: the number of files before the list is read, then each entry for forbidden properties.
 
-Names are taken as people read them: what is UTF-8 is UTF-8, whether the zip says so or not, and in Unicode's composed
+A name that is valid UTF-8 is read as UTF-8, whether the zip marks it or not. Names are converted to Unicode's composed
 form (NFC), as the same folder comes decomposed from a Mac.
 """
 
@@ -14,12 +14,12 @@ from unicodedata import normalize
 
 from app.errors import InvalidFile
 
-# What zipfile raises for broken files and for methods that it does not know.
+# Exceptions of zipfile for broken files and for unknown compression methods.
 BROKEN_ZIP = (
     zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, NotImplementedError, RuntimeError, OverflowError,
     struct.error,
 )  # fmt: skip
-# Of each file in the list: its entry, a name of some length, what some archivers add.
+# For each file in the list: its entry, a name of some length, additions of some archivers.
 _DIRECTORY_BYTES = 256
 _MAX_NAME_BYTES = 1024
 _UTF_8, _UNICODE_PATH = 0x800, 0x7075
@@ -31,9 +31,9 @@ class Member:
     """A file or a folder of a zip.
 
     Attributes:
-        name: its path, NFC; of a folder with / at its end.
-        place: in the zip's list.
-        info: what zipfile knows of it, its name there as zipfile decodes it.
+        name: its path, NFC; ends with / for a folder.
+        place: its index in the zip's list.
+        info: zipfile's record, with the name as zipfile decodes it.
     """
 
     name: str
@@ -46,10 +46,10 @@ class Member:
 
 
 def bound_directory(path: Path, max_members: int) -> None:
-    """Bound a zip's list of files before zipfile reads it, whole, into memory.
+    """Check the size of a zip's list of files before zipfile reads it whole into memory.
 
     Raises:
-        InvalidFile: it is no complete zip, or lists more files than are allowed.
+        InvalidFile: it is not a complete zip, or lists more files than are allowed.
     """
     size_bytes = path.stat().st_size
     with path.open("rb") as file:
@@ -61,24 +61,24 @@ def bound_directory(path: Path, max_members: int) -> None:
         announced = [struct.unpack_from("<HL", tail, end + 10)]
         if end >= 20 and tail[end - 20 : end - 16] == _LOCATOR_64:
             (offset,) = struct.unpack_from("<Q", tail, end - 12)
-            # Python looks for the large numbers right before the locator, others where it points: both must be small.
+            # Python reads the zip64 record right before the locator, others where it points: both must be small.
             for place in (offset, size_bytes - len(tail) + end - 20 - 56):
                 file.seek(min(max(place, 0), size_bytes))
                 record = file.read(56)
                 if len(record) == 56 and record.startswith(_END_64):
                     announced.append(struct.unpack_from("<QQ", record, 32))
-    # In a zip with large numbers the small ones are all ones.
+    # In a zip64 the small numbers have all bits set.
     members, directory_bytes = (max(numbers) for numbers in zip(*(announced[1:] or announced), strict=True))
     if members > max_members or directory_bytes > max_members * _DIRECTORY_BYTES + 2**16:
         raise InvalidFile(f"The zip lists {members} files or more; at most {max_members} are allowed.")
 
 
 def members(path: Path, max_members: int) -> list[Member]:
-    """What a zip lists, each with a name that stays where it is put.
+    """Return the members of a zip, none with a path that leads out of its folder.
 
     Raises:
-        InvalidFile: as `bound_directory`; a path that climbs out, a link or a device, what is encrypted; two of the
-            same name.
+        InvalidFile: as `bound_directory`; a path that leads out of the folder, a link or a device, an encrypted entry;
+            two files of the same name.
     """
     bound_directory(path, max_members)
     try:
@@ -99,7 +99,7 @@ def members(path: Path, max_members: int) -> list[Member]:
 
 
 def stored_span(path: Path, member: Member) -> tuple[int, int]:
-    """Where the bytes of a member begin, and how many there are.
+    """Return the offset of a member's first byte, and the number of its bytes.
 
     Raises:
         InvalidFile: it is compressed, or lies outside of the file.
@@ -120,11 +120,11 @@ def stored_span(path: Path, member: Member) -> tuple[int, int]:
 
 
 def _name(info: zipfile.ZipInfo) -> str:
-    """The name that was meant. Where the zip does not say that it is UTF-8, zipfile takes cp437 for granted."""
+    """Return the intended name. If the zip does not mark it as UTF-8, zipfile decodes it as cp437."""
     name = info.filename
     if not info.flag_bits & _UTF_8 and not name.isascii():
         raw = info.orig_filename.encode("cp437", errors="replace")
-        # A Mac's Finder and others write UTF-8 without saying so; hardly any words of another encoding are valid UTF-8.
+        # A Mac's Finder and others write UTF-8 without marking it; hardly any text of another encoding is valid UTF-8.
         name = _unicode_path(info.extra, raw) or _utf_8(raw) or name
     return normalize("NFC", name)
 
@@ -137,7 +137,7 @@ def _utf_8(raw: bytes) -> str | None:
 
 
 def _unicode_path(extra: bytes, raw: bytes) -> str | None:
-    """The name in UTF-8 that Info-ZIP writes beside one in another encoding, where it belongs to that."""
+    """Return the UTF-8 name that Info-ZIP writes beside a name in another encoding, if its checksum matches `raw`."""
     while len(extra) >= 4:
         kind, size = struct.unpack_from("<HH", extra)
         field, extra = extra[4 : 4 + size], extra[4 + size :]

@@ -1,4 +1,4 @@
-"""Baselines: names for the reports that candidates are compared with, and how these moved."""
+"""Baselines: names for the reports that candidates are compared with, and the history of their moves."""
 
 from uuid import uuid4
 
@@ -14,11 +14,11 @@ from app.schemas import Baseline, BaselineMove, BaselinePut, Page
 
 
 def put(engine: sa.Engine, name: str, request: BaselinePut) -> Baseline:
-    """Let a baseline point at a report. With `expected_report_id` only if it still points there: of two that saw the
-    same, one wins. Both are in the history.
+    """Point a baseline at a report. With `expected_report_id`, move it only if it still points there: of two clients
+    that saw the same report, one wins. The history records both.
 
     Raises:
-        NotFound: there is no such report.
+        NotFound: the report does not exist.
         BaselineMoved: it points elsewhere by now.
     """
     with write(engine) as session:
@@ -34,7 +34,7 @@ def put(engine: sa.Engine, name: str, request: BaselinePut) -> Baseline:
             row.report_id, row.moved_at = report.id, models.now()
         session.flush()
         view = _baseline(row, report) if done else None
-    # Outside of the transaction: that the move was refused is part of the history.
+    # Outside of the transaction, so that the history keeps the refused move.
     if view is None:
         raise BaselineMoved(
             f"The baseline {name!r} is at {held or 'no report'}, not at {request.expected_report_id or 'none'}: "
@@ -61,7 +61,7 @@ def list_page(engine: sa.Engine, listing: Listing) -> Page[Baseline]:
 
 
 def list_moves(engine: sa.Engine, name: str, listing: Listing) -> Page[BaselineMove]:
-    """What was asked of a baseline, newest first."""
+    """Return the requested moves of a baseline, newest first."""
     if listing.name is not None:
         raise InvalidRequest("The moves of a baseline have no names to filter by.")
     with read(engine) as session:
@@ -76,7 +76,7 @@ def list_moves(engine: sa.Engine, name: str, listing: Listing) -> Page[BaselineM
 
 
 def _locked(session: Session, name: str) -> models.Baseline:
-    """The baseline's row, new or not, which nobody else changes before the transaction ends."""
+    """Return the baseline's row, created if missing, locked until the transaction ends."""
     new = {"id": str(uuid4()), "created_at": models.now(), "name": name}
     session.execute(_INSERT_BASELINE, new)
     return session.scalars(sa.select(models.Baseline).where(models.Baseline.name == name).with_for_update()).one()
@@ -99,7 +99,7 @@ def _baseline(row: models.Baseline, report: models.Report) -> Baseline:
         name=row.name,
         report_id=row.report_id,
         report_kind=report.kind,
-        # Of a comparison B, which is the candidate that was promoted.
+        # For a comparison B, the candidate that was promoted.
         checkpoint_id=ids[-1] if report.kind in ("evaluation", "comparison") and ids else None,
         probe_id=report.probe_id,
         created_at=row.created_at,

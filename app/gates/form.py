@@ -1,4 +1,4 @@
-"""The gate as its file has it: a list of checks, each of one number of a report. docs/gates.md explains it in words."""
+"""The form of a gate's file: a list of checks, each of one number of a report. docs/gates.md explains it."""
 
 from collections.abc import Iterator
 from datetime import datetime
@@ -71,7 +71,7 @@ class Check(Strict):
 
     @property
     def quantity(self) -> Quantity:
-        """What is bounded."""
+        """The bounded quantity."""
         return next(quantity for quantity in _BOUNDS if self._bounds(quantity) != (None, None))
 
     @property
@@ -86,7 +86,7 @@ class Check(Strict):
 
     @property
     def label(self) -> str:
-        """What people call it: its name, or the metric and its bounds."""
+        """The displayed label: its name, or the metric and its bounds."""
         if self.name is not None:
             return self.name
         words = [f"{bound} {value:g}" for bound, value in self.named_bounds()]
@@ -94,7 +94,7 @@ class Check(Strict):
         return " ".join([self.metric, *words, *significant])
 
     def named_bounds(self) -> Iterator[tuple[str, float]]:
-        """The bounds that are given, under their names."""
+        """Yield the given bounds with their names."""
         for name, value in zip(_BOUNDS[self.quantity], self._bounds(self.quantity), strict=True):
             if value is not None:
                 yield name, value
@@ -111,7 +111,7 @@ def _known_kind(kind: str) -> str:
 
 
 def _with_paths(schema: dict[str, Any]) -> None:
-    """For editors: the kinds, and the paths of the kind that a gate has unless it says otherwise."""
+    """Add, for editors, the kinds and the paths of the default kind."""
     schema["$schema"] = _SCHEMA_URL
     schema["properties"]["kind"]["enum"] = [*report_models()]
     paths = [path for path in number_paths("evaluation") if "*" not in path and ".0" not in path]
@@ -159,10 +159,10 @@ class GateSummary(Strict):
 
 
 def require_sound(gate: GateSpec) -> None:
-    """What the form alone does not say: paths that exist, names that differ, intervals that there are.
+    """Check conditions beyond the form: paths exist, names differ, intervals are available.
 
     Raises:
-        InvalidRequest: with `errors`, the first twenty, each with the nearest real path.
+        InvalidRequest: with `errors`, the first twenty; a wrong path comes with the nearest existing one.
     """
     errors: list[dict[str, Any]] = []
     seen: dict[str, int] = {}
@@ -186,5 +186,5 @@ def require_sound(gate: GateSpec) -> None:
 
 
 def file_schema() -> dict[str, Any]:
-    """The JSON Schema of a gate's file, for editors."""
+    """Return the JSON Schema of a gate's file, for editors."""
     return GateSpec.model_json_schema()

@@ -1,4 +1,4 @@
-"""The verdict of a gate on a stored report, against a baseline where one is named."""
+"""Judge a stored report by a gate, against a baseline if one is named."""
 
 import json
 from collections.abc import Mapping
@@ -17,10 +17,10 @@ from app.schemas import GateRequest
 
 
 def judge(engine: sa.Engine, report_id: str, request: GateRequest) -> verdicts.Verdict:
-    """What a gate says of a report, against a baseline where one is named.
+    """Return the verdict of a gate on a report, against a baseline if one is named.
 
     Raises:
-        NotFound: there is no such report or gate, or no report under `baseline_report_id`.
+        NotFound: the report, the gate, or the report of `baseline_report_id` does not exist.
         NotComparable: report, gate and baseline do not belong together.
     """
     with read(engine) as session:
@@ -46,7 +46,7 @@ def judge(engine: sa.Engine, report_id: str, request: GateRequest) -> verdicts.V
 
 @dataclass(frozen=True)
 class _BaselineReport:
-    """The report that a request compares with, if there is one, and otherwise why there is none."""
+    """The report that a request compares with; if a named baseline has no report, `missing` gives the reason."""
 
     name: str | None
     report: Mapping[str, Any] | None = None
@@ -59,7 +59,7 @@ def _baseline_of(session: Session, request: GateRequest) -> _BaselineReport:
         row = find_baseline(session, request.baseline)
         id_ = None if row is None else row.report_id
         if id_ is None:
-            # Not an error: the first run of a pipeline has none, and its gate says what that means.
+            # Not an error: the first run of a pipeline has no baseline, and its gate decides the outcome.
             return _BaselineReport(request.baseline, missing=f"there is no baseline {request.baseline!r} yet")
     if id_ is None:
         return _BaselineReport(None)
@@ -71,7 +71,7 @@ def _reference(baseline: _BaselineReport, sides: verdicts.Sides) -> verdicts.Bas
         if baseline.name is None:
             return None
         return verdicts.BaselineReference(name=baseline.name, report_id=None, subject=None)
-    # Of a comparison that is judged alone, its A is the baseline and has no report of its own.
+    # If a comparison is judged alone, its A is the baseline and has no report of its own.
     id_ = None if baseline.report is None else baseline.report["id"]
     subject = verdicts.subject_name(sides.baseline)
     return verdicts.BaselineReference(name=baseline.name, report_id=id_, subject=subject)

@@ -1,7 +1,7 @@
-"""Paths to the numbers of a report, such as `splits.test.accuracy`: known from the report models, read from a report.
+"""Paths to the numbers of a report, for example `splits.test.accuracy`: checked by the models, read from a report.
 
-What paths there are is derived from the models of app/schemas/reports.py; no list of them is kept. A key of a
-dictionary may hold dots itself; an index of a list may count from the end (`points.-1.w`).
+The existing paths are derived from the models of app/schemas/reports.py; no list of them is kept. A key of a
+dictionary may contain dots; an index of a list may count from the end (`points.-1.w`).
 """
 
 import difflib
@@ -18,21 +18,21 @@ from pydantic import BaseModel
 from app.schemas import reports
 
 _INDEX = re.compile(r"-?\d{1,6}")
-# Stands for a key that a model leaves open, in paths that are offered.
+# In listed paths, stands for a key that a model leaves open.
 _ANY = "*"
 
 
 class UnknownPath(ValueError):
-    """A report of this kind has no number at this path; the text says what is nearest."""
+    """A report of this kind has no number at this path; the message suggests the nearest path or another kind."""
 
 
 class Undefined(Exception):
-    """A report holds no number at this path, or two cannot be compared; the text is a clause that says why."""
+    """A report has no number at this path, or two cannot be compared; the message is a clause with the reason."""
 
 
 @dataclass(frozen=True)
 class _Stuck:
-    """How far a path could be followed, and what there is instead."""
+    """The depth up to which a path could be followed, and the names that exist there."""
 
     depth: int
     names: tuple[str, ...]
@@ -44,7 +44,7 @@ _Above = tuple[Mapping[str, Any], int]
 
 @cache
 def report_models() -> dict[str, type[BaseModel]]:
-    """The model of each kind of report."""
+    """Return the model of each kind of report."""
     models = get_args(get_args(reports.Report)[0])
     return {get_args(model.model_fields["kind"].annotation)[0]: model for model in models}
 
@@ -53,7 +53,7 @@ def require_number(kind: str, path: str) -> None:
     """Check that reports of a kind have a number at a path.
 
     Raises:
-        UnknownPath: they have none.
+        UnknownPath: they have no number there.
     """
     found = _follow(report_models()[kind], path.split("."))
     if _is_number(found):
@@ -69,15 +69,15 @@ def require_number(kind: str, path: str) -> None:
 
 @cache
 def number_paths(kind: str) -> tuple[str, ...]:
-    """Every path to a number; `*` stands for a key that is open, 0 for an index."""
+    """Return every path to a number; `*` stands for an open key, 0 for an index."""
     return tuple(".".join(parts) for parts in _leaves(report_models()[kind]))
 
 
 def number_at(report: Mapping[str, Any], path: str) -> float:
-    """The number at a path of a report.
+    """Return the number at a path of a report.
 
     Raises:
-        Undefined: there is none, or it is null; the reason is the report's own where it has one.
+        Undefined: it is missing or null; the reason is the report's own if it has one.
     """
     value = _read(report, path.split("."), (), ())
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
@@ -112,7 +112,7 @@ def _defined(value: Any, parts: Sequence[str], seen: tuple[str, ...], above: tup
 
 
 def _reason(seen: tuple[str, ...], above: Sequence[_Above]) -> str:
-    """The reason that the nearest object above gives, under the path from there or, of a list's entry, the list's."""
+    """Return the reason of the nearest object above, for the path from it or, for an entry of a list, for the list."""
     for holder, depth in reversed(above):
         path, reasons = seen[depth:], holder.get("reasons")
         if isinstance(reasons, dict):
@@ -126,7 +126,7 @@ def _reason(seen: tuple[str, ...], above: Sequence[_Above]) -> str:
 
 
 def _follow(annotation: Any, parts: Sequence[str], depth: int = 0) -> Any:
-    """The type at the end of a path, or where it left the models."""
+    """Return the type at the end of a path, or the place where it leaves the models."""
     annotation = _bare(annotation)
     if not parts:
         return annotation
@@ -181,12 +181,12 @@ def _leaves(annotation: Any) -> Iterator[tuple[str, ...]]:
 
 
 def _nearest(kind: str, path: str, found: Any) -> str:
-    """The path that was probably meant."""
+    """Return the path that was probably meant."""
     parts, known = path.split("."), number_paths(kind)
     if isinstance(found, _Stuck):
         if _is_number(_follow(report_models()[kind], parts[: found.depth])):
             return ".".join(parts[: found.depth])
-        # One name of it is mistyped.
+        # Assume that one name of it is mistyped.
         for name in difflib.get_close_matches(parts[found.depth], found.names, n=3):
             corrected = ".".join([*parts[: found.depth], name, *parts[found.depth + 1 :]])
             if _is_number(_follow(report_models()[kind], corrected.split("."))):
@@ -198,13 +198,13 @@ def _nearest(kind: str, path: str, found: Any) -> str:
 
 
 def _is_number(found: Any) -> bool:
-    """Whether a type is a number, or may be one."""
+    """Return whether a type is a number, or may be one."""
     members = get_args(found) if _shape(found) == "union" else (found,)
     return any(_bare(member) in (int, float) for member in members)
 
 
 def _bare(annotation: Any) -> Any:
-    """Without null and without constraints."""
+    """Return the type without null and without constraints."""
     while True:
         origin = get_origin(annotation)
         if origin is Annotated:
@@ -237,7 +237,7 @@ def _fields(model: type[BaseModel]) -> dict[str, Any]:
 
 
 def _names(annotation: Any) -> tuple[tuple[str, ...], Any]:
-    """The keys that a dictionary may have, and what is under each."""
+    """Return the keys that a dictionary may have, and the type of their values."""
     key, value = get_args(annotation)
     for mark in _marked(key):
         return tuple(".".join(parts) for parts in _leaves(mark.model)), value

@@ -1,6 +1,6 @@
-"""The verdict of a gate on a report: each check with value, bounds, baseline, interval, status and one sentence why.
+"""Compute a gate's verdict on a report: each check with value, bounds, baseline, interval, status and a reason.
 
-A pure function of the gate, the report and the baseline's report, all three of which never change.
+It is a pure function of the gate, the report and the baseline's report. These three never change.
 """
 
 import sys
@@ -92,7 +92,7 @@ class Verdict(Strict):
 
 @dataclass(frozen=True)
 class Sides:
-    """What checks are read from: the candidate, the baseline or why there is none, differences by split and path."""
+    """The input of checks: the candidate, the baseline or why it is missing, differences by split and path."""
 
     candidate: Report
     baseline: Report | None
@@ -104,7 +104,7 @@ class Sides:
 
 @dataclass
 class _Finding:
-    """What is known of a check so far; what could not be found stays None."""
+    """The numbers found for a check so far; missing ones stay None."""
 
     value: float | None = None
     baseline: float | None = None
@@ -113,13 +113,13 @@ class _Finding:
 
 
 def sides(gate: GateSpec, report: Report, baseline: Report | None, missing: str | None = None) -> Sides:
-    """Which report is looked at from which side.
+    """Return the candidate's and the baseline's side of the reports.
 
     Args:
-        gate: whose kind says what reports it judges; of kind evaluation it judges comparisons too, B against A.
+        gate: its kind decides which reports it judges; kind evaluation also judges comparisons, B against A.
         report: the candidate's, or a comparison with the baseline.
         baseline: the baseline's report.
-        missing: why there is none, where one was asked for.
+        missing: why a requested baseline is missing.
 
     Raises:
         NotComparable: gate, report and baseline do not belong together.
@@ -146,12 +146,12 @@ def sides(gate: GateSpec, report: Report, baseline: Report | None, missing: str 
 
 
 def judge(gate: GateSpec, sides: Sides) -> list[CheckResult]:
-    """Every check, in the gate's order."""
+    """Return the result of every check, in the gate's order."""
     return [_judge(check, sides) for check in gate.checks]
 
 
 def overall(checks: list[CheckResult]) -> Literal["pass", "warn", "fail", "undefined"]:
-    """What the checks amount to."""
+    """Return the overall status of the checks."""
     found = {check.status for check in checks}
     for status in ("fail", "undefined", "warn"):
         if status in found:
@@ -160,7 +160,7 @@ def overall(checks: list[CheckResult]) -> Literal["pass", "warn", "fail", "undef
 
 
 def subject_name(report: Report) -> str:
-    """What a report is about: its subject, of a comparison B, of a path A and B, of a series the last."""
+    """Return the name of a report's subject: B for a comparison, A and B for a path, the last for a series."""
     if report["kind"] == "path":
         return " to ".join(subject["name"] for subject in report["subjects"])
     subject = report["subjects"][-1] if "subjects" in report else report["subject"]
@@ -168,7 +168,7 @@ def subject_name(report: Report) -> str:
 
 
 def _side(comparison: Report, side: Literal["a", "b"]) -> Report:
-    """One checkpoint of a comparison, as its own evaluation would report it."""
+    """Return one checkpoint of a comparison, as its own evaluation would report it."""
     splits = {name: split[side] for name, split in comparison["splits"].items()}
     shared = {name: value for name, value in comparison.items() if name not in ("subjects", "splits", "probe_b")}
     probe = comparison["probe"] if side == "a" else comparison["probe_b"]
@@ -176,7 +176,7 @@ def _side(comparison: Report, side: Literal["a", "b"]) -> Report:
 
 
 def _require_subject(comparison: Report, baseline: Report | None) -> None:
-    """A comparison brings its own baseline, A: it must be the one that was asked for."""
+    """Check that a comparison's own baseline, A, is the requested one."""
     if baseline is None:
         return
     expected = baseline["subjects"][-1] if "subjects" in baseline else baseline["subject"]
@@ -190,8 +190,8 @@ def _require_subject(comparison: Report, baseline: Report | None) -> None:
 
 
 def _require_comparable(report: Report, baseline: Report, kinds: tuple[str, ...]) -> None:
-    """Values of two reports are compared on one probe, computed in one precision by one set of definitions."""
-    # Reports of before data had a hash of their own say which file it was.
+    """Check that two reports are comparable: of one probe, in one precision, by one set of definitions."""
+    # Reports older than the data hash identify the file instead.
     hashed = all(side["probe"].get("data_sha256") for side in (report, baseline))
     identity = "data_sha256" if hashed else "sha256"
     expected, found = _circumstances(baseline, identity), _circumstances(report, identity)
@@ -215,30 +215,30 @@ def _require_comparable(report: Report, baseline: Report, kinds: tuple[str, ...]
 
 
 def _circumstances(report: Report, identity: str) -> dict[str, Any]:
-    """What must be the same; `identity` is the member of the probe that says which data it holds."""
+    """Return the members that must be equal; `identity` is the member of the probe that identifies its data."""
     probe = report["probe"]
-    # What a checkpoint brings is part of it and may differ; what a probe says is part of the data.
+    # A checkpoint's own settings are part of it and may differ; a probe's are part of the data.
     preprocess = None
     if probe.get("preprocess_source") == "probe":
-        # Reports of before the member are floored.
+        # Reports older than this member are floored.
         preprocess = {"pad_offset": "floored", **probe["preprocess"]}
     samples, tokenizer = probe.get("samples") or {}, probe.get("tokenizer") or {}
     return {
         f"probe.{identity}": probe[identity],
-        # The same file may be read by other columns.
+        # The same file may be read with other columns.
         "probe.class_counts": probe["class_counts"],
         "probe.preprocess": preprocess,
         "probe.tokenizer.sha256": tokenizer.get("sha256") if tokenizer.get("source") == "probe" else None,
         "probe.samples.used": samples.get("used"),
         "probe.samples.seed": samples.get("seed"),
-        # Reports of before the option are float32.
+        # Reports older than this option are float32.
         "provenance.precision": report["provenance"].get("precision") or "float32",
         "definitions_version": report["definitions_version"],
     }
 
 
 def _choices(report: Report) -> dict[str, Any]:
-    """What somebody chose that decides a number as much as the checkpoint does."""
+    """Return the chosen options that affect a number as much as the checkpoint does."""
     options = report["provenance"]["options"]
     chosen: dict[str, Any] = {}
     match report["kind"]:
@@ -247,7 +247,7 @@ def _choices(report: Report) -> dict[str, Any]:
         case "pruning":
             chosen = _options(options, "sparsities", "scope", "include_head")
         case "series":
-            # A run may have gone on for longer, but not along something else.
+            # A run may have continued for longer, but not along another axis.
             chosen = {"axis.name": report["axis"]["name"]}
     return chosen
 
@@ -257,7 +257,7 @@ def _options(options: Mapping[str, Any], *names: str) -> dict[str, Any]:
 
 
 def _grid(report: Report) -> Any:
-    """A path's grid, the same however it was asked for."""
+    """Return a path's grid in one form, however it was requested."""
     if report["provenance"]["options"]["grid"] == "adaptive":
         return "adaptive"
     ws = [point["w"] for point in report["points"]]
@@ -297,7 +297,7 @@ def _judge(check: Check, sides: Sides) -> CheckResult:
 
 
 def _find(check: Check, sides: Sides, finding: _Finding) -> None:
-    """Read what the check needs, as far as it is there."""
+    """Read the numbers that the check needs into `finding`, as far as they exist."""
     finding.value = number_at(sides.candidate, check.metric)
     if check.quantity == "value":
         return
@@ -321,7 +321,7 @@ def _find(check: Check, sides: Sides, finding: _Finding) -> None:
 
 
 def _require_same_place(metric: str, candidate: Report, baseline: Report) -> None:
-    """A change at a point is of one w, sparsity or x; of a series the last, or the one before it, is meant as such."""
+    """Check that a point has one w, sparsity or x in both reports; skip points counted from the end of a series."""
     first, *rest = metric.split(".")
     if first != "points" or (candidate["kind"] == "series" and rest[0].startswith("-")):
         return
@@ -332,7 +332,7 @@ def _require_same_place(metric: str, candidate: Report, baseline: Report) -> Non
 
 
 def _interval(metric: str, confidence: float, sides: Sides) -> Interval:
-    """The interval of the change: the comparison's own at its own confidence, else from its standard error."""
+    """Return the interval of the change: the comparison's own at its own confidence, else from its standard error."""
     if sides.differences is None:
         raise Undefined(
             "significance needs the interval of the change, which only a comparison of the two checkpoints has: judge "
@@ -351,7 +351,7 @@ def _interval(metric: str, confidence: float, sides: Sides) -> Interval:
         raise Undefined(f"the comparison has no standard error of this change{reason}")
     difference = found["difference"]
     if found.get("reason") and low is not None and high is not None and sides.confidence is not None:
-        # Near a kink the interval is not symmetric: its sides are stretched as those of a normal one are.
+        # Near a kink the interval is not symmetric: its sides are stretched like those of a normal one.
         stretch = _normal(confidence) / _normal(sides.confidence)
         low, high = difference + stretch * (low - difference), difference + stretch * (high - difference)
         return Interval(low=low, high=high, confidence=confidence, method="normal")
@@ -360,12 +360,12 @@ def _interval(metric: str, confidence: float, sides: Sides) -> Interval:
 
 
 def _normal(confidence: float) -> float:
-    """The two-sided quantile of the normal distribution."""
+    """Return the two-sided quantile of the normal distribution."""
     return NormalDist().inv_cdf((1 + confidence) / 2)
 
 
 def _decide(check: Check, finding: _Finding) -> tuple[bool, DecidedBy, str]:
-    """Whether the number is beyond its bounds, what was held against them, and the sentence that says so."""
+    """Return whether the number is beyond its bounds, the number compared with them, and a sentence that says so."""
     slack = _rounding(check, finding)
     ends: list[DecidedBy] = []
     clauses: list[str] = []
@@ -387,7 +387,7 @@ def _decide(check: Check, finding: _Finding) -> tuple[bool, DecidedBy, str]:
 
 
 def _held(check: Check, finding: _Finding, lower: bool) -> tuple[DecidedBy, float]:
-    """What is held against a bound: the number itself, or of an interval the end that could prove what is asked for."""
+    """Return the number compared with a bound: the value or change, or the interval's end that `proof` selects."""
     if finding.interval is None:
         number = finding.value if finding.change is None else finding.change
         assert number is not None, "_find has seen to it"
@@ -398,7 +398,7 @@ def _held(check: Check, finding: _Finding, lower: bool) -> tuple[DecidedBy, floa
 
 
 def _shown(check: Check, finding: _Finding, bound: float, lower: bool) -> str:
-    """What an interval that fails a bound shows: too little, or that the change is beyond it."""
+    """Return the conclusion from a failing interval: the change is beyond the bound, or is not shown to be within."""
     if finding.interval is None or check.proof == "beyond":
         return _BEYOND
     farther = finding.interval.high if lower else finding.interval.low
@@ -418,9 +418,9 @@ def _sentence(check: Check, finding: _Finding, clause: str, shown: str) -> str:
 
 
 def _rounding(check: Check, finding: _Finding) -> float:
-    """What subtraction and division may have cost a change: 0.89 after 0.90 is -0.01 but for the last bits.
+    """Return the tolerance for rounding in a change: 0.89 after 0.90 is -0.01 except for the last bits.
 
-    A value is compared as it is.
+    A value is compared exactly.
     """
     if finding.baseline is None or finding.value is None:
         return 0.0
@@ -439,7 +439,7 @@ def _signed(value: float) -> str:
 
 
 def _exact(bound: float, amount: float) -> str:
-    """A bound; with both to the last digit where they would read alike and are not."""
+    """Return a bound as text; add both numbers to the last digit if they differ but would read alike."""
     if bound != amount and _number(bound) == _number(amount):
         return f"{_number(bound)} (to the last digit: {amount!r} and {bound!r})"
     return _number(bound)

@@ -1,4 +1,4 @@
-"""Gates: each change of one is a version, kept for good."""
+"""Versions of gates: each change creates a version, which is kept forever."""
 
 import hashlib
 import json
@@ -14,19 +14,19 @@ from app.gates.form import Gate, GateSpec, GateSummary, require_sound
 from app.listing import Listing, page
 from app.schemas import Page
 
-# How many others may make a version of the same gate at the same moment.
+# Limit of attempts when other clients create versions of the same gate at the same time.
 _ATTEMPTS = 20
 Row = TypeVar("Row", models.Gate, models.Report)
 
 
 def create(engine: sa.Engine, spec: GateSpec) -> tuple[Gate, bool]:
-    """Keep a gate as the next version of its name; what equals the current version is that version, and not new.
+    """Store a gate as the next version of its name. If it equals the current version, return that one, as not new.
 
     Raises:
         InvalidRequest: a check names no number of a report.
     """
     require_sound(spec)
-    # Without defaults: what a later version of the service adds does not make an old file a new gate.
+    # Without defaults: members that a later version of the service adds do not make an old file a new gate.
     content = json.dumps(spec.model_dump(mode="json", exclude_defaults=True), sort_keys=True)
     sha256 = hashlib.sha256(content.encode()).hexdigest()
     for attempt in range(_ATTEMPTS):
@@ -48,7 +48,7 @@ def create(engine: sa.Engine, spec: GateSpec) -> tuple[Gate, bool]:
                 session.flush()
                 return gate_of(row), True
         except sa.exc.IntegrityError:
-            # Somebody else has made this version at the same moment, so the next look finds it.
+            # Another client created this version at the same time, so the next attempt finds it.
             if attempt + 1 == _ATTEMPTS:
                 raise
     raise AssertionError("the last attempt returns or raises")
@@ -60,7 +60,7 @@ def get(engine: sa.Engine, id_: str) -> Gate:
 
 
 def list_page(engine: sa.Engine, listing: Listing) -> Page[GateSummary]:
-    """Every version is an item of its own."""
+    """List gates; every version is a separate item."""
     query = sa.select(models.Gate).options(sa.orm.defer(models.Gate.content))
     with read(engine) as session:
         rows, cursor = page(session, query, models.Gate, listing, models.Gate.id.in_)

@@ -1,9 +1,9 @@
-"""Datasets of images or texts from strangers: Parquet, a zip of Parquet or of class folders, CSV, JSON lines.
+"""Untrusted datasets of images or texts: Parquet, a zip of Parquet or of class folders, CSV, JSON lines.
 
 No torch, no decoding.
 
-What is in a file is found by its first bytes, never by its name. Structure, labels and splits are read and checked
-here; images and texts are handed out as bytes to whoever decodes them. Rows are counted from 0.
+A file's format is detected from its first bytes, never from its name. Structure, labels and splits are read and checked
+here; images and texts are returned as bytes, and the caller decodes them. Rows are counted from 0.
 """
 
 import re
@@ -19,7 +19,7 @@ __all__ = ["Dataset", "Format", "Limits", "detect", "open_dataset"]
 
 _LOOKED_AT_BYTES = 4096
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-# No header of a CSV begins so.
+# No CSV header begins like this.
 _JSON_ARRAY = re.compile(rb"\[\s*([\[\]{\"]|-?[0-9])")
 _OPEN: dict[Format, Callable[[Path, Limits, Mapping[str, str | None]], Dataset]] = {
     "parquet": table.open_parquet,
@@ -30,13 +30,13 @@ _OPEN: dict[Format, Callable[[Path, Limits, Mapping[str, str | None]], Dataset]]
 
 
 def detect(path: Path, limits: Limits) -> Format | None:
-    """Which of these formats a file has, as far as its first bytes say; None for any other, such as tensors.
+    """Return which of these formats a file has, by its first bytes; None for any other, for example tensors.
 
-    A zip is a dataset unless it is an npz, which holds .npy files alone: of Parquet files where it holds such, else of
-    images.
+    A zip is a dataset unless it is an npz, which holds only .npy files. It is a Parquet dataset if it holds Parquet
+    files, else one of images.
 
     Raises:
-        InvalidFile: a zip whose list of files cannot be read, is over the limits, or leads elsewhere; an array of JSON.
+        InvalidFile: a zip whose list of files cannot be read, is over the limits, or leads elsewhere; a JSON array.
     """
     with path.open("rb") as file:
         start = file.read(_LOOKED_AT_BYTES)
@@ -67,14 +67,13 @@ def open_dataset(
     """Check a file's structure, labels and splits.
 
     Args:
-        path: the file, which must be there as long as the dataset is read.
-        format: as `detect` gave it.
-        limits: what is refused before it is unpacked.
-        columns: names by role (image, text, label, split), where they are not the usual ones; of labels null where
-            there are none.
+        path: the file, which must exist as long as the dataset is read.
+        format: as returned by `detect`.
+        limits: checked before anything is unpacked.
+        columns: names by role (image, text, label, split), where they are not the usual ones; null for missing labels.
 
     Raises:
-        InvalidFile: what is missing, broken or over a limit, by row where it is one row's.
+        InvalidFile: the file is broken, incomplete or over a limit; names the row if the error is in one row.
     """
     if columns and format == "imagefolder":
         raise InvalidFile("A zip of class folders has no columns: folders are the classes. Leave 'columns' out.")

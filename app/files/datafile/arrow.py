@@ -1,7 +1,8 @@
-"""Columns of Arrow, in whatever form a writer left them, as the plain values that they hold.
+"""Read Arrow columns as plain values, in whatever form a writer stored them.
 
-One text may be a string, a large one or a view; bytes the same, of one length, or a list of numbers below 256; either
-may be in a dictionary, in runs, or under a name of its own (an extension type). What holds what is decided here alone.
+A text may be a string, a large string or a string view. Bytes have the same forms, or a fixed size, or are a list of
+numbers below 256. Either may be in a dictionary, in runs, or in an extension type. Only this module maps types to
+contents.
 """
 
 from typing import Any, Literal
@@ -15,7 +16,7 @@ Holds = Literal["text", "bytes", "numbers", "booleans", "struct", "other"]
 
 
 def holds(type_: pa.DataType) -> Holds:
-    """What values of a type are, beneath dictionaries, runs and extensions."""
+    """Return the kind of a type's values, beneath dictionaries, runs and extensions."""
     types, type_ = pa.types, _beneath(type_)
     if types.is_string(type_) or types.is_large_string(type_) or types.is_string_view(type_):
         return "text"
@@ -31,29 +32,29 @@ def holds(type_: pa.DataType) -> Holds:
 
 
 def can_be_dictionary(type_: pa.DataType) -> bool:
-    """Whether a column of the type can be read as a dictionary, each value unpacked once."""
+    """Return whether a column of the type can be read as a dictionary, with each value unpacked once."""
     return holds(type_) in ("text", "bytes") and not _is_list(_beneath(type_))
 
 
 def member(type_: pa.DataType, name: str) -> Holds:
-    """What the member of a struct of that name holds; "other" where there is none."""
+    """Return the kind of a struct's member of that name; "other" if it is missing."""
     beneath = _beneath(type_)
     found = [field.type for field in beneath if field.name == name] if pa.types.is_struct(beneath) else []
     return holds(found[0]) if len(found) == 1 else "other"
 
 
 def checked(array: pa.Array) -> pa.Array:
-    """The same array, all of whose places and texts are what they should be: what comes out of a file need not be.
+    """Return the same array after validating its indices, offsets and texts, which a file may hold in invalid form.
 
     Raises:
-        pyarrow.ArrowInvalid: a dictionary's place out of range, offsets that lead elsewhere, texts that are not UTF-8.
+        pyarrow.ArrowInvalid: a dictionary index out of range, invalid offsets, texts that are not UTF-8.
     """
     array.validate(full=True)
     return array
 
 
 def distinct(array: pa.Array) -> tuple[npt.NDArray[np.int64], list[Any]]:
-    """Each row's place among the distinct values of an array without nulls, and these as Python has them."""
+    """Return each row's index into the distinct values of an array without nulls, and these as Python values."""
     array = _stored(array)
     if _is_list(array.type):
         array = pa.array([as_bytes(value) for value in array.to_pylist()], pa.large_binary())
@@ -63,7 +64,7 @@ def distinct(array: pa.Array) -> tuple[npt.NDArray[np.int64], list[Any]]:
 
 
 def numeric(array: pa.Array) -> npt.NDArray[Any]:
-    """Numbers or booleans without nulls as NumPy has them; decimals as float64."""
+    """Return numbers or booleans without nulls as a NumPy array; decimals as float64."""
     array = _stored(array)
     if pa.types.is_dictionary(array.type):
         array = _stored(array.dictionary_decode())
@@ -74,7 +75,7 @@ def numeric(array: pa.Array) -> npt.NDArray[Any]:
 
 
 def as_bytes(value: Any) -> bytes | None:
-    """A value of "bytes", as Python has it, as bytes; None of null.
+    """Return a Python value of the kind "bytes" as bytes; None for null.
 
     Raises:
         ValueError, TypeError: a list that holds a null.
@@ -85,7 +86,7 @@ def as_bytes(value: Any) -> bytes | None:
 
 
 def as_text(value: Any) -> str | None:
-    """A value of "text", or of "bytes" as older writers leave texts, as text; None of null.
+    """Return a value of "text", or of "bytes" as older writers store texts, as text; None for null.
 
     Raises:
         UnicodeDecodeError: bytes that are not UTF-8.
@@ -107,7 +108,7 @@ def _beneath(type_: pa.DataType) -> pa.DataType:
 
 
 def _stored(array: pa.Array) -> pa.Array:
-    """The array without names of its own, runs and views, whose kinds not every function of pyarrow knows."""
+    """Return the array without extension types, runs and views, which some functions of pyarrow do not support."""
     if isinstance(array, pa.ExtensionArray):
         return _stored(array.storage)
     if pa.types.is_run_end_encoded(array.type):

@@ -1,4 +1,4 @@
-"""What every format of datasets comes to: labels, splits, and files or texts by row."""
+"""The common form of all dataset formats: labels, splits, and files or texts by row."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,10 +15,10 @@ Format = Literal["parquet", "imagefolder", "csv", "jsonl"]
 Content = Literal["images", "texts"]
 
 MAX_IMAGE_BYTES = 256 * 2**20
-# Longer than what any tokenizer keeps of it; also the longest field that Python's csv accepts.
+# Longer than any tokenizer keeps; also the longest field that Python's csv accepts.
 MAX_TEXT_CHARACTERS = 131_072
 
-#: By role, the names under which a column is found where none is given.
+#: By role, the names by which a column is found if the caller gives none.
 USUAL_COLUMNS = {
     "image": ("image", "img"),
     "text": ("text", "sentence", "content"),
@@ -29,7 +29,7 @@ USUAL_COLUMNS = {
 
 @dataclass(frozen=True)
 class Limits:
-    """What a file may come to, looked at before it is unpacked."""
+    """Limits on a file, checked before it is unpacked."""
 
     rows: int
     members: int
@@ -39,7 +39,7 @@ class Limits:
 
     @classmethod
     def of(cls, settings: Settings) -> "Limits":
-        """The limits that the operator has set."""
+        """Return the limits that the operator has set."""
         return cls(
             rows=settings.max_rows,
             members=settings.max_members,
@@ -49,7 +49,7 @@ class Limits:
         )
 
     def check_unpacked(self, what: str, unpacked_bytes: int, packed_bytes: int) -> None:
-        """Raise InvalidFile where a file announces to unpack to too much."""
+        """Raise InvalidFile if a file announces an unpacked size over the limits."""
         if unpacked_bytes > self.unpacked_bytes:
             raise InvalidFile(
                 f"The {what} would unpack to {unpacked_bytes} bytes; at most {self.unpacked_bytes} are allowed."
@@ -61,7 +61,7 @@ class Limits:
             )
 
     def check_rows(self, n_rows: int) -> None:
-        """Raise InvalidFile where there are none, or too many."""
+        """Raise InvalidFile if there are no rows, or too many."""
         if n_rows == 0:
             raise InvalidFile("The file has no rows.")
         if n_rows > self.rows:
@@ -74,13 +74,13 @@ class Dataset:
 
     Attributes:
         format: of the file.
-        content: what a row holds.
-        n_rows: how many.
-        labels: 0 .. C - 1, one a row; as stored where they are integers; None of texts without labels.
+        content: of each row: images or texts.
+        n_rows: number of rows.
+        labels: 0 .. C - 1, one a row; as stored if they are integers; None for texts without labels.
         split: 0 train, 1 test; None without splits.
-        class_names: in the order of the labels, where the file has them.
-        columns: names by role, of labels null where there are none; None of a zip.
-        read: name (may be empty) and content of the rows that are asked for, in rising order; texts as UTF-8.
+        class_names: in the order of the labels, if the file has them.
+        columns: names by role, null for missing labels; None for a zip of class folders.
+        read: yields name (may be empty) and content of the requested rows, in rising order; texts as UTF-8.
     """
 
     format: Format
@@ -94,23 +94,23 @@ class Dataset:
 
 
 def choose_columns(available: Sequence[str], named: Mapping[str, str | None], roles: Sequence[str]) -> dict[str, str]:
-    """Names of columns by role: one of images or texts, one of labels, perhaps one of splits.
+    """Return the names of columns by role: one of images or texts, one of labels, perhaps one of splits.
 
-    Texts may have no labels, as language models need none: where `named` says so by null, or where there is no column
-    that could be one of labels.
+    Texts may have no labels, as language models need none: `named` then has null for them, or no column is left that
+    could hold labels.
 
     Args:
-        available: what the file has.
-        named: by role, names that somebody gave.
-        roles: those that the format can have.
+        available: columns of the file.
+        named: by role, names that the user gave.
+        roles: roles that the format supports.
 
     Returns:
-        The names; none of labels where there are no labels.
+        The names, without the role of labels if there are no labels.
 
-    Names are compared in Unicode's composed form (NFC), and come back in it.
+    Names are compared and returned in Unicode's composed form (NFC).
 
     Raises:
-        InvalidFile: a column that is not there, or is needed and not found; `columns` lists what there is.
+        InvalidFile: a named or required column is missing; `columns` lists the existing ones.
     """
     available = [normalize("NFC", name.encode(errors="replace").decode()) for name in available]
     named = {role: name if name is None else normalize("NFC", name) for role, name in named.items()}
@@ -167,7 +167,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def in_order(contents: Iterable[tuple[str, bytes]], rows: Sequence[int]) -> Iterator[tuple[str, bytes]]:
-    """Of everything in order, the rows that are asked for, in rising order."""
+    """Yield the requested rows, in rising order, from the contents of all rows."""
     wanted = iter(rows)
     row = next(wanted, None)
     for number, content in enumerate(contents):

@@ -15,16 +15,16 @@ from app.files.datafile.values import check_class_name, split_of_folder
 from app.schemas.base import MAX_CLASSES
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".bmp", ".gif", ".webp", ".tif", ".tiff")
-# What file managers leave beside images.
+# Files that file managers leave beside images.
 _LITTER = ("__MACOSX", "Thumbs.db", "desktop.ini")
 
 
 def open_folders(path: Path, limits: Limits, _: Mapping[str, str | None]) -> Dataset:
-    """Classes and splits from the folders of a zip; classes are sorted by name, rows by class, split and path.
+    """Read classes and splits from the folders of a zip; sort classes by name, and rows by class, split and path.
 
     Raises:
-        InvalidFile: a path that climbs out, a link, a class without images, files that are no images, other levels of
-            folders; more files, bytes or a larger ratio than the limits.
+        InvalidFile: a path that leads out of the zip, a link, a class without images, files that are not images,
+            other levels of folders; more files, more bytes or a larger ratio than the limits.
     """
     members = zips.members(path, limits.members)
     for member in members:
@@ -60,12 +60,12 @@ def _check(member: zips.Member) -> None:
 
 
 def is_litter(name: str) -> bool:
-    """Whether a file is one that people do not know they have."""
+    """Return whether a file is hidden, or one that file managers leave beside images."""
     return any(part.startswith(".") or part in _LITTER for part in PurePosixPath(name).parts)
 
 
 def _sorted_out(names: Sequence[str]) -> tuple[dict[str, tuple[int | None, str]], set[tuple[str, ...]]]:
-    """Split and class of each image, and the folders that the zip lists; those that hold all the rest are left out."""
+    """Return each image's split and class, and the class folders that the zip lists, without enclosing folders."""
     files = [name for name in names if not name.endswith("/")]
     images = [name for name in files if name.lower().endswith(SUFFIXES)]
     if not images:
@@ -75,7 +75,7 @@ def _sorted_out(names: Sequence[str]) -> tuple[dict[str, tuple[int | None, str]]
     if len(depths) > 1 or depths == {1}:
         raise _other_levels(images)
     [depth] = depths
-    # dataset/cat/1.png and dataset/train/cat/1.png: what all share is no class, unless it is a split.
+    # dataset/cat/1.png, dataset/train/cat/1.png: folders that all images share are skipped, unless one is a split.
     skipped = len(common) if len(common) <= depth - 2 else depth - 2
     if skipped and split_of_folder(common[skipped - 1]) is not None and depth - skipped == 2:
         skipped -= 1
@@ -122,7 +122,7 @@ def _read(path: Path, files: Sequence[tuple[str, int]], rows: Sequence[int]) -> 
         for row in rows:
             name, place = files[row]
             try:
-                # No more comes than the size that was checked, whatever the packed bytes hold.
+                # zipfile returns no more than the size that was checked, whatever the packed bytes hold.
                 content = archive.read(listed[place])
             except zips.BROKEN_ZIP as error:
                 raise InvalidFile(f"Row {row} ({name}) cannot be read from the zip: {error}.", row=row) from None

@@ -1,4 +1,4 @@
-"""Texts and labels in lines: CSV with a header, or an object of JSON in each line. UTF-8."""
+"""Texts and labels in lines: CSV with a header, or a JSON object in each line. UTF-8."""
 
 import csv
 import io
@@ -26,41 +26,41 @@ from app.files.datafile.dataset import (
 from app.files.datafile.values import Labels, split_number
 
 _ROLES = ("text", "label", "split")
-# Of a line, and of a row, which quotes may spread over many lines.
+# Limit of a line, and of a row, which quotes may spread over many lines.
 _MAX_LINE_CHARACTERS = 2**20
 _MAX_COLUMNS = 1000
-# Read to see how fields are told apart.
+# Read to detect the dialect.
 _SAMPLE_CHARACTERS = 2**18
 
 Rows = Callable[[Path], Iterator[dict[str, Any]]]
 
 
 def open_csv(path: Path, limits: Limits, columns: Mapping[str, str | None]) -> Dataset:
-    """A CSV file with a header; between fields there are commas, tabs, semicolons or bars.
+    """Open a CSV file with a header; fields are separated by commas, tabs, semicolons or bars.
 
     Raises:
-        InvalidFile: what does not fit, by its row; a field of more than 131,072 characters.
+        InvalidFile: an invalid row, by its number; a field of more than 131,072 characters.
     """
     return _open(path, "csv", partial(_csv_rows, named=columns), limits, columns)
 
 
 def begins_as_csv(text: str) -> bool:
-    """Whether the beginning of a text is the header of a CSV file: more than one field, or the name of one of texts."""
+    """Return whether a text begins with a CSV header: more than one field, or a usual name of a column of texts."""
     for dialect in DIALECTS:
         with suppress(csv.Error):
             records: Iterator[list[str]] = filter(None, dialect.reader(io.StringIO(text, newline=""), strict=False))
             header = next(records, [])
-            # A column of texts alone has no delimiter, and is told by its name.
+            # A single column of texts has no delimiter, and is recognised by its name.
             if len(header) > 1 or (header and header[0].strip() in USUAL_COLUMNS["text"]):
                 return True
     return False
 
 
 def open_jsonl(path: Path, limits: Limits, columns: Mapping[str, str | None]) -> Dataset:
-    """Lines of JSON, each an object.
+    """Open a file of JSON lines, each an object.
 
     Raises:
-        InvalidFile: what does not fit, by its row.
+        InvalidFile: an invalid row, by its number.
     """
     return _open(path, "jsonl", _json_rows, limits, columns)
 
@@ -117,7 +117,7 @@ def _text(value: Any, row: int) -> bytes:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """The lines of a file, with their ends."""
+    """Yield the lines of a file, with their line ends."""
     with path.open(encoding="utf-8-sig", newline="") as file:
         number = 0
         try:
@@ -169,24 +169,24 @@ def _csv_rows(path: Path, named: Mapping[str, str | None]) -> Iterator[dict[str,
 
 @dataclass(frozen=True)
 class Dialect:
-    """What tells the fields of a CSV file apart; all else is as Python's csv module has it."""
+    """How a CSV file separates fields; all else follows the defaults of Python's csv module."""
 
     delimiter: str
     skipinitialspace: bool = False
 
     def reader(self, lines: Iterable[str], *, strict: bool = True) -> Any:
-        """The csv module's reader of these lines."""
+        """Return the csv module's reader of these lines."""
         return csv.reader(lines, delimiter=self.delimiter, skipinitialspace=self.skipinitialspace, strict=strict)
 
 
-#: White space after the delimiter is a part of a field, unless no column is found that way.
+#: White space after the delimiter is part of a field, unless no column is found that way.
 DIALECTS = [Dialect(delimiter, skips) for skips in (False, True) for delimiter in (",", "\t", ";", "|")]
 
 
 def _dialect(path: Path, named: Mapping[str, str | None]) -> Dialect:
-    """The first dialect in which the header has the columns, and the rows that follow as many fields as it.
+    """Return the first dialect in which the header has the columns, and the following rows as many fields as it.
 
-    A worker is given the names that the API found, and so finds the same dialect.
+    A worker receives the names that the API found, and so finds the same dialect.
     """
     sample, n_characters, whole = [], 0, True
     for line in _lines(path):
@@ -251,7 +251,7 @@ def _no_constant(name: str) -> None:
 
 
 def _composed(values: dict[str, Any], row: int) -> dict[str, Any]:
-    """The same with its names in Unicode's composed form."""
+    """Return the same values with their names in Unicode's composed form."""
     composed = {normalize("NFC", name): value for name, value in values.items()}
     if len(composed) < len(values):
         raise InvalidFile(f"Row {row} has one name twice, in two spellings of Unicode.", row=row)
@@ -259,7 +259,7 @@ def _composed(values: dict[str, Any], row: int) -> dict[str, Any]:
 
 
 def _called(value: Any) -> str:
-    """What a value of JSON is called."""
+    """Return the name of a JSON value's type for messages."""
     match value:
         case list():
             return "an array"

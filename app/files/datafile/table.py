@@ -1,7 +1,7 @@
 """Parquet in the layout of Hugging Face: a column of images or texts, one of labels, perhaps one of splits.
 
-Nothing of a schema is unpickled: pyarrow loads no Python types from a file. But some files end the process that it runs
-in: whoever must live opens them in another.
+Nothing of a schema is unpickled: pyarrow loads no Python types from a file. But some files crash the process that
+pyarrow runs in. A caller that must survive opens them in another process.
 """
 
 import json
@@ -29,7 +29,7 @@ from app.schemas.base import MAX_CLASSES
 
 _ROLES = ("image", "text", "label", "split")
 _MAX_FOOTER_BYTES = 16 * 2**20
-# Rows that are unpacked in one go: as many as stay below this even where each is as large as its whole row group.
+# Rows are unpacked in batches that stay below this even if each row is as large as its whole row group.
 _BATCH_BYTES = 256 * 2**20
 _MAX_BATCH_ROWS = 64
 _BROKEN_PARQUET = (pa.ArrowException, OSError, ValueError, LookupError, TypeError, OverflowError, MemoryError)
@@ -40,11 +40,11 @@ class Source:
     """One Parquet file, which may lie within another file.
 
     Attributes:
-        path: of the file that it lies in.
-        start: its first byte there.
-        size_bytes: its own.
-        name: what messages call it; empty where there is but one.
-        split: 0 train, 1 test, as its name says; None where it says nothing.
+        path: the file that contains it.
+        start: offset of its first byte there.
+        size_bytes: its own size.
+        name: its name in messages; empty if it is the only one.
+        split: 0 train, 1 test, from its name; None if the name gives no split.
     """
 
     path: Path
@@ -54,7 +54,7 @@ class Source:
     split: int | None = None
 
     def open(self, dictionary: Sequence[str] = ()) -> pq.ParquetFile:
-        """Mapped, so that what is unpacked is read and nothing else."""
+        """Open the file memory-mapped, so that only the parts that are unpacked are read."""
         with pa.memory_map(str(self.path)) as whole:
             whole.seek(self.start)
             content = pa.BufferReader(whole.read_buffer(self.size_bytes))
@@ -62,21 +62,21 @@ class Source:
 
 
 def _own(schema: pa.Schema, column: str) -> str:
-    """A file's own spelling of a column, whose name is in Unicode's composed form."""
+    """Return a file's own spelling of a column whose name is given in Unicode's composed form."""
     names: list[str] = schema.names
     return next(name for name in names if normalize("NFC", name) == column)
 
 
 def open_parquet(path: Path, limits: Limits, columns: Mapping[str, str | None]) -> Dataset:
-    """Labels and splits of a Parquet file, or of several of one schema in a zip; images and texts are not read.
+    """Read labels and splits of a Parquet file, or of several of one schema in a zip; images and texts are not read.
 
-    Labels are whole numbers, with the names of a ClassLabel in the schema's `huggingface` metadata where it has them,
-    booleans, or names, whose classes are sorted. Where no column says what the splits are the names of several files
-    may (train-00000-of-00002.parquet, train/0.parquet).
+    Labels are whole numbers, booleans or names. Whole numbers take the names of a ClassLabel in the schema's
+    `huggingface` metadata, if it has them; names are sorted into classes. Without a column of splits, the names of
+    several files may give them (train-00000-of-00002.parquet, train/0.parquet).
 
     Raises:
-        InvalidFile: no such column (`columns` lists what there is) or one of another type; a label or split that is
-            missing; files that differ; more rows, bytes or a larger ratio than the limits.
+        InvalidFile: a missing column (`columns` lists the existing ones) or one of another type; a missing label or
+            split; files that differ; more rows, more bytes or a larger ratio than the limits.
     """
     with path.open("rb") as file:
         is_zip = file.read(2) == b"PK"
@@ -93,7 +93,7 @@ def _open(path: Path, sources: Sequence[Source], limits: Limits, named: Mapping[
     _bound_footers(sources)
     files = [source.open() for source in sources]
     groups = [file.metadata.row_group(number) for file in files for number in range(file.num_row_groups)]
-    # The footer's own number of rows is what nothing else is read by.
+    # Count the groups' rows: nothing is read by the footer's own number of rows.
     n_rows = sum(group.num_rows for group in groups)
     limits.check_rows(n_rows)
     limits.check_unpacked("Parquet file", sum(group.total_byte_size for group in groups), path.stat().st_size)
@@ -126,16 +126,16 @@ def _open(path: Path, sources: Sequence[Source], limits: Limits, named: Mapping[
 
 
 def is_shard(name: str) -> bool:
-    """Whether a file of a zip is one of Parquet."""
+    """Return whether a file of a zip is a Parquet file."""
     return name.endswith(".parquet") and not is_litter(name)
 
 
 def _shards(path: Path, limits: Limits) -> list[Source]:
-    """The Parquet files of a zip, by name, as Hugging Face lays them out.
+    """Return the Parquet files of a zip, sorted by name, in the layout of Hugging Face.
 
     Raises:
-        InvalidFile: one that is packed once more, images beside them, some named after splits and some not, or folders
-            that are no splits, which may hold other datasets.
+        InvalidFile: a file that the zip compresses, images beside them, some named after splits and some not, or
+            several folders that are not splits, which may hold other datasets.
     """
     members = zips.members(path, limits.members)
     images = [m.name for m in members if m.name.lower().endswith(IMAGE_SUFFIXES) and not is_litter(m.name)]
@@ -175,7 +175,7 @@ def _require_same(
 
 
 def _bound_footers(sources: Sequence[Source]) -> None:
-    """Bound what the files say of themselves before it is read, whole, into memory."""
+    """Check the sizes of the files' footers before they are read whole into memory."""
     in_all = 0
     for source in sources:
         with source.path.open("rb") as file:
@@ -193,10 +193,10 @@ def _bound_footers(sources: Sequence[Source]) -> None:
 
 
 def _content_of(schema: pa.Schema, chosen: Mapping[str, str]) -> Content:
-    """What the column holds.
+    """Return the content of the column: images or texts.
 
     Raises:
-        InvalidFile: it is of another type than images' or texts'.
+        InvalidFile: its type does not fit its role.
     """
     role = "image" if "image" in chosen else "text"
     type_ = _type(schema, chosen[role])
@@ -215,7 +215,7 @@ def _type(schema: pa.Schema, column: str) -> pa.DataType:
 
 
 def _form(type_: pa.DataType, role: str) -> tuple[arrow.Holds, arrow.Holds]:
-    """What is the same for all files of a dataset: writers may have it as strings here and in a dictionary there."""
+    """Return the part of a type that all files must share: one may store strings and another a dictionary of them."""
     held = arrow.holds(type_)
     return "text" if held == "bytes" and role != "image" else held, arrow.member(type_, "bytes")
 
@@ -227,14 +227,14 @@ def _check_text_bytes(files: Sequence[pq.ParquetFile], column: str, limits: Limi
 
 
 def _chunk_bytes(file: pq.ParquetFile, group: int, column: str) -> int:
-    """Bytes that a row group announces for a column and what is nested in it."""
+    """Return the bytes that a row group announces for a column and the columns nested in it."""
     column = _own(file.schema_arrow, column)
     metadata = file.metadata.row_group(group)
     chunks = (metadata.column(number) for number in range(metadata.num_columns))
     return sum(
         chunk.total_uncompressed_size
         for chunk in chunks
-        # A name may hold dots itself.
+        # A column's name may contain dots.
         if chunk.path_in_schema == column or chunk.path_in_schema.startswith(f"{column}.")
     )
 
@@ -259,10 +259,10 @@ def _labels(
 
 
 def _class_label(schema: pa.Schema, column: str) -> list[str] | None:
-    """The names that Hugging Face's `datasets` writes beside a schema.
+    """Return the class names that Hugging Face's `datasets` writes beside a schema; None without them.
 
     Raises:
-        InvalidFile: names that are no texts, or twice the same.
+        InvalidFile: no names or too many, duplicates, or one that cannot be stored.
     """
     try:
         features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
@@ -282,12 +282,12 @@ def _class_label(schema: pa.Schema, column: str) -> list[str] | None:
 def _coded(
     sources: Sequence[Source], column: str, role: str, number_of: Callable[[Any, int], int]
 ) -> npt.NDArray[np.int64]:
-    """A column as numbers, by what `number_of` makes of a value and of the row that it first occurs in.
+    """Return a column as numbers: `number_of` maps a value and the row of its first occurrence to a number.
 
-    Values come as places in a dictionary: each is unpacked and looked at once, however often it occurs.
+    Values come as indices into a dictionary: each is unpacked and mapped once, however often it occurs.
 
     Raises:
-        InvalidFile: a column of another type; as `_batches`; bytes that are no text.
+        InvalidFile: a column of another type; as `_batches`; bytes that are not UTF-8.
     """
     parts = []
     for row, batch in _batches(sources, column, dictionary=True):
@@ -297,7 +297,7 @@ def _coded(
             )
         places, values = arrow.distinct(batch)
         numbers = np.zeros(len(values), np.int64)
-        # A dictionary may list values that no row has.
+        # A dictionary may list values that no row uses.
         for place, first in zip(*np.unique(places, return_index=True), strict=True):
             value, at = values[place], row + int(first)
             if value is None:
@@ -312,7 +312,7 @@ def _coded(
 
 
 def _batches(sources: Sequence[Source], column: str, dictionary: bool = False) -> Iterator[tuple[int, pa.Array]]:
-    """A column in parts, each with the row that it begins at; where it can be, as a dictionary.
+    """Yield a column in batches, each with its first row's number; as a dictionary if asked and possible.
 
     Raises:
         InvalidFile: a row has no value.

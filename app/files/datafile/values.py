@@ -1,7 +1,7 @@
-"""What a label and a split may be, in files of every format: whole numbers, booleans, names.
+"""Values of labels and splits, in files of every format: whole numbers, booleans, names.
 
-A number that is whole is that number, however it is stored: 1, 1.0, true, "1" and "1.0" are class 1. Names are compared
-as people read them, in Unicode's composed form (NFC): the same word from a Mac and from Linux is one class.
+A whole number is the same class however it is stored: 1, 1.0, true, "1" and "1.0" are class 1. Names are compared in
+Unicode's composed form (NFC): the same word from a Mac and from Linux is one class.
 """
 
 import re
@@ -21,27 +21,27 @@ _SPLITS = {
     **dict.fromkeys(("test", "testing", "val", "valid", "validation", "dev", "eval", "evaluation"), 1),
 }
 _BOOLEANS = {"false": 0, "true": 1}
-# A control character would end up in terminals, and half of a surrogate pair is no text.
+# A control character would end up in terminals, and half of a surrogate pair is not text.
 _STORABLE = re.compile(r"[^\x00-\x1f\ud800-\udfff]+\Z")
 _INTEGER = re.compile(r"[+-]?[0-9]+\Z", re.ASCII)
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?\Z", re.ASCII)
-# What a missing number, or one that ran over, is written as.
+# Spellings of a missing number or of an overflow.
 _NO_NUMBER = re.compile(r"[+-]?(nan|inf|infinity)\Z", re.IGNORECASE | re.ASCII)
 
 
 def whole_numbers(name: str, values: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-    """Integers, booleans and floating-point numbers that are whole, as int64; -0.0 is 0.
+    """Return integers, booleans and whole floating-point numbers as int64; -0.0 is 0.
 
     Args:
         name: of the tensor or the column, for messages.
         values: of any numeric type, one dimension.
 
     Raises:
-        InvalidFile: the first that is a fraction, NaN, infinite or beyond 64 bits, by its row.
+        InvalidFile: a value is a fraction, NaN, infinite or beyond 64 bits; names the row of the first.
     """
     if values.dtype.kind == "f":
         wide = values.astype(np.float64)
-        # The largest that fit are below 2^63, which a float can hold and an int64 cannot.
+        # Values must be below 2^63, which a float can hold and an int64 cannot.
         wrong = ~((wide == np.floor(wide)) & (np.abs(wide) < 2.0**63))
     elif values.dtype.kind == "u" and values.dtype.itemsize == 8:
         wrong = values >= 2**63
@@ -54,7 +54,7 @@ def whole_numbers(name: str, values: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
 
 
 class Names:
-    """Labels that are names, numbered as they come; at the end by sorted order, or as the numbers that they spell."""
+    """Numbers labels that are names as they come; at the end by sorted order, or by the numbers that they spell."""
 
     def __init__(self) -> None:
         self._numbers: dict[str, int] = {}
@@ -64,7 +64,7 @@ class Names:
         return len(self._numbers)
 
     def number_of(self, name: str, row: int) -> int:
-        """A name's place among those that have been seen; white space around it is none of it.
+        """Return a name's index among the names seen so far; surrounding white space is stripped.
 
         Raises:
             InvalidFile: it is empty or cannot be stored, or there are too many.
@@ -81,10 +81,10 @@ class Names:
         return self._numbers[name]
 
     def finish(self, places: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], list[str] | None]:
-        """Labels from each row's place: numbers where all names are such, else sorted names' places, and these names.
+        """Return labels from each row's index: numbers if all names are, else indices of sorted names, and the names.
 
         Raises:
-            InvalidFile: all names are numbers and one is not whole, as names the order would be another.
+            InvalidFile: all names are numbers and one is not whole; as names they would have another order.
         """
         names = list(self._numbers)
         if all(name.lower() in _BOOLEANS for name in names):
@@ -108,7 +108,7 @@ class Names:
 
 
 class Labels:
-    """Collects the labels of rows, all of them numbers, all of them booleans, or all of them names."""
+    """Collects the labels of rows, which must be all numbers, all booleans, or all names."""
 
     def __init__(self) -> None:
         self._values: list[int] = []
@@ -116,10 +116,10 @@ class Labels:
         self._kind = ""
 
     def add(self, value: Any, row: int) -> None:
-        """One row's label: a whole number, a boolean or a name.
+        """Add one row's label: a whole number, a boolean or a name.
 
         Raises:
-            InvalidFile: it is missing, none of these, or not what those of other rows are.
+            InvalidFile: it is missing, none of these, or of another kind than those of other rows.
         """
         if value is None:
             raise InvalidFile(f"Row {row} has no label.", row=row)
@@ -136,14 +136,14 @@ class Labels:
         self._values.append(self._names.number_of(value, row) if isinstance(value, str) else int(value))
 
     def finish(self) -> tuple[npt.NDArray[np.int64], list[str] | None]:
-        """The labels, and the names of classes where they were names that are not all numbers."""
+        """Return the labels, and the class names if the labels were names that are not all numbers."""
         values = np.array(self._values, np.int64)
         return self._names.finish(values) if self._names else (values, None)
 
 
 def _fits(number: float) -> bool:
-    """Whether a number is whole and one of 64 bits."""
-    # NaN is less than nothing and more than nothing.
+    """Return whether a number is whole and fits 64 bits."""
+    # Every comparison with NaN is false.
     return -(2**63) <= number < 2**63 and number == int(number)
 
 
@@ -157,7 +157,7 @@ def check_class_name(name: str) -> None:
 
 
 def split_number(value: Any, row: int) -> int:
-    """0 for train, 1 for test, of a name, a number or a boolean, or of what spells one.
+    """Return 0 for train, 1 for test, from a name, a number or a boolean, or from a text that spells one.
 
     Raises:
         InvalidFile: it is none of these.
@@ -179,5 +179,5 @@ def split_number(value: Any, row: int) -> int:
 
 
 def split_of_folder(name: str) -> int | None:
-    """0 or 1 for a folder that is named after a split."""
+    """Return 0 or 1 for a folder that is named after a split, else None."""
     return _SPLITS.get(name.lower())

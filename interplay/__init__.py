@@ -1,6 +1,6 @@
-"""What users import and type: the client of a service, the `interplay` command, and what a training script calls.
+"""Public API: the client of a service, the `interplay` command, and functions for training scripts.
 
-Each name is looked up when it is first asked for: the commands of the server need none, and some need torch.
+Each name is imported at its first use: the commands of the server need none, and some need torch.
 """
 
 import importlib

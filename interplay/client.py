@@ -6,8 +6,8 @@
         analysis = client.create_analysis(checkpoint_id=checkpoint["id"], probe_id=probe["id"])
         report = client.get_report(client.wait(analysis["id"])["report_id"])
 
-Results are plain dictionaries, as the service sends them; interplay/results.py gives editors and mypy their keys. What
-fails for a moment is tried again: interplay/transport.py says what, and what callers can catch.
+Results are plain dictionaries, as the service sends them; interplay/results.py gives editors and mypy their keys.
+Transient failures are retried: interplay/transport.py documents which, and the exceptions that callers can catch.
 """
 
 import hashlib
@@ -67,7 +67,7 @@ __all__ = [
     "WaitTimeout",
 ]
 
-# Mappings do not vary in their keys: without it a dict of whole numbers would not do.
+# Mappings are invariant in their keys: without it mypy would refuse a dict with int keys.
 X = TypeVar("X", bound=float)
 Collection = Literal["checkpoints", "probes", "feature-sets", "analyses", "reports", "gates", "baselines"]
 
@@ -78,14 +78,14 @@ class Client:
     """One service, over HTTP. Use it as a context manager, or call `close`.
 
     Args:
-        url: where the service listens; default the variable INTERPLAY_URL, else http://127.0.0.1:8321.
-        api_key: sent as a bearer token; default the variable INTERPLAY_API_KEY, else none.
-        timeout: seconds without a sign of life after which a call gives up.
-        retry_seconds: for so long a call that fails for a moment is tried again, in growing pauses; 0 tries once.
-            Default the variable INTERPLAY_RETRY_SECONDS, else 30.
+        url: the service's URL; default: the variable INTERPLAY_URL, else http://127.0.0.1:8321.
+        api_key: sent as a bearer token; default: the variable INTERPLAY_API_KEY, else none.
+        timeout: seconds without network activity after which a call gives up.
+        retry_seconds: how long a call is retried after transient failures, in growing pauses; 0 tries once. Default:
+            the variable INTERPLAY_RETRY_SECONDS, else 30.
 
     Raises:
-        ValueError: `url` is not an http or https URL, or `retry_seconds` no number of seconds.
+        ValueError: `url` is not an http or https URL, or INTERPLAY_RETRY_SECONDS is not a number of seconds.
     """
 
     def __init__(
@@ -129,18 +129,18 @@ class Client:
     ) -> Checkpoint:
         """Upload a safetensors checkpoint; it streams from disk, whatever its size.
 
-        Where the answer is lost the service is asked whether it has the file before it is sent again.
+        If the response is lost, the client asks the service whether it has the file before sending it again.
 
         Args:
             path: the file, or a Hugging Face folder: config.json, weights in one file or in shards with their index,
-                preprocessor_config.json and tokenizer.json where there are such. An archive of one will do as well.
-            name: what people will call it; need not be unique.
+                and optionally preprocessor_config.json and tokenizer.json. An archive of one is accepted too.
+            name: display name; need not be unique.
             architecture: description of the network; default: the one in the file's own metadata, or config.json.
             head: module name of the classification head; default: the family's own.
-            prefix: what stands before the weights' names, such as `ema_model.`, where the file holds several copies.
-            preprocess: of images, where a probe gives none: as of a probe, or a preprocessor_config.json.
-            tokenizer: content of a tokenizer.json, for texts of probes that bring none.
-            metadata: such as run, epoch, tags; text, numbers, booleans or lists of these.
+            prefix: prefix of the weights' names, such as `ema_model.`, if the file holds several copies.
+            preprocess: of images, for probes without one: in a probe's form, or a preprocessor_config.json.
+            tokenizer: content of a tokenizer.json, for texts of probes without one.
+            metadata: for example run, epoch, tags; text, numbers, booleans or lists of these.
         """
         spec = {
             "name": name,
@@ -169,22 +169,22 @@ class Client:
         max_length: int | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> Probe:
-        """Upload a probe dataset; what is in the file is found by its content.
+        """Upload a probe dataset; its format is detected from its content.
 
         Args:
             path: safetensors or npz with `inputs`, `labels` and, optionally, `split`; Parquet with images or texts and
                 labels; CSV or JSON lines with texts and labels; a zip of class folders with images, or of Parquet
-                files, or such a folder itself, which is zipped, uncompressed, beside other temporary files. For causal
+                files; or a folder of either, which is zipped, uncompressed, in the temporary directory. For causal
                 language models texts, or `input_ids` in place of `inputs`, need no labels.
-            name: what people will call it.
-            class_names: one for each class, in the order of the labels. Of a file that has names of its own: all of
-                these in the order that the labels should have, or other names for them, in their sorted order.
-            preprocess: `scale`, `mean`, `std`; networks see (inputs * scale - mean) / std. Of images `resize`,
-                `resample`, `crop`, `colour` come first; default: what the checkpoint brings.
-            columns: names of columns by `image`, `text`, `label`, `split`, where they are not the usual ones;
-                `label` None for texts without labels.
-            tokenizer: content of a tokenizer.json, for texts; default: what the checkpoint brings.
-            max_length: tokens of a text that are kept.
+            name: display name.
+            class_names: one for each class, in the order of the labels. For a file with its own class names: all of
+                them in the order that the labels should have, or other names for them, in their sorted order.
+            preprocess: `scale`, `mean`, `std`; the network's inputs are (inputs * scale - mean) / std. For images
+                `resize`, `resample`, `crop`, `colour` come first; default: the checkpoint's preprocessing.
+            columns: names of columns by `image`, `text`, `label`, `split`, if they are not the usual ones; `label`
+                None for texts without labels.
+            tokenizer: content of a tokenizer.json, for texts; default: the checkpoint's tokenizer.
+            max_length: number of tokens of a text that are kept.
             metadata: as for a checkpoint.
         """
         spec = {
@@ -222,13 +222,13 @@ class Client:
             checkpoint_id: with `probe_id`.
             probe_id: with `checkpoint_id`.
             feature_set_id: alone.
-            kind: what to compute.
+            kind: kind of the analysis.
             options: `null_permutations`, `seed`, `tolerance`, `batch_size`, `samples`, `precision` ("float32", or
-                "bfloat16" for a forward pass under autocast); what is left out has its default.
+                "bfloat16" for a forward pass under autocast); omitted options have their defaults.
             idempotency_key: the same key and request give the same analysis; default: a new key each call.
 
         Raises:
-            ValueError: a number of the options is NaN or infinite, here as for analyses of every other kind.
+            ValueError: a number in the options is NaN or infinite; so too for every other kind of analysis.
         """
         subject = {"checkpoint_id": checkpoint_id, "probe_id": probe_id, "feature_set_id": feature_set_id}
         return self._queue({"kind": kind, **_given(subject)}, options, idempotency_key)
@@ -245,9 +245,9 @@ class Client:
         """Queue a comparison of two checkpoints on the same samples; their architectures may differ.
 
         Args:
-            checkpoint_a_id: what B is compared with.
-            checkpoint_b_id: of which differences B - A are given.
-            probe_id: the samples that both see.
+            checkpoint_a_id: checkpoint A, the reference.
+            checkpoint_b_id: checkpoint B; differences are B - A.
+            probe_id: the samples that both are evaluated on.
             options: those of `create_analysis`, and `interval` ("delta", "bootstrap"), `resamples`, `confidence`.
             idempotency_key: as of `create_analysis`.
         """
@@ -266,9 +266,9 @@ class Client:
         """Queue the straight line between the weights of two checkpoints of one architecture.
 
         Args:
-            checkpoint_a_id: where w is 0.
-            checkpoint_b_id: where w is 1.
-            probe_id: what each point is evaluated on.
+            checkpoint_a_id: the end at w = 0.
+            checkpoint_b_id: the end at w = 1.
+            probe_id: the probe that each point is evaluated on.
             options: those of `create_analysis`, and `grid` ({"points": 25}, {"values": [...]} or "adaptive"),
                 `normalisation` ("interpolate", "recalibrate"), `alignment` ("none", "weight_matching"), `extrapolate`.
             idempotency_key: as of `create_analysis`.
@@ -287,8 +287,8 @@ class Client:
         """Queue a sweep of magnitude pruning.
 
         Args:
-            checkpoint_id: what is pruned.
-            probe_id: what each point is evaluated on.
+            checkpoint_id: the checkpoint to prune.
+            probe_id: the probe that each point is evaluated on.
             options: those of `create_analysis`, and `sparsities`, `scope` ("global", "layerwise"), `include_head`.
             idempotency_key: as of `create_analysis`.
         """
@@ -307,9 +307,9 @@ class Client:
         """Queue checkpoints of one architecture in the order of their numbers.
 
         Args:
-            axis: what the numbers are, such as `epoch`.
+            axis: name of the numbers, for example `epoch`.
             checkpoints: id by number.
-            probe_id: what each is evaluated on.
+            probe_id: the probe that each is evaluated on.
             options: those of `create_analysis`.
             idempotency_key: as of `create_analysis`.
         """
@@ -328,7 +328,7 @@ class Client:
         return cast(Analysis, self._call("POST", "/v1/analyses", json=body, headers=headers, repeatable=True))
 
     def get_analysis(self, analysis_id: str) -> Analysis:
-        """The state of an analysis."""
+        """Return the state of an analysis."""
         return cast(Analysis, self._call("GET", f"/v1/analyses/{segment(analysis_id)}", repeatable=True))
 
     def wait(
@@ -341,18 +341,18 @@ class Client:
     ) -> SucceededAnalysis:
         """Block until an analysis has succeeded, and return it.
 
-        The service tells what happens as it happens; where that does not get through, it is asked again and again. A
-        restart of the service is sat out, for as long as calls are tried again.
+        The service streams events; if they do not get through, it is polled. The wait survives a restart of the
+        service that is no longer than calls are retried.
 
         Args:
-            analysis_id: which.
-            poll_seconds: pause between two questions, where the service cannot tell by itself.
-            timeout_seconds: give up after so long; the analysis goes on.
-            on_progress: called with the analysis whenever something is heard of it.
+            analysis_id: id of the analysis.
+            poll_seconds: pause between two polls, if there are no events.
+            timeout_seconds: give up after this time; the analysis continues.
+            on_progress: called with each received state of the analysis.
 
         Raises:
             AnalysisFailed: it failed or was cancelled.
-            WaitTimeout: the time was up.
+            WaitTimeout: the timeout has passed.
         """
         for state in poll_states(
             self._transport, analysis_id, poll_seconds=poll_seconds, timeout_seconds=timeout_seconds
@@ -367,7 +367,7 @@ class Client:
 
     def cancel(self, analysis_id: str) -> Analysis:
         """Stop an analysis at its next step."""
-        # To want it twice is to want it.
+        # Cancelling is idempotent.
         return cast(Analysis, self._call("POST", f"/v1/analyses/{segment(analysis_id)}/cancel", repeatable=True))
 
     @overload
@@ -383,11 +383,11 @@ class Client:
     @overload
     def get_report(self, report_id: str, kind: Literal["series"]) -> SeriesReport: ...
     def get_report(self, report_id: str, kind: str | None = None) -> Report:
-        """A report, whole.
+        """Return a whole report.
 
         Args:
-            report_id: which.
-            kind: what it is expected to be of; with it editors and mypy know the report's keys.
+            report_id: id of the report.
+            kind: the expected kind; with it editors and mypy know the report's keys.
 
         Raises:
             InterplayError: it is of another kind.
@@ -398,11 +398,11 @@ class Client:
         return cast(Report, report)
 
     def get_chart(self, report_id: str, name: str = "overview", *, format: str = "svg") -> bytes:
-        """A picture of a report.
+        """Return a chart of a report.
 
         Args:
-            report_id: which.
-            name: `overview` shows the whole; the problem for another name lists what there is.
+            report_id: id of the report.
+            name: `overview` shows the whole; the problem for an unknown name lists the existing ones.
             format: `svg`, `png`, or `json` for the Vega-Lite specification.
         """
         path = f"/v1/reports/{segment(report_id)}/charts/{segment(name)}.{segment(format)}"
@@ -412,7 +412,7 @@ class Client:
     # --- gates and baselines ---
 
     def create_gate(self, gate: Mapping[str, Any]) -> Gate:
-        """Keep a gate as the next version of its name; what equals the current version is that version.
+        """Store a gate as the next version of its name; if it equals the current version, return that version.
 
         Args:
             gate: `name`, `checks`, and optionally `kind` and `description`, as in its file (docs/gates.md).
@@ -420,7 +420,7 @@ class Client:
         return cast(Gate, self._call("POST", "/v1/gates", json=dict(gate), repeatable=True))
 
     def get_gate(self, gate: str) -> Gate:
-        """A gate by its id, or by its name: then its current version, or NAME@3 for the third."""
+        """Return a gate by its id, or by its name: NAME is its current version, NAME@3 its third."""
         name, _, version = gate.partition("@")
         for found in self.list("gates", name=name):
             if version in ("", str(found["version"])):
@@ -431,13 +431,13 @@ class Client:
     def judge(
         self, report_id: str, *, gate_id: str, baseline: str | None = None, baseline_report_id: str | None = None
     ) -> Verdict:
-        """The verdict of a gate on a report.
+        """Return the verdict of a gate on a report.
 
         Args:
-            report_id: of an evaluation, or what else the gate judges; of a comparison its B is judged against its A.
-            gate_id: a version of a gate.
-            baseline: name of what changes are measured against; one that is not there leaves them undefined.
-            baseline_report_id: a report in place of where the baseline points now.
+            report_id: a report of the gate's kind; of a comparison, B is judged against A.
+            gate_id: id of a version of a gate.
+            baseline: name of the baseline that changes are measured against; if it is missing they are undefined.
+            baseline_report_id: a report to use instead of the one that the baseline points at now.
         """
         request = {"gate_id": gate_id, "baseline": baseline, "baseline_report_id": baseline_report_id}
         return cast(
@@ -445,7 +445,7 @@ class Client:
         )
 
     def get_baseline(self, name: str) -> Baseline:
-        """Where a baseline points."""
+        """Return a baseline with the report that it points at."""
         return cast(Baseline, self._call("GET", f"/v1/baselines/{segment(name)}", repeatable=True))
 
     def set_baseline(
@@ -456,16 +456,16 @@ class Client:
         expected_report_id: str | Literal["any"] | None = "any",
         note: str | None = None,
     ) -> Baseline:
-        """Let a baseline point at a report.
+        """Point a baseline at a report.
 
         Args:
             name: letters, digits, dots, dashes and underscores.
-            report_id: what candidates shall be compared with.
-            expected_report_id: move it only from here, None for only where there is none yet; default: from anywhere.
-            note: why, for the history.
+            report_id: the report to compare candidates with.
+            expected_report_id: move it only from this report; None: only if it does not exist yet; default: always.
+            note: reason, for the history.
 
         Raises:
-            ProblemError: status 409 where it is not at `expected_report_id`.
+            ProblemError: status 409 if it is not at `expected_report_id`.
         """
         body: Body = {"report_id": report_id, **_given({"note": note})}
         if expected_report_id != "any":
@@ -474,22 +474,22 @@ class Client:
         try:
             return cast(Baseline, self._call("PUT", place, json=body, repeatable=True, retries=retries))
         except ProblemError as error:
-            # The first attempt moved it, and its answer was lost.
+            # The first attempt moved it, and its response was lost.
             if error.status == 409 and retries.used and error.members.get("report_id") == report_id:
                 return self.get_baseline(name)
             raise
 
     def baseline_history(self, name: str, *, limit: int = 50) -> Sequence[BaselineMove]:
-        """The moves that were asked for, newest first; `done` is false where one was refused. At most 200."""
+        """Return the requested moves, newest first, at most 200; `done` is false for a refused one."""
         history = self._call("GET", f"/v1/baselines/{segment(name)}/history", params={"limit": limit}, repeatable=True)
         items: Sequence[BaselineMove] = history["items"]
         return items
 
     def push_checkpoint_once(self, path: str | Path, *, name: str, **described: Any) -> tuple[Checkpoint, bool]:
-        """As `push_checkpoint`, without sending a file whose content the service holds already.
+        """Push a checkpoint as `push_checkpoint` does, but do not send a file whose content the service already has.
 
         Returns:
-            The checkpoint, new in either case, and whether the file was sent. A folder always is.
+            The checkpoint, new in either case, and whether the file was sent. A folder is always sent.
         """
         path = Path(path)
         if path.is_dir():
@@ -506,11 +506,11 @@ class Client:
         return cast(Checkpoint, held), False
 
     def get(self, collection: Collection, resource_id: str) -> Body:
-        """One resource of a collection."""
+        """Return one resource of a collection."""
         return self._call("GET", f"/v1/{collection}/{segment(resource_id)}", repeatable=True)
 
     def find_probe(self, probe: str) -> Probe:
-        """A probe by its name, the newest of several, or by its id."""
+        """Return a probe by its name, the newest of several, or by its id."""
         for found in self.list("probes", name=probe, limit=1):
             return found
         return cast(Probe, self.get("probes", probe))
@@ -521,7 +521,7 @@ class Client:
         try:
             self._transport.send("DELETE", f"/v1/{collection}/{segment(resource_id)}", repeatable=True, retries=retries)
         except ProblemError as error:
-            # The first attempt did it, and its answer was lost.
+            # The first attempt deleted it, and its response was lost.
             if not (error.status == 404 and retries.used):
                 raise
 
@@ -604,18 +604,18 @@ class Client:
         metadata: Mapping[str, Any] | None = None,
         **filters: str | datetime | None,
     ) -> Iterator[Any]:
-        """Every resource of a collection that the filters let through, newest first, page by page.
+        """Yield the resources of a collection that match the filters, newest first, page by page.
 
         Args:
             collection: checkpoints, probes, feature-sets, analyses, reports, gates or baselines.
-            limit: stop after so many; default: all.
-            page_size: how many a request asks for.
-            metadata: key and value, or a list of values, that a resource must have, all of them.
+            limit: most resources to yield; default: all.
+            page_size: resources per request.
+            metadata: for each key a value, or a list of values, all of which a resource must have.
             filters: `name`, `created_after`, `created_before`; for analyses and reports `kind`, `checkpoint_id`,
                 `probe_id`, `feature_set_id`; for analyses `status`.
         """
         query: dict[str, Any] = {
-            # Without a zone it is local time, as Python has it; the service wants to be told.
+            # A time without a zone is local time, as in Python; the service needs the zone.
             key: value.astimezone().isoformat() if isinstance(value, datetime) else value
             for key, value in _given(filters).items()
         }
@@ -660,7 +660,7 @@ def _given(values: Mapping[str, Any]) -> Body:
 
 
 def _metadata_text(value: Any) -> str:
-    """A metadata value as the service's filters compare it: `final=true`, `epoch=10`, `run=a`."""
+    """Return a metadata value as the service's filters compare it: `final=true`, `epoch=10`, `run=a`."""
     if isinstance(value, bool):
         return "true" if value else "false"
     return "null" if value is None else str(value)

@@ -1,16 +1,16 @@
-"""Reports for other tools: a long table as CSV or Parquet, and runs of MLflow.
+"""Export reports to other tools: a long table as CSV or Parquet, and runs of MLflow.
 
-The table has a row for each number of a report, and one for each number that is not defined, with its reason. What a
-number is, is its path in the report, without the levels that are columns of their own:
+The table has a row for each number of a report, and one for each undefined number, with its reason. A number is
+identified by its path in the report, without the levels that are separate columns:
 
-    report_id, kind, name   the report, and what it looks at
-    point, x                of a path, pruning or series: which point, from 0, and its w, sparsity or x
-    split                   all, train, test; empty for what belongs to none
-    path                    such as interplay.sample.global.mir or timings_seconds.features
-    value                   a number; true is 1, false 0; empty (null) where it is not defined
-    reason                  why it is not defined
+    report_id, kind, name   the report, and the name of its subjects
+    point, x                of a path, pruning or series: index of the point, from 0, and its w, sparsity or x
+    split                   all, train, test; empty for numbers outside any split
+    path                    for example interplay.sample.global.mir or timings_seconds.features
+    value                   a number; true is 1, false 0; empty (null) if undefined
+    reason                  why it is undefined
 
-In CSV a text that a spreadsheet would take for a formula has an apostrophe before it; Parquet has it as it is.
+In CSV an apostrophe precedes text that a spreadsheet would read as a formula; Parquet has the text unchanged.
 """
 
 import csv
@@ -27,30 +27,30 @@ from typing import Any, NamedTuple
 
 from interplay.transport import InterplayError
 
-# Members that say what was looked at and how, not what was found: parameters of a run.
+# Members that describe the inputs and the method, not the results: parameters of a run.
 _PARAMETERS = ("axis", "probe", "probe_b", "provenance", "subject", "subjects")
 _IDENTITY = ("analysis_id", "created_at", "definitions_version", "id", "kind", "schema_version")
 _PLACES = ("w", "sparsity", "x")
-# What MLflow takes at once, and how long its names and values may be.
+# MLflow's limits for one batch, and for the length of names and values.
 _BATCH_METRICS, _BATCH_PARAMS, _NAME_CHARACTERS, _VALUE_CHARACTERS = 1000, 100, 200, 5000
-# A slash groups names, and MLflow refuses what would be another place, such as "a/../b": only splits are a group.
+# A slash groups names, and MLflow refuses names that resolve to another path, such as "a/../b": only splits are groups.
 _OTHER_CHARACTERS = re.compile(r"[^\w\-. :]", re.ASCII)
-# A spreadsheet takes a cell for a formula that begins so; the wide forms are what some of them read as the narrow ones.
+# A spreadsheet reads a cell that begins with these as a formula; some read the wide forms as the narrow ones.
 _FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠")
 _BLANK = ("\t", "\r", "\n")
 
 
 class MissingExtra(InterplayError):
-    """What an export needs is not installed; the message says how to install it."""
+    """A package that an export needs is not installed; the message says how to install it."""
 
 
 class ExportFailed(InterplayError):
-    """The other side did not take the report."""
+    """The target of the export did not accept the report."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One number of a report; the module's docstring says what is in it."""
+    """One number of a report; the module's docstring describes the columns."""
 
     report_id: str
     kind: str
@@ -72,9 +72,9 @@ class Run(NamedTuple):
 
 
 def rows(report: Mapping[str, Any]) -> Iterator[Row]:
-    """Every number of a report, and every number that is not defined with its reason.
+    """Yield every number of a report, and every undefined number with its reason.
 
-    Texts are left out, but for the report's identity, which every row has.
+    Texts are omitted, except the report's identity, which every row has.
     """
     subjects = report.get("subjects") or [report.get("subject") or {}]
     names = dict.fromkeys(str(subject.get("name", "")) for subject in (subjects[0], subjects[-1]))
@@ -89,10 +89,10 @@ def rows(report: Mapping[str, Any]) -> Iterator[Row]:
 
 
 def _numbers(value: Any, where: Row, path: list[str], reasons: Mapping[str, str]) -> Iterator[Row]:
-    """The rows of a value; `reasons` are those of all objects above, by the path from here, "" for all that is here."""
+    """Yield the rows of a value; `reasons` come from all objects above, by path from here, "" for the whole value."""
     match value:
         case Mapping():
-            # What was looked at has members that its makers named, and `reason` is not ours there.
+            # Parameters have members named by users, so `reason` has no special meaning there.
             ours = not path or path[0] not in _PARAMETERS
             reasons = {**reasons, **_reasons_in(value)} if ours else {}
             for key, member in value.items():
@@ -112,23 +112,24 @@ def _numbers(value: Any, where: Row, path: list[str], reasons: Mapping[str, str]
 
 
 def _reasons_in(value: Mapping[str, Any]) -> dict[str, str]:
-    """Why members of an object are null: its `reasons` by their paths, or the one `reason` for all of them."""
+    """Return why members of an object are null: its `reasons` by their paths, or the one `reason` for all."""
     one = value.get("reason")
-    # That of a difference says why it has no standard error. Where it has one the reason is of that, as `near_zero` is.
+    # The `reason` of a difference says why it has no standard error. If it has one, the reason, such as `near_zero`,
+    # is about that standard error.
     alone = {"": str(one)} if one is not None and value.get("standard_error") is None else {}
     return {**alone, **{path: str(reason) for path, reason in value.get("reasons", {}).items()}}
 
 
 def _below(reasons: Mapping[str, str], key: str) -> dict[str, str]:
-    """Those that are of a member; one of the whole, as of a list, is of each member that has none of its own."""
+    """Return the reasons of a member; a reason of the whole, such as a list, holds for members without their own."""
     own = {path[len(key) + 1 :]: reason for path, reason in reasons.items() if f"{path}.".startswith(f"{key}.")}
     return {**{path: reason for path, reason in reasons.items() if not path}, **own}
 
 
 def write_csv(report: Mapping[str, Any], path: Path) -> int:
-    """Write the table as CSV with a header, UTF-8; returns the number of its rows.
+    """Write the table as CSV with a header, UTF-8; return the number of its rows.
 
-    Names, splits, paths and reasons come from others: none of them is a formula where somebody opens the file.
+    Names, splits, paths and reasons are untrusted: none of them becomes a formula when the file is opened.
     """
     found = [{name: _harmless(value) for name, value in asdict(row).items()} for row in rows(report)]
     with path.open("w", newline="", encoding="utf-8") as file:
@@ -139,14 +140,14 @@ def write_csv(report: Mapping[str, Any], path: Path) -> int:
 
 
 def _harmless(cell: float | str | None) -> float | str | None:
-    """Return a text that no spreadsheet computes; numbers stay numbers, negative ones too."""
+    """Return text escaped so that no spreadsheet computes it; numbers stay numbers, negative ones too."""
     if isinstance(cell, str) and (cell.startswith(_BLANK) or cell.lstrip().startswith(_FORMULA)):
         return f"'{cell}"
     return cell
 
 
 def write_parquet(report: Mapping[str, Any], path: Path) -> int:
-    """Write the table as Parquet; returns the number of its rows.
+    """Write the table as Parquet; return the number of its rows.
 
     Raises:
         MissingExtra: pyarrow is not installed.
@@ -165,20 +166,20 @@ def log_to_mlflow(
 ) -> Run:
     """Log a report as a finished run of MLflow: metrics, parameters, tags, and the report itself as report.json.
 
-    Metrics are called SPLIT/PATH, such as `test/interplay.sample.global.mir`, and PATH for what belongs to no split. A
-    point is a step: its x where all are different whole numbers, as those of a series over epochs are, else its
-    number, from 0; `w`, `sparsity` and `x` are metrics too. What is not defined is no metric: a tag `undefined/METRIC`
-    has the reason. Characters that MLflow does not take become underscores.
+    Metrics are named SPLIT/PATH, such as `test/interplay.sample.global.mir`, or PATH outside any split. A point is a
+    step: its x if all x are different whole numbers, as in a series over epochs, else its index, from 0; `w`,
+    `sparsity` and `x` are metrics too. An undefined number is no metric: a tag `undefined/METRIC` has the reason.
+    Characters that MLflow does not accept become underscores.
 
     Args:
         report: of any kind.
-        uri: of the tracking server, or what else MLflow takes, such as `databricks`.
-        experiment: by name; made where there is none.
-        run_name: default: the name of what the report looks at.
+        uri: of the tracking server, or another value that MLflow accepts, such as `databricks`.
+        experiment: its name; created if missing.
+        run_name: default: the name of the report's subjects.
 
     Raises:
         MissingExtra: mlflow is not installed.
-        ExportFailed: the server did not answer, or refused; a run that was begun is marked as failed.
+        ExportFailed: the server did not respond, or refused; a run that was begun is marked as failed.
     """
     mlflow = _imported("mlflow", "mlflow")
     found = [*rows(report)]
@@ -206,7 +207,7 @@ def _experiment_id(client: Any, name: str, error: type[Exception]) -> str:
         try:
             return str(client.create_experiment(name))
         except error:
-            # Somebody else may have made it meanwhile, as jobs that run side by side do.
+            # A concurrent job may have created it meanwhile.
             known = client.get_experiment_by_name(name)
             if known is None:
                 raise
@@ -239,11 +240,11 @@ def _mark_failed(client: Any, run_id: str, error: type[Exception]) -> None:
     try:
         client.set_terminated(run_id, status="FAILED")
     except (error, OSError):
-        return  # what went wrong before is what matters
+        return  # the original error is the one to report
 
 
 def _steps(found: Iterable[Row]) -> dict[int | None, int]:
-    """The step of each point; what belongs to no point is at 0."""
+    """Return the step of each point; numbers outside any point are at step 0."""
     places = {row.point: row.x for row in found if row.point is not None}
     values = [place for place in places.values() if place is not None]
     whole = len(values) == len(places) and all(value == int(value) and abs(value) < 2**53 for value in values)
@@ -253,7 +254,7 @@ def _steps(found: Iterable[Row]) -> dict[int | None, int]:
 
 
 def _parameters(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """What was looked at, and how, as names and texts; lists, and descriptions of networks, are JSON."""
+    """Yield a run's parameters as names and texts; lists, descriptions of networks, and grids are JSON."""
 
     def flat(value: Any, path: str) -> Iterator[tuple[str, str]]:
         if isinstance(value, Mapping) and not path.endswith((".architecture", ".grid")):

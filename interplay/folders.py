@@ -1,4 +1,4 @@
-"""A folder of images or of a checkpoint as the one file that the service takes."""
+"""Pack a folder of images or of a checkpoint into the single file that the service accepts."""
 
 import os
 import shlex
@@ -11,25 +11,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from unicodedata import normalize
 
-# What a folder says of its network, its images and its texts.
+# Files that describe a folder's network, its images and its texts.
 _DESCRIPTIONS = ("config.json", "preprocessor_config.json", "tokenizer.json", "adapter_config.json")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _NO_WEIGHTS = ("optim", "sched", "scaler", "rng_state", "training_args")
-# What file managers leave beside files; as in app/files/datafile/folders.py.
+# Files that file managers leave behind; as in app/files/datafile/folders.py.
 _LITTER = ("__MACOSX", "Thumbs.db", "desktop.ini")
-# The earliest time that a zip can tell, and the system whose rights of files it tells.
+# The earliest time that a zip can store, and the system whose file permissions it stores.
 _NO_TIME, _UNIX = (1980, 1, 1, 0, 0, 0), 3
 _COPY_BYTES = 2**20
 
 
 @contextmanager
 def zipped_folder(folder: Path) -> Iterator[Path]:
-    """A zip of a folder, uncompressed, as images are already; it is gone at the end of the block.
+    """Yield a zip of a folder, uncompressed, since images are compressed already; it is deleted after the block.
 
-    The same names and contents give the same zip, wherever and whenever: it keeps no times, rights or owners of files
-    and leaves out what file managers put beside them. Links are followed, once: what is sent are files. Empty folders
-    go along, so that a class without images is noticed. Names are Unicode's composed form (NFC), by which they are
-    sorted too: a Mac's are decomposed.
+    The same names and contents give the same zip, wherever and whenever: it has no times, permissions or owners of
+    files and omits files that file managers add. Links are followed, once, since files are sent. Empty folders are
+    included, so that a class without images is noticed. Names have Unicode's composed form (NFC) and are sorted by it,
+    since a Mac's are decomposed.
 
     Raises:
         OSError: a file cannot be read, or there is no room for the zip.
@@ -39,7 +39,7 @@ def zipped_folder(folder: Path) -> Iterator[Path]:
         with zipfile.ZipFile(archive_path, "w", zipfile.ZIP_STORED) as archive:
             seen = {folder.resolve()}
             for root, folders, files in os.walk(folder, followlinks=True):
-                # A link to a folder above would never end. Of two links to one folder the first by name is followed.
+                # A link to a parent folder would never end. Of two links to one folder the first by name is followed.
                 folders[:] = [name for name in _kept(folders) if _is_new(Path(root, name), seen)]
                 files = _kept(files)
                 inside = Path(root).relative_to(folder)
@@ -52,9 +52,9 @@ def zipped_folder(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def packed_checkpoint(folder: Path) -> Iterator[Path]:
-    """A tar of what a Hugging Face folder says of its network, and of its weights; it is gone at the end of the block.
+    """Yield a tar of a Hugging Face folder's descriptions and weights; it is deleted after the block.
 
-    The same files give the same tar. Other formats of the weights, histories and caches stay behind.
+    The same files give the same tar. Other formats of the weights, histories and caches are omitted.
 
     Raises:
         FileNotFoundError: the folder holds no safetensors file.
@@ -75,7 +75,7 @@ def packed_checkpoint(folder: Path) -> Iterator[Path]:
         archive_path = Path(place) / "checkpoint.tar"
         with tarfile.open(archive_path, "w") as archive:
             for name in (*described, *weights):
-                # Links are followed, as caches of downloads are full of them.
+                # Links are followed, since download caches are full of them.
                 file = (folder / name).resolve()
                 info = tarfile.TarInfo(name)
                 info.size = file.stat().st_size
@@ -89,7 +89,7 @@ def _composed(name: str) -> str:
 
 
 def _advice(folder: Path, names: Sequence[str]) -> str:
-    """Return what turns a folder's weights into safetensors, where they have a form that can be turned."""
+    """Return advice to convert a folder's weights to safetensors, with the command; "" if they cannot be."""
     places = (folder, *sorted(path for path in folder.iterdir() if path.is_dir()))
     if distributed := [place for place in places if (place / ".metadata").is_file() and any(place.glob("*.distcp"))]:
         form, source, target = "of torch.distributed.checkpoint", distributed[0], Path("OUT.safetensors")
@@ -106,20 +106,20 @@ def _advice(folder: Path, names: Sequence[str]) -> str:
 
 
 def _kept(names: Iterable[str]) -> list[str]:
-    """Return names in their order, without what people do not know they have; the service passes over it as well."""
+    """Return names sorted, without hidden files and those of file managers; the service ignores these too."""
     known = (name for name in names if not name.startswith(".") and name not in _LITTER)
     return sorted(known, key=lambda name: (_composed(name), name))
 
 
 def _add(archive: zipfile.ZipFile, path: Path, name: str) -> None:
     entry = _entry(name, 0o100644)
-    entry.file_size = path.stat().st_size  # the zip makes room for the length of a large file before it knows it
+    entry.file_size = path.stat().st_size  # the zip reserves space for the length of a large file before writing it
     with path.open("rb") as file, archive.open(entry, "w") as written:
         shutil.copyfileobj(file, written, _COPY_BYTES)
 
 
 def _entry(name: str, mode: int) -> zipfile.ZipInfo:
-    """Return what a zip says of a file: nothing of its time, its rights, or the system that it comes from."""
+    """Return a zip entry that holds nothing of the file's own time, permissions or system."""
     entry = zipfile.ZipInfo(name, date_time=_NO_TIME)
     entry.create_system, entry.external_attr = _UNIX, mode << 16
     return entry

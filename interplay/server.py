@@ -1,6 +1,6 @@
 """The `interplay` program: the commands of the server, which start without loading the client, and all others.
 
-What a server command runs is a program of its own, which takes every argument that follows, `--help` too.
+A server command runs a separate program, which takes every argument that follows, including `--help`.
 """
 
 import importlib.util
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ServerCommand:
-    """A command of the server: its module and first arguments, and by extra a module that shows whether it is there."""
+    """A command of the server: its module and first arguments, and by extra a module that shows it is installed."""
 
     module: tuple[str, ...]
     needs: dict[str, str]
@@ -31,21 +31,21 @@ COMMANDS = {
 
 
 def main() -> None:
-    """Run the command that the arguments name; a server command takes the place of this process."""
+    """Run the command that the arguments name; a server command replaces this process."""
     if len(sys.argv) > 1 and sys.argv[1] in COMMANDS:
         start(sys.argv[1], sys.argv[2:])
-    # Late: the client takes a third of a second to load, and a server has no use for it.
+    # Imported late: the client takes a third of a second to load, and a server does not need it.
     from interplay.command.main import main as run
 
     run()
 
 
 def start(name: str, arguments: Sequence[str]) -> None:
-    """Let a command of the server take the place of this process.
+    """Replace this process with a command of the server.
 
     Args:
         name: one of `COMMANDS`.
-        arguments: what follows it on the command line.
+        arguments: the arguments that follow it on the command line.
     """
     command = COMMANDS[name]
     for extra, witness in command.needs.items():
@@ -54,8 +54,8 @@ def start(name: str, arguments: Sequence[str]) -> None:
 
             detail = f"`interplay {name}` needs more than the client: pip install 'interplay[{extra}]'"
             fail(EXIT_USAGE, "Not installed", detail, {})
-    # The current folder must not shadow our packages: "app" is a name that many projects have. The variable,
-    # unlike -P, holds for the processes that the service starts, too.
+    # The current folder must not shadow the service's packages: "app" is a common name. The variable, unlike -P, also
+    # holds for the processes that the service starts.
     os.environ["PYTHONSAFEPATH"] = "1"
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, "-m", *command.module, *arguments])  # noqa: S606

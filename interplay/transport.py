@@ -1,13 +1,13 @@
-"""HTTP to an Interplay service: what can go wrong, told apart, and what is tried again.
+"""HTTP to an Interplay service: its exceptions and its retries.
 
-    InterplayError          what a caller can expect to catch
-    ├── ProblemError        the service answered with a problem (RFC 9457)
-    ├── ServiceUnreachable  nothing answered at the URL, or what answered is no Interplay service
+    InterplayError          base of the exceptions that a caller can catch
+    ├── ProblemError        the service responded with a problem (RFC 9457)
+    ├── ServiceUnreachable  no response from the URL, or one that is not from an Interplay service
     ├── AnalysisFailed      an analysis that was waited for ended as failed or cancelled
-    └── WaitTimeout         it had not ended when the time was up
+    └── WaitTimeout         it had not ended when the timeout passed
 
-Tried again is what may pass by itself (429, 502, 503, 504, a connection that broke, one that is refused by a service
-which answered before) and what does no harm when it is done twice; who calls says which that is.
+A request is retried if its failure may be transient (429, 502, 503, 504, a broken connection, or one refused by a
+service that responded before) and if the caller marks it as safe to repeat.
 """
 
 import ipaddress
@@ -26,29 +26,29 @@ import httpx
 DEFAULT_URL = "http://127.0.0.1:8321"
 Body = dict[str, Any]
 
-# uvicorn closes a connection that was idle for 5 s. Ours must go first: a request that is written while the other
-# side closes is lost, and an upload cannot always be sent twice behind the caller's back.
+# uvicorn closes a connection that was idle for 5 s. The client must close first: a request written while the other side
+# closes is lost, and an upload cannot always be retried without the caller knowing.
 _KEEPALIVE_SECONDS = 2.0
 _PASSING = (429, 502, 503, 504)
-# Of these whoever answered says that it did nothing; of the others nobody knows.
+# With these the server states that it did nothing; with the others the effect is unknown.
 _REFUSING = (429, 503)
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.2, 5.0
 
 
 class InterplayError(Exception):
-    """Base of what this client raises; its text is meant for a person."""
+    """Base of this client's exceptions; its text is meant for a person."""
 
 
 class ProblemError(InterplayError):
-    """The service answered with a problem.
+    """The service responded with a problem.
 
     Attributes:
         status: HTTP status.
         type: identifier of the kind of problem; docs/problems.md lists them.
         title: the kind in words.
-        detail: what was wrong this time.
-        members: the problem's other members, such as lists of names.
-        retry_after: seconds after which the service wants to be asked again, where it says so.
+        detail: the fault in this case.
+        members: the problem's other members, for example lists of names.
+        retry_after: seconds until the service wants a retry, if it sent them.
     """
 
     def __init__(self, status: int, problem: Mapping[str, Any], retry_after: float | None = None) -> None:
@@ -64,11 +64,11 @@ class ProblemError(InterplayError):
 
 
 class ServiceUnreachable(InterplayError):
-    """Nothing answered at the URL in time, or what answered is no Interplay service.
+    """The URL did not respond in time, or the response is not from an Interplay service.
 
     Attributes:
-        passing: whether it is worth trying again.
-        refused: no connection was made, so nothing was done.
+        passing: whether a retry may succeed.
+        refused: whether no connection was made, so that the service did nothing.
     """
 
     def __init__(self, text: str, *, passing: bool = False, refused: bool = False) -> None:
@@ -81,7 +81,7 @@ class AnalysisFailed(InterplayError):
 
     Attributes:
         analysis: its last state.
-        problem: why, as the service says it; None where it was cancelled.
+        problem: the service's problem; None if it was cancelled.
     """
 
     def __init__(self, analysis: Mapping[str, Any]) -> None:
@@ -92,14 +92,14 @@ class AnalysisFailed(InterplayError):
 
 
 class WaitTimeout(InterplayError):
-    """The analysis had not ended when the time was up; it goes on."""
+    """The analysis had not ended when the timeout passed; it continues."""
 
 
 class Retries:
-    """The further attempts of one call: pauses that double, with jitter, within a number of seconds in all.
+    """The retries of one call: pauses that double, with jitter, within a total number of seconds.
 
     Args:
-        seconds: from the first failure; no attempt begins later. 0 for none.
+        seconds: from the first failure; no retry begins later. 0 for no retries.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -111,14 +111,14 @@ class Retries:
         """Sleep before the next attempt.
 
         Raises:
-            InterplayError: the error itself, where trying again is of no use or the time is up.
+            InterplayError: the error itself, if it is not transient or the time is up.
         """
         if not is_passing(error):
             raise error
         now = time.monotonic()
         self._deadline = now + self._seconds if self._deadline is None else self._deadline
         longest = min(_FIRST_PAUSE_SECONDS * 2**self.used, _LONGEST_PAUSE_SECONDS)
-        # Half of it by chance: clients that one outage has cut off do not come back at one instant.
+        # Half of it is random, so that clients cut off by one outage do not all return at one instant.
         seconds = longest * random.uniform(0.5, 1)  # noqa: S311 - nobody gains by guessing it
         seconds += getattr(error, "retry_after", None) or 0.0
         if now + seconds > self._deadline:
@@ -128,14 +128,14 @@ class Retries:
 
 
 def is_passing(error: InterplayError) -> bool:
-    """Whether another attempt may succeed."""
+    """Return whether a retry may succeed."""
     if isinstance(error, ProblemError):
         return error.status in _PASSING
     return isinstance(error, ServiceUnreachable) and error.passing
 
 
 def may_be_done(error: InterplayError) -> bool:
-    """Whether the service may have done what was asked, though its answer did not come."""
+    """Return whether the service may have carried out the request, though its response did not come."""
     if isinstance(error, ProblemError):
         return error.status not in _REFUSING
     return not (isinstance(error, ServiceUnreachable) and error.refused)
@@ -147,8 +147,8 @@ class Transport:
     Args:
         url: http or https.
         key: sent as a bearer token.
-        timeout: seconds without a sign of life after which a call gives up.
-        retry_seconds: for how long a call is tried again.
+        timeout: seconds without network activity after which a call gives up.
+        retry_seconds: how long a call is retried.
 
     Raises:
         ValueError: `url` is not an http or https URL, or no header can carry the key.
@@ -167,7 +167,7 @@ class Transport:
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=self.timeout,
             limits=httpx.Limits(keepalive_expiry=_KEEPALIVE_SECONDS),
-            # A proxy from the environment is for other machines; it cannot reach our loopback.
+            # A proxy from the environment is for other machines; it cannot reach this machine's loopback.
             trust_env=not _is_loopback(host),
         )
 
@@ -176,11 +176,11 @@ class Transport:
         self._http.close()
 
     def retries(self) -> Retries:
-        """The further attempts of a call that is about to begin."""
+        """Return the retries of a new call."""
         return Retries(self._retry_seconds)
 
     def call(self, method: str, path: str, **request: Any) -> Body:
-        """What `send` answers, which must be a JSON object."""
+        """Send a request as `send` does and return its response, which must be a JSON object."""
         response = self.send(method, path, **request)
         try:
             body = response.json()
@@ -193,19 +193,19 @@ class Transport:
     def send(
         self, method: str, path: str, *, repeatable: bool = False, retries: Retries | None = None, **request: Any
     ) -> httpx.Response:
-        """Send a request and give its answer, which is a success.
+        """Send a request and return its successful response.
 
         Args:
-            method: of HTTP.
+            method: HTTP method.
             path: below the service's URL.
-            repeatable: doing it twice does no harm, so it is tried again.
+            repeatable: whether the request is safe to repeat, and so is retried.
             retries: those of a larger call that this is a part of; default: its own.
-            request: what httpx takes.
+            request: further arguments of httpx.
 
         Raises:
-            ProblemError: the answer is a problem.
-            ServiceUnreachable: there is no answer.
-            ValueError: a number that should be sent is NaN or infinite.
+            ProblemError: the response is a problem.
+            ServiceUnreachable: there is no response.
+            ValueError: a number to be sent is NaN or infinite.
         """
         _require_finite(request.get("json"), ())
         left = retries or self.retries()
@@ -224,10 +224,10 @@ class Transport:
 
     @contextmanager
     def stream(self, path: str, *, silence_seconds: float) -> Iterator[httpx.Response]:
-        """GET whose answer is read as it comes; whatever its status.
+        """Yield the streamed response of a GET, whatever its status.
 
         Raises:
-            ServiceUnreachable: it breaks, or nothing comes for so many seconds.
+            ServiceUnreachable: the stream breaks, or nothing comes for `silence_seconds`.
         """
         timeout = httpx.Timeout(self.timeout)
         timeout.read = silence_seconds
@@ -240,7 +240,7 @@ class Transport:
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
-        """What httpx raises, as what callers of this module catch."""
+        """Map exceptions of httpx to ServiceUnreachable."""
         try:
             yield
         except (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError) as error:
@@ -249,7 +249,7 @@ class Transport:
         except httpx.TimeoutException as error:
             raise ServiceUnreachable(f"{self.url} did not answer in time ({type(error).__name__}).") from error
         except httpx.TransportError as error:
-            # Who has answered before is starting again; who never has may not be there at all.
+            # A service that responded before is restarting; one that never did may not exist.
             text = f"{self.url} cannot be reached: {error or type(error).__name__}."
             refused = isinstance(error, httpx.ConnectError)
             raise ServiceUnreachable(text, passing=refused and self._answered, refused=refused) from error
@@ -262,19 +262,19 @@ class Transport:
         except ValueError:
             problem = None
         if not isinstance(problem, dict):
-            # Not ours: a proxy between here and the service, or another server.
+            # Not from the service: a proxy between here and the service, or another server.
             problem = {"title": f"{self.url} answered {response.status_code}", "detail": response.text[:300].strip()}
         return ProblemError(response.status_code, problem, _retry_after(response.headers.get("Retry-After", "")))
 
 
 def segment(identifier: str) -> str:
-    """An identifier as one segment of a path."""
-    # An id is typed by people: "a/b" or "?x" must stay one unknown id, never become another route.
+    """Return an identifier quoted as one segment of a path."""
+    # People type ids: "a/b" or "?x" must stay one unknown id, never become another route.
     return quote(identifier, safe="") or "%20"
 
 
 def _require_finite(value: Any, place: tuple[str, ...]) -> None:
-    """What JSON has no way to say is told by its place, as httpx's own words name none."""
+    """Check that all numbers are finite; name the place of one that is not, as httpx's own error does not."""
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{'.'.join(place)} is {value}, which is not a finite number.")
     if isinstance(value, Mapping):
@@ -286,7 +286,7 @@ def _require_finite(value: Any, place: tuple[str, ...]) -> None:
 
 
 def _retry_after(text: str) -> float | None:
-    """Seconds, of a header that gives them or an instant."""
+    """Return the seconds of a Retry-After header, which gives seconds or an instant; None if it is neither."""
     if text.isdecimal():
         return float(text[:9])
     try:

@@ -1,7 +1,7 @@
-"""Files on their way to the service, and what happens where the answer to one is lost.
+"""Upload files to the service, also when a response is lost.
 
-To send a file twice makes two resources of it. So it is sent again at once only where the service did nothing (it was
-busy, or did not even take the connection); where nobody knows, the service is asked first whether it has the file.
+Sending a file twice creates two resources. So an upload is retried at once only if the service did nothing (it was
+busy, or refused the connection). If that is unknown, the client first asks the service whether it has the file.
 """
 
 import hashlib
@@ -28,10 +28,10 @@ def push(transport: Transport, collection: str, path: Path, spec: Mapping[str, A
         transport: to the service.
         collection: checkpoints, probes or feature-sets.
         path: the file.
-        spec: what the service is to know of it, its `name` among that.
+        spec: its description for the service, with its `name`.
 
     Raises:
-        ProblemError, ServiceUnreachable: it was not kept, or nobody knows.
+        ProblemError, ServiceUnreachable: the service did not store it, or that is unknown.
     """
     began, retries = time.monotonic(), transport.retries()
     while True:
@@ -50,7 +50,7 @@ def _send(transport: Transport, collection: str, path: Path, spec: Mapping[str, 
     timeout = httpx.Timeout(transport.timeout)
     timeout.read = max(_ANSWER_SECONDS, timeout.read or 0.0)
     with path.open("rb") as file:
-        # The spec goes first: whoever looks at what is on its way sees what it is.
+        # The spec goes first, so that an upload in progress shows its description.
         parts = [
             ("spec", (None, json.dumps(spec).encode(), "application/json")),
             ("file", (path.name, file, "application/octet-stream")),
@@ -59,7 +59,7 @@ def _send(transport: Transport, collection: str, path: Path, spec: Mapping[str, 
 
 
 def _kept(transport: Transport, retries: Retries, collection: str, path: Path, name: str, began: float) -> Body | None:
-    """What an upload made whose answer was lost: of the same file, under the same name, since it began."""
+    """Return the resource of an upload whose response was lost: same file, same name, created since it began."""
     place = f"/v1/{collection}"
     asked = transport.send("GET", place, params={"name": name, "limit": 1}, repeatable=True, retries=retries)
     try:
@@ -76,7 +76,7 @@ def _kept(transport: Transport, retries: Retries, collection: str, path: Path, n
 
 
 def _is_stored_as_it_is(collection: str, path: Path) -> bool:
-    """Whether the service's sha256 is the file's own: of a checkpoint in an archive it is that of the weights."""
+    """Return whether the service's sha256 is the file's own; for a checkpoint in an archive it is the weights'."""
     if collection != "checkpoints":
         return True
     with path.open("rb") as file:

@@ -1,1 +1,1 @@
-"""The processes that take analyses from the queue and compute them."""
+"""Worker processes that take analyses from the queue and compute them."""

@@ -1,6 +1,6 @@
-"""`python -m workers`: one worker process. It talks to the queue; its child computes.
+"""`python -m workers`: one worker process. It serves the queue; its child computes.
 
-The child takes longest to start, so it goes first: what this process needs for itself loads meanwhile.
+The child takes longest to start, so it is started first: the imports of this process load meanwhile.
 """
 
 import argparse
@@ -28,7 +28,7 @@ _POLLING_SECONDS = 0.1
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Work until SIGTERM or Ctrl-C; what runs then is resumed by the next worker."""
+    """Work until SIGTERM or Ctrl-C; the next worker resumes the analyses that run then."""
     parser = argparse.ArgumentParser(prog="interplay worker", description="Settings are INTERPLAY_... variables.")
     parser.add_argument(
         "--stop-at-end-of-input", action="store_true", help="stop when standard input ends, as it does with its parent"
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     settings = load_settings()
     start_logging(settings)
-    # A pipe, because a handler may run while its own thread holds whatever lock it would need.
+    # A pipe, because a signal handler may run while its own thread holds a lock that it would need.
     told_to_stop, tell_to_stop = os.pipe()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: os.write(tell_to_stop, b"."))
@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
     child.start()
     if options.wait_for_input and told_to_stop in select.select([told_to_begin, told_to_stop], [], [])[0]:
         child.kill()
-        os._exit(0)  # not by `return`: the thread that reads standard input would be in the way
+        os._exit(0)  # not by `return`, which the thread that reads standard input would block
     try:
         _work(settings, child, told_to_stop)
     except CannotStart as refusal:
@@ -67,7 +67,7 @@ def _work(settings: Settings, child: ComputeChild, told_to_stop: int) -> None:
     from workers.liveness import Presence
     from workers.workflows import Host, register
 
-    # A fresh name for each process: nobody's unfinished work is taken for its own.
+    # A fresh id for each process, so that it does not count another process's unfinished work as its own.
     worker_id = str(uuid4())
     with starting(settings):
         engine, storage = make_engine(settings), Storage(settings)
@@ -95,7 +95,7 @@ def _work(settings: Settings, child: ComputeChild, told_to_stop: int) -> None:
     try:
         presence.withdraw()
     finally:
-        # Whatever runs is pending in the queue, and stays so: nothing is gained by waiting for its threads.
+        # Running analyses stay pending in the queue, so there is no need to wait for their threads.
         child.kill()
         os._exit(0)
 
@@ -121,7 +121,7 @@ def _join_queue(settings: Settings, engine: "sa.Engine", worker_id: str) -> None
 
 
 def _watch_input(tell_to_begin: int, tell_to_stop: int) -> None:
-    # Not through sys.stdin: a thread that waits in its buffer aborts the interpreter where that shuts down.
+    # Not through sys.stdin: a thread that waits in its buffer aborts the interpreter at shutdown.
     if os.read(0, 1):
         os.write(tell_to_begin, b".")
         while os.read(0, 4096):
@@ -133,7 +133,7 @@ def _keep_up(presence: "Presence", stopping: threading.Event) -> None:
     try:
         presence.keep_up(stopping)
     finally:
-        # A worker without a heartbeat must not go on: its work is, or will be, somebody else's.
+        # A worker without a heartbeat must not continue: other workers take over its work.
         if not stopping.is_set():
             os._exit(3)
 

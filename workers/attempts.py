@@ -1,7 +1,7 @@
-"""An attempt at an analysis, as the database sees it: begun, making progress, ended.
+"""An attempt at an analysis as the database records it: begun, in progress, ended.
 
-Each function is one transaction that locks the analysis's row, so it is true whoever else looks at it at the time: a
-client that cancels, or a worker that was thought dead and still runs.
+Each function is one transaction that locks the analysis's row, so it stays consistent beside concurrent writers: a
+client that cancels, or a worker that was assumed dead and still runs.
 """
 
 import hashlib
@@ -22,12 +22,12 @@ from app.schemas.reports import Report as AnyReport
 from workers.child import Progress, Result
 
 _REPORTS: TypeAdapter[Any] = TypeAdapter(AnyReport)
-# Of a checkpoint's row; a report has all of it.
+# Characters of a prefix that a checkpoint's row stores; a report has all of it.
 _MAX_PREFIX = 200
 
 
 def begin(engine: sa.Engine, analysis_id: str, max_attempts: int) -> dict[str, Any] | None:
-    """Count an attempt and say what to compute, as JSON values; None where there is nothing left to do."""
+    """Count an attempt and return the task to compute, as JSON values; None if there is nothing left to do."""
     with write(engine) as session:
         row = session.get(Analysis, analysis_id, with_for_update=True)
         if row is None or row.outcome is not None:
@@ -60,7 +60,7 @@ def begin(engine: sa.Engine, analysis_id: str, max_attempts: int) -> dict[str, A
 
 
 def evaluation_of(engine: sa.Engine, task: dict[str, Any], position: int) -> dict[str, Any] | None:
-    """The newest evaluation report of one of a task's checkpoints on its probe, with its options, if there is one."""
+    """Return the newest evaluation report of one of a task's checkpoints on its probe with its options, or None."""
     places = sa.select(AnalysisCheckpoint.analysis_id).where(
         AnalysisCheckpoint.checkpoint_id == task["subjects"][position]["id"]
     )
@@ -72,7 +72,7 @@ def evaluation_of(engine: sa.Engine, task: dict[str, Any], position: int) -> dic
     with read(engine) as session:
         for content in session.scalars(reports):
             report: dict[str, Any] = json.loads(content)
-            # As the schema reads them: a report from before an option was there was computed with its default.
+            # Parsed by the schema: a report older than an option was computed with the option's default.
             theirs, ours = (
                 EvaluationOptions(**options) for options in (report["provenance"]["options"], task["options"])
             )
@@ -82,7 +82,7 @@ def evaluation_of(engine: sa.Engine, task: dict[str, Any], position: int) -> dic
 
 
 def note(engine: sa.Engine, analysis_id: str, progress: Progress | None) -> bool:
-    """Store progress, if there is any; True where somebody wants the analysis cancelled, or it has ended elsewhere."""
+    """Store progress, if any; return whether the analysis is to be cancelled or has ended elsewhere."""
     with write(engine) as session:
         row = session.get(Analysis, analysis_id, with_for_update=True)
         if row is None or row.outcome is not None or row.cancel_requested_at is not None:
@@ -93,7 +93,7 @@ def note(engine: sa.Engine, analysis_id: str, progress: Progress | None) -> bool
 
 
 def finish(engine: sa.Engine, analysis_id: str, result: Result) -> bool:
-    """Record the outcome, and the report with it, once; False where an outcome was recorded before."""
+    """Record the outcome and the report once; return False if an outcome was already recorded."""
     with write(engine) as session:
         row = session.get(Analysis, analysis_id, with_for_update=True)
         if row is None or row.outcome is not None:
@@ -113,15 +113,15 @@ def _end(row: Analysis, result: Result) -> None:
 
 
 def _subjects(body: dict[str, Any]) -> list[dict[str, Any]]:
-    """All that a report is about."""
+    """Return all subjects of a report."""
     return body.get("subjects") or [body["subject"]]
 
 
 def _note_names(session: Session, body: dict[str, Any]) -> None:
-    """Let checkpoints say how their files name tensors, which was a guess before a network was built."""
+    """Store on the checkpoints how their files name tensors, which was a guess before a network was built."""
     found = {subject["id"]: subject for subject in _subjects(body) if subject.get("infixes") is not None}
     unchecked = sa.select(Checkpoint).where(Checkpoint.id.in_(found), ~Checkpoint.names_checked)
-    # In one order, so that two analyses of the same checkpoints never wait for each other.
+    # Locked in one order, so that two analyses of the same checkpoints cannot deadlock.
     for checkpoint in session.scalars(unchecked.order_by(Checkpoint.id).with_for_update()):
         subject = found[checkpoint.id]
         checkpoint.prefix, checkpoint.ignored = subject["prefix"][:_MAX_PREFIX], subject["ignored"]
@@ -129,7 +129,7 @@ def _note_names(session: Session, body: dict[str, Any]) -> None:
 
 
 def _metadata(body: dict[str, Any]) -> dict[str, Any]:
-    """Of all that a report is about: under each key every value that one of them has."""
+    """Return the metadata of all subjects of a report: each key with every value that a subject has."""
     found: dict[str, list[Any]] = {}
     for subject in _subjects(body):
         for key, value in subject["metadata"].items():
@@ -161,7 +161,7 @@ def _report(row: Analysis, body: dict[str, Any]) -> Report:
     )
 
 
-# A feature set has neither network nor inputs: what a report says of those is null.
+# A feature set has neither network nor inputs: a report has null for their members.
 _OF_SUBJECT = (
     "id", "name", "sha256", "size_bytes", "n_parameters", "architecture", "head", "prefix", "ignored", "asked_prefix",
 )  # fmt: skip
@@ -179,7 +179,7 @@ _OF_DATA = (
     "input_shape",
     "preprocess",
 )
-# What says how a probe's file is read, and what a checkpoint brings for it.
+# Members that determine how a probe's file is read, and those that a checkpoint brings for it.
 _OF_FILE = ("columns", "tokenizer_sha256", "max_length")
 _OF_BROUGHT = ("preprocess", "tokenizer_sha256")
 

@@ -1,7 +1,7 @@
 """The compute process: torch runs here, in a child of the worker that can be killed.
 
-Cancelling, a timeout, memory that ran out and a crash in native code cost a child, never the worker. The child stays
-warm between analyses. The two talk in lines of JSON over the child's standard input and output:
+A cancellation, a timeout, exhausted memory or a crash in native code ends the child, never the worker. The child stays
+warm between analyses. The two exchange lines of JSON over the child's standard input and output:
 
     worker -> child   {"task": {...}}
     child -> worker   {"hello": {...}} once, then for each task {"progress": [phase, done, total]} any number of times
@@ -29,19 +29,19 @@ from app.settings import Settings
 
 logger = logging.getLogger("interplay")
 
-# How often a running analysis is asked whether it should stop, and how stale its progress may be.
+# How often a running analysis is checked for cancellation, and how stale its progress may be.
 _TICK_SECONDS = 0.25
-# Of a processor, below which a process counts as doing nothing.
+# Share of one processor below which a process counts as idle.
 _IDLE_SHARE = 0.01
 
-# How torch computes in the process, where the operator's environment does not say otherwise.
+# Defaults for torch in the process; the operator's environment overrides them.
 ARITHMETIC = {
-    # How long threads spin while they wait for each other. By default they do for so long that one which lost its core
-    # to another process holds all the others up: eigvalsh of 512 x 512 on two threads of two busy cores took 0.3 to 6 s
-    # in place of 0.03 s. Without spinning it took 0.06 s on idle cores, with this 0.015 s.
+    # How long threads spin while they wait for each other. By default they spin so long that a thread which lost its
+    # core to another process delays all the others: eigvalsh of 512 x 512 on two threads of two busy cores took 0.3 to
+    # 6 s instead of 0.03 s. On idle cores it took 0.06 s without spinning, and 0.015 s with this value.
     "GOMP_SPINCOUNT": "1000",
-    # Memory that was freed is kept for what comes next, up to 256 MiB: giving it back and getting it again, page by
-    # page, took 5 to 10 % of the passes and the metrics of a small network.
+    # Up to 256 MiB of freed memory is kept for reuse: returning it and getting it again, page by page, took 5 to 10 %
+    # of the time of the passes and the metrics of a small network.
     "MALLOC_MMAP_THRESHOLD_": str(2**25),
     "MALLOC_TRIM_THRESHOLD_": str(2**28),
 }
@@ -52,7 +52,7 @@ Outcome = Literal["succeeded", "failed", "cancelled"]
 
 @dataclass(frozen=True)
 class Result:
-    """How computing ended: with the body of a report, with a problem, or with neither where it was cancelled."""
+    """How a computation ended: with the body of a report, with a problem, or, if cancelled, with neither."""
 
     outcome: Outcome
     body: Message | None = None
@@ -71,18 +71,18 @@ class ChildDied(Exception):
 
 
 class ComputeChild:
-    """The worker's end: starts the process, gives it one task at a time, kills it when a task must stop."""
+    """The worker's side: starts the process, gives it one task at a time, and kills it when a task must stop."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        # A run that was taken over from this worker may still be computing here when the next one comes.
+        # A run that another worker took over may still be computing here when the next one comes.
         self._one_at_a_time = threading.Lock()
         self.description: Message | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._messages: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
 
     def start(self) -> None:
-        """Start the process where it does not run; it loads torch while there is nothing to do yet."""
+        """Start the process if it is not running; it loads torch before the first task comes."""
         if self.is_running():
             return
         environment = {**ARITHMETIC, **plain_environment(self._settings, storage=True)}
@@ -99,12 +99,12 @@ class ComputeChild:
         return self._process is not None and self._process.poll() is None
 
     def run(self, task: Message, on_tick: Callable[[Progress | None], bool]) -> Result:
-        """Compute one task. `on_tick` gets new progress, if any, several times a second; where it returns True, or
-        the task takes longer than `analysis_timeout_seconds`, the process is killed.
+        """Compute one task. `on_tick` gets new progress, if any, several times a second; if it returns True, or the
+        task takes longer than `analysis_timeout_seconds`, the process is killed.
 
         Raises:
-            ChildDied: the process ended by itself, of which nothing is known but its exit status, or it was killed
-                because it did nothing.
+            ChildDied: the process ended by itself, and only its exit status is known, or it was killed because it
+                was idle.
         """
         with self._one_at_a_time:
             return self._run(task, on_tick)
@@ -160,7 +160,7 @@ class ComputeChild:
     def _send(self, message: Message) -> None:
         assert self._process is not None
         assert self._process.stdin is not None
-        # A process that has died closes its end; the reader notices as well and says so.
+        # A dead process closes its end of the pipe; the reader detects and reports that too.
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps(message).encode() + b"\n")
             self._process.stdin.flush()
@@ -185,10 +185,10 @@ class ComputeChild:
 
 
 class _Watch:
-    """Whether a process has done nothing for long: told nothing, and used no processor.
+    """Detects a stalled process: one that for long has sent no message and used no processor time.
 
-    A GPU that is waited for keeps a thread of the process busy; a deadlock, a read that never returns and a lost device
-    do not.
+    Waiting for a GPU keeps a thread of the process busy; a deadlock, a read that never returns and a lost device do
+    not.
     """
 
     def __init__(self, process_id: int, patience_seconds: float) -> None:
@@ -196,26 +196,26 @@ class _Watch:
         self.heard()
 
     def heard(self) -> None:
-        """Begin anew: the process has told something, or was seen to compute."""
+        """Restart the wait: the process has sent a message or used processor time."""
         self._since, self._computed_seconds = time.monotonic(), self._processor_seconds()
 
     def is_stalled(self) -> bool:
-        """Whether all of the patience went by without a sign; False where the system does not tell."""
+        """Return whether the process was idle for all of `patience_seconds`; False if its processor time is unknown."""
         if time.monotonic() - self._since < self._patience_seconds:
             return False
         now = self._processor_seconds()
         if now is None or self._computed_seconds is None:
             return False
-        # A thread that only looks around now and then, as some libraries' do, does not count.
+        # A thread that only polls now and then, as in some libraries, does not count.
         if now - self._computed_seconds > _IDLE_SHARE * self._patience_seconds:
             self.heard()
             return False
         return True
 
     def _processor_seconds(self) -> float | None:
-        """Processor time of the process, all of its threads together; None where /proc does not tell."""
+        """Return the processor time of all threads of the process together; None if /proc cannot be read."""
         try:
-            # The name, in brackets, may hold anything; user and system time are the 12th and 13th field after it.
+            # The name, in parentheses, may hold anything; user and system time are the 12th and 13th field after it.
             fields = Path(f"/proc/{self._process_id}/stat").read_text().rpartition(")")[2].split()
         except OSError:
             return None

@@ -1,9 +1,9 @@
-"""Which workers are alive, and what becomes of the work of those that are not.
+"""Detect dead and hung workers, and resume their work.
 
 A worker holds a lock under its id for as long as its process lives: a locked file beside a SQLite database, a session's
-advisory lock on PostgreSQL. It is dead where its lock is free and, on PostgreSQL, where a restart of the server frees
-every lock at once, its heartbeat is old as well. It hangs where its heartbeat is old for long while the lock is held.
-Heartbeats are written and compared in the database's time, so no machine's clock decides who lives.
+advisory lock on PostgreSQL. A worker is dead if its lock is free. On PostgreSQL its heartbeat must be old as well,
+since a restart of the server frees every lock at once. A worker is hung if its lock is held and its heartbeat has been
+old for long. Heartbeats are written and compared in the database's time, so the machines' clocks do not matter.
 """
 
 import fcntl
@@ -36,14 +36,14 @@ logger = logging.getLogger("interplay")
 _ROUND_SECONDS = 1.0
 _DEAD_AFTER = timedelta(seconds=5)
 _HUNG_AFTER = timedelta(seconds=60)
-# A run that the queue counts as this worker's and that does not run here is resumed after so many rounds.
+# Rounds after which a run that the queue assigns to this worker, but that does not run here, is resumed.
 _STRANDED_ROUNDS = 3
-# The queue's own record of a run that has ended, and a worker's row, are of no use to anybody after this.
+# How long the queue's record of an ended run, and an ended worker's row, are kept.
 _KEEP_RUNS = timedelta(days=1)
 
 
 class FileLocks:
-    """Locks for the processes of one machine, in a folder."""
+    """Locks between the processes of one machine, in a folder."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -59,7 +59,7 @@ class FileLocks:
 
     @contextmanager
     def attempt(self, name: str) -> Iterator[bool]:
-        """Hold a lock for a block, where nobody else does: True if so."""
+        """Try to hold a lock for a block; yield whether it was free."""
         descriptor = self._open(name)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -70,12 +70,12 @@ class FileLocks:
         try:
             yield free
         finally:
-            if free:  # nobody comes back under this name
+            if free:  # the name is never used again
                 self.forget(name)
             os.close(descriptor)
 
     def forget(self, name: str) -> None:
-        """Remove what a lock leaves behind that nobody will ask for again."""
+        """Remove the file of a lock that is not used again."""
         (self._folder / f"{name}.lock").unlink(missing_ok=True)
 
     def close(self) -> None:
@@ -88,7 +88,7 @@ class FileLocks:
 
 
 class AdvisoryLocks:
-    """Locks for all that use one PostgreSQL database, held by the session of one connection."""
+    """Locks between all clients of one PostgreSQL database, held by the session of one connection."""
 
     def __init__(self, engine: sa.Engine) -> None:
         self._engine = engine
@@ -96,7 +96,7 @@ class AdvisoryLocks:
         self._held: set[str] = set()
 
     def hold(self, name: str) -> None:
-        """Hold a lock until this process ends; taken again where the connection was lost."""
+        """Hold a lock until this process ends; take it again if the connection was lost."""
         if self._connection is None or self._connection.invalidated:
             lost, self._connection = self._connection, None
             self._held.clear()
@@ -106,11 +106,11 @@ class AdvisoryLocks:
         if name not in self._held and self._call("pg_try_advisory_lock", name):
             self._held.add(name)
         elif name in self._held:
-            self._connection.exec_driver_sql("SELECT 1")  # notices a connection that was lost meanwhile
+            self._connection.exec_driver_sql("SELECT 1")  # detects a connection that was lost meanwhile
 
     @contextmanager
     def attempt(self, name: str) -> Iterator[bool]:
-        """Hold a lock for a block, where nobody else does: True if so."""
+        """Try to hold a lock for a block; yield whether it was free."""
         free = self._call("pg_try_advisory_lock", name)
         try:
             yield free
@@ -119,7 +119,7 @@ class AdvisoryLocks:
                 self._call("pg_advisory_unlock", name)
 
     def forget(self, name: str) -> None:
-        """Nothing is left of a lock whose session has ended."""
+        """Do nothing: a lock leaves nothing behind when its session ends."""
 
     def close(self) -> None:
         """Free every lock that is held."""
@@ -134,7 +134,7 @@ class AdvisoryLocks:
 
 
 class Presence:
-    """Says that this worker lives, and resumes the work of those that do not, a round each second."""
+    """Sends this worker's heartbeat and resumes the work of dead workers, in one round each second."""
 
     def __init__(self, settings: Settings, engine: sa.Engine, worker_id: str, active: set[str]) -> None:
         """`active` holds the ids of the analyses that run in this process now."""
@@ -143,19 +143,19 @@ class Presence:
         self._active = active
         self._stranded: dict[str, int] = {}
         self._rounds = 0
-        # Since when every round has succeeded: whoever was away itself must not judge others by their silence.
+        # Since when every round has succeeded: a worker that was suspended itself must not judge others' silence.
         self._steady_since = self._last_round = time.monotonic()
         sqlite = engine.dialect.name == "sqlite"
-        # A file's lock is free only where its process has ended; a database's, also where the server restarted.
+        # A file's lock is free only after its process has ended; a database's also after the server restarted.
         self._dead_after = timedelta(0) if sqlite else _DEAD_AFTER
         self._locks = FileLocks(settings.data_dir / "workers") if sqlite else AdvisoryLocks(engine)
         self._client = queue.make_client(engine)
         self._storage = Storage(settings)
 
     def register(self, description: dict[str, Any]) -> None:
-        """Take the lock, then appear in the table: whoever finds the row finds the lock held.
+        """Take the lock, then insert the worker's row, so that a visible row always has its lock held.
 
-        `description` is what the compute process says of itself: device, torch_version, families.
+        `description` is the compute process's description of itself: device, torch_version, families.
         """
         self._locks.hold(self._id)
         with write(self._engine) as session:
@@ -164,18 +164,18 @@ class Presence:
             session.add(Worker(id=self._id, **place, **description))
 
     def withdraw(self) -> None:
-        """Say that this worker ends, so that its work is taken over at once."""
+        """Mark this worker as ended, so that its work is taken over at once."""
         with write(self._engine) as session:
             _mark_ended(session, self._id)
         self._locks.forget(self._id)
 
     def close(self) -> None:
-        """Give the lock and the connections back."""
+        """Release the lock and the connections."""
         self._locks.close()
         self._client.destroy()
 
     def keep_up(self, stopping: threading.Event) -> None:
-        """A round each second until `stopping` is set, or until others have taken this worker for dead."""
+        """Run a round each second until `stopping` is set or other workers have marked this one as ended."""
         while not stopping.wait(_ROUND_SECONDS):
             if time.monotonic() - self._last_round > _DEAD_AFTER.total_seconds():
                 self._steady_since = time.monotonic()  # this process, or its machine, was suspended
@@ -194,7 +194,7 @@ class Presence:
                     self._forget_old_runs()
                 self._rounds += 1
             except (sa.exc.SQLAlchemyError, DBOSException, OSError) as error:
-                # The database may be away for a while; a round that fails is no reason to stop.
+                # The database may be unavailable for a while; a failed round is no reason to stop.
                 logger.warning("a liveness round failed: %s", error)
                 self._steady_since = time.monotonic()
 
@@ -211,7 +211,7 @@ class Presence:
         self._resume_stranded(owners.pop(self._id, []))
         with read(self._engine) as session:
             rows = {row.id: row for row in session.scalars(sa.select(Worker).where(Worker.ended_at.is_(None)))}
-            # Read after the rows: no heartbeat of theirs is later.
+            # Read after the rows, so that no heartbeat in them is later.
             moment = clock(session)
         rows.pop(self._id, None)
         steady = timedelta(seconds=time.monotonic() - self._steady_since)
@@ -230,7 +230,7 @@ class Presence:
                         self._take_over(owner)
 
     def _take_over(self, owner: str) -> None:
-        # Listed again under the lock: what another worker has resumed meanwhile is no longer the owner's.
+        # Listed again under the lock: a run that another worker has resumed meanwhile is no longer the owner's.
         for analysis_id in self._pending_by_owner(owner).get(owner, []):
             logger.warning("worker %s is gone; analysis %s is queued again", owner, analysis_id)
             self._client.resume_workflow(analysis_id, queue_name=queue.QUEUE)
@@ -238,7 +238,7 @@ class Presence:
             _mark_ended(session, owner)
 
     def _resume_stranded(self, pending: list[str]) -> None:
-        """Resume what the queue believes to run here and does not: its thread died of an error in the queue."""
+        """Resume runs that the queue assigns here but that do not run: an error in the queue ended their thread."""
         idle = [analysis_id for analysis_id in pending if analysis_id not in self._active]
         self._stranded = {analysis_id: self._stranded.get(analysis_id, 0) + 1 for analysis_id in idle}
         for analysis_id, rounds in list(self._stranded.items()):
@@ -257,7 +257,7 @@ class Presence:
         return owners
 
     def _settle_lost_analyses(self) -> None:
-        """Fail an analysis whose run has ended without an outcome: a fault of ours that must not look like waiting."""
+        """Fail analyses whose run ended without an outcome: a fault of the service that must not look like waiting."""
         ended = queue.has_status(self._engine.dialect.name, Analysis.id.expression, *queue.ENDED)
         with read(self._engine) as session:
             before = clock(session) - timedelta(seconds=10)

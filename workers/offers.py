@@ -1,8 +1,8 @@
-"""Which networks a worker can build: every family is imported once, in a process of its own, and lists its names.
+"""Find which networks a worker can build: import every family once, in a separate process, and list its names.
 
-That a package is installed does not say that it can be imported: torchvision beside another torch than its own cannot.
-Trying takes seconds and much memory, and may end a process. So a worker is there first, and tries then; what it found
-it keeps in its data folder for the next start, under a name of all that is installed.
+An installed package may fail to import, as torchvision does beside a torch that it was not built for. Trying takes
+seconds and much memory, and may end the process. So a worker registers first and tries then. It caches the result in
+its data folder for the next start, under a fingerprint of all that is installed.
 """
 
 import hashlib
@@ -27,21 +27,21 @@ from app.settings import load_settings
 
 logger = logging.getLogger("interplay")
 
-# In the order in which they are listed; a test compares them with those of `analysis.networks.loading`.
+# In listing order; a test compares them with those of `analysis.networks.loading`.
 _FAMILIES = ("builtin", "transformers", "timm", "torchvision", "custom")
-# Longer than an import takes on a machine that is busy with something else.
+# Longer than an import takes on a busy machine.
 _PATIENCE_SECONDS = 600.0
 
 
 @dataclass
 class Offers:
-    """What was found so far.
+    """The families found so far.
 
     Attributes:
-        families: those that were imported.
-        untried: those that are installed and not tried yet.
-        unavailable: of those that cannot be imported the library's own words.
-        networks: of those whose networks have names, these.
+        families: families that were imported.
+        untried: families that are installed and not tried yet.
+        unavailable: the library's error message, by family that cannot be imported.
+        networks: names of networks, by family whose networks have names.
     """
 
     families: list[str]
@@ -50,7 +50,7 @@ class Offers:
     networks: dict[str, list[str]] = field(default_factory=dict)
 
     def take(self, family: str, *, error: str | None = None, names: Sequence[str] = ()) -> None:
-        """Note how an attempt at a family ended."""
+        """Record the result of trying a family."""
         self.untried.remove(family)
         if error is not None:
             self.unavailable[family] = error
@@ -61,11 +61,11 @@ class Offers:
 
 
 def find_out(offers: Offers, folder: Path, announce: Callable[[Offers], None]) -> None:
-    """Try every family that was not tried, and announce each result; what an earlier worker found is taken as it is.
+    """Try every untried family and announce each result; use the cached result of an earlier worker as it is.
 
     Args:
         offers: changed as results come.
-        folder: where what was found is kept.
+        folder: where the result is cached.
         announce: called after each result.
     """
     kept = folder / f"networks-{_fingerprint()}.json"
@@ -87,7 +87,7 @@ def find_out(offers: Offers, folder: Path, announce: Callable[[Offers], None]) -
 
 
 def start(offers: Offers, folder: Path, engine: sa.Engine, worker_id: str) -> None:
-    """Find out in a thread, and write what was found to the worker's row."""
+    """Try the families in a thread, and write the results to the worker's row."""
 
     def announce(found: Offers) -> None:
         try:
@@ -100,9 +100,9 @@ def start(offers: Offers, folder: Path, engine: sa.Engine, worker_id: str) -> No
 
 
 def _try(offers: Offers, announce: Callable[[Offers], None]) -> str | None:
-    """Let a process try what is left, and take its results; the family in the middle of which it ended, if it did."""
+    """Try the untried families in a process and record its results; return the family at which it died, if any."""
     command = [sys.executable, "-m", __name__, *offers.untried]
-    # At the end of the block its input ends, and so does the process.
+    # At the end of the block its input closes, and the process ends.
     environment, pipe = plain_environment(load_settings()), subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment) as process:
         deadline = threading.Timer(_PATIENCE_SECONDS, process.kill)
@@ -121,7 +121,7 @@ def _try(offers: Offers, announce: Callable[[Offers], None]) -> str | None:
 
 
 def _fingerprint() -> str:
-    """Of the interpreter, where it looks for packages, and what is installed there in which version."""
+    """Return a hash of the interpreter, its search path for packages, and the installed packages with versions."""
     installed = sorted(f"{one.name} {one.version}" for one in importlib.metadata.distributions())
     paths = [f"{path} {_changed(path)}" for path in sys.path]
     text = json.dumps([sys.executable, sys.version, paths, installed])
@@ -129,7 +129,7 @@ def _fingerprint() -> str:
 
 
 def _changed(path: str) -> int:
-    """When a folder last had a file more or less, as it has after each installation."""
+    """Return the time in ns of the last change of a folder of packages, which every installation makes; else 0."""
     try:
         return Path(path or ".").stat().st_mtime_ns if "site" in path else 0
     except OSError:
@@ -137,7 +137,7 @@ def _changed(path: str) -> int:
 
 
 def _read(kept: Path, offers: Offers) -> Offers | None:
-    """What an earlier worker found of the same families; None where there is nothing that can be read."""
+    """Return the cached result of an earlier worker for the same families; None if it is missing or unreadable."""
     try:
         content: Mapping[str, Any] = json.loads(kept.read_text())
         found = Offers(**content)
@@ -148,11 +148,11 @@ def _read(kept: Path, offers: Offers) -> Offers | None:
 
 
 def main(families: Sequence[str]) -> None:
-    """Try families, in the process that does; a line of JSON for each."""
-    # The worker is gone, however it went: nobody waits for what is being found out.
+    """Try families, in the separate process, and print a line of JSON for each."""
+    # When input ends the worker has ended, for whatever reason: nothing waits for the results.
     threading.Thread(target=lambda: (sys.stdin.buffer.read(), os._exit(1)), daemon=True).start()
     os.nice(5)
-    # What libraries print must not end up between the results.
+    # Output printed by libraries must not mix with the results.
     output = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 

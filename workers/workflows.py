@@ -1,8 +1,8 @@
-"""What the queue runs. Each point that is computed is one durable step; everything else is repeatable.
+"""The workflow that the queue runs. Each computed point is one durable step; everything else is repeatable.
 
-A step's result is recorded once, but its body may run again: a kill between its end and the record repeats it. And the
-workflow's own body runs again from the start at every resumption. So whatever is written is written through `attempts`,
-where a second time changes nothing.
+A step's result is recorded once, but its body may run again: a kill between its end and the record repeats it. The
+workflow's own body runs again from the start at every resumption. So all writes go through `attempts`, whose functions
+are idempotent.
 """
 
 import logging
@@ -26,16 +26,16 @@ from workers.child import ChildDied, ComputeChild, Progress, Result
 logger = logging.getLogger("interplay")
 T = TypeVar("T")
 
-# A child that dies is given one more chance with the same task, by a fresh one.
+# A task whose child dies is retried once, in a fresh child.
 _CHILD_ATTEMPTS = 2
-# How often what does not answer is asked again, and for how long the storage.
+# Pause between retries of a database or storage that does not answer, and how long the storage is retried.
 _PAUSE_SECONDS = 1.0
 _STORAGE_PATIENCE_SECONDS = 600.0
 
 
 @dataclass(frozen=True)
 class Host:
-    """What the workflows of this process work with; `active` are the ids of the analyses that run in it now."""
+    """The resources of this process's workflows; `active` holds the ids of the analyses that run in it now."""
 
     settings: Settings
     engine: sa.Engine
@@ -45,7 +45,7 @@ class Host:
 
 
 def register(host: Host) -> None:
-    """Make the queue's functions known, once for the process, before the queue is joined."""
+    """Register the queue's functions, once for the process, before the queue is joined."""
 
     @DBOS.step(name="compute")
     def compute(analysis_id: str, task: dict[str, Any]) -> dict[str, Any]:
@@ -64,9 +64,9 @@ def register(host: Host) -> None:
 
 
 def _run(compute: Callable[[dict[str, Any]], Result], task: dict[str, Any]) -> Result:
-    """One step for an evaluation or a comparison; for what has points one for each, and then one for the whole.
+    """Run one step for an evaluation or a comparison; for other kinds one for each point, then one for the report.
 
-    After a kill the steps that were recorded give what they gave, and the first that was not is computed.
+    After a kill the recorded steps return their results again, and the first unrecorded one is computed.
     """
     if task["kind"] in ("evaluation", "comparison"):
         return compute(task)
@@ -84,17 +84,17 @@ def _run(compute: Callable[[dict[str, Any]], Result], task: dict[str, Any]) -> R
 
 
 def _compute(host: Host, analysis_id: str, task: dict[str, Any]) -> Result:
-    """One point, for an evaluation the whole of it; what goes wrong with it is a result as well."""
+    """Compute one step: a point, a report, or a whole evaluation or comparison; failures are results too."""
 
     def on_tick(progress: Progress | None) -> bool:
         try:
             return attempts.note(host.engine, analysis_id, progress)
         except sa.exc.DBAPIError as error:
-            # Computing goes on while the database is away; the next tick asks again.
+            # The computation continues while the database is unavailable; the next tick retries.
             logger.warning("progress of analysis %s was not stored: %s", analysis_id, error)
             return False
 
-    # Points may be done faster than the child is looked after: so many are not to run on after a wish to cancel.
+    # Points may take less than one tick of the child, so cancellation is also checked before each point.
     if "step" in task and on_tick(Progress(task["step"], len(task["points"]), task["total"])):
         return Result("cancelled")
     if task["kind"] == "series" and task["step"] == "point":
@@ -123,7 +123,7 @@ def _compute(host: Host, analysis_id: str, task: dict[str, Any]) -> Result:
 def _fetch_patiently(
     storage: Storage, task: dict[str, Any], stack: ExitStack, on_tick: Callable[[Progress | None], bool]
 ) -> dict[str, Any] | Result:
-    """The task's blobs, waiting for a storage that is away; else how the analysis ends without them."""
+    """Fetch the task's blobs, retrying while the storage is unavailable; else return the result without them."""
     deadline = time.monotonic() + _STORAGE_PATIENCE_SECONDS
     while True:
         try:
@@ -151,7 +151,7 @@ def _fetch_patiently(
 
 
 def _fetch(storage: Storage, task: dict[str, Any], stack: ExitStack) -> dict[str, Any]:
-    """Paths of the blobs that a task needs now, by sha256, good until the stack unwinds."""
+    """Return the paths of the blobs that a task needs now, by sha256, valid until the stack unwinds."""
     if task.get("step") == "report":
         return {"paths": {}}
     subjects = task["subjects"]
@@ -168,14 +168,14 @@ def _fetch(storage: Storage, task: dict[str, Any], stack: ExitStack) -> dict[str
 
 
 def _limits(settings: Settings) -> dict[str, Any]:
-    """What the operator allows of a probe's file, as the child takes it."""
+    """Return the operator's limits for a probe's file, in the child's form."""
     return {"dataset": asdict(Limits.of(settings)), "image_pixels": settings.max_image_pixels}
 
 
 def _is_of_the_same_inputs(task: dict[str, Any], report: dict[str, Any]) -> bool:
-    """Whether what the report's checkpoint brought did not decide what the network saw, or all checkpoints bring it.
+    """Return whether the report's inputs did not depend on its checkpoint's preprocessing or tokenizer, or all agree.
 
-    Where they bring different ones the series is refused, whatever was evaluated before.
+    If the checkpoints bring different ones the series is refused, whatever was evaluated before.
     """
     if all(brought == task["brought"][0] for brought in task["brought"]):
         return True
@@ -185,7 +185,7 @@ def _is_of_the_same_inputs(task: dict[str, Any], report: dict[str, Any]) -> bool
 
 
 def _reused(task: dict[str, Any], position: int, report: dict[str, Any]) -> dict[str, Any]:
-    """A point of a series as the child would have made it, from a report that there is."""
+    """Return a point of a series as the child would have made it, from an existing report."""
     point = {
         "x": task["axis"]["values"][position],
         "checkpoint_id": task["subjects"][position]["id"],
@@ -200,7 +200,7 @@ def _reused(task: dict[str, Any], position: int, report: dict[str, Any]) -> dict
 
 
 def _patiently(transaction: Callable[[], T]) -> T:
-    """Run a transaction, again and again while the database is away: an outcome must not be lost to a restart."""
+    """Run a transaction, retrying while the database is unavailable: a restart must not lose an outcome."""
     while True:
         try:
             return transaction()

@@ -1,4 +1,4 @@
-"""`interplay analyze`, `compare`, `path`, `prune` and `series`: analyses, queued and waited for."""
+"""`interplay analyze`, `compare`, `path`, `prune` and `series`: queue analyses and wait for them."""
 
 import math
 from typing import Annotated, Any
@@ -231,7 +231,7 @@ def analyze_series(
 
 
 def _follow(client: Client, analysis: Any, wait: bool, timeout: float | None, as_json: bool) -> None:
-    """Print an analysis that was just queued; with `wait` its end, and the report for people."""
+    """Print an analysis that was just queued; with `wait` print its end, and without `as_json` its report."""
     if not wait:
         print_body(analysis, as_json, f"analysis {analysis['id']}, {analysis['status']}")
         return

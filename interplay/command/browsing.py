@@ -1,4 +1,4 @@
-"""`interplay show`, `export`, `list`, `cancel` and `delete`: what the service holds."""
+"""`interplay show`, `export`, `list`, `cancel` and `delete`: the resources of the service."""
 
 import enum
 import os
@@ -26,7 +26,7 @@ commands = typer.Typer()
 
 
 class Listed(enum.StrEnum):
-    """What `list` can list."""
+    """The collections that `list` can list."""
 
     CHECKPOINTS = "checkpoints"
     PROBES = "probes"
@@ -37,7 +37,7 @@ class Listed(enum.StrEnum):
 
 
 class Deletable(enum.StrEnum):
-    """What `delete` can delete."""
+    """The collections that `delete` can delete from."""
 
     CHECKPOINTS = "checkpoints"
     PROBES = "probes"
@@ -98,7 +98,7 @@ def export_report(
     """Hand a report to other tools: MLflow, CSV, Parquet. docs/report.md says what is in them."""
     if mlflow is None and csv is None and parquet is None:
         raise typer.BadParameter("Give one or more of --mlflow, --csv and --parquet.")
-    # MLflow tells its makers, and stdout, of each run; and it would try for minutes where nothing listens.
+    # MLflow reports each run to its makers and on stdout, and retries for minutes if no server listens.
     for name, value in (
         ("DISABLE_TELEMETRY", "1"),
         ("SUPPRESS_PRINTING_URL_TO_STDOUT", "1"),

@@ -1,7 +1,7 @@
-"""`interplay gate`: push, analyse, wait and judge in one command. `interplay baseline`: what changes are held against.
+"""`interplay gate`: push, analyse, wait and judge in one command. `interplay baseline`: the reference for changes.
 
 Exit codes of `interplay gate`: 0 the gate passed (with warnings, unless --strict); 1 it failed; 2 usage, or a problem
-that the service answered with; 3 the service cannot be reached; 4 the analysis failed; 5 a number is undefined.
+that the service responded with; 3 the service cannot be reached; 4 the analysis failed; 5 a number is undefined.
 """
 
 import json
@@ -48,7 +48,7 @@ from interplay.command.verdict import Run, junit, markdown, verdict_view, worst
 from interplay.results import Baseline, Gate
 
 EXIT_GATE_FAILED, EXIT_ANALYSIS_FAILED, EXIT_UNDEFINED = 1, 4, 5
-# A gateway's answer in place of the service's, or the service's own while it is restarting or overwhelmed.
+# Responses of a gateway in place of the service, or of the service itself while it is restarting or overloaded.
 _AWAY = (429, 502, 503, 504)
 
 baselines = typer.Typer(no_args_is_help=True)
@@ -56,7 +56,7 @@ baselines = typer.Typer(no_args_is_help=True)
 
 @dataclass(frozen=True)
 class _Candidate:
-    """What is judged: a report that there is, or a checkpoint that is analysed first."""
+    """The candidate to judge: an existing report, or a checkpoint that is analysed first."""
 
     report: str | None
     checkpoint: str | None
@@ -69,7 +69,7 @@ class _Candidate:
 
 @dataclass(frozen=True)
 class _Outputs:
-    """Which files are written, whatever comes out."""
+    """The files to write, whatever the result."""
 
     junit: Path | None
     markdown: Path | None
@@ -169,7 +169,7 @@ def _judge(
     baseline: str | None,
     promote: bool,
 ) -> None:
-    """From a candidate to a verdict, and to a new baseline where that was asked for."""
+    """Judge a candidate, and move the baseline if `promote` is set."""
     judging = client.get_gate(gate) if document is None else client.create_gate(document)
     run.gate = judging["name"]
     held = None if baseline is None else _baseline(client, baseline)
@@ -180,7 +180,7 @@ def _judge(
             report_id,
             gate_id=judging["id"],
             baseline=baseline,
-            # Where it was when the analysis began: what follows is all against one report.
+            # The report that it pointed at when the analysis began, so that everything uses the same one.
             baseline_report_id=None if held is None else held["report_id"],
         )
     codes = {"fail": EXIT_GATE_FAILED, "undefined": EXIT_UNDEFINED}
@@ -197,7 +197,7 @@ _LINKS = {"charts": "/charts/overview.png", "report": ""}
 
 
 def _analysed(client: Client, run: Run, gate: Gate, held: Baseline | None, candidate: _Candidate) -> str:
-    """The id of the candidate's report, once there is one."""
+    """Push and analyse the candidate, wait, and return the id of its report."""
     assert candidate.probe is not None, "the options were checked"
     against = _compared_with(gate, held)
     with _named(f"{candidate.probe!r} is neither the name nor the id of a probe", "--probe"):
@@ -208,7 +208,7 @@ def _analysed(client: Client, run: Run, gate: Gate, held: Baseline | None, candi
         if against is None:
             analysis = client.create_analysis(checkpoint_id=checkpoint_id, probe_id=probe_id, options=candidate.options)
         else:
-            # At the confidence that is asked for the interval is the comparison's own, not the normal one.
+            # At the confidence that the gate's checks use, the interval is the comparison's own, not the normal one.
             asked = [check["significance"] for check in gate["checks"] if check["significance"] is not None]
             options = {**candidate.options, **({"confidence": asked[0]} if asked else {})}
             with _named(f"its checkpoint {against} has been deleted; let it point at another report", "--baseline"):
@@ -223,7 +223,7 @@ def _analysed(client: Client, run: Run, gate: Gate, held: Baseline | None, candi
 
 
 def _compared_with(gate: Gate, held: Baseline | None) -> str | None:
-    """The baseline's checkpoint, where the gate needs intervals of changes; None where an evaluation will do."""
+    """Return the baseline's checkpoint if the gate needs intervals of changes; None if an evaluation is enough."""
     if gate["kind"] not in ("evaluation", "comparison"):
         raise typer.BadParameter(
             f"it judges reports of kind {gate['kind']}: make one with its own command, then give --report",
@@ -235,12 +235,12 @@ def _compared_with(gate: Gate, held: Baseline | None) -> str | None:
         raise typer.BadParameter(
             "a gate of kind comparison needs a baseline that is there, of a checkpoint", param_hint="--baseline"
         )
-    # Without a baseline yet, checks of changes are undefined, with or without intervals.
+    # As long as there is no baseline, checks of changes are undefined, with or without intervals.
     return checkpoint_id if significant or gate["kind"] == "comparison" else None
 
 
 def _checkpoint(client: Client, candidate: _Candidate) -> str:
-    """The id of the candidate, pushed where it is a file; a file that the service holds is not sent again."""
+    """Return the id of the candidate, pushed if it is a file; a file that the service has is not sent again."""
     assert candidate.checkpoint is not None, "the options were checked"
     path = Path(candidate.checkpoint)
     if not path.exists():
@@ -255,7 +255,7 @@ def _checkpoint(client: Client, candidate: _Candidate) -> str:
 
 
 def _baseline(client: Client, name: str) -> Baseline | None:
-    """Where a baseline points; None where there is none yet, which is for the gate to judge."""
+    """Return a baseline; None if it does not exist yet, which the gate judges."""
     try:
         return client.get_baseline(name)
     except ProblemError as error:
@@ -266,7 +266,7 @@ def _baseline(client: Client, name: str) -> Baseline | None:
 
 @contextmanager
 def _named(message: str, option: str) -> Iterator[None]:
-    """What the service does not have is said in the words of the option that asked for it."""
+    """Map a 404 of the service to BadParameter for the option that named the missing resource."""
     try:
         yield
     except ProblemError as error:
@@ -285,7 +285,7 @@ def _timed(run: Run, phase: str) -> Iterator[None]:
 
 
 def _document(gate: str) -> dict[str, Any] | None:
-    """What a gate's file holds; None where the option names no file but a gate of the service."""
+    """Return the content of a gate's file; None if the option names a gate of the service instead."""
     path = Path(gate)
     if not path.is_file():
         if path.suffix.lower() in (".yaml", ".yml", ".json") or "/" in gate:
@@ -298,14 +298,14 @@ def _document(gate: str) -> dict[str, Any] | None:
 
 
 def _require_writable(outputs: _Outputs) -> None:
-    """An analysis may take hours: what its end is written to is looked at before."""
+    """Check the output paths before the analysis, which may take hours."""
     for option, path in (("--junit", outputs.junit), ("--markdown", outputs.markdown), ("--json", outputs.json)):
         if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
             raise typer.BadParameter(f"{str(path)!r} cannot be written: no such folder", param_hint=option)
 
 
 def _note(run: Run, error: InterplayError, file: Path | None) -> None:
-    """Why there is no verdict, or no new baseline, and what the command ends with."""
+    """Record on the run why there is no verdict or no new baseline, and the exit code."""
     match error:
         case AnalysisFailed():
             run.exit_code = EXIT_ANALYSIS_FAILED
@@ -325,14 +325,14 @@ def _note(run: Run, error: InterplayError, file: Path | None) -> None:
 
 
 def _placed(file: Path, entry: Body) -> str:
-    """An error of the gate's form as FILE:LINE: what is wrong."""
+    """Return a validation error of the gate as FILE:LINE: MEMBER: MESSAGE."""
     place = [name for name in entry["loc"] if name != "body"]
     line = line_of(file, place)
     return f"{file}{'' if line is None else f':{line}'}: {'.'.join(place)}: {entry['message']}"
 
 
 def _finish(run: Run, outputs: _Outputs) -> None:
-    """Write what was asked for, show the verdict, and end with its code."""
+    """Write the requested files, show the verdict, and exit with its code."""
     written = ((outputs.junit, junit), (outputs.markdown, markdown), (outputs.json, _as_json))
     for path, text_of in written:
         if path is not None and str(path) != "-":

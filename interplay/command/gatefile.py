@@ -1,4 +1,4 @@
-"""A gate's YAML file: read into what the service takes, with the lines of what it refuses."""
+"""Read a gate's YAML file into the service's form, and find the lines of members that the service refuses."""
 
 import json
 from collections.abc import Sequence
@@ -9,23 +9,23 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
-# Of the largest gate, 10,000 checks, there are less; an alias counts as often as it stands for something.
+# The largest gate, 10,000 checks, is below these limits; an alias counts each time it is expanded.
 _MAX_FILE_BYTES = 16 * 2**20
 _MAX_VALUES = 500_000
 _MAX_CHARACTERS = 32 * 2**20
 
 
 class GateFileError(ValueError):
-    """The file is no gate; the text says where and why."""
+    """The file is not a gate; the text says where and why."""
 
 
 def read_gate(path: Path) -> dict[str, Any]:
-    """The gate in a file, YAML 1.2 or JSON.
+    """Return the gate in a file, YAML 1.2 or JSON.
 
-    Aliases and merged mappings are what they stand for, as long as they come to no more than a gate can be.
+    Aliases and merged mappings are expanded, up to the largest size of a gate.
 
     Raises:
-        GateFileError: it is not YAML, not a mapping, holds what JSON has no way to say, or aliases without end.
+        GateFileError: it is not YAML, not a mapping, holds a value that JSON cannot express, or aliases without end.
     """
     size_bytes = path.stat().st_size
     if size_bytes > _MAX_FILE_BYTES:
@@ -54,7 +54,7 @@ def read_gate(path: Path) -> dict[str, Any]:
 
 
 def _require_bounded(node: Node | None, path: Path) -> None:
-    """Raise GateFileError where aliases, which cost a few bytes each, stand for more than a gate can hold."""
+    """Raise GateFileError if aliases, which take a few bytes each, expand to more than a gate can hold."""
     values, characters = _expanded(node, {}, path)
     if values > _MAX_VALUES or characters > _MAX_CHARACTERS:
         # The counts themselves may be too long to print.
@@ -66,15 +66,15 @@ def _require_bounded(node: Node | None, path: Path) -> None:
 
 
 def _expanded(node: Node | None, known: dict[int, tuple[int, int] | None], path: Path) -> tuple[int, int]:
-    """How many values and characters a node stands for, its aliases replaced by what they name.
+    """Return the number of values and characters of a node with its aliases expanded.
 
     Args:
-        node: as the composer gives it, where an alias is the very node that it names.
-        known: results by a node's identity, so that each node is counted once; None of those that are being counted.
+        node: as the composer gives it, where an alias is the same object as the node that it names.
+        known: results by a node's identity, so that each node is counted once; None for nodes still being counted.
         path: for messages.
 
     Raises:
-        GateFileError: a node holds itself.
+        GateFileError: a node contains itself.
     """
     if node is None:
         return 0, 0
@@ -97,7 +97,7 @@ def _expanded(node: Node | None, known: dict[int, tuple[int, int] | None], path:
 
 
 def line_of(path: Path, place: Sequence[str]) -> int | None:
-    """The line of a member such as ["checks", "2", "metric"], or of what holds it where it is missing."""
+    """Return the line of a member such as ["checks", "2", "metric"]; of its parent if it is missing."""
     try:
         node: Node | None = _yaml().compose(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, YAMLError):
@@ -122,5 +122,5 @@ def _member(node: Node | None, name: str) -> Node | None:
 
 
 def _yaml() -> YAML:
-    # YAML 1.2, where 1e-3 is a number and no is text; a key that is there twice is refused.
+    # YAML 1.2, where 1e-3 is a number and `no` is text; a duplicate key is refused.
     return YAML(typ="safe", pure=True)

@@ -1,8 +1,8 @@
-"""The `interplay` command: push, analyze, show, export, list, cancel and delete over HTTP, and the way into the server.
+"""The `interplay` command: push, analyze, show, export, list, cancel and delete over HTTP, and the server's commands.
 
-Exit codes: 0 fine; 1 the analysis failed, was cancelled or took too long; 2 usage, which includes every problem that
-the service answers with; 3 the service, or MLflow, cannot be reached. With --json stdout holds one JSON value and
-nothing else; errors and progress go to stderr. `interplay gate` has codes of its own.
+Exit codes: 0 success; 1 the analysis failed, was cancelled or timed out; 2 usage, which includes every problem that the
+service responds with; 3 the service, or MLflow, cannot be reached. With --json stdout holds one JSON value and nothing
+else; errors and progress go to stderr. `interplay gate` has its own exit codes.
 """
 
 import importlib
@@ -33,10 +33,10 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Run the command; an expected error ends as a message and an exit code, never as a traceback."""
+    """Run the command; map an expected error to a message and an exit code, never a traceback."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a name that the terminal's encoding lacks is no reason to fail
+            stream.reconfigure(errors="replace")  # a character that the terminal's encoding lacks is no reason to fail
     try:
         app(prog_name="interplay")
     except AnalysisFailed as error:
@@ -48,7 +48,7 @@ def main() -> None:
         fail(EXIT_UNREACHABLE, str(error), "", {})
     except WaitTimeout as error:
         fail(EXIT_FAILED, str(error), "", {})
-    except OSError as error:  # a file that vanished or changed its rights after the arguments were checked
+    except OSError as error:  # a file that vanished or changed its permissions after the arguments were checked
         fail(EXIT_USAGE, "A file cannot be read or written", str(error), {})
 
 
@@ -71,7 +71,7 @@ def _add_server_command(name: str, summary: str) -> None:
     def run(context: typer.Context) -> None:
         server.start(name, context.args)
 
-    # Every argument, --help too, is for the program that takes over.
+    # Every argument, including --help, is for the program that takes over.
     settings = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
     app.command(name, help=summary, context_settings=settings, rich_help_panel="Server")(run)
 

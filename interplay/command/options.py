@@ -1,4 +1,4 @@
-"""What several commands share: options, the client they open, and how they print, fail and show progress."""
+"""Code shared by several commands: options, opening the client, printing, failing and showing progress."""
 
 import enum
 import json
@@ -20,14 +20,14 @@ EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE = 1, 2, 3
 
 
 class Precision(enum.StrEnum):
-    """What a network's forward pass computes in."""
+    """Precision of a network's forward pass."""
 
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
 
 
 def finite(value: Any) -> Any:
-    """A callback of options without a bound on both sides: JSON cannot carry NaN and infinity to the service."""
+    """Check that the numbers of an option without both bounds are finite: JSON cannot carry NaN and infinity."""
     for number in value if isinstance(value, list | tuple) else [value]:
         if number is not None and not math.isfinite(number):
             raise typer.BadParameter(f"{number} is not a finite number")
@@ -85,7 +85,7 @@ def evaluation_options(
 
 
 def stem(path: Path) -> str:
-    """What a file is called without its ending; a folder's own name, also of `.`."""
+    """Return a file's name without its suffix; for a folder its own name, also for `.`."""
     return path.resolve().name if path.is_dir() else path.stem
 
 
@@ -110,7 +110,7 @@ def fail(code: int, title: str, detail: str, members: Any) -> NoReturn:
 
 @contextmanager
 def progress_shown() -> Iterator[Callable[[Analysis], None]]:
-    """Yields what to call with each look at an analysis: a bar on a terminal, elsewhere a line for each change."""
+    """Yield a callback for each state of an analysis: it shows a bar on a terminal, else a line for each change."""
     err = rendering.console(stderr=True)
     if not err.is_terminal:
         seen = [""]
@@ -158,7 +158,7 @@ def _not_json(constant: str) -> NoReturn:
 
 
 def json_value(option: str, text: str | None) -> Any:
-    """The JSON that an option holds, or that the file which it names holds."""
+    """Return the JSON that an option holds, or that is in the file which it names."""
     if text is None:
         return None
     source = text

@@ -1,4 +1,4 @@
-"""`interplay push` and `interplay convert`: files on their way into the service."""
+"""`interplay push` and `interplay convert`: upload files to the service, and convert them for it."""
 
 import importlib
 import importlib.metadata

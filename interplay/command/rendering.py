@@ -1,7 +1,7 @@
-"""Reports, collections and problems as people read them in a terminal.
+"""Render reports, collections and problems for a terminal.
 
-Names, metadata and details come from whoever uploaded them, so nothing of theirs is taken as markup and control
-characters never reach the terminal.
+Names, metadata and details are untrusted, so they are never interpreted as markup and control characters never reach
+the terminal.
 """
 
 import functools
@@ -17,14 +17,14 @@ from rich.text import Text
 
 Body = Mapping[str, Any]
 
-# Shown of a list inside a problem; the service itself sends at most 20 of most lists.
+# Most entries shown of a list in a problem; the service itself sends at most 20 of most lists.
 _LIST_LIMIT = 20
 _UNDEFINED = "–"
-# Nobody types a number of more digits: it was computed.
+# A number with more digits was computed, not typed.
 _TYPED_DIGITS = 12
 
 _LEVELS = (("sample", "none"), ("sample", "global"), ("class_mean", "none"), ("class_mean", "global"))
-# An error of MIR that the four digits of a table would hide.
+# An error of MIR above this is noted, since the four digits of a table would hide it.
 _NOTICEABLE = 0.005
 _MEASURES = (
     ("accuracy", "accuracy"),
@@ -43,7 +43,7 @@ _COLLAPSE = (
     ("nc3", "NC3 means to head"),
     ("nc4", "NC4 not the nearest mean"),
 )
-# What says of a point where it is.
+# The member that holds a point's place.
 _PLACES = {"path": "w", "pruning": "sparsity", "series": "x"}
 _SUMMARIES: dict[str, dict[str, str]] = {
     "path": {
@@ -81,19 +81,19 @@ _COLUMNS: dict[str, tuple[str, ...]] = {
 
 
 def console(*, stderr: bool = False) -> Console:
-    """A console that takes no markup from data, and that does not fold tables to 80 columns in a pipe or a log."""
+    """Return a console that reads no markup from data, and does not fold tables to 80 columns in a pipe or a log."""
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() or os.environ.get("COLUMNS") else 150
     return Console(stderr=stderr, markup=False, highlight=False, emoji=False, width=width)
 
 
 def printable(value: Any) -> str:
-    """Text of a stranger without control characters."""
+    """Return untrusted text with control characters replaced."""
     return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in str(value))
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """A measurement; small ones keep their leading digits, an undefined one is a dash."""
+    """Format a measurement; small ones keep their leading digits, an undefined one is a dash."""
     if value is None:
         return _UNDEFINED
     if value and abs(value) < 10**-digits:
@@ -102,11 +102,11 @@ def number(value: float | None, digits: int = 4) -> str:
 
 
 def place(x: float | None, *, shorten: bool = True) -> str:
-    """A w, a sparsity or a number of an axis: exactly as it was given.
+    """Format a w, a sparsity or a number of an axis exactly as it was given.
 
     Args:
-        x: None where there is none.
-        shorten: keep six digits of what has no short form, as 1/24 or 0.1 + 0.2.
+        x: None is shown as a dash.
+        shorten: keep six digits of numbers without a short form, as 1/24 or 0.1 + 0.2.
     """
     if x is None:
         return _UNDEFINED
@@ -116,7 +116,7 @@ def place(x: float | None, *, shorten: bool = True) -> str:
 
 
 def report_view(report: Body) -> RenderableType:
-    """A report of any kind: what was looked at, and what was found."""
+    """Render a report of any kind: its subjects and its results."""
     if report["kind"] == "evaluation":
         return _evaluation(report)
     if report["kind"] == "comparison":
@@ -126,7 +126,7 @@ def report_view(report: Body) -> RenderableType:
 
 
 def _evaluation(report: Body) -> RenderableType:
-    """The measures of each split, MIR and HDR with what they must be read beside."""
+    """Render the measures of each split, MIR and HDR with the values needed to interpret them."""
     splits: Mapping[str, Body] = report["splits"]
     parts: list[RenderableType] = [
         _heading(report),
@@ -141,7 +141,7 @@ def _evaluation(report: Body) -> RenderableType:
 
 
 def _comparison(report: Body) -> RenderableType:
-    """Of each split the differences of the measures that people ask for first, and where predictions differ."""
+    """Render for each split the differences of the main measures, and how far predictions differ."""
     splits: Mapping[str, Body] = report["splits"]
     confidence = f"{report['provenance']['options']['confidence'] * 100:g} %"
     parts: list[RenderableType] = [_heading(report)]
@@ -180,11 +180,11 @@ def _agreement(predictions: Body) -> str:
 
 
 def collection_view(collection: str, items: Iterable[Body]) -> RenderableType:
-    """A table of the resources of a collection."""
+    """Render a table of the resources of a collection."""
     table = Table(box=SIMPLE_HEAD)
     columns = _COLUMNS[collection]
     for column in columns:
-        # An id that is cut off is of no use to the next command.
+        # The next command needs whole ids.
         whole = column == "id" or column.endswith("_id")
         table.add_column(column.replace("_", " "), no_wrap=whole, overflow="fold")
     for item in items:
@@ -193,7 +193,7 @@ def collection_view(collection: str, items: Iterable[Body]) -> RenderableType:
 
 
 def progress_line(analysis: Body) -> str:
-    """The state of an analysis in one line."""
+    """Return the state of an analysis in one line."""
     progress = analysis["progress"]
     line = str(analysis["status"])
     if analysis["status"] == "running" and progress["total"]:
@@ -202,7 +202,7 @@ def progress_line(analysis: Body) -> str:
 
 
 def problem_text(title: str, detail: str, members: Body) -> str:
-    """A problem in lines: title and detail, then each further member, lists one entry a line."""
+    """Return a problem in lines: title and detail, then each further member, with one line for each entry of a list."""
     lines = [f"{printable(title)}: {printable(detail)}" if detail else printable(title)]
     for key, value in members.items():
         if key in ("type", "title", "detail", "status", "instance"):
@@ -218,7 +218,7 @@ def problem_text(title: str, detail: str, members: Body) -> str:
 
 
 def resource_text(noun: str, body: Body) -> str:
-    """One line about a resource that was just made."""
+    """Return one line about a resource that was just created."""
     facts = [f"{noun} {body['id']}", printable(body["name"])]
     if "n_parameters" in body:
         facts.append(f"{body['n_parameters']:,} parameters")
@@ -233,7 +233,7 @@ def resource_text(noun: str, body: Body) -> str:
 
 
 def _left_out(body: Body) -> list[str]:
-    """Of a checkpoint's file what is none of the network's: how many tensors, and how they are called."""
+    """Return the tensors of a checkpoint's file that are not the network's: their numbers and names."""
     return [
         f"{n:,} tensor{'s' * (n != 1)} {printable(name)}{'*' * name.endswith('.')}"
         for name, n in (body.get("ignored") or {}).items()
@@ -241,7 +241,7 @@ def _left_out(body: Body) -> list[str]:
 
 
 def conversion_text(body: Body) -> str:
-    """What `interplay convert` kept and left out, a line for each."""
+    """Return the items that `interplay convert` kept and left out, one per line."""
     where = f" under {printable(body['key'])!r}" if body["key"] else ""
     lines = [f"wrote {printable(body['output'])}: {body['n_tensors']:,} tensors, {body['n_numbers']:,} numbers{where}"]
     lines += [f"left out {printable(name)}: {printable(what)}" for name, what in body["left_out"].items()]
@@ -253,7 +253,7 @@ def conversion_text(body: Body) -> str:
 
 
 def export_text(done: Body) -> str:
-    """Where a report went, a line for each place."""
+    """Return the targets that a report was exported to, one per line."""
     lines = [
         f"{printable(done[form]['file'])}, {done[form]['rows']:,} rows" for form in ("csv", "parquet") if form in done
     ]
@@ -283,7 +283,7 @@ def _size(probe: Body) -> str:
 
 
 def _next_tokens(found: Body) -> str:
-    """What the samples of a language model are, and over which tokens each measure is."""
+    """Describe the samples of a language model, and the tokens that each measure covers."""
     occur, vocabulary = f"{len(found['token_ids']):,}", f"{found['n_vocabulary']:,}"
     words = (
         f"{found['n_positions']['all']:,} in {found['n_sequences']['all']:,} sequences; each is a sample, its class "
@@ -310,13 +310,13 @@ def _describe(table: Table, subject: Body) -> None:
 
 
 def _places(report: Body) -> Callable[[float | None], str]:
-    """How the places of a report are shown: `place`, shortened unless two of its points would be alike by that."""
+    """Return the formatter of a report's places: `place`, shortened unless that makes two of its points look alike."""
     places = {point[_PLACES[report["kind"]]] for point in report["points"]}
     return functools.partial(place, shorten=len({*map(place, places)}) == len(places))
 
 
 def _points(report: Body, show: Callable[[float | None], str]) -> Table:
-    """A row a point: where it is, then loss, accuracy, MIR and HDR (sample level, global centring) of each split."""
+    """Render a row per point: its place, then loss, accuracy, MIR and HDR (sample level, global centring) by split."""
     key = _PLACES[report["kind"]]
     table = Table(box=SIMPLE_HEAD)
     table.add_column(printable(report["axis"]["name"]) if key == "x" else key, justify="right")
@@ -336,7 +336,7 @@ def _points(report: Body, show: Callable[[float | None], str]) -> Table:
 
 
 def _summary(report: Body, show: Callable[[float | None], str]) -> Iterable[RenderableType]:
-    """What the points amount to, a row a split."""
+    """Render the summary of the points, one row per split, and its notes."""
     summary = report["summary"]
     columns = _SUMMARIES[report["kind"]]
     table = Table(box=SIMPLE_HEAD)

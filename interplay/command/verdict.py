@@ -1,6 +1,6 @@
-"""A gate's verdict as people and machines read it: a table in a terminal, JUnit for a pipeline, Markdown for a comment.
+"""Render a gate's verdict: a table for a terminal, JUnit for a pipeline, Markdown for a comment.
 
-Names and sentences come from gates and reports that others wrote: nothing of theirs is taken as markup.
+Names and sentences come from gates and reports, which are untrusted: they are never interpreted as markup.
 """
 
 import re
@@ -20,7 +20,7 @@ from interplay.command.rendering import number, printable
 Body = Mapping[str, Any]
 Outcome = Literal["pass", "warn", "fail", "undefined", "skip"]
 
-# GitHub refuses comments of more than 65,536 characters. Bytes are counted, which are never fewer.
+# GitHub refuses comments of more than 65,536 characters. Bytes are counted, which are never fewer than characters.
 MARKDOWN_BYTES = 65_000
 _TAIL_BYTES = 1_500
 _CELL_CHARACTERS = 300
@@ -29,23 +29,23 @@ _WORDS = {"fail": "failed", "undefined": "undefined", "warn": "warned", "skip": 
 _COLOURS = {"fail": "red", "undefined": "magenta", "warn": "yellow", "skip": "dim", "pass": "green"}
 _SIGNS = {"fail": "❌", "undefined": "❔", "warn": "⚠️", "skip": "⏭️", "pass": "✅"}
 _QUANTITIES = {"value": "", "change": "change ", "relative_change": "relative "}
-# What XML 1.0 has no way to write.
+# Characters that XML 1.0 cannot express.
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+!|~$])")
 
 
 @dataclass
 class Run:
-    """What a run of `interplay gate` came to.
+    """The result of a run of `interplay gate`.
 
     Attributes:
         gate: name of the gate.
         strict: whether warnings count as failures.
         started_at: when it began.
         seconds: of each phase: upload, analysis, verdict.
-        verdict: as the service gave it; None where there is none.
+        verdict: as the service gave it; None if there is no verdict.
         problem: why there is no verdict, or why the baseline was not moved.
-        links: pages of the report, by their name.
+        links: URLs of the report's pages, by their name.
         promoted: the baseline that was moved to this report.
         exit_code: of the command.
     """
@@ -61,7 +61,7 @@ class Run:
     exit_code: int = 0
 
     def body(self) -> dict[str, Any]:
-        """The run as JSON."""
+        """Return the run as JSON."""
         return {
             "exit_code": self.exit_code,
             "gate": self.gate,
@@ -76,7 +76,7 @@ class Run:
 
 
 def outcome(check: Body, strict: bool) -> Outcome:
-    """What a check counts as: a warning, where those are failures, as what it warned of."""
+    """Return the outcome of a check; if `strict`, a warning counts as what it warns of: undefined or failed."""
     status: Outcome = check["status"]
     if status == "warn" and strict:
         return "undefined" if check["decided_by"] is None else "fail"
@@ -84,13 +84,13 @@ def outcome(check: Body, strict: bool) -> Outcome:
 
 
 def worst(checks: Iterable[Body], strict: bool) -> Outcome:
-    """What the checks of a verdict amount to."""
+    """Return the worst outcome of a verdict's checks."""
     found = {outcome(check, strict) for check in checks}
     return next((status for status in _ORDER if status in found and status != "skip"), "pass")
 
 
 def verdict_view(run: Run) -> RenderableType:
-    """A row a check with its bounds, value and baseline, and the sentence why below it, worst first."""
+    """Render one row per check, worst first, with its value, bounds, baseline and reason, and the headline below."""
     verdict = run.verdict
     assert verdict is not None, "there is nothing to show"
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
@@ -110,10 +110,10 @@ def verdict_view(run: Run) -> RenderableType:
 
 
 def junit(run: Run) -> str:
-    """JUnit XML, one test case a check, with the times that passed.
+    """Return JUnit XML with one test case per check, and with times.
 
-    A number beyond its bounds is a failure, an undefined one an error; warnings and what was let pass undefined are
-    skipped, as nothing there stops the pipeline.
+    A number beyond its bounds is a failure, an undefined one an error. Warnings and undefined numbers that the gate
+    allows are skipped, since they do not stop the pipeline.
     """
     checks = run.verdict["checks"] if run.verdict is not None else []
     counted = [outcome(check, run.strict) for check in checks]
@@ -141,7 +141,7 @@ def junit(run: Run) -> str:
 
 
 def markdown(run: Run) -> str:
-    """A summary for a comment or a step: under 65,000 bytes whatever the number of checks, what matters first.
+    """Return a summary for a comment or a step: under 65,000 bytes whatever the number of checks, worst checks first.
 
     Its first line is a hidden marker that is the same for every run of the gate, so that a comment can be found again.
     """
@@ -159,12 +159,12 @@ def markdown(run: Run) -> str:
 
 
 def marker(gate: str) -> str:
-    """The hidden line by which the comment of a gate is found again."""
+    """Return the hidden line that identifies the comment of a gate."""
     return f"<!-- interplay-gate: {re.sub('[^A-Za-z0-9._-]', '_', gate)} -->"
 
 
 def _markdown_tables(checks: Sequence[tuple[Outcome, Body]], left: int) -> list[str]:
-    """What did not pass, then what did, folded; as many rows as there is room for."""
+    """Return the checks that did not pass, then the others, folded; as many rows as fit into `left` bytes."""
     header = ["| | check | value | bounds | baseline | why |", "|---|---|--:|---|--:|---|"]
     rows: list[str] = []
     for status, check in checks:
@@ -220,7 +220,7 @@ def _case(run: Run, check: Body, status: Outcome) -> ElementTree.Element:
 
 
 def _unjudged(run: Run) -> ElementTree.Element:
-    """The one test case of a run that came to no verdict: it is in error."""
+    """Return the one test case of a run without a verdict, an error."""
     problem = run.problem or {}
     title, detail = str(problem.get("title", "There is no verdict")), str(problem.get("detail", ""))
     names = {"classname": _xml(f"interplay.{run.gate}"), "name": "analysis", "time": f"{sum(run.seconds.values()):.6f}"}
@@ -266,7 +266,7 @@ def _headline(run: Run) -> str:
 
 
 def _facts(run: Run) -> Iterable[str]:
-    """Of what, on what, against what; and what else was done."""
+    """Yield the run's facts: subject, probe, baseline, version and report, and whether the baseline was moved."""
     if run.verdict is not None:
         verdict = run.verdict
         told = f"{_short(verdict['subject'])} on {_short(verdict['probe'])}"
@@ -287,7 +287,7 @@ def _sign(run: Run) -> Outcome:
 
 
 def _sorted(checks: Sequence[Body], strict: bool) -> Sequence[tuple[Outcome, Body]]:
-    """Worst first, then in the gate's order."""
+    """Return the checks with their outcomes, worst first, then in the gate's order."""
     judged = [(outcome(check, strict), check) for check in checks]
     return sorted(judged, key=lambda one: _ORDER.index(one[0]))
 
@@ -303,7 +303,7 @@ def _short(value: Any, limit: int = _CELL_CHARACTERS) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Text that Markdown shows as it is; nobody is mentioned by it."""
+    """Return text escaped so that Markdown shows it as it is and mentions no user."""
     plain = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return _MARKDOWN.sub(r"\\\1", plain).replace("@", "@\N{ZERO WIDTH SPACE}")
 

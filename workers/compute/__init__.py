@@ -1,1 +1,1 @@
-"""What runs in the compute process: torch, the probes and the analyses of each kind."""
+"""Code of the compute process: torch, the probes and the analyses of each kind."""

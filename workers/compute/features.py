@@ -1,7 +1,7 @@
-"""Features and logits of a checkpoint on a probe, kept in the storage for analyses that come again. Runs in the child.
+"""Cache of a checkpoint's features and logits on a probe, in the storage, for repeated analyses. Runs in the child.
 
-What is kept has the name of all that it depends on, so it is either the same or not found. A cache never fails an
-analysis: what cannot be read or written is computed, or not kept.
+An entry's name hashes everything that it depends on, so a hit is the same features. The cache never fails an analysis:
+an entry that cannot be read is computed, and one that cannot be written is not cached.
 """
 
 import hashlib
@@ -31,22 +31,22 @@ from workers.compute import probes
 
 logger = logging.getLogger("interplay")
 
-# One evaluation is not to push out all others.
+# Share of the cache that one entry may take, so that one evaluation does not evict all others.
 _LARGEST_SHARE = 0.5
-# Libraries that build networks or make inputs of files.
+# Libraries that build networks or turn files into inputs.
 _LIBRARIES = ("numpy", "pillow", "pyarrow", "timm", "tokenizers", "torchvision", "transformers")
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
 }  # fmt: skip
 _TENSORS = ("features", "labels", "head", "logits", "split")
 _OF_PREDICTIONS = ("predicted", "confidence", "loss")
-# Of a report's `probe` section, what was found out when the probe was read.
+# Members of a report's `probe` section that are determined when the probe is read.
 _FOUND_OUT = ("preprocess", "preprocess_source", "tokenizer", "label_map", "samples", "next_tokens")
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What an evaluation needs of a network and a probe, and what its report says of them."""
+    """A cached pass of a network over a probe, and how the report describes both."""
 
     feature_set: FeatureSet
     about_network: dict[str, Any]
@@ -55,23 +55,23 @@ class Kept:
 
 
 class FeatureCache:
-    """Kept features in a storage, at most so many bytes; what came first goes first.
+    """Features cached in a storage, up to a number of bytes; the oldest are evicted first.
 
     Args:
-        storage: where blobs live too.
-        max_bytes: of all that is kept; 0 keeps nothing.
+        storage: the storage that holds the blobs too.
+        max_bytes: size limit of the whole cache; 0 disables it.
     """
 
     def __init__(self, storage: Storage, max_bytes: int) -> None:
         self._storage, self._max_bytes = storage, max_bytes
 
     def find(self, name: str) -> Kept | None:
-        """What was kept under a name, if it can be read."""
+        """Return the entry cached under a name, or None if it is missing or cannot be read."""
         if not self._max_bytes:
             return None
         try:
             with self._storage.features(name) as path, safe_open(path, framework="pt", device="cpu") as file:
-                # Copies, since what the file is mapped to must not outlive it.
+                # Copies, since tensors mapped to the file must not outlive it.
                 tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
                 about = json.loads(file.metadata()["about"])
                 if _checksum(tensors, file.metadata()["about"]) != file.metadata()["sha256"]:
@@ -84,13 +84,13 @@ class FeatureCache:
             return None
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             logger.warning("kept features are broken and go: %s", error)
-            # Or they would be in the way of those that are computed now.
+            # Otherwise they would block the features computed now.
             with suppress(StorageUnavailable):
                 self._storage.delete_features(name)
             return None
 
     def keep(self, name: str, kept: Kept) -> None:
-        """Keep what was computed, and let go of what is oldest where there is no room."""
+        """Cache computed features, and evict the oldest entries if there is no room."""
         vocabulary = kept.feature_set.vocabulary
         tensors = {key: tensor.cpu().contiguous() for key, tensor in _tensors(kept.feature_set).items()}
         if sum(tensor.nbytes for tensor in tensors.values()) > _LARGEST_SHARE * self._max_bytes:
@@ -118,7 +118,7 @@ class FeatureCache:
 
 
 def _checksum(tensors: Mapping[str, Tensor], about: str) -> str:
-    """The sha256 of what is kept, tensor by tensor in the order of their names: a turned bit shows."""
+    """Return the sha256 of an entry, tensor by tensor in the order of their names, so that a flipped bit is found."""
     digest = hashlib.sha256(about.encode())
     for key, tensor in sorted(tensors.items()):
         digest.update(f"{key} {tensor.dtype} {list(tensor.shape)}".encode())
@@ -127,12 +127,12 @@ def _checksum(tensors: Mapping[str, Tensor], about: str) -> str:
 
 
 def _as_bytes(tensor: Tensor) -> memoryview:
-    # As bytes, since NumPy knows no bfloat16.
+    # As bytes, since NumPy has no bfloat16.
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _write(staged: StagedFile, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Safetensors. The library's own `save` copies all of them in memory; its `save_file` writes to another file."""
+    """Write safetensors. The library's `save` copies all tensors in memory; its `save_file` writes to another file."""
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     for key, tensor in tensors.items():
@@ -144,7 +144,7 @@ def _write(staged: StagedFile, tensors: Mapping[str, Tensor], metadata: dict[str
 
 
 def _tensors(feature_set: FeatureSet) -> dict[str, Tensor]:
-    """All of a feature set as tensors by name, with the exception of a vocabulary's size."""
+    """Return a feature set's tensors by name; a vocabulary's size is not among them."""
     tensors = {key: getattr(feature_set, key) for key in _TENSORS}
     if feature_set.predictions is not None:
         tensors |= {key: getattr(feature_set.predictions, key) for key in _OF_PREDICTIONS}
@@ -154,7 +154,7 @@ def _tensors(feature_set: FeatureSet) -> dict[str, Tensor]:
 
 
 def _feature_set(tensors: dict[str, Tensor], n_vocabulary: int | None) -> FeatureSet:
-    """What `_tensors` was given."""
+    """Rebuild the feature set that `_tensors` was given."""
     return FeatureSet(
         features=tensors["features"],
         labels=tensors["labels"],
@@ -168,10 +168,10 @@ def _feature_set(tensors: dict[str, Tensor], n_vocabulary: int | None) -> Featur
 
 
 def name_of(task: dict[str, Any], provenance: dict[str, Any]) -> str:
-    """The name of an evaluation's features: hashes of checkpoint and data, and of all else that they depend on."""
+    """Return the cache name of an evaluation's features: hashes of checkpoint, data and all else they depend on."""
     subject, probe, options = task["subjects"][0], task["probe"], task["options"]
     data_sha256 = probe.get("data_sha256")
-    # Format and columns say how a file is read; what they made of it is in the data's hash.
+    # Format and columns determine how a file is read; the data's hash covers the result.
     how_read = {} if data_sha256 else {"format": probe["format"], "columns": task["file"].get("columns")}
     depends_on = {
         "subject": {key: subject.get(key) for key in ("architecture", "head", "asked_prefix")},
@@ -179,9 +179,9 @@ def name_of(task: dict[str, Any], provenance: dict[str, Any]) -> str:
         "file": {**{key: value for key, value in task["file"].items() if key != "columns"}, **how_read},
         "brought": task["brought"],
         "batch_size": options["batch_size"],
-        # An analysis that was queued before there was this option has none.
+        # An analysis queued before this option existed does not have it.
         "precision": options.get("precision", "float32"),
-        # Without samples nothing is drawn.
+        # Without `samples` nothing is drawn, so the seed does not matter.
         "samples": [options["samples"], options["seed"]] if options.get("samples") else None,
         "machine": {key: provenance[key] for key in ("device", "threads", "torch_version")},
         "code": _code_sha256(),
@@ -204,7 +204,7 @@ def _versions() -> dict[str, str]:
 
 @cache
 def _code_sha256() -> str:
-    """Of everything that stands between a file and its features."""
+    """Return the sha256 of all source code that turns a file into features."""
     digest = hashlib.sha256()
     for path in _sources():
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")

@@ -1,9 +1,10 @@
-"""Which function of `analysis` computes which kind of analysis. Runs in the child.
+"""Map each kind of analysis to the function of `analysis` that computes it. Runs in the child.
 
-An evaluation or a comparison is one task, its body the report's. What has points takes several: a task of the step
-`point` gives one point, what those after it and the report must know of it, and whether it was the last; a task of the
-step `report` puts all of them together. So each point is recorded when it is done, and none is computed twice after a
-kill. What only some kinds need is imported with them: a worker is ready half a second earlier without scipy.
+An evaluation or a comparison is one task, whose body is the report's. Kinds with points take several tasks. A task of
+the step `point` gives one point, the facts that later points and the report need of it, and whether it was the last. A
+task of the step `report` combines all points. So each point is recorded when it is done, and none is computed twice
+after a kill. Modules that only some kinds need are imported there: without scipy a worker is ready half a second
+earlier.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -34,33 +35,33 @@ Task = dict[str, Any]
 OnProgress = Callable[[str, int, int], None]
 T = TypeVar("T")
 
-# Inputs on which an aligned network must compute what it did before; of a language model, which gives logits of a whole
-# vocabulary at each token, sequences.
+# Inputs on which an aligned network must give the same results as before; for a language model, which gives logits of a
+# whole vocabulary at each token, sequences.
 _CHECKED_INPUTS, _CHECKED_SEQUENCES = 64, 4
-# Points of an adaptive grid that are certain to come: what progress counts against at first.
+# Least number of points of an adaptive grid, the first total of its progress.
 _ADAPTIVE_POINTS = 17
 
 
 def compute(
     task: Task, device: torch.device, cache: FeatureCache, on_progress: OnProgress, provenance: dict[str, Any]
 ) -> dict[str, Any]:
-    """The body of an evaluation's or a comparison's report, of a point, or of the report of all points.
+    """Compute the body of an evaluation's or a comparison's report, of a point, or of the report of all points.
 
     Args:
-        task: as `attempts.begin` made it, with the paths of its files; `step` and `points` where there are points.
+        task: as `attempts.begin` made it, with the paths of its files; `step` and `points` for kinds with points.
         device: where everything is computed.
-        cache: where an evaluation's features are looked for and kept.
-        on_progress: called with phase, done and total as the work goes on.
-        provenance: what every report says of how it came about.
+        cache: the cache of an evaluation's features.
+        on_progress: called with phase, done and total as the work proceeds.
+        provenance: the provenance that reports of all kinds share.
 
     Returns:
         JSON values.
 
     Raises:
-        AnalysisError: what was asked for cannot be computed.
+        AnalysisError: the task cannot be computed.
     """
     if task["analysis_id"] not in _held:
-        # Another analysis: what an earlier one held, also one that failed, must not stand in its memory's way.
+        # Another analysis: free the memory that an earlier one, possibly failed, still holds.
         _held.clear()
     if task["kind"] in _WHOLE:
         return _WHOLE[task["kind"]](task, device, cache, on_progress, provenance)
@@ -69,7 +70,7 @@ def compute(
         try:
             return _POINTS[task["kind"]](task, device, on_progress)
         except AnalysisError as error:
-            # The place tells more than the number: points are not computed in the order of a path.
+            # The place is more useful than the number: points are not computed in the order of a path.
             detail = f"Point {number}, at {name} {place:.15g}: {error.detail}"
             raise AnalysisError(error.kind, detail, **error.members, point=number, at=place) from error
     _held.clear()
@@ -81,7 +82,7 @@ def compute(
 def _evaluation(
     task: Task, device: torch.device, cache: FeatureCache, on_progress: OnProgress, provenance: dict[str, Any]
 ) -> dict[str, Any]:
-    """An evaluation of a checkpoint on a probe, or of a feature set."""
+    """Evaluate a checkpoint on a probe, or a feature set."""
     clock, subject = Clock(), task["subjects"][0]
     about_network: dict[str, Any] = {"head": None}
     batch_size, reused = None, False
@@ -118,7 +119,7 @@ def _evaluation(
 def _comparison(
     task: Task, device: torch.device, cache: FeatureCache, on_progress: OnProgress, provenance: dict[str, Any]
 ) -> dict[str, Any]:
-    """Two checkpoints on the samples of one probe, each with its own preprocessing where the probe gives none."""
+    """Compare two checkpoints on one probe's samples, each with its own preprocessing if the probe gives none."""
     from analysis.comparison import ComparisonOptions, compare
     from workers.compute import summaries
 
@@ -164,7 +165,7 @@ _WHOLE: dict[str, Callable[[Task, torch.device, FeatureCache, OnProgress, dict[s
 
 @contextmanager
 def _as_probe() -> Iterator[None]:
-    """What is wrong with features of a checkpoint on a probe is wrong with the probe."""
+    """Map `invalid-feature-set` to `invalid-probe`: faulty features of a checkpoint on a probe come from the probe."""
     try:
         yield
     except AnalysisError as error:
@@ -181,9 +182,9 @@ def _kept(
     provenance: dict[str, Any],
     clock: Clock,
 ) -> tuple[Kept, bool]:
-    """What an earlier evaluation kept, and True; or what is computed and kept now."""
+    """Return features and whether they were cached; features that were not are computed, and cached now."""
     if task["subjects"][0]["architecture"]["family"] == "custom":
-        # The operator's own code is in no name that we could give what it computed.
+        # Not cached: a cache name cannot cover the operator's own code.
         return _extracted(task, device, on_progress, clock), False
     name = name_of(task, provenance)
     with clock.phase("load"):
@@ -197,7 +198,7 @@ def _kept(
 
 
 def _extracted(task: Task, device: torch.device, on_progress: OnProgress, clock: Clock) -> Kept:
-    """One pass of the network over the probe, as a feature set with the network's own logits or predictions."""
+    """Pass the probe through the network once; return a feature set with the network's logits or predictions."""
     options = _options(task)
     with clock.phase("load"):
         network = _load_network(task, 0, device)
@@ -208,7 +209,7 @@ def _extracted(task: Task, device: torch.device, on_progress: OnProgress, clock:
 
 
 def _place(task: Task) -> tuple[str, float]:
-    """What the axis of a task's points is called, and where on it the next point lies."""
+    """Return the name of the axis of a task's points, and the next point's place on it."""
     position = len(task["points"])
     match task["kind"]:
         case "path":
@@ -225,7 +226,10 @@ def _losses(task: Task) -> dict[float, float]:
 
 
 def _seen(task: Task) -> dict[float, float] | None:
-    """What the look of an adaptive path saw, which the first point tells; None where an earlier version took that."""
+    """Return the losses that the look of an adaptive path found, by w, recorded with the first point.
+
+    None if there is no point yet, or if an earlier version computed it.
+    """
     look = task["points"][0].get("look") if task["points"] else None
     return dict(zip(look["ws"], look["losses"], strict=True)) if look else None
 
@@ -242,7 +246,7 @@ def _path_point(task: Task, device: torch.device, on_progress: OnProgress) -> di
     with clock.phase("mix"):
         network = path.move_to(w)
     layers = None
-    # The two ends are the checkpoints themselves, statistics and all.
+    # The two ends are the checkpoints themselves, including their statistics.
     if task["options"]["normalisation"] == "interpolate":
         require_variances(network, w)
     elif w not in (0.0, 1.0):
@@ -276,7 +280,7 @@ def _look(
     clock: Clock,
     on_progress: OnProgress,
 ) -> dict[str, Any]:
-    """A look along a path, as JSON; it is recorded with the first point, so that a worker that takes over has it."""
+    """Take a look along a path and return it as JSON; recorded with the first point, for a worker that takes over."""
     assert evaluation.batch_size is not None, "a network was passed"
     with clock.phase("look"):
         found = look(
@@ -316,7 +320,7 @@ def _series_point(task: Task, device: torch.device, on_progress: OnProgress) -> 
     point = {"x": task["axis"]["values"][position], "checkpoint_id": task["subjects"][position]["id"]}
     point["reused_report_id"] = None
     answer = _point(point, network, evaluation, clock, position == total - 1, total, probe=about)
-    # Not only in the end: a series may be long.
+    # Checked at each point and not only at the end, since a series may be long.
     require_comparable([*task["points"], answer["known"]])
     return answer
 
@@ -324,7 +328,7 @@ def _series_point(task: Task, device: torch.device, on_progress: OnProgress) -> 
 def _series_probe(
     task: Task, position: int, network: LoadedNetwork, device: torch.device, on_progress: OnProgress
 ) -> tuple[Probe, About]:
-    """The probe as this checkpoint's description has it read; read once for all that have the same description."""
+    """Return the probe as read for this checkpoint's description; read once for equal descriptions in a row."""
     subject = task["subjects"][position]
     held = _held.get(task["analysis_id"])
     if held is None or held[0] != subject["architecture"]:
@@ -371,14 +375,14 @@ def _point(
 
 
 def _common(task: Task, provenance: dict[str, Any]) -> dict[str, Any]:
-    """What the reports of all kinds with points have."""
+    """Return the members common to the reports of all kinds with points."""
     timings: dict[str, float] = {}
     for point in task["points"]:
         for phase, seconds in point["timings_seconds"].items():
             timings[phase] = timings.get(phase, 0.0) + seconds
     sizes = [point["known"]["batch_size"] for point in task["points"] if point["known"].get("batch_size")]
     return {
-        # A point that an earlier version computed says nothing of the probe.
+        # A point computed by an earlier version does not describe the probe.
         "probe": task["points"][0]["known"].get("probe", task["probe"]),
         "provenance": {
             **provenance,
@@ -400,25 +404,25 @@ def _options(task: Task) -> EvaluationOptions:
 
 
 def _known(options: type[EvaluationOptions], task: Task) -> dict[str, Any]:
-    """Of the options that were asked for those that the mathematics takes."""
+    """Return the requested options that the mathematics takes."""
     names = {field.name for field in fields(options)}
     return {name: value for name, value in task["options"].items() if name in names}
 
 
 def _grid(grid: Any) -> Sequence[float] | Literal["adaptive"]:
-    """The points of a path, both ends first: what is between them is measured from them."""
+    """Return the points of a path, both ends first, because points between them are measured from the ends."""
     if grid == "adaptive":
         return "adaptive"
     points = even_grid(grid["points"]) if "points" in grid else grid["values"]
     return [0.0, 1.0, *sorted({float(w) for w in points} - {0.0, 1.0})]
 
 
-# What the points of the analysis at work share, so that networks and probe are read once for all of them.
+# Networks and probe shared by the points of the current analysis, so that they are read once for all points.
 _held: dict[str, Any] = {}
 
 
 def _cached_for_analysis(task: Task, on_progress: OnProgress, load: Callable[[], T]) -> T:
-    """Return what `load` gives, cached until the report is made or a task of another analysis comes."""
+    """Return the result of `load`, cached until the report is made or a task of another analysis comes."""
     if task["analysis_id"] not in _held:
         on_progress("loading", 0, 0)
         _held[task["analysis_id"]] = load()
@@ -429,14 +433,13 @@ def _cached_for_analysis(task: Task, on_progress: OnProgress, load: Callable[[],
 def _load_path(
     task: Task, device: torch.device
 ) -> tuple[Path, Probe, About, dict[str, Any] | None, list[dict[str, Any]]]:
-    """The path, the probe and what to say of it, how B was aligned to A where that was asked for, and what to say of
-    both."""
+    """Return the path, the probe, the report's `probe` section, the alignment of B to A if requested, and both ends."""
     first, second = (_load_network(task, position, device) for position in (0, 1))
     ends = [_about(network) for network in (first, second)]
-    # What one file ties and the other does not is mixed as two tensors, or B's end would not be B.
+    # Weights that only one file ties are mixed as two tensors; otherwise B's end would not be B.
     for network, other in ((first, second), (second, first)):
         untie(network.module, set(other.naming.untied) - set(network.naming.untied))
-    # Of two that are one network, one may have names for its classes where the other has LABEL_0, LABEL_1, ...
+    # Of two checkpoints of one network, one may name its classes where the other has LABEL_0, LABEL_1, ...
     named = [subject for subject in task["subjects"] if own_class_names(subject["architecture"])]
     probe, about_probe = _load_probe({**task, "subjects": [*named, *task["subjects"]][:1]}, first, device)
     checked = _CHECKED_SEQUENCES if first.predicts_tokens else _CHECKED_INPUTS
@@ -453,7 +456,7 @@ def _load_path(
 
 
 def _require_one_network(task: Task, first: LoadedNetwork, second: LoadedNetwork, batch: Inputs) -> None:
-    """The API has refused what is certain; here both networks are built, and say themselves whether they are one."""
+    """Check that two built networks compute the same function; the API has refused the certain cases already."""
     a, b = task["subjects"]
     try:
         require_same_function(first, second, (a["architecture"], b["architecture"]), batch)
@@ -482,12 +485,12 @@ def _load_network(task: Task, position: int, device: torch.device) -> LoadedNetw
 
 
 def _about(network: LoadedNetwork) -> dict[str, Any]:
-    """What a report says of a network beside what its checkpoint's row says."""
+    """Return a network's members of a report that its checkpoint's row does not have."""
     return {"head": network.head_name, **asdict(network.naming)}
 
 
 def _load_probe(task: Task, network: LoadedNetwork, device: torch.device) -> tuple[Probe, About]:
-    """The probe, made ready for passes that come again, and what to say of it."""
+    """Return the probe, prepared for repeated passes, and the report's `probe` section."""
     probe, about = read_probe(task, network)
     return probe.prepared(device), about
 
@@ -497,5 +500,5 @@ def _file(task: Task, resource: dict[str, Any]) -> FilePath:
 
 
 def _of_point(on_progress: OnProgress, done: int, total: int) -> OnProgress:
-    """Progress within a point tells the phase; what is counted are the points."""
+    """Return a callback for progress within a point, which passes on the phase but counts the points."""
     return lambda phase, _done, _total: on_progress(phase, done, total)

@@ -1,6 +1,6 @@
 """The compute process: reads tasks from standard input, writes progress and results to standard output.
 
-`workers/child.py` starts it and says what the lines are.
+`workers/child.py` starts it and documents the lines.
 """
 
 import json
@@ -28,20 +28,20 @@ def main() -> None:
     except BaseException:
         logger.exception("the compute process ends")
     finally:
-        # Not by `sys.exit`: the thread that reads tasks would be in the way.
+        # Not by `sys.exit`, which the thread that reads tasks would block.
         os._exit(1)
 
 
 def _serve_tasks() -> None:
-    # Ctrl-C in a terminal reaches every process of it; this one's end is the worker's to decide.
+    # Ctrl-C in a terminal reaches every process of it; the worker decides when this one ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # What native code prints must not end up between the messages.
+    # Output printed by native code must not mix with the messages.
     output = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     tasks: queue.SimpleQueue[Message] = queue.SimpleQueue()
     threading.Thread(target=_read_tasks, args=(tasks,), daemon=True).start()
 
-    # Late, so that the reader above already watches for the worker's end while torch loads.
+    # Imported late, so that the reader above already watches for the worker's end while torch loads.
     from workers.compute import runner
     from workers.compute.features import FeatureCache
 
@@ -55,7 +55,7 @@ def _serve_tasks() -> None:
     try:
         storage = Storage(settings)
     except OSError as error:
-        # Its worker says so in one sentence, and may be a moment later.
+        # The worker reports it in one sentence, possibly a moment later.
         raise SystemExit(f"its storage cannot be used: {first_line(error)}") from error
     cache = FeatureCache(storage, settings.max_features_bytes)
     send({"hello": runner.describe(device)})
@@ -78,7 +78,7 @@ def _serve_tasks() -> None:
 def _read_tasks(tasks: "queue.SimpleQueue[Message]") -> None:
     for line in sys.stdin.buffer:
         tasks.put(json.loads(line)["task"])
-    # The worker is gone, however it went: nobody waits for what is being computed.
+    # The worker has ended, for whatever reason: nothing waits for the computation.
     os._exit(0)
 
 

@@ -1,6 +1,6 @@
-"""From a task to the probe that it is about, and what the report says of that. Runs in the child.
+"""Read a task's probe and build the `probe` section of its report. Runs in the child.
 
-Tensors, images and texts all become a Probe here: drawn from where samples were asked for, with the labels in the
+Tensors, images and texts all become a Probe here: subsampled if `samples` is given, with the labels in the
 checkpoint's order, and with the preprocessing and the tokenizer of the probe, or else those of the checkpoint.
 """
 
@@ -27,13 +27,13 @@ from app.files.datafile import Dataset, Limits, open_dataset
 Task = dict[str, Any]
 About = dict[str, Any]
 
-# Threads that decode images; more are no faster than one disk.
+# Most threads that decode images; more are no faster than one disk.
 _MOST_THREADS = 32
 _NOTHING_DONE: About = dict.fromkeys(("preprocess_source", "tokenizer", "label_map", "samples", "next_tokens"))
 
 
 def read_feature_set(task: Task) -> tuple[FeatureSet, About]:
-    """The feature set of a task, and the `probe` section of its report."""
+    """Return the feature set of a task, and the `probe` section of its report."""
     feature_set = load_feature_set(_path(task, task["probe"]["sha256"]))
     about = {**task["probe"], **_NOTHING_DONE}
     rows = _rows(task, feature_set.labels, feature_set.split)
@@ -43,14 +43,14 @@ def read_feature_set(task: Task) -> tuple[FeatureSet, About]:
 
 
 def read_probe(task: Task, network: LoadedNetwork) -> tuple[Probe, About]:
-    """The probe of a task, and the `probe` section of its report.
+    """Return the probe of a task, and the `probe` section of its report.
 
     Args:
         task: as `attempts.begin` made it, with paths and limits.
-        network: one of those that will see it.
+        network: one of the networks that will be given it.
 
     Raises:
-        AnalysisError: `invalid-probe` and what else the file, the preprocessing or the tokenizer can be refused for.
+        AnalysisError: `invalid-probe`, or another refusal of the file, the preprocessing or the tokenizer.
     """
     about = {**task["probe"], **_NOTHING_DONE}
     try:
@@ -88,7 +88,7 @@ def _tensors(task: Task, network: LoadedNetwork, about: About) -> Probe:
 def _dataset(task: Task, network: LoadedNetwork, about: About) -> Probe:
     limits = Limits(**task["limits"]["dataset"])
     dataset = open_dataset(_path(task, about["sha256"]), about["format"], limits, task["file"]["columns"])
-    # Where tokens are predicted the labels of whole texts take no part.
+    # Labels of whole texts are ignored if tokens are predicted.
     labels = None
     if dataset.labels is not None and not network.predicts_tokens:
         labels = torch.from_numpy(named_labels(dataset.labels, dataset.class_names, about["class_names"])[0])
@@ -119,7 +119,7 @@ def _dataset(task: Task, network: LoadedNetwork, about: About) -> Probe:
 
 
 def _next_tokens(probe: Probe, about: About) -> dict[str, Any]:
-    """What a report says of sequences whose positions are samples."""
+    """Return the report's `next_tokens` section, for sequences whose positions are samples."""
     kept = probe.labels != IGNORED
     rows = {"all": torch.ones(len(kept), dtype=torch.bool)}
     if probe.split is not None:
@@ -135,7 +135,7 @@ def _next_tokens(probe: Probe, about: About) -> dict[str, Any]:
 
 
 def _of_images(task: Task, network: LoadedNetwork) -> tuple[Any, str | None]:
-    """The preprocessing of the probe, else of the checkpoint, else timm's own for the network; and whose it is."""
+    """Return the preprocessing of the probe, else the checkpoint's, else timm's for the network; and its source."""
     if given := task["probe"]["preprocess"]:
         return given, "probe"
     brought = _brought(task, "preprocess")
@@ -146,7 +146,7 @@ def _of_images(task: Task, network: LoadedNetwork) -> tuple[Any, str | None]:
         from analysis.networks.timm import data_config
 
         return from_timm(data_config(network.module, architecture)), "timm"
-    # Grey levels as they are would be no sensible input of any network.
+    # Unscaled grey levels would be no sensible input of any network.
     return {"scale": 1 / 255}, None
 
 
@@ -182,10 +182,10 @@ def _tokens(
 
 
 def _brought(task: Task, member: str) -> Any:
-    """What the checkpoints bring, all of them the same; None where none does.
+    """Return the member that all checkpoints bring alike; None if none brings it.
 
     Raises:
-        AnalysisError: `invalid-probe` where they bring different ones.
+        AnalysisError: `invalid-probe` if they differ.
     """
     values = [brought[member] for brought in task["brought"]]
     if any(value != values[0] for value in values):
@@ -203,7 +203,7 @@ def _preprocess(given: dict[str, Any] | None) -> Preprocess | None:
 
 
 def _rows(task: Task, labels: torch.Tensor | None, split: torch.Tensor | None) -> torch.Tensor | None:
-    """Which samples were asked for, of sequences without labels too; None for all."""
+    """Return the rows of the requested samples, also for sequences without labels; None for all."""
     n, of, seed = task["options"].get("samples"), task["probe"]["n_samples"], task["options"]["seed"]
     if n is None or n >= of:
         return None
@@ -217,7 +217,7 @@ def _samples(task: Task, used: int) -> dict[str, int]:
 
 
 def _checked(contents: Iterator[tuple[str, bytes]]) -> Iterator[tuple[str, bytes]]:
-    """What is wrong with the file in the middle is the analysis's problem."""
+    """Yield contents; map a ServiceError from the middle of the file to AnalysisError."""
     try:
         yield from contents
     except ServiceError as error:

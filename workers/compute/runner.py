@@ -1,4 +1,4 @@
-"""From a task to a report's body or a problem, on the device that was chosen. Runs in the child."""
+"""Turn a task into a report's body or a problem, on the chosen device. Runs in the child."""
 
 import hashlib
 import importlib.metadata
@@ -23,15 +23,15 @@ from workers.compute.kinds import OnProgress, Task
 
 logger = logging.getLogger("interplay")
 
-# A batch of small inputs is done in microseconds: nobody reads more than so many updates.
+# Shortest time between two updates of progress: a batch of small inputs takes only microseconds.
 _PROGRESS_SECONDS = 0.1
 
 
 def set_up(device: str, threads: int) -> torch.device:
-    """Choose the device, once for the process; `auto` takes CUDA where there is one.
+    """Choose the device, once for the process; `auto` takes CUDA if available.
 
     Raises:
-        SystemExit: the device that was asked for does not exist here.
+        SystemExit: the requested device does not exist here.
     """
     if threads:
         torch.set_num_threads(threads)
@@ -47,37 +47,37 @@ def set_up(device: str, threads: int) -> torch.device:
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """What this worker offers."""
+    """Describe this worker: device, torch version and families."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return {"device": name, "torch_version": torch.__version__, **families()}
 
 
 def families() -> dict[str, list[str]]:
-    """Of the families that are installed here those that need nothing imported, and those that are to be tried."""
+    """Return the installed families: those that need no import, and those that are still to be tried."""
     certain = ("builtin", "custom")
     found = available_families()
     return {
         "families": [name for name in found if name in certain],
-        # torchvision first: what it fails of, timm fails of as well, and in its words.
+        # torchvision first: whatever makes it fail makes timm fail too, with the same message.
         "untried": sorted((name for name in found if name not in certain), key=lambda name: name != "torchvision"),
     }
 
 
 def run(task: Task, device: torch.device, cache: FeatureCache, on_progress: OnProgress) -> dict[str, Any]:
-    """Compute a task: `{"body": ...}` as `kinds` says, or `{"problem": ...}`."""
+    """Compute a task and return `{"body": ...}`, as documented in `kinds`, or `{"problem": ...}`."""
     try:
         return {"body": kinds.compute(task, device, cache, _throttled(on_progress), _provenance(task, device))}
     except AnalysisError as error:
         return {"problem": problem(error.kind, error.title, error.detail, **error.members)}
     except Exception as error:
-        # A bug of ours fails this analysis and says where; the next one runs.
+        # A bug in the service fails this analysis and is logged; the next one runs.
         logger.exception("analysis %s failed", task["analysis_id"])
         detail = f"This is a fault of the service: {type(error).__name__}. The worker's log says more."
         return {"problem": problem("internal-error", "Internal error", detail)}
 
 
 def _provenance(task: Task, device: torch.device) -> dict[str, Any]:
-    """What a report says of how it came about; the kind adds what only it knows."""
+    """Return the provenance that reports of all kinds share; each kind adds its own members."""
     return {
         "interplay_version": importlib.metadata.version("interplay"),
         "code_sha256": _code_sha256(),
@@ -93,12 +93,15 @@ def _provenance(task: Task, device: torch.device) -> dict[str, Any]:
 
 
 def _libraries(architectures: Sequence[dict[str, Any] | None]) -> str | None:
-    """What builds the networks, each library once: the two of a comparison may be of different ones."""
+    """Return the libraries that build the networks, each once: a comparison's two networks may use different ones."""
     return ", ".join(dict.fromkeys(filter(None, map(_library, architectures)))) or None
 
 
 def _library(architecture: dict[str, Any] | None) -> str | None:
-    """What builds a network of another family than ours; nothing where it is missing, as the analysis then fails."""
+    """Return the library that builds a network; None for the builtin family.
+
+    Also None if the library is missing, as the analysis then fails.
+    """
     family = architecture["family"] if architecture else "builtin"
     try:
         return None if family == "builtin" else f"{family} {importlib.metadata.version(family)}"
@@ -108,7 +111,7 @@ def _library(architecture: dict[str, Any] | None) -> str | None:
 
 @cache
 def _code_sha256() -> str:
-    """One hash of the mathematics' source, so that two reports tell whether the same code computed them."""
+    """Return one hash of the mathematics' source, which shows whether the same code computed two reports."""
     digest = hashlib.sha256()
     folder = Path(analysis.__file__).parent
     for path in sorted(folder.rglob("*.py")):

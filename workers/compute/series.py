@@ -1,4 +1,4 @@
-"""What the points of a series must share: they are compared, and not mixed, so that their networks may differ."""
+"""Check that the points of a series are comparable. They are compared, not mixed, so their networks may differ."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,14 +9,14 @@ Known = Mapping[str, Any]
 
 
 def require_comparable(points: Sequence[Known]) -> None:
-    """Raise where the last of some points is of other classes or other inputs than the first.
+    """Check that the last point has the same classes and inputs as the first.
 
     Args:
-        points: what is known of each, in order, from computing it or from a report that there was.
+        points: the known facts of each, in order, from computing it or from an existing report.
 
     Raises:
         AnalysisError: `architectures-differ` for another number of classes; `invalid-probe` for inputs that were
-            prepared otherwise.
+            prepared differently.
     """
     first, last = points[0], points[-1]
     ours, theirs = (_classes(point) for point in (first, last))
@@ -38,7 +38,7 @@ def require_comparable(points: Sequence[Known]) -> None:
 
 
 def _classes(point: Known) -> int | None:
-    """Of language models the classes are the probe's tokens, whatever else a vocabulary has."""
+    """Return the number of classes; None for language models, whose classes are the probe's tokens."""
     probe = point.get("probe") or {}
     return None if probe.get("next_tokens") else point["n_classes"]
 
@@ -46,6 +46,6 @@ def _classes(point: Known) -> int | None:
 def _inputs(point: Known) -> dict[str, Any]:
     probe = point.get("probe") or {}
     tokenizer = probe.get("tokenizer") or {}
-    # A length that cut nothing off made no difference, and what fills up is masked.
+    # A maximum length that truncated nothing makes no difference, and padding is masked.
     length = tokenizer.get("max_length") if tokenizer.get("n_truncated") else None
     return {"preprocessing": probe.get("preprocess"), "tokenizer": (tokenizer.get("sha256"), length)}

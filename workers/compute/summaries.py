@@ -1,6 +1,6 @@
-"""From the points of a path, a pruning sweep or a series to the report that puts them together. Runs in the child.
+"""Combine the points of a path, a pruning sweep or a series into a report. Runs in the child.
 
-MIR and HDR of a summary are those of the sample level with global centring, as the reports say under `measured`.
+MIR and HDR of a summary are those of the sample level with global centring, as reports state under `measured`.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ Body = dict[str, Any]
 
 _LEVEL, _CENTRING = "sample", "global"
 _ROUNDING = 1e-12
-# What is known of a network once it is loaded; a point that an earlier version computed knows less.
+# Members known once a network is loaded; a point computed by an earlier version has fewer.
 _OF_NETWORK = ("head", "n_features", "n_classes", "n_parameters", "prefix", "infixes", "ignored", "untied")
 _MEASURED = {"level": _LEVEL, "centring": _CENTRING}
 
@@ -44,7 +44,7 @@ def _path(task: Body) -> Body:
 
 
 def _looked_at(task: Body, ws: Sequence[float]) -> Body:
-    """How closely a path was looked at: by its points, and by the look that an adaptive grid begins with."""
+    """Return how densely a path was sampled: by its points, and by the first look of an adaptive grid."""
     look = task["points"][0]["known"].get("look")
     places = sorted({w for w in [*ws, *(look["ws"] if look else [])] if 0 <= w <= 1})
     found = None
@@ -55,7 +55,7 @@ def _looked_at(task: Body, ws: Sequence[float]) -> Body:
 
 
 def _path_split(points: Sequence[Body], split: str) -> Body:
-    """Barriers of one split; what is not defined at every point has none."""
+    """Return the barriers of one split; a quantity that is undefined at any point has none."""
     ws = [point["w"] for point in points]
     reasons: dict[str, str] = {}
 
@@ -74,7 +74,7 @@ def _path_split(points: Sequence[Body], split: str) -> Body:
         "mir_barrier": barrier_of("mir_barrier", _of_interplay(points, split, "mir"), barrier, falls=True),
         "hdr_barrier": barrier_of("hdr_barrier", _of_interplay(points, split, "hdr"), barrier),
     }
-    # An error barrier of 1 in 50 samples is 0.020000000000000018 by the subtractions that it comes from.
+    # An error barrier of 1 in 50 samples is 0.020000000000000018 after the subtractions that give it.
     connected = found["error_barrier"] is not None and found["error_barrier"]["value"] <= CONNECTED + _ROUNDING
     forms = {"loss_forms": _forms(ws, losses), "error_forms": _forms(ws, errors)}
     reasons |= {f"{name}.midpoint": "no_midpoint" for name, form in forms.items() if form["midpoint"] is None}
@@ -103,7 +103,7 @@ def _pruning(task: Body) -> Body:
 def _series(task: Body) -> Body:
     known = [entry["known"] for entry in task["points"]]
     for position in range(len(known)):
-        # Those of reports that there were have been seen by nobody yet.
+        # Points reused from existing reports have not been checked yet.
         require_comparable(known[: position + 1])
     points = [entry["point"] for entry in task["points"]]
     names = points[0]["splits"]
@@ -136,7 +136,7 @@ def _series_split(points: Sequence[Body], split: str, accuracies: Sequence[float
             point["splits"][split]["interplay"][_LEVEL][_CENTRING]["distance_to_optimum"][name] for point in points
         ]
         if None in found[f"{name}_distance"]:
-            # Why, the points say: not all of them need have the same reason.
+            # The points have the reasons, which may differ between them.
             reasons[f"{name}_distance"] = "undefined_points"
     return {**found, "reasons": reasons}
 
@@ -146,7 +146,7 @@ def _of_interplay(points: Sequence[Body], split: str, name: str) -> list[float |
 
 
 def _subjects(task: Body) -> list[Body]:
-    """What was looked at, with what loading it told; of a series each point knows its own, of a path both ends."""
+    """Return the subjects with the facts found by loading them; a series has them per point, a path for both ends."""
     known = [entry["known"] for entry in task["points"]]
     ends = known[0].get("ends", [{}] * len(known))
     return [
@@ -156,7 +156,7 @@ def _subjects(task: Body) -> list[Body]:
 
 
 def described(subject: Body, known: Body) -> Body:
-    """A report's `subject`: what the row says, and what loading the network told, which goes before it."""
+    """Return a report's `subject`: the members of the row, overridden by those found when the network was loaded."""
     return {name: value for name, value in subject.items() if name != "asked_prefix"} | known
 
 

@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("interplay")
 
-# How long what was started gets to stop by itself before it is killed.
+# How long a started process has to stop by itself before it is killed.
 _STOP_SECONDS = 5.0
-# The C library's number of that parameter.
+# The C library's number of the parameter M_ARENA_MAX.
 _ARENA_MAX = -8
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; returns its exit code, 2 for what the operator should set otherwise."""
+    """Run a command; return its exit code, 2 for a problem that the operator has to correct."""
     parser = argparse.ArgumentParser(prog="interplay", description="Settings are environment variables: INTERPLAY_...")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in (
@@ -119,7 +119,7 @@ def _verify(settings: Settings, *, set_aside: bool) -> int:
 def _make_tables(
     settings: Settings, tables: "Future[None]", worker: "_SupervisedWorker", server: "_AnnouncedServer"
 ) -> None:
-    """Bring the database to the present schema and let the worker begin; where that fails, end the server."""
+    """Upgrade the database to the current schema and let the worker begin; on failure, end the server."""
     try:
         _migrate(settings)
     except Exception as error:  # noqa: BLE001  raised again by who waits for the tables
@@ -152,10 +152,10 @@ def _serve(settings: Settings, *, with_worker: bool) -> int:
 
 
 def _share_memory() -> None:
-    """Let all threads of this process take memory from one place, so that what one gives back another uses.
+    """Let all threads of this process allocate from one arena, so that memory freed by one is used by another.
 
-    By default the C library gives each thread its own: eight uploads at once with headers of 8 MiB took the process
-    from 147 to 1,217 MiB, and with this, one at a time, from 149 to 321.
+    By default the C library gives each thread its own: eight concurrent uploads with headers of 8 MiB took the process
+    from 147 to 1,217 MiB, and with one arena, one upload at a time, from 149 to 321.
     """
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).mallopt(_ARENA_MAX, 1)
@@ -183,8 +183,8 @@ def _run_server(settings: Settings, listener: socket.socket, worker: "_Supervise
     if worker is None:
         tables.set_result(None)
     else:
-        # A database that does not answer is an error before anybody hears that this service listens; making its
-        # tables takes as long as all else, and happens beside serving.
+        # A database that does not answer must fail before the service announces that it listens. Creating the tables
+        # takes as long as everything else, and happens while serving.
         migrations.current(app.state.service.engine)
         server.then = partial(_make_tables, settings, tables, worker, server)
     server.run(sockets=[listener])
@@ -195,7 +195,7 @@ def _run_server(settings: Settings, listener: socket.socket, worker: "_Supervise
 
 def _bind(settings: Settings) -> socket.socket:
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    # The protocol by name: asyncio sends answers at once (TCP_NODELAY) only where a connection names its own.
+    # The protocol is explicit: asyncio sends answers at once (TCP_NODELAY) only on sockets that name their protocol.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind((settings.host, settings.port))
@@ -203,9 +203,9 @@ def _bind(settings: Settings) -> socket.socket:
 
 
 class _AnnouncedServer(uvicorn.Server):
-    """Says where it listens on the first line of standard output, and goes on with `then` in a thread.
+    """Prints its address as the first line of standard output, then runs `then` in a thread.
 
-    When it stops, streams of events are ended first: it would wait for them otherwise.
+    On shutdown it ends event streams first: it would wait for them otherwise.
     """
 
     def __init__(self, config: uvicorn.Config, events: "Events", connections: "Connections") -> None:
@@ -236,9 +236,9 @@ class _AnnouncedServer(uvicorn.Server):
 
 
 class _SupervisedWorker:
-    """A worker process that is started again, ever more slowly, whenever it dies.
+    """A worker process that is restarted whenever it dies, after ever longer pauses.
 
-    It loads what it needs at once, and begins when it may: the tables must be there.
+    It loads its modules at once, but begins only when allowed: the tables must exist.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -265,7 +265,7 @@ class _SupervisedWorker:
     def _tell(self) -> None:
         if self._may_begin and self._process is not None:
             assert self._process.stdin is not None
-            # It has died meanwhile, and its successor is told; or it was told to stop.
+            # It has died, and its successor gets the message; or it is stopping.
             with contextlib.suppress(BrokenPipeError, ValueError):
                 self._process.stdin.write(b"begin\n")
                 self._process.stdin.flush()
@@ -275,7 +275,7 @@ class _SupervisedWorker:
         while not self._stopping.is_set():
             started = time.monotonic()
             # The worker stops when its standard input ends, so it does not outlive this process, however that dies.
-            # In a session of its own: Ctrl-C reaches this process, which then stops the worker.
+            # It has a session of its own: Ctrl-C reaches only this process, which then stops the worker.
             process = subprocess.Popen(
                 [sys.executable, "-m", "workers", "--stop-at-end-of-input", "--wait-for-input"],
                 stdin=subprocess.PIPE,

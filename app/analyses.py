@@ -1,7 +1,7 @@
-"""Analyses: asked for, queued, cancelled, and what a client sees of them.
+"""Analyses: requested, queued, cancelled, and shown to clients.
 
-What was asked, the wish to cancel and the outcome are columns of ours; who runs it now is the queue's to say. The two
-meet in `_status` alone.
+The request, the request to cancel and the outcome are our columns; the queue knows which worker runs it now. Only
+`_status` combines the two into a status.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ def create(
     """Queue an analysis: its row and its place in the queue commit together.
 
     Raises:
-        NotFound: what it should look at does not exist.
+        NotFound: a checkpoint, probe or feature set of the request does not exist.
         ArchitecturesDiffer: checkpoints of a path are of different networks, or those of a series of different classes.
         LabelsDiffer: the probe's class names are not the checkpoint's.
         ProbeUnsuitable: the probe has no labels for a classifier, or no tokens for a language model.
@@ -64,7 +64,7 @@ def create(
             queue.enqueue(client.get(), session, row.id)
             return _view(session, engine, row.id)
     except sa.exc.IntegrityError:
-        # The same key came twice at once, and the other one was first.
+        # A concurrent request with the same key committed first.
         if idempotency_key is None:
             raise
         with read(engine) as session:
@@ -80,13 +80,13 @@ def get(engine: sa.Engine, id_: str) -> schemas.Analysis:
 
 
 def get_several(engine: sa.Engine, ids: Sequence[str]) -> list[schemas.Analysis]:
-    """Those of these that there are, in any order."""
+    """Return the existing ones of these analyses, in any order."""
     with read(engine) as session:
         return [_resource(*row) for row in session.execute(_select(engine.dialect.name).where(Analysis.id.in_(ids)))]
 
 
 def cancel(engine: sa.Engine, id_: str) -> schemas.Analysis:
-    """Note the wish to cancel; what no worker has taken yet ends here, what runs is stopped by its worker.
+    """Record the request to cancel; a queued analysis ends here, a running one is stopped by its worker.
 
     Raises:
         NotCancellable: it has already succeeded or failed.
@@ -113,7 +113,7 @@ def list_page(
     checkpoint_id: str | None,
     **equal: str | None,
 ) -> schemas.Page[schemas.Analysis]:
-    """One page; `equal` filters by columns of the table."""
+    """Return one page; `equal` filters by columns of the table."""
     query = _select(engine.dialect.name)
     if status is not None:
         query = query.where(_status(engine.dialect.name) == status)
@@ -135,12 +135,12 @@ Ids = Sequence[str] | sa.Select[str]
 
 
 def looks_at(analysis_id: sa.orm.InstrumentedAttribute[str], checkpoint_ids: Ids) -> sa.ColumnElement[bool]:
-    """SQL that is true where an analysis looks at one of these checkpoints."""
+    """Return SQL that is true where an analysis uses one of these checkpoints."""
     places = sa.select(AnalysisCheckpoint.analysis_id).where(AnalysisCheckpoint.checkpoint_id.in_(checkpoint_ids))
     return analysis_id.in_(places)
 
 
-# Built once for each database: SQLAlchemy takes longer to build these than the database to answer.
+# Built once per dialect: SQLAlchemy takes longer to build these than the database takes to answer.
 @cache
 def _select(dialect: str) -> sa.Select[Any]:
     report_id = sa.select(Report.id).where(Report.analysis_id == Analysis.id).scalar_subquery()
@@ -215,7 +215,7 @@ def _feature_set_id(request: schemas.AnalysisRequest) -> str | None:
 
 
 def _lock_subjects(session: Session, request: schemas.AnalysisRequest, checkpoint_ids: Sequence[str]) -> str:
-    """The name of what is looked at; nothing of it can be deleted before the transaction ends."""
+    """Return the name of the subjects, locked so that none can be deleted before the transaction ends."""
     if (feature_set_id := _feature_set_id(request)) is not None:
         return resources.get(session, models.FeatureSet, feature_set_id, lock="share").name
     assert request.probe_id is not None

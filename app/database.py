@@ -1,4 +1,4 @@
-"""The database engine, for SQLite and PostgreSQL alike, and the two ways to open a session."""
+"""The database engine, for SQLite and PostgreSQL, and the two ways to open a session."""
 
 import math
 import sqlite3
@@ -15,18 +15,18 @@ from sqlalchemy.orm import Session
 
 from app.settings import Settings
 
-# So long a call waits for a connection while none comes back, and so long while some do.
+# How long a call waits for a connection while none is returned, and while some are.
 _STALLED_SECONDS = 1.0
 _LONGEST_WAIT_SECONDS = 10.0
 _PATIENT_SECONDS = 24 * 3600.0
-# A server ends a statement that takes too long, and says so; this much later its silence counts as an answer.
+# The server itself ends a statement that takes too long; this much later its silence counts as a failure.
 _GRACE_SECONDS = 2.0
 
 
 def make_engine(settings: Settings, *, patient: bool = False) -> sa.Engine:
-    """The engine that our tables and the queue share, so that both can commit in one transaction.
+    """Return the engine that our tables and the queue share, so that both can commit in one transaction.
 
-    Every statement has a deadline, `database_timeout_seconds`; `patient` takes it off for what may last, a migration.
+    Every statement has a timeout, `database_timeout_seconds`; `patient` raises it to a day, as for a migration.
     """
     patience_seconds = _PATIENT_SECONDS if patient else settings.database_timeout_seconds
     url = sa.make_url(settings.effective_database_url)
@@ -38,7 +38,7 @@ def make_engine(settings: Settings, *, patient: bool = False) -> sa.Engine:
 
 
 class _Pool(sa.QueuePool):
-    """Connections, of which there are few. Who finds none waits while others give theirs back, and not otherwise."""
+    """A small pool of connections. A caller that finds none waits only while other callers return theirs."""
 
     _returned_at = -math.inf
 
@@ -76,9 +76,10 @@ def _sqlite_engine(url: sa.URL, patience_seconds: float) -> sa.Engine:
 
 
 def _use_write_ahead_log(connection: sqlite3.Connection, patience_seconds: float) -> None:
-    """Readers do not wait for writers. The mode stays with the file; only the first switch takes a lock.
+    """Set WAL mode, so that readers do not wait for writers.
 
-    That one does not wait for the busy timeout where several processes open a new file at once, so it is tried again.
+    The mode stays with the file; only the first switch takes a lock. That one ignores the busy timeout if several
+    processes open a new file at once, so it is retried.
     """
     deadline = time.monotonic() + patience_seconds
     while True:
@@ -93,7 +94,7 @@ def _use_write_ahead_log(connection: sqlite3.Connection, patience_seconds: float
 
 
 def _postgresql_engine(url: sa.URL, patience_seconds: float) -> sa.Engine:
-    import psycopg  # here: most services are on SQLite, and it takes a while to load
+    import psycopg  # here: most services use SQLite, and it takes a while to load
 
     from app.postgresql import PatientConnection
 
@@ -101,7 +102,7 @@ def _postgresql_engine(url: sa.URL, patience_seconds: float) -> sa.Engine:
     args, kwargs = dialect.create_connect_args(url)
     defaults = {
         "connect_timeout": math.ceil(min(patience_seconds, 5)),
-        # A machine that is gone, without a word, is noticed as soon.
+        # A host that disappears without closing the connection is noticed as soon.
         "keepalives_idle": 10,
         "keepalives_interval": 5,
         "keepalives_count": 3,
@@ -113,13 +114,13 @@ def _postgresql_engine(url: sa.URL, patience_seconds: float) -> sa.Engine:
         try:
             connection = PatientConnection.connect(*args, **kwargs)
         except psycopg.OperationalError as error:
-            # dbos 3.4.0 retries only errors that say "connection failed"; psycopg 3.3 words a missing socket and a
-            # failed name lookup differently, and a run that meets those would stay pending under a living worker.
+            # dbos 3.4.0 retries only errors that say "connection failed". psycopg 3.3 words a missing socket and a
+            # failed name lookup differently; a run with such an error would stay pending under a living worker.
             if "connection failed" in str(error):
                 raise
             raise psycopg.OperationalError(f"connection failed: {error}") from error
         connection.patience_seconds = patience_seconds + _GRACE_SECONDS
-        # Not among the options of the connection, which poolers such as PgBouncer do not pass on.
+        # Not as a connection option: poolers such as PgBouncer do not pass those on.
         milliseconds = math.ceil(patience_seconds * 1000)
         connection.execute("SELECT set_config('statement_timeout', %s, false)", [str(milliseconds)])
         connection.commit()
@@ -129,10 +130,10 @@ def _postgresql_engine(url: sa.URL, patience_seconds: float) -> sa.Engine:
 
 
 def clock(session: Session) -> datetime:
-    """The database's own time: what several machines compare must not hang on their clocks.
+    """Return the database's own time: times that several machines compare must not depend on their clocks.
 
     Args:
-        session: any; on PostgreSQL the time is that of the call, not of the transaction's start.
+        session: any session; on PostgreSQL the time is that of the call, not of the transaction's start.
 
     Returns:
         An instant in UTC.
@@ -146,17 +147,17 @@ def clock(session: Session) -> datetime:
 
 @contextmanager
 def read(engine: sa.Engine) -> Iterator[Session]:
-    """A session to read with."""
+    """Open a session for reading."""
     with Session(engine) as session:
         yield session
 
 
 @contextmanager
 def write(engine: sa.Engine) -> Iterator[Session]:
-    """A session whose transaction commits at the end of the block and rolls back on any error.
+    """Open a session whose transaction commits at the end of the block and rolls back on any error.
 
     On SQLite it holds the write lock from its first statement, so that what it reads stays true until it commits;
-    on PostgreSQL callers lock the rows they decide upon with `with_for_update`.
+    on PostgreSQL callers lock the rows that they decide on with `with_for_update`.
     """
     with Session(engine, expire_on_commit=False) as session, session.begin():
         if engine.dialect.name == "sqlite":

@@ -1,4 +1,4 @@
-"""What processes that strangers' files reach get of the environment: what they need, and no key and no password."""
+"""The environment of processes that read untrusted files: what they need, without keys and passwords."""
 
 import os
 import re
@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 from app.settings import Settings
 
 _NAMES = ("PATH", "HOME", "USER", "LOGNAME", "LANG", "LANGUAGE", "TZ", "TMPDIR", "TMP", "TEMP", "VIRTUAL_ENV")
-# How variables of the system, of Python, of fonts, of linear algebra and of GPUs begin.
+# Prefixes of variables of the system, Python, fonts, linear algebra and GPUs.
 _PREFIXES = (
     "LC_", "LD_", "PYTHON", "CONDA_", "XDG_", "FONTCONFIG_",
     "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "BLIS_", "ATEN_", "MALLOC_", "DNNL_", "ONEDNN_",
@@ -17,9 +17,9 @@ _PREFIXES = (
 )  # fmt: skip
 _OURS_SECRET = ("INTERPLAY_API_KEY", "INTERPLAY_DATABASE_URL")
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH", re.IGNORECASE)
-# No library fetches anything by itself, and none tells anybody that it was used.
+# No library downloads anything by itself, and none sends telemetry.
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
-# What obstore reads for a store, by the scheme of its URL, and its HTTP client for all of them.
+# Prefixes of variables that obstore reads: for a store, by the scheme of its URL, and for its HTTP client.
 _STORES = {"s3": ("AWS_",), "gs": ("GOOGLE_",), "az": ("AZURE_",)}
 _HTTP = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR")
 
@@ -27,16 +27,16 @@ _HTTP = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY", "SSL_CERT_FILE", 
 def plain_environment(
     settings: Settings | None = None, *, given: Mapping[str, str] | None = None, storage: bool = False
 ) -> dict[str, str]:
-    """The environment of a process that reads strangers' files.
+    """Return the environment of a process that reads untrusted files.
 
     Args:
-        settings: of the service; `child_environment` of them names further variables that are passed on.
-        given: what is chosen from. Default: this process's own.
-        storage: whether the process reaches the storage by itself; where that is remote, what names and opens it is
+        settings: the service's settings; their `child_environment` names further variables to pass on.
+        given: the variables to choose from. Default: this process's own.
+        storage: whether the process reaches the storage by itself; if that is remote, its address and credentials are
             passed on as well.
 
     Returns:
-        Variables by name. Libraries are told to stay offline.
+        Variables by name, including those that keep libraries offline.
     """
     given = os.environ if given is None else given
     named = set(settings.child_environment.split(",")) if settings else set()

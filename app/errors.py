@@ -1,4 +1,4 @@
-"""What the service answers when it cannot do what was asked.
+"""The errors that the service answers with.
 
     ServiceError            one RFC 9457 problem: kind, title, HTTP status
     ├── InvalidRequest      422  the request's JSON, form or query
@@ -6,7 +6,7 @@
     ├── ArchitecturesDiffer 422  checkpoints of one path or series
     ├── LabelsDiffer        422  class names of a probe that are not those of the checkpoint
     ├── NotComparable       422  a gate, a report and a baseline that do not belong together
-    ├── ProbeUnsuitable     422  a probe that networks of the checkpoint's kind cannot be looked at with
+    ├── ProbeUnsuitable     422  a probe that does not suit networks of the checkpoint's kind
     ├── MalformedRequest    400  no HTTP at all
     ├── RequestTimeout      408  a request did not come in time
     ├── HeadersTooLarge     431
@@ -16,16 +16,16 @@
     ├── Unauthorized        401
     ├── Forbidden           403
     ├── NotFound            404
-    ├── InUse               409  what should be deleted is needed
+    ├── InUse               409  a resource to delete is needed
     ├── IdempotencyConflict 409
     ├── NotCancellable      409
     ├── TooManyStreams      503  of events
     ├── TooManyConnections  503
-    ├── BaselineMoved       409  it is no longer where the caller saw it
+    ├── BaselineMoved       409  it has moved since the caller read it
     ├── InsufficientStorage 507  the disk or the storage is full
     └── Unavailable         503  the database or the storage does not answer
 
-Each kind is documented in docs/problems.md; a test fails where one is not.
+Each kind is documented in docs/problems.md; a test fails if one is not.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,7 +33,7 @@ from typing import Any, ClassVar, get_args
 
 
 def first_line(error: object) -> str:
-    """Return the first line of an exception's words, bounded and without a full stop; its type's name for no words.
+    """Return the first line of an exception's message, truncated and without a full stop; else its type's name.
 
     Libraries add pages of their own state.
     """
@@ -41,12 +41,12 @@ def first_line(error: object) -> str:
 
 
 def problem_type(kind: str) -> str:
-    """The `type` of a problem: an identifier, listed in docs/problems.md."""
+    """Return the `type` of a problem: an identifier, listed in docs/problems.md."""
     return f"urn:interplay:problem:{kind}"
 
 
 def problem(kind: str, title: str, detail: str, *, status: int | None = None, **members: Any) -> dict[str, Any]:
-    """The body of a problem (RFC 9457); `status` only where it is the status of an HTTP answer."""
+    """Return the body of a problem (RFC 9457); give `status` only if it is the status of an HTTP answer."""
     body: dict[str, Any] = {"type": problem_type(kind), "title": title, "detail": detail}
     if status is not None:
         body["status"] = status
@@ -71,8 +71,8 @@ class InvalidRequest(ServiceError):
 
 
 def invalid_request(what: str, errors: Sequence[Mapping[str, Any]], *, prefix: str | None = None) -> InvalidRequest:
-    """Pydantic's errors as one problem: the first few in words, twenty as `errors: [{loc, message}]`."""
-    # Here: a process that only words problems loads neither schemas nor tables.
+    """Return pydantic's errors as one problem: the first five as text, twenty as `errors: [{loc, message}]`."""
+    # Imported here: a process that only formats problems loads neither schemas nor tables.
     from app.schemas import Kind
 
     listed: list[dict[str, Any]] = [
@@ -80,7 +80,7 @@ def invalid_request(what: str, errors: Sequence[Mapping[str, Any]], *, prefix: s
         for error in errors[:20]
     ]
     for entry in listed:
-        # Pydantic's name for the alternative that `kind` chose is no place in the body.
+        # Pydantic's name for the union member that `kind` selected is not a location in the body.
         if len(entry["loc"]) > 1 and entry["loc"][0] == "body" and entry["loc"][1] in get_args(Kind):
             del entry["loc"][1]
     words = "; ".join(f"{'.'.join(error['loc']) or what}: {error['message']}" for error in listed[:5])
@@ -88,7 +88,7 @@ def invalid_request(what: str, errors: Sequence[Mapping[str, Any]], *, prefix: s
 
 
 def _message(error: Mapping[str, Any]) -> str:
-    """Pydantic's words, without its own names for what failed."""
+    """Return pydantic's message, without its own terms for the failure."""
     from app.schemas import PLAIN_TEXT
 
     if error["type"] == "string_pattern_mismatch" and error["ctx"]["pattern"] == PLAIN_TEXT:

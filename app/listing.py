@@ -1,6 +1,6 @@
 """Collections: newest first, one page at a time, by the key (created_at, id) of the last row seen.
 
-A row that arrives while somebody pages is newer than every page to come, so no row is seen twice or missed.
+A row added while a client pages is newer than every page to come, so no row is seen twice or missed.
 """
 
 import base64
@@ -22,7 +22,7 @@ from app.schemas import PLAIN_TEXT
 
 
 def _as_document_says(text: Any) -> Any:
-    """A date and a time with its zone (RFC 3339); pydantic takes numbers for seconds since 1970 too."""
+    """Check that text is a date and a time with its zone (RFC 3339); pydantic also takes seconds since 1970."""
     if isinstance(text, str) and not _RFC3339.fullmatch(text):
         raise ValueError("must be a date and a time with its zone, such as 2026-01-31T12:00:00Z")
     return text
@@ -34,7 +34,7 @@ Instant = Annotated[AwareDatetime, BeforeValidator(_as_document_says)]
 
 @dataclass(frozen=True)
 class Listing:
-    """What every collection takes: which page, and filters that all of them share."""
+    """Parameters of every collection: the page, and the filters that all collections share."""
 
     limit: Annotated[int, Query(ge=1, le=200, description="Items in a page.")] = 50
     cursor: Annotated[str | None, Query(max_length=200, description="`next_cursor` of the page before.")] = None
@@ -48,9 +48,9 @@ class Listing:
 
 
 def listing_with(*filters: str) -> Callable[..., Awaitable[Listing]]:
-    """A dependency: the listing of a collection that has these filters of its own, and no others.
+    """Return a dependency: the listing of a collection that has these filters of its own, and no others.
 
-    A filter that is mistyped must not answer with everything.
+    A mistyped filter must not return everything.
     """
     known = {field.name for field in fields(Listing)} | set(filters)
 
@@ -69,9 +69,10 @@ def page(
     listing: Listing,
     about: Callable[[sa.Select[str]], sa.ColumnElement[bool]],
 ) -> tuple[Sequence[Any], str | None]:
-    """The rows of one page of `query`, and the cursor of the next.
+    """Return the rows of one page of `query`, and the cursor of the next.
 
-    `about` is true where a row is about one of these resources: their metadata is what `listing.metadata` filters by.
+    `about` gives SQL that is true where a row is about one of the given resources: those whose metadata match
+    `listing.metadata`.
     """
     for entry in listing.metadata or []:
         key, separator, value = entry.partition("=")

@@ -28,11 +28,11 @@ and neural collapse. POST a checkpoint and a probe dataset, queue an analysis, r
 
 
 def create_app(settings: Settings, tables: "Future[None] | None" = None) -> FastAPI:
-    """The application; it connects to nothing before it serves.
+    """Return the application; it connects to nothing before it serves.
 
     Args:
-        settings: of the service.
-        tables: done once the database has its tables, where this process makes them while it serves.
+        settings: the service's settings.
+        tables: done once the database has its tables, if this process creates them while it serves.
     """
     if tables is None:
         tables = Future()
@@ -45,7 +45,7 @@ def create_app(settings: Settings, tables: "Future[None] | None" = None) -> Fast
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        # Beside serving: with many blobs it takes a while.
+        # In the background: with many blobs it takes a while.
         ending = threading.Event()
         threading.Thread(target=settle, args=(service, tables, ending), daemon=True).start()
         yield
@@ -67,7 +67,7 @@ def create_app(settings: Settings, tables: "Future[None] | None" = None) -> Fast
     app.add_middleware(WaitForTables, tables=tables)
     app.add_middleware(Admission, settings=settings)
     problems.install(app)
-    # FastAPI tries one route after the other, ten microseconds each: what is asked for most comes first.
+    # FastAPI tries one route after the other, ten microseconds each: the most requested come first.
     for router in (reports.router, analyses.router, resource_routes.router, gates.router, health.router):
         app.include_router(router, prefix="/v1")
     app.include_router(health.health)

@@ -1,4 +1,4 @@
-"""The tables. Who owns which state is said in docs/architecture.md."""
+"""The tables. docs/architecture.md says which component owns which state."""
 
 from datetime import UTC, datetime
 from typing import Any, ClassVar
@@ -11,7 +11,7 @@ from app.schemas import metadata_text
 
 
 class UTCDateTime(sa.TypeDecorator[datetime]):
-    """An instant with its time zone, UTC, on databases that keep one and on SQLite, which does not."""
+    """An instant in UTC, with its time zone also on SQLite, which does not store one."""
 
     impl = sa.DateTime(timezone=True)
     cache_ok = True
@@ -35,7 +35,7 @@ def now() -> datetime:
 
 
 class Base(DeclarativeBase):
-    # Constraints have names of their own, so that migrations can name them on both databases.
+    # Constraints have explicit names, so that migrations can refer to them on both databases.
     metadata = sa.MetaData(
         naming_convention={
             "ix": "ix_%(table_name)s_%(column_0_N_name)s",
@@ -53,7 +53,7 @@ class Base(DeclarativeBase):
 
 
 class Resource(Base):
-    """What every resource has: an id, a time, and their order for keyset pagination."""
+    """The base of every resource: an id and a creation time, ordered for keyset pagination."""
 
     __abstract__ = True
 
@@ -95,7 +95,7 @@ class Probe(Resource):
 
     name: Mapped[str] = mapped_column(sa.String(200), index=True)
     sha256: Mapped[str] = mapped_column(sa.ForeignKey("blobs.sha256"), index=True)
-    # Of the data, whatever file they came in (app/files/identity.py); null of what was uploaded before there was one.
+    # Of the data, independent of their file (app/files/identity.py); null for uploads from before the column existed.
     data_sha256: Mapped[str | None] = mapped_column(sa.String(64), index=True)
     size_bytes: Mapped[int] = mapped_column(sa.BigInteger)
     format: Mapped[str] = mapped_column(sa.String(20))
@@ -132,7 +132,7 @@ class FeatureSet(Resource):
 class MetadataEntry(Base):
     """One `key=value` of a checkpoint, probe, feature set or report, as text, so that both databases filter alike.
 
-    A report keeps the metadata of what it is about, so that it is found when that has been deleted.
+    A report keeps the metadata of its subjects, so that it is still found once they have been deleted.
     """
 
     __tablename__ = "metadata_entries"
@@ -144,7 +144,7 @@ class MetadataEntry(Base):
 
     @classmethod
     def entries(cls, resource_id: str, metadata: dict[str, Any]) -> list["MetadataEntry"]:
-        """What filters look for: each `key=value`, of a list one for each value."""
+        """Return the entries that filters search: one for each `key=value`, for a list one per value."""
         return [
             cls(resource_id=resource_id, key=key, value=value)
             for key, values in metadata.items()
@@ -153,7 +153,7 @@ class MetadataEntry(Base):
 
 
 class Analysis(Resource):
-    """What was asked, and what became of it. The queue owns only who runs it now."""
+    """The request and its outcome. The queue owns only which worker runs it now."""
 
     __tablename__ = "analyses"
     __table_args__ = (sa.Index(None, "created_at", "id"),)
@@ -163,7 +163,7 @@ class Analysis(Resource):
     checkpoints: Mapped[list["AnalysisCheckpoint"]] = relationship(
         lazy="selectin", order_by="AnalysisCheckpoint.position"
     )
-    # Not foreign keys: an analysis that has ended outlives what it looked at.
+    # Not foreign keys: an analysis that has ended outlives its subjects.
     probe_id: Mapped[str | None] = mapped_column(sa.String(36), index=True)
     feature_set_id: Mapped[str | None] = mapped_column(sa.String(36), index=True)
     options: Mapped[dict[str, Any]]
@@ -182,7 +182,7 @@ class Analysis(Resource):
 
 
 class AnalysisCheckpoint(Base):
-    """A checkpoint that an analysis looks at: one, the two ends of a path, or a series in order."""
+    """A checkpoint that an analysis uses: one, the two ends of a path, or a series in order."""
 
     __tablename__ = "analysis_checkpoints"
 
@@ -228,7 +228,7 @@ class Gate(Resource):
 
 
 class Baseline(Resource):
-    """A named pointer to a report; null where all that was ever asked for was refused. Its lock orders its moves."""
+    """A named pointer to a report; null if every requested move was refused. Its lock orders its moves."""
 
     __tablename__ = "baselines"
     __table_args__ = (sa.Index(None, "created_at", "id"),)
@@ -239,7 +239,7 @@ class Baseline(Resource):
 
 
 class BaselineMove(Resource):
-    """A move that was asked for: done, or refused because the baseline was no longer where the caller saw it."""
+    """A requested move: done, or refused because the baseline had moved since the caller read it."""
 
     __tablename__ = "baseline_moves"
     __table_args__ = (sa.Index(None, "created_at", "id"),)
@@ -252,7 +252,7 @@ class BaselineMove(Resource):
 
 
 class Worker(Base):
-    """A worker process, alive until `ended_at` is set by itself or by whoever found it dead."""
+    """A worker process, alive until `ended_at` is set by itself or by the process that found it dead."""
 
     __tablename__ = "workers"
 
@@ -261,11 +261,11 @@ class Worker(Base):
     pid: Mapped[int]
     device: Mapped[str | None] = mapped_column(sa.String(200))
     torch_version: Mapped[str | None] = mapped_column(sa.String(50))
-    # Of the families of networks those that it can import, those that it has not tried, and why others cannot be.
+    # Families of networks: those that it can import, those that it has not tried, and why it cannot import the others.
     families: Mapped[list[str] | None]
     untried: Mapped[list[str] | None]
     unavailable: Mapped[dict[str, Any] | None]
-    # By family the names that it builds: thousands, that are read where a name is asked for.
+    # Names of the networks that it builds, by family: thousands, so read only when names are needed.
     networks: Mapped[dict[str, Any] | None] = mapped_column(deferred=True)
     started_at: Mapped[datetime]
     heartbeat_at: Mapped[datetime]

@@ -1,7 +1,7 @@
-"""Which networks workers build, as far as they have told: asked when a checkpoint comes, without one of the libraries.
+"""The networks that workers report they can build: checked when a checkpoint arrives, without loading the libraries.
 
-The answer is that of the workers that live, or else of the last ones that did. Where none has told there is none, and
-a description is taken as it is: its analysis will tell.
+The list is that of the living workers, or else of the last one that reported. Without any report a description is
+accepted as it is, and its analysis may fail.
 """
 
 import difflib
@@ -20,14 +20,14 @@ _NEAREST = 3
 
 
 def require_offered(engine: sa.Engine, architecture: Mapping[str, Any]) -> None:
-    """Raise where a description names a network that the library of no worker has.
+    """Raise if a description names a network that no worker's library has.
 
     Args:
-        engine: of the workers' table.
+        engine: the engine of the workers' table.
         architecture: a description of any family.
 
     Raises:
-        InvalidRequest: with the names that are nearest to it, as `nearest`.
+        InvalidRequest: the name is unknown; `nearest` lists the nearest known names.
     """
     family, name = architecture["family"], architecture.get("name")
     if family not in _NAMED or not isinstance(name, str):
@@ -35,7 +35,7 @@ def require_offered(engine: sa.Engine, architecture: Mapping[str, Any]) -> None:
     known = _names(engine, family)
     if not known or name in known:
         return
-    # Of a name with a tag, such as resnet18.a1_in1k, first what is wrong with the name.
+    # For a name with a tag, such as resnet18.a1_in1k, check the part before the tag first.
     plain, _, tag = name.partition(".")
     of_name = [one for one in known if one.startswith(f"{plain}.")] if tag and plain in known else []
     nearest = [plain, *_nearest(name, of_name)] if of_name else _nearest(name, known)
@@ -50,7 +50,7 @@ def _nearest(name: str, known: list[str]) -> list[str]:
 
 
 def _names(engine: sa.Engine, family: str) -> list[str]:
-    """What all living workers have together; else what the last one had that has told."""
+    """Return the names of all living workers together; else those of the last worker that reported."""
     told = sa.select(Worker.networks).where(Worker.networks.is_not(None), Worker.untried.is_not(None))
     last = told.order_by(Worker.heartbeat_at.desc()).limit(1)
     with read(engine) as session:

@@ -1,4 +1,4 @@
-"""Connections to PostgreSQL. A module of its own: psycopg takes a while to load, and most services are on SQLite."""
+"""Connections to PostgreSQL. A module of its own: psycopg takes a while to load, and most services use SQLite."""
 
 import math
 from collections.abc import Generator
@@ -10,10 +10,10 @@ from psycopg.errors import _WaitTimeout
 
 
 class PatientConnection(psycopg.Connection[Any]):
-    """A connection that is given up where its server has been silent for too long.
+    """A connection that is closed if its server has been silent for too long.
 
-    The server's own `statement_timeout` comes first; this is for one that takes what is sent and says nothing, which no
-    setting of the socket notices.
+    The server's own `statement_timeout` comes first; this is for a server that accepts data but never answers, which no
+    setting of the socket detects.
     """
 
     patience_seconds = math.inf
@@ -32,7 +32,7 @@ class PatientConnection(psycopg.Connection[Any]):
             ) from None
 
     def notifies(self, *, timeout: float | None = None, stop_after: int | None = None) -> Generator[psycopg.Notify]:
-        # What listens, as the queue's library does, waits for as long as nothing happens.
+        # A listener, such as the queue's library, waits without a timeout until something happens.
         self._listening = True
         try:
             yield from super().notifies(timeout=timeout, stop_after=stop_after)

@@ -1,7 +1,7 @@
-"""The queue: DBOS Transact on the service's own database. docs/decisions/0004-queue.md says what was measured.
+"""The queue: DBOS Transact on the service's own database. docs/decisions/0004-queue.md has the measurements.
 
-Our `analyses` table owns what was asked, the wish to cancel and the outcome; the queue owns who runs it now. The id of
-an analysis is the id of its workflow, and a workflow's only input is that id.
+Our `analyses` table owns the request, the request to cancel and the outcome; the queue owns which worker runs it now.
+The id of an analysis is the id of its workflow, and a workflow's only input is that id.
 """
 
 import threading
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-# The library takes a third of a second to load: an API process does it once it answers, a worker while torch loads.
+# The library takes a third of a second to load: an API process loads it once it answers, a worker while torch loads.
 if TYPE_CHECKING:
     from dbos import DBOSClient as Client
     from dbos import DBOSPortableJSONSerializer
@@ -18,27 +18,27 @@ if TYPE_CHECKING:
 QUEUE = "analyses"
 WORKFLOW = "run_analysis"
 APPLICATION = "interplay"
-# Raised only when the order of a workflow's steps changes, and after draining the queue: a worker runs only what
-# carries its own version. The library's default hashes source code, which strands runs at every upgrade.
+# Increase it only when the order of a workflow's steps changes, and after draining the queue: a worker runs only
+# workflows of its own version. The library's default hashes source code, which strands runs at every upgrade.
 VERSION = "engine-1"
-# Lower goes first, and what has none goes before all that has one: so every analysis has one.
+# Lower goes first, and runs without a priority go before all others: so every analysis has one.
 PRIORITY = 100
-# The queue's words for a run that is over.
+# The queue's statuses of a run that has ended.
 ENDED = ("SUCCESS", "ERROR", "CANCELLED", "MAX_RECOVERY_ATTEMPTS_EXCEEDED")
 
 
 def serializer() -> "DBOSPortableJSONSerializer":
-    """How every process writes what the queue keeps."""
+    """Return the serializer with which every process writes the queue's values."""
     from dbos import DBOSPortableJSONSerializer
 
     return DBOSPortableJSONSerializer()
 
 
 def close_pickle() -> None:
-    """From here on this process unpickles no row of the queue's tables, whatever the row says of itself.
+    """Make this process refuse to unpickle any row of the queue's tables, whatever format the row declares.
 
-    dbos unpickles a row that is marked so even where another serializer is set, by listing it: whoever could write to
-    the database could run code. Every process that talks to the queue calls this first.
+    dbos unpickles a row marked as pickled even if another serializer is set, merely by listing it: anyone who could
+    write to the database could run code. Every process that uses the queue calls this first.
     """
     from dbos import _serialization
 
@@ -50,14 +50,17 @@ def close_pickle() -> None:
 
 
 def migrate(engine: sa.Engine) -> None:
-    """Create or upgrade the queue's own tables; harmless where they are up to date."""
+    """Create or upgrade the queue's own tables; harmless if they are up to date."""
     import dbos
 
     dbos.DBOS.migrate(engine.url.render_as_string(hide_password=False))
 
 
 def make_client(engine: sa.Engine) -> "Client":
-    """What enqueues. It shares the engine, so that a row and its enqueueing commit together, and connects lazily."""
+    """Return a client to enqueue with.
+
+    It shares the engine, so that a row and its enqueueing commit together, and connects lazily.
+    """
     from dbos import DBOSClient
 
     close_pickle()
@@ -71,7 +74,7 @@ def make_client(engine: sa.Engine) -> "Client":
 
 
 class LateClient:
-    """A client that is made when it is first asked for, once for all threads."""
+    """A client that is created at first use, once for all threads."""
 
     def __init__(self, engine: sa.Engine) -> None:
         self._engine = engine
@@ -111,7 +114,7 @@ def is_claimed(dialect: str, analysis_id: sa.ColumnElement[str]) -> sa.ColumnEle
 
 
 def has_status(dialect: str, analysis_id: sa.ColumnElement[str], *statuses: str) -> sa.ColumnElement[bool]:
-    """Return SQL that is true where the queue gives the analysis's run one of these statuses, in the queue's words."""
+    """Return SQL that is true where the queue gives the analysis's run one of these statuses of its own."""
     schema = None if dialect == "sqlite" else "dbos"
     runs = sa.table("workflow_status", sa.column("workflow_uuid"), sa.column("status"), schema=schema)
     return sa.exists().where(runs.c.workflow_uuid == analysis_id, runs.c.status.in_(statuses))

@@ -1,4 +1,4 @@
-"""Why a process of the service does not start, in one sentence that an operator can act on."""
+"""The reason why a process of the service does not start, in one sentence that an operator can act on."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,20 +7,20 @@ from app.settings import Settings
 
 
 class CannotStart(Exception):
-    """The one sentence."""
+    """The reason why a process does not start, in one sentence."""
 
 
 @contextmanager
 def starting(settings: Settings) -> Iterator[None]:
-    """Turn what a database, a disk or a storage refuses while a process starts into CannotStart.
+    """Map failures of a database, a disk or a storage while a process starts to CannotStart.
 
     Args:
-        settings: of the process; a password in an address is not told.
+        settings: the process's settings; a password in an address is not shown.
 
     Raises:
-        CannotStart: in place of whatever was refused. A fault of ours stays what it is.
+        CannotStart: in place of the original error. Other exceptions, from bugs, pass through.
     """
-    # Late, since the command line is read before anything large is loaded.
+    # Imported late: the command line is read before anything large is loaded.
     import sqlalchemy as sa
     from obstore.exceptions import BaseError
 
@@ -44,7 +44,7 @@ def starting(settings: Settings) -> Iterator[None]:
 
 
 def _address(settings: Settings) -> str:
-    """The storage's URL without what may be a password."""
+    """Return the storage's URL without the parts that may be a password."""
     from urllib.parse import urlsplit
 
     url = urlsplit(settings.effective_storage_url)

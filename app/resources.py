@@ -1,7 +1,7 @@
-"""Checkpoints, probes and feature sets: from an upload to a row, and away again.
+"""Checkpoints, probes and feature sets: created from an upload, read, deleted.
 
-A blob's row is locked by whoever takes it into use or removes it, so a file is removed only while nothing refers to it.
-What reads files loads with the first of them, or once the service is up (`app.main`): it takes half a second.
+Code that starts to use a blob or removes it locks its row, so a file is removed only while nothing refers to it.
+Modules that read files load with the first file, or once the service is up (`app.main`): it takes half a second.
 """
 
 import json
@@ -49,7 +49,7 @@ _USES = (
 
 
 def create_checkpoint(engine: sa.Engine, storage: Storage, settings: Settings, upload: Upload) -> models.Checkpoint:
-    """Keep a checkpoint; its header is checked, its weights are not read (the worker does that)."""
+    """Store a checkpoint; its header is checked, its weights are not read (the worker does that)."""
     from app.files import archives, tensorfile
 
     spec = _parse_spec(schemas.CheckpointSpec, upload.spec, settings)
@@ -83,13 +83,13 @@ def create_checkpoint(engine: sa.Engine, storage: Storage, settings: Settings, u
                 tokenizer_sha256=None if tokenizer is None else tokenizer.sha256,
                 metadata_=spec.metadata,
             )
-            # What was read of the header goes before the next one is read.
+            # Free the parsed header before the next one is read.
             del file, names
         return _keep(engine, storage, [weights, tokenizer], checkpoint)
 
 
 def create_probe(engine: sa.Engine, storage: Storage, settings: Settings, upload: Upload) -> models.Probe:
-    """Keep a probe dataset; labels and splits are read and checked, images and texts are not decoded."""
+    """Store a probe dataset; labels and splits are read and checked, images and texts are not decoded."""
     from app.files import probedata
 
     spec = _parse_spec(schemas.ProbeSpec, upload.spec, settings)
@@ -107,7 +107,7 @@ def create_probe(engine: sa.Engine, storage: Storage, settings: Settings, upload
 
 
 def create_feature_set(engine: sa.Engine, storage: Storage, settings: Settings, upload: Upload) -> models.FeatureSet:
-    """Keep features, labels and head that somebody extracted elsewhere."""
+    """Store features, labels and head that were extracted elsewhere."""
     import numpy as np
 
     from app.files import identity, tensordata, tensorfile
@@ -144,7 +144,7 @@ def create_feature_set(engine: sa.Engine, storage: Storage, settings: Settings, 
 def get(
     session: Session, model: type[OwnerType], id_: str, *, lock: Literal["share", "exclusive"] | None = None
 ) -> OwnerType:
-    """One resource; locked, it cannot be deleted before the transaction ends."""
+    """Return one resource; if locked, it cannot be deleted before the transaction ends."""
     query = sa.select(model).where(model.id == id_)
     if lock is not None:
         query = query.with_for_update(read=lock == "share")
@@ -155,10 +155,10 @@ def get(
 
 
 def delete(engine: sa.Engine, storage: Storage, model: type[OwnerType], id_: str) -> None:
-    """Delete a resource, and its blob where nothing else refers to it.
+    """Delete a resource, and its blob if nothing else refers to it.
 
     Raises:
-        NotFound: there is none.
+        NotFound: the resource does not exist.
         InUse: an analysis that has not ended needs it.
     """
     analyses = models.Analysis
@@ -168,7 +168,7 @@ def delete(engine: sa.Engine, storage: Storage, model: type[OwnerType], id_: str
         models.Probe: analyses.probe_id == id_,
         models.FeatureSet: analyses.feature_set_id == id_,
     }[model]
-    # Asked before anything is locked: a storage that is away must not hold up whoever writes to the database.
+    # Checked before anything is locked: an unavailable storage must not block writers to the database.
     storage.has("0" * 64)
     with write(engine) as session:
         row = get(session, model, id_, lock="exclusive")
@@ -190,7 +190,7 @@ def delete(engine: sa.Engine, storage: Storage, model: type[OwnerType], id_: str
 
 
 def sweep(engine: sa.Engine, storage: Storage) -> None:
-    """Remove what crashes left behind: abandoned uploads, blobs without a use, files without a row."""
+    """Remove what crashes left behind: abandoned uploads, unused blobs, files without a row."""
     storage.remove_abandoned()
     unused = sa.select(models.Blob.sha256).where(*_no_use(models.Blob.sha256))
     with read(engine) as session:
@@ -199,10 +199,10 @@ def sweep(engine: sa.Engine, storage: Storage) -> None:
         data = set(session.scalars(sa.select(models.Probe.data_sha256).where(models.Probe.data_sha256.is_not(None))))
     for sha256 in hashes:
         _release(engine, storage, sha256)
-    # An upload puts its file in place moments before its row: only what is old has been forgotten.
+    # An upload stores its file moments before its row, so only old files are orphans.
     for sha256 in storage.blobs_older_than(_ORPHAN_SECONDS):
         if sha256 not in known:
-            # With a row of its own, whoever uploads the same file now waits for its lock, or has it in use.
+            # With this row, a concurrent upload of the same file waits for its lock, or already uses it.
             with write(engine) as session:
                 session.execute(_HOLD_BLOB, {"sha256": sha256, "size_bytes": 0})
             _release(engine, storage, sha256)
@@ -212,15 +212,15 @@ def sweep(engine: sa.Engine, storage: Storage) -> None:
 
 
 def _keep(engine: sa.Engine, storage: Storage, staged: Sequence[StagedFile | None], row: OwnerType) -> OwnerType:
-    """Put the blobs in place and insert the row, in this order: a crash in between leaves a file, never a bare row."""
+    """Store the blobs, then insert the row: a crash in between leaves a file, never a row without its file."""
     files: dict[str, StagedFile] = {file.sha256: file for file in staged if file is not None}
     for file in files.values():
         storage.put(file)
     with write(engine) as session:
-        # In one order, so that two uploads of the same files never wait for each other.
+        # Sorted, so that two uploads of the same files never wait for each other.
         for sha256 in sorted({row.sha256, *files}):
             if sha256 in files:
-                # Locks the row against `_release`, also where it exists already.
+                # Locks the row against `_release`, also if it exists already.
                 session.execute(_HOLD_BLOB, {"sha256": sha256, "size_bytes": files[sha256].size_bytes})
             elif session.get(models.Blob, sha256, with_for_update=True) is None:
                 raise NotFound(f"The service no longer holds a blob with the sha256 {sha256}.")
@@ -244,14 +244,14 @@ def _release(engine: sa.Engine, storage: Storage, sha256: str) -> None:
 
 
 def _forget_features(storage: Storage, sha256: str) -> None:
-    """Remove what workers keep of a checkpoint or of a probe's data."""
+    """Remove kept features of a checkpoint or of a probe's data."""
     for entry in storage.list_features():
         if sha256 in entry.origins:
             storage.delete_features(entry.name)
 
 
 def _no_use(sha256: Any) -> list[sa.ColumnElement[bool]]:
-    """True, all of it, of a blob that no row refers to."""
+    """Return conditions that are all true for a blob that no row refers to."""
     return [~sa.exists().where(column == sha256) for column in _USES]
 
 
@@ -262,7 +262,7 @@ def _hashes(row: Owner) -> list[str]:
 def _staged_tokenizer(
     storage: Storage, settings: Settings, tokenizer: dict[str, Any] | None, stack: ExitStack
 ) -> StagedFile | None:
-    """A spec's tokenizer as a blob of its own, which checkpoints and probes share."""
+    """Stage a spec's tokenizer as a blob of its own, which checkpoints and probes share."""
     if tokenizer is None:
         return None
     if not isinstance(tokenizer.get("model"), dict):
@@ -278,7 +278,7 @@ def _staged_tokenizer(
 
 @contextmanager
 def _blob_path(engine: sa.Engine, storage: Storage, upload: Upload, spec: Spec) -> Iterator[Path]:
-    """The file to look into: the one that came, or the blob that `spec.sha256` names."""
+    """Yield the path of the uploaded file, or of the blob that `spec.sha256` names."""
     if upload.file is not None:
         upload.file.flush()
         if spec.sha256 not in (None, upload.file.sha256):
@@ -301,7 +301,7 @@ def _blob_path(engine: sa.Engine, storage: Storage, upload: Upload, spec: Spec) 
 def _out_of_archive(
     storage: Storage, settings: Settings, path: Path, spec: schemas.CheckpointSpec, stack: ExitStack
 ) -> tuple[StagedFile, schemas.CheckpointSpec]:
-    """The weights of a Hugging Face folder as one staged file; the spec, completed by what the folder says."""
+    """Return the weights of a Hugging Face folder as one staged file, and the spec, completed from the folder."""
     from app.files import archives
 
     unpacked_bytes = int(min(settings.max_upload_bytes, settings.max_unpacked_ratio * path.stat().st_size))
@@ -327,7 +327,7 @@ def _sha256(upload: Upload, spec: Spec) -> str:
 def _parse_spec(model: type[Spec], text: bytes, settings: Settings) -> Spec:
     limit = settings.max_spec_bytes
     too_large = TooLarge(f"The spec has more than the {limit} bytes that are allowed.", limit_bytes=limit)
-    # What came in may be larger by a tokenizer, and by nothing else.
+    # Only a tokenizer may make the text longer than the limit.
     if len(text) > limit and b'"tokenizer"' not in text:
         raise too_large
     try:

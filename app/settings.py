@@ -153,10 +153,10 @@ class Settings(BaseSettings):
 
 
 def load_settings(**given: Any) -> Settings:
-    """The settings of this process, from its environment and what was `given` on its command line.
+    """Return the settings of this process, from its environment and the values `given` on its command line.
 
     Raises:
-        SystemExit: one is not valid; the message names it as an operator knows it.
+        SystemExit: a value is not valid; the message names its environment variable.
     """
     try:
         return Settings(**{name: value for name, value in given.items() if value is not None})
@@ -165,13 +165,13 @@ def load_settings(**given: Any) -> Settings:
             name = str(wrong["loc"][0])
             # A URL may hold a password.
             value = "" if name.endswith(("_key", "_url")) else f" ({wrong['input']!r})"
-            # Not by logging, which is one of the settings.
+            # Not logged: logging depends on the settings.
             sys.stderr.write(f"INTERPLAY_{name.upper()}{value} is not valid: {wrong['msg']}.\n")
         raise SystemExit(2) from None
 
 
 class _Repeated(logging.Filter):
-    """Lets a line through once in ten seconds, with how many like it were left out since."""
+    """Passes one log record of a kind in ten seconds, with the number of similar ones dropped since."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -179,7 +179,10 @@ class _Repeated(logging.Filter):
         self._left_out: dict[str, int] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether a record is the first of its kind, by its text before arguments and its exception, for a while."""
+        """Return whether a record is the first of its kind for a while.
+
+        The kind is the text without arguments, and the exception.
+        """
         kind = f"{record.msg} {record.exc_info[1]!r}" if record.exc_info else str(record.msg)
         kind = first_line(kind)[:200]
         if record.created - self._said_at.get(kind, -math.inf) < _REPEAT_SECONDS:
@@ -193,23 +196,23 @@ class _Repeated(logging.Filter):
         return True
 
 
-# What clients and dependencies can make say the same without end.
+# Loggers that clients and dependencies can make repeat the same message endlessly.
 _TALKATIVE = ("app.api.events", "app.api.problems", "asyncio", "uvicorn.error")
 _REPEAT_SECONDS = 10.0
 
 
 def freeze_loaded_objects() -> None:
-    """Exclude what this process has loaded from later searches for reference cycles; call it once, when it is ready.
+    """Exclude loaded objects from later searches for reference cycles; call it once, when the process is ready.
 
-    Modules and their half a million objects never go. Each full search of them held all threads of the API for 100 to
-    200 ms, several times a second under load.
+    Modules and their half a million objects are never freed. Each full search of them held all threads of the API for
+    100 to 200 ms, several times a second under load.
     """
     gc.collect()
     gc.freeze()
 
 
 def start_logging(settings: Settings) -> None:
-    """Log to standard error. Libraries log their every step as information; only `debug` asks for that."""
+    """Log to standard error. Libraries log every step at level INFO; only `debug` shows those."""
     level = settings.log_level.upper()
     logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     for name in _TALKATIVE:

@@ -1,4 +1,4 @@
-"""What happens beside the first requests: the tables are made, what takes long to load is loaded, waste is swept.
+"""Startup work in the background of the first requests: create tables, load slow modules, sweep leftovers.
 
 The process answers /healthz before that. A call that needs the tables waits for them.
 """
@@ -19,13 +19,13 @@ from app.storage import StorageUnavailable
 
 logger = logging.getLogger(__name__)
 
-# After that a call goes on and says that the database lacks its tables.
+# How long a call waits for the tables; then it goes on and answers that they are missing.
 _PATIENCE_SECONDS = 30.0
 _SWEEP_SECONDS = 600.0
 
 
 class WaitForTables:
-    """Hold calls of /v1 until the tables are there; `tables` is done then."""
+    """Holds calls of /v1 until the tables exist; `tables` is done then."""
 
     def __init__(self, app: ASGIApp, *, tables: "Future[None]") -> None:
         self._app = app
@@ -38,16 +38,16 @@ class WaitForTables:
 
 
 def settle(service: Service, tables: "Future[None]", ending: threading.Event) -> None:
-    """Load what requests will need once the tables are there; sweep up what crashes left, now and every ten minutes.
+    """Load what requests need once the tables exist; remove leftovers of crashes now and every ten minutes.
 
     Args:
-        service: what is served.
-        tables: done once the tables are there.
+        service: the running service.
+        tables: done once the tables exist.
         ending: set when the process ends; this runs in a thread of its own until then.
     """
     if tables.exception() is not None:
         return
-    # Together they take a second, which the first upload and the first analysis would take longer.
+    # Together they take a second to load, which would delay the first upload and the first analysis.
     from app.files import archives, probedata  # noqa: F401
 
     service.queue.get()
@@ -56,7 +56,7 @@ def settle(service: Service, tables: "Future[None]", ending: threading.Event) ->
         try:
             resources.sweep(service.engine, service.storage)
         except (sa.exc.SQLAlchemyError, StorageUnavailable, OSError) as error:
-            # Waste is no reason not to serve; the next round sweeps again.
+            # The service works with leftovers; the next round retries.
             logger.warning("what earlier crashes left behind was not swept: %s", first_line(error))
         if ending.wait(_SWEEP_SECONDS):
             return

@@ -30,14 +30,14 @@ from app.settings import Settings
 
 # Where workers keep features, beside the blobs.
 _FEATURES = "features"
-# So much of a staged file comes before the kernel is told to begin to write it.
+# Bytes of a staged file after which the kernel is asked to start writing them.
 _WRITEBACK_BYTES = 2**24
 _MOST_TURNS = 20
-# So long a call waits for its turn while none ends.
+# How long a call waits for its turn while no other call ends.
 _STALLED_SECONDS = 1.0
-# Parts of a large file that are on their way to a remote store at a time, each within the store's deadline.
+# Parts of a large file that are sent to a remote store at a time, each within the store's timeout.
 _PARTS = 4
-# How variables of the environment begin that obstore reads for a store, and those of its HTTP client.
+# Prefixes of the environment variables that obstore reads for a store, and the options of its HTTP client.
 _ENVIRONMENT = {"s3": "AWS_", "gs": "GOOGLE_", "az": "AZURE_"}
 _CLIENT_OPTIONS = (
     "allow_http",
@@ -57,19 +57,19 @@ _CLIENT_OPTIONS = (
 
 
 class StorageUnavailable(Exception):
-    """The store, or the disk that uploads are staged on, does not take or give what was asked for."""
+    """The store, or the disk that uploads are staged on, failed a read or a write."""
 
 
 class StorageFull(StorageUnavailable):
-    """No room is left where files are stored or staged: trying again will not help."""
+    """No room is left where files are stored or staged: a retry will not help."""
 
 
 class BlobDamaged(Exception):
-    """A blob's bytes are not those of its name.
+    """A blob's bytes do not match its name.
 
     Attributes:
         sha256: the blob's name.
-        found: the sha256 of the bytes that lie there.
+        found: the sha256 of the stored bytes.
     """
 
     def __init__(self, sha256: str, found: str) -> None:
@@ -78,8 +78,10 @@ class BlobDamaged(Exception):
 
 
 class _Turns:
-    """At most half of the threads that routes run in (40) use the storage at a time, so that one which does not answer
-    leaves the others free. Who comes next waits while turns end, and not otherwise."""
+    """Limits the storage to half of the threads that routes run in (40); if it does not answer, the others stay free.
+
+    A further caller waits only while turns end.
+    """
 
     def __init__(self) -> None:
         self._free = threading.Condition()
@@ -88,7 +90,7 @@ class _Turns:
         self._holder = threading.local()
 
     def __enter__(self) -> None:
-        # What has a turn may call what asks for one.
+        # Reentrant: the holder of a turn may call functions that take one.
         self._holder.depth = getattr(self._holder, "depth", 0) + 1
         if self._holder.depth > 1:
             return
@@ -136,11 +138,11 @@ class StagedFile:
         while True:
             self.path = folder / f"{uuid4()}.part"
             self._file = self.path.open("wb")
-            # Held while this process lives: `remove_abandoned` tells a crashed upload from a running one by it.
+            # Locked while this process lives, so that `remove_abandoned` can tell a crashed upload from a running one.
             fcntl.flock(self._file, fcntl.LOCK_EX)
             if os.fstat(self._file.fileno()).st_nlink:
                 break
-            self._file.close()  # another process swept it up between its creation and the lock
+            self._file.close()  # removed by another process between its creation and the lock
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         with _reaching_storage():
@@ -150,22 +152,22 @@ class StagedFile:
             self._start_writeback()
 
     def _start_writeback(self) -> None:
-        """Have the kernel begin to write what has come, and do not wait for it: `sync` then finds little left to do."""
+        """Make the kernel start writing the data without waiting for it, so that `sync` has little left to do."""
         if self.size_bytes - self._writing_bytes < _WRITEBACK_BYTES:
             return
         self._file.flush()
-        if hasattr(os, "posix_fadvise"):  # where there is none, `sync` takes as long as it takes
+        if hasattr(os, "posix_fadvise"):  # without it, `sync` takes longer
             length = self.size_bytes - self._writing_bytes
             os.posix_fadvise(self._file.fileno(), self._writing_bytes, length, os.POSIX_FADV_DONTNEED)
         self._writing_bytes = self.size_bytes
 
     def flush(self) -> None:
-        """What was written can be read at `path` when this returns."""
+        """Flush the written data, so that it can be read at `path`."""
         with _reaching_storage():
             self._file.flush()
 
     def sync(self) -> None:
-        """Everything written so far is on the disk when this returns."""
+        """Write everything so far to the disk before returning."""
         with _reaching_storage():
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -179,7 +181,7 @@ class StagedFile:
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self.path.unlink(missing_ok=True)
-        # What a full disk did not take is tried once more by `close`, for nothing: the file is gone.
+        # On a full disk `close` tries to write the rest once more and fails; the file is gone anyway.
         with suppress(OSError):
             self._file.close()
 
@@ -194,9 +196,9 @@ class Upload:
 
 @dataclass(frozen=True)
 class StoredFeatures:
-    """Features that workers keep: a name that begins with the sha256 of a checkpoint and of a probe's data.
+    """Features that workers keep; the name begins with the sha256 of a checkpoint and of a probe's data.
 
-    Of a probe whose data have no sha256 yet it is that of its file.
+    If a probe's data have no sha256 yet, it is that of its file.
     """
 
     name: str
@@ -209,14 +211,14 @@ class StoredFeatures:
 
 
 class Storage:
-    """Where blobs live. The database's `blobs` rows say which of them exist; this only moves bytes."""
+    """The store of blobs. The database's `blobs` rows say which of them exist; this class only moves bytes."""
 
     def __init__(self, settings: Settings) -> None:
         self._staging = settings.data_dir / "staging"
         self._cache = settings.data_dir / "cache"
         url = urlsplit(settings.effective_storage_url)
         self._cache_bytes = settings.cache_bytes
-        # Files that were hashed by this process, as they were then: a file that changes since is hashed again.
+        # Files hashed by this process, with their state then: a file that has changed since is hashed again.
         self._verified: dict[str, tuple[int, int, int]] = {}
         self._folder: Path | None = None
         self._store: ObjectStore
@@ -233,7 +235,7 @@ class Storage:
             return StagedFile(self._staging)
 
     def put(self, staged: StagedFile) -> None:
-        """Give the staged file its final name, in the place of what may lie there: the same bytes, unless damaged."""
+        """Give the staged file its final name, replacing an existing file: the same bytes, unless damaged."""
         with _reaching_storage():
             self._put(staged)
 
@@ -241,14 +243,14 @@ class Storage:
         staged.sync()
         sha256 = staged.sha256
         if self._folder is None:
-            # Whatever lies there: it may be damaged.
+            # Overwrite an existing blob: it may be damaged.
             with staged.path.open("rb") as file:
                 obstore.put(self._store, _key(sha256), file, max_concurrency=_PARTS)
             return
         final = self._folder / _key(sha256)
         final.parent.mkdir(parents=True, exist_ok=True)
-        # A link where `staged` still removes its own name at the end of its block: no moment without an owner. It takes
-        # the place of what lies there, which is the same bytes unless the disk has damaged them.
+        # A link, because `staged` still removes its own name at the end of its block: the file always has an owner. It
+        # replaces an existing file, which has the same bytes unless the disk has damaged them.
         linked = staged.path.with_suffix(".whole")
         os.link(staged.path, linked)
         linked.replace(final)
@@ -269,14 +271,14 @@ class Storage:
 
     @contextmanager
     def local_copy(self, sha256: str) -> Iterator[Path]:
-        """A path to read the blob at, for as long as the block lasts.
+        """Yield a path at which the blob can be read during the block.
 
-        A blob of a remote store is fetched once and kept in the cache folder, of which what was used least recently
-        goes where there is more than `cache_bytes`.
+        A blob of a remote store is fetched once and kept in the cache folder. Above `cache_bytes` the least recently
+        used blobs are removed.
 
         Raises:
-            FileNotFoundError: there is no such blob.
-            BlobDamaged: the store gave other bytes.
+            FileNotFoundError: the blob does not exist.
+            BlobDamaged: the store returned other bytes.
             StorageUnavailable: the store does not answer.
         """
         if self._folder is not None:
@@ -297,10 +299,10 @@ class Storage:
 
     @contextmanager
     def verified_copy(self, sha256: str) -> Iterator[Path]:
-        """`local_copy` of a blob whose bytes this process has hashed since the file was last written.
+        """Yield the `local_copy` of a blob whose bytes this process has hashed since the file was last written.
 
         Raises:
-            BlobDamaged: the bytes are others; nothing may be computed from them.
+            BlobDamaged: the bytes differ; nothing may be computed from them.
         """
         with self.local_copy(sha256) as path:
             with _reaching_storage():
@@ -316,13 +318,13 @@ class Storage:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != sha256:
             if self._folder is None:
-                # Only a copy: the next attempt fetches it anew.
+                # Only a cached copy: the next attempt fetches it again.
                 path.unlink(missing_ok=True)
             raise BlobDamaged(sha256, found)
         self._verified[sha256] = state
 
     def _hold_cached(self, path: Path) -> BinaryIO | None:
-        """An open cached file that is not removed while it is open; None where there is none."""
+        """Open a cached file, which is not removed while it is open; return None if it is missing."""
         try:
             file = path.open("rb")
         except FileNotFoundError:
@@ -331,7 +333,7 @@ class Storage:
         if not os.fstat(file.fileno()).st_nlink:
             file.close()  # removed between its opening and the lock
             return None
-        # When it was used last, for who goes first. The time of its last change stays: it says what was verified.
+        # Record the last use, which decides what is removed first. Keep the modification time: `_verify` compares it.
         os.utime(path, ns=(time.time_ns(), os.fstat(file.fileno()).st_mtime_ns))
         return file
 
@@ -349,7 +351,7 @@ class Storage:
             self._verified[sha256] = (status.st_ino, status.st_mtime_ns, status.st_size)
 
     def _trim_cache(self) -> None:
-        """Remove cached blobs that nobody reads, the least recently used first, down to `cache_bytes`."""
+        """Remove cached blobs that are not being read, the least recently used first, down to `cache_bytes`."""
         entries = []
         for path in self._cache.glob("??/*"):
             with suppress(FileNotFoundError):
@@ -365,10 +367,10 @@ class Storage:
                 excess -= size
 
     def sha256_of(self, sha256: str) -> str:
-        """The sha256 of the bytes that lie under a blob's name now, read from where blobs live and not from a cache.
+        """Return the sha256 of the bytes now stored under a blob's name, read from the store and not from the cache.
 
         Raises:
-            FileNotFoundError: there is no such blob.
+            FileNotFoundError: the blob does not exist.
             StorageUnavailable: the store does not answer.
         """
         digest = hashlib.sha256()
@@ -378,14 +380,14 @@ class Storage:
         return digest.hexdigest()
 
     def set_aside(self, sha256: str) -> str:
-        """Move a blob to where nothing is read from, so that the same file can be sent again; where it lies now."""
+        """Move a blob to a key that is never read, so that the same file can be sent again; return that key."""
         aside = f"damaged/{sha256}"
         with _reaching_storage():
             obstore.rename(self._store, _key(sha256), aside)
         return aside
 
     def put_features(self, name: str, staged: StagedFile) -> None:
-        """Keep features under a name, whole or not at all; done already where there are some."""
+        """Keep features under a name, atomically; local features that exist already stay."""
         with _reaching_storage():
             staged.flush()
             if self._folder is None:
@@ -400,10 +402,10 @@ class Storage:
 
     @contextmanager
     def features(self, name: str) -> Iterator[Path]:
-        """A path to read kept features at, for as long as the block lasts.
+        """Yield a path at which kept features can be read during the block.
 
         Raises:
-            FileNotFoundError: there are none of this name.
+            FileNotFoundError: no features of this name exist.
         """
         if self._folder is not None:
             yield self._folder / _FEATURES / name
@@ -416,7 +418,7 @@ class Storage:
             yield staged.path
 
     def list_features(self) -> list[StoredFeatures]:
-        """All features that are kept."""
+        """Return all kept features."""
         with _reaching_storage():
             return [
                 StoredFeatures(entry["path"].rpartition("/")[2], entry["size"], entry["last_modified"])
@@ -429,7 +431,7 @@ class Storage:
             obstore.delete(self._store, f"{_FEATURES}/{name}")
 
     def blobs_older_than(self, seconds: float) -> Iterator[str]:
-        """The sha256 of every file that has lain in the store for so long."""
+        """Yield the sha256 of every stored blob older than `seconds`."""
         limit = datetime.now(UTC) - timedelta(seconds=seconds)
         with _reaching_storage():
             for entries in obstore.list(self._store):
@@ -439,7 +441,7 @@ class Storage:
                         yield sha256
 
     def check(self) -> None:
-        """Raise StorageUnavailable where blobs could not be stored now."""
+        """Raise StorageUnavailable if blobs could not be stored now."""
         with _reaching_storage():
             self._staging.mkdir(parents=True, exist_ok=True)
             if shutil.disk_usage(self._staging).free < 2**20:
@@ -447,7 +449,7 @@ class Storage:
         self.has("0" * 64)
 
     def remove_abandoned(self) -> int:
-        """Remove what uploads left behind whose process died; returns how many files."""
+        """Remove files left by uploads whose process died; return the number of files."""
         removed = 0
         for path in (*self._staging.glob("*.part"), *self._staging.glob("*.whole")):
             with suppress(OSError), path.open("rb") as file:
@@ -458,13 +460,13 @@ class Storage:
 
 
 def _remote_store(settings: Settings) -> ObjectStore:
-    """The store that a URL names. It may take long to send much, and not long to send nothing."""
+    """Return the store of the configured URL. A large transfer may take long; silence may not."""
     url = urlsplit(settings.effective_storage_url)
     if url.scheme == "memory":
         return from_url(settings.effective_storage_url)
     silence = timedelta(seconds=settings.storage_timeout_seconds)
     options: Any = {"connect_timeout": min(silence, timedelta(seconds=5)), "read_timeout": silence, "timeout": "1 day"}
-    # Options that are given take the place of all that the environment says, so what it says is given too.
+    # Options passed here replace all that the environment sets, so its values are passed as well.
     prefix = _ENVIRONMENT[url.scheme]
     for name in _CLIENT_OPTIONS:
         if (value := os.environ.get(f"{prefix}{name.upper()}")) is not None:

@@ -1,4 +1,4 @@
-"""`interplay verify`: every blob is read and hashed; what rests on one that is damaged or missing is named."""
+"""`interplay verify`: read and hash every blob; list the resources and reports of damaged or missing ones."""
 
 import sys
 from collections.abc import Iterator
@@ -11,19 +11,19 @@ from app.database import read
 from app.models import AnalysisCheckpoint, Blob, Checkpoint, FeatureSet, Probe, Report
 from app.storage import Storage
 
-# Rows that are read at a time.
+# Rows read at a time.
 _PAGE = 500
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A blob that is not what its name says.
+    """A blob that is missing or damaged.
 
     Attributes:
         sha256: its name.
-        what: in words: missing, or damaged with the sha256 of the bytes that lie there.
-        resources: `checkpoint NAME (ID)` and the like, of all that refer to it.
-        report_ids: of every report on one of these, the oldest first.
+        what: the problem as text: missing, or damaged with the sha256 of the stored bytes.
+        resources: `checkpoint NAME (ID)` and the like, of all resources that refer to it.
+        report_ids: the ids of every report on one of these, the oldest first.
     """
 
     sha256: str
@@ -33,15 +33,15 @@ class Finding:
 
 
 def verify(engine: sa.Engine, storage: Storage, *, set_aside: bool) -> int:
-    """Read and hash every blob, write what is wrong to standard output and progress to standard error.
+    """Read and hash every blob; write problems to standard output and progress to standard error.
 
     Args:
-        engine: of the service's database.
+        engine: the engine of the service's database.
         storage: where the blobs live.
         set_aside: move damaged blobs to `damaged/` in the storage, so that the same files can be sent again.
 
     Returns:
-        How many blobs are damaged or missing.
+        The number of damaged or missing blobs.
 
     Raises:
         StorageUnavailable: the storage does not answer.
@@ -83,7 +83,7 @@ def _hash(storage: Storage, sha256: str) -> str | None:
 
 
 def _exists(engine: sa.Engine, sha256: str) -> bool:
-    """Whether it is still there: it may have been deleted while it was read."""
+    """Return whether the blob still exists: it may have been deleted while it was read."""
     with read(engine) as session:
         return session.get(Blob, sha256) is not None
 

@@ -1,1 +1,1 @@
-"""The HTTP side: admission, routes, uploads, events, charts and the words of problems."""
+"""The HTTP side: admission, routes, uploads, events, charts and problems."""

@@ -1,4 +1,4 @@
-"""Who and what may come in, before a route sees the request: host, key, size of the body. One ASGI middleware."""
+"""Checks before a route sees the request: host, key, size of the body. One ASGI middleware."""
 
 import asyncio
 import hmac
@@ -13,19 +13,19 @@ from app.api.problems import problem_response
 from app.errors import Forbidden, RequestTimeout, ServiceError, Unauthorized, UploadIncomplete
 from app.settings import Settings
 
-# These count the bytes of their form themselves, part by part.
+# These routes count the bytes of their form themselves, part by part.
 _UPLOADS = {"/v1/checkpoints", "/v1/probes", "/v1/feature-sets"}
-# A client that is still sending does not look for an answer. So an early one waits until the body has come, but not
-# for ever: then the connection is closed.
+# A client that is still sending does not read an answer. So an early answer waits until the body has arrived, at most
+# this long: then the connection is closed.
 _LINGER_SECONDS = 10.0
-# What says that the body did not come in time: more of it is not waited for.
+# Statuses for a body that did not arrive in time: the rest of it is not awaited.
 _TOO_SLOW = {UploadIncomplete.status, RequestTimeout.status}
 
 
 class Admission:
-    """Refuses who may not call, bounds JSON bodies, and lets an early answer reach a client that is still sending.
+    """Refuses calls without access, bounds JSON bodies, and lets an early answer reach a client that is still sending.
 
-    FastAPI's own dependencies run after it has parsed the body, and its `max_body_size` answers in plain text where a
+    FastAPI's own dependencies run after it has parsed the body, and its `max_body_size` answers in plain text if a
     route does not read the body; here every error is a problem.
     """
 
@@ -39,7 +39,7 @@ class Admission:
             return
         headers: dict[bytes, bytes] = dict(scope["headers"])
         if without_content := scope["method"] == "HEAD":
-            # Every route that is read has one. The server leaves out the content by the method that it was asked with.
+            # Every readable route has GET. The server omits the content because it knows the original method.
             scope = {**scope, "method": "GET"}
         unbounded = scope["method"] == "POST" and scope["path"] in _UPLOADS
         waits_for_continue = headers.get(b"expect", b"").lower() == b"100-continue"
@@ -63,7 +63,7 @@ class Admission:
         async def watched_receive() -> Message:
             nonlocal complete, received_bytes, reading
             reading = True
-            # An upload may last, and minds its own pace. What comes after a body is the end of the connection.
+            # An upload may take long and checks its own pace. After the body only the end of the connection follows.
             message = await (receive() if unbounded or complete else receive_in_time())
             complete = message["type"] != "http.request" or not message.get("more_body", False)
             received_bytes += len(message.get("body", b""))
@@ -75,13 +75,13 @@ class Admission:
             nonlocal complete, answering, ended
             if message["type"] == "http.response.start" and not complete:
                 answering = True
-                # Who asked to go on first has sent nothing yet and hears the answer at once, and so does who is slow.
+                # A client that waits for 100-continue has sent nothing yet and is answered at once, as is a slow one.
                 if message["status"] not in _TOO_SLOW and (reading or not waits_for_continue):
                     complete = await _discard_body(receive)
                 if not complete:
                     message["headers"] = [*message["headers"], (b"connection", b"close")]
             elif without_content and message["type"] == "http.response.body":
-                # The first of it is the last: of a stream nothing more is waited for.
+                # The first part is the last one sent: the rest of a stream is dropped.
                 if ended:
                     return
                 ended = True
@@ -96,10 +96,10 @@ class Admission:
 
 
 def _refusal(settings: Settings, path: str, headers: dict[bytes, bytes]) -> ServiceError | None:
-    """Why a request may not come in, if so. Keys with scopes will be looked up here."""
+    """Return why a request is refused, or None. Keys with scopes will be looked up here."""
     if settings.api_key is None:
-        # Without a key the service is this machine's alone. A browser on it must not be another site's way in: neither
-        # by a name that resolves to this machine, nor by a form that posts to it.
+        # Without a key the service is for this machine only. Another site must not get in through a browser here:
+        # neither by a name that resolves to this machine, nor by a form that posts to it.
         sources = [f"//{headers.get(b'host', b'').decode('latin-1')}", headers.get(b"origin", b"").decode("latin-1")]
         if not all(_names_this_machine(source) for source in sources if source):
             return Forbidden("Without an API key the service answers only to 127.0.0.1, [::1] and localhost.")
@@ -109,14 +109,14 @@ def _refusal(settings: Settings, path: str, headers: dict[bytes, bytes]) -> Serv
 
 
 def holds_key(settings: Settings, authorization: bytes) -> bool:
-    """Whether a header names the service's key; never where it has none."""
+    """Return whether a header contains the service's key; False if the service has none."""
     if settings.api_key is None:
         return False
     scheme, _, token = authorization.partition(b" ")
     return scheme.lower() == b"bearer" and hmac.compare_digest(token, settings.api_key.get_secret_value().encode())
 
 
-# Few addresses come again and again, and to parse one takes longer than all else here.
+# The same few addresses recur, and parsing one takes longer than everything else here.
 @lru_cache(maxsize=16)
 def _names_this_machine(url: str) -> bool:
     try:
@@ -127,7 +127,7 @@ def _names_this_machine(url: str) -> bool:
 
 
 async def _discard_body(receive: Receive) -> bool:
-    """Read on to the end of the body and forget it; False where it did not end in time."""
+    """Read and discard the rest of the body; return False if it did not end in time."""
     try:
         async with asyncio.timeout(_LINGER_SECONDS):
             while True:

@@ -1,7 +1,7 @@
-"""Pictures of reports: one Vega-Lite description for each, which gives SVG and PNG here and the chart of a browser.
+"""Pictures of reports: one Vega-Lite specification each, rendered as SVG and PNG here and as a chart in a browser.
 
-`app.api.drawing` runs this as a process of its own: Altair and the renderer take seconds to load, 200 MiB, and hold the
-interpreter.
+`app.api.drawing` runs this as a separate process: Altair and the renderer take seconds to load and 200 MiB, and hold
+the interpreter.
 """
 
 import json
@@ -24,11 +24,11 @@ logger = logging.getLogger(__name__)
 
 Report = dict[str, Any]
 Rows = list[dict[str, Any]]
-# What is drawn, and what its marks mean.
+# A chart, and the meanings of its marks.
 Panel = tuple[alt.LayerChart | alt.FacetChart, list[str]]
 
 _WIDTH, _HEIGHT, _PNG_SCALE = 320, 190, 2.0
-# Okabe and Ito's, which people of all colour vision tell apart.
+# Okabe and Ito's colours, distinguishable with any colour vision.
 _COLOURS = {"train": "#0072B2", "test": "#D55E00", "all": "#7F7F7F"}
 _GREY = "#555555"
 _LABELS = {"loss": "loss (nats)", "error": "error", "accuracy": "accuracy", "mir": "MIR", "hdr": "HDR"}
@@ -36,23 +36,23 @@ _BARRIERS = {"loss": "loss_barrier", "error": "error_barrier", "mir": "mir_barri
 _REASONS = {"zero_entropy": "all directions coincide", "no_directions": "no vector has a direction"}
 _LEGEND = alt.Legend(title=None, orient="bottom", symbolOpacity=1)
 _OPTIMUM = "optimum under neural collapse"
-# The drawing process ends after so long without a chart to draw.
+# The drawing process ends after this long without a chart to draw.
 _IDLE_SECONDS = 300.0
-# Pixels between the bars or knees of two splits: at one place they would cover each other.
+# Pixels between the bars or knees of two splits: at the same place they would cover each other.
 _DODGE = 3
-# Characters of a name, and of what fits into the width of one panel: an axis, a line of the title, of the subtitle.
+# Most characters of a name, and, per panel width, of an axis label, a title line and a subtitle line.
 _NAME, _AXIS, _TITLE, _SUBTITLE = 60, 44, 48, 64
 
 
 def describe(report: Report, name: str) -> dict[str, Any]:
-    """The chart's Vega-Lite specification, with its data.
+    """Return the chart's Vega-Lite specification, with its data.
 
     Args:
-        report: of any kind.
+        report: a report of any kind.
         name: one of `drawing.names` of its kind.
 
     Raises:
-        KeyError: there is no such chart.
+        KeyError: the chart does not exist.
     """
     panels = _PANELS[report["kind"]]
     drawn = [panels[measure](report) for measure in (panels if name == "overview" else [name])]
@@ -67,7 +67,7 @@ def describe(report: Report, name: str) -> dict[str, Any]:
         textwrap.wrap(f"{report['kind'].capitalize()}: {about}", columns * _TITLE),
         subtitle=[line for note in notes for line in textwrap.wrap(note, columns * _SUBTITLE)],
         anchor="start",
-        # Names may be in a script with wider characters than those that a line was counted in.
+        # Names may use a script with wider characters than the line lengths assume.
         limit=columns * (_WIDTH + 50),
     )
     chart = alt.concat(*(panel for panel, _ in drawn), columns=columns, spacing=24).properties(title=title)
@@ -77,35 +77,35 @@ def describe(report: Report, name: str) -> dict[str, Any]:
 
 
 def svg(specification: dict[str, Any]) -> str:
-    """The picture as SVG."""
+    """Return the picture as SVG."""
     drawn: str = vl_convert.vegalite_to_svg(specification)
     return drawn
 
 
 def png(specification: dict[str, Any]) -> bytes:
-    """The picture as PNG, two pixels for each unit."""
+    """Return the picture as PNG, two pixels for each unit."""
     drawn: bytes = vl_convert.vegalite_to_png(specification, scale=_PNG_SCALE)
     return drawn
 
 
 def _over_points(measure: str) -> Callable[[Report], Panel]:
-    """A measure over the points of a path, a sweep or a series, a line for each split."""
+    """Return a function that draws a measure over the points of a path, a sweep or a series, one line per split."""
 
     def draw(report: Report) -> Panel:
         at, label = _axis(report)
         rows = list(_points(report, measure))
         levels, marks = list(_levels(report, measure, rows)), list(_marks(report, measure, rows))
         colour, splits, missing = _colour(rows), _splits(rows), _missing(rows, measure)
-        # Of one sparsity the whole range.
+        # For a single sparsity, the whole range.
         along = _domain([row[at] for row in rows], least=0 if len(report["points"]) > 1 else 1)
         values = [row[measure] for row in rows]
         undefined = all(value is None for value in values)
-        # An optimum alone is no scale: then the whole of it, with room for words.
+        # An optimum alone gives no scale: show the whole range, with room for text.
         values += [row["level"] for row in levels] + ([0, 1] if undefined else [])
         span = _domain(values, _least(measure, values), ceiling=math.inf if measure == "loss" else 1)
         x = alt.X(f"{at}:Q", title=_short(label, _AXIS), scale=_scale(along), axis=_ticks(along, titleLimit=_WIDTH))
         y = alt.Y(f"{measure}:Q", title=_LABELS[measure], scale=_scale(span), axis=_ticks(span))
-        # Where the measure is not defined the line is broken: nobody shall read a value there.
+        # The line is broken where the measure is not defined, so that no value can be read there.
         lines = _chart(rows).mark_line(invalid="break-paths-show-domains", point={"size": 22}, strokeWidth=1.6)
         layers = [lines.encode(x=x, y=y, color=colour)]
         for index, split in enumerate(splits if levels else []):
@@ -114,11 +114,11 @@ def _over_points(measure: str) -> Callable[[Report], Panel]:
                 chord = level.mark_line(strokeDash=[4, 3], opacity=0.55)
                 layers.insert(0, chord.encode(x=x, y="level:Q", color=colour))
             else:
-                # Optima of the splits are nearly the same: the dots of one are in the gaps of the others.
+                # The splits' optima are nearly the same: the dots of one lie in the gaps of the others.
                 dots = [2, 4 * len(splits) - 2]
                 optimum = level.mark_rule(strokeDash=dots, strokeDashOffset=4 * index, strokeWidth=2)
                 layers.insert(0, optimum.encode(y="level:Q", color=colour))
-        # Moved apart in the order of their places, so that two which differ a little do not meet either.
+        # Moved apart in the order of their places, so that two nearby marks do not overlap either.
         for index, mark in enumerate(sorted(marks, key=lambda mark: mark[at])):
             aside = _DODGE * (index - (len(marks) - 1) / 2)
             if report["kind"] == "path":
@@ -149,7 +149,7 @@ def _axis(report: Report) -> tuple[str, str]:
 
 
 def _key(report: Report, measure: str) -> tuple[str, str]:
-    """What the levels mean, and what the marks."""
+    """Return the meanings of the levels and of the marks."""
     if report["kind"] == "path":
         chord = "dashed (error): mean of the ends" if measure == "error" else "dashed: chord between the ends"
         return chord, "bar: barrier at its place, splits side by side"
@@ -165,24 +165,24 @@ def _points(report: Report, measure: str) -> Iterator[dict[str, Any]]:
 
 
 def _levels(report: Report, measure: str, rows: Rows) -> Iterator[dict[str, Any]]:
-    """What the measure is read against: the chord of a path, the optimum of a series or a sweep."""
+    """Yield the reference levels of a measure: the chord of a path, the optimum of a series or a sweep."""
     for split in _splits(rows):
         if report["kind"] == "path":
             ends = [(row["w"], row[measure]) for row in _of(rows, split) if row["w"] in (0, 1)]
             if all(value is not None for _, value in ends):
                 mean = sum(value for _, value in ends) / 2
-                # The error's barrier is Frankle's, over the mean of the ends; the others are over the chord.
+                # The error's barrier is Frankle's, from the mean of the ends; the others are from the chord.
                 for w, value in ends:
                     yield {"w": w, "split": split, "level": mean if measure == "error" else value}
         elif measure in ("mir", "hdr"):
-            # It follows from the class counts, which are those of the probe at every point.
+            # The optimum follows from the class counts, which are those of the probe at every point.
             optimum = report["points"][0]["splits"][split]["interplay"]["sample"]["global"]["optimum"][measure]
             if optimum is not None:
                 yield {"split": split, "level": optimum}
 
 
 def _marks(report: Report, measure: str, rows: Rows) -> Iterator[dict[str, Any]]:
-    """Where a path's barriers are, from what the value is compared with to the value, and where a sweep's knees."""
+    """Yield a path's barriers, each from its reference value to the measured value, or a sweep's knees."""
     for split in _splits(rows):
         summary = report["summary"]["splits"][split]
         if report["kind"] == "path":
@@ -196,7 +196,7 @@ def _marks(report: Report, measure: str, rows: Rows) -> Iterator[dict[str, Any]]
 
 
 def _missing(rows: Rows, measure: str) -> list[str]:
-    """What a reader would look for in vain, a line for each reason: of which splits, and at how many points."""
+    """Return one line per reason for missing values: for which splits, and at how many points."""
     found: dict[tuple[str, str], list[str]] = {}
     for split in _splits(rows):
         of_split = _of(rows, split)
@@ -212,7 +212,10 @@ def _missing(rows: Rows, measure: str) -> list[str]:
 
 
 def _evaluation_of(measure: str) -> Callable[[Report], Panel]:
-    """MIR or HDR of every level, centring and split, with its optimum and the null baseline of MIR."""
+    """Return a function that draws MIR or HDR of every level, centring and split.
+
+    It also draws the optimum and the null baseline of MIR.
+    """
 
     def draw(report: Report) -> Panel:
         rows = list(_measured(report, measure))
@@ -250,7 +253,7 @@ def _measured(report: Report, measure: str) -> Iterator[dict[str, Any]]:
 
 
 def _difference_of(measure: str) -> Callable[[Report], Panel]:
-    """B - A of one measure with its interval, for each split."""
+    """Return a function that draws B - A of one measure with its interval, for each split."""
     path = measure if measure in ("accuracy", "loss") else f"interplay.sample.global.{measure}"
 
     def draw(report: Report) -> Panel:
@@ -285,7 +288,7 @@ def _difference_of(measure: str) -> Callable[[Report], Panel]:
 
 
 def _without(split: Report, difference: Report, measure: str) -> str:
-    """What a difference lacks, and why."""
+    """Return why a difference or its interval is missing; empty if neither is."""
     if difference["difference"] is None:
         sides = ((side.upper(), *_read(split[side], measure)) for side in ("a", "b"))
         reasons = {f"{reason} (of {side})" for side, value, reason in sides if value is None}
@@ -294,7 +297,7 @@ def _without(split: Report, difference: Report, measure: str) -> str:
 
 
 def _read(split: Report, measure: str) -> tuple[float | None, str]:
-    """A measure of an evaluated split, and why where it is not defined."""
+    """Return a measure of an evaluated split, and the reason if it is not defined."""
     field = "accuracy" if measure == "error" else measure
     found = split["interplay"]["sample"]["global"] if field in ("mir", "hdr") else split
     if found[field] is None:
@@ -330,14 +333,17 @@ def _colour(rows: Rows, legend: alt.Legend | None = _LEGEND) -> alt.Color:
 
 
 def _least(measure: str, values: Iterable[float | None]) -> float:
-    """How wide a scale is at least: for shares 0.001, for the loss a thousandth of its size."""
+    """Return the least width of a scale: for shares 0.001, for the loss a thousandth of its size."""
     if measure != "loss":
         return 1e-3
     return max(1e-3 * max((abs(value) for value in values if value is not None), default=0), 1e-6)
 
 
 def _domain(values: Iterable[float | None], least: float, floor: float = 0, ceiling: float = 1) -> tuple[float, float]:
-    """From the smallest value to the largest; errors of rounding are widened to the least width, within the bounds."""
+    """Return the smallest and largest value; a narrower range is widened to the least width, within the bounds.
+
+    So rounding errors do not fill the scale.
+    """
     known = [value for value in values if value is not None] or [0.0, 1.0]
     low, high = min(known), max(known)
     if high - low < least:
@@ -351,7 +357,7 @@ def _scale(domain: tuple[float, float], padding: int = 0) -> alt.Scale:
 
 
 def _ticks(domain: tuple[float, float], **options: Any) -> alt.Axis:
-    """Very large and very small numbers with a power of ten, and with digits enough to tell ticks apart."""
+    """Return an axis; very large and very small numbers get a power of ten, and digits enough to tell ticks apart."""
     size = max(map(abs, domain))
     if not 1e-3 <= size < 1e7:
         options["format"] = f".{3 + math.ceil(math.log10(max(size / (domain[1] - domain[0]), 1)))}~g"
@@ -359,12 +365,12 @@ def _ticks(domain: tuple[float, float], **options: Any) -> alt.Axis:
 
 
 def _short(name: str, most: int = _NAME) -> str:
-    """A long name without its middle: names of one run often differ at their ends."""
+    """Return a long name without its middle: names of one run often differ at their ends."""
     return name if len(name) <= most else f"{name[: most // 2]}…{name[1 - most // 2 :]}"
 
 
 def draw(report: Report, name: str, format: str) -> bytes:
-    """A chart in one of its formats: SVG, PNG, or as json its specification."""
+    """Draw a chart in one of its formats: SVG, PNG, or as json its specification."""
     specification = describe(report, name)
     match format:
         case "svg":
@@ -375,11 +381,12 @@ def draw(report: Report, name: str, format: str) -> bytes:
 
 
 def main() -> None:
-    """The drawing process: a chart as a line of JSON on standard input, its size as a line and its bytes on the other.
+    """Run the drawing process: read each chart as a line of JSON, write its size as a line and its bytes.
 
-    It ends when its standard input does, also in the middle of a chart, and when nothing was asked for in a while.
+    It reads standard input and writes standard output. It ends when its input does, also in the middle of a chart, and
+    after a while without requests.
     """
-    # What libraries print must not end up between the answers.
+    # Output that libraries print must not get between the answers.
     output = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     tasks: queue.SimpleQueue[bytes] = queue.SimpleQueue()
@@ -393,7 +400,7 @@ def main() -> None:
             drawn = draw(json.loads(task["report"]), task["name"], task["format"])
             output.write(b"%d\n" % len(drawn) + drawn)
         except Exception:
-            # A bug of ours, which this process outlives.
+            # A bug of ours, which must not end this process.
             logger.exception("%s.%s was not drawn", task["name"], task["format"])
             output.write(b"-1\n")
         output.flush()

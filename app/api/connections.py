@@ -1,7 +1,7 @@
-"""Connections, bounded: how many, how long a request's head may take, how large it may be, how long an answer waits.
+"""Limits on connections: their number, the time and size of a request's head, and how long an answer stays unread.
 
-uvicorn has no deadline for a request's line and headers, no limit of connections that counts those without a request,
-and none for a client that does not read. All of them are looked at once a second, so that a request costs no timer.
+uvicorn has no timeout for a request's line and headers, no limit of connections that counts those without a request,
+and no timeout for a client that does not read. All of them are checked once a second, so that a request costs no timer.
 """
 
 import asyncio
@@ -21,34 +21,34 @@ from app.settings import Settings
 logger = logging.getLogger(__name__)
 
 MAX_HEAD_BYTES = 64 * 2**10
-# A client that reads nothing of an answer for so long is given up.
+# A client that reads nothing of an answer for this long is disconnected.
 _UNREAD_SECONDS = 60.0
-# All connections are looked at so often, and what was ended is one line of the log in so many seconds.
+# How often all connections are checked, and how often those that were ended are logged, in one line.
 _LOOK_SECONDS = 1.0
 _LOG_SECONDS = 10.0
-# Who is refused gets so long to read why: closed at once, a socket with bytes that nobody read loses the answer. Beyond
-# so many of them the answer may be lost.
+# A refused client has this long to read the answer: a socket with unread bytes that is closed at once loses it. Beyond
+# this many lingering connections the answer may be lost.
 _LINGER_SECONDS = 1.0
 _MOST_LINGERING = 128
-# Connections that asyncio takes from the kernel in one go, before any of them, or one in its place, is closed.
+# Connections that asyncio accepts in one go, before it closes any of them or one that makes room for them.
 BACKLOG = 128
-# Files that are no connections, and how many a connection has: one may be beside it, which its upload is written to.
+# Open files other than connections, and files per connection: its socket, and perhaps the file of its upload.
 _OTHER_FILES = 128
 _FILES_EACH = 2
 
 
 class Connections:
-    """All that are open.
+    """All open connections.
 
-    Where they are as many as there may be, the one that has waited longest without a request makes room: connections
-    that send nothing, or half a header, cannot keep others out. Only where all are busy is a new one refused.
+    At the limit, the one that has waited longest without a request makes room: connections that send nothing, or half
+    a header, cannot keep others out. A new one is refused only if all are busy.
     """
 
     def __init__(self, settings: Settings) -> None:
         files = _raise_file_limit() - 2 * BACKLOG - _OTHER_FILES - _MOST_LINGERING
         self._limit = max(min(settings.max_connections, files // _FILES_EACH), 1)
         self._header_seconds = settings.header_timeout_seconds
-        # Insertion is the order in which they began to wait.
+        # In the order in which they began to wait.
         self.waiting: dict[Connection, None] = {}
         self.open: set[Connection] = set()
         self.lingering: set[Connection] = set()
@@ -56,11 +56,11 @@ class Connections:
         self._looked_at = self._logged_at = time.monotonic()
 
     def make(self) -> Any:
-        """What uvicorn makes a connection's protocol with."""
+        """Return the factory with which uvicorn makes a connection's protocol."""
         return partial(Connection, self)
 
     def admit(self, connection: "Connection") -> bool:
-        """Count a connection in, in place of one that waits where there are too many; False where none does."""
+        """Admit a connection, at the limit in place of the oldest waiting one; return False if none waits."""
         if len(self.open) >= self._limit:
             oldest = next(iter(self.waiting), None)
             (oldest or connection).refuse(
@@ -73,7 +73,7 @@ class Connections:
         return True
 
     def look(self) -> None:
-        """End what has lasted too long. To be called often; it does something once a second."""
+        """End connections that have taken too long. Call it often; it acts once a second."""
         now = time.monotonic()
         if now - self._looked_at < _LOOK_SECONDS:
             return
@@ -86,7 +86,7 @@ class Connections:
             logger.warning("connections ended: %s", "; ".join(f"{n} as {reason}" for reason, n in wrongs.items()))
 
     def count(self, reason: str) -> None:
-        """Note why a connection was ended, for the next line of the log."""
+        """Record why a connection was ended, for the next line of the log."""
         self._wrongs[reason] = self._wrongs.get(reason, 0) + 1
 
 
@@ -99,7 +99,7 @@ class Connection(HttpToolsProtocol):
         self._began_at: float | None = None
         self._head_bytes = 0
         self._refused = False
-        # How much of an answer was unread at the last look, and since when nothing of it was read.
+        # Unread bytes of an answer at the last check, and the time since which nothing of it was read.
         self._unread_bytes, self._unread_since = 0, 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -107,7 +107,7 @@ class Connection(HttpToolsProtocol):
         super().connection_made(transport)
         if self._connections.admit(self):
             self._wait()
-            # A new connection is for a request that comes now; a kept one may wait for uvicorn's own deadline.
+            # A new connection must send its request now; a kept one may wait for uvicorn's own timeout.
             self._began_at = time.monotonic()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -143,7 +143,7 @@ class Connection(HttpToolsProtocol):
         self.refuse(MalformedRequest("What came is not a request of HTTP/1.1."), "no HTTP/1.1 came")
 
     def look(self, now: float, header_seconds: float) -> None:
-        """End this connection where a head, or the reading of an answer, has taken too long."""
+        """End this connection if a head, or the reading of an answer, has taken too long."""
         if self._began_at is not None and now - self._began_at > header_seconds:
             text = f"The request's line and headers did not come within {header_seconds:g} seconds."
             self.refuse(RequestTimeout(text), "no request came in time")
@@ -188,7 +188,7 @@ class Connection(HttpToolsProtocol):
 
 
 def _bytes_of(error: ServiceError) -> bytes:
-    """A problem as the whole of an answer, for whoever is not heard by the application."""
+    """Return a problem as a complete answer, for connections that do not reach the application."""
     body = json.dumps(problem(error.kind, error.title, error.detail, status=error.status, **error.members)).encode()
     head = f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}\r\ncontent-type: application/problem+json\r\n"
     if error.status == 503:
@@ -197,7 +197,7 @@ def _bytes_of(error: ServiceError) -> bytes:
 
 
 def _raise_file_limit() -> int:
-    """Let this process have as many files open as it may; how many."""
+    """Raise this process's limit of open files as far as allowed; return the limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 65_536 if hard == resource.RLIM_INFINITY else min(hard, 65_536)
     if soft != resource.RLIM_INFINITY and soft < wanted:

@@ -1,6 +1,6 @@
-"""Pages that show the API's description, /docs and /redoc, out of files that an installed package brings.
+"""Pages that show the API's description, /docs and /redoc, from the files of an installed package.
 
-A service may stand where there is no internet, and its pages tell nobody else who reads them.
+A service may run without internet access, and its pages tell no third party about their readers.
 """
 
 import base64
@@ -19,7 +19,7 @@ _ASSETS = "/docs/assets"
 
 
 def install(app: FastAPI) -> None:
-    """Add the pages to an application that was made without any (`docs_url=None, redoc_url=None`)."""
+    """Add the pages to an application created without any (`docs_url=None, redoc_url=None`)."""
     app.mount(_ASSETS, StaticFiles(directory=_folder()), name="documents")
 
     @app.get("/docs", include_in_schema=False)
@@ -31,7 +31,7 @@ def install(app: FastAPI) -> None:
             swagger_js_url=f"{root}{_ASSETS}/swagger-ui-bundle.js",
             swagger_css_url=f"{root}{_ASSETS}/swagger-ui.css",
             swagger_favicon_url=f"{root}{_ASSETS}/favicon.png",
-            # By default a badge of a validator on the internet, which is sent the description's address.
+            # The default is a badge of an online validator, which receives the description's address.
             swagger_ui_parameters={"validatorUrl": None},
         )
         return _confined(page)
@@ -50,7 +50,7 @@ def install(app: FastAPI) -> None:
 
 
 def _folder() -> Path:
-    # Not imported: of the package only its files are of use.
+    # Not imported: only the package's files are used.
     found = importlib.util.find_spec("fastapi_offline")
     assert found is not None
     assert found.origin is not None
@@ -58,7 +58,7 @@ def _folder() -> Path:
 
 
 def _confined(page: HTMLResponse) -> HTMLResponse:
-    """The page, with a policy by which a browser loads nothing from elsewhere and runs no script but the page's own."""
+    """Return the page with a policy: a browser loads nothing from elsewhere and runs only the page's own scripts."""
     scripts = re.findall(rb"<script>(.*?)</script>", bytes(page.body), re.DOTALL)
     hashes = [f"'sha256-{base64.b64encode(hashlib.sha256(script).digest()).decode()}'" for script in scripts]
     policy = {
@@ -67,7 +67,7 @@ def _confined(page: HTMLResponse) -> HTMLResponse:
         "style-src": "'self' 'unsafe-inline'",
         "img-src": "'self' data:",
         "connect-src": "'self'",
-        # Redoc's search runs beside the page.
+        # Redoc's search runs in a web worker.
         "worker-src": "'self' blob:",
         "base-uri": "'none'",
         "form-action": "'none'",

@@ -1,8 +1,8 @@
-"""Charts as they are asked for: each drawn once, in a process of its own, and kept.
+"""Charts on request: each is drawn once, in a separate process, and cached.
 
-What draws takes a third of a second for a picture and holds the interpreter meanwhile: in the API's process other calls
-would wait for it. A chart's call holds no thread while it waits for its turn. The process starts with the first chart
-and ends when none was asked for in a while.
+Drawing a picture takes a third of a second and holds the interpreter meanwhile: in the API's process other calls would
+wait for it. A chart's call holds no thread while it waits for its turn. The process starts with the first chart and
+ends after a while without requests.
 """
 
 import asyncio
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 Format = Literal["svg", "png", "json"]
 
-# What the charts of a report show, by its kind.
+# The measures that the charts of a report show, by its kind.
 _OF_MODEL = ("loss", "accuracy", "mir", "hdr")
 MEASURES: dict[str, tuple[str, ...]] = {
     "evaluation": ("mir", "hdr"),
@@ -40,19 +40,19 @@ MEASURES: dict[str, tuple[str, ...]] = {
     "pruning": _OF_MODEL,
     "series": _OF_MODEL,
 }
-# Charts that wait for their turn, and how long one may take; a picture of two panels takes 0.3 s, the first one 2 s.
+# Most waiting charts, and the timeout of one; a picture of two panels takes 0.3 s, the first one 2 s.
 _MOST_WAITING = 200
 _DRAWING_SECONDS = 60.0
 
 
 def names(kind: str) -> list[str]:
-    """Which charts a report of this kind has; the first shows the whole of it."""
+    """Return the names of the charts of a report of this kind; the first shows all measures."""
     return ["overview", *MEASURES[kind]]
 
 
 @dataclass(frozen=True)
 class Chart:
-    """One picture: of a report, by the sha256 of its text; `name` is one of `names` of its kind."""
+    """One picture of a report, identified by the sha256 of its text; `name` is one of `names` of its kind."""
 
     report_sha256: str
     name: str
@@ -60,7 +60,7 @@ class Chart:
 
     @property
     def key(self) -> str:
-        """The same for the same bytes: of the report, of the chart, and of all that draws it."""
+        """The cache key: a hash of the report's sha256, the chart, and the code and libraries that draw it."""
         return hashlib.sha256(json.dumps([*astuple(self), _drawn_by()]).encode()).hexdigest()
 
 
@@ -72,7 +72,7 @@ def _drawn_by() -> str:
 
 
 class DrawingFailed(Exception):
-    """The drawing process failed at a chart, or ended or took too long twice."""
+    """The drawing process failed at a chart, or ended or timed out twice."""
 
 
 class Drawings:
@@ -81,17 +81,17 @@ class Drawings:
     def __init__(self, settings: Settings) -> None:
         self._kept = KeptCharts(settings.data_dir / "charts", settings.max_charts_bytes)
         self._process = _DrawingProcess()
-        # One thread talks to the one process; another reads what is kept, which must not wait for it.
+        # One thread talks to the one process; another reads cached charts, which must not wait for it.
         self._drawing = ThreadPoolExecutor(1, "drawing")
         self._reading = ThreadPoolExecutor(1, "kept-charts")
         self._coming: dict[str, asyncio.Task[bytes]] = {}
 
     async def get(self, chart: Chart, report: Callable[[], str]) -> bytes:
-        """The chart: kept, or drawn for all who ask for it now.
+        """Return the chart from the cache, or draw it once for all concurrent callers.
 
         Args:
-            chart: which.
-            report: gives the report's text where it must be drawn; called in a thread.
+            chart: the chart to return.
+            report: returns the report's text if it must be drawn; called in a thread.
 
         Raises:
             Unavailable: too many charts wait for their turn.
@@ -102,11 +102,11 @@ class Drawings:
                 raise Unavailable(f"{_MOST_WAITING} charts are being drawn; try again in a few seconds.")
             self._coming[key] = asyncio.create_task(self._get(key, chart, report))
             self._coming[key].add_done_callback(lambda task: self._forget(key, task))
-        # A client that goes away does not take the chart from the others.
+        # A client that disconnects does not cancel the chart for the others.
         return await asyncio.shield(self._coming[key])
 
     def close(self) -> None:
-        """End the process, and what waits for it."""
+        """End the process and cancel waiting calls."""
         self._drawing.shutdown(wait=False, cancel_futures=True)
         self._reading.shutdown(wait=False, cancel_futures=True)
         self._process.close()
@@ -114,7 +114,7 @@ class Drawings:
     def _forget(self, key: str, task: "asyncio.Task[bytes]") -> None:
         del self._coming[key]
         if not task.cancelled():
-            task.exception()  # looked at here, should nobody wait for it any more
+            task.exception()  # retrieved here in case no caller awaits it any more
 
     async def _get(self, key: str, chart: Chart, report: Callable[[], str]) -> bytes:
         loop = asyncio.get_running_loop()
@@ -127,7 +127,7 @@ class Drawings:
 
 
 class _DrawingProcess:
-    """`python -m app.api.charts`: a chart as a line of JSON to it, its size as a line and its bytes back."""
+    """`python -m app.api.charts`: takes a chart as a line of JSON and returns its size as a line and its bytes."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -135,10 +135,10 @@ class _DrawingProcess:
         self._closed = False
 
     def draw(self, chart: Chart, report: str) -> bytes:
-        """One chart; a process that has ended meanwhile, or does during it, is replaced once.
+        """Draw one chart; replace a process that has ended, or ends during it, once.
 
         Raises:
-            DrawingFailed: it could not, as its log says, the second one ended as well, or this is closed.
+            DrawingFailed: the process could not draw it (see its log), the second one ended too, or this is closed.
         """
         task = json.dumps({"report": report, "name": chart.name, "format": chart.format}).encode() + b"\n"
         for _ in range(2):
@@ -150,7 +150,7 @@ class _DrawingProcess:
         raise DrawingFailed(f"{chart.name}.{chart.format} of the report with the sha256 {chart.report_sha256}")
 
     def close(self) -> None:
-        """End the process; none is started any more."""
+        """End the process; do not start another."""
         with self._starting:
             self._closed = True
             if self._process is not None:
@@ -171,7 +171,7 @@ class _DrawingProcess:
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=plain_environment())
 
     def _ask(self, process: "subprocess.Popen[bytes]", task: bytes) -> bytes | None:
-        """What it answers; None where it ends in place of an answer, by itself or after its time."""
+        """Return the process's answer; None if it ends without one, by itself or at the timeout."""
         assert process.stdin is not None
         assert process.stdout is not None
         limit = threading.Timer(_DRAWING_SECONDS, process.kill)
@@ -191,21 +191,21 @@ class _DrawingProcess:
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
-    """Kill a process, wait for it, and close its pipes but those that a thread still reads or writes."""
+    """Kill a process, wait for it, and close its pipes except those that a thread still reads or writes."""
     process.kill()
     process.wait()
     for pipe in (process.stdin, process.stdout):
         assert pipe is not None
-        # What could not be sent any more is lost with whom it was for.
+        # Unsent data is lost; its receiver is gone.
         with suppress(OSError, ValueError):
             pipe.close()
 
 
 class KeptCharts:
-    """Drawn charts as files in a folder, which all API processes of a machine share; the longest unused go first.
+    """A cache of drawn charts: files in a folder shared by all API processes of a machine; the longest unused go first.
 
-    A file begins with the hash of what follows, so that one which a crash has cut short is none. Where the disk does
-    not take or give them, charts are drawn again.
+    A file begins with the hash of its content, so that one truncated by a crash counts as missing. If the disk fails,
+    charts are drawn again.
     """
 
     def __init__(self, folder: Path, most_bytes: int) -> None:

@@ -1,4 +1,4 @@
-"""The OpenAPI document: what FastAPI derives, and what it cannot know of this service.
+"""The OpenAPI document: FastAPI derives it, and this module adds what FastAPI cannot know of this service.
 
 Every error is a problem, uploads are forms that are parsed as they stream, and a key may be needed.
 """
@@ -13,28 +13,28 @@ from app.settings import Settings
 
 _REFERENCES = "#/components/schemas/{model}"
 _SPECS = (schemas.CheckpointSpec, schemas.ProbeSpec, schemas.FeatureSetSpec)
-# FastAPI's own, which no answer of ours has.
+# FastAPI's own schemas, which no answer of ours uses.
 _UNUSED = ("HTTPValidationError", "ValidationError")
 
 
 def reference(model: type[BaseModel]) -> dict[str, Any]:
-    """A schema that is listed in the document once."""
+    """Return a reference to a schema that the document lists once."""
     return {"$ref": _REFERENCES.format(model=model.__name__)}
 
 
 def problem_response() -> dict[str, Any]:
-    """The entry of an error in a route's responses."""
+    """Return the entry of an error in a route's responses."""
     content = {"application/problem+json": {"schema": reference(schemas.Problem)}}
     return {"description": "A problem, see docs/problems.md", "content": content}
 
 
 class Application(FastAPI):
-    """FastAPI, whose document says all that the service does."""
+    """FastAPI with a document that also describes errors, uploads and the key."""
 
     settings: Settings
 
     def openapi(self) -> dict[str, Any]:
-        """The document; made once."""
+        """Return the document; it is built once."""
         if self.openapi_schema is None:
             document = super().openapi()
             components = document["components"]
@@ -50,7 +50,7 @@ class Application(FastAPI):
             for path, operations in document["paths"].items():
                 for operation in operations.values():
                     if path.startswith("/v1/"):
-                        # Where no key is set none is looked at.
+                        # If no key is set, none is checked.
                         operation["security"] = [{"key": []}] if needs_key else [{}, {"key": []}]
                     for status in _errors(path, operation, needs_key=needs_key):
                         if status == 422 or str(status) not in operation["responses"]:
@@ -60,7 +60,7 @@ class Application(FastAPI):
 
 
 def _errors(path: str, operation: dict[str, Any], *, needs_key: bool) -> list[int]:
-    """What any operation of its kind may answer, beside what its own route says."""
+    """Return the error statuses that any operation of its kind may answer, beside those of its own route."""
     if path == "/healthz":
         return [] if needs_key else [403]
     found = [500] if path == "/readyz" else [500, 503]

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 _FULL = "The service's disk or storage is full; its operator has to make room, trying again does not help."
 _HTTP_KINDS = {401: Unauthorized.kind, 404: NotFound.kind, 405: "method-not-allowed", 408: RequestTimeout.kind}
 
-# FastAPI answers no HEAD, which app/api/admission.py answers as GET, and no OPTIONS.
+# FastAPI answers neither HEAD, which app/api/admission.py turns into GET, nor OPTIONS.
 _METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 _UNREADABLE = "There was an error parsing the body"
 
@@ -45,12 +45,12 @@ class ProblemResponse(JSONResponse):
         try:
             return super().render(content)
         except UnicodeEncodeError:
-            # What was wrong is quoted, and may be half of a surrogate pair.
+            # The message quotes the invalid input, which may be half of a surrogate pair.
             return json.dumps(content).encode()
 
 
 def install(app: FastAPI) -> None:
-    """Answer every failure of this application with a problem, the unknown route and the bug included."""
+    """Answer every failure of this application with a problem, including unknown routes and bugs."""
     handlers: dict[type[Exception], Callable[..., Awaitable[Response]]] = {
         ServiceError: _service_error,
         RequestValidationError: _validation_error,
@@ -67,7 +67,7 @@ def install(app: FastAPI) -> None:
 
 
 def problem_response(error: ServiceError) -> Response:
-    """The answer that says what an error says."""
+    """Return an error as the answer to a request."""
     headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
     if error.status == 503:
         headers["Retry-After"] = "5"
@@ -101,7 +101,7 @@ async def _http_error(request: Request, error: HTTPException) -> Response:
 
 
 def _allowed(request: Request) -> dict[str, str]:
-    """All methods of a path, of which the framework names those of its first route."""
+    """Return an Allow header with all methods of a path; the framework names only those of its first route."""
     methods = [
         method
         for method in _METHODS
@@ -117,7 +117,7 @@ async def _programming_error(request: Request, error: sa.exc.ProgrammingError) -
 
 
 async def _database_error(_: Request, error: Exception) -> Response:
-    # SQLite's words; PostgreSQL has a code of its own.
+    # SQLite reports this in the message only; PostgreSQL has a code for it.
     original = getattr(error, "orig", None)
     if "disk is full" in str(original) or getattr(original, "sqlstate", None) == "53100":
         logger.error("the database's disk is full: %s", first_line(error))
@@ -139,5 +139,5 @@ async def _storage_error(_: Request, error: Exception) -> Response:
 async def _bug(_: Request, error: Exception) -> Response:
     # Starlette logs the traceback itself, after this answer.
     body = problem("internal-error", "Internal error", "This is a fault of the service; its log says more.", status=500)
-    # The server closes a connection on which something went wrong; the client should know.
+    # The server closes the connection after a bug; the header tells the client.
     return ProblemResponse(body, status_code=500, headers={"Connection": "close"})

@@ -1,7 +1,7 @@
-"""Whether an analysis that is sent now would run: looked at once a second at most, and never for long.
+"""Whether an analysis sent now would run: checked at most once a second, and with a timeout.
 
-Each part is looked at in a thread of its own, so that neither routes that wait for a part hold up the look, nor looks
-that hang take threads from routes: a part that has not answered the last look is not asked a second time.
+Each part is checked in a thread of its own, so that routes that wait for a part do not delay the check, and checks that
+hang take no threads from routes. A part that has not answered the last check is not checked a second time.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from app.storage import Storage, StorageUnavailable
 logger = logging.getLogger(__name__)
 
 _KEEP_SECONDS = 1.0
-# All of an answer's time, with some left for the answer itself.
+# Timeout of a check: nearly all of an answer's time, with some left for the answer itself.
 _LOOK_SECONDS = 1.8
 # A worker writes its heartbeat every second or two; one that has missed several does not count.
 _HEARTBEAT_SECONDS = 10.0
@@ -31,7 +31,7 @@ _HEARTBEAT_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Part:
-    """What a look has found: fit to be told to anybody, and for those with a key, the error's own words."""
+    """The result of a check: text that any caller may see, and the error's own words for callers with a key."""
 
     told: str = "ok"
     error: str | None = None
@@ -41,7 +41,7 @@ _WITHOUT_DATABASE = Part("unknown without the database")
 
 
 class Readiness:
-    """What was found last, and the looks that are on their way."""
+    """The last results, and the checks in progress."""
 
     def __init__(self, engine: sa.Engine, storage: Storage) -> None:
         self._looks: dict[str, Callable[[], dict[str, Part]]] = {
@@ -54,7 +54,7 @@ class Readiness:
         self._found_at = 0.0
 
     async def look(self) -> dict[str, Part]:
-        """Database, worker and storage, by name. Whoever asks meanwhile waits for the same look."""
+        """Return the state of database, worker and storage, by name. Concurrent callers wait for the same check."""
         if not self._found or time.monotonic() - self._found_at > _KEEP_SECONDS:
             if self._looking is None or self._looking.done():
                 self._looking = asyncio.create_task(self._look())
@@ -83,14 +83,14 @@ class Readiness:
 
 
 def living_workers(engine: sa.Engine) -> list[Worker]:
-    """Workers whose heartbeat is fresh."""
+    """Return the workers that have not ended and whose heartbeat is recent."""
     with read(engine) as session:
         heard = clock(session) - timedelta(seconds=_HEARTBEAT_SECONDS)
         return list(session.scalars(sa.select(Worker).where(Worker.ended_at.is_(None), Worker.heartbeat_at > heard)))
 
 
 def _look_at_database(engine: sa.Engine) -> dict[str, Part]:
-    # Here, as it loads alembic, which nothing else of a running API needs.
+    # Imported here: it loads alembic, which nothing else in a running API needs.
     import migrations
 
     try:
@@ -120,6 +120,6 @@ def _in_thread(look: Callable[[], dict[str, Part]]) -> concurrent.futures.Future
         except BaseException as error:  # noqa: BLE001  a bug of ours is whoever asked's to see
             future.set_exception(error)
 
-    # A process that ends does not wait for it.
+    # A daemon: a process that ends does not wait for it.
     threading.Thread(target=run, name="readiness", daemon=True).start()
     return future

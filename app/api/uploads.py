@@ -1,7 +1,7 @@
-"""Uploads: a multipart form that is parsed as it streams, its file written and hashed once, straight into staging.
+"""Uploads: a multipart form that is parsed as it streams; its file is written and hashed once, directly in staging.
 
-The form has a part `spec` (JSON) and at most one part `file`, in any order. Nothing of the file is kept in memory, and
-whatever ends early (the client, the limit, the clock) leaves neither a file nor a row.
+The form has a part `spec` (JSON) and at most one part `file`, in any order. The file is not kept in memory. An upload
+that ends early (client, limit or timeout) leaves neither a file nor a row.
 """
 
 import asyncio
@@ -22,22 +22,22 @@ from app.storage import StagedFile, Storage, Upload
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
 
-# Hashing and writing happen in a thread, a batch at a time: small enough to stay in cache, large enough to be rare.
+# A thread hashes and writes one batch at a time: small enough to stay in cache, large enough to be rare.
 _BATCH_BYTES = 2**20
-# What a form may hold beside its two parts: boundaries and part headers.
+# Bytes of a form beside its two parts: boundaries and part headers.
 _FORM_BYTES = 64 * 2**10
 
 
 @asynccontextmanager
 async def receive(request: Request, storage: Storage, settings: Settings) -> AsyncIterator[Upload]:
-    """Receive a form; its staged file is gone at the end of the block unless the storage took it.
+    """Receive a form; its staged file is removed at the end of the block unless the storage took it.
 
     Raises:
         UnsupportedMedia: the body is not a multipart form.
-        TooLarge: the file, the spec or the whole body is over its limit; counted as it comes.
+        TooLarge: the file, the spec or the whole body exceeds its limit; counted as it arrives.
         UploadIncomplete: the body ended before the form did, or came slower than `min_upload_rate` for
             `upload_idle_seconds`.
-        InvalidRequest: the form has other parts, or not the right ones.
+        InvalidRequest: the form is malformed, or has unknown, repeated or missing parts.
     """
     parts = _Parts(settings)
     parser = MultipartParser(_boundary(request), parts.callbacks())
@@ -69,23 +69,23 @@ async def receive(request: Request, storage: Storage, settings: Settings) -> Asy
 
 
 class _Writer:
-    """Writes and hashes one batch of a file in a thread while the next one comes."""
+    """Writes and hashes one batch of a file in a thread while the next one arrives."""
 
     def __init__(self, file: StagedFile) -> None:
         self.file = file
         self._writing: asyncio.Task[None] | None = None
 
     async def write(self, batch: bytearray) -> None:
-        """Begin to write a batch, once that before it is written.
+        """Start writing a batch once the previous one is written.
 
         Raises:
-            StorageUnavailable: the batch before it could not be written.
+            StorageUnavailable: the previous batch could not be written.
         """
         await self.finish()
         self._writing = asyncio.create_task(run_in_threadpool(self.file.write, batch))
 
     async def finish(self) -> None:
-        """Wait until all is written; raises what `write` does."""
+        """Wait until all is written; raise the errors of `write`."""
         writing, self._writing = self._writing, None
         if writing is not None:
             await writing
@@ -94,7 +94,7 @@ class _Writer:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        # The file is closed next, which no thread may be writing to then. What ended the upload is what is told.
+        # The file is closed next, so no thread may still write to it. The error that ended the upload is reported.
         if self._writing is not None:
             await asyncio.gather(self._writing, return_exceptions=True)
 
@@ -125,7 +125,7 @@ def _too_large(settings: Settings, size_bytes: int) -> TooLarge:
 
 
 async def _chunks(request: Request, settings: Settings) -> AsyncIterator[bytes]:
-    """The body as it comes, which is no slower than it may be: only time in which we wait for the client counts."""
+    """Yield the body as it arrives and enforce the minimum rate; only time spent waiting for the client counts."""
     stream, loop = request.stream(), asyncio.get_running_loop()
     patience_seconds = settings.upload_idle_seconds
     least_bytes = max(settings.min_upload_rate * patience_seconds, 1)
@@ -151,7 +151,7 @@ async def _chunks(request: Request, settings: Settings) -> AsyncIterator[bytes]:
 
 
 class _Parts:
-    """What the parser has seen so far; `pending` holds bytes of the file that wait to be written."""
+    """The parts parsed so far; `pending` holds bytes of the file that wait to be written."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -212,7 +212,7 @@ class _Parts:
             return
         assert self.spec is not None
         self.spec += memoryview(data)[start:end]
-        # A tokenizer comes within the spec, beside what else it says.
+        # The spec may contain a tokenizer beside its other fields.
         limit = self._settings.max_spec_bytes + self._settings.max_tokenizer_bytes
         if len(self.spec) > limit:
             raise TooLarge(f"The spec has more than the {limit} bytes that are allowed.", limit_bytes=limit)

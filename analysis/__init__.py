@@ -1,1 +1,1 @@
-"""The mathematics: torch in, plain dataclasses out. Knows no HTTP, no database, no queue."""
+"""The mathematics: torch in, plain dataclasses out. No HTTP, no database, no queue."""

@@ -1,8 +1,8 @@
-"""Two checkpoints on the same samples: the difference of every metric, how sure it is, and where predictions differ.
+"""Compare two checkpoints on the same samples: differences of all metrics, their uncertainty, and the predictions.
 
-Both see the same samples, so what a sample does to both drops out of the difference: its standard error is that of one
-paired draw. Samples are drawn within classes. The delta method takes it from influence functions, at the cost of one
-evaluation; the paired bootstrap draws the samples anew, hundreds of times, and finds the bias of finite probes as well.
+Both see the same samples, so a sample's common effect drops out of the difference: its standard error is that of one
+paired draw. Samples are drawn within classes. The delta method derives it from influence functions, at the cost of one
+evaluation; the paired bootstrap redraws the samples hundreds of times, and finds the bias of finite probes as well.
 """
 
 import math
@@ -37,22 +37,22 @@ _OF_SPLIT = ("accuracy", "loss", "calibration_error", "effective_rank")
 _OF_INTERPLAY = (
     "mir", "hdr", "mutual_information", "entropy_features", "entropy_head", "entropy_joint", "mir_z",
 )  # fmt: skip
-# Of every metric's own size, or of 1, what rounding may leave between two networks that compute the same: features of
-# float64, and of any other type.
+# Largest difference by rounding between two networks that compute the same, as a share of the metric's size or of 1:
+# for features of float64, and of any other type.
 _ROUNDING = {True: 1e-9, False: 1e-7}
-# Measures that may be small without being rounding: of squares, so that their roots are as sure as others.
+# Measures of squares, which may be small without being rounding: their roots are as precise as other measures.
 _SMALL = ("loss", "collapse.nc1", "collapse.nc3")
-# Measures that a pinched spectrum leaves uncertain: ratios, and amounts in nats.
+# Measures that a pinched spectrum leaves uncertain: ratios (False), and amounts in nats (True).
 _OF_JOINT = {"mir": False, "distance_to_optimum.mir": False, "mutual_information": True, "entropy_joint": True}
 _OF_COLLAPSE = tuple(field.name for field in fields(Collapse) if field.name not in ("absent_classes", "reasons"))
 
 
 @dataclass(frozen=True)
 class ComparisonOptions(EvaluationOptions):
-    """How two checkpoints are compared.
+    """Options of a comparison of two checkpoints.
 
     Attributes:
-        interval: where standard errors come from.
+        interval: the source of standard errors.
         resamples: of the bootstrap, at least 10.
         confidence: of the intervals, 0.5 to 0.9999.
     """
@@ -71,20 +71,20 @@ class ComparisonOptions(EvaluationOptions):
 
 @dataclass(frozen=True)
 class Difference:
-    """A metric of A and of B and B - A; what is not known is None, and `reason` says why.
+    """A metric of A, of B, and B - A; an unknown value is None, and `reason` says why.
 
     Attributes:
-        a, b, difference: as evaluated; None where one of them is not defined.
+        a, b, difference: as evaluated; None where undefined.
         standard_error: of the difference over draws of the samples within classes.
         low, high: the interval of the difference.
-        significant: whether 0 lies outside of the interval, and by more than may be rounding and, where a spectrum was
-            pinched, more than either side's `method.error_estimate` leaves open.
+        significant: whether 0 lies outside of the interval, by more than rounding can cause and, where a spectrum was
+            pinched, by more than either side's `method.error_estimate` leaves open.
         bias, bias_a, bias_b: of the difference, of A's and of B's value, as the bootstrap estimates it.
-        reason: why there is no standard error and no interval, and `significant` is None: `undefined` (one of the
+        reason: why standard error and interval are missing, and `significant` is None: `undefined` (one of the
             values), `no_derivative` (the delta method does not reach the metric where it is), `undefined_resamples` (of
             the bootstrap), `no_standard_error` (`mir_z`, itself a statistic), `few_samples`, `too_few_disagreements`,
-            `class_sizes`. Or how the interval came about: `near_zero` (HDR or a distance may be 0), `equal_entropies`,
-            `too_few_disagreements` (of accuracy).
+            `class_sizes`. Or how the interval was computed: `near_zero` (HDR or a distance may be 0),
+            `equal_entropies`, `too_few_disagreements` (of accuracy).
     """
 
     a: float | None
@@ -102,16 +102,16 @@ class Difference:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Where the two networks' predicted classes agree, and whether their accuracies differ by more than chance.
+    """Agreement of the two networks' predicted classes, and whether their accuracies differ by more than chance.
 
     Attributes:
-        agreement: share of samples with the same predicted class. Tokens that no position has as its next, which a
-            language model may predict too, count as different.
+        agreement: share of samples with the same predicted class. A language model may also predict tokens that no
+            position has as its next; these count as different.
         both_correct, only_a_correct, only_b_correct, neither_correct: counts of samples.
-        mcnemar_p: two-sided p value of McNemar's exact test; 1 where no sample is right in one of them alone.
-        smallest_difference: of accuracy, that McNemar's exact test shows with probability 0.8 at the confidence asked
-            for, on as many samples as those on which one alone is right; None where these are too few to show any.
-        reason: `too_few_disagreements` where that is so.
+        mcnemar_p: two-sided p value of McNemar's exact test; 1 where no sample is right in only one of them.
+        smallest_difference: of accuracy, that McNemar's exact test shows with probability 0.8 at the requested
+            confidence, on as many samples as are right in only one network; None where these are too few to show any.
+        reason: `too_few_disagreements` where smallest_difference is None.
     """
 
     agreement: float
@@ -126,7 +126,7 @@ class Agreement:
 
 @dataclass(frozen=True)
 class ComparedSplit:
-    """One split of both, and the difference of each metric by its path in a split of a report."""
+    """One split of both networks, and the difference of each metric by its path in a split of a report."""
 
     a: SplitEvaluation
     b: SplitEvaluation
@@ -139,8 +139,8 @@ class Comparison:
     """Two evaluations and their differences.
 
     Attributes:
-        a, b: of all splits.
-        splits: by name, those that both have.
+        a, b: the evaluations, with all splits.
+        splits: the splits that both have, by name.
         timings_seconds: of both evaluations together, and `intervals`.
     """
 
@@ -158,30 +158,30 @@ def compare(
     options: ComparisonOptions | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
-    """Evaluate two networks on the same samples and say how far and how surely they differ, as B - A.
+    """Evaluate two networks on the same samples, and return their differences B - A with intervals.
 
     Args:
         a, b: features, labels and head of each, of the same samples in the same order. Widths may differ.
-        device: where everything is computed.
-        options: default: as ComparisonOptions says.
-        progress: called as the work goes on; phase `resamples` counts those of the bootstrap.
+        device: the device of all computations.
+        options: default: those of ComparisonOptions.
+        progress: called as the work goes on; phase `resamples` counts the resamples of the bootstrap.
 
     Returns:
         The comparison. Intervals of smooth metrics are difference +- q times the standard error, with Student's
-        quantile for as many samples as the error rests on, or resamples; those of others are as `spreads` says. They
-        are about what was evaluated, since MIR and HDR of a resample are biased, as it holds samples twice, and the
-        bootstrap's own quantiles would lie beside the value. The bias that it estimates is stated, not taken off.
+        quantile for as many samples as the error rests on, or resamples; for the other metrics see `spreads`. They
+        lie about the evaluated difference: a resample holds samples twice, so its MIR and HDR are biased, and the
+        bootstrap's own quantiles would lie beside the value. The bias that it estimates is stated, not subtracted.
 
     Raises:
-        AnalysisError: `invalid-probe` where the two are of different samples or classes; else as `evaluate_features`.
+        AnalysisError: `invalid-probe` where samples or classes of the two differ; else as `evaluate_features`.
 
-    Numerics: the error that `method.error_estimate` states for MIR of A and of B is not part of the interval, but of
-        what is significant. What `influence` says of the calibration error holds here. float64.
+    Numerics: the error that `method.error_estimate` states for MIR of A and of B is not part of the interval, but
+        enters `significant`. The note of `influence` on the calibration error holds here. float64.
 
     Source: docs/metrics.md, "Comparing two checkpoints"; Efron and Tibshirani 1993, chapter 13; McNemar 1947.
     """
     options = options or ComparisonOptions()
-    # Each set may lie on a device of its own: one that was kept on the processor, one that was just computed on a GPU.
+    # The sets may lie on different devices: one was kept on the processor, the other was just computed on a GPU.
     if not torch.equal(a.labels.cpu(), b.labels.cpu()) or not _same_tokens(a, b):
         detail = "A comparison needs the same samples and the same numbers of their classes for both networks."
         raise AnalysisError("invalid-probe", detail)
@@ -209,7 +209,7 @@ def compare(
 
 @dataclass(frozen=True)
 class _Pair:
-    """The samples of one split as both networks see them, and both evaluations."""
+    """The feature sets of both networks on the samples of one split, and both evaluations."""
 
     a: FeatureSet
     b: FeatureSet
@@ -218,7 +218,7 @@ class _Pair:
 
 
 def _rows(split: Int[Tensor, " n"] | None, n: int) -> dict[str, Int64[Tensor, " _"]]:
-    """Which samples each split has."""
+    """Return the rows of the samples of each split; empty splits are left out."""
     rows = {"all": torch.arange(n)}
     if split is not None:
         rows |= {name: (split.cpu() == number).nonzero()[:, 0] for name, number in (("train", 0), ("test", 1))}
@@ -226,19 +226,19 @@ def _rows(split: Int[Tensor, " n"] | None, n: int) -> dict[str, Int64[Tensor, " 
 
 
 def _part(entry: FeatureSet, rows: Int64[Tensor, " m"]) -> FeatureSet:
-    """Samples as a set of their own."""
+    """Return these rows as a feature set without splits."""
     return replace(entry, split=None).take(rows.to(entry.labels.device))
 
 
 def _same_tokens(a: FeatureSet, b: FeatureSet) -> bool:
-    """Whether the classes of two language models are the same tokens; those of other networks have numbers alone."""
+    """Return whether two language models have the same tokens as classes; classes of other networks have no tokens."""
     if a.vocabulary is None or b.vocabulary is None:
         return a.vocabulary is b.vocabulary
     return torch.equal(a.vocabulary.tokens.cpu(), b.vocabulary.tokens.cpu())
 
 
 def _metrics(split: SplitEvaluation) -> dict[str, float | None]:
-    """Every metric of a split by its path."""
+    """Return every metric of a split by its path."""
     found: dict[str, float | None] = {name: getattr(split, name) for name in _OF_SPLIT}
     for path, entry in _levels(split):
         found |= {f"{path}.{name}": getattr(entry, name) for name in _OF_INTERPLAY}
@@ -254,7 +254,7 @@ def _levels(split: SplitEvaluation) -> Iterator[tuple[str, Interplay]]:
 
 
 def _by_delta(pair: _Pair, options: ComparisonOptions, device: torch.device) -> dict[str, Spread]:
-    """Standard errors and intervals from the difference of both networks' influence functions."""
+    """Compute standard errors and intervals from the difference of both networks' influence functions."""
     a, b = (
         (split, _metrics(split), _influences(entry, device))
         for entry, split in ((pair.a, pair.of_a), (pair.b, pair.of_b))
@@ -268,21 +268,21 @@ def _influences(entry: FeatureSet, device: torch.device) -> dict[str, Float64[Te
     there = entry.to(device)
     features, head = squarable(there.features), squarable(there.head)
     found = influence(features, there.labels, head, there.network_predictions(), within_classes=False)
-    # On the processor sums have an order: what a GPU adds in any order differs in the last digit from run to run.
+    # Sums on the processor have a fixed order; a GPU adds in any order, and the last digit differs from run to run.
     return {name: values.cpu() for name, values in found.items()}
 
 
 def _fewest_discordant(confidence: float) -> int:
-    """The fewest discordant samples on which McNemar's exact test can reject: all of them right in one network."""
+    """Return the fewest discordant samples on which McNemar's exact test can reject: all right in one network."""
     return math.floor(1 - math.log2(1 - confidence) - 1e-9) + 1
 
 
 def _by_bootstrap(
     pair: _Pair, options: ComparisonOptions, device: torch.device, step: Callable[[], None]
 ) -> dict[str, Spread]:
-    """Standard errors and biases from evaluations of the same resamples for both."""
+    """Compute standard errors and biases from evaluations of both networks on the same resamples."""
     generator = torch.Generator().manual_seed(options.seed)
-    # The permutations of the null are no part of what a sample does.
+    # The permutations of the null do not belong to a sample's effect.
     plain = EvaluationOptions(null_permutations=0, seed=options.seed, tolerance=options.tolerance)
     drawn: list[list[dict[str, float | None]]] = [[], []]
     for _ in range(options.resamples):
@@ -318,14 +318,14 @@ def _spread(
         return Spread(None, reason="undefined_resamples")
     of_a, of_b = (torch.tensor(values, dtype=torch.float64) for values in (drawn_a, drawn_b))
     bias_a, bias_b = float(of_a.mean()) - a, float(of_b.mean()) - b
-    # A standard error from few resamples is itself uncertain: Student's quantile is wider by that.
+    # A standard error from few resamples is itself uncertain: Student's quantile widens the interval accordingly.
     error, margin = float((of_b - of_a).std()), float(student.ppf((1 + confidence) / 2, len(of_a) - 1))
     low, high = b - a - margin * error, b - a + margin * error
     return Spread(error, low, high, bias_b - bias_a, bias_a, bias_b)
 
 
 def _resample(labels: Int[Tensor, " n"], generator: torch.Generator) -> Int64[Tensor, " n"]:
-    """Rows drawn with replacement, of each class as many as it has."""
+    """Draw rows with replacement, keeping the size of each class."""
     order = torch.argsort(labels, stable=True)
     counts = torch.bincount(labels)
     counts = counts[counts > 0]
@@ -336,7 +336,7 @@ def _resample(labels: Int[Tensor, " n"], generator: torch.Generator) -> Int64[Te
 
 
 def _of(name: str, progress: Progress | None) -> Progress | None:
-    """Progress that says which of the two it is about."""
+    """Return a progress callback that adds the name of the network to the phase."""
     return (lambda phase, done, total: progress(f"{phase} of {name}", done, total)) if progress else None
 
 
@@ -354,14 +354,14 @@ def _differences(pair: _Pair, spreads: Mapping[str, Spread]) -> dict[str, Differ
     values_a, values_b, numerical = _metrics(pair.of_a), _metrics(pair.of_b), _numerical(pair)
     found = {}
     for path, a in values_a.items():
-        # How far MIR is above its permutations is a statistic of the samples, with no standard error of its own.
+        # mir_z, the height of MIR above its permutations, is a statistic of the samples without an own standard error.
         unknown = Spread(None, reason="no_standard_error" if path.endswith(".mir_z") else "no_derivative")
         found[path] = _difference(a, values_b[path], spreads.get(path, unknown), numerical[path])
     return found
 
 
 def _numerical(pair: _Pair) -> dict[str, float]:
-    """How far each difference may be off but for what samples do: by rounding, and where spectra were pinched."""
+    """Bound each difference's numerical error, sampling aside: by rounding, and by pinched spectra."""
     share = _ROUNDING[pair.a.features.dtype == pair.b.features.dtype == torch.float64]
     values_a, values_b = _metrics(pair.of_a), _metrics(pair.of_b)
     found = {}
@@ -369,7 +369,7 @@ def _numerical(pair: _Pair) -> dict[str, float]:
         size = max(abs(a or 0.0), abs(values_b[path] or 0.0))
         small = max(size, math.sqrt(size), 1e-14 / share)
         found[path] = share * (small if path in _SMALL else max(size, 1.0))
-    # Both are on one side of the exact values, so that their difference is off by the larger of two errors.
+    # Both lie on the same side of the exact values, so the error of their difference is at most the larger one.
     left_open: dict[str, float] = {}
     for split in (pair.of_a, pair.of_b):
         for level, entry in _levels(split):
@@ -380,7 +380,7 @@ def _numerical(pair: _Pair) -> dict[str, float]:
 
 
 def _left_open(entry: Interplay, in_nats: bool) -> float:
-    """What `method.error_estimate` says of MIR, or of entropies in nats."""
+    """Return `method.error_estimate` for MIR, or converted to nats for entropies."""
     if entry.method is None or entry.entropy_features is None or entry.entropy_head is None:
         return 0.0
     smaller = min(entry.entropy_features, entry.entropy_head)
@@ -405,7 +405,7 @@ def _agreement(pair: _Pair, options: ComparisonOptions) -> Agreement:
     only_a, only_b = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
     smallest = smallest_difference(len(labels), only_a + only_b, confidence=options.confidence)
     return Agreement(
-        # Of a language model -1 is any token that is no class.
+        # For a language model, -1 stands for any token that is not a class.
         agreement=float(((predicted_a == predicted_b) & (predicted_a >= 0)).double().mean()),
         both_correct=int((right_a & right_b).sum()),
         only_a_correct=only_a,
@@ -418,13 +418,13 @@ def _agreement(pair: _Pair, options: ComparisonOptions) -> Agreement:
 
 
 def mcnemar_p(only_a: int, only_b: int) -> float:
-    """Two-sided p value of McNemar's exact test: whether two networks that were right alone so often may be equal.
+    """Return the two-sided p value of McNemar's exact test that two networks have equal accuracy.
 
     Args:
-        only_a, only_b: samples that A, or B, alone had right.
+        only_a, only_b: samples that only A, or only B, classified correctly.
 
     Returns:
-        0 to 1; 1 where there are none.
+        0 to 1; 1 where both counts are 0.
 
     Source: McNemar 1947; exact by the binomial distribution of the discordant pairs.
 
@@ -436,21 +436,21 @@ def mcnemar_p(only_a: int, only_b: int) -> float:
 
 
 def smallest_difference(n: int, discordant: int, *, confidence: float = 0.95, power: float = 0.8) -> float | None:
-    """The smallest difference of accuracy that McNemar's exact test shows with this power on so many discordances.
+    """Return the smallest difference of accuracy that McNemar's exact test shows with this power.
 
-    Given their number m, those that one network alone has right are binomial with a probability (1 + d n / m) / 2, d
-    the difference of accuracy. The test rejects from some number k of them on: d is where k or more have the
-    probability `power`. So it never contradicts the test: a measured difference of at least d is significant, and where
-    there is no d no outcome on m samples is.
+    Given the number m of discordant samples, the number that one network has right is binomial with probability
+    (1 + d n / m) / 2, where d is the difference of accuracy. The test rejects from some number k on: d is the
+    difference at which k or more have the probability `power`. So it never contradicts the test: a measured difference
+    of at least d is significant, and where d does not exist no outcome on m samples is.
 
     Args:
         n: samples.
-        discordant: m, those on which one network alone is right.
+        discordant: m, the samples on which only one network is right.
         confidence: of the two-sided test, which rejects where its p value is at most 1 - confidence.
         power: probability that the test finds the difference, at least 0.5.
 
     Returns:
-        The difference; None where there is none: were one network right in all m samples, the test would not reject.
+        The difference; None where the test would not reject even if one network were right in all m samples.
 
     Source: McNemar 1947, conditional on the number of discordant samples as his test is.
 

@@ -1,7 +1,7 @@
-"""What can be wrong with a checkpoint, a probe or an argument: one exception, told apart by its kind.
+"""One exception for faults of a checkpoint, a probe or an argument, with a kind.
 
-A bug is any other exception. The service turns an AnalysisError into the `problem` of the failed analysis, so
-`detail` says what came and what was expected, and `members` carry what a program wants to read.
+Any other exception is a bug. The service turns an AnalysisError into the `problem` of the failed analysis, so
+`detail` states the value received and the value expected, and `members` carry the facts for programs.
 
 | kind | raised when |
 |---|---|
@@ -9,7 +9,7 @@ A bug is any other exception. The service turns an AnalysisError into the `probl
 | family-unavailable | the package of the description's family is not installed here |
 | architectures-differ | networks that should be one function of their weights, or have the same classes, do not |
 | checkpoint-mismatch | names or shapes of the file's tensors do not fit the architecture |
-| head-not-found | the named head is not a linear module of the network, or not what gives its logits |
+| head-not-found | the named head is not a linear module of the network, or does not give its logits |
 | invalid-probe | inputs, labels or splits are missing or do not fit each other |
 | invalid-feature-set | features, labels or head are missing or do not fit each other |
 | non-finite-values | a tensor holds NaN or infinity |
@@ -57,9 +57,9 @@ class AnalysisError(Exception):
     """An expected failure of an analysis.
 
     Attributes:
-        kind: which of the few, see the module's docstring.
+        kind: one of the kinds in the module's docstring.
         title: the kind in words.
-        detail: what came and what was expected, this time.
+        detail: the value received and the value expected in this case.
         members: further facts as JSON values, such as lists of names.
     """
 

@@ -1,4 +1,4 @@
-"""Everything that is measured on what a network's head receives: predictions, MIR and HDR, neural collapse."""
+"""Measure predictions, MIR and HDR, and neural collapse from the features that a network's head receives."""
 
 import math
 from collections.abc import Sequence
@@ -46,24 +46,24 @@ __all__ = [
     "extract_features",
 ]
 
-# A null has one value where its standard deviation is below this, or that of the information in nats: every permutation
-# gives the same Gram matrices.
+# A null counts as one single value where its standard deviation, or that of the information in nats, is below this:
+# every permutation gives the same Gram matrices.
 _DEGENERATE = 1e-12
-# The spectra of two centrings, their nulls, and the rest: what progress counts.
+# Progress counts the spectra of two centrings, their nulls, and the rest.
 _PARTS_OF_A_SPLIT = 5
 
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """How an evaluation is computed.
+    """Options of an evaluation.
 
     Attributes:
         null_permutations: permutations of the null baseline; 0 for none.
         seed: of the permutations, of their subsample, and of the probes that bound a pinched spectrum.
-        tolerance: change of MIR that counts as settled; 0 takes the exact spectrum, whatever it costs.
-        batch_size: inputs at a time; None leaves the choice to us.
-        precision: of the network's forward pass, see `extraction.extract_features`; what is computed from features and
-            logits is float64 either way.
+        tolerance: change of MIR that counts as settled; 0 computes the exact spectrum at any cost.
+        batch_size: inputs at a time; None chooses one automatically.
+        precision: of the network's forward pass, see `extraction.extract_features`; computations from features and
+            logits are float64 either way.
     """
 
     null_permutations: int = 10
@@ -83,7 +83,7 @@ class EvaluationOptions:
 
 @dataclass(frozen=True)
 class Distance:
-    """How far MIR and HDR are from their optimum."""
+    """Absolute distances of MIR and HDR from their optimum."""
 
     mir: float | None
     hdr: float | None
@@ -91,7 +91,7 @@ class Distance:
 
 @dataclass(frozen=True)
 class Interplay:
-    """MIR and HDR at one level and centring; what is not defined is None beside a reason under its name.
+    """MIR and HDR at one level and centring; an undefined value is None, with a reason under its name.
 
     `degenerate_samples` and `degenerate_classes` count samples and classes that were left out because their own vector
     (a class: its head row, or at class-mean level its mean) has no direction.
@@ -115,9 +115,9 @@ class Interplay:
 
 @dataclass(frozen=True)
 class SplitEvaluation:
-    """Everything about the samples of one split; `interplay` by level (sample, class_mean) and centring.
+    """All metrics of one split; `interplay` is indexed by level (sample, class_mean) and centring.
 
-    Of a language model samples are positions, and `class_counts` are of the tokens that occur as labels in the probe,
+    For a language model, samples are positions, and `class_counts` counts the tokens that occur as labels in the probe,
     in the order of their ids.
     """
 
@@ -134,16 +134,16 @@ class SplitEvaluation:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one network or feature set is like on one probe.
+    """The metrics of one network or feature set on one probe.
 
     Attributes:
-        splits: `all`, and `train` and `test` where the probe has such samples.
-        timings_seconds: by phase, which together are the whole evaluation: features (the pass over the probe alone),
+        splits: `all`, and `train` and `test` where the probe has samples of them.
+        timings_seconds: by phase; the phases add up to the whole evaluation: features (the pass over the probe alone),
             predictions, entropies (with the reading that the collapse shares), null, collapse, and statistics: choosing
-            a split's samples, class counts and means, and what belongs to no other.
-        batch_size: that the pass over the probe ended with; None for a feature set.
+            a split's samples, class counts and means, and time that no other phase claims.
+        batch_size: final batch size of the pass over the probe; None for a feature set.
         n_features: d.
-        n_classes: C; of a language model its whole vocabulary.
+        n_classes: C; for a language model its whole vocabulary.
     """
 
     splits: dict[str, SplitEvaluation]
@@ -166,8 +166,8 @@ def evaluate_network(
     Args:
         network: moved to the device and left in evaluation mode.
         probe: inputs, labels and, where it has one, a split.
-        device: where everything is computed.
-        options: default: as EvaluationOptions says.
+        device: the device of all computations.
+        options: default: those of EvaluationOptions.
         progress: called as the work goes on.
 
     Returns:
@@ -177,7 +177,7 @@ def evaluate_network(
         AnalysisError: `invalid-probe`, `inputs-refused`, `head-not-found`, `non-finite-values` or `out-of-memory`.
 
     Numerics: features in float32, everything computed from them in float64. Beside network and batch, memory for the
-        features, the logits and what `spectrum.sample_entropies` says.
+        features, the logits and the memory that `spectrum.sample_entropies` states.
     """
     options = options or EvaluationOptions()
     clock = Clock()
@@ -195,9 +195,9 @@ def capture(
     options: EvaluationOptions,
     progress: Progress | None = None,
 ) -> tuple[FeatureSet, int]:
-    """What an evaluation needs of a network and a probe, and the batch size of the pass: see `evaluate_network`.
+    """Return the feature set of a network on a probe, and the batch size of the pass: see `evaluate_network`.
 
-    Of a causal language model samples are positions, as `positions.extract_positions` says.
+    For a causal language model, samples are positions, as in `positions.extract_positions`.
     """
     extract = extract_positions if network.predicts_tokens else _extract_samples
     return extract(
@@ -222,12 +222,12 @@ def evaluate_features(
     options: EvaluationOptions | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Measure features, labels and a head that came without their network.
+    """Measure features, labels and a head given without their network.
 
     Args:
-        feature_set: where it has no logits they are features @ head^T in float64, plus the bias where it has one.
-        device: where everything is computed.
-        options: default: as EvaluationOptions says; batch size and precision have no meaning here.
+        feature_set: without logits, they are features @ head^T in float64, plus the bias if it has one.
+        device: the device of all computations.
+        options: default: those of EvaluationOptions; batch size and precision are ignored.
         progress: called as the work goes on.
 
     Returns:
@@ -271,19 +271,19 @@ def _evaluate(
 
 
 def _n_classes(data: FeatureSet) -> int:
-    """C: rows of the head, also of one that was restricted to some of them."""
+    """Return C, the number of rows of the head, including those that a restricted head leaves out."""
     return len(data.head) if data.vocabulary is None else data.vocabulary.size
 
 
 def _predictions(data: FeatureSet, label_error: Kind) -> Predictions:
-    """The network's own where its logits were not kept."""
+    """Return the stored predictions of the network if there are any, else those from its logits."""
     if data.predictions is None:
         _check_labels(data.labels, len(data.head), label_error)
     return data.network_predictions()
 
 
 def _members(data: FeatureSet) -> dict[str, Bool[Tensor, " n"] | None]:
-    """Which samples each split has; None for all, which is computed once, whatever names it has."""
+    """Return the samples of each split as a mask; None stands for all samples, which are computed only once."""
     members: dict[str, Bool[Tensor, " n"] | None] = {"all": None}
     if data.split is not None:
         for name, number in (("train", 0), ("test", 1)):
@@ -309,7 +309,7 @@ def _check_labels(labels: Int[Tensor, " n"], n_classes: int, kind: Kind) -> None
 
 @dataclass(frozen=True)
 class _Pairing:
-    """Samples by class beside the head's directions, and the samples of classes whose head row has none."""
+    """Samples by class with the head's directions, and the samples of classes whose head row has no direction."""
 
     labelled: LabelledFeatures
     centred: bool
@@ -317,7 +317,7 @@ class _Pairing:
 
 
 class _Split:
-    """The samples of one split and what their metrics share."""
+    """The samples of one split and the intermediate results that their metrics share."""
 
     def __init__(
         self,
@@ -345,7 +345,7 @@ class _Split:
         }
 
     def evaluate(self) -> SplitEvaluation:
-        """All metrics of the split."""
+        """Return all metrics of the split."""
         interplay: dict[str, dict[str, Interplay]] = {"sample": {}, "class_mean": {}}
         with self.clock.phase("entropies"):
             pairings = [self._pairing(centred) for centred in (False, True)]
@@ -374,7 +374,7 @@ class _Split:
         )
 
     def _head_directions(self, centred: bool) -> tuple[Float64[Tensor, "k d"], Bool[Tensor, " k"]]:
-        """Directions of the head rows of the classes present; all rows, also of absent classes, make the centre."""
+        """Return directions of the head rows of the classes present; the centre is the mean of all rows of the head."""
         centre = self.head.mean(dim=0) if centred else torch.zeros_like(self.head[0])
         rows = self.head[self.statistics.classes]
         return unit_rows(rows - centre, rows.norm(dim=1) + centre.norm())
@@ -383,7 +383,7 @@ class _Split:
         return self.statistics.centre if centred else torch.zeros_like(self.statistics.means[0])
 
     def _generator(self) -> torch.Generator:
-        """Begins anew for each level and centring, so that none depends on which others were computed."""
+        """Return a fresh generator, so that no level or centring depends on which others were computed."""
         return torch.Generator().manual_seed(self.options.seed)
 
     def _pairing(self, centred: bool) -> _Pairing:
@@ -394,9 +394,9 @@ class _Split:
         return _Pairing(LabelledFeatures(self.features, paired, self._centre(centred), head[usable]), centred, alone)
 
     def _read(self, pairings: Sequence[_Pairing]) -> tuple[list[Entropies | None], Collapse]:
-        """Entropies of all pairings, and the collapse, from one reading of the features.
+        """Compute entropies of all pairings, and the collapse, from one reading of the features.
 
-        Where a head row has no direction the pairings are of different classes, and each is read for itself.
+        Where a head row has no direction, the pairings have different classes, and each is read separately.
         """
         tolerance, sets = self.options.tolerance, [pairing.labelled for pairing in pairings]
         if not any(pairing.alone for pairing in pairings):
@@ -474,7 +474,7 @@ class _Split:
         if entropies is not None:
             mir = mir_of(entropies.features, entropies.head, entropies.joint)
             hdr = hdr_of(entropies.features, entropies.head)
-        # What rounding leaves of the information is divided by the smaller entropy, which may be tiny.
+        # The rounding error of the information is divided by the smaller entropy, which may be tiny.
         if (
             null is not None
             and entropies is not None
@@ -490,7 +490,7 @@ class _Split:
             if value is None:
                 reasons[name] = undefined
         if centred and len(self.head) == 2 and entropies is not None:
-            # Less their mean two rows are opposite: H(K2) is 0 whatever the network, and HDR 1 wherever it is defined.
+            # Two rows minus their mean are opposite: H(K2) is 0 for any network, and HDR 1 wherever defined.
             reasons["mir"] = reasons["hdr"] = "two_classes"
         for name, gap in (("mir", distance.mir), ("hdr", distance.hdr)):
             if gap is None:

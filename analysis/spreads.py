@@ -1,8 +1,8 @@
-"""How far a difference between two checkpoints moves with the samples: standard errors and intervals from influences.
+"""Standard errors and intervals of the difference between two checkpoints, from influences.
 
-Three things decide which interval a metric has. Most are smooth: their interval is the difference -+ q times the
+Three cases decide the interval of a metric. Most are smooth: their interval is the difference -+ q times the
 standard error, with Student's quantile for as many samples as the error rests on. MIR and HDR have kinks, near which
-`intervals.Folded` takes over; the error of NC1 is in proportion to it. Where no error can be had the reason is said.
+`intervals.Folded` takes over; the error of NC1 is in proportion to it. Where no error is available, a reason is given.
 """
 
 import math
@@ -20,20 +20,19 @@ from torch import Tensor
 from analysis.evaluation import SplitEvaluation
 from analysis.measures.intervals import FAR, Folded, lognormal_interval, paired_interval
 
-# Of samples that may have been drawn with sizes of their classes or to given ones, the error is that of drawn sizes,
-# up to this much above that of given ones; where both are farther apart than the second number none of them will do.
+# Where class sizes may have been drawn or given, the error is that of drawn sizes, but at most the first factor above
+# that of given sizes; where both are farther apart than the second factor, neither is used.
 _WIDENED, _APART = 1.15, 1.33
-# Degrees of freedom: with fewer a handful of samples decides, and what the others of their kind do was not seen.
+# Degrees of freedom: with fewer, a handful of samples decides, and the spread of their kind is unknown.
 _FEWEST = 8.0
 _ENTROPIES = ("entropy_features", "entropy_head", "entropy_joint")
 
 
 @dataclass(frozen=True)
 class Spread:
-    """The standard error of a difference, its interval, and biases where they were estimated; or why there is none.
+    """The standard error of a difference, its interval, and biases where estimated; or the reason why they are missing.
 
-    `reason` may also say of an interval that there is how it came about: `near_zero`, `equal_entropies`,
-    `too_few_disagreements`.
+    Beside an interval, `reason` says how it was computed: `near_zero`, `equal_entropies`, `too_few_disagreements`.
     """
 
     standard_error: float | None
@@ -47,14 +46,14 @@ class Spread:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of which classes the samples are, and whether their numbers were given or came with the draw.
+    """The classes of the samples, and whether the class sizes were given or drawn.
 
     Attributes:
         labels: 0 to k - 1.
         counts: by class.
-        drawn: whether the sizes certainly came with the draw: tokens of texts, or a class of one sample, which says
-            nothing of how its kind varies.
-        given: whether they were certainly given: all classes have one size.
+        drawn: whether the sizes were certainly drawn: tokens of texts, or a class of one sample, which says nothing
+            about the variation within its class.
+        given: whether the sizes were certainly given: all classes have the same size.
     """
 
     labels: Int[Tensor, " n"]
@@ -64,13 +63,13 @@ class Sizes:
 
     @classmethod
     def of(cls, labels: Int[Tensor, " n"], *, tokens: bool) -> "Sizes":
-        """Sizes of the classes present; of tokens they are drawn."""
+        """Return the sizes of the classes present; sizes of tokens count as drawn."""
         _, places, counts = torch.unique(labels, return_inverse=True, return_counts=True)
         drawn = tokens or int(counts.min()) == 1
         return cls(places, counts.double(), drawn, not drawn and bool((counts == counts[0]).all()))
 
     def within(self, rows: Float64[Tensor, "k n"]) -> Float64[Tensor, "k n"]:
-        """Rows centred in each class and stretched by what centring on its own mean takes from its variance."""
+        """Centre rows in each class, and undo by scale the loss of variance from centring on the class's own mean."""
         sums = rows.new_zeros(len(rows), len(self.counts)).index_add_(1, self.labels, rows)
         stretch = (self.counts / (self.counts - 1).clamp(min=1)).sqrt()
         centred: Float64[Tensor, "k n"] = (rows - (sums / self.counts)[:, self.labels]) * stretch[self.labels]
@@ -79,7 +78,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class _Draw:
-    """Covariance of some numbers over draws of the samples, and the degrees of freedom of one sum of them."""
+    """Covariance of several numbers over draws of the samples, and the degrees of freedom of one sum of them."""
 
     covariance: NDArray[np.float64]
     freedom: float
@@ -88,7 +87,7 @@ class _Draw:
 
 @dataclass(frozen=True)
 class _Side:
-    """A metric of one checkpoint: value and influence; of MIR and HDR, m + |s|, those of m and of s."""
+    """A metric of one checkpoint: value and influence; for MIR and HDR, m + |s|, those of m and of s."""
 
     value: float
     influence: Float64[Tensor, " n"]
@@ -112,16 +111,16 @@ def delta_spreads(
     confidence: float,
     fewest: int,
 ) -> dict[str, Spread]:
-    """Standard errors and intervals of B - A of every metric whose influence is known.
+    """Return standard errors and intervals of B - A for every metric whose influence is known.
 
     Args:
         a, b: the evaluation, its metrics by path, and their influences, centred over all samples, of the same samples.
         sizes: of the classes.
         confidence: of the intervals.
-        fewest: samples on which one checkpoint alone is right (NC4: agrees) below which no difference can be shown.
+        fewest: with fewer samples on which only one checkpoint is right (NC4: agrees), no difference can be shown.
 
     Returns:
-        By path. Distances to the optimum are among them; the optimum stays where the class counts do.
+        By path, including distances to the optimum; the optimum is fixed by the class counts.
     """
     first, second = (_Checkpoint(values, influences, _ideals(split)) for split, values, influences in (a, b))
     found = {}
@@ -142,7 +141,7 @@ def _ideals(split: SplitEvaluation) -> dict[str, float | None]:
 
 
 def _side(entry: _Checkpoint, path: str) -> _Side | None:
-    """A metric of one checkpoint; None where it or its influence is not known."""
+    """Return a metric of one checkpoint; None where it or its influence is unknown."""
     level, _, name = path.rpartition(".")
     if level.endswith(".distance_to_optimum"):
         return _distance(entry, f"{level.removesuffix('.distance_to_optimum')}.{name}")
@@ -155,16 +154,16 @@ def _side(entry: _Checkpoint, path: str) -> _Side | None:
 
 
 def _of_branches(entry: _Checkpoint, level: str, name: str) -> _Side | None:
-    """MIR or HDR as the larger of two smooth branches p and q: m + |s| with m = (p + q) / 2, s = (p - q) / 2."""
+    """Return MIR or HDR as the larger of two smooth branches p and q: m + |s|, m = (p + q) / 2, s = (p - q) / 2."""
     values = [entry.values[f"{level}.{one}"] for one in _ENTROPIES]
     h1, h2, joint = (value or 0.0 for value in values)
     i1, i2, of_joint = (entry.influences[f"{level}.{one}"] for one in _ENTROPIES)
     if min(h1, h2) <= 0:
-        # One of them has no branch: H = 0.
+        # One of the branches is missing: H = 0.
         value = entry.values[f"{level}.{name}"]
         return None if value is None else _Side(value, entry.influences[f"{level}.{name}"])
     above, moves = (h1 + h2 - joint, i1 + i2 - of_joint) if name == "mir" else (h1 - h2, i1 - i2)
-    # Where H1 is larger MIR is over H2 and HDR over H1; where H2 is, MIR is over H1 and HDR, turned, over H2.
+    # Where H1 is larger, MIR divides by H2, HDR by H1; else MIR divides by H1, HDR, with its sign reversed, by H2.
     by_head, by_features = above / h2, above / h1
     of_head, of_features = (moves - by_head * i2) / h2, (moves - by_features * i1) / h1
     if name == "mir":
@@ -175,7 +174,7 @@ def _of_branches(entry: _Checkpoint, level: str, name: str) -> _Side | None:
 
 
 def _distance(entry: _Checkpoint, path: str) -> _Side | None:
-    """|MIR - ideal| or |HDR - ideal|: where it is near 0 the kink is there, elsewhere it is that of MIR or HDR."""
+    """Return |MIR - ideal| or |HDR - ideal|: near 0 its kink is at 0, elsewhere it is that of MIR or HDR."""
     side, ideal, value = _side(entry, path), entry.ideals[path], entry.values[path]
     if side is None or ideal is None or value is None:
         return None
@@ -189,7 +188,7 @@ def _distance(entry: _Checkpoint, path: str) -> _Side | None:
 
 def _spread(path: str, a: _Side, b: _Side, sizes: Sizes, confidence: float, fewest: int) -> Spread:
     if path in ("accuracy", "collapse.nc4"):
-        # Samples that count for one of them alone move the difference by 1 / n, less than half of which is smooth.
+        # Samples that count for only one checkpoint move the difference by 1 / n, less than half of which is smooth.
         moves = b.influence - a.influence + b.value - a.value
         only_a, only_b = int((moves < -0.5).sum()), int((moves > 0.5).sum())
         if only_a + only_b < fewest:
@@ -213,7 +212,7 @@ def _spread(path: str, a: _Side, b: _Side, sizes: Sizes, confidence: float, fewe
     folded = Folded(np.array([b.value - a.value, *at]), draw.covariance, np.array(signs))
     if folded.is_near():
         low, high = folded.interval(quantile)
-        # What was seen is never said to be impossible, though the mean of an absolute value is above 0.
+        # The interval always contains the observed difference, though the mean of an absolute value is above 0.
         reason = (
             "equal_entropies" if path.endswith(".mir") and math.isfinite(a.kink) and not _folds(a, b) else "near_zero"
         )
@@ -228,19 +227,19 @@ def _spread(path: str, a: _Side, b: _Side, sizes: Sizes, confidence: float, fewe
 
 
 def _few_disagreements(only_a: int, only_b: int, n: int, confidence: float) -> Spread:
-    """Of accuracies that hardly differ: the score interval, which holds 0, as McNemar's exact test cannot reject."""
+    """Return the score interval of accuracies that hardly differ; it holds 0, as McNemar's exact test cannot reject."""
     low, high = paired_interval(only_a, only_b, n, float(ndtri((1 + confidence) / 2)))
     error = math.sqrt(only_a + only_b - (only_b - only_a) ** 2 / n) / n
     return Spread(error, min(low, 0.0), max(high, 0.0), reason="too_few_disagreements")
 
 
 def _folds(a: _Side, b: _Side) -> bool:
-    """Whether a distance is near 0 itself."""
+    """Return whether both sides are distances near 0."""
     return a.value == 0.0 and b.value == 0.0
 
 
 def _draw(rows: Float64[Tensor, "k n"], direction: list[float], sizes: Sizes) -> _Draw:
-    """Covariance of numbers with these influences, and what one sum of them rests on."""
+    """Return the covariance of numbers with these influences, and the degrees of freedom of one sum of them."""
     n = rows.shape[1]
     weights = rows.new_tensor(direction)
     within = sizes.within(rows)
@@ -252,7 +251,7 @@ def _draw(rows: Float64[Tensor, "k n"], direction: list[float], sizes: Sizes) ->
             reason = "class_sizes"
         scale = min(drawn / max(given, 1e-300), _WIDENED**2)
     moves = weights @ (rows if sizes.drawn else within)
-    # What is left of numbers that are one in every class is rounding.
+    # Of numbers that are constant in every class, only rounding is left.
     moves = moves if float(moves.norm()) > 1e-12 * float((weights @ rows).norm()) else torch.zeros_like(moves)
     squares = moves.square()
     places = torch.zeros_like(sizes.labels) if sizes.drawn else sizes.labels

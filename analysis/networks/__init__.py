@@ -1,1 +1,1 @@
-"""Networks from a description of their architecture and a safetensors file."""
+"""Build networks from a description of their architecture and a safetensors file."""

@@ -1,8 +1,8 @@
-"""Building a network from a stranger's description: first without memory and bounded, then without initial weights.
+"""Build a network from an untrusted description: first without memory and bounded, then without initial weights.
 
-A description of a few bytes can ask for a million layers. On the meta device their widths are free and their number is
-not, so what a description makes torch do is counted and stopped; what its library does before it asks torch for
-anything, such as lists as long as the depth, is bounded by the description's own numbers.
+A description of a few bytes can request a million layers. On the meta device their widths are free and their number is
+not, so torch operations are counted and stopped at a limit. Work of the library before its first call of torch, such as
+lists as long as the depth, is bounded by limits on the description's own numbers.
 """
 
 import re
@@ -25,10 +25,10 @@ MAX_CLASSES = 100_000
 # Members that count layers in one library or another: num_hidden_layers, n_layer, depths, num_blocks, layers, repeats.
 DEPTH = re.compile(r"layer|depth|block|stage|repeat|expert", re.IGNORECASE)
 
-# What a network's constructor may ask torch for: a fixed part, and a part for each tensor of the file. Seen at most, of
-# 448 networks of the three libraries: 22 operations a tensor, where each block computes tables of positions (MaxViT).
+# Most torch operations of a constructor: a fixed part, and a part for each tensor of the file. The most seen in 448
+# networks of the three libraries: 22 operations a tensor, where each block computes tables of positions (MaxViT).
 _FIXED_OPERATIONS, _OPERATIONS_A_TENSOR = 20_000, 100
-# Elements of a constant that a constructor may make on a real device, or that is no parameter.
+# Most elements of a constant that a constructor makes on a real device, or that is not a parameter.
 _MAX_CONSTANT = 2**26
 
 _IN_PLACE = frozenset(
@@ -37,10 +37,10 @@ _IN_PLACE = frozenset(
 
 
 class Bounded(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves __init_subclass__ untyped
-    """Counts what a constructor asks torch for, and stops it.
+    """Counts a constructor's torch operations, and stops it beyond a limit.
 
     Args:
-        n_tensors: that the file holds.
+        n_tensors: number of tensors of the file.
 
     Attributes:
         largest: elements of the largest tensor that was made, without memory or with it.
@@ -65,7 +65,7 @@ class Bounded(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
             )
         device = kwargs.get("device")
         if device is not None and torch.device(device).type != "meta":
-            # A constant on a real device: looked at without memory first.
+            # A constant on a real device: made without memory first, to check its size.
             self._look_at(func(*args, **{**kwargs, "device": torch.device("meta"), "pin_memory": False}))
         made = func(*args, **kwargs)
         if isinstance(made, Tensor):
@@ -79,10 +79,10 @@ class Bounded(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
             )
 
     def check_largest(self, shapes: Mapping[str, Sequence[int]]) -> None:
-        """Refuse a network that computes something far larger than any of its weights, such as a mask of positions.
+        """Refuse a network that computes a tensor far larger than any of its weights, such as a mask of positions.
 
         Args:
-            shapes: of the network's tensors, which the file has too.
+            shapes: of the network's tensors, which are also the file's.
 
         Raises:
             AnalysisError: `invalid-architecture`.
@@ -94,11 +94,11 @@ class Bounded(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
 
 
 class WithoutInitialisation(TorchFunctionMode):
-    """Parameters keep whatever memory they got: a file will replace them. Buffers are computed as ever."""
+    """Skips the initialisation of parameters, which a file will replace. Buffers are computed as usual."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        # torch.nn.init hands itself over as a whole, with its tensor by name.
+        # A function of torch.nn.init arrives here as a whole, with its tensor by name.
         target = args[0] if args else kwargs.get("tensor")
         fills = getattr(func, "__name__", "") in _IN_PLACE or getattr(func, "__module__", "") == "torch.nn.init"
         if fills and isinstance(target, nn.Parameter):
@@ -107,7 +107,7 @@ class WithoutInitialisation(TorchFunctionMode):
 
 
 class ConstantsOnCpu(TorchFunctionMode):
-    """Sequences of numbers have values although torch's default device has none.
+    """Makes sequences of numbers with values, although torch's default device has none.
 
     Some constructors compute their layers' sizes with tensors, as torchvision's RegNet does.
     """
@@ -117,14 +117,14 @@ class ConstantsOnCpu(TorchFunctionMode):
         if func not in (torch.arange, torch.linspace, torch.tensor) or "device" in kwargs:
             return func(*args, **kwargs)
         made = func(*args, **kwargs, device="cpu")
-        # What is computed from a sequence is no longer free, and may have its length squared.
+        # Computations from a sequence now cost memory, which may grow with the square of its length.
         if made.numel() > MAX_LIST:
             raise refused(f"The description asks for a constant of {made.numel()} elements")
         return made
 
 
 def check_plain(value: Any, *, name: str = "", nesting: int = 0) -> None:
-    """Refuse what is no JSON value, or would make a library build long lists.
+    """Refuse values that are not JSON, or would make a library build long lists.
 
     Args:
         value: a member of a description.
@@ -163,12 +163,12 @@ def _sum(value: Any) -> float | int:
 
 
 def refused(reason: str) -> AnalysisError:
-    """The error of a description that names no network which can be built."""
+    """Return the error for a description that cannot be built."""
     return AnalysisError("invalid-architecture", f"{reason}.")
 
 
 def require_classes(n_classes: Any) -> None:
-    """Refuse a network that is no classifier.
+    """Refuse a network that is not a classifier.
 
     Raises:
         AnalysisError: `invalid-architecture`.
@@ -179,7 +179,7 @@ def require_classes(n_classes: Any) -> None:
 
 
 def take_one_tensor(network: nn.Module) -> nn.Module:
-    """Let a network that takes images or vectors take them by the name `pixel_values` as well.
+    """Let a network of images or vectors also take them by the name `pixel_values`.
 
     Raises:
         AnalysisError: `inputs-refused`, when it is called with other names.
@@ -198,11 +198,11 @@ def take_one_tensor(network: nn.Module) -> nn.Module:
 
 
 def name_of(network: nn.Module, module: nn.Module) -> str | None:
-    """The name of a module within a network."""
+    """Return the name of a module within a network; None if it is not a part of it."""
     return next((name for name, found in network.named_modules() if found is module), None)
 
 
 def last_linear(network: nn.Module) -> str | None:
-    """The module name of the last linear module, in the order in which they were made; None where there is none."""
+    """Return the name of the last linear module, in the order of construction; None without one."""
     names = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
     return names[-1] if names else None

@@ -1,7 +1,7 @@
 """Built-in networks: multilayer perceptron, small convolutional network, ResNet and WideResNet for small images.
 
 Names and defaults of the builders' arguments are mirrored in app/descriptions/architectures.py. The names of the
-parameters are a contract with everyone who stores a checkpoint:
+parameters are a contract with all stored checkpoints:
 
 | name | parameters | head |
 |---|---|---|
@@ -10,7 +10,7 @@ parameters are a contract with everyone who stores a checkpoint:
 | resnet | torchvision's: `conv1`, `bn1`, `layer{1..4}.{j}.conv1` ..., `layer{k}.0.downsample.{0,1}`, `fc` | `fc` |
 | wide_resnet | `conv1`, `block{1..3}.{j}.bn1`, `.conv1`, `.bn2`, `.conv2`, `.shortcut`, then `bn1`, `fc` | `fc` |
 
-A normalisation that is "none" has no parameters. "layer" normalises over all features of a sample; between
+The normalisation "none" has no parameters. "layer" normalises over all features of a sample; between
 convolutions, over channels and positions, with a scale and a shift for each channel (GroupNorm of one group).
 """
 
@@ -169,7 +169,7 @@ class WideResnet(nn.Module):
 
 
 def create(description: Mapping[str, Any]) -> nn.Module:
-    """A network from `{"name": ..., "args": {...}}`, one of the builders below.
+    """Build a network from `{"name": ..., "args": {...}}`, with one of the builders below.
 
     Raises:
         AnalysisError: `invalid-architecture`; TypeError for an argument that the builder does not have.
@@ -181,17 +181,17 @@ def create(description: Mapping[str, Any]) -> nn.Module:
 
 
 def head(network: nn.Module, description: Mapping[str, Any]) -> str:
-    """The name of the classification head."""
+    """Return the name of the classification head."""
     return HEADS[description["name"]]
 
 
 def mlp(*, sizes: Sequence[int], activation: Activation = "relu", norm: Norm = "none") -> nn.Module:
-    """A multilayer perceptron: linear, normalisation, activation for each hidden layer, then the head alone.
+    """Build a multilayer perceptron: linear, normalisation, activation for each hidden layer, then only the head.
 
     Args:
-        sizes: numbers of inputs, of each hidden layer and of classes, 2 to 200 of them.
+        sizes: numbers of inputs, of units of each hidden layer and of classes; 2 to 200 entries.
         activation: relu, gelu or tanh.
-        norm: what stands between a linear layer and its activation.
+        norm: normalisation between a linear layer and its activation.
 
     Returns:
         A network that takes inputs of any shape (n, ...) with sizes[0] numbers a sample.
@@ -209,13 +209,13 @@ def mlp(*, sizes: Sequence[int], activation: Activation = "relu", norm: Norm = "
 def cnn(
     *, in_channels: int = 3, n_classes: int, channels: Sequence[int] = (32, 64, 128), norm: Norm = "batch"
 ) -> nn.Module:
-    """A plain convolutional network: 3x3 convolution, normalisation, ReLU, 2x2 max pooling; mean over positions; head.
+    """Build a plain CNN: 3x3 convolution, normalisation, ReLU, 2x2 max pooling; mean over positions; head.
 
     Args:
         in_channels: channels of the images.
         n_classes: rows of the head.
         channels: outputs of each convolution, 1 to 50; images must be at least 2^len(channels) on a side.
-        norm: what stands between a convolution and its ReLU.
+        norm: normalisation between a convolution and its ReLU.
 
     Returns:
         A network that takes images (n, in_channels, height, width).
@@ -233,7 +233,7 @@ def cnn(
 
 
 def resnet(*, depth: int = 18, n_classes: int, in_channels: int = 3, width: int = 64) -> nn.Module:
-    """A ResNet of basic blocks with the stem for small images (3x3 convolution, no max pooling).
+    """Build a ResNet of basic blocks with the stem for small images (3x3 convolution, no max pooling).
 
     Args:
         depth: 18 or 34.
@@ -255,7 +255,7 @@ def resnet(*, depth: int = 18, n_classes: int, in_channels: int = 3, width: int 
 
 
 def wide_resnet(*, depth: int = 28, widen_factor: int = 2, n_classes: int, in_channels: int = 3) -> nn.Module:
-    """A WideResNet: three stages of pre-activation blocks with 16, 32 and 64 times widen_factor channels.
+    """Build a WideResNet: three stages of pre-activation blocks with 16, 32 and 64 times widen_factor channels.
 
     Args:
         depth: 6k + 4 with k blocks a stage, 10 to 604.
@@ -315,7 +315,7 @@ def _stage(
 
 def _initialise_convolutions(network: nn.Module) -> None:
     for module in network.modules():
-        # On meta there is nothing to fill, and torch would load its decompositions for it: 1.3 s and 60 MB, once.
+        # Tensors on meta need no values, and torch would load its decompositions for it: 1.3 s and 60 MB, once.
         if isinstance(module, nn.Conv2d) and not module.weight.is_meta:
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
@@ -328,7 +328,7 @@ def _require(holds: bool, otherwise: str) -> None:
 def _require_positive(**arguments: Sequence[int]) -> None:
     for name, values in arguments.items():
         for value in values:
-            # A bool is an int to Python; a width of True is a slip.
+            # A bool is an int in Python; a width of True is a mistake.
             _require(type(value) is int and value >= 1, f"{name} takes whole numbers from 1 on, not {value!r}")
 
 

@@ -1,9 +1,9 @@
-"""Networks of whoever runs the worker, by the entry points that packages installed beside it declare.
+"""Networks of the worker's operator, by the entry points that packages installed beside it declare.
 
     [project.entry-points."interplay.networks"]
     our-net = "our_package.networks:OurNet"
 
-names a class or function that takes the description's `args` by keyword and gives a `torch.nn.Module`: the operator's
+names a class or function that takes the description's `args` by keyword and returns a `torch.nn.Module`: the operator's
 own code, which the operator has chosen to install. A description only names it; nothing of a checkpoint is ever run.
 """
 
@@ -19,16 +19,16 @@ GROUP = "interplay.networks"
 
 
 def names() -> list[str]:
-    """What packages here declare, without importing any of them."""
+    """Return the declared names of installed packages, without importing any of them."""
     return sorted({entry.name for entry in entry_points(group=GROUP)})
 
 
 def create(description: Mapping[str, Any]) -> nn.Module:
-    """A network from `{"name": ..., "args": {...}}`.
+    """Build a network from `{"name": ..., "args": {...}}`.
 
     Raises:
-        AnalysisError: `invalid-architecture` where no package here declares the name, or gives something else; what
-            the operator's own code raises, of any type.
+        AnalysisError: `invalid-architecture` where no installed package declares the name, or the result is not a
+            module; errors of the operator's own code, of any type.
     """
     name, args = description["name"], description["args"]
     found: dict[str, EntryPoint] = {entry.name: entry for entry in entry_points(group=GROUP)}
@@ -44,5 +44,5 @@ def create(description: Mapping[str, Any]) -> nn.Module:
 
 
 def head(network: nn.Module, description: Mapping[str, Any]) -> str | None:
-    """The last linear module; that it gives the logits is checked when features are extracted."""
+    """Return the last linear module; feature extraction checks that it gives the logits."""
     return last_linear(network)

@@ -1,15 +1,16 @@
-"""From the description of an architecture and a safetensors file to a network that is ready to run.
+"""Load a network that is ready to run from the description of its architecture and a safetensors file.
 
 A description is `{"family": ..., "name": ..., "args": {...}}`, or `{"family": "transformers", "config": {...}}`. The
 network is built on torch's meta device, where tensors have shapes and no memory, and compared with the file's header
-before a byte of weights is read: what a description can make us allocate is bounded by what the file holds. Then it is
-built once more with memory, so that what no file holds, such as tables of positions, is what its own constructor makes.
+before a byte of weights is read: the memory that a description can make us allocate is bounded by the file's content.
+Then it is built again with memory, so that its own constructor makes tensors that no file holds, such as tables of
+positions.
 
-A family is a module with `create(description)`, the network on whatever device is torch's default then, and
-`head(network, description)`, the name of its classification head. It may have `stored_names(network)`, what turns names
-of a file into the network's, `leaves_out(network)`, which further tensors of a file its library passes over,
-`ties(network)`, the names that its library makes share a tensor unless a file holds different ones, and
-`predicts_tokens(network)`, whether it is a causal language model.
+A family is a module with `create(description)`, which builds the network on torch's current default device, and
+`head(network, description)`, the name of its classification head. Optional functions: `stored_names(network)` converts
+names of a file into the network's, `leaves_out(network)` tells which further tensors of a file its library ignores,
+`ties(network)` gives the names that its library makes share a tensor unless a file holds different ones, and
+`predicts_tokens(network)` tells whether it is a causal language model.
 """
 
 import importlib
@@ -34,7 +35,7 @@ from analysis.networks.building import Bounded, ConstantsOnCpu, WithoutInitialis
 from analysis.networks.naming import Entry, Naming, Same, match_names
 from analysis.networks.ties import Ties
 
-# The module of each family; of those that a library makes, also the name of its package and of the extra that has it.
+# The module of each family. The name of a library's family is also that of its package and of the extra that has it.
 FAMILIES: Mapping[str, str] = {
     "builtin": "analysis.networks.builtin",
     "transformers": "analysis.networks.transformers",
@@ -43,10 +44,10 @@ FAMILIES: Mapping[str, str] = {
     "custom": "analysis.networks.custom",
 }
 
-# A file's header has no more tensors than this.
+# Default number of tensors, the most that a file's header has.
 _MOST_TENSORS = 100_000
 
-# Names in one list of an error's members; the true number stands beside it.
+# The most names in one list of an error's members, which also give the true number.
 _MAX_LISTED = 20
 
 
@@ -56,11 +57,11 @@ class LoadedNetwork:
 
     Attributes:
         module: takes a batch, gives logits (n, c). A batch is one tensor of inputs (n, ...), or a mapping of several by
-            the names that the network has for them.
-        head_name: module name of the classification head, a linear module; what it receives are the features.
+            the network's own names.
+        head_name: module name of the classification head, a linear module; its inputs are the features.
         predicts_tokens: whether it is a causal language model: its logits (n, t, c) are of the token that follows each
             of t tokens, its head is the output embedding, and c is its vocabulary.
-        naming: how its file named its tensors, and what else it held.
+        naming: its file's names of its tensors, and the file's other tensors.
     """
 
     module: nn.Module
@@ -70,20 +71,20 @@ class LoadedNetwork:
 
     @cached_property
     def head(self) -> nn.Module:
-        """The module of that name."""
+        """The classification head."""
         return self.module.get_submodule(self.head_name)
 
     @property
     def weight(self) -> Float32[Tensor, "c d"]:
-        """The head's rows as they are now: reparametrised ones change with each pass, or each time they are read."""
+        """The head's current rows: reparametrised ones change with each pass, or each time they are read."""
         weight = self.head.weight
         assert isinstance(weight, Tensor), "a head is a linear module"
-        # A 1x1 convolution's rows are its weights without the two dimensions of one place.
+        # A 1x1 convolution's rows are its weights without the two spatial dimensions of size 1.
         return weight.detach().float().flatten(1)
 
     @property
     def bias(self) -> Float32[Tensor, " c"] | None:
-        """The head's bias as it is now, where it has one."""
+        """The head's current bias; None without one."""
         bias = self.head.bias
         return bias.detach().float() if isinstance(bias, Tensor) else None
 
@@ -92,36 +93,36 @@ class LoadedNetwork:
         return parts_that_keep(self.module)
 
     def weights_changed(self) -> None:
-        """To be called when weights were written to: what parts made of them for evaluation mode is forgotten."""
+        """Clear the values that parts cached from weights for evaluation mode; call it after writing to weights."""
         forget(self._keeping)
 
 
 def parts_that_keep(module: nn.Module) -> list[nn.Module]:
-    """Parts that do something of their own where the mode is switched, as those do that keep what they made of weights.
+    """Return parts with their own `train`, such as those that cache values computed from weights.
 
-    LeViT's, TinyViT's and EfficientViT's attention make their biases once in evaluation mode.
+    LeViT's, TinyViT's and EfficientViT's attention compute their biases once in evaluation mode.
     """
     return [part for part in module.modules() if type(part).train is not nn.Module.train]
 
 
 def forget(parts: Iterable[nn.Module]) -> None:
-    """Switch the parts' mode to training and back."""
+    """Clear the parts' cached values by switching their mode to training and back."""
     for part in parts:
         part.train()
         part.eval()
 
 
 def available_families() -> list[str]:
-    """The families whose packages are installed here; none is imported, and not each of them can be (`names_of`)."""
+    """Return the families whose packages are installed; none is imported, and an import may still fail (`names_of`)."""
     here = {"builtin": True, "custom": bool(custom.names())}
     return [name for name in FAMILIES if here.get(name) or (name not in here and importlib.util.find_spec(name))]
 
 
 def names_of(family: str) -> list[str]:
-    """Import a family, and list the names of networks that it builds; none where descriptions have no name or any.
+    """Import a family, and list the names of its networks; empty where descriptions have no name or take any.
 
     Raises:
-        AnalysisError: `family-unavailable` with the library's own words where it cannot be imported.
+        AnalysisError: `family-unavailable` with the library's own message where it cannot be imported.
     """
     module = _imported(family)
     if hasattr(module, "try_imports"):
@@ -139,9 +140,9 @@ def build(
     """Build a network from its description.
 
     Args:
-        architecture: family, and what the family's networks are described by.
+        architecture: the family and its description of the network.
         device: `meta` gives shapes without memory; elsewhere parameters are initialised from torch's global generator.
-        n_tensors: of the file that the network will be compared with; one that asks for far more is not built.
+        n_tensors: of the file that the network will be compared with; a network that needs far more is not built.
 
     Returns:
         The network, in training mode.
@@ -154,7 +155,7 @@ def build(
 
 
 def expected_tensors(architecture: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the parameters and persistent buffers, which a checkpoint has to hold.
+    """Return names and shapes of the parameters and persistent buffers, which a checkpoint must hold.
 
     Raises:
         AnalysisError: `invalid-architecture`.
@@ -174,12 +175,12 @@ def load_network(
 
     Args:
         architecture: see `build`.
-        path: safetensors; names and shapes must be the network's, or names those under which the family's library saves
-            it. `num_batches_tracked` may be missing, and so may all but one of the names of a shared tensor.
+        path: safetensors; shapes must be the network's, and names the network's or those under which the family's
+            library saves it. `num_batches_tracked` may be missing, and so may all but one name of a shared tensor.
         head: module name of the classification head, a linear module. Default: the family's own.
-        device: where the network goes.
-        prefix: what stands before the weights' names in the file, such as `ema_model.`. Default: the one place of the
-            file that holds all of the network's tensors.
+        device: target device of the network.
+        prefix: prefix of the weights' names in the file, such as `ema_model.`. Default: the one place of the file that
+            holds all of the network's tensors.
 
     Returns:
         The network in evaluation mode and its head.
@@ -208,7 +209,7 @@ def load_network(
         raise AnalysisError(
             "checkpoint-mismatch", f"The file is not complete, valid safetensors: {error}.", reason="unreadable"
         ) from None
-    # Parameters take address space here and no memory: each is replaced before it is written to.
+    # Parameters take only address space here, no memory: each is replaced before it is written to.
     with WithoutInitialisation():
         network = _create(architecture, "cpu")
     untied = ties.untied(tensors)
@@ -221,14 +222,14 @@ def load_network(
 
 
 def build_like(architecture: Mapping[str, Any], like: nn.Module) -> nn.Module | None:
-    """Build a network in evaluation mode whose weights nobody has set, to be called with those of another.
+    """Build a network in evaluation mode with unset weights, to be called with those of another.
 
     Args:
         architecture: see `build`.
-        like: the other, on whose device it goes.
+        like: the other network; its device is used.
 
     Returns:
-        The network; None where it has other tensors than the other, or cannot be built.
+        The network; None where its tensors differ from the other's, or it cannot be built.
     """
     wanted = {name: tuple(tensor.shape) for name, tensor in like.state_dict().items()}
     try:
@@ -245,13 +246,13 @@ def build_like(architecture: Mapping[str, Any], like: nn.Module) -> nn.Module | 
 
 def _build_on_meta(architecture: Mapping[str, Any], n_tensors: int) -> tuple[nn.Module, Bounded]:
     bounds = Bounded(n_tensors)
-    # Our own builders bound their depth themselves; for the counter torch loads its compiler, 1.2 s and 800 modules.
+    # Our own builders bound their depth themselves; the counter makes torch load its compiler, 1.2 s and 800 modules.
     counted = nullcontext() if architecture.get("family") == "builtin" else bounds
     with counted, WithoutInitialisation():
         try:
             return _create(architecture, "meta"), bounds
         except AnalysisError as error:
-            # Refused by us, and not by a library that looked at values which its tensors do not have.
+            # Without a cause we refused it ourselves; a cause may be a library that read values on meta.
             if error.__cause__ is None:
                 raise
         return _create(architecture, "meta", constants=ConstantsOnCpu()), bounds
@@ -273,14 +274,14 @@ def _create(
     except MemoryError:
         raise AnalysisError("out-of-memory", "The network's own constants do not fit the memory.") from None
     except Exception as error:
-        # Whatever a library raises for arguments that it has not seen before, they are the description's fault.
+        # Any error of a library about the arguments is the description's fault.
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:500]
         raise AnalysisError("invalid-architecture", f"The description is refused: {reason}") from error
     return network
 
 
 def _family(architecture: Mapping[str, Any]) -> ModuleType:
-    """The module of a description's family, imported here: most workers never see a network of most families.
+    """Import and return the module of a description's family; most workers never need most families.
 
     Raises:
         AnalysisError: `invalid-architecture` for a description of another form; `family-unavailable`.
@@ -301,7 +302,7 @@ def _family(architecture: Mapping[str, Any]) -> ModuleType:
     return _imported(family)
 
 
-# Why a family could not be imported: a second attempt costs as much, and may fail of what the first one left behind.
+# Errors of failed imports by family: a second attempt costs as much, and may fail by leftovers of the first.
 _failed: dict[str, AnalysisError] = {}
 
 
@@ -312,7 +313,7 @@ def _imported(family: str) -> ModuleType:
     try:
         return importlib.import_module(FAMILIES[family])
     except Exception as error:
-        # RuntimeError is what torchvision raises beside another torch than its own, OSError what a missing library.
+        # torchvision raises RuntimeError if torch has another version than it needs; a missing library raises OSError.
         _failed[family] = _unavailable(family, error)
         raise _failed[family] from error
 
@@ -335,7 +336,7 @@ def _unavailable(family: str, error: Exception) -> AnalysisError:
 
 
 def words_of(error: BaseException) -> str:
-    """The type of the error at the root, which libraries wrap in others, and the first line that it says."""
+    """Return type and first line of the root error, which libraries wrap in others."""
     while error.__cause__ is not None:
         error = error.__cause__
     said = str(error).strip().splitlines()
@@ -343,7 +344,7 @@ def words_of(error: BaseException) -> str:
 
 
 def _head_name(network: nn.Module, architecture: Mapping[str, Any], asked: str | None) -> str:
-    """The head that was asked for, or else the family's own."""
+    """Return the requested head, or else the family's own."""
     candidates = [name for name, module in network.named_modules() if _is_linear(module)]
     name = _family(architecture).head(network, architecture) if asked is None else asked
     if name not in candidates:
@@ -357,23 +358,23 @@ def _head_name(network: nn.Module, architecture: Mapping[str, Any], asked: str |
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """Linear, or a convolution that is linear in the channels of one place."""
+    """Return whether a module is linear, or a convolution that is linear in the channels of one position."""
     if isinstance(module, nn.Conv2d):
         return (module.kernel_size, module.stride, module.padding, module.groups) == ((1, 1), (1, 1), (0, 0), 1)
     return isinstance(module, nn.Linear)
 
 
 def _header(file: Any) -> dict[str, Entry]:
-    """What an opened file says of its tensors."""
+    """Return type and shape of each tensor of an opened file."""
     slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
     return {name: Entry(one.get_dtype(), list(one.get_shape())) for name, one in slices.items()}
 
 
 def _same(file: Any) -> Same:
-    """Whether two tensors of an opened file are equal."""
+    """Return a function that tells whether two tensors of an opened file are equal."""
 
     def same(one: str, other: str) -> bool:
-        # By their bytes: not every type that a file may have is compared, and NaN is equal to nothing.
+        # By their bytes: torch cannot compare every type of a file, and NaN equals nothing.
         first, second = file.get_tensor(one), file.get_tensor(other)
         if first.dtype != second.dtype:
             return False
@@ -391,10 +392,10 @@ def _read(
         if name not in stored:
             tensors[name] = torch.zeros(expected.shape, dtype=expected.dtype, device=device)
             continue
-        # A copy, even where the type stays: what the file is mapped to must not outlive the file.
+        # A copy, even where the type stays: tensors mapped to the file must not outlive it.
         dtype = torch.float32 if expected.is_floating_point() else expected.dtype
         tensor = file.get_tensor(stored[name]).to(dtype=dtype, device=device, copy=True)
-        # A sum is finite only where every term is, and needs no memory; where it is not, each term is looked at.
+        # A sum is finite only if every term is, and needs no memory; if it is not finite, each term is checked.
         if expected.is_floating_point() and not (
             math.isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())
         ):
@@ -412,7 +413,7 @@ def _read(
 
 
 def _require_memory(network: nn.Module) -> None:
-    """Everything was built with memory the second time: what has none is a bug of ours."""
+    """Check that all buffers have memory after the second build; one without memory is a bug of ours."""
     on_meta = [name for name, buffer in network.named_buffers() if buffer.is_meta]
     if on_meta:
         raise RuntimeError(f"buffers without memory after loading: {on_meta}")

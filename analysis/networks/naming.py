@@ -1,11 +1,11 @@
-"""Which tensor of a file is which of a network's, decided by the names that the network itself has.
+"""Match the tensors of a file to those of a network, by the network's own names.
 
-Training leaves wrappers before and within names, and tensors beside the weights. A prefix is a place of the file where
-all of the network's tensors are, with their shapes; what is elsewhere is beside them. No list says what a prefix is: a
-network that has parts named like wrappers, an optimizer or a copy keeps them.
+Training leaves wrappers before and within names, and tensors beside the weights. A prefix is a place of the file that
+holds all of the network's tensors, with their shapes; tensors elsewhere are extra. Prefixes are not taken from a list:
+a network that has parts named like wrappers, an optimizer or a copy keeps them.
 
-Parts of wrappers in the middle of names are known by name, and only where the network has none of that name. Names that
-earlier versions of a module saved become the current ones by the module's own hooks for loading, and by its library's
+Parts of wrappers in the middle of names come from a list, and count only if the network has no part of that name. Names
+saved by earlier versions of a module become the current ones by the module's own loading hooks, and by its library's
 table.
 """
 
@@ -24,29 +24,29 @@ from torch import Tensor, nn
 from analysis.errors import AnalysisError
 from analysis.networks.ties import Ties
 
-# What torch, Lightning, accelerate, DeepSpeed, Opacus and fairscale call the module within a wrapper.
+# Names of the module within a wrapper in torch, Lightning, accelerate, DeepSpeed, Opacus and fairscale.
 _WRAPPERS = frozenset(
     (
         "module", "_module", "_orig_mod", "_forward_module", "_original_module", "_checkpoint_wrapped_module",
         "_fsdp_wrapped_module", "_fpw_module",
     )
 )  # fmt: skip
-# Where weights usually are: beside one of these an averaged copy is a copy, and so it is beside bare names.
+# Usual places of weights: beside one of these, or beside bare names, averaged weights count as a copy.
 _USUAL = frozenset((*_WRAPPERS, "model", "network", "net", "state_dict"))
 _AVERAGED = re.compile(r"(^|_)(ema|swa|averaged?|shadow)(_|$)")
-# Of bare names: parts that networks do not have and training does. What is no number with a point is no weight either.
+# In bare names: parts that only training has. Tensors that are not floating-point are not weights either.
 _BESIDE = re.compile(
     r"(^|_)(optim(izers?)?|schedulers?|scaler|ema|swa|averaged?|shadow|criterions?|loss(es)?|metrics?|acc|accuracy"
     r"|auroc|f1|confmat)(_|$)",
     re.IGNORECASE,
 )
-# A place of the network deeper than this is not looked for; of places with many tensors the largest are.
+# Limits of the search for prefixes: their depth, and their number; places with the most tensors come first.
 _MAX_PREFIX_PARTS, _MAX_PLACES = 8, 1000
 
-# Names in one list of an error's members; the true number stands beside it. Entries of what was left out.
+# The most names in one list of an error's members, which also give the true number; the most entries of ignored names.
 _MAX_LISTED, _MAX_IGNORED = 20, 50
 
-# safetensors' words for what may fill a floating-point parameter.
+# safetensors' names of the types that may fill a floating-point parameter.
 _FLOATING = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 _INTEGER = ("I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")
 
@@ -58,7 +58,7 @@ Same = Callable[[str, str], bool]
 
 
 class Entry(NamedTuple):
-    """What a file's header says of a tensor, in safetensors' words."""
+    """Type and shape of a tensor in a file's header, in safetensors' terms."""
 
     dtype: str
     shape: list[int]
@@ -66,16 +66,16 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Naming:
-    """How a file named a network's tensors, and what of the file is none of them.
+    """The file's names of a network's tensors, and the file's other tensors.
 
     Attributes:
-        prefix: what stands before the network's own names, such as `module.`.
-        infixes: parts of wrappers within names, such as `_orig_mod.`: in how many.
-        ignored: tensors that are none of the network's, by how their names begin, with * for a number: how many. The
-            rest of a long list is under `*`.
-        untied: names of tensors that the configuration ties to others and that are not equal to them in the file; the
+        prefix: prefix of the network's own names, such as `module.`.
+        infixes: for parts of wrappers within names, such as `_orig_mod.`, the number of names.
+        ignored: number of tensors that are not the network's, by the beginning of their names, with * for a number.
+            The rest of a long list is under `*`.
+        untied: names of tensors that the configuration ties to others but that differ from them in the file; the
             library keeps them apart, and so do we.
-        n_parameters: elements of the floating-point tensors that are the network's, but for running statistics.
+        n_parameters: elements of the network's floating-point tensors in the file, without running statistics.
     """
 
     prefix: str = ""
@@ -87,17 +87,17 @@ class Naming:
 
 @dataclass
 class _Candidate:
-    """What the network's tensors would be, were they all behind one prefix.
+    """The match of the network's tensors under one prefix.
 
     Attributes:
-        prefix: that is taken off.
-        stored: the file's name of each of the network's tensors that is there, by the network's own.
-        others: plain names of what else is behind the prefix, by the file's own; None where torch drops it in loading.
+        prefix: the prefix, which is taken off.
+        stored: the file's name of each of the network's tensors found, by the network's own name.
+        others: plain names of other tensors under the prefix, by the file's own; None if torch drops them in loading.
         twice: pairs of the file's names that would be one tensor; the first of each is in `stored`.
-        infixes: parts of wrappers that are taken out of the names in `stored`, and how many names have each.
-        n_taken: how many parts are taken out of all of them.
-        faults: what does not fit, by kind, as an error lists it.
-        refusal: the library's own, of a tensor that it would merge or split.
+        infixes: parts of wrappers taken out of the names in `stored`, with the number of names that have each.
+        n_taken: number of parts taken out in total.
+        faults: mismatches by kind, as an error lists them.
+        refusal: the library's own error for a tensor that it would merge or split.
     """
 
     prefix: str
@@ -115,7 +115,7 @@ class _Candidate:
 
     @property
     def rank(self) -> tuple[int, ...]:
-        """Smallest first: most of the network is there, its names are as they are, little is taken off."""
+        """Sort key, best first: most of the network found, most names unchanged, least taken off."""
         n_exact = sum(full == self.prefix + name for name, full in self.stored.items())
         n_wrong = len(self.faults["misshaped"]) + len(self.faults["mistyped"])
         return n_wrong - len(self.stored), -n_exact, self.n_taken, len(self.prefix)
@@ -134,17 +134,17 @@ def match_names(
 
     Args:
         network: on the meta device.
-        family: of the network. Its `stored_names` turns names of a file into the network's, and its `leaves_out` says
-            what else of a file its library would pass over.
+        family: of the network. Its `stored_names` turns names of a file into the network's, and its `leaves_out` tells
+            which other tensors of a file its library would ignore.
         header: of the file.
-        ties: of the network; of names that share one tensor a file may hold any.
-        prefix: where the weights are, where somebody has said so. Default: the one place that they can be in.
-        same: whether two tensors of the file, by name, are equal. It is asked only where they could both be the same
-            one of the network's.
+        ties: of the network; a file may hold any of the names that share one tensor.
+        prefix: prefix of the weights, if the caller gives one. Default: the only possible place.
+        same: whether two tensors of the file, by name, are equal. It is called only for two candidates for the same
+            tensor of the network.
 
     Returns:
-        The file's name of each of the network's tensors that it holds, by the network's own name; and what was found,
-        with nothing yet said of ties.
+        The file's name of each of the network's tensors that it holds, by the network's own name; and the naming, with
+        `untied` not yet filled in.
 
     Raises:
         AnalysisError: `checkpoint-mismatch` with the names that are missing, unexpected, misshaped or mistyped; or with
@@ -163,7 +163,7 @@ def match_names(
     copies = {full for candidate in candidates if candidate.fits for full in candidate.stored.values()}
     beside = {full for full, name in chosen.others.items() if full in copies or own.is_beside(name, header[full])}
     if prefix is not None:
-        # Whoever says where the weights are says that what is in places that the network does not have is none of them.
+        # A given prefix implies that tensors in places that the network lacks are not weights.
         beside |= {full for full, name in chosen.others.items() if name is not None and not own.has_place(name)}
     chosen.faults["unexpected"] = sorted(set(chosen.others) - beside - {full for _, full in chosen.twice})
     if not chosen.fits:
@@ -183,7 +183,7 @@ def match_names(
 
 
 class _Own:
-    """A network's own names, and what turns a file's into them."""
+    """A network's own names, and the conversion of a file's names into them."""
 
     def __init__(self, network: nn.Module, family: ModuleType, ties: Ties) -> None:
         self._ties = ties
@@ -205,11 +205,11 @@ class _Own:
         self.n_required = sum(not self._optional(name) and name not in ties.first for name in self.state)
 
     def has_place(self, name: str) -> bool:
-        """Whether the network has the part in which a tensor would be, at its top."""
+        """Return whether the network has the top-level part of this tensor's name."""
         return name.split(".")[0] in self._places
 
     def is_beside(self, name: str | None, entry: Entry) -> bool:
-        """Whether a tensor that the network does not have is none of a larger network's weights either."""
+        """Return whether a tensor that the network lacks can be ignored, as it is not a weight of a larger network."""
         if name is None or name in self._computed or self._leaves_out(name):
             return True
         if self.has_place(name):
@@ -217,7 +217,7 @@ class _Own:
         return entry.dtype in _INTEGER or _BESIDE.search(name.split(".")[0]) is not None
 
     def candidate(self, prefix: str, names: Sequence[str], header: Mapping[str, Entry]) -> _Candidate:
-        """What the network's tensors are where all of them are behind a prefix; `names` are the file's, sorted."""
+        """Match the network's tensors to those under a prefix; `names` are the file's, sorted."""
         found = _Candidate(prefix)
         behind = names[bisect_left(names, prefix) : bisect_left(names, prefix + chr(sys.maxunicode))]
         plain = {full: full[len(prefix) :] for full in behind}
@@ -226,7 +226,7 @@ class _Own:
             if wrappers:
                 plain[full] = ".".join(part for part in plain[full].split(".") if part not in self._wrappers)
         loaded = self._as_torch_loads(set(plain.values()))
-        # A name that is the network's own goes before those that become it.
+        # The network's own names take precedence over names that are converted to them.
         for full in sorted(plain, key=lambda full: plain[full] not in self.state):
             name = loaded[plain[full]]
             if name is not None:
@@ -249,13 +249,13 @@ class _Own:
         return found
 
     def _as_torch_loads(self, names: Iterable[str]) -> dict[str, str | None]:
-        """What names become when torch loads them: modules rename what their earlier versions saved, or drop it.
+        """Return names after torch's loading: modules rename tensors of their earlier versions, or drop them (None).
 
-        Such as weight normalisation, which was `weight_g` and `weight_v` before it was a parametrisation.
+        For example weight normalisation, which was `weight_g` and `weight_v` before it was a parametrisation.
         """
         became: dict[str, str | None] = {name: name for name in names}
         for begin, module in self._renaming:
-            # Scalars without memory stand for the tensors: what becomes of each is told by its identity.
+            # Scalars without memory stand for the tensors; their identity shows how each was renamed.
             tokens = {
                 now: (torch.empty((), device="meta"), name)
                 for name, now in became.items()
@@ -292,7 +292,7 @@ class _Own:
 
 
 def _places(names: Collection[str], n_required: int) -> list[str]:
-    """Prefixes behind which a good part of a network of so many tensors may be; none is, always, one of them."""
+    """Return prefixes that may hold a good part of a network's n_required tensors; always includes no prefix."""
     counts: Counter[str] = Counter()
     for name in names:
         parts = name.split(".")[:-1][:_MAX_PREFIX_PARTS]
@@ -302,7 +302,7 @@ def _places(names: Collection[str], n_required: int) -> list[str]:
 
 
 def _different(fitting: list[_Candidate], same: Same) -> list[_Candidate]:
-    """Candidates that are not the same tensors, or equal ones; of copies that are averages what they are of."""
+    """Return candidates with different tensors; prefer the plain weights to averaged copies of them."""
     kept: list[_Candidate] = []
     for candidate in fitting:
         used = set(candidate.stored.values())
@@ -353,7 +353,7 @@ def _mismatch(chosen: _Candidate, own: _Own, header: Mapping[str, Entry]) -> Ana
 
 
 def _ignored(left_out: Iterable[str], used: Iterable[str]) -> dict[str, int]:
-    """How names begin that are left out, each no further than it takes to be no beginning of a name that is used."""
+    """Count ignored names by their shortest beginnings that no used name shares."""
     known = {beginning for name in used for beginning in _beginnings(name)}
     counts: Counter[str] = Counter()
     for name in left_out:

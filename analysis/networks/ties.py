@@ -1,4 +1,4 @@
-"""Names of a network that share one tensor, such as of embeddings that are the output's too.
+"""Names of a network that share one tensor, such as input embeddings that are also the output's.
 
 A file may hold the tensor under any of them, or under several. Where these differ, a library may keep them apart.
 """
@@ -16,11 +16,11 @@ from analysis.errors import AnalysisError
 
 @dataclass(frozen=True)
 class Ties:
-    """Which names share a tensor.
+    """The names that share a tensor.
 
     Attributes:
-        first: for each further name the one that it is tied to.
-        separable: further names that the network's library leaves apart where a file holds different tensors.
+        first: for each further name, the name that it is tied to.
+        separable: further names that the network's library keeps apart where a file holds different tensors.
     """
 
     first: Mapping[str, str]
@@ -28,7 +28,7 @@ class Ties:
 
     @classmethod
     def of(cls, network: nn.Module, family: ModuleType) -> "Ties":
-        """Ties of a network, by its parameters' identity; by its library's table where it has one."""
+        """Return the ties of a network, by its parameters' identity; by its library's table where it has one."""
         library: Mapping[str, str] = family.ties(network) if hasattr(family, "ties") else {}
         groups: dict[int, list[str]] = {}
         for name, parameter in network.named_parameters(remove_duplicate=False):
@@ -36,13 +36,13 @@ class Ties:
         first: dict[str, str] = {}
         for group in (group for group in groups.values() if len(group) > 1):
             source = next((library[name] for name in library if name in group and library[name] in group), group[0])
-            # In the order of the table, which decides whose tensor a source without one takes.
+            # In the order of the table, which decides whose tensor fills a source that is missing in the file.
             ordered = [name for name in library if name in group] + [name for name in group if name not in library]
             first |= {name: source for name in ordered if name != source}
         return cls(first, {name for name in first if name in library})
 
     def fill(self, stored: dict[str, str]) -> None:
-        """Give names without a tensor in the file the one that they share; `stored` is changed."""
+        """Fill in names without a tensor in the file by the tensor that they share; `stored` is changed."""
         for name, first in self.first.items():
             if name in stored:
                 stored.setdefault(first, stored[name])
@@ -51,13 +51,13 @@ class Ties:
                 stored.setdefault(name, stored[first])
 
     def untied(self, tensors: Mapping[str, Shaped[Tensor, "..."]]) -> list[str]:
-        """Names whose tensors differ from those that they are tied to, where the library keeps such apart.
+        """Return the names whose tensors differ from those that they are tied to, where the library keeps them apart.
 
         Args:
             tensors: of a file, by the network's names, all of them.
 
         Raises:
-            AnalysisError: `checkpoint-mismatch` with the reason `tied`, where it does not.
+            AnalysisError: `checkpoint-mismatch` with the reason `tied`, where the library does not.
         """
         differing = [name for name, first in self.first.items() if not torch.equal(tensors[name], tensors[first])]
         for name in differing:

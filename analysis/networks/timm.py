@@ -1,4 +1,4 @@
-"""Networks of timm, by the name under which it registers them; never pretrained, never from a hub or a file."""
+"""Networks of timm, by their registered names; never pretrained, never from a hub or a file."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -19,19 +19,19 @@ FORBIDDEN = (
 
 
 def names() -> list[str]:
-    """What timm registers, deprecated names too, and each with the tags of its weights, which timm takes as well."""
+    """Return the names that timm registers, including deprecated ones and those with tags of weights."""
     plain = {*timm.list_models(), *filter(timm.is_model, timm.models.get_deprecated_models())}
     return sorted(plain | set(timm.list_models(include_tags=True)))
 
 
 def create(description: Mapping[str, Any]) -> nn.Module:
-    """A network from `{"name": ..., "args": {...}}`: timm.create_model(name, pretrained=False, **args).
+    """Build a network from `{"name": ..., "args": {...}}`: timm.create_model(name, pretrained=False, **args).
 
     Raises:
-        AnalysisError: `invalid-architecture`; what timm itself raises, of any type.
+        AnalysisError: `invalid-architecture`; errors of timm itself, of any type.
     """
     name, args = description["name"], description["args"]
-    # A name with a scheme (hf-hub:, local-dir:) would read elsewhere; those of the registry have none.
+    # A name with a scheme (hf-hub:, local-dir:) would read from elsewhere; names of the registry have no scheme.
     if ":" in name or "/" in name or not timm.is_model(name):
         raise refused(f"timm {timm.__version__} has no network {name!r}")
     if forbidden := sorted(set(args) & set(FORBIDDEN)):
@@ -43,11 +43,11 @@ def create(description: Mapping[str, Any]) -> nn.Module:
 
 
 def data_config(network: nn.Module, description: Mapping[str, Any]) -> dict[str, Any]:
-    """What timm itself says of a network's images: input_size, interpolation, mean, std, crop_pct, crop_mode.
+    """Return timm's own settings for a network's images: input_size, interpolation, mean, std, crop_pct, crop_mode.
 
     Args:
         network: as `create` made it.
-        description: whose arguments img_size and in_chans come before the registered ones.
+        description: its arguments img_size and in_chans take precedence over the registered ones.
     """
     asked: dict[str, Any] = {name: description["args"].get(name) for name in ("img_size", "in_chans")}
     if isinstance(asked["img_size"], list):
@@ -57,10 +57,10 @@ def data_config(network: nn.Module, description: Mapping[str, Any]) -> dict[str,
 
 
 def head(network: nn.Module, description: Mapping[str, Any]) -> str | None:
-    """What timm itself calls the classifier; None where it is not one module.
+    """Return the name of timm's classifier; None where it is not one module.
 
     Raises:
-        AnalysisError: `head-not-found` where there are two, as in distilled networks, whose logits are their mean.
+        AnalysisError: `head-not-found` for two classifiers, as in distilled networks, whose logits are their mean.
     """
     model: Any = network
     classifier = model.get_classifier()

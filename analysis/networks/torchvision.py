@@ -1,4 +1,4 @@
-"""Classification networks of torchvision, by the name under which it registers them; never with its weights."""
+"""Classification networks of torchvision, by their registered names; never with its weights."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,20 +8,20 @@ from torch import nn
 
 from analysis.networks.building import check_plain, last_linear, refused, require_classes, take_one_tensor
 
-#: Arguments that would fetch weights or say how to.
+#: Arguments that would fetch weights or control how to.
 FORBIDDEN = ("pretrained", "pretrained_backbone", "progress", "weights", "weights_backbone")
 
 
 def names() -> list[str]:
-    """The classification networks that torchvision registers."""
+    """Return the classification networks that torchvision registers."""
     return list(torchvision.models.list_models(module=torchvision.models))
 
 
 def create(description: Mapping[str, Any]) -> nn.Module:
-    """A network from `{"name": ..., "args": {...}}`: torchvision.models.get_model(name, weights=None, **args).
+    """Build a network from `{"name": ..., "args": {...}}`: torchvision.models.get_model(name, weights=None, **args).
 
     Raises:
-        AnalysisError: `invalid-architecture`; what torchvision itself raises, of any type.
+        AnalysisError: `invalid-architecture`; errors of torchvision itself, of any type.
     """
     name, args = description["name"], description["args"]
     if name not in names():
@@ -32,11 +32,11 @@ def create(description: Mapping[str, Any]) -> nn.Module:
     require_classes(args.get("num_classes", 1000))
     builder = torchvision.models.get_model_builder(name)
     if name in ("googlenet", "inception_v3"):
-        # These two warn where nothing says whether they should sample initial weights, which takes a minute.
+        # These two warn unless told whether to sample initial weights, which takes a minute.
         args = {"init_weights": False, **args}
     return take_one_tensor(builder(weights=None, **args))
 
 
 def head(network: nn.Module, description: Mapping[str, Any]) -> str | None:
-    """The last linear module, which torchvision's classifiers end with; None where there is none."""
+    """Return the last linear module, with which torchvision's classifiers end; None if it is missing."""
     return last_linear(network)

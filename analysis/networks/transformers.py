@@ -1,7 +1,7 @@
-"""Networks of Hugging Face transformers, built from their own config.json and from nothing else.
+"""Networks of Hugging Face transformers, built only from their own config.json.
 
-The configuration class is the one that the library registers for `model_type`, the network class one of those that it
-registers there for image or sequence classification, or for causal language modelling: no `auto_map`, no
+The configuration class is the one that the library registers for `model_type`. The network class is one of those that
+it registers for this type, for image or sequence classification or causal language modelling: no `auto_map`, no
 `from_pretrained`, no hub. Members that name places, devices, number types or implementations are left out, so that
 every network computes in float32 with the library's own attention.
 """
@@ -32,7 +32,7 @@ FORBIDDEN = (
     "custom_pipelines", "extra_config_files", "extra_files", "quantization_config", "sub_configs_defaults",
     "trust_remote_code", "use_pretrained_backbone", "use_timm_backbone",
 )  # fmt: skip
-# What says nothing about the function that a network computes, or asks for another output than its logits.
+# Members that do not affect the function of a network, or that request another output than its logits.
 _LEFT_OUT = frozenset(
     (
         "architectures", "attn_implementation", "dtype", "experts_implementation", "gradient_checkpointing", "label2id",
@@ -40,21 +40,21 @@ _LEFT_OUT = frozenset(
         "torchscript", "transformers_version", "use_cache", "use_return_dict",
     )
 )  # fmt: skip
-#: How the classes of causal language models are named; the others that are registered as such take images or sound
-#: too, or are decoders of something else. The same is in app/descriptions/architectures.py, which a test compares.
+#: Pattern of the class names of causal language models; other registered classes also take images or sound, or are
+#: decoders of something else. A test compares it with the one in app/descriptions/architectures.py.
 CAUSAL_LM = re.compile(r"(ForCausalLM|LMHeadModel)\Z")
-# Its networks are timm's own, fetched by name; the family `timm` builds them.
+# Model types whose networks are timm's own, fetched by name; the family `timm` builds them.
 _ELSEWHERE = ("timm_wrapper",)
 
 
 def create(description: Mapping[str, Any]) -> nn.Module:
-    """A network from `{"config": {...}}`, called with a batch and giving logits; a language model at each token.
+    """Build a network from `{"config": {...}}` that maps a batch to logits; a language model gives them at each token.
 
-    It takes one tensor, or a mapping of tensors by the names that the library's own `forward` has for them, such as
-    input_ids and attention_mask.
+    It takes one tensor, or a mapping of tensors by their names in the library's own `forward`, such as input_ids and
+    attention_mask.
 
     Raises:
-        AnalysisError: `invalid-architecture`; what the library itself raises, of any type.
+        AnalysisError: `invalid-architecture`; errors of the library itself, of any type.
     """
     config = description["config"]
     check_plain(config)
@@ -67,7 +67,7 @@ def create(description: Mapping[str, Any]) -> nn.Module:
         require_classes(parsed.num_labels)
         if parsed.problem_type == "regression":
             raise refused("The configuration's problem_type is a regression; a classifier is needed")
-    # Nobody generates: what earlier positions computed is not kept for later ones.
+    # Nothing is generated, so the results of earlier positions need not be cached.
     parsed.use_cache = False
     network: nn.Module = getattr(transformers, name)(parsed)
     _take_batches(network, "pixel_values" if "ImageClassification" in name else "input_ids")
@@ -75,18 +75,18 @@ def create(description: Mapping[str, Any]) -> nn.Module:
 
 
 def try_imports() -> None:
-    """Import what the library leaves for later, of a network that takes texts and one that takes images."""
+    """Trigger the library's lazy imports, for one network of texts and one of images."""
     for model_type, name in (("llama", "LlamaForCausalLM"), ("vit", "ViTForImageClassification")):
         _ = CONFIG_MAPPING[model_type], getattr(transformers, name)
 
 
 def predicts_tokens(network: nn.Module) -> bool:
-    """Whether it is a causal language model."""
+    """Return whether it is a causal language model."""
     return CAUSAL_LM.search(type(network).__name__) is not None
 
 
 def head(network: nn.Module, description: Mapping[str, Any]) -> str | None:
-    """The last linear module with an output for each label, or a language model's output embedding; None without."""
+    """Return the last linear module with an output for each label, or a language model's output embedding; or None."""
     config: Any = network.config
     if predicts_tokens(network):
         model: Any = network
@@ -100,7 +100,7 @@ def head(network: nn.Module, description: Mapping[str, Any]) -> str | None:
 
 
 def stored_names(network: nn.Module) -> Callable[[str], str]:
-    """What turns a name of a saved file into the network's own, as the library's loading does.
+    """Return a function that converts a name of a saved file into the network's own, as the library's loading does.
 
     The library saves some networks, such as Swin, under names of earlier versions, and loads still older ones.
     """
@@ -126,12 +126,12 @@ def stored_names(network: nn.Module) -> Callable[[str], str]:
 
 
 def leaves_out(network: nn.Module) -> Callable[[str], bool]:
-    """Whether the library loads a file in spite of a further tensor: it warns of those that it does not know.
+    """Return a function that tells whether the library would ignore a further tensor; it only warns of unknown ones.
 
-    Such as heads of other tasks, and buffers of its earlier versions. Not what is within a layer of the network, but
-    for a bias: adapters and scales of quantised weights say that the layer computes something else.
+    Examples are heads of other tasks, and buffers of its earlier versions. Tensors within a layer of the network are
+    not ignored, except a bias: adapters and scales of quantised weights mean that the layer computes something else.
     """
-    # As in its own loading: constants that earlier versions saved, under names that have moved since.
+    # As in the library's loading: constants that earlier versions saved, under names that have changed since.
     known: Any = network._keys_to_ignore_on_load_unexpected
     patterns = [*(known or ()), r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"(^|\.)bias$"]
     expected = re.compile("|".join(f"({pattern})" for pattern in patterns))
@@ -145,13 +145,13 @@ def leaves_out(network: nn.Module) -> Callable[[str], bool]:
 
 
 def ties(network: nn.Module) -> dict[str, str]:
-    """Names by which the library's configuration ties tensors to others, which it does unless a file's differ."""
+    """Return the ties of the library's configuration, name to source; it keeps them unless a file's tensors differ."""
     model: Any = network
     return dict(model.all_tied_weights_keys)
 
 
 def _class_name(config: Mapping[str, Any]) -> str:
-    """The network's class, where the library registers it for this model type and one of the three tasks."""
+    """Return the network's class name, if the library registers it for this model type and one of the three tasks."""
     model_type, architectures = config.get("model_type"), config.get("architectures")
     known = [
         *_registered(MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, model_type),
@@ -170,13 +170,13 @@ def _class_name(config: Mapping[str, Any]) -> str:
 
 
 def _registered(mapping: Mapping[str, Any], model_type: Any) -> list[str]:
-    """Names of classes that the library has for a model type and a task."""
+    """Return the class names that the library registers for a model type and a task."""
     names = mapping.get(model_type, ()) if isinstance(model_type, str) and model_type not in _ELSEWHERE else ()
     return [names] if isinstance(names, str) else list(names)
 
 
 def _cleaned(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Without what is left out, in nested configurations too."""
+    """Return a configuration without the members that are left out, also in nested configurations."""
     if forbidden := sorted(name for name in FORBIDDEN if config.get(name)):
         raise refused(f"The members {', '.join(forbidden)} of a configuration are not allowed")
     return {
@@ -187,7 +187,7 @@ def _cleaned(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _take_batches(network: nn.Module, single: str) -> None:
-    """Let the network take one batch and give its logits, its modules' names being left as they are."""
+    """Let the network take one batch and return its logits, without changing the names of its modules."""
     names = [name for name in inspect.signature(network.forward).parameters if name not in ("labels", "kwargs")]
 
     def spread(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -209,13 +209,13 @@ def _take_batches(network: nn.Module, single: str) -> None:
     network.register_forward_pre_hook(spread, with_kwargs=True)
     network.register_forward_hook(lambda _, __, output: getattr(output, "logits", output))
     for name, module in network.named_modules():
-        # Not those derived from it: some take other arguments than the rows that are asked for.
+        # Not its subclasses: some take other arguments than row indices.
         if type(module) is nn.Embedding:
             module.register_forward_pre_hook(_within(name))
 
 
 def _require_positions(network: Any, ids: Tensor) -> None:
-    """Networks with rotary positions compute on beyond those that they were made for."""
+    """Refuse sequences beyond the network's positions, on which networks with rotary positions would still compute."""
     positions, length = getattr(network.config, "max_position_embeddings", None), ids.shape[-1]
     if isinstance(positions, int) and length > positions:
         raise AnalysisError(
@@ -230,18 +230,18 @@ def _whole(ids: Tensor) -> Tensor:
     if not ids.is_floating_point():
         return ids
     whole = ids.long()
-    # A probe's plain `inputs` come as float32, in which every id below 2^24 is exact.
+    # A probe's plain `inputs` are float32, in which every id below 2^24 is exact.
     if type(ids) is Tensor and not bool((whole == ids).all()):
         raise AnalysisError("inputs-refused", "The network takes ids of tokens, which are whole numbers.")
     return whole
 
 
 def _within(name: str) -> Callable[[Any, tuple[Any, ...]], None]:
-    """Indices beyond an embedding end a GPU's whole process: they are looked at before."""
+    """Return a hook that checks indices of an embedding, as an index out of range would end a GPU's whole process."""
 
     def check(module: Any, args: tuple[Any, ...]) -> None:
         indices = args[0] if args else None
-        # While a network is traced its tensors have no values.
+        # While a network is traced, its tensors have no values.
         if type(indices) is not Tensor or indices.is_meta or indices.numel() == 0:
             return
         low, high = (int(value) for value in torch.aminmax(indices))

@@ -1,4 +1,4 @@
-"""How many samples a pass takes at a time."""
+"""Choose the batch size of a pass."""
 
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -12,21 +12,21 @@ from analysis.passes.precision import Precision, arithmetic
 from analysis.probes.inputs import Inputs, copied, each_input, first_samples
 from analysis.probes.probe import Probe
 
-# The largest tensor of a batch stays below this. Larger blocks the C library takes from the system and gives back each
+# Limit for the largest tensor of a batch. The C library requests larger blocks from the system and returns them each
 # time, page by page: WRN-28-2 took twice as long with 1,024 samples at a time as with 128.
 _LARGEST_ON_CPU = 2**25
-# Not measured: enough at a time for all of a GPU's cores, and little of its memory.
+# Not measured: enough for all of a GPU's cores, and little of its memory.
 _LARGEST_ON_GPU = 2**29
 _MOST_SAMPLES = 4096
-# Of the largest logit: the same inputs give the same logits but for the order in which a GPU may add.
+# As a share of the largest logit: the same inputs give the same logits, except for a GPU's order of additions.
 _SAME_AGAIN = 1e-3
 
-# Bytes that a sample adds to the largest tensor: a path comes with the same network and the same inputs at every point.
+# Bytes that a sample adds to the largest tensor: a path passes the same network and the same inputs at every point.
 _known: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], int]] = WeakKeyDictionary()
 
 
 def first_batch_size(module: nn.Module, probe: Probe, *, device: torch.device, precision: Precision) -> int:
-    """Samples at a time with which the largest tensor of a forward pass is just below 32 MiB, on a GPU 512 MiB.
+    """Return the batch size at which the largest tensor of a forward pass is below 32 MiB, on a GPU 512 MiB.
 
     Args:
         module: on the device and in evaluation mode; it is called with one sample and twice with two.
@@ -35,8 +35,8 @@ def first_batch_size(module: nn.Module, probe: Probe, *, device: torch.device, p
         precision: of the pass.
 
     Returns:
-        A power of two from 1 to 4096. Of a network that fails on so few samples its inputs alone are counted: what it
-        fails of is the pass's to tell.
+        A power of two from 1 to 4096. For a network that fails on so few samples, only its inputs are counted; the pass
+        reports the failure.
 
     Raises:
         AnalysisError: `invalid-architecture` where the same two samples give other logits the second time.
@@ -53,11 +53,11 @@ def first_batch_size(module: nn.Module, probe: Probe, *, device: torch.device, p
 
 
 def _bytes_per_sample(module: nn.Module, pair: Inputs) -> int:
-    """By how much a second sample enlarges the tensor that it enlarges most; weights, and what is made of them alone,
-    do not count."""
+    """Return the most bytes that a second sample adds to a tensor; weights, and tensors made only of them, do not
+    count."""
     inputs: int = max(tensor.nbytes // len(tensor) for tensor in each_input(pair))
     try:
-        # Copies: what a network writes into its inputs is for the pass to see.
+        # Copies: the pass detects a network that writes into its inputs.
         of_one, _ = _sizes(module, copied(first_samples(pair, 1)))
         of_both, logits = _sizes(module, copied(pair))
         again = module(copied(pair))
@@ -68,11 +68,11 @@ def _bytes_per_sample(module: nn.Module, pair: Inputs) -> int:
 
 
 def _require_same(logits: Any, again: Any) -> None:
-    """What is random in evaluation mode makes of every number of a report another one each time."""
+    """Refuse randomness in evaluation mode, which changes every number of a report each time."""
     if not isinstance(logits, Tensor) or logits.shape != again.shape:
         return
     difference, largest = float((again - logits).abs().max()), float(logits.abs().max())
-    # What is not finite compares with nothing, and is for the pass to name.
+    # Comparisons with non-finite values are false; the pass reports these.
     if difference > _SAME_AGAIN * largest:
         raise AnalysisError(
             "invalid-architecture",
@@ -90,7 +90,7 @@ def _sizes(module: nn.Module, batch: Inputs) -> tuple[list[int], Any]:
 
 
 class _Sizes(TorchFunctionMode):
-    """Bytes of every tensor that torch's functions and methods give, in order."""
+    """Records the bytes of every tensor that torch's functions and methods return, in order."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""One pass of a network over a probe: what its classification head receives, and its logits.
+"""One pass of a network over a probe: the inputs of its classification head, and its logits.
 
-Features are the rows for which features @ head.T + bias are the logits. That is checked here for every sample: of a
-network that does something else to its head's output, or has two heads, the measures would be of something else.
+Features are the rows for which features @ head.T + bias are the logits. This is checked here for every sample: for a
+network that changes its head's output, or has two heads, the measures would describe something else.
 """
 
 import math
@@ -25,22 +25,22 @@ from analysis.probes.probe import Probe
 Progress = Callable[[str, int, int], None]
 """Called with a phase (`features`, `spectra`, `null`, `metrics`), what is done and of how much."""
 
-# How far logits may be from what features and head give, of the lengths that are multiplied: 84 roundings of float32.
-# In bfloat16 weights and logits are rounded to 8 bits.
+# Tolerance of logits against those from features and head, as a share of the product of lengths: 84 roundings of
+# float32. In bfloat16 weights and logits are rounded to 8 bits.
 _SAME_LOGITS = {"float32": 1e-5, "bfloat16": 1e-2}
-# Samples of the first batch that are enough to see what a hook does to all of them.
+# This many samples of the first batch suffice to detect a hook that changes all of them.
 _LOOKED_AT = 64
 
 
 @dataclass(frozen=True)
 class Passed:
-    """What became of one batch.
+    """The result of passing one batch.
 
     Attributes:
         batch: as the network took it.
         output: the network's.
-        received: what its head received, for each token of each sample; most heads see one.
-        given: what its head gave, before anything was done to it.
+        received: inputs of the head, for each token of each sample; most heads see one token.
+        given: outputs of the head, before any further operation.
     """
 
     batch: Inputs
@@ -51,10 +51,10 @@ class Passed:
 
 @runtime_checkable
 class Collector(Protocol):
-    """Keeps of a pass what is wanted of it."""
+    """Collects results of a pass."""
 
     def take(self, rows: slice, passed: Passed) -> None:
-        """One batch, and its samples' places in the probe."""
+        """Take one batch, with the rows of its samples in the probe."""
 
 
 CollectorType = TypeVar("CollectorType", bound=Collector)
@@ -69,31 +69,30 @@ def extract_features(
     precision: Precision = "float32",
     progress: Progress | None = None,
 ) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n c"], int]:
-    """What the head receives for every input of a probe, and the network's logits.
+    """Return the head's inputs for every sample of a probe, and the network's logits.
 
     Args:
         network: moved to the device and left in evaluation mode.
-        probe: whose inputs are passed, in order.
-        device: where the pass runs and where the result lies.
-        batch_size: inputs at a time; None for what `batching.first_batch_size` finds.
+        probe: its inputs are passed in order.
+        device: the device of the pass and of the result.
+        batch_size: inputs at a time; None uses `batching.first_batch_size`.
         precision: of the forward pass; `bfloat16` runs it under torch.autocast.
         progress: called with phase `features` after every batch.
 
     Returns:
-        Features, logits, both float32, and the batch size of the pass: it is halved, and the pass begun again, when
+        Features, logits, both float32, and the batch size of the pass: it is halved, and the pass restarted, when
         memory runs out.
 
     Raises:
         AnalysisError: `inputs-refused` where the network fails on inputs of this shape or writes into them,
-            `head-not-found` where the head is not run once or is not what gives the logits, `non-finite-values`,
+            `head-not-found` where the head does not run exactly once or does not give the logits, `non-finite-values`,
             `out-of-memory`, `invalid-probe`, `invalid-architecture` where the same inputs give other logits.
 
-    Numerics: float32 as the network computes, without TF32; in evaluation mode. Under autocast every value that the
-        network gave in bfloat16 is kept as it is, a float32 number of 8 bits: a logit is then off by up to 1 part in
-        256 of itself, and logits closer than that may be equal, of which the first is the largest. A head that runs on
-        several tokens of a sample, as those of text networks may, gives the logits at one of them; that token's
-        features are taken. Features and head must give the logits to 1e-5 (bfloat16: 1e-2) of the product of their
-        lengths.
+    Numerics: float32 as the network computes, without TF32; in evaluation mode. Under autocast every bfloat16 value of
+        the network is kept as it is, a float32 number of 8 bits: a logit is then off by up to 1 part in 256 of itself,
+        and logits closer than that may be equal, in which case the first counts as the largest. A head that runs on
+        several tokens of a sample, as in some text networks, gives the logits at one of them; that token's features
+        are taken. Features and head must give the logits to 1e-5 (bfloat16: 1e-2) of the product of their lengths.
     """
     samples, size = pass_over(
         network,
@@ -105,7 +104,7 @@ def extract_features(
         progress=progress,
     )
     features, logits = samples.features, samples.logits
-    # Of features that are not finite a linear head makes logits that are not; `check_identity` saw to any other head.
+    # A linear head makes non-finite logits of non-finite features; `check_identity` covered any other head.
     if not math.isfinite(logits.sum().item()):
         check_finite("features", features)
         check_finite("logits", logits)
@@ -122,29 +121,29 @@ def pass_over(
     precision: Precision,
     progress: Progress | None,
 ) -> tuple[CollectorType, int]:
-    """Show a network every sample of a probe, in order.
+    """Pass every sample of a probe through a network, in order.
 
     Args:
         network: moved to the device and left in evaluation mode.
-        probe: whose inputs are passed.
-        begin: makes what collects; called anew where the pass begins anew.
-        device: where the pass runs.
-        batch_size: samples at a time; None for what `batching.first_batch_size` finds.
+        probe: its inputs are passed.
+        begin: makes the collector; called again when the pass restarts.
+        device: the device of the pass.
+        batch_size: samples at a time; None uses `batching.first_batch_size`.
         precision: of the forward pass.
         progress: called with phase `features` after every batch.
 
     Returns:
-        What was collected, and the batch size of the pass: it is halved where memory runs out.
+        The collector, and the batch size of the pass: it is halved where memory runs out.
 
     Raises:
-        AnalysisError: `invalid-probe` for no samples, `inputs-refused`, `head-not-found`, `out-of-memory`, and what the
-            collector raises.
+        AnalysisError: `invalid-probe` for no samples, `inputs-refused`, `head-not-found`, `out-of-memory`, and errors
+            of the collector.
     """
     n = len(probe.labels)
     if n == 0:
         raise AnalysisError("invalid-probe", "The probe has no samples.")
     module = _ready(network.module, device)
-    # Asked for in any case: it refuses a network that is random.
+    # Called in any case: it refuses a network that is random.
     fitting = first_batch_size(module, probe, device=device, precision=precision)
     size = min(batch_size or fitting, n)
     while True:
@@ -164,8 +163,8 @@ def pass_over(
 
 
 def _ready(module: nn.Module, device: torch.device) -> nn.Module:
-    """The network on the device and in evaluation mode."""
-    # A path comes with the same network at every point: setting what is set takes far longer than looking.
+    """Move a network to the device, and set it to evaluation mode."""
+    # A path passes the same network at every point: setting the state again takes far longer than checking it.
     training = away = False
     for part in module.modules():
         training |= part.training
@@ -178,7 +177,7 @@ def _ready(module: nn.Module, device: torch.device) -> nn.Module:
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
-    # The second is a processor's allocator, the third the one of pinned memory.
+    # The first text is from the processor's allocator, the second from that of pinned memory.
     told = ("not enough memory", "CUDA error: out of memory")
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in told)
 
@@ -194,7 +193,7 @@ def _pass(
     collector: Collector,
 ) -> None:
     n = len(probe.labels)
-    # Not inference mode: what is made in it does not count what is written into it.
+    # Not inference mode: its tensors have no version counter, so writes into them go unnoticed.
     with watching(network) as run, torch.no_grad(), arithmetic(device, precision):
         done = 0
         for batch in probe.batches(size, device=device):
@@ -204,7 +203,7 @@ def _pass(
                 raise _writes_into_inputs(batch)
             rows = slice(done, done + n_samples(batch))
             collector.take(rows, passed)
-            # Not held while the network makes the next.
+            # Freed before the network computes the next batch.
             del passed
             done = rows.stop
             if progress:
@@ -213,9 +212,9 @@ def _pass(
 
 @contextmanager
 def watching(network: LoadedNetwork) -> Iterator[Callable[[Inputs], Passed]]:
-    """Within the block the function passes a batch through the network and sees what its head receives and gives.
+    """Yield a function that passes a batch through the network and records inputs and outputs of its head.
 
-    It raises AnalysisError `inputs-refused` or `head-not-found`, as `extract_features`.
+    The function raises AnalysisError `inputs-refused` or `head-not-found`, as `extract_features`.
     """
     calls: list[tuple[Any, Any]] = []
     versions: list[int | None] = []
@@ -235,7 +234,7 @@ def watching(network: LoadedNetwork) -> Iterator[Callable[[Inputs], Passed]]:
         nonlocal copying
         before = _versions(each_input(batch))
         output = once(batch)
-        # The network may go on to write into what its head received or gave. Of one that does copies are taken.
+        # The network may write into its head's inputs or outputs afterwards; if it does, copies are taken.
         if not copying and (None in versions or versions != _versions(tensor for call in calls for tensor in call)):
             if _versions(each_input(batch)) != before:
                 raise _writes_into_inputs(batch)
@@ -251,21 +250,22 @@ def watching(network: LoadedNetwork) -> Iterator[Callable[[Inputs], Passed]]:
 
 
 def _versions(tensors: Iterable[Any]) -> list[int | None]:
-    """How often each was written into; None where that is not counted."""
+    """Return how often each tensor was written into; None where this is not counted."""
     return [t._version if isinstance(t, Tensor) and not t.is_inference() else None for t in tensors]
 
 
 def features_and_logits(
     network: LoadedNetwork, passed: Passed, precision: Precision, *, first: bool
 ) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b c"]]:
-    """What the head received for each sample of a batch, and the logits, checked against each other.
+    """Return the head's input for each sample of a batch, and the logits, checked against each other.
 
     Args:
-        network: that the batch was passed through.
+        network: the network of the pass.
         passed: by `watching`.
-        precision: of the pass, or of a network that is itself narrow; how near logits must be depends on it.
-        first: of a pass. Some samples are then held to the weight of a plain linear head too, which a hook may have
-            changed, or what it gave; all are where the logits are not what it gave.
+        precision: of the pass, or of a network that is itself narrow; it sets the tolerance of the logits.
+        first: whether this is the first batch of a pass. Some samples are then also checked against the weight of a
+            plain linear head, as a hook may have changed the weight or the output; where the logits are not the head's
+            output, all samples are checked.
 
     Returns:
         Both in float32.
@@ -292,7 +292,7 @@ def features_and_logits(
 
 
 class _Samples:
-    """Features and logits, one row a sample."""
+    """Collects features and logits, one row a sample."""
 
     def __init__(self, network: LoadedNetwork, n: int, device: torch.device, precision: Precision) -> None:
         n_classes, n_features = network.weight.shape
@@ -307,13 +307,13 @@ class _Samples:
 
 
 def gives_as_it_is(network: LoadedNetwork, output: Shaped[Tensor, "..."], given: Shaped[Tensor, "..."]) -> bool:
-    """Whether the logits are a plain linear module's output, untouched: there is nothing to compute again."""
+    """Return whether the logits are the unchanged output of a plain linear module, so that no check is needed."""
     plain = type(network.head) is nn.Linear
     return plain and output.dtype == given.dtype and torch.equal(output, given)
 
 
 def forward(module: nn.Module, batch: Inputs) -> Any:
-    """The network's output; what it raises about the input's shape becomes `inputs-refused`."""
+    """Return the network's output; map its errors about the input's shape to `inputs-refused`."""
     try:
         return module(batch)
     except (RuntimeError, ValueError, IndexError, AssertionError, TypeError, AttributeError) as error:
@@ -330,7 +330,7 @@ def forward(module: nn.Module, batch: Inputs) -> Any:
 def _head_call(
     calls: list[tuple[Any, Any]], network: LoadedNetwork, batch: Inputs
 ) -> tuple[Float[Tensor, "n t d"], Float[Tensor, "n t c"]]:
-    """What the head received and gave, for each token of each sample; most heads see one."""
+    """Return inputs and outputs of the head, for each token of each sample; most heads see one token."""
     if len(calls) != 1:
         raise not_the_head(network, f"It ran {len(calls)} times for one batch, expected once, the head")
     n, (n_classes, n_features) = n_samples(batch), network.weight.shape
@@ -353,13 +353,13 @@ def _head_call(
 def _tokens_of_logits(
     network: LoadedNetwork, batch: Inputs, given: Float[Tensor, "n t c"], logits: Float[Tensor, "n c"]
 ) -> Int64[Tensor, " n"]:
-    """Which of its tokens each sample's logits are of: those of the head's outputs that equal them to the bit."""
+    """Return for each sample the token of its logits: the one whose output of the head equals them to the bit."""
     check_finite("logits", logits)
     equal = (given == logits[:, None]).all(dim=2)
     if bool((equal.sum(dim=1) == 1).all()):
         return equal.int().argmax(dim=1)
     if bool(equal.any(dim=1).all()):
-        # Equal outputs at several tokens, as a head of zeros gives: the network itself says which of them it takes.
+        # Equal outputs at several tokens, as with a head of zeros: ask the network which of them it takes.
         tokens = _asked_tokens(network, batch, given)
         if tokens is not None and bool(equal.gather(1, tokens[:, None]).all()):
             return tokens
@@ -367,7 +367,7 @@ def _tokens_of_logits(
 
 
 def _asked_tokens(network: LoadedNetwork, batch: Inputs, given: Float[Tensor, "n t c"]) -> Int64[Tensor, " n"] | None:
-    """The tokens that come through when the head gives each token's own number; None where what comes is no number."""
+    """Return the tokens that the network takes, by replacing the head's outputs with token numbers; None if unclear."""
     n_tokens = given.shape[1]
     numbers = torch.arange(n_tokens, device=given.device, dtype=given.dtype).view(1, -1, 1).expand_as(given)
     handle = network.head.register_forward_hook(lambda _, __, output: numbers.reshape(output.shape))
@@ -383,7 +383,7 @@ def _asked_tokens(network: LoadedNetwork, batch: Inputs, given: Float[Tensor, "n
 def check_identity(
     network: LoadedNetwork, features: Float[Tensor, "n d"], logits: Float[Tensor, "n c"], precision: Precision
 ) -> None:
-    """Features must be finite, and features and head give the logits.
+    """Check that features are finite, and that features and head give the logits.
 
     Raises:
         AnalysisError: `non-finite-values`; `head-not-found` with the largest difference.
@@ -395,7 +395,7 @@ def check_identity(
     if bias is not None:
         expected, lengths = expected + bias, lengths + bias.abs()
     difference = (logits - expected).abs()
-    # Logits that are not finite are found, and named, when the pass is over.
+    # Non-finite logits are reported at the end of the pass.
     wrong = (difference > _SAME_LOGITS[precision] * lengths) & difference.isfinite()
     if bool(wrong.any()):
         largest = float(difference[wrong].max())
@@ -417,12 +417,12 @@ def _writes_into_inputs(batch: Inputs) -> AnalysisError:
 
 
 def not_the_head(network: LoadedNetwork, detail: str, **members: Any) -> AnalysisError:
-    """The error of a head whose name is not of what gives the logits."""
+    """Return the error for a named head that does not give the logits."""
     return AnalysisError("head-not-found", f"{detail} {network.head_name!r}.", head=network.head_name, **members)
 
 
 def _shape(batch: Inputs) -> Any:
-    """The shape of a sample, or of each of its tensors by name."""
+    """Return the shape of a sample, or of each of its tensors by name."""
     if isinstance(batch, Tensor):
         return list(batch.shape[1:])
     return {name: list(tensor.shape[1:]) for name, tensor in batch.items()}

@@ -1,8 +1,8 @@
 """One pass of a causal language model over sequences: each position that has a next token is a sample.
 
-Its feature is what the output embedding receives there, its label the token that follows. Logits of all positions over
-a whole vocabulary are never held: of each batch what the network predicts is kept, and that features x head + bias are
-the logits is checked before they go.
+Its feature is the input of the output embedding there, its label the token that follows. Logits of all positions over
+a whole vocabulary are never held: for each batch only the predictions are kept, and features x head + bias are checked
+against the logits before these are freed.
 """
 
 import torch
@@ -28,7 +28,7 @@ from analysis.probes.inputs import Inputs
 from analysis.probes.probe import Probe
 from analysis.probes.sequences import IGNORED
 
-# Of the largest logit: how far logits of one position may differ between two passes that differ in later tokens alone.
+# Tolerance, as a share of the largest logit, for logits of one position in two passes that differ only in later tokens.
 _SAME_PAST = {"float32": 1e-4, "bfloat16": 2e-2}
 
 
@@ -41,27 +41,27 @@ def extract_positions(
     precision: Precision = "float32",
     progress: Progress | None = None,
 ) -> tuple[FeatureSet, int]:
-    """What the output embedding receives at every position that has a next token, and what the network predicts there.
+    """Return the output embedding's inputs at every position with a next token, and the network's predictions there.
 
     Args:
         network: a causal language model; moved to the device and left in evaluation mode.
         probe: sequences whose labels are those of `sequences.next_token_labels`.
-        device: where the pass runs and where the result lies.
-        batch_size: sequences at a time; None for what `batching.first_batch_size` finds.
+        device: the device of the pass and of the result.
+        batch_size: sequences at a time; None uses `batching.first_batch_size`.
         precision: of the forward pass; `bfloat16` runs it under torch.autocast.
         progress: called with phase `features` after every batch.
 
     Returns:
         Features, labels, head and split of the positions, in order, with the network's predictions; and the batch size
-        of the pass. Classes are the tokens that occur as labels, and the head is restricted to them; predictions, and
-        with them loss and confidence, are over the whole vocabulary.
+        of the pass. Classes are the tokens that occur as labels, and the head is restricted to them; predictions,
+        loss and confidence are over the whole vocabulary.
 
     Raises:
         AnalysisError: as `extraction.extract_features`; `invalid-architecture` where a position's logits change with
             the tokens after it.
 
-    Numerics: as `extraction.extract_features`, the check of features and head included. Memory for features of n x d
-        and, beside the network, the logits of a batch; a few float64 numbers a position are kept of them.
+    Numerics: as `extraction.extract_features`, including the check of features and head. Memory for features of n x d
+        and, beside the network, the logits of a batch; of these a few float64 numbers a position are kept.
     """
     if not bool((probe.labels != IGNORED).any()):
         raise AnalysisError("invalid-probe", "No position of these sequences has a next token.")
@@ -86,13 +86,13 @@ def extract_positions(
 
 
 def _places(predicted: Int64[Tensor, " n"], tokens: Int64[Tensor, " c"]) -> Int64[Tensor, " n"]:
-    """Each predicted token's place among the classes; -1 where it is none of them."""
+    """Return each predicted token's index among the classes; -1 where it is not a class."""
     places = torch.searchsorted(tokens, predicted).clamp(max=len(tokens) - 1)
     return torch.where(tokens[places] == predicted, places, -1)
 
 
 class _Collected:
-    """Features and predictions of positions, one row a position that has a label."""
+    """Collects features and predictions, one row for each position with a label."""
 
     def __init__(
         self, network: LoadedNetwork, labels: Int32[Tensor, "n t"], device: torch.device, precision: Precision
@@ -141,17 +141,17 @@ def _check_causal(
     kept: Bool[Tensor, "b t"],
     precision: Precision,
 ) -> None:
-    """Another last token must not change the logits before it.
+    """Check that another last token does not change the logits before it.
 
     Raises:
-        AnalysisError: `invalid-architecture`; what would be measured is no prediction.
+        AnalysisError: `invalid-architecture`, as the measures would not be of predictions.
     """
     assert not isinstance(batch, Tensor), "the probe's labels are of its input_ids"
     row = int(kept.sum(dim=1).argmax())
     places = kept[row].nonzero()[:, 0]
     last = int(places[-1]) + 1
     changed = {name: tensor[row : row + 1].clone() for name, tensor in batch.items()}
-    # Some other id that is certain to be in the vocabulary.
+    # Another id that is certain to be in the vocabulary.
     token = int(changed["input_ids"][0, last])
     changed["input_ids"][0, last] = token - 1 if token else 1
     before, after = output[row, places].float(), forward(network.module, changed)[0, places].float()

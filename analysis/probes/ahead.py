@@ -1,4 +1,4 @@
-"""Batches made or sent while the caller works with the one before."""
+"""Make or send batches while the caller works with the previous one."""
 
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
@@ -13,10 +13,10 @@ T = TypeVar("T")
 
 
 def sent_ahead(parts: Iterable[Inputs], device: torch.device) -> Iterator[Inputs]:
-    """Parts on a GPU, each on its way while the caller computes with the one before.
+    """Copy parts to a GPU, each while the caller computes with the previous one.
 
-    Memory: three parts on the GPU (computed with, arrived, on its way) and at most as many pinned, whose memory torch
-    takes back once their copies are done.
+    Memory: three parts on the GPU (in use, arrived, being copied) and at most as many pinned, whose memory torch
+    reclaims once their copies are done.
     """
     copies: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     computed: deque[torch.cuda.Event] = deque()
@@ -30,12 +30,12 @@ def sent_ahead(parts: Iterable[Inputs], device: torch.device) -> Iterator[Inputs
     while following is not None:
         sent, arrived = following
         if len(computed) == 2:
-            # Launching runs ahead of computing: without a halt the whole probe would end up there.
+            # Kernel launches run ahead of computation: without this wait the whole probe would end up on the GPU.
             computed.popleft().synchronize()
         following = next(sending, None)
         computing = torch.cuda.current_stream(device)
         computing.wait_event(arrived)
-        # Its memory belongs to the stream of copies, which must not reuse it before it has been computed with.
+        # The copy stream owns this memory, and must not reuse it before the computation is done.
         for tensor in named(sent).values():
             tensor.record_stream(computing)
         yield sent
@@ -43,7 +43,7 @@ def sent_ahead(parts: Iterable[Inputs], device: torch.device) -> Iterator[Inputs
 
 
 def one_ahead(items: Generator[T, None, None]) -> Generator[T, None, None]:
-    """The same items, each made in a thread while the caller works with the one before."""
+    """Yield the same items, each made in a thread while the caller works with the previous one."""
     pool = ThreadPoolExecutor(1, thread_name_prefix="ahead")
     try:
         following = pool.submit(next, items, None)
@@ -51,6 +51,6 @@ def one_ahead(items: Generator[T, None, None]) -> Generator[T, None, None]:
             following = pool.submit(next, items, None)
             yield item
     finally:
-        # The thread may still be at an item, and cannot be interrupted.
+        # The thread may still be making an item, and cannot be interrupted.
         pool.shutdown()
         items.close()

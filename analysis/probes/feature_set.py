@@ -13,11 +13,11 @@ from analysis.measures.predictions import Predictions, joined, predictions_of, r
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Which of a language model's tokens are classes: those that occur as labels.
+    """The tokens of a language model that are classes: those that occur as labels.
 
     Attributes:
-        tokens: of each class, its id; in rising order.
-        size: tokens that the network knows, over all of which it predicts.
+        tokens: token id of each class, in rising order.
+        size: number of tokens of the network, over all of which it predicts.
     """
 
     tokens: Int64[Tensor, " c"]
@@ -31,13 +31,13 @@ class FeatureSet:
     Floating-point tensors share one type: float64 where the file holds any float64, float32 otherwise.
 
     Attributes:
-        features: what the head receives.
+        features: inputs of the head.
         labels: 0 .. c - 1.
         head: rows of the classification head.
         head_bias: its bias.
-        logits: the network's own, where they were uploaded; otherwise features @ head.T + head_bias in float64.
+        logits: the network's own, if uploaded; otherwise features @ head.T + head_bias in float64.
         split: 0 train, 1 test; None where the set has no splits.
-        predictions: in place of logits, where those would be too many to keep.
+        predictions: in place of logits, where logits would be too large to keep.
         vocabulary: of a language model; its head is restricted to the classes, and -1 predicted for any other token.
     """
 
@@ -51,7 +51,7 @@ class FeatureSet:
     vocabulary: Vocabulary | None = None
 
     def to(self, device: torch.device) -> "FeatureSet":
-        """The same with what is computed with on a device; what says which they are stays."""
+        """Return the set with features, labels, head, logits and predictions on a device; split and vocabulary stay."""
         on_device = {name: getattr(self, name) for name in ("features", "labels", "head", "head_bias", "logits")}
         moved: dict[str, Any] = {
             name: None if tensor is None else tensor.to(device) for name, tensor in on_device.items()
@@ -59,11 +59,11 @@ class FeatureSet:
         return replace(self, **moved, predictions=None if self.predictions is None else self.predictions.to(device))
 
     def network_logits(self) -> Float[Tensor, "n c"]:
-        """The network's own, or what features, head and bias give, in float64 whatever their type."""
+        """Return the network's own logits, or else those from features, head and bias, always in float64."""
         return self._logits(slice(None))
 
     def network_predictions(self) -> Predictions:
-        """What the network predicts: as it was kept, or from its logits, some rows at a time.
+        """Return the network's predictions: the stored ones, or from its logits, some rows at a time.
 
         Raises:
             AnalysisError: `non-finite-values` in the logits.
@@ -71,7 +71,7 @@ class FeatureSet:
         if self.predictions is not None:
             return self.predictions
         parts = []
-        # Features are widened too, so that the wider of the two says how many rows fit.
+        # Features become float64 too, so the wider of the two determines how many rows fit.
         for rows in torch.split(torch.arange(len(self.labels)), rows_at_a_time(max(self.head.shape))):
             part = slice(int(rows[0]), int(rows[-1]) + 1)
             logits = self._logits(part)
@@ -86,7 +86,7 @@ class FeatureSet:
         return logits if self.head_bias is None else logits + self.head_bias.double()
 
     def take(self, rows: Int64[Tensor, " m"]) -> "FeatureSet":
-        """The samples of these rows alone, in their order."""
+        """Return only the samples of these rows, in their order."""
         return replace(
             self,
             features=self.features[rows],

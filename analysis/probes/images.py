@@ -1,6 +1,6 @@
 """Images in files, decoded while the network computes: in order, in threads, a bounded number ahead.
 
-Pillow decodes and resizes outside of Python's lock. An image's header is looked at before its pixels are.
+Pillow decodes and resizes outside of Python's lock. An image's header is checked before its pixels are decoded.
 """
 
 import io
@@ -26,23 +26,23 @@ Read = Callable[[Sequence[int]], Iterator[tuple[str, bytes]]]
 
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF")
 
-# Ours is the limit that counts, and it is smaller: Pillow's own warns where a process cannot say which image it was.
+# Our own limit applies, and it is smaller: Pillow's limit only warns, without naming the image.
 Image.MAX_IMAGE_PIXELS = None
 
-# What Pillow raises for files that are broken, beside its own UnidentifiedImageError, an OSError.
+# Exceptions that Pillow raises for broken files; its own UnidentifiedImageError is an OSError.
 _BROKEN_IMAGE = (
     OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, EOFError,
     NotImplementedError, MemoryError, RuntimeError, struct.error, zlib.error,
 )  # fmt: skip
-# Without a range of their own: nothing says which of their numbers is white.
+# Modes without a defined range: no number is known to be white.
 _DEEP_MODES = ("I", "F")
 _GREY_MODES = ("1", "L", "LA", "La")
-# Tags of TIFF, and the colour of grey with alpha in PNG.
+# Tags of TIFF, and PNG's colour type of grey with alpha.
 _BITS, _INTERPRETATION, _WHITE_IS_ZERO = 258, 262, 0
 _PNG_START, _PNG_GREY_AND_ALPHA = b"\x89PNG\r\n\x1a\n", 4
-# Small batches take turns of their own length; so many images even them out.
+# Small batches vary in decoding time; this many images ahead even them out.
 _AHEAD = 64
-# A thousand photographs that become thumbnails would be some GB.
+# Without this limit, the files of a thousand photographs decoded to thumbnails would hold some GB.
 _HELD_BYTES = 256 * 2**20
 _FILTERS = {
     "nearest": Image.Resampling.NEAREST,
@@ -59,12 +59,12 @@ class Images:
     """Images of one size, decoded batch by batch.
 
     Attributes:
-        read: gives the files.
+        read: reads the files.
         rows: of the files, one for each sample.
-        preprocess: whose resizing, crop and colour are done here.
-        most_pixels: of an image in its file, and of what it is resized to.
+        preprocess: its resizing, crop and colour are applied here.
+        most_pixels: limit for an image in its file, and for its resized form.
         shape: (n, channels, height, width).
-        threads: that decode.
+        threads: number of decoding threads.
     """
 
     read: Read
@@ -75,10 +75,10 @@ class Images:
     threads: int
 
     def batches(self, batch_size: int) -> Generator[UInt8[Tensor, "b c h w"], None, None]:
-        """The images in order, as grey levels.
+        """Yield the images in order, as grey levels.
 
-        While a batch is out, the next ones are decoded: one, or as many as have 64 images. Of their files no more are
-        held than 256 MiB.
+        While the caller works with a batch, the next ones are decoded: one, or enough for 64 images. At most 256 MiB
+        of their files are held.
 
         Raises:
             AnalysisError: `invalid-probe` for an image that is broken, too large, or of another size, by its row.
@@ -96,7 +96,7 @@ class Images:
                 for place, (row, (name, content)) in zip(batch, files, strict=False):
                     while held and (held[0][0].done() or held_bytes + len(content) > _HELD_BYTES):
                         decoded, n_bytes = held.popleft()
-                        # Waits; what it failed of is raised in its turn.
+                        # Waits; a failure is raised later, in order.
                         decoded.exception()
                         held_bytes -= n_bytes
                     futures.append(pool.submit(self._decode_into, place, row, name, content))
@@ -111,7 +111,7 @@ class Images:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def take(self, places: Sequence[int]) -> "Images":
-        """The samples at these places alone, in their order."""
+        """Return only the samples at these places, in their order."""
         return replace(self, rows=[self.rows[place] for place in places], shape=(len(places), *self.shape[1:]))
 
     def _decode_into(self, place: npt.NDArray[np.uint8], row: int, name: str, content: bytes) -> None:
@@ -124,17 +124,17 @@ class Images:
 def open_images(
     read: Read, rows: Sequence[int], preprocess: Preprocess | None, *, most_pixels: int, threads: int
 ) -> Images:
-    """Images whose size is that of the first, once it is preprocessed.
+    """Open images; all must have the size of the first one after preprocessing.
 
     Args:
         read: gives name and content of the files in rows.
-        rows: which, in order; at least one.
+        rows: the files, in order; at least one.
         preprocess: None leaves size and colour as they are.
-        most_pixels: of an image in its file, and of what it is resized to.
-        threads: that decode.
+        most_pixels: limit for an image in its file, and for its resized form.
+        threads: number of decoding threads.
 
     Returns:
-        The images, of which one has been decoded.
+        The images; only the first one has been decoded.
 
     Raises:
         AnalysisError: `invalid-probe` for a first image that cannot be decoded.
@@ -147,23 +147,24 @@ def open_images(
 
 
 def pixels(content: bytes, preprocess: Preprocess, *, where: str, most_pixels: int) -> npt.NDArray[np.uint8]:
-    """Decode an image and give it the size and the colour of a preprocessing.
+    """Decode an image, and apply the size and colour of a preprocessing.
 
-    As torchvision's Resize and CenterCrop do with an image of Pillow: the longer side is rounded down. An image is
-    turned upright first where its EXIF data say how; of several frames the first is taken. Of 16 bits a channel the
-    higher 8 are taken, in grey as in colours, as Pillow and libpng do; what is transparent keeps its colour.
+    Like torchvision's Resize and CenterCrop on an image of Pillow: the longer side is rounded down. An image is first
+    turned upright by its EXIF data; of several frames the first is taken. Of 16 bits a channel the higher 8 are taken,
+    in grey and in colour, as Pillow and libpng do; transparent pixels keep their colour.
 
     Args:
         content: a file of one of FORMATS.
-        preprocess: its numbers have no meaning here.
-        where: what messages call the image.
-        most_pixels: of the image in its file, and of what it is resized to.
+        preprocess: its scale, mean and std are ignored here.
+        where: name of the image in messages.
+        most_pixels: limit for the image in its file, and for its resized form.
 
     Returns:
-        Grey levels (channels, height, width); one channel of grey images, with alpha too, three of others.
+        Grey levels (channels, height, width); one channel for grey images, also those with alpha, three for others.
 
     Raises:
-        AnalysisError: `invalid-probe` where it is no such image, is broken, has more pixels, or pixels of 32 bits.
+        AnalysisError: `invalid-probe` where the format is another, the file is broken, or the image has more pixels,
+            or pixels of 32 bits.
     """
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
@@ -181,7 +182,7 @@ def pixels(content: bytes, preprocess: Preprocess, *, where: str, most_pixels: i
 
 
 def place_of(row: int, name: str) -> str:
-    """What messages call a sample: its row, counted from 0, and its path where it has one."""
+    """Return the name of a sample in messages: its row, counted from 0, and its path if it has one."""
     return f"Row {row} ({name})" if name else f"Row {row}"
 
 
@@ -203,7 +204,7 @@ def _bound(size: tuple[int, int], most_pixels: int, where: str) -> None:
 
 
 def _of_8_bits(image: Image.Image, content: bytes, where: str) -> Image.Image:
-    """The same image with 8 bits a channel; grey where it is stored so."""
+    """Convert an image to 8 bits a channel; images stored as grey stay grey."""
     if image.mode in _DEEP_MODES:
         raise AnalysisError(
             "invalid-probe",
@@ -211,7 +212,7 @@ def _of_8_bits(image: Image.Image, content: bytes, where: str) -> Image.Image:
             "white; save it with 8 or 16 bits a channel.",
         )
     if image.mode == "RGBA" and content.startswith(_PNG_START) and content[25] == _PNG_GREY_AND_ALPHA:
-        # Pillow has no mode of grey and alpha with 16 bits.
+        # Pillow has no mode for grey and alpha with 16 bits.
         return image.getchannel("R")
     if not image.mode.startswith("I;16"):
         return image
@@ -250,12 +251,12 @@ def _cropped(image: Image.Image, preprocess: Preprocess) -> Image.Image:
     crop_height, crop_width = preprocess.crop
     left, right = _cut(image.width, crop_width, preprocess)
     top, bottom = _cut(image.height, crop_height, preprocess)
-    # Pillow fills what lies outside of the image with 0.
+    # Pillow fills the area outside of the image with 0.
     return image.crop((left, top, right, bottom))
 
 
 def _cut(have: int, want: int, preprocess: Preprocess) -> tuple[int, int]:
-    """Where a crop begins and ends along one side; before 0 where it is padded."""
+    """Return start and end of a crop along one side; a negative start means padding."""
     if want > have:
         start = -((want - have + (preprocess.pad_offset == "ceiled")) // 2)
     else:

@@ -1,4 +1,4 @@
-"""What a network takes: one tensor, or several by name."""
+"""The inputs of a network: one tensor, or several by name."""
 
 from collections.abc import Callable, Iterable, Mapping
 
@@ -6,11 +6,11 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-# One tensor of inputs, or several by the names that a network's own `forward` has for them.
+# One tensor of inputs, or several by their names in the network's own `forward`.
 Inputs = Shaped[Tensor, "..."] | Mapping[str, Shaped[Tensor, "..."]]
 
-# Names under which a probe may hold a network's inputs in place of `inputs`, one of the first two among them; the same
-# list is in app/resources.py, which a test compares.
+# Names of a network's inputs that a probe may hold in place of `inputs`, including one of the first two; a test
+# compares this list with the one in app/resources.py.
 INPUT_NAMES = (
     "pixel_values", "input_ids", "attention_mask", "token_type_ids", "position_ids", "pixel_attention_mask",
     "spatial_shapes",
@@ -18,22 +18,22 @@ INPUT_NAMES = (
 
 
 def n_samples(inputs: Inputs) -> int:
-    """How many samples a batch holds."""
+    """Return the number of samples of a batch."""
     return len(next(iter(named(inputs).values())))
 
 
 def first_samples(inputs: Inputs, n: int) -> Inputs:
-    """The first so many samples of a batch."""
+    """Return the first n samples of a batch."""
     return samples(inputs, 0, n)
 
 
 def copied(inputs: Inputs) -> Inputs:
-    """The same batch in memory of its own."""
+    """Return a copy of a batch."""
     return each(inputs, torch.clone)
 
 
 def each_input(inputs: Inputs) -> Iterable[Shaped[Tensor, "..."]]:
-    """The tensors of a batch."""
+    """Return the tensors of a batch."""
     return named(inputs).values()
 
 
@@ -48,5 +48,5 @@ def each(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
 
 
 def named(inputs: Inputs) -> Mapping[str, Shaped[Tensor, "..."]]:
-    """All tensors of a batch; one alone has no name."""
+    """Return all tensors of a batch by name; a single tensor has the empty name."""
     return {"": inputs} if isinstance(inputs, Tensor) else inputs

@@ -1,4 +1,4 @@
-"""What happens to inputs before a network sees them: pixels of images first, then numbers of batches."""
+"""Preprocessing of inputs before a network takes them: pixels of images first, then numbers of batches."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ Colour = Literal["rgb", "grey"]
 CropOffset = Literal["rounded", "floored"]
 PadOffset = Literal["floored", "ceiled"]
 
-#: Longest side that images are resized or cropped to, in pixels.
+#: Longest side of a resized or cropped image, in pixels.
 MAX_SIDE = 4096
 
 
@@ -25,25 +25,25 @@ MAX_SIDE = 4096
 class Preprocess:
     """Resize, centre crop, then x * scale, then (x - mean) / std.
 
-    The first two are of images that are decoded here, in grey levels 0 to 255 (`images.pixels`); batches of numbers
-    see the rest alone.
+    The first two apply to images decoded here, in grey levels 0 to 255 (`images.pixels`); batches of numbers get only
+    the rest.
 
     Attributes:
-        scale: such as 1/255.
-        mean, std: one number, or one for each place along dimension 1 of a batch (channels of images, features of
+        scale: for example 1/255.
+        mean, std: one number, or one for each index of dimension 1 of a batch (channels of images, features of
             rows). std is above 0.
         resize: pixels of the shorter side, the other in proportion; or height and width.
-        resample: Pillow's filter of the resizing, antialiased; "nearest" is not.
-        crop: height and width about the centre; what the image lacks is padded with 0.
-        crop_offset: where an odd number of pixels is cut off, half of it "rounded" to even, as torchvision and timm
-            do, or "floored", as transformers does.
+        resample: Pillow's filter for resizing, antialiased except "nearest".
+        crop: height and width of the centre crop; missing pixels are padded with 0.
+        crop_offset: where an odd number of pixels is cut off, half of it "rounded" to even, as in torchvision and
+            timm, or "floored", as in transformers.
         pad_offset: where the image lacks an odd number of pixels, the zeros before it are half of that, "floored", as
-            torchvision, timm and transformers' torchvision backend have it, or "ceiled", as its Pillow backend has it.
+            in torchvision, timm and transformers' torchvision backend, or "ceiled", as in its Pillow backend.
         colour: "rgb" or "grey" converts; None leaves grey images grey and all others RGB.
 
     Raises:
-        AnalysisError: `invalid-probe` for a number that is not finite, a std that is not above 0, and a side that
-            is not 1 to 4096.
+        AnalysisError: `invalid-probe` for a number that is not finite, a std that is not above 0, and a side outside
+            1 to 4096.
     """
 
     scale: Number = 1.0
@@ -68,12 +68,12 @@ class Preprocess:
             )
 
     def __call__(self, inputs: Shaped[Tensor, "n ..."]) -> Float32[Tensor, "n ..."]:
-        """Scale and standardise a batch of any numbers; nothing is resized.
+        """Scale and standardise a batch of any numbers, without resizing.
 
         Raises:
-            AnalysisError: `invalid-probe` where mean or std have not as many numbers as dimension 1 places.
+            AnalysisError: `invalid-probe` where the numbers of mean or std do not match the size of dimension 1.
         """
-        # One copy, changed where it lies: memory that is new costs a processor more than the arithmetic does.
+        # One copy, changed in place: on a processor, allocating new memory costs more than the arithmetic.
         numbers = inputs.to(torch.float32, copy=True).mul_(self.scale)
         return numbers.sub_(_along_channels(self.mean, inputs)).div_(_along_channels(self.std, inputs))
 

@@ -1,4 +1,4 @@
-"""A probe: labelled inputs, handed to networks in batches."""
+"""A probe: labelled inputs, passed to networks in batches."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -15,21 +15,21 @@ from analysis.probes.images import Images
 from analysis.probes.inputs import Inputs, each, n_samples, named, samples
 from analysis.probes.preprocess import Preprocess
 
-# Numbers that are looked at in one go: what is checked is never copied as a whole.
+# Numbers that are checked at a time: a checked tensor is never copied as a whole.
 CHUNK_ELEMENTS = 2**24
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Labelled inputs on which networks are looked at.
+    """Labelled inputs on which networks are evaluated.
 
     Attributes:
-        inputs: as stored, of any numeric type; a large set may still be on disk, mapped. Several tensors by name where
-            the file has a network's own names for them. Images in files are decoded batch by batch.
+        inputs: as stored, of any numeric type; a large set may still be memory-mapped. Several tensors by name where
+            the file uses a network's own names. Images in files are decoded batch by batch.
         labels: 0 .. n_classes - 1. For a causal language model (n, t): at each position the token that follows, or
             IGNORED.
         split: 0 train, 1 test; None where the set has no splits.
-        n_classes: at least 2; not every class need be there.
+        n_classes: at least 2; classes may be absent.
         preprocess: applied batch by batch, to the one tensor or to `pixel_values`.
     """
 
@@ -40,16 +40,16 @@ class Probe:
     preprocess: Preprocess | None
 
     def batches(self, batch_size: int, *, device: torch.device | str) -> Iterator[Any]:
-        """The inputs in order, as a network takes them.
+        """Iterate over the inputs in order, as a network takes them.
 
         Args:
             batch_size: samples at a time, at least 1; the last batch may be smaller.
-            device: where the batches go. They travel as stored and are converted there; to a GPU from pinned memory,
-                each while the one before it is computed with.
+            device: target of the batches. They are copied as stored and converted there; to a GPU from pinned memory,
+                each while the previous one is in use.
 
         Returns:
-            Batches as `Inputs`, which a network's module takes: preprocessed float32 tensors (b, ...). Of tensors with
-            names, those of integers are int64 and keep their values, except `pixel_values`.
+            Batches as `Inputs`, which a network's module takes: preprocessed float32 tensors (b, ...). Named integer
+            tensors are int64 and keep their values, except `pixel_values`.
 
         Raises:
             AnalysisError: `invalid-argument` for a batch_size below 1; of images, while they are decoded,
@@ -70,15 +70,15 @@ class Probe:
         away = device.type == "cuda" and on_cpu
         moved = sent_ahead(parts, device) if away else (each(part, lambda t: t.to(device)) for part in parts)
         prepared = (self._prepare(part) for part in moved)
-        # What is decoded is waited for; what lies in memory would gain nothing by a thread.
+        # Decoding means waiting; inputs already in memory would gain nothing from a thread.
         return one_ahead(prepared) if isinstance(self.inputs, Images) and not away else prepared
 
     def prepared(self, device: torch.device | str, *, most_bytes: int = 2**30) -> "Probe":
-        """The same probe with its inputs as a network takes them, on the device, for passes that come again.
+        """Return the same probe with its inputs preprocessed and on the device, for repeated passes.
 
         Args:
-            device: where the batches will be asked for.
-            most_bytes: of prepared inputs; a larger probe is given back as it is and prepared batch by batch. Images
+            device: where later passes request their batches.
+            most_bytes: of prepared inputs; a larger probe is returned as it is and prepared batch by batch. Images
                 are kept decoded, as grey levels, up to twice as much.
 
         Returns:
@@ -97,21 +97,21 @@ class Probe:
         return Probe(inputs.get("", inputs), self.labels, self.split, self.n_classes, None)
 
     def input_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of each tensor of inputs by name; one alone has no name."""
+        """Return the shape of each tensor of inputs by name; a single tensor has the empty name."""
         if isinstance(self.inputs, Images):
             return {"": self.inputs.shape}
         return {name: tuple(tensor.shape) for name, tensor in named(self.inputs).items()}
 
     def example(self, *, device: torch.device | str) -> Any:
-        """Two samples, as `batches` gives them, for looking at what a network makes of such. Of images in files they
-        are black: none is decoded for it. A probe of one sample gives it twice."""
+        """Return two samples, as `batches` gives them, to try a network on. For images in files they are black: none is
+        decoded. A probe of one sample gives it twice."""
         if isinstance(self.inputs, Images):
             return self._prepare(torch.zeros(2, *self.inputs.shape[1:], dtype=torch.uint8, device=device))
         rows = torch.arange(2).clamp(max=n_samples(self.inputs) - 1)
         return self._prepare(each(self.inputs, lambda tensor: tensor[rows].to(device)))
 
     def take(self, rows: Int64[Tensor, " m"]) -> "Probe":
-        """The samples of these rows alone, in their order."""
+        """Return only the samples of these rows, in their order."""
         split = None if self.split is None else self.split[rows]
         if isinstance(self.inputs, Images):
             return replace(self, inputs=self.inputs.take(rows.tolist()), labels=self.labels[rows], split=split)
@@ -140,13 +140,13 @@ def stratified_rows(
     seed: int,
     least_classes: int = 2,
 ) -> Int64[Tensor, " m"]:
-    """A part of a probe in which each class of each split has its share, by the largest remainders.
+    """Draw rows of a probe in which each class of each split has its share, by the largest remainders.
 
     Args:
         labels, split: of the probe.
-        n_samples: how many, at most n.
-        seed: of what is drawn within a class; the same seed gives the same rows.
-        least_classes: that must be left; 1 for sequences, which have no labels as a whole.
+        n_samples: number of rows, at most n.
+        seed: of the draw within a class; the same seed gives the same rows.
+        least_classes: fewest classes that must be left; 1 for sequences, which have no labels as a whole.
 
     Returns:
         Rows in rising order, m = n_samples of them.
@@ -159,12 +159,12 @@ def stratified_rows(
     shares = counts.double() * (n_samples / len(labels))
     taken = shares.floor().long()
     missing = n_samples - int(taken.sum())
-    # Of equal remainders the larger class goes first, then the lower label.
+    # Among equal remainders the larger class goes first, then the lower label.
     order = sorted(range(len(values)), key=lambda i: (-float(shares[i] - taken[i]), -int(counts[i]), i))
     taken[order[:missing]] += 1
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randperm(len(labels), generator=generator)
-    # Each sample's place among those of its stratum, in the order in which they were drawn.
+    # Each sample's rank within its stratum, in the order of the draw.
     by_stratum = drawn[torch.argsort(places[drawn], stable=True)]
     starts = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
     rank = torch.arange(len(labels)) - starts

@@ -1,4 +1,4 @@
-"""Probes and feature sets from files, checked."""
+"""Read and check probes and feature sets from files."""
 
 import zipfile
 import zlib
@@ -28,7 +28,7 @@ _INTEGER = (
 )  # fmt: skip
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-# What the two formats' readers raise for bytes that are not theirs; MemoryError for an array announced to be huge.
+# Exceptions of the two formats' readers for foreign bytes; MemoryError for an array announced to be huge.
 _BROKEN_FILE = (
     SafetensorError, zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, TypeError, NotImplementedError,
     RuntimeError, MemoryError,
@@ -50,19 +50,19 @@ def load_probe(
     Args:
         path: the file.
         format: how to read it. Pickled objects in an npz are refused.
-        preprocess: what happens to the inputs, batch by batch.
+        preprocess: applied to the inputs, batch by batch.
         n_classes: number of classes. Default: the largest label plus 1.
         next_tokens: for a causal language model whose vocabulary has n_classes tokens: labels are those of
-            `sequences.next_token_labels`, and the file needs none of its own; labels (n,) are passed over.
+            `sequences.next_token_labels`, and the file needs none of its own; labels (n,) are ignored.
 
     Returns:
-        The probe. Labels and split are int64, of integers, booleans or floats that are whole; inputs as stored.
+        The probe. Labels and split are int64, from integers, booleans or whole floats; inputs as stored.
 
     Raises:
-        AnalysisError: `invalid-probe` for what is missing or does not fit; `non-finite-values` where preprocessed
+        AnalysisError: `invalid-probe` for missing or mismatched tensors; `non-finite-values` where preprocessed
             inputs hold NaN or infinity as float32.
 
-    Numerics: inputs are converted to float32 chunk by chunk, here only to look at them.
+    Numerics: inputs are converted to float32 chunk by chunk, here only to check them.
     """
     kind: Kind = "invalid-probe"
     tensors = _read(path, format, ("inputs", *INPUT_NAMES, "labels", "split"), kind)
@@ -110,13 +110,13 @@ def load_feature_set(path: Path) -> FeatureSet:
         path: the file.
 
     Returns:
-        The feature set; labels and split are int64, of integers, booleans or floats that are whole.
+        The feature set; labels and split are int64, from integers, booleans or whole floats.
 
     Raises:
-        AnalysisError: `invalid-feature-set` for what is missing or does not fit; `non-finite-values`.
+        AnalysisError: `invalid-feature-set` for missing or mismatched tensors; `non-finite-values`.
 
-    Numerics: floating-point tensors become float64 where the file holds any float64, so that nothing that was
-    computed is lost, otherwise float32.
+    Numerics: floating-point tensors become float64 where the file holds any float64, so that no computed precision
+    is lost, otherwise float32.
     """
     kind: Kind = "invalid-feature-set"
     names = ("features", "labels", "head", "head_bias", "logits", "split")
@@ -150,12 +150,12 @@ def load_feature_set(path: Path) -> FeatureSet:
 
 
 def _read(path: Path, format: str, names: Sequence[str], kind: Kind) -> dict[str, Tensor]:
-    """Those of the named tensors that the file holds."""
+    """Return those of the named tensors that the file holds."""
     try:
         if format == "safetensors":
             with safe_open(path, framework="pt", device="cpu") as file:
                 return {name: file.get_tensor(name) for name in names if name in file.keys()}  # noqa: SIM118
-        # NumPy leaves a file open that turns out to be no archive, unless the file is ours.
+        # If a file is not an archive, NumPy leaves it open unless the caller opened it.
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as archive:
             return {name: _from_numpy(archive[name]) for name in names if name in archive.files}
     except FileNotFoundError:
@@ -167,7 +167,7 @@ def _read(path: Path, format: str, names: Sequence[str], kind: Kind) -> dict[str
 def _from_numpy(array: object) -> Tensor:
     if not isinstance(array, np.ndarray):
         raise ValueError("a member of the archive is not an array")
-    # torch knows numbers in this machine's byte order alone.
+    # torch takes numbers only in this machine's byte order.
     return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
 
 
@@ -204,7 +204,7 @@ def _integers(name: str, tensor: Shaped[Tensor, "..."], n: int, kind: Kind) -> I
     if tuple(tensor.shape) != (n,):
         raise AnalysisError(kind, f"{name} must be one for each of the {n} samples, not {list(tensor.shape)}.")
     if tensor.is_floating_point():
-        # The largest that fit are below 2^63, which a float can hold and an int64 cannot.
+        # Values must be below 2^63, which a float can hold and an int64 cannot.
         wide = tensor.double()
         wrong = ~((wide == wide.floor()) & (wide.abs() < 2.0**63))
         if bool(wrong.any()):

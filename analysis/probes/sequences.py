@@ -8,19 +8,19 @@ from torch import Tensor
 
 from analysis.errors import AnalysisError
 
-#: The label of a position that is no sample, as transformers have it.
+#: The label of a position that is not a sample, as in transformers.
 IGNORED = -100
 
 
 def labels_of_tokens(
     inputs: Mapping[str, Shaped[Tensor, "..."]], given: Shaped[Tensor, "..."] | None, *, n_vocabulary: int
 ) -> Int32[Tensor, "n t"]:
-    """`next_token_labels` of a probe's tensors.
+    """Return `next_token_labels` of a probe's tensors.
 
     Args:
-        inputs: by name, `input_ids` (n, t) among them.
-        given: the file's labels; (n, t), or (n,) of whole sequences, which are passed over.
-        n_vocabulary: tokens that the network knows.
+        inputs: by name, including `input_ids` (n, t).
+        given: the file's labels; (n, t), or (n,) of whole sequences, which are ignored.
+        n_vocabulary: number of tokens of the network.
 
     Raises:
         AnalysisError: `invalid-probe` for other inputs, for labels of another shape, and as `next_token_labels`.
@@ -46,18 +46,18 @@ def next_token_labels(
     *,
     n_vocabulary: int,
 ) -> Int32[Tensor, "n t"]:
-    """For each position the token that follows it, or IGNORED where there is none.
+    """Return for each position the token that follows it, or IGNORED where none follows.
 
     Args:
         input_ids: sequences.
-        attention_mask: 0 for padding; a position that is padded, or followed by padding, has no next token.
-        given: labels in the convention of transformers, where each stands at the token that it is of; what is IGNORED
-            there is no sample. Default: the tokens themselves.
-        n_vocabulary: tokens that the network knows.
+        attention_mask: 0 for padding; a padded position, or one followed by padding, has no next token.
+        given: labels in the convention of transformers, each at the position of its own token; a position followed by
+            IGNORED is not a sample. Default: the tokens themselves.
+        n_vocabulary: number of tokens of the network.
 
     Raises:
-        AnalysisError: `invalid-probe` where labels are out of the vocabulary, no position has a next token, or all of
-            them have the same.
+        AnalysisError: `invalid-probe` where labels are out of the vocabulary, no position has a next token, or all
+            positions have the same.
 
     >>> next_token_labels(torch.tensor([[5, 6, 7, 0]]), torch.tensor([[1, 1, 1, 0]]), n_vocabulary=8)
     tensor([[   6,    7, -100, -100]], dtype=torch.int32)

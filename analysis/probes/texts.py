@@ -1,4 +1,4 @@
-"""Texts as a text network takes them: ids of tokens, and a mask of those that are not padding."""
+"""Texts as input of a text network: token ids, and a mask that excludes padding."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -14,15 +14,15 @@ from torch import Tensor
 
 from analysis.errors import AnalysisError
 
-#: Kept of a text where neither the probe nor the tokenizer nor the network says how much.
+#: Tokens kept of a text where neither the probe nor the tokenizer nor the network sets a length.
 DEFAULT_MAX_LENGTH = 512
 
-# Under these names tokenizers know padding where their file does not say which token it is.
+# Usual names of the padding token, for tokenizers whose file does not name it.
 _PADDING_TOKENS = ("[PAD]", "<pad>", "<|pad|>", "<PAD>")
-# How networks' configurations call the positions that they have.
+# Names of the number of positions in networks' configurations.
 _POSITIONS = ("max_position_embeddings", "n_positions")
 _TEXTS_AT_A_TIME = 1024
-# Ids and masks, five bytes each, that are held.
+# Most tokens held in memory, padding included; id and mask take five bytes each.
 _MOST_TOKENS = 2**31
 
 
@@ -33,9 +33,9 @@ class Tokens:
     Attributes:
         input_ids: of the tokens, and of padding.
         attention_mask: 1 for tokens, 0 for padding.
-        max_length: more tokens of a text were cut off.
+        max_length: the most tokens kept of a text.
         pad_id: None where nothing had to be padded.
-        n_truncated: texts of which tokens were cut off.
+        n_truncated: number of texts that were truncated.
     """
 
     input_ids: Int32[Tensor, "n t"]
@@ -58,18 +58,18 @@ def tokenise(
     Args:
         texts: in order, at least one.
         definition: content of a tokenizer.json.
-        max_length: tokens of a text that are kept. Default: what the tokenizer itself says, else 512 or the network's
+        max_length: most tokens kept of a text. Default: the tokenizer's own limit, else 512 or the network's
             positions, whichever is less.
         config: of the network; its `pad_token_id` comes first, then the tokenizer's padding, then the usual names.
-        any_padding: whether the token 0 will do where nothing says what pads, as for causal language models, many of
-            which have no padding: what is masked is no sample, and no sample sees it.
+        any_padding: whether token 0 may pad where no padding token is known, as for causal language models, many of
+            which have none: masked positions are not samples, and no sample sees them.
 
     Returns:
         Ids and masks; padding is on the right unless the tokenizer says left.
 
     Raises:
-        AnalysisError: `invalid-probe` where the tokenizer cannot be built or does not take a text, where texts differ
-            in length and nothing says what pads them, or where they are more than 2^31 tokens.
+        AnalysisError: `invalid-probe` where the tokenizer cannot be built or refuses a text, where texts differ in
+            length and no padding token is known, or where they have more than 2^31 tokens.
     """
     config = config or {}
     try:
@@ -88,7 +88,7 @@ def tokenise(
     except AnalysisError:
         raise
     except BaseException as error:
-        # The library raises nothing more particular, and where it panics what is no Exception.
+        # The library raises plain Exception, and for a panic a BaseException that is not an Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
@@ -131,7 +131,7 @@ def _default_length(config: Mapping[str, Any]) -> int:
 
 
 def _pad_id(tokenizer: Tokenizer, padding: Mapping[str, Any], config: Mapping[str, Any], any_padding: bool) -> int:
-    # Some configurations have -1 for none.
+    # Some configurations use -1 for no padding token.
     if isinstance(config.get("pad_token_id"), int) and config["pad_token_id"] >= 0:
         return int(config["pad_token_id"])
     if "pad_id" in padding:

@@ -1,1 +1,1 @@
-"""Checkpoints to and from files: saving, capturing features, and conversion of what torch has pickled."""
+"""Checkpoints to and from files: saving, capturing features, and conversion of torch pickles."""

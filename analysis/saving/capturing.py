@@ -1,7 +1,7 @@
-"""What a network's head receives, taken by whoever has the network: a feature set for the service.
+"""Capture the inputs of a network's head in the caller's own process, as a feature set for the service.
 
 For networks that the service cannot build. The pass, and the check that features and head give the logits, are those of
-`extraction`; here batches come from a loader of the training script, and the model is its own.
+`extraction`; here the batches come from a loader of the training script, and so does the model.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,7 +21,7 @@ from analysis.passes.precision import arithmetic
 from analysis.probes.inputs import Inputs
 from analysis.saving.checkpoint import unwrapped, write_feature_file
 
-# Where loaders that give dictionaries keep the labels.
+# Keys of the labels in dictionaries from loaders.
 _LABELS = ("labels", "label", "targets", "target")
 _SPLITS = {"train": 0, "test": 1}
 
@@ -34,27 +34,27 @@ def capture_features(
     *,
     device: torch.device | str | None = None,
 ) -> dict[str, Tensor]:
-    """Pass a loader's batches through a model and keep what its head receives: a feature set.
+    """Pass a loader's batches through a model and keep the inputs of its head: a feature set.
 
     Args:
-        model: in any mode; it runs in evaluation mode without gradients, and has its modes back at the end, also of its
-            parts. A wrapper of DistributedDataParallel or torch.compile is left aside.
+        model: in any mode; it runs in evaluation mode without gradients, and the modes of all its parts are restored
+            at the end. A wrapper of DistributedDataParallel or torch.compile is taken off.
         head: the classification head, a linear module of the model or its name.
         loader: gives (inputs, labels), or dictionaries with `labels`, `label`, `targets` or `target` beside the model's
-            own arguments. Or two such loaders, as {"train": ..., "test": ...}.
-        path: where to write the set, for `push_feature_set`. Default: nowhere.
-        device: where batches go. Default: where the model's parameters are.
+            own arguments. Or two loaders of this kind, as {"train": ..., "test": ...}.
+        path: where to write the set, for `push_feature_set`. Default: it is not written.
+        device: target of the batches. Default: the device of the model's parameters.
 
     Returns:
         `features` (n, d), `labels` (n,), `head` (c, d), `logits` (n, c), `head_bias` (c,) where the head has one, and
         `split` (n,) where loaders have names; on the processor.
 
     Raises:
-        AnalysisError: `head-not-found` where the head is not run once a batch, or features x head + bias are not the
-            logits; `inputs-refused`, `invalid-feature-set`, `invalid-argument`, `non-finite-values`.
+        AnalysisError: `head-not-found` where the head does not run exactly once a batch, or features x head + bias are
+            not the logits; `inputs-refused`, `invalid-feature-set`, `invalid-argument`, `non-finite-values`.
 
-    Numerics: float32, as `extraction.extract_features`; a model whose logits are of a narrower type is held to what
-        that type allows. Memory: 4 n (d + c) bytes, twice while it is put together; on the device a batch.
+    Numerics: float32, as `extraction.extract_features`; a model whose logits are of a narrower type is held to that
+        type's tolerance. Memory: 4 n (d + c) bytes, twice that while the set is assembled; on the device a batch.
     """
     plain = unwrapped(model)
     parameter = next(plain.parameters(), None)
@@ -86,7 +86,7 @@ def capture_features(
 
 
 class _Called(nn.Module):
-    """A model as `extraction` calls it: one argument in, a tensor of logits out."""
+    """Adapts a model to the calls of `extraction`: one argument in, a tensor of logits out."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ def _of_batch(
     )
     with watching(network) as run:
         passed = run(on_device)
-    # A model that is itself narrow, or multiplies in TF32, is held to what that allows.
+    # A model that is itself narrow, or multiplies in TF32, is held to the wider tolerance.
     wide = isinstance(passed.output, Tensor) and passed.output.dtype in (torch.float32, torch.float64)
     exact = wide and torch.get_float32_matmul_precision() == "highest"
     features, logits = features_and_logits(network, passed, "float32" if exact else "bfloat16", first=True)
@@ -135,12 +135,12 @@ def _of_batch(
             f"Labels are whole numbers, one a sample; these are {labels.dtype} of shape {[*labels.shape]} "
             f"for {len(features)} samples.",
         )
-    # Copies: a model may use one tensor for what it gives of every batch.
+    # Copies: a model may reuse one output tensor for every batch.
     return features.to("cpu", copy=True), logits.to("cpu", copy=True), labels.cpu().long()
 
 
 def _taken_apart(batch: Any) -> tuple[Tensor | dict[str, Tensor], Tensor]:
-    """Inputs and labels of a batch."""
+    """Return inputs and labels of a batch."""
     match batch:
         case Mapping():
             found = [name for name in _LABELS if name in batch]
@@ -160,7 +160,7 @@ def _taken_apart(batch: Any) -> tuple[Tensor | dict[str, Tensor], Tensor]:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode; each part gets back the mode that it had, frozen ones theirs."""
+    """Run the block in evaluation mode; each part gets its previous mode back, frozen parts too."""
     modes = [(part, part.training) for part in model.modules()]
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""A model in memory, as a training script has it, as a checkpoint file that the service takes."""
+"""Save a model from a training script as a checkpoint file that the service accepts."""
 
 import json
 import os
@@ -22,30 +22,30 @@ def save_checkpoint(
     head: str | None = None,
     check: bool = True,
 ) -> Path:
-    """Write a model's weights, and what its network is, as one safetensors file that the service takes.
+    """Write a model's weights, and the description of its network, as one safetensors file that the service accepts.
 
     Wrappers (DistributedDataParallel, DataParallel, torch.compile) are taken off. The file appears under its name only
-    once it is complete and checked, so whoever looks for new checkpoints never finds half of one.
+    once it is complete and checked, so a process that watches for new checkpoints never finds a partial file.
 
     Args:
         model: on any device and in any mode; it is not changed.
-        path: where to; what is there already is replaced.
-        architecture: description of the network, which goes into the file. Default: of a model of transformers its own
-            configuration; of any other none, and the upload has to bring one.
+        path: target file; an existing one is replaced.
+        architecture: description of the network, which goes into the file. Default: for a model of transformers its
+            own configuration; for any other none, and the upload must supply one.
         head: module name of the classification head, for the check. Default: the family's own.
         check: build the network from its description and load the file into it, as a worker would. It takes memory for
-            the model once more, and needs the family's library. Without a description there is nothing to check.
+            a second copy of the model, and needs the family's library. Without a description nothing is checked.
 
     Returns:
         The path.
 
     Raises:
-        ConversionError: something of the model has no plain form: it is sparse, quantised, sharded, without memory, or
-            no tensor.
+        ConversionError: an entry of the model's state has no plain form: it is sparse, quantised, sharded, without
+            memory, or not a tensor.
         AnalysisError: the check failed: `invalid-architecture`, `checkpoint-mismatch`, `head-not-found`,
             `non-finite-values`, or `family-unavailable` where it cannot be made here.
 
-    Numerics: weights are written in the type that they have. Memory: a copy of the weights, on the processor.
+    Numerics: weights keep their type. Memory: a copy of the weights, on the processor.
     """
     path = Path(path)
     plain = unwrapped(model)
@@ -64,7 +64,7 @@ def write_feature_file(tensors: Mapping[str, Shaped[Tensor, "..."]], path: Path)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model that was given to DistributedDataParallel, DataParallel or torch.compile, however often."""
+    """Return the model inside any wrappers of DistributedDataParallel, DataParallel and torch.compile."""
     while True:
         inner = getattr(model, "_orig_mod", None)
         if inner is None and isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
@@ -75,7 +75,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The state of a model under plain names: a compiled part of it has a prefix of its own."""
+    """Return the state of a model under plain names, without the prefixes of compiled parts."""
     tensors: dict[str, Tensor] = {}
     for name, value in model.state_dict().items():
         if not isinstance(value, Tensor):
@@ -93,7 +93,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _own_architecture(model: nn.Module) -> dict[str, Any] | None:
-    """The description of a model of transformers, which has its configuration with it."""
+    """Return the description of a model of transformers, from its own configuration; None for other models."""
     config = getattr(model, "config", None)
     if not (hasattr(config, "to_json_string") and hasattr(config, "model_type")):
         return None
@@ -104,7 +104,7 @@ def _own_architecture(model: nn.Module) -> dict[str, Any] | None:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """A place beside the file that takes its name at the end of the block, and is gone where the block fails."""
+    """Yield a temporary path beside the file; it is renamed at the end of the block, and removed if the block fails."""
     staged = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield staged

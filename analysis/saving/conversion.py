@@ -1,7 +1,7 @@
-"""From a PyTorch pickle to safetensors, on the machine of whoever has it; the service itself opens none.
+"""Convert a PyTorch pickle to safetensors, on the user's machine; the service itself opens no pickles.
 
-Training scripts save more than weights: an epoch, an optimizer, averaged copies. What is kept is one mapping from names
-to tensors; everything else is named, so that nobody has to wonder where it went.
+Training scripts save more than weights: an epoch, an optimizer, averaged copies. One mapping from names to tensors is
+kept; everything else is listed, so that users can see what was left out.
 """
 
 import json
@@ -23,13 +23,13 @@ from analysis.saving.distributed import METADATA, open_distributed
 from analysis.saving.pickles import Inert, Key, Name, Reference
 from analysis.saving.torchfiles import NoPlainTensor, NotTorchError, TensorPlan, open_torch_file
 
-# Where training scripts keep the weights, most telling first; an optimizer's state is never taken for them.
+# Usual keys of the weights in training scripts' files, best first; an optimizer's state is never taken for weights.
 _USUAL_KEYS = ("state_dict", "model_state_dict", "model", "network", "net", "module", "weights", "params")
 _NEVER = ("optim", "sched", "scaler")
 _MAX_DEPTH = 4
 _LISTED = 20
 _LONGEST_NAME = 200
-# In the words of those who saved it.
+# Common terms for types in messages.
 _SAID = {
     "numpy.core.multiarray.scalar": "numpy scalar",
     "numpy._core.multiarray.scalar": "numpy scalar",
@@ -48,13 +48,13 @@ class ConversionError(Exception):
 
 @dataclass(frozen=True)
 class Weights:
-    """What a file holds.
+    """The weights of a file, and the rest of its content.
 
     Attributes:
         tensors: the weights by name.
-        key: where they were in the file, with dots between; empty at its top.
-        left_out: what else was there by key, and what it is.
-        others: keys of further weights that could have been taken, such as an averaged copy.
+        key: their key in the file, nested keys separated by dots; empty at the top level.
+        left_out: description of each other entry, by key.
+        others: keys of further weights that could have been taken, for example an averaged copy.
     """
 
     tensors: dict[str, Shaped[Tensor, "..."]]
@@ -64,35 +64,35 @@ class Weights:
 
 
 def read_weights(path: Path, *, key: str | None = None) -> Weights:
-    """Return the weights in a .pt, .pth, .ckpt or .bin file, or in a folder of such.
+    """Return the weights in a .pt, .pth, .ckpt or .bin file, or in a folder of these.
 
-    Nothing of the file is run: what is no tensor, text, number or container of these is a name and no more
+    Nothing of the file is run: anything but tensors, texts, numbers and containers of these becomes only a name
     (`analysis.saving.pickles`).
 
     Args:
-        path: what `torch.save` wrote, in any of its forms since PyTorch 0.1.10; a folder of
+        path: a file of `torch.save`, in any of its forms since PyTorch 0.1.10; a folder of
             torch.distributed.checkpoint (.metadata and .distcp files); or a Hugging Face folder with pytorch_model.bin,
             in one file or in shards.
-        key: where in the file the weights are, such as `ema.state_dict`. Default: the usual places.
+        key: key of the weights in the file, such as `ema.state_dict`. Default: the usual places.
 
     Returns:
-        The weights, and what was left out.
+        The weights, and the entries left out.
 
     Raises:
-        ConversionError: it is no such file, is damaged, or holds no weights (there).
+        ConversionError: the file is of another kind, damaged, or holds no weights (under this key).
     """
     name = path.resolve().name
     try:
         with ExitStack() as stack:
             content, n_bytes = _opened(path, stack)
-            # Views repeat numbers, and tied weights are written once for each name.
+            # Views repeat numbers, and tied weights count once for each name.
             return _chosen(name, content, key, most_bytes=16 * n_bytes + 2**30)
     except NotTorchError as error:
         raise ConversionError(f"{shown(name)} {error}.") from None
 
 
 def _opened(path: Path, stack: ExitStack) -> tuple[Any, int]:
-    """What a file or a folder holds, and how many bytes it has."""
+    """Return the content of a file or folder, and its number of bytes."""
     if not path.is_dir():
         return stack.enter_context(open_torch_file(path)), path.stat().st_size
     if (path / METADATA).is_file():
@@ -108,7 +108,7 @@ def _opened(path: Path, stack: ExitStack) -> tuple[Any, int]:
 
 
 def _bins(folder: Path) -> list[Path]:
-    """The files of a Hugging Face folder that hold its weights."""
+    """Return the files of a Hugging Face folder that hold its weights."""
     index = folder / "pytorch_model.bin.index.json"
     if (whole := folder / "pytorch_model.bin").is_file() or not index.is_file():
         if whole.is_file():
@@ -163,20 +163,20 @@ def _chosen(name: str, content: Any, key: str | None, most_bytes: int) -> Weight
 def write_safetensors(
     tensors: Mapping[str, Shaped[Tensor, "..."]], path: Path, *, architecture: Mapping[str, Any] | None = None
 ) -> None:
-    """Write weights as a checkpoint that the service takes.
+    """Write weights as a checkpoint that the service accepts.
 
     Args:
-        tensors: by name; those that share memory, as tied weights do, are written once each.
-        path: where to.
-        architecture: description of the network; embedded where given, so that it need not be sent apart.
+        tensors: by name; tensors that share memory, such as tied weights, are written once each.
+        path: target file.
+        architecture: description of the network; if given it is embedded and need not be sent separately.
 
     Raises:
-        ConversionError: a tensor has no plain form, being sparse or quantised, or safetensors has not its type.
+        ConversionError: a tensor has no plain form, being sparse or quantised, or safetensors lacks its type.
     """
     for name, tensor in tensors.items():
         if tensor.layout is not torch.strided or tensor.is_quantized:
             raise ConversionError(f"{name!r} is sparse or quantised; write it as a plain tensor first.")
-    # Copies, as views into one storage would be refused or drag the whole of it along; not on a GPU, which may be full.
+    # Copies, as views into one storage would be refused or include all of it; not on a GPU, which may be full.
     plain = {
         name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
@@ -193,21 +193,21 @@ def write_safetensors(
 
 
 def _entries(value: Any) -> dict[Any, Any] | None:
-    """What a dictionary, or an instance of a subclass of it, has by key; None of anything else."""
+    """Return the entries of a dictionary, or of an instance of a subclass; None for anything else."""
     if isinstance(value, dict):
         return value
     return value.entries if isinstance(value, Inert) and value.entries else None
 
 
 def _states(content: Any) -> Iterator[tuple[str, dict[Any, Any]]]:
-    """Every mapping with names whose values are tensors, by where it is."""
+    """Yield every mapping from names to tensors, with its key."""
     for key, entries in _mappings(content):
         if any(isinstance(name, str) and isinstance(value, _PLANS) for name, value in entries.items()):
             yield key, entries
 
 
 def _mappings(content: Any) -> Iterator[tuple[str, dict[Any, Any]]]:
-    """Every mapping that may hold weights, by where it is; each once, the outermost places first."""
+    """Yield every mapping that may hold weights, with its key; each once, the outermost first."""
     seen: set[int] = set()
     waiting = deque([("", content, 0)])
     while waiting:
@@ -226,7 +226,7 @@ def _mappings(content: Any) -> Iterator[tuple[str, dict[Any, Any]]]:
 
 
 def _rank(entry: tuple[str, Mapping[Any, Any]]) -> tuple[int, ...]:
-    """The usual places first, the outermost of them; without one whatever holds the most numbers."""
+    """Return a sort key: the usual places first, the outermost of them; then by the most numbers."""
     key, state = entry
     *_, last = key.split(".")
     if last in _USUAL_KEYS:
@@ -235,7 +235,7 @@ def _rank(entry: tuple[str, Mapping[Any, Any]]) -> tuple[int, ...]:
 
 
 def _without_weights(name: str, content: Any) -> str:
-    """Why there is nothing to convert, and what to do."""
+    """Return a message that says why nothing can be converted, and what to do."""
     modules = (value for value in (content, *(_entries(content) or {}).values()) if _is_module(value))
     if (module := next(modules, None)) is not None:
         return (
@@ -264,7 +264,7 @@ def _is_module(value: Any) -> bool:
 
 
 def _kind(value: Any) -> str:
-    """What something is that was left out."""
+    """Return a description of an entry that was left out."""
     match value:
         case NoPlainTensor(kind="meta"):
             return f"meta tensor {_shape(value.shape)}, which has no numbers"
@@ -292,7 +292,7 @@ def _shape(shape: tuple[int, ...] | None) -> str:
 
 
 def _key(key: Any) -> str:
-    """A key of a dictionary as text; of one that is an object, its kind."""
+    """Return a key of a dictionary as text; for an object, its kind."""
     return str(key) if isinstance(key, str | int | float) else _kind(key)
 
 
@@ -301,7 +301,7 @@ def _place(key: Any) -> str:
 
 
 def shown(name: str) -> str:
-    """A name of a stranger's in a message: in quotes, printable, and with its middle left out where it is long."""
+    """Return an untrusted name for a message: in quotes, printable, and with its middle cut out if it is long."""
     if len(name) > _LONGEST_NAME:
         name = f"{name[: _LONGEST_NAME // 2]}...{name[-_LONGEST_NAME // 4 :]}"
     return repr(name)

@@ -1,7 +1,7 @@
-"""Folders of torch.distributed.checkpoint: many processes' parts of each tensor, put together.
+"""Read folders of torch.distributed.checkpoint: join the parts of each tensor from many processes.
 
-`.metadata`, a pickle, says of each tensor which parts it has and where in the .distcp files each part lies, as a file
-of torch.save within the file. It is read as such files are: nothing of it is run.
+`.metadata`, a pickle, lists the parts of each tensor and their positions in the .distcp files. Each part is a file of
+torch.save within the file. All are read as plain data: nothing of them is run.
 """
 
 import io
@@ -25,7 +25,7 @@ _MODULE = "torch.distributed.checkpoint.metadata"
 
 @dataclass(frozen=True)
 class _Part:
-    """A part of a tensor: where in the tensor, its shape, and where its bytes lie."""
+    """A part of a tensor: its offsets in the tensor, its shape, and the position of its bytes."""
 
     offsets: tuple[int, ...]
     shape: tuple[int, ...]
@@ -39,11 +39,11 @@ def open_distributed(folder: Path) -> Iterator[dict[str, Any]]:
     """Open a folder of torch.distributed.checkpoint; its tensors can be read inside the block.
 
     Yields:
-        Nested dictionaries, as they were saved, with a `TensorPlan` for each tensor; what is no tensor stays unopened.
+        Nested dictionaries, as they were saved, with a `TensorPlan` for each tensor; other objects stay unopened.
 
     Raises:
-        NotTorchError: it is no such folder, is damaged, or packed by an extension.
-        OSError: it cannot be read.
+        NotTorchError: the folder is of another kind, damaged, or packed by an extension.
+        OSError: the folder cannot be read.
     """
     try:
         with (folder / METADATA).open("rb") as file:
@@ -64,7 +64,7 @@ def open_distributed(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def _where(folder: Path, places: dict[Any, Any]) -> dict[tuple[str, tuple[int, ...]], tuple[Path, int, int]]:
-    """By a tensor's name and where in it a part begins: the part's file, first byte and number of bytes."""
+    """Return file, first byte and number of bytes of each part, by the tensor's name and the part's offsets in it."""
     found = {}
     for index, place in places.items():
         of, at = _state(index), _state(place)
@@ -124,7 +124,7 @@ def _read(part: _Part) -> Any:
 
 
 def _put(content: dict[str, Any], path: Any, name: str, held: Any) -> None:
-    """Put something where it was before names and places became one name, such as model.layer.weight."""
+    """Put an entry back at its nested place, which saving flattened to one name, such as model.layer.weight."""
     steps = path if isinstance(path, tuple) and path and all(isinstance(step, str) for step in path) else (name,)
     for step in steps[:-1]:
         content = content.setdefault(step, {})
@@ -140,7 +140,7 @@ def _state(value: Any) -> dict[Any, Any]:
 
 
 def _dtype(properties: Any) -> torch.dtype | None:
-    """The type in a tensor's properties, whose state is a tuple that begins with it."""
+    """Return the type in a tensor's properties, whose state is a tuple that begins with it."""
     match properties:
         case Inert(state=(Name() as named, *_)) | Inert(state={"dtype": Name() as named}):
             pass

@@ -1,9 +1,9 @@
-"""Pickles of strangers as plain data: nothing that a pickle names is imported, and nothing is called.
+"""Read untrusted pickles as plain data: no name in a pickle is imported, and nothing is called.
 
-A pickle is a program for a machine with a stack. Python's own machine looks names up and calls what it finds; this one
-has no such step. A name is a `Name`, and what a call, an instance or a state would have made is an `Inert` that says
-what was asked for. Lists, tuples, dictionaries, texts and numbers are themselves. Reading is one loop without
-recursion; what it may take is bounded by the number of steps.
+A pickle is a program for a stack machine. Python's own machine looks names up and calls the objects it finds; this one
+does neither. A name becomes a `Name`, and the result of a call, an instance or a state becomes an `Inert` that records
+the request. Lists, tuples, dictionaries, texts and numbers are themselves. Reading is one loop without recursion; its
+cost is bounded by the number of steps.
 """
 
 import pickletools
@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from io import SEEK_END, SEEK_SET, BufferedReader, BytesIO
 from typing import IO, Any, ClassVar, cast
 
-# Far more than a training state has; a pickle of as many empty lists takes a gigabyte and half a minute.
+# Far more than a training state has; a pickle of this many empty lists takes a gigabyte and half a minute.
 MOST_STEPS = 10_000_000
-# Of what one opcode holds without saying how long it is: a name, a number in digits.
+# Limit for an argument of unannounced length: a name, or a number in digits.
 _LINE_BYTES = 2**20
-# Calls of these make a dictionary: what a state_dict is, and what training scripts keep beside it.
+# Calls of these make a dictionary, the type of a state_dict and of entries that training scripts keep beside it.
 _DICTIONARIES = frozenset(
     ("collections.OrderedDict", "collections.defaultdict", "collections.Counter", "builtins.dict", "__builtin__.dict")
 )
@@ -26,26 +26,26 @@ _UNHASHED = (list, tuple, dict, bytearray)
 
 
 class PickleError(ValueError):
-    """The bytes are no complete pickle, or one without end."""
+    """The bytes are not a complete pickle, or exceed the number of steps."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Name:
-    """What a pickle names, such as `torch._utils._rebuild_tensor_v2`. It was not looked up."""
+    """A name in a pickle, such as `torch._utils._rebuild_tensor_v2`. It was not looked up."""
 
     text: str
 
 
 @dataclass(eq=False, slots=True)
 class Inert:
-    """What a pickle would have made by a call or as an instance, and did not.
+    """Stands for the result of a call, or for an instance, that the pickle requests; neither is made.
 
     Attributes:
-        name: what would have been called; the class of an instance.
+        name: the function of the call, or the class of the instance.
         arguments: of the call.
-        state: what the instance would have been given as its state.
-        items: what would have been appended or added to it.
-        entries: what would have been set by key: those of a subclass of dict.
+        state: the state that the instance would have received.
+        items: the items that would have been appended or added to it.
+        entries: the entries that would have been set by key, as in a subclass of dict.
     """
 
     name: str
@@ -57,37 +57,37 @@ class Inert:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Key:
-    """A key of a dictionary that is a list, a tuple or a dictionary: hashing those may take for ever."""
+    """A key of a dictionary that is a list, a tuple or a dictionary; hashing these may take forever."""
 
     value: Any
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Reference:
-    """What a pickle keeps outside of itself, by what it says of it (persistent id), such as a tensor's storage."""
+    """An object outside of the pickle, such as a tensor's storage, by its persistent id."""
 
     id: Any
 
 
 def read_pickle(file: OpenFile, *, references: list[Reference] | None = None, most_steps: int = MOST_STEPS) -> Any:
-    """Return the data of the pickle that begins where the file is, and leave the file right after it.
+    """Return the data of the pickle at the file's current position, and leave the file right after it.
 
     Args:
         file: seekable.
-        references: gets every `Reference` of the pickle, wherever in the data it is.
-        most_steps: opcodes, and entries that are copied.
+        references: receives every `Reference` of the pickle, anywhere in the data.
+        most_steps: limit for opcodes and copied entries together.
 
     Returns:
-        Numbers, texts, bytes, None, lists, tuples, dictionaries, `Name`, `Inert` and `Reference`. Sets are lists. One
-        object that the pickle has in several places is one object here; a list or a dictionary may hold itself.
+        Numbers, texts, bytes, None, lists, tuples, dictionaries, `Name`, `Inert` and `Reference`. Sets are lists. An
+        object that occurs in several places is one object here; a list or a dictionary may hold itself.
 
     Raises:
-        PickleError: it ends early, is damaged, or takes more steps.
+        PickleError: the pickle ends early, is damaged, or takes more steps.
     """
     machine = _Machine(most_steps, [] if references is None else references)
     try:
         with warnings.catch_warnings():
-            # Of backslashes in names, which pickletools takes for escapes.
+            # Warnings about backslashes in names, which pickletools takes for escapes.
             warnings.simplefilter("ignore", DeprecationWarning)
             for opcode, argument, _ in pickletools.genops(cast(IO[bytes], _Bounded(file))):
                 machine.step(opcode.name, argument)
@@ -99,7 +99,7 @@ def read_pickle(file: OpenFile, *, references: list[Reference] | None = None, mo
 
 
 class _Bounded:
-    """A file of which no more is asked for than it holds, whatever a pickle announces."""
+    """A file that limits reads to its size, whatever length a pickle announces."""
 
     def __init__(self, file: OpenFile) -> None:
         place = file.tell()
@@ -117,7 +117,7 @@ class _Bounded:
 
 
 class _Machine:
-    """The stack, and what each opcode does to it. The names are those of `pickletools`."""
+    """The stack, and the effect of each opcode on it. The opcode names are those of `pickletools`."""
 
     def __init__(self, most_steps: int, references: list[Reference]) -> None:
         self._references = references
@@ -222,7 +222,7 @@ class _Machine:
             case other:
                 raise PickleError(f"it sets a member of a {type(other).__name__}")
 
-    # --- what Python would import and call ---
+    # --- names and calls that Python would import and run ---
 
     def _global(self, argument: str) -> None:
         self._stack.append(Name(argument.replace(" ", ".", 1)))
@@ -269,7 +269,7 @@ class _Machine:
 
     def _state(self, _: Any) -> None:
         state = self._stack.pop()
-        # A dictionary's attributes, and a tensor's, are none of its entries.
+        # Attributes of a dictionary or a tensor are not entries.
         if isinstance(target := self._stack[-1], Inert):
             target.state = state
 
@@ -314,7 +314,7 @@ _FETCHED = frozenset(("GET", "BINGET", "LONG_BINGET"))
 
 
 def _pairs(flat: list[Any]) -> dict[Any, Any]:
-    """Keys and values by turns as a dictionary."""
+    """Return alternating keys and values as a dictionary."""
     if len(flat) % 2:
         raise PickleError("it has a key without a value")
     keys = (Key(key) if isinstance(key, _UNHASHED) else key for key in flat[::2])

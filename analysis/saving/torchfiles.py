@@ -1,7 +1,7 @@
-"""Files of torch.save, read without running what they hold: tensors as plans of where their numbers lie.
+"""Read files of torch.save without running their content; tensors become plans of where their numbers lie.
 
-Both forms that torch writes: the zip of today, in either byte order, and the bare pickles of before 1.6. A tensor's
-numbers are read when they are asked for, so that an optimizer's state beside the weights costs nothing.
+Both forms that torch writes are read: the current zip, in either byte order, and the bare pickles before 1.6. A
+tensor's numbers are read on request, so that an optimizer's state beside the weights costs nothing.
 """
 
 import io
@@ -35,17 +35,18 @@ _STORAGES = {
     "Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8,
     "Bool": torch.bool, "ComplexFloat": torch.complex64, "ComplexDouble": torch.complex128, "Untyped": torch.uint8,
 }  # fmt: skip
-# Parts of numbers that a change of the byte order turns round.
+# Bytes of the parts of complex numbers, each of which is byte-swapped separately.
 _PART_BYTES = {torch.complex64: 4, torch.complex128: 8}
 
 
 class NotTorchError(ValueError):
-    """The file is none of torch.save, or not whole; the message is a clause that says what it is."""
+    """The file is not of torch.save, or incomplete; the message is a clause that says what it is."""
 
 
 @dataclass(frozen=True, eq=False)
 class Storage:
-    """Numbers of a file in one piece: their type, how many the pickle says they are, and their bytes by their type."""
+    """One contiguous piece of numbers: their type, their number by the pickle, and a function that reads their bytes
+    as a type."""
 
     dtype: torch.dtype
     n_numbers: int
@@ -54,11 +55,11 @@ class Storage:
 
 @dataclass(frozen=True, eq=False)
 class TensorPlan:
-    """A tensor of a file: which numbers of a storage it is.
+    """A tensor of a file, as a part of a storage.
 
     Attributes:
         dtype, shape: of the tensor.
-        read: gives its numbers. Those of one storage share memory. Raises NotTorchError where the file lacks them.
+        read: returns its numbers. Tensors of one storage share memory. Raises NotTorchError where the file lacks them.
     """
 
     dtype: torch.dtype
@@ -67,13 +68,13 @@ class TensorPlan:
 
     @property
     def n_bytes(self) -> int:
-        """What its numbers take, each counted as often as it stands in the tensor."""
+        """Size of its numbers, each counted as often as it occurs in the tensor."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True, eq=False)
 class NoPlainTensor:
-    """A tensor that has no numbers to read as they are: `kind` is meta, sparse, quantised or another word."""
+    """A tensor without plain numbers to read: `kind` is meta, sparse, quantised or another word."""
 
     kind: str
     shape: tuple[int, ...] | None = None
@@ -84,18 +85,18 @@ def open_torch_file(path: Path) -> Iterator[Any]:
     """Open a file of torch.save; its tensors can be read inside the block.
 
     Yields:
-        What `read_pickle` gives, with a `TensorPlan` or a `NoPlainTensor` for each tensor.
+        The result of `read_pickle`, with a `TensorPlan` or a `NoPlainTensor` for each tensor.
 
     Raises:
-        NotTorchError: it is another file, or damaged.
-        OSError: it cannot be read.
+        NotTorchError: the file is of another kind, or damaged.
+        OSError: the file cannot be read.
     """
     with path.open("rb") as file:
         yield read_torch_file(file)
 
 
 def read_torch_file(file: OpenFile) -> Any:
-    """Return the same of an open file, which must stay open while tensors are read."""
+    """Return the content of an open file as in `open_torch_file`; it must stay open while tensors are read."""
     start = file.read(512)
     file.seek(0)
     try:
@@ -154,7 +155,7 @@ def _read_zip(file: OpenFile) -> Any:
         order = _member(file, archive, members[name], 16).decode("ascii", "replace")
     if order not in ("little", "big"):
         raise NotTorchError("has an unknown byte order")
-    # By name and type: some types of tensors have storages that say bytes.
+    # By name and type: some kinds of tensors have storages declared as bytes.
     loaded: dict[tuple[str, torch.dtype], bytearray] = {}
 
     def storage(id_: Any) -> Storage | None:
@@ -178,12 +179,12 @@ def _read_zip(file: OpenFile) -> Any:
 
 
 def _member(file: OpenFile, archive: zipfile.ZipFile, info: zipfile.ZipInfo, most_bytes: int) -> bytes:
-    """Return what a zip's member holds. What is stored is read where it lies, as torch may leave its checksum out."""
+    """Return the content of a zip's member. Uncompressed members are read in place, as torch may omit the checksum."""
     if info.file_size > most_bytes or info.header_offset < 0:
         raise NotTorchError(f"is damaged: its {info.filename[:200]!r} has {info.file_size} bytes")
     try:
         if info.compress_type != zipfile.ZIP_STORED:
-            # No more comes than was announced; what was announced is bounded by what is packed.
+            # zipfile unpacks at most the announced size; the announced size is bounded by the packed size.
             if info.file_size > 1100 * info.compress_size:
                 raise NotTorchError("is damaged: a member of its zip would unpack to more than it can hold")
             return archive.read(info)
@@ -208,7 +209,7 @@ def _in_order(content: bytes, order: str, dtype: torch.dtype) -> bytearray:
     return numbers
 
 
-# --- the bare pickles of before ---------------------------------------------------------------------------------------
+# --- the bare pickles before 1.6 --------------------------------------------------------------------------------------
 
 
 def _read_legacy(file: OpenFile) -> Any:
@@ -222,7 +223,7 @@ def _read_legacy(file: OpenFile) -> Any:
     references: list[Reference] = []
     content = read_pickle(file, references=references)
     announced = filter(None, (_announced(reference.id) for reference in references))
-    # As torch does: the first that names a storage says its type.
+    # As in torch, the first reference to a storage decides its type.
     types = {key: dtype for key, dtype, _ in reversed([*announced])}
     spans = dict(_spans(file, read_pickle(file), types))
     loaded: dict[str, bytearray] = {}
@@ -232,7 +233,7 @@ def _read_legacy(file: OpenFile) -> Any:
             return None
         key, dtype, n_numbers = found
         first = 0
-        # Where a storage is a part of another: its key, where it begins in numbers, and how many it has.
+        # A storage that is a part of another: its key, its start in numbers, and its number of them.
         match id_[5:]:
             case ((_, int() as start, int() as size),) if start >= 0 and size >= 0:
                 first, n_numbers = start, size
@@ -252,7 +253,7 @@ def _read_legacy(file: OpenFile) -> Any:
 
 
 def _spans(file: OpenFile, keys: Any, types: Mapping[str, torch.dtype]) -> Iterator[tuple[str, tuple[int, int]]]:
-    """Where each storage's bytes begin, and how many there are; little-endian whatever machine wrote them."""
+    """Yield start and number of bytes of each storage; they are little-endian on any machine."""
     place = file.tell()
     end = file.seek(0, io.SEEK_END)
     for key in keys if isinstance(keys, list) else ():
@@ -271,7 +272,7 @@ def _spans(file: OpenFile, keys: Any, types: Mapping[str, torch.dtype]) -> Itera
 
 
 def _announced(id_: Any) -> tuple[str, torch.dtype, int] | None:
-    """Key, type and number of numbers of a storage, by what a pickle says of it; None where it is no storage."""
+    """Return key, type and number of numbers of a storage from its persistent id; None for other ids."""
     match id_:
         case ("storage", Name() as type_, str() as key, _, int() as n_numbers, *_) if n_numbers >= 0:
             dtype = _storage_dtype(type_)
@@ -287,7 +288,7 @@ def _storage_dtype(type_: Name) -> torch.dtype | None:
 
 
 def _with_tensors(content: Any, storage: Callable[[Any], Storage | None]) -> Any:
-    """Return the content with plans in the places of tensors. Each object is looked at once, without recursion."""
+    """Return the content with plans in place of tensors. Each object is visited once, without recursion."""
     made: dict[int, tuple[Inert, Any]] = {}
 
     def tensor(value: Any) -> Any:
@@ -316,7 +317,7 @@ def _with_tensors(content: Any, storage: Callable[[Any], Storage | None]) -> Any
 
 
 def _held(value: Any) -> Iterator[dict[Any, Any] | list[Any]]:
-    """What an object holds that can be changed in its place."""
+    """Yield the containers of an object that can be changed in place."""
     if isinstance(value, dict | list):
         yield value
     elif isinstance(value, Inert):
@@ -330,7 +331,7 @@ def _held(value: Any) -> Iterator[dict[Any, Any] | list[Any]]:
 def _rebuilt(value: Inert, storage: Callable[[Any], Storage | None]) -> Any:
     """Return the tensor that a call of one of torch's own functions would have made.
 
-    Parameters and subclasses are the tensor within, layer by layer.
+    Parameters and subclasses are unwrapped to the inner tensor, layer by layer.
     """
     for _ in range(8):
         kind, place = _REBUILD[value.name]
@@ -362,11 +363,11 @@ def _plain(value: Inert, storage: Callable[[Any], Storage | None]) -> TensorPlan
         return NoPlainTensor("of an unknown kind of numbers", sizes)
     if sizes is None or steps is None or len(sizes) != len(steps) or not isinstance(first, int):
         return NoPlainTensor("damaged", sizes)
-    # torch multiplies sizes, also beside one of 0.
+    # torch multiplies sizes, even if one of them is 0.
     if math.prod(size or 1 for size in sizes) >= 2**62:
         return NoPlainTensor("damaged", sizes)
     if value.name.endswith("_v3"):
-        # (..., requires_grad, hooks, dtype, metadata), as the storage itself has no type
+        # (..., requires_grad, hooks, dtype, metadata), as the storage itself is untyped
         dtype = getattr(torch, rest[2].text.removeprefix("torch."), None) if _is_name(rest, 2) else None
         if not isinstance(dtype, torch.dtype):
             return NoPlainTensor("of an unknown type", sizes)
@@ -399,7 +400,7 @@ def _read(of: Storage, first: int, sizes: tuple[int, ...], steps: tuple[int, ...
 
 
 def sizes_of(value: Any) -> tuple[int, ...] | None:
-    """A shape or strides; None where it is none."""
+    """Return a shape or strides as a tuple; None for any other value."""
     if isinstance(value, Inert) and value.name == "torch.Size" and value.arguments:
         value = value.arguments[0]
     if not isinstance(value, list | tuple) or len(value) > _MOST_RANK:
@@ -409,7 +410,7 @@ def sizes_of(value: Any) -> tuple[int, ...] | None:
     return tuple(value)
 
 
-# By the name of torch's function: what kind of tensor it makes, and which argument is its shape.
+# By the name of torch's function: the kind of tensor that it makes, and the index of the shape argument.
 _REBUILD: dict[str, tuple[str, int]] = {
     "torch._utils._rebuild_tensor": ("plain", 2),
     "torch._utils._rebuild_tensor_v2": ("plain", 2),

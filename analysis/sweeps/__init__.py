@@ -1,1 +1,1 @@
-"""Several networks in a row: interpolation paths, pruning sweeps and series of checkpoints."""
+"""Sequences of networks: interpolation paths, pruning sweeps and series of checkpoints."""

@@ -1,7 +1,7 @@
-"""Permuting one network's hidden units to match another's, before the path between them.
+"""Permute one network's hidden units to match another's, before the path between them.
 
-Which axes of which tensors must be permuted together follows from the network's computation, traced as ATen operations:
-`tracing.py` says it for any network; nothing here knows an architecture.
+The axes that must be permuted together follow from the network's computation, traced as ATen operations: `tracing.py`
+finds them for any network; nothing here depends on an architecture.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,11 +20,11 @@ from analysis.sweeps.tracing import tied_axes
 
 State = Mapping[str, Shaped[Tensor, "..."]]
 
-# A sweep that gains less than this share of the objective has gained nothing but rounding.
+# A sweep that gains less than this share of the objective has gained only rounding.
 _NOTHING = 1e-12
-# Parameters that become float64 at a time.
+# Parameters converted to float64 at a time.
 _CHUNK = 2**20
-# Logits of float32 networks that differ by less, of their largest, differ by the order of their sums.
+# Logits of float32 networks that differ by less than this share of the largest differ by the order of their sums.
 _SAME = 1e-4
 
 
@@ -33,7 +33,7 @@ class PermutationGroup:
     """Axes that one permutation moves together.
 
     Attributes:
-        size: how many units.
+        size: number of units.
         axes: name and dimension of each tensor.
     """
 
@@ -43,12 +43,12 @@ class PermutationGroup:
 
 @dataclass(frozen=True)
 class Alignment:
-    """A permutation for each group, and how it was found.
+    """A permutation for each group, and statistics of the search.
 
     Attributes:
         permutations: unit i of the aligned network is unit p[i] of the one before.
         sweeps: passes over all groups.
-        gain: by how much the inner product of the two networks' parameters rose.
+        gain: increase of the inner product of the two networks' parameters.
     """
 
     permutations: tuple[Int64[Tensor, " _"], ...]
@@ -57,15 +57,15 @@ class Alignment:
 
 
 def permutation_groups(module: nn.Module, example: Inputs) -> list[PermutationGroup]:
-    """Groups of axes that can be permuted without changing what a network computes.
+    """Return groups of axes that can be permuted without changing the network's function.
 
     Args:
         module: in evaluation mode.
         example: an input, two samples are enough.
 
     Returns:
-        The groups of more than one unit that hold an axis of a weight with two dimensions or more. An operation that is
-        not known fixes all that it touches: such a network is aligned less, never wrongly.
+        The groups of more than one unit that hold an axis of a weight with two dimensions or more. An unknown operation
+        fixes all axes that it touches: the network is then aligned less, never wrongly.
 
     Raises:
         AnalysisError: `alignment-failed` where the network cannot be traced.
@@ -88,20 +88,20 @@ def weight_matching(
     generator: torch.Generator,
     most_sweeps: int = 100,
 ) -> Alignment:
-    """Permutations that bring a network's parameters close to another's: argmax_p of the inner product of both.
+    """Find permutations that bring a network's parameters close to another's: argmax_p of the inner product of both.
 
     One group after the other, in random order, is solved exactly while the rest stays, until a sweep gains nothing.
 
     Args:
         groups: of both networks.
-        reference: parameters of the network that stays; what it leaves out, as running statistics should be, has no
-            say and is permuted all the same. Names that are in no group take no part.
-        state: parameters of the one that is permuted, at least those of the reference.
+        reference: parameters of the network that stays. Tensors missing here, as running statistics should be, do not
+            enter the objective and are permuted all the same. Names that are in no group are ignored.
+        state: parameters of the network that is permuted, at least those of the reference.
         generator: on the CPU; draws the order of the groups in each sweep.
         most_sweeps: stop after so many.
 
     Returns:
-        The permutations; the objective is never below that of leaving everything as it was.
+        The permutations; the objective is never below that of the identity.
 
     Numerics: float64 on the CPU, a few parameters at a time. Memory for a copy of the permuted parameters and for some
         matrices of n x n; from a GPU both networks' parameters are copied to the CPU. O(n^3) for a group of n units,
@@ -132,7 +132,7 @@ def weight_matching(
 def _improve(
     axes: Sequence[tuple[str, int]], fixed: State, moved: dict[str, Tensor]
 ) -> tuple[Int64[Tensor, " n"], float]:
-    """The best permutation of one group with all others as they are, applied to `moved`, and what it gains."""
+    """Return the best permutation of one group with all others fixed, applied to `moved`, and its gain."""
     products = sum((_products(fixed[name], moved[name], dim) for name, dim in axes), start=torch.zeros(()))
     _, columns = linear_sum_assignment(products.numpy(), maximize=True)
     found = torch.from_numpy(columns)
@@ -140,7 +140,7 @@ def _improve(
         return found, 0.0
     names = {name for name, _ in axes}
     before = {name: moved[name] for name in names}
-    # A tensor that has the group on two axes makes the objective quadratic: what the assignment says is then a guess.
+    # A tensor with the group on two axes makes the objective quadratic: the assignment is then only a guess.
     after = permuted(before, [PermutationGroup(len(found), tuple(axes))], [found])
     gain = sum(_gain(fixed[name], before[name], after[name]) for name in names)
     if gain <= 0:
@@ -154,7 +154,7 @@ def _length(tensor: Float[Tensor, "..."]) -> float:
 
 
 def _products(fixed: Float[Tensor, "..."], moved: Float[Tensor, "..."], dim: int) -> Float64[Tensor, "n n"]:
-    """Inner products of each unit of one tensor with each of the other, a few parameters of a unit at a time."""
+    """Return inner products of each unit of one tensor with each of the other, a few parameters of a unit at a time."""
     fixed, moved = _rows(fixed, dim), _rows(moved, dim)
     size = len(fixed)
     found = torch.zeros(size, size, dtype=torch.float64)
@@ -165,7 +165,7 @@ def _products(fixed: Float[Tensor, "..."], moved: Float[Tensor, "..."], dim: int
 
 
 def _gain(fixed: Float[Tensor, "..."], before: Float[Tensor, "..."], after: Float[Tensor, "..."]) -> float:
-    """How much a tensor's inner product with the other network's rises."""
+    """Return the increase of a tensor's inner product with the other network's."""
     pieces = zip(*(torch.split(tensor.flatten(), _CHUNK) for tensor in (fixed, before, after)), strict=True)
     return sum(float(a.double() @ (c.double() - b.double())) for a, b, c in pieces)
 
@@ -177,7 +177,7 @@ def _rows(tensor: Float[Tensor, "..."], dim: int) -> Float[Tensor, "n m"]:
 def permuted(
     state: State, groups: Sequence[PermutationGroup], permutations: Sequence[Int64[Tensor, " _"]]
 ) -> dict[str, Shaped[Tensor, "..."]]:
-    """Tensors with every group's axes permuted; what no group names stays."""
+    """Return the tensors with every group's axes permuted; tensors in no group stay."""
     found = dict(state)
     for group, permutation in zip(groups, permutations, strict=True):
         for name, dim in group.axes:
@@ -189,38 +189,38 @@ def permuted(
 def aligned(
     first: nn.Module, second: nn.Module, inputs: Inputs, *, generator: torch.Generator
 ) -> tuple[dict[str, Shaped[Tensor, "..."]], Alignment, float]:
-    """The second network's tensors, its hidden units permuted to match the first's.
+    """Return the second network's tensors, its hidden units permuted to match the first's.
 
     Args:
-        first: stays as it is.
+        first: not changed.
         second: of the same architecture; it holds the permuted tensors from here on.
-        inputs: on which the permuted network must compute what it did before.
+        inputs: on these the permuted network must give the same logits as before.
         generator: as of `weight_matching`.
 
     Returns:
         The tensors, the alignment, and the largest change of a logit as a share of the largest logit.
 
     Raises:
-        AnalysisError: `alignment-failed` where the network cannot be traced, or permuted computes something else.
+        AnalysisError: `alignment-failed` where the network cannot be traced, or gives other logits once permuted.
     """
     groups = permutation_groups(second, first_samples(inputs, 2))
-    # A tensor of several names counts once, as it does in the distance of the two ends.
+    # A tensor with several names counts once, as it does in the distance of the two ends.
     parameters = [dict(module.named_parameters()) for module in (first, second)]
     alignment = weight_matching(groups, *parameters, generator=generator)
     state = permuted(second.state_dict(), groups, alignment.permutations)
-    # As the evaluation computes: TF32 would round what the order of sums has moved by a little to steps of 10 bits.
-    # And in float32 whatever the evaluation's precision: a tie of bfloat16 logits would hide a wrong permutation.
+    # Without TF32, as in the evaluation: it would round small shifts from the order of sums to steps of 10 bits.
+    # And always in float32: a tie of bfloat16 logits would hide a wrong permutation.
     with torch.no_grad(), arithmetic(next(second.parameters()).device):
         before = second(inputs)
         second.load_state_dict(state)
         forget(parts_that_keep(second))
         after = second(inputs)
-    # The module's own tensors: with the permuted ones beside them there would be two copies of B.
+    # The module's own tensors: keeping `state` as well would hold two copies of B.
     return second.state_dict(), alignment, check_same_function(before, after)
 
 
 def check_same_function(before: Float[Tensor, "... c"], after: Float[Tensor, "... c"]) -> float:
-    """How far logits moved by permuting hidden units, as a share of the largest; it should be rounding alone.
+    """Return the change of logits by permuting hidden units, as a share of the largest; it should be only rounding.
 
     Raises:
         AnalysisError: `alignment-failed` where it is more than 1e-4.

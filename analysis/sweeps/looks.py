@@ -1,7 +1,7 @@
-"""A look along a path before it is measured: the loss alone, at many points, on a part of the probe.
+"""A look along a path before it is measured: only the loss, at many points, on a part of the probe.
 
-Full evaluations are too dear to be taken densely, and a rise that lies between them all stays unseen. A loss costs a
-pass over some samples: what it shows says where the evaluations belong.
+Full evaluations are too expensive for a dense grid, and would miss a rise between two points. A loss costs a pass over
+some samples, and shows where to evaluate.
 """
 
 from collections.abc import Callable
@@ -17,18 +17,18 @@ from analysis.probes.probe import Probe, stratified_rows
 from analysis.probes.sequences import IGNORED
 from analysis.sweeps.paths import LOOKS, Path, next_look, recalibrate
 
-# Samples of a look: a batch of the evaluation's up to so many, which a network passes in one go; of a large probe so
-# small a share; and no fewer than so many.
+# Samples of a look: a batch of the evaluation up to the first number, which a network passes at once; at least this
+# share of a large probe; and no fewer than the last number.
 _IN_ONE_GO, _SHARE, _LEAST = 512, 1 / 16, 32
 
 
 @dataclass(frozen=True)
 class Look:
-    """What was seen.
+    """The losses of a look.
 
     Attributes:
-        losses: by w, on the samples that were looked at.
-        n_samples: how many these were; of a language model, sequences.
+        losses: by w, on the samples of the look.
+        n_samples: number of these samples; for a language model, of sequences.
     """
 
     losses: dict[float, float]
@@ -45,25 +45,25 @@ def look(
     recalibrating: bool,
     progress: Callable[[int, int], None] | None = None,
 ) -> Look:
-    """Take the loss at 257 points of a path and more closely beside its peaks.
+    """Compute the loss at 257 points of a path, and more densely beside its peaks.
 
     Args:
-        path: which is moved.
-        probe: of which a part is passed, in proportion to classes and splits.
-        device: where the passes run.
-        options: of the evaluations to come; `seed` draws the part.
+        path: it is moved.
+        probe: a part of it is passed, in proportion to classes and splits.
+        device: the device of the passes.
+        options: of the following evaluations; `seed` draws the part.
         batch_size: of these evaluations.
-        recalibrating: whether statistics of normalisation are taken anew between the ends, here from the same part.
-        progress: called with what is done and of how much.
+        recalibrating: whether normalisation statistics are recomputed between the ends, here from the same part.
+        progress: called with the number of points done and the total.
 
     Returns:
         The look.
 
     Raises:
-        AnalysisError: what a pass raises, with the w at which it did.
+        AnalysisError: the error of a pass, with its w.
 
-    Numerics: as an evaluation's loss. Cost: at most 290 passes over max(min(batch_size, 512), n / 16, 32) samples, so
-        of a large probe that of 18 passes over all of it.
+    Numerics: as an evaluation's loss. Cost: at most 290 passes over max(min(batch_size, 512), n / 16, 32) samples, for
+        a large probe that of 18 passes over all of it.
     """
     part = probe.take(_rows(probe, batch_size, options.seed))
     seen: dict[float, float] = {}
@@ -81,7 +81,7 @@ def _rows(probe: Probe, batch_size: int, seed: int) -> Int64[Tensor, " m"]:
     labels, split = probe.labels.cpu(), probe.split
     fitting = torch.arange(len(labels))
     if labels.ndim > 1:
-        # Of sequences those that have a next token; they are of no class as a whole.
+        # Keep sequences with a next token; sequences as a whole have no class.
         fitting = (labels != IGNORED).any(dim=1).nonzero()[:, 0]
         labels = torch.zeros(len(labels), dtype=torch.int64)
     n = max(min(batch_size, _IN_ONE_GO), round(len(fitting) * _SHARE), _LEAST)

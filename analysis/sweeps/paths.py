@@ -1,4 +1,4 @@
-"""The straight line between two checkpoints of one architecture: its points, its barriers, and where to look next."""
+"""The straight line between two checkpoints of one architecture: its points, its barriers, and the next point."""
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,19 +19,19 @@ from analysis.probes.probe import Probe
 Normalisation = Literal["interpolate", "recalibrate"]
 State = Mapping[str, Shaped[Tensor, "..."]]
 
-# A path is linearly connected where the error on it rises by no more than this (Frankle et al. 2020).
+# A path is linearly connected if its error rises by no more than this (Frankle et al. 2020).
 CONNECTED = 0.02
-# Parameters that become float64 at a time: what is measured is never copied as a whole.
+# Parameters converted to float64 at a time: a measured tensor is never copied as a whole.
 _CHUNK = 2**18
-# An adaptive grid begins with so many points, or with more where nobody has looked before. It takes at most so many
-# more, and stops where the barrier moves by less.
+# Adaptive grid: the number of first points, the number without a look before it, the most further points, and the
+# change of the barrier below which it stops.
 _FIRST_POINTS, _FIRST_UNSEEN, _FURTHER_POINTS, _SETTLED = 17, 65, 36, 1e-3
-# What is at least that share of a peak, beside it, is on the same rise.
+# A neighbour of at least this share of a peak is on the same rise.
 _SAME_RISE = 0.8
-# The look that comes before it: so many points, and how often it halves the distances beside what it finds.
+# The look before the grid: its number of points, and how often it halves the distances beside the peaks it finds.
 LOOKS, _HALVINGS = 257, 4
-# Rises that are looked into: so many, each at least that share of the highest, with a dip to this share of its own
-# height between it and the higher ones. What lies closer is taken for the ripple of one rise.
+# Rises to refine: the most of them, their least share of the highest, and the dip, as a share of the rise's own height,
+# between it and the higher ones. Without the dip they count as ripples of one rise.
 _MOST_PEAKS, _PEAK_SHARE, _DIP = 4, 0.5, 0.9
 
 
@@ -39,15 +39,15 @@ class Path:
     """theta(w) = (1 - w) theta_A + w theta_B, mixed in place into one network.
 
     Args:
-        network: A; from here on it is what the path moves.
+        network: A; from here on the path moves it.
         other: tensors of B by name, as `state_dict` gives them, on the network's device.
 
     Raises:
         AnalysisError: `invalid-argument` where B has other names or shapes.
 
-    Numerics: memory for three copies of the parameters: A, B and the mix. The mix is that of torch.lerp, in the
-        network's float32: a path from a network to itself is flat to the last bit, and at w = 0 and w = 1 every tensor
-        is A's or B's own. Between them integer buffers are A's.
+    Numerics: memory for three copies of the parameters: A, B and the mix. The mix is by torch.lerp, in the network's
+        float32: a path from a network to itself is flat to the last bit, and at w = 0 and w = 1 every tensor is A's or
+        B's own. Between them integer buffers are A's.
 
     Source: Frankle et al. 2020, "Linear mode connectivity and the lottery ticket hypothesis".
     """
@@ -62,7 +62,7 @@ class Path:
             )
             detail = f"The two ends differ in {len(differing)} names or shapes of tensors, first in {differing[0]!r}."
             raise AnalysisError("invalid-argument", detail, argument="other", differing=differing[:20])
-        # A tensor of several names, as of tied embeddings, is mixed once.
+        # A tensor with several names, such as tied embeddings, is mixed once.
         names: dict[int, str] = {}
         for name, tensor in network.module.state_dict(keep_vars=True).items():
             names.setdefault(id(tensor), name)
@@ -71,7 +71,7 @@ class Path:
         self.second = {name: other[name] for name in names.values()}
 
     def move_to(self, w: float) -> LoadedNetwork:
-        """The network of the path at w, which is the one that the path was made of."""
+        """Move the path's network to w, in place, and return it."""
         for name, target in self.mix.items():
             first, second = self.first[name], self.second[name]
             if w in (0.0, 1.0):
@@ -84,7 +84,7 @@ class Path:
         return self.network
 
     def distances(self) -> tuple[float, float | None]:
-        """Euclidean distance and cosine of the two ends' parameters, all of them as one vector; None without length."""
+        """Return Euclidean distance and cosine of the ends' parameters as vectors; the cosine is None for length 0."""
         dot = first = second = apart = 0.0
         for name, _ in self.network.module.named_parameters():
             pieces = (torch.split(end[name].flatten(), _CHUNK) for end in (self.first, self.second))
@@ -97,7 +97,7 @@ class Path:
 
 
 def require_variances(network: LoadedNetwork, w: float) -> None:
-    """Beyond the ends of a path mixed variances may be below 0, and normalisation has no root of them.
+    """Check that no mixed variance is below 0, as may happen beyond the ends: normalisation takes its root.
 
     Raises:
         AnalysisError: `invalid-argument` with the number of such variances, `n_negative`.
@@ -119,23 +119,23 @@ def require_variances(network: LoadedNetwork, w: float) -> None:
 def recalibrate(
     network: LoadedNetwork, probe: Probe, *, device: torch.device, batch_size: int, precision: Precision = "float32"
 ) -> int:
-    """Take the running statistics of batch normalisation anew, by one pass over the probe's inputs.
+    """Recompute the running statistics of batch normalisation, by one pass over the probe's inputs.
 
     Args:
         network: changed in place; all but its normalisation layers stays in evaluation mode.
-        probe: whose inputs are passed, in a random order that is always the same.
-        device: where the network is.
-        batch_size: inputs at a time; 1 is taken as 2, as a sample alone has no variance.
-        precision: of the evaluation that follows, so that the statistics are those of the activations it will see.
+        probe: its inputs are passed, in a fixed random order.
+        device: the network's device.
+        batch_size: inputs at a time; 1 is raised to 2, as a single sample has no variance.
+        precision: of the following evaluation, so that the statistics match its activations.
 
     Returns:
-        How many layers have such statistics; without any nothing is passed.
+        The number of layers with running statistics; if it is 0, nothing is passed.
 
     Raises:
         AnalysisError: `invalid-probe` where the probe has a single sample.
 
     Numerics: every sample weighs the same: a batch of b samples enters with b over those seen so far. Variances are
-        the batches' own, so that smaller ones say less; a last batch of a single sample is left out, which has none.
+        the batches' own, so smaller batches say less; a last batch of a single sample has none and is left out.
         Statistics are float32, also those of activations in bfloat16.
 
     Source: Jordan et al. 2022, "REPAIR: REnormalizing Permuted Activations for Interpolation Repair".
@@ -154,7 +154,7 @@ def recalibrate(
     n = 0
 
     def weigh(layer: nn.modules.batchnorm._BatchNorm, _: object) -> None:
-        # By the layer's own count: one that runs twice on a batch has seen it twice.
+        # Counted by layer: a layer that runs twice on a batch has seen it twice.
         seen[layer] += n
         layer.momentum = n / seen[layer]
 
@@ -177,9 +177,9 @@ def recalibrate(
 
 
 def _mixed(probe: Probe, batch_size: int, device: torch.device) -> Iterator[Inputs]:
-    """The probe's batches, its samples in a random order, the same each time: in files they often lie class by class,
-    and the variance within batches of one class lacks that between classes. Images that were too large to be kept
-    decoded come as they lie: their files are read from beginning to end."""
+    """Yield the probe's batches in a fixed random order: files often hold samples class by class, and the variance
+    within batches of one class lacks that between classes. Images that are too large to be kept decoded come in the
+    order of their files, which are read from beginning to end."""
     if isinstance(probe.inputs, Images):
         yield from probe.batches(batch_size, device=device)
         return
@@ -190,22 +190,22 @@ def _mixed(probe: Probe, batch_size: int, device: torch.device) -> Iterator[Inpu
 
 @dataclass(frozen=True)
 class Barrier:
-    """The most that a value on the path exceeds what it is compared with, at least 0, and at which w."""
+    """The largest excess of a value on the path over its reference, and its w."""
 
     value: float
     at: float
 
 
 def barrier(ws: Sequence[float], values: Sequence[float], *, falls: bool = False) -> Barrier:
-    """max_w [ L(w) - ((1 - w) L(0) + w L(1)) ], at least 0.
+    """Return max_w [ L(w) - ((1 - w) L(0) + w L(1)) ], at least 0.
 
     Args:
-        ws: where the values were taken, 0 and 1 among them; those beyond the ends do not count.
+        ws: points of the values, including 0 and 1; points beyond the ends do not count.
         values: L, finite.
-        falls: how far the path falls under the chord in place of how far it rises over it.
+        falls: return the largest fall under the chord instead of the largest rise over it.
 
     Returns:
-        The barrier; where the path nowhere leaves the chord on that side, 0 at 0.
+        The barrier; if the path never leaves the chord on that side, 0 at 0.
 
     Source: Entezari et al. 2021, equation 2.
 
@@ -215,12 +215,12 @@ def barrier(ws: Sequence[float], values: Sequence[float], *, falls: bool = False
     first, last = _ends(ws, values)
     sign = -1.0 if falls else 1.0
     rises = ((sign * (value - ((1 - w) * first + w * last)), w) for w, value in _inside(ws, values))
-    # At the ends themselves the chord is the value but for rounding.
+    # At the ends the chord equals the value up to rounding.
     return max((Barrier(rise, w) for rise, w in rises if 0 < w < 1 and rise > 0), key=_value, default=Barrier(0.0, 0.0))
 
 
 def instability(ws: Sequence[float], values: Sequence[float]) -> Barrier:
-    """max_w E(w) - (E(0) + E(1)) / 2; with E the error, a path is connected where it is at most 0.02.
+    """Return max_w E(w) - (E(0) + E(1)) / 2; with E the error, a path is connected where it is at most 0.02.
 
     Args:
         ws: as of `barrier`.
@@ -239,7 +239,7 @@ def instability(ws: Sequence[float], values: Sequence[float]) -> Barrier:
 
 
 def midpoint_barrier(ws: Sequence[float], values: Sequence[float]) -> float | None:
-    """L(1/2) - (L(0) + L(1)) / 2, as the code of Entezari et al. 2021 takes it; None without a point in the middle.
+    """Return L(1/2) - (L(0) + L(1)) / 2, as in the code of Entezari et al. 2021; None without a point in the middle.
 
     >>> midpoint_barrier([0.0, 0.5, 1.0], [1.0, 4.0, 2.0])
     2.5
@@ -250,18 +250,18 @@ def midpoint_barrier(ws: Sequence[float], values: Sequence[float]) -> float | No
 
 
 def even_grid(points: int) -> list[float]:
-    """So many points from 0 to 1, at least 2."""
+    """Return evenly spaced points from 0 to 1, at least 2."""
     return [index / (points - 1) for index in range(points)]
 
 
 def next_look(seen: Mapping[float, float]) -> float | None:
-    """Where a look along a path goes next: to 257 even points, then beside the peaks of the loss over its chord.
+    """Return the next point of a look along a path: 257 even points, then beside the peaks of the loss over its chord.
 
-    A look costs a loss and nothing else, so that it can be dense. Beside each of up to four peaks it halves the
-    distances four times, which places a peak to 1/4096.
+    A look needs only losses, so it can be dense. Beside each of up to four peaks it halves the distances four times,
+    which locates a peak to 1/4096.
 
     Args:
-        seen: loss by w, of what was looked at.
+        seen: loss by w, of the points so far.
 
     Returns:
         The next w, or None when the look is over. It depends on the values alone.
@@ -274,21 +274,21 @@ def next_point(
     known: Mapping[float, float],
     seen: Mapping[float, float] | None = None,
 ) -> float | None:
-    """Where to take the next point.
+    """Return the next point of a grid.
 
-    An adaptive grid begins with 17 points and with those that a look found: up to four peaks of the loss over its
-    chord, each with a neighbour to both sides. Without a look it begins with 65 points. Then it halves the intervals
-    beside the peaks, until the highest one is resolved and two rounds one after the other move it by less than 1e-3,
-    or there are 36 points more: at most 65 after a look. What it asks for depends on the values alone, so that a path
-    that was interrupted goes on as it would have.
+    An adaptive grid begins with 17 points and those that a look found: up to four peaks of the loss over its chord,
+    each with a neighbour on both sides. Without a look it begins with 65 points. Then it halves the intervals beside
+    the peaks, until the highest one is resolved and two successive rounds move it by less than 1e-3, or 36 points were
+    added: at most 65 after a look. Its points depend only on the values, so an interrupted path continues as it would
+    have.
 
     Args:
         grid: the points in order, or `adaptive`.
-        known: loss by w, of points that were taken.
-        seen: loss by w, of a look along the path (`next_look`); only where it peaks counts, not how high.
+        known: loss by w, of the points taken so far.
+        seen: loss by w, of a look along the path (`next_look`); only the places of its peaks count, not their heights.
 
     Returns:
-        The next w, or None where there is nothing left to do.
+        The next w, or None when the grid is complete.
     """
     if grid != "adaptive":
         return next((w for w in grid if w not in known), None)
@@ -296,7 +296,7 @@ def next_point(
 
 
 def _next(asked: Generator[float, float, None], known: Mapping[float, float]) -> float | None:
-    """The first w that is asked for and not known."""
+    """Return the first requested w that is not known; None when no more are requested."""
     try:
         w = next(asked)
         while w in known:
@@ -331,8 +331,8 @@ def _refine(seen: Mapping[float, float] | None) -> Generator[float, float, None]
 
 
 def _is_resolved(losses: Mapping[float, float]) -> bool:
-    """Whether the neighbours of the highest point are on the same rise, and a parabola through all three tops it by
-    little: a narrow rise is not settled because points beyond it add nothing."""
+    """Return whether the highest point is resolved: its neighbours are on the same rise, and a parabola through all
+    three exceeds it by little. Points beyond a narrow rise add nothing, which does not mean that it is settled."""
     ws = sorted(losses)
     place = ws.index(barrier(ws, [losses[w] for w in ws]).at)
     if place == 0:
@@ -346,14 +346,14 @@ def _is_resolved(losses: Mapping[float, float]) -> bool:
 
 
 def peaks(losses: Mapping[float, float]) -> list[float]:
-    """Where a loss rises highest over its chord: separate rises, at most four, the highest first.
+    """Return the highest rises of a loss over its chord: separate rises, at most four, the highest first.
 
     Args:
-        losses: by w, those at 0 and 1 among them.
+        losses: by w, including 0 and 1.
 
     Returns:
-        Places of local maxima that are at least half as high as the highest, with a dip to nine tenths of their own
-        height between each and the higher ones; none where the loss nowhere rises over the chord.
+        The w of local maxima that are at least half as high as the highest, with a dip to nine tenths of their own
+        height between each and the higher ones; empty if the loss nowhere rises over the chord.
 
     >>> peaks({0.0: 0.0, 0.25: 3.0, 0.5: 0.0, 0.75: 2.0, 0.9: 1.0, 1.0: 0.0})
     [0.25, 0.75]
@@ -374,7 +374,7 @@ def peaks(losses: Mapping[float, float]) -> list[float]:
 
 
 def _beside(losses: Mapping[float, float], places: Sequence[float]) -> list[float]:
-    """The middles of the intervals to both sides of these places, in order."""
+    """Return the middles of the intervals on both sides of these places, in order."""
     return [(low + high) / 2 for low, high in pairwise(sorted(losses)) if low in places or high in places]
 
 

@@ -11,32 +11,32 @@ from analysis.errors import AnalysisError
 from analysis.networks.loading import LoadedNetwork
 
 Scope = Literal["global", "layerwise"]
-#: What is pruned where nothing else is asked for.
+#: Default sparsities.
 SPARSITIES = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99)
-# Beside those of its output, which is a linear module of its own.
+# Beside the weight of its output, which is a separate linear module.
 _OF_ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
-# Accuracy within a point of that at sparsity 0 is as good.
+# Accuracy within one point of that at sparsity 0 counts as equal.
 _TOLERATED = 0.01
 
 
 class Pruning:
     """A network whose weights of least magnitude are set to zero.
 
-    Prunable are the weights of linear, convolutional and attention modules; biases, embeddings and normalisation stay,
-    weights that a library keeps in modules of its own (the experts of a mixture), and the head unless it is included,
-    with all modules that share its weight. A weight that several modules share is one weight: with a head that is tied
-    to the input embedding both are pruned.
+    The weights of linear, convolutional and attention modules are prunable. Biases, embeddings, normalisation and
+    weights in a library's own modules (the experts of a mixture) are not, nor is the head, with all modules that share
+    its weight, unless it is included. A weight that several modules share is one weight: if the head is tied to the
+    input embedding, both are pruned.
 
     Args:
-        network: from here on it is what is pruned.
-        scope: `global` takes the least of all prunable weights together, `layerwise` the same share of each.
+        network: pruned in place.
+        scope: `global` prunes the least of all prunable weights together, `layerwise` the same share of each.
         include_head: whether the head's weights are prunable.
 
     Raises:
         AnalysisError: `invalid-argument` where nothing is prunable, or a weight is reparametrised.
 
-    Numerics: memory for a second copy of the prunable weights. Exactly floor(s n) of n weights are pruned; of equal
-        ones those that come first.
+    Numerics: memory for a second copy of the prunable weights. Exactly floor(s n) of n weights are pruned; among
+        equal ones the first.
 
     Source: Han et al. 2015, "Learning both weights and connections for efficient neural networks".
     """
@@ -48,17 +48,17 @@ class Pruning:
 
     @property
     def n_prunable(self) -> int:
-        """How many weights can be pruned."""
+        """Number of weights that can be pruned."""
         return sum(weight.numel() for weight in self.weights)
 
     def prune_to(self, sparsity: float) -> int:
-        """Set the least weights to zero, from the whole network anew.
+        """Set the least weights to zero, starting from the original weights.
 
         Args:
             sparsity: share of the prunable weights, 0 to below 1.
 
         Returns:
-            How many were set to zero.
+            The number of weights set to zero.
 
         Raises:
             AnalysisError: `invalid-argument` for another sparsity.
@@ -76,7 +76,7 @@ class Pruning:
 
 
 def _prunable(network: LoadedNetwork, include_head: bool) -> list[Tensor]:
-    """Each weight once, in the order of the modules."""
+    """Return each prunable weight once, in the order of the modules."""
     head = network.head._parameters.get("weight")
     found: dict[int, Tensor] = {}
     for name, module in network.module.named_modules():
@@ -102,16 +102,16 @@ def _prunable(network: LoadedNetwork, include_head: bool) -> list[Tensor]:
 
 
 def _weight_names(module: nn.Module) -> tuple[str, ...]:
-    """Names of a module's own weights that multiply what it receives."""
+    """Return the names of a module's own weights that multiply its inputs."""
     if isinstance(module, nn.MultiheadAttention):
         return tuple(name for name in _OF_ATTENTION if getattr(module, name) is not None)
-    # Conv1D is a linear module of transformers, in GPT-2, which has its weight transposed.
+    # Conv1D is a linear module of transformers with a transposed weight, in GPT-2.
     linear = isinstance(module, nn.Linear | nn.modules.conv._ConvNd) or type(module).__name__ == "Conv1D"
     return ("weight",) if linear else ()
 
 
 def _share(sparsity: float, n: int) -> int:
-    """floor(s n) of the decimal number s: 0.29 of 100 is 29, of which the float nearest to 0.29 falls short."""
+    """Return floor(s n) for the decimal s: 0.29 of 100 is 29, though the float nearest to 0.29 falls short of it."""
     return int(Fraction(repr(sparsity)) * n)
 
 
@@ -128,11 +128,11 @@ def _without_least(weights: Tensor, count: int) -> Tensor:
 
 
 def knee(sparsities: Sequence[float], accuracies: Sequence[float]) -> float:
-    """The largest sparsity whose accuracy is within 1 point of that at sparsity 0.
+    """Return the largest sparsity whose accuracy is within 1 point of that at sparsity 0.
 
     Args:
-        sparsities: 0 among them.
-        accuracies: of each, 0 to 1.
+        sparsities: including 0.
+        accuracies: one for each, 0 to 1.
 
     Returns:
         The sparsity; accuracies below it may still be lower.
@@ -141,5 +141,5 @@ def knee(sparsities: Sequence[float], accuracies: Sequence[float]) -> float:
     0.5
     """
     whole = dict(zip(sparsities, accuracies, strict=True))[0.0]
-    # Rounding of the difference must not decide: 0.95 - 0.94 is a little more than 0.01 in floating point.
+    # Rounding of the difference must not matter: 0.95 - 0.94 is a little more than 0.01 in floating point.
     return max(s for s, accuracy in zip(sparsities, accuracies, strict=True) if whole - accuracy <= _TOLERATED + 1e-12)

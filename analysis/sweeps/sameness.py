@@ -1,9 +1,9 @@
-"""Whether two networks are one function of their weights, whatever their descriptions say.
+"""Check that two networks are the same function of their weights, even if their descriptions differ.
 
-Two configurations may differ in much that no evaluation sees: dropout, ids of special tokens, how weights were
-initialised, a default that one of them writes out. What the built networks do tells: both are given the same weights,
-and must answer the same to the last bit. The weights are those of either checkpoint, which may not use all that a
-network has (a head of zeros gives zeros through any activation), and random ones, small and large.
+Two configurations may differ in ways that no evaluation sees: dropout, ids of special tokens, how weights were
+initialised, a default that only one of them spells out. So the built networks are compared: both get the same weights,
+and must give the same outputs to the last bit. The weights are those of either checkpoint, which may not exercise all
+of a network (a head of zeros gives zeros through any activation), and random ones, small and large.
 """
 
 import math
@@ -24,10 +24,10 @@ from analysis.probes.inputs import Inputs
 State = Mapping[str, Shaped[Tensor, "..."]]
 Place = tuple[str, ...]
 
-# Spreads of random weights, in units of what keeps the size of activations: at the larger one what is clipped, capped
-# or saturated shows.
+# Spreads of random weights, in units of the spread that preserves the size of activations: the larger one reveals
+# clipping, caps and saturation.
 _GAINS = (1.0, 6.0)
-# Members that are tried one by one.
+# The most members that are tried one by one.
 _MOST_TRIED = 40
 
 
@@ -37,28 +37,28 @@ def require_same_function(
     descriptions: tuple[Mapping[str, Any], Mapping[str, Any]],
     batch: Inputs,
 ) -> None:
-    """Raise where two networks are not one function of their weights.
+    """Check that two networks are the same function of their weights.
 
     Args:
-        first: A, whose weights are used and stay as they are.
+        first: A; its weights are used and not changed.
         second: B, likewise, on the same device.
-        descriptions: what A and B were built from.
+        descriptions: of A and B.
         batch: inputs as both take them.
 
     Raises:
         AnalysisError: `architectures-differ`; `differing` lists `{member, expected, found}` of the descriptions'
             members that make the difference, and of `head`.
 
-    Numerics: float32, bit by bit, but for what a network differs from itself in a second pass. Cost, where
-        descriptions differ: five passes of the batch each, another copy of A's parameters, and for networks that are
-        not the same a network without weights for each member in which the descriptions differ.
+    Numerics: float32, bit by bit, except for differences of a network from itself in a second pass. Cost, where
+        descriptions differ: five passes of the batch each, another copy of A's parameters, and for networks that
+        differ, one network without weights for each member in which the descriptions differ.
     """
     differing = []
     if first.head_name != second.head_name:
         differing.append({"member": "head", "expected": first.head_name, "found": second.head_name})
     ours, theirs = (_flat(description) for description in descriptions)
     if ours != theirs:
-        # What is wrong with these inputs is not the descriptions' fault.
+        # Raises for bad inputs, which must not be blamed on the descriptions.
         with torch.no_grad(), arithmetic(next(first.module.parameters()).device):
             forward(first.module, batch)
         if not _are_same(first.module, second.module, batch):
@@ -74,7 +74,7 @@ def require_same_function(
 
 
 def _flat(value: Mapping[str, Any], place: Place = ()) -> dict[Place, Any]:
-    """Members of nested objects by their place; names of classes are one member."""
+    """Return the members of nested objects by their place; the names of classes count as one member."""
     found: dict[Place, Any] = {}
     for key, member in value.items():
         if isinstance(member, Mapping) and key != "id2label":
@@ -91,7 +91,7 @@ def _causes(
     theirs: Mapping[Place, Any],
     batch: Inputs,
 ) -> list[dict[str, Any]]:
-    """The members that alone make A another network, or none; where no member alone does, all that differ."""
+    """Return the members that by themselves change A's function or make it fail to build; else all that differ."""
     places = [place for place in sorted({**ours, **theirs}) if ours.get(place) != theirs.get(place)]
     causes = []
     for place in places[:_MOST_TRIED]:
@@ -110,7 +110,7 @@ def _told(members: Mapping[Place, Any], place: Place) -> Any:
 
 
 def _with_member(ours: Mapping[str, Any], theirs: Mapping[str, Any], place: Place) -> dict[str, Any]:
-    """A description with one member as the other has it, or without it where the other has none."""
+    """Return a description with one member taken from the other, or removed where the other lacks it."""
     name, *rest = place
     changed = dict(ours)
     if rest:
@@ -124,7 +124,7 @@ def _with_member(ours: Mapping[str, Any], theirs: Mapping[str, Any], place: Plac
 
 
 def _are_same(first: nn.Module, second: nn.Module, batch: Inputs) -> bool:
-    """Whether both have the same tensors and give the same answers with the same weights."""
+    """Return whether both have the same tensors, and give the same outputs with the same weights."""
     shapes = [{name: tensor.shape for name, tensor in module.state_dict().items()} for module in (first, second)]
     tied = [[name for name, _ in module.named_parameters()] for module in (first, second)]
     if shapes[0] != shapes[1] or tied[0] != tied[1]:
@@ -153,7 +153,7 @@ def _answer_alike(first: nn.Module, second: nn.Module, state: State, batch: Inpu
         ours, theirs = answer(first), answer(second)
         if ours is None or theirs is None or ours.shape != theirs.shape:
             return ours is theirs
-        # A GPU may add up in another order each time.
+        # A GPU may add in another order each time.
         if (distance := _distance(ours, theirs)) == 0:
             return True
         again = answer(first)
@@ -161,13 +161,13 @@ def _answer_alike(first: nn.Module, second: nn.Module, state: State, batch: Inpu
 
 
 def _distance(ours: Shaped[Tensor, "..."], theirs: Shaped[Tensor, "..."]) -> float:
-    """The largest difference; what is not finite in the same way is the same."""
+    """Return the largest difference; equal infinities, and NaN in both, count as equal."""
     same = (ours == theirs) | (ours.isnan() & theirs.isnan())
     return float((ours - theirs).abs().masked_fill(same, 0).nan_to_num(torch.inf).max()) if ours.numel() else 0.0
 
 
 def _states(first: nn.Module, second: nn.Module) -> Iterator[State]:
-    """Weights to be given to both: of either, and random ones. Buffers are the first's, or the second's own."""
+    """Yield weights for both: those of either network, then random ones with the first network's buffers."""
     for module in (first, second):
         yield _own(module)
     own = _own(first)
@@ -178,7 +178,7 @@ def _states(first: nn.Module, second: nn.Module) -> Iterator[State]:
 
 
 def _own(module: nn.Module) -> dict[str, Tensor]:
-    """A network's tensors, each under one of its names."""
+    """Return a network's tensors, each under one of its names."""
     stored = module.state_dict()
     return {
         **dict(module.named_parameters()),
@@ -187,7 +187,7 @@ def _own(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _random(tensor: Tensor, gain: float, generator: torch.Generator) -> Tensor:
-    """Weights that keep the size of activations but for the gain; of vectors, which scale or shift, numbers about 1."""
+    """Return random weights that scale activations by the gain; for vectors, which scale or shift, values around 1."""
     if not tensor.is_floating_point():
         return tensor
     drawn = torch.randn(tensor.shape, generator=generator)

@@ -1,17 +1,17 @@
-"""What a series of checkpoints says beside its points: correlations, and how late generalisation came."""
+"""Statistics of a series of checkpoints: correlations, and the delay of generalisation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from scipy.stats import spearmanr
 
-# An accuracy from here on has been learnt.
+# The accuracy from which on a task counts as learnt.
 _LEARNT = 0.99
 
 
 @dataclass(frozen=True)
 class Generalisation:
-    """First x with train accuracy of 0.99, first with test accuracy of 0.99, and by how much the latter came later."""
+    """First x with train accuracy of at least 0.99, first with such test accuracy, and the delay of the latter."""
 
     train_at: float | None
     test_at: float | None
@@ -19,14 +19,14 @@ class Generalisation:
 
 
 def spearman(first: Sequence[float | None], second: Sequence[float | None]) -> float | None:
-    """Spearman's rank correlation of the places where both values are defined.
+    """Return Spearman's rank correlation over the checkpoints where both values are defined.
 
     Args:
-        first: one value a checkpoint; None where it is not defined.
+        first: one value a checkpoint; None where undefined.
         second: likewise, as many.
 
     Returns:
-        -1 to 1, ties by their mean rank; None with fewer than 3 places or where one of the two does not vary.
+        -1 to 1, ties by their mean rank; None with fewer than 3 checkpoints or where one of the two is constant.
 
     >>> spearman([1.0, 2.0, 3.0, None], [0.1, 0.4, 0.9, 0.5])
     1.0
@@ -40,7 +40,7 @@ def spearman(first: Sequence[float | None], second: Sequence[float | None]) -> f
 
 
 def first_reached(axis: Sequence[float], values: Sequence[float | None], least: float = _LEARNT) -> float | None:
-    """The smallest x whose value is at least `least`, or None.
+    """Return the smallest x whose value is at least `least`, or None.
 
     >>> first_reached([10.0, 20.0, 30.0], [0.5, 0.995, 0.98])
     20.0
@@ -52,7 +52,7 @@ def first_reached(axis: Sequence[float], values: Sequence[float | None], least: 
 def generalisation(
     axis: Sequence[float], train: Sequence[float | None], test: Sequence[float | None]
 ) -> Generalisation:
-    """When a network that memorises comes to generalise.
+    """Find when a network that memorises begins to generalise.
 
     Args:
         axis: x of each checkpoint, such as the training step.
@@ -60,7 +60,7 @@ def generalisation(
         test: accuracies on the test split.
 
     Returns:
-        Where each was learnt, and the delay where both were.
+        The x at which each was learnt, and the delay if both were.
 
     Source: Power et al. 2022, "Grokking: generalization beyond overfitting on small algorithmic datasets".
     """

@@ -1,8 +1,8 @@
-"""Which axes of a network's tensors belong together, from its computation as ATen operations.
+"""Find the axes of a network's tensors that belong together, from its computation as ATen operations.
 
-Every axis of every tensor of the traced graph is an element of a union-find structure. An operation ties the axes that
-carry the same units (those of a weight's rows and of what it gives), and blocks those whose order means something:
-inputs, logits, positions in space, what is split, merged or indexed, and all that an operation without a rule touches.
+Every axis of every tensor of the traced graph is an element of a union-find structure. An operation ties axes that
+carry the same units (a weight's rows and its outputs), and blocks axes whose order has a meaning: inputs, logits,
+positions in space, split, merged or indexed axes, and all axes that an operation without a rule touches.
 """
 
 import copy
@@ -24,7 +24,7 @@ Result = tuple[Any, ...]
 
 
 def tied_axes(module: nn.Module, example: Inputs) -> list[list[tuple[str, int]]]:
-    """Axes of a network's parameters and buffers that any one permutation may move together.
+    """Return the axes of a network's parameters and buffers that any one permutation may move together.
 
     Args:
         module: in evaluation mode.
@@ -34,7 +34,7 @@ def tied_axes(module: nn.Module, example: Inputs) -> list[list[tuple[str, int]]]
         For each set of axes, name and dimension of its members.
 
     Raises:
-        AnalysisError: `alignment-failed` where what the network does depends on values, or has no rule for shapes.
+        AnalysisError: `alignment-failed` where the computation depends on values, or has no rule for shapes.
     """
     state = dict(module.state_dict(keep_vars=True))
     graph = _traced(module, state, example)
@@ -48,7 +48,7 @@ def tied_axes(module: nn.Module, example: Inputs) -> list[list[tuple[str, int]]]
         results[node] = axes.new(node.meta["val"].ndim, blocked=True)
     for node in graph.nodes:
         if node.op == "get_attr":
-            # Its order is fixed: nothing permutes what is not in the state.
+            # Its order is fixed: a constant outside the state is never permuted.
             results[node] = axes.new(node.meta["val"].ndim, blocked=True)
         elif node.op == "call_function":
             results[node] = _apply(axes, node, results)
@@ -63,20 +63,20 @@ def tied_axes(module: nn.Module, example: Inputs) -> list[list[tuple[str, int]]]
 
 
 def _traced(module: nn.Module, state: dict[str, Tensor], example: Inputs) -> fx.Graph:
-    """The network's operations. Shapes are enough, nothing is computed; what no state holds is a constant."""
-    # What a network keeps for its next call would be tensors without values: a copy of it keeps them, of the same ones.
+    """Return the network's operations, traced by shapes without computing; tensors outside the state are constants."""
+    # Tensors cached for the network's next call would have no values: a copy with the same parameters caches them.
     shell = copy.deepcopy(module, {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())})
     forget(parts_that_keep(shell))
 
     def compute(tensors: dict[str, Tensor], inputs: Inputs) -> Any:
-        # A tensor of two names comes in twice; its axes are tied below.
+        # A tensor with two names is passed twice; its axes are tied below.
         return functional_call(shell, tensors, (inputs,), tie_weights=False)
 
     traced = make_fx(compute, tracing_mode="fake", _allow_non_fake_inputs=True)
     try:
         return traced({name: tensor.detach() for name, tensor in state.items()}, example).graph
     except Exception as error:
-        # Whatever a library's own code raises where it looks at values, or an operation that knows no fake tensors.
+        # Library code that reads values, or an operation without support for fake tensors, may raise anything.
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         raise AnalysisError(
             "alignment-failed",
@@ -116,7 +116,7 @@ class _Axes:
 
 
 class _Call:
-    """An operation of the graph: its arguments by position, axes in place of tensors, and the shapes around it."""
+    """An operation of the graph: its arguments by position, axes in place of tensors, and the shapes involved."""
 
     def __init__(self, node: fx.Node, results: dict[fx.Node, Result]) -> None:
         self.args: list[Any] = list(node.args)
@@ -128,7 +128,7 @@ class _Call:
         return _flat(self.results[self.args[position]])
 
     def optional(self, position: int) -> Axes:
-        """Axes of a tensor that may be missing, as a bias may."""
+        """Return the axes of an optional tensor, such as a bias; empty if it is missing."""
         given = self.args[position] if position < len(self.args) else None
         return _flat(self.results[given]) if isinstance(given, fx.Node) else ()
 
@@ -145,7 +145,7 @@ def _apply(axes: _Axes, node: fx.Node, results: dict[fx.Node, Result]) -> Result
         part: Result = results[whole][index]
         return part
     rule = _RULES.get(str(getattr(node.target, "overloadpacket", None)).removeprefix("aten."))
-    # Rules see tensors by position alone: one by name (`out`, say) is unknown to them.
+    # Rules see only positional tensors: a keyword tensor (for example `out`) is unknown to them.
     if rule is not None and not any(isinstance(given, fx.Node) for given in node.kwargs.values()):
         return rule(axes, _Call(node, results))
     for used in node.all_input_nodes:
@@ -164,12 +164,12 @@ Rule = Callable[[_Axes, _Call], Result]
 
 
 def _elementwise(axes: _Axes, call: _Call) -> Result:
-    """Tensors number by number, broadcast against each other; also a softmax, which goes with a permuted axis."""
+    """Tie axes of elementwise operations with broadcasting; also of a softmax, which commutes with a permutation."""
     found: list[int | None] = [None] * call.value.ndim
     for position, given in enumerate(call.args):
         if isinstance(given, fx.Node):
             _broadcast(axes, call, position, found)
-    # What is repeated along an axis is the same in any order.
+    # A value repeated along an axis is the same in any order.
     return tuple(axes.new(1)[0] if axis is None else axis for axis in found)
 
 
@@ -200,13 +200,13 @@ def _convolution(axes: _Axes, call: _Call) -> Result:
         axes.block([inputs[1], into, out])
     for axis in bias:
         axes.tie(out, axis)
-    # Kernels and pictures have an order of their own.
+    # Positions in kernels and images have a fixed order.
     axes.block([*weight[2:], *inputs[2:]])
     return (inputs[0], out, *axes.new(len(inputs) - 2, blocked=True))
 
 
 def _batch_norm(axes: _Axes, call: _Call) -> Result:
-    """Weight, bias, running mean and variance belong to the channels."""
+    """Tie weight, bias, running mean and variance to the channels."""
     inputs = call.axes(0)
     for position in range(1, 5):
         for axis in call.optional(position):
@@ -215,7 +215,7 @@ def _batch_norm(axes: _Axes, call: _Call) -> Result:
 
 
 def _layer_norm(axes: _Axes, call: _Call) -> Result:
-    """Mean and variance do not see an order; scale and shift go with the axes that are normalised."""
+    """Tie scale and shift to the normalised axes; mean and variance do not depend on their order."""
     inputs = call.axes(0)
     for position in (2, 3):
         own = call.optional(position)
@@ -235,7 +235,7 @@ def _group_norm(axes: _Axes, call: _Call) -> Result:
 
 
 def _beside(axes: _Axes, call: _Call, first: Axes) -> Result:
-    """A result of several parts, of which the first is what the network goes on with."""
+    """Return a result of several parts, the first of which the network uses further."""
     return (first, *(axes.new(getattr(part, "ndim", 0), blocked=True) for part in call.value[1:]))
 
 
@@ -247,7 +247,7 @@ def _addmm(axes: _Axes, call: _Call) -> Result:
 
 
 def _matmul(axes: _Axes, call: _Call) -> Result:
-    """mm and bmm."""
+    """Tie axes of mm and bmm."""
     first, second = call.axes(0), call.axes(1)
     axes.tie(first[-1], second[-2])
     for one, other in zip(first[:-2], second[:-2], strict=True):
@@ -292,7 +292,7 @@ def _reduce(axes: _Axes, call: _Call) -> Result:
 
 
 def _pool(axes: _Axes, call: _Call) -> Result:
-    """Over the last two axes, with a batch before the channels or without."""
+    """Block the last two axes, over which it pools, with or without a batch before the channels."""
     own = call.axes(0)
     axes.block(own[-2:])
     found = (*own[:-2], *axes.new(2, blocked=True))
@@ -300,12 +300,12 @@ def _pool(axes: _Axes, call: _Call) -> Result:
 
 
 def _view(axes: _Axes, call: _Call) -> Result:
-    """Axes that come through whole stay; those that are split or merged are blocked."""
+    """Keep axes that stay whole; block axes that are split or merged."""
     before, after, own = call.shape(0), list(call.value.shape), call.axes(0)
     found: list[int] = []
     first = last = 0
     while first < len(before) or last < len(after):
-        # The next run of axes on both sides that hold the same numbers.
+        # The next run of axes on both sides with the same number of elements.
         start, stop = first, last
         old = new = 1
         if first < len(before):
@@ -329,8 +329,8 @@ def _view(axes: _Axes, call: _Call) -> Result:
 
 
 def _cat(axes: _Axes, call: _Call) -> Result:
-    """Along one axis the parts follow each other; the others are shared."""
-    # An empty tensor of one axis may stand among any others.
+    """Block the axis of concatenation; tie the other axes of the parts."""
+    # torch allows an empty one-dimensional tensor among any others.
     parts = [_flat(call.results[part]) for part in call.args[0] if list(part.meta["val"].shape) != [0]]
     dim = call.get(1, 0) % len(parts[0])
     for part in parts:

@@ -145,19 +145,21 @@ class StagedFile:
             self._file.close()  # removed by another process between its creation and the lock
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Append to the file and to its hash."""
         with _reaching_storage():
             self._file.write(data)
-            self._hash.update(data)
             self.size_bytes += len(data)
-            self._start_writeback()
+            if self.size_bytes - self._writing_bytes >= _WRITEBACK_BYTES:
+                self._file.flush()
+                self._start_writeback()
+        # Outside of the turn: hashing does not use the storage.
+        self._hash.update(data)
 
     def _start_writeback(self) -> None:
         """Make the kernel start writing the data without waiting for it, so that `sync` has little left to do."""
-        if self.size_bytes - self._writing_bytes < _WRITEBACK_BYTES:
-            return
-        self._file.flush()
-        if hasattr(os, "posix_fadvise"):  # without it, `sync` takes longer
-            length = self.size_bytes - self._writing_bytes
+        length = self.size_bytes - self._writing_bytes
+        # Advice only: where the system or the file system lacks it, `sync` takes longer.
+        with suppress(AttributeError, OSError):
             os.posix_fadvise(self._file.fileno(), self._writing_bytes, length, os.POSIX_FADV_DONTNEED)
         self._writing_bytes = self.size_bytes
 

@@ -279,6 +279,7 @@ class _ClassAccumulator:
         self.sum = torch.zeros(d, dtype=torch.float64, device=device)
 
     def add(self, directions: Float[Tensor, "n d"], usable: Bool[Tensor, " n"]) -> None:
+        """Take in further directions of the class, without those that are not usable."""
         if not bool(usable.all()):
             directions = directions[usable]
         self.count += len(directions)
@@ -298,6 +299,7 @@ class _ClassAccumulator:
         self.rows = []
 
     def block(self, position: int) -> ClassBlock:
+        """Return the class's Gram matrix as a block; `position` is its index among the classes."""
         counts = torch.tensor([self.count], device=self.device)
         if self.reference is None:
             rows = torch.cat(self.rows) if self.rows else torch.zeros(0, self.d, dtype=self.dtype, device=self.device)

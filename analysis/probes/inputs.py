@@ -10,7 +10,7 @@ from torch import Tensor
 Inputs = Shaped[Tensor, "..."] | Mapping[str, Shaped[Tensor, "..."]]
 
 # Names of a network's inputs that a probe may hold in place of `inputs`, including one of the first two; a test
-# compares this list with the one in app/resources.py.
+# compares this list with the one in app/files/probedata.py.
 INPUT_NAMES = (
     "pixel_values", "input_ids", "attention_mask", "token_type_ids", "position_ids", "pixel_attention_mask",
     "spatial_shapes",

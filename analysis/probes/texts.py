@@ -1,6 +1,6 @@
 """Texts as input of a text network: token ids, and a mask that excludes padding."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -93,22 +93,26 @@ def tokenise(
             raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         raise AnalysisError("invalid-probe", f"The tokenizer cannot be used: {reason}.") from error
-    longest = max(map(len, ids))
+    shortest, longest = min(map(len, ids)), max(map(len, ids))
     if len(ids) * longest > _MOST_TOKENS:
         raise AnalysisError(
             "invalid-probe",
             f"{len(ids)} texts padded to {longest} tokens are more than can be held; options.samples takes fewer.",
         )
-    pad_id = None
-    if any(len(tokens) < longest for tokens in ids):
-        pad_id = _pad_id(tokenizer, padding, config, any_padding)
-    input_ids = np.full((len(ids), longest), pad_id or 0, np.int32)
+    pad_id = _pad_id(tokenizer, padding, config, any_padding) if shortest < longest else None
+    return Tokens(*_padded(ids, longest, pad_id or 0, padding.get("direction")), length, pad_id, n_truncated)
+
+
+def _padded(
+    ids: Sequence[npt.NDArray[np.int32]], longest: int, pad_id: int, direction: str | None
+) -> tuple[Int32[Tensor, "n t"], UInt8[Tensor, "n t"]]:
+    """Return ids and mask of texts, padded to the length `longest`, on the right unless `direction` is "left"."""
+    input_ids = np.full((len(ids), longest), pad_id, np.int32)
     attention_mask = np.zeros((len(ids), longest), np.uint8)
-    on_left = padding.get("direction") == "left"
     for row, tokens in enumerate(ids):
-        place = slice(longest - len(tokens), longest) if on_left else slice(0, len(tokens))
+        place = slice(longest - len(tokens), longest) if direction == "left" else slice(0, len(tokens))
         input_ids[row, place], attention_mask[row, place] = tokens, 1
-    return Tokens(torch.from_numpy(input_ids), torch.from_numpy(attention_mask), length, pad_id, n_truncated)
+    return torch.from_numpy(input_ids), torch.from_numpy(attention_mask)
 
 
 def _encode(tokenizer: Tokenizer, texts: Iterable[str]) -> tuple[list[npt.NDArray[np.int32]], int]:

@@ -37,7 +37,7 @@ from app.files.tensordata import (
 from app.settings import Settings
 
 # Names under which a probe may hold a network's own inputs in place of `inputs`. The first one that exists, of the
-# first two, gives the shape. As in analysis/probes.py, which a test compares.
+# first two, gives the shape. As in analysis/probes/inputs.py; a test compares them.
 INPUT_NAMES = (
     "pixel_values", "input_ids", "attention_mask", "token_type_ids", "position_ids", "pixel_attention_mask",
     "spatial_shapes",

@@ -46,6 +46,7 @@ def put(engine: sa.Engine, name: str, request: BaselinePut) -> Baseline:
 
 
 def get(engine: sa.Engine, name: str) -> Baseline:
+    """Return a baseline by its name; raise NotFound if it points at no report."""
     with read(engine) as session:
         row = find_baseline(session, name)
         if row is None or row.report_id is None:
@@ -54,6 +55,7 @@ def get(engine: sa.Engine, name: str) -> Baseline:
 
 
 def list_page(engine: sa.Engine, listing: Listing) -> Page[Baseline]:
+    """List the baselines that point at a report."""
     query = sa.select(models.Baseline, models.Report).join(models.Report)
     with read(engine) as session:
         rows, cursor = page(session, query, models.Baseline, listing, models.Baseline.id.in_)
@@ -88,6 +90,7 @@ _INSERT_BASELINE = sa.text(
 
 
 def find_baseline(session: Session, name: str) -> models.Baseline | None:
+    """Return the row of a baseline, or None."""
     return session.scalars(sa.select(models.Baseline).where(models.Baseline.name == name)).one_or_none()
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from contextlib import suppress
 from typing import TypeVar
 
 import sqlalchemy as sa
@@ -14,8 +15,8 @@ from app.gates.form import Gate, GateSpec, GateSummary, require_sound
 from app.listing import Listing, page
 from app.schemas import Page
 
-# Limit of attempts when other clients create versions of the same gate at the same time.
-_ATTEMPTS = 20
+# Most retries when other clients create versions of the same gate at the same time.
+_FURTHER_ATTEMPTS = 20
 Row = TypeVar("Row", models.Gate, models.Report)
 
 
@@ -29,32 +30,34 @@ def create(engine: sa.Engine, spec: GateSpec) -> tuple[Gate, bool]:
     # Without defaults: members that a later version of the service adds do not make an old file a new gate.
     content = json.dumps(spec.model_dump(mode="json", exclude_defaults=True), sort_keys=True)
     sha256 = hashlib.sha256(content.encode()).hexdigest()
-    for attempt in range(_ATTEMPTS):
-        try:
-            with write(engine) as session:
-                current = _current(session, spec.name)
-                if current is not None and current.sha256 == sha256:
-                    return gate_of(current), False
-                row = models.Gate(
-                    name=spec.name,
-                    version=1 if current is None else current.version + 1,
-                    kind=spec.kind,
-                    description=spec.description,
-                    n_checks=len(spec.checks),
-                    sha256=sha256,
-                    content=content,
-                )
-                session.add(row)
-                session.flush()
-                return gate_of(row), True
-        except sa.exc.IntegrityError:
-            # Another client created this version at the same time, so the next attempt finds it.
-            if attempt + 1 == _ATTEMPTS:
-                raise
-    raise AssertionError("the last attempt returns or raises")
+    for _ in range(_FURTHER_ATTEMPTS):
+        # Another client may create this version at the same time; the next attempt finds it.
+        with suppress(sa.exc.IntegrityError):
+            return _store(engine, spec, content, sha256)
+    return _store(engine, spec, content, sha256)
+
+
+def _store(engine: sa.Engine, spec: GateSpec, content: str, sha256: str) -> tuple[Gate, bool]:
+    with write(engine) as session:
+        current = _current(session, spec.name)
+        if current is not None and current.sha256 == sha256:
+            return gate_of(current), False
+        row = models.Gate(
+            name=spec.name,
+            version=1 if current is None else current.version + 1,
+            kind=spec.kind,
+            description=spec.description,
+            n_checks=len(spec.checks),
+            sha256=sha256,
+            content=content,
+        )
+        session.add(row)
+        session.flush()
+        return gate_of(row), True
 
 
 def get(engine: sa.Engine, id_: str) -> Gate:
+    """Return one version of a gate by its id."""
     with read(engine) as session:
         return gate_of(find(session, models.Gate, id_, "gate"))
 
@@ -70,10 +73,12 @@ def list_page(engine: sa.Engine, listing: Listing) -> Page[GateSummary]:
 
 
 def gate_of(row: models.Gate) -> Gate:
+    """Return a stored gate as the service answers with it."""
     return Gate(**json.loads(row.content), id=row.id, version=row.version, sha256=row.sha256, created_at=row.created_at)
 
 
 def find(session: Session, model: type[Row], id_: str, noun: str) -> Row:
+    """Return a row by its id; raise NotFound, which calls it `noun`, if it is missing."""
     row = session.get(model, id_)
     if row is None:
         raise NotFound(f"There is no {noun} {id_!r}.")

@@ -53,7 +53,7 @@ client.wait("a", on_progress=len)
 
 
 def test_results_are_the_services() -> None:
-    """interplay/result_types.py is what `make types` writes."""
+    """interplay/results.py is what `make types` writes."""
     assert result_types.FILE.read_text() == result_types.results_module()
 
 

@@ -521,6 +521,7 @@ def test_a_package_that_does_not_import_says_why() -> None:
 def test_app_refuses_what_the_builders_refuse() -> None:
     """The bounds and the forbidden members that app checks without torch are those of the families."""
     from app.descriptions import architectures
+    from app.schemas.base import MAX_CLASSES
 
     building, timm, torchvision, transformers = (
         importlib.import_module(f"analysis.networks.{name}")
@@ -528,6 +529,7 @@ def test_app_refuses_what_the_builders_refuse() -> None:
     )
     for bound in ("MAX_NESTING", "MAX_LIST", "MAX_DEPTH", "DEPTH"):
         assert getattr(architectures, bound) == getattr(building, bound)
+    assert MAX_CLASSES == building.MAX_CLASSES
     assert architectures.FORBIDDEN_IN_TIMM == timm.FORBIDDEN
     assert architectures.FORBIDDEN_IN_TORCHVISION == torchvision.FORBIDDEN
     assert architectures.FORBIDDEN_IN_CONFIGS == transformers.FORBIDDEN

@@ -17,9 +17,9 @@ from scipy.stats import binom, binomtest
 from scipy.stats import t as student
 from torch import Tensor
 
-from analysis.clock import Clock
-from analysis.errors import AnalysisError
-from analysis.evaluation import (
+from .clock import Clock
+from .errors import AnalysisError
+from .evaluation import (
     Evaluation,
     EvaluationOptions,
     Interplay,
@@ -27,11 +27,11 @@ from analysis.evaluation import (
     SplitEvaluation,
     evaluate_features,
 )
-from analysis.measures.collapse import Collapse
-from analysis.measures.entropy import squarable
-from analysis.measures.influence import influence
-from analysis.probes.feature_set import FeatureSet
-from analysis.spreads import Sizes, Spread, delta_spreads
+from .measures.collapse import Collapse
+from .measures.entropy import squarable
+from .measures.influence import influence
+from .probes.feature_set import FeatureSet
+from .spreads import Sizes, Spread, delta_spreads
 
 _OF_SPLIT = ("accuracy", "loss", "calibration_error", "effective_rank")
 _OF_INTERPLAY = (

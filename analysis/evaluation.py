@@ -9,14 +9,14 @@ import torch
 from jaxtyping import Bool, Float64, Int
 from torch import Tensor
 
-from analysis.clock import Clock, Steps
-from analysis.errors import AnalysisError, Kind
-from analysis.measures.classes import LabelledFeatures, class_statistics, computing_dtype
-from analysis.measures.collapse import Collapse, CollapsePass, Optimum, neural_collapse, optimum
-from analysis.measures.entropy import check_finite, squarable, unit_rows
-from analysis.measures.null import Null, pair_null, sample_null
-from analysis.measures.predictions import Predictions, calibration_error
-from analysis.measures.spectrum import (
+from .clock import Clock, Steps
+from .errors import AnalysisError, Kind
+from .measures.classes import LabelledFeatures, class_statistics, computing_dtype
+from .measures.collapse import Collapse, CollapsePass, Optimum, neural_collapse, optimum
+from .measures.entropy import check_finite, squarable, unit_rows
+from .measures.null import Null, pair_null, sample_null
+from .measures.predictions import Predictions, calibration_error
+from .measures.spectrum import (
     Entropies,
     Method,
     hdr_of,
@@ -25,12 +25,12 @@ from analysis.measures.spectrum import (
     sample_entropies,
     sample_entropies_of_all,
 )
-from analysis.networks.loading import LoadedNetwork
-from analysis.passes.extraction import Progress, extract_features
-from analysis.passes.positions import extract_positions
-from analysis.passes.precision import Precision
-from analysis.probes.feature_set import FeatureSet
-from analysis.probes.probe import Probe
+from .networks.loading import LoadedNetwork
+from .passes.extraction import Progress, extract_features
+from .passes.positions import extract_positions
+from .passes.precision import Precision
+from .probes.feature_set import FeatureSet
+from .probes.probe import Probe
 
 __all__ = [
     "Distance",

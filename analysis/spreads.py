@@ -17,8 +17,8 @@ from scipy.special import ndtri
 from scipy.stats import t as student
 from torch import Tensor
 
-from analysis.evaluation import SplitEvaluation
-from analysis.measures.intervals import FAR, Folded, lognormal_interval, paired_interval
+from .evaluation import SplitEvaluation
+from .measures.intervals import FAR, Folded, lognormal_interval, paired_interval
 
 # Where class sizes may have been drawn or given, the error is that of drawn sizes, but at most the first factor above
 # that of given sizes; where both are farther apart than the second factor, neither is used.

@@ -40,23 +40,23 @@ _MODULES = {
         "interplay.results",
     ),
     # These need torch.
-    "AnalysisError": "analysis.errors",
-    "ConversionError": "analysis.saving.conversion",
-    "InterplayLoss": "analysis.measures.losses",
-    "capture_features": "analysis.saving.capturing",
-    "hdr_loss": "analysis.measures.losses",
-    "mir_loss": "analysis.measures.losses",
-    "save_checkpoint": "analysis.saving.checkpoint",
+    "AnalysisError": "interplay._analysis.errors",
+    "ConversionError": "interplay._analysis.saving.conversion",
+    "InterplayLoss": "interplay._analysis.measures.losses",
+    "capture_features": "interplay._analysis.saving.capturing",
+    "hdr_loss": "interplay._analysis.measures.losses",
+    "mir_loss": "interplay._analysis.measures.losses",
+    "save_checkpoint": "interplay._analysis.saving.checkpoint",
 }  # fmt: skip
 
 if TYPE_CHECKING:
-    from analysis.errors import AnalysisError as AnalysisError
-    from analysis.measures.losses import InterplayLoss as InterplayLoss
-    from analysis.measures.losses import hdr_loss as hdr_loss
-    from analysis.measures.losses import mir_loss as mir_loss
-    from analysis.saving.capturing import capture_features as capture_features
-    from analysis.saving.checkpoint import save_checkpoint as save_checkpoint
-    from analysis.saving.conversion import ConversionError as ConversionError
+    from interplay._analysis.errors import AnalysisError as AnalysisError
+    from interplay._analysis.measures.losses import InterplayLoss as InterplayLoss
+    from interplay._analysis.measures.losses import hdr_loss as hdr_loss
+    from interplay._analysis.measures.losses import mir_loss as mir_loss
+    from interplay._analysis.saving.capturing import capture_features as capture_features
+    from interplay._analysis.saving.checkpoint import save_checkpoint as save_checkpoint
+    from interplay._analysis.saving.conversion import ConversionError as ConversionError
     from interplay.client import (
         AnalysisFailed,
         Client,
@@ -87,7 +87,7 @@ else:
         try:
             found = getattr(importlib.import_module(_MODULES[name]), name)
         except ModuleNotFoundError as error:
-            if not _MODULES[name].startswith("analysis."):
+            if not _MODULES[name].startswith("interplay._analysis."):
                 raise
             text = f"interplay.{name} needs {error.name}, which `pip install 'interplay[worker]'` brings"
             raise ModuleNotFoundError(text, name=error.name) from error

@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
-from analysis.errors import AnalysisError
-from analysis.measures.entropy import check_finite, unit_rows
+from ..errors import AnalysisError
+from .entropy import check_finite, unit_rows
 
 # Samples that are converted at a time: their float64 copy stays in a processor's cache.
 _CHUNK = 256

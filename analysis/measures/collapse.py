@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
-from analysis.measures.classes import ClassStatistics, computing_dtype
-from analysis.measures.entropy import ZERO_ENTROPY, spectrum_entropy, unit_rows
+from .classes import ClassStatistics, computing_dtype
+from .entropy import ZERO_ENTROPY, spectrum_entropy, unit_rows
 
 _EPS = torch.finfo(torch.float64).eps
 # Samples that are projected at a time: their float64 copy stays in a processor's cache.

@@ -32,7 +32,7 @@ import torch
 from jaxtyping import Bool, Float32, Float64, Int, Shaped
 from torch import Tensor
 
-from analysis.clock import Tell, silent
+from ..clock import Tell, silent
 
 # Lanczos steps for each shift: as many as leave less than this share of the sum between the bounds, or the first of
 # these numbers; up to the second where nothing else will bring the bounds together.

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
-from analysis.errors import AnalysisError
+from ..errors import AnalysisError
 
 # An entropy below this is zero but for rounding, and no ratio is taken over it.
 ZERO_ENTROPY = 1e-12

@@ -14,11 +14,11 @@ import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
-from analysis.errors import AnalysisError
-from analysis.measures.entropy import ZERO_ENTROPY, unit_rows
-from analysis.measures.losses import spectral_entropy
-from analysis.measures.predictions import Predictions, calibration_gaps, predictions_of
-from analysis.measures.sensitivity import Entropies, Samples, sample_sensitivity
+from ..errors import AnalysisError
+from .entropy import ZERO_ENTROPY, unit_rows
+from .losses import spectral_entropy
+from .predictions import Predictions, calibration_gaps, predictions_of
+from .sensitivity import Entropies, Samples, sample_sensitivity
 
 # Principal directions whose couplings are kept: an eigendecomposition of half a second on a processor core.
 LARGEST_KEPT = 1024

@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int, Shaped
 from torch import Tensor, nn
 
-from analysis.errors import AnalysisError
-from analysis.measures.entropy import ZERO_ENTROPY, unit_rows
+from ..errors import AnalysisError
+from .entropy import ZERO_ENTROPY, unit_rows
 
 Centring = Literal["none", "global"]
 

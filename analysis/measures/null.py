@@ -19,11 +19,11 @@ import torch
 from jaxtyping import Float32, Float64, Int
 from torch import Tensor
 
-from analysis.clock import Tell, silent
-from analysis.measures.classes import LabelledFeatures
-from analysis.measures.entropy import ZERO_ENTROPY, gram_spectrum, spectral
-from analysis.measures.products import assembled, coordinates, pair_places, pairs_of, product_matrix, upper_places
-from analysis.measures.spectrum import Entropies
+from ..clock import Tell, silent
+from .classes import LabelledFeatures
+from .entropy import ZERO_ENTROPY, gram_spectrum, spectral
+from .products import assembled, coordinates, pair_places, pairs_of, product_matrix, upper_places
+from .spectrum import Entropies
 
 # Pairs in the baseline.
 _PAIRS = 512

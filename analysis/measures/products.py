@@ -15,7 +15,7 @@ from jaxtyping import Float, Float64, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from analysis.measures.entropy import spectrum_rank
+from .entropy import spectrum_rank
 
 # Numbers of class Gram matrices that are held at a time.
 _NUMBERS = 2**22

@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
-from analysis.measures.entropy import unit_rows
+from .entropy import unit_rows
 
 _EPS = torch.finfo(torch.float64).eps
 # With fewer, classes are coupled by their means alone, and the standard errors of MIR come out up to 40 % too large.

@@ -22,11 +22,11 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from analysis.clock import Tell, silent
-from analysis.measures.classes import ClassBlock, ClassStream, LabelledFeatures, Observer, blocks_of_all
-from analysis.measures.couplings import Couplings, FactorBlock
-from analysis.measures.entropy import ZERO_ENTROPY, Spectral, gram_spectrum, spectral
-from analysis.measures.products import coordinates, product_matrix
+from ..clock import Tell, silent
+from .classes import ClassBlock, ClassStream, LabelledFeatures, Observer, blocks_of_all
+from .couplings import Couplings, FactorBlock
+from .entropy import ZERO_ENTROPY, Spectral, gram_spectrum, spectral
+from .products import coordinates, product_matrix
 
 # Most rows that are kept: on a processor core, ten seconds. A tolerance of 0 goes beyond.
 LARGEST_KEPT = 4096

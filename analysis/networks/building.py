@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from analysis.errors import AnalysisError
+from ..errors import AnalysisError
 
 # The same bounds hold in app/descriptions/architectures.py, which a test compares.
 MAX_NESTING = 8

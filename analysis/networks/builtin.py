@@ -21,8 +21,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from analysis.errors import AnalysisError
-from analysis.networks.building import take_one_tensor
+from ..errors import AnalysisError
+from .building import take_one_tensor
 
 Activation = Literal["relu", "gelu", "tanh"]
 Norm = Literal["none", "batch", "layer"]

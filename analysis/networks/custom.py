@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from analysis.networks.building import check_plain, last_linear, refused
+from .building import check_plain, last_linear, refused
 
 GROUP = "interplay.networks"
 

@@ -29,20 +29,15 @@ from jaxtyping import Float32, Shaped
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from analysis.errors import AnalysisError
-from analysis.networks import custom
-from analysis.networks.building import Bounded, ConstantsOnCpu, WithoutInitialisation
-from analysis.networks.naming import Entry, Naming, Same, match_names
-from analysis.networks.ties import Ties
+from ..errors import AnalysisError
+from . import custom
+from .building import Bounded, ConstantsOnCpu, WithoutInitialisation
+from .naming import Entry, Naming, Same, match_names
+from .ties import Ties
 
-# The module of each family. The name of a library's family is also that of its package and of the extra that has it.
-FAMILIES: Mapping[str, str] = {
-    "builtin": "analysis.networks.builtin",
-    "transformers": "analysis.networks.transformers",
-    "timm": "analysis.networks.timm",
-    "torchvision": "analysis.networks.torchvision",
-    "custom": "analysis.networks.custom",
-}
+# Each family is the module of this name beside this one. A library's family also has the name of its package, and of
+# the extra that brings it.
+FAMILIES = ("builtin", "transformers", "timm", "torchvision", "custom")
 
 # Default number of tensors, the most that a file's header has.
 _MOST_TENSORS = 100_000
@@ -311,7 +306,7 @@ def _imported(family: str) -> ModuleType:
         known = _failed[family]
         raise AnalysisError(known.kind, known.detail, **known.members) from known
     try:
-        return importlib.import_module(FAMILIES[family])
+        return importlib.import_module(f".{family}", __package__)
     except Exception as error:
         # torchvision raises RuntimeError if torch has another version than it needs; a missing library raises OSError.
         _failed[family] = _unavailable(family, error)

@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from analysis.errors import AnalysisError
-from analysis.networks.ties import Ties
+from ..errors import AnalysisError
+from .ties import Ties
 
 # Names of the module within a wrapper in torch, Lightning, accelerate, DeepSpeed, Opacus and fairscale.
 _WRAPPERS = frozenset(

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
-from analysis.errors import AnalysisError
+from ..errors import AnalysisError
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ import timm
 from timm.data import resolve_data_config
 from torch import nn
 
-from analysis.errors import AnalysisError
-from analysis.networks.building import check_plain, name_of, refused, require_classes, take_one_tensor
+from ..errors import AnalysisError
+from .building import check_plain, name_of, refused, require_classes, take_one_tensor
 
 #: Arguments that would fetch weights or files, choose a device, or make something other than a classifier.
 FORBIDDEN = (

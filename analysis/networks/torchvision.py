@@ -6,7 +6,7 @@ from typing import Any
 import torchvision
 from torch import nn
 
-from analysis.networks.building import check_plain, last_linear, refused, require_classes, take_one_tensor
+from .building import check_plain, last_linear, refused, require_classes, take_one_tensor
 
 #: Arguments that would fetch weights or control how to.
 FORBIDDEN = ("pretrained", "pretrained_backbone", "progress", "weights", "weights_backbone")

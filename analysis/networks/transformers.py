@@ -23,8 +23,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
-from analysis.errors import AnalysisError
-from analysis.networks.building import MAX_CLASSES, check_plain, name_of, refused, require_classes
+from ..errors import AnalysisError
+from .building import MAX_CLASSES, check_plain, name_of, refused, require_classes
 
 #: Members that point outside of the configuration or describe weights that are not those of the plain network.
 FORBIDDEN = (

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from analysis.errors import AnalysisError
-from analysis.passes.precision import Precision, arithmetic
-from analysis.probes.inputs import Inputs, copied, each_input, first_samples
-from analysis.probes.probe import Probe
+from ..errors import AnalysisError
+from ..probes.inputs import Inputs, copied, each_input, first_samples
+from ..probes.probe import Probe
+from .precision import Precision, arithmetic
 
 # Limit for the largest tensor of a batch. The C library requests larger blocks from the system and returns them each
 # time, page by page: WRN-28-2 took twice as long with 1,024 samples at a time as with 128.

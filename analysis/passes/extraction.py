@@ -14,13 +14,13 @@ import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 
-from analysis.errors import AnalysisError
-from analysis.measures.entropy import check_finite
-from analysis.networks.loading import LoadedNetwork
-from analysis.passes.batching import first_batch_size
-from analysis.passes.precision import Precision, arithmetic
-from analysis.probes.inputs import Inputs, each_input, n_samples
-from analysis.probes.probe import Probe
+from ..errors import AnalysisError
+from ..measures.entropy import check_finite
+from ..networks.loading import LoadedNetwork
+from ..probes.inputs import Inputs, each_input, n_samples
+from ..probes.probe import Probe
+from .batching import first_batch_size
+from .precision import Precision, arithmetic
 
 Progress = Callable[[str, int, int], None]
 """Called with a phase (`features`, `spectra`, `null`, `metrics`), what is done and of how much."""

@@ -9,11 +9,15 @@ import torch
 from jaxtyping import Bool, Float, Int32, Int64
 from torch import Tensor
 
-from analysis.errors import AnalysisError
-from analysis.measures.entropy import check_finite
-from analysis.measures.predictions import Predictions, predictions_of, rows_at_a_time
-from analysis.networks.loading import LoadedNetwork
-from analysis.passes.extraction import (
+from ..errors import AnalysisError
+from ..measures.entropy import check_finite
+from ..measures.predictions import Predictions, predictions_of, rows_at_a_time
+from ..networks.loading import LoadedNetwork
+from ..probes.feature_set import FeatureSet, Vocabulary
+from ..probes.inputs import Inputs
+from ..probes.probe import Probe
+from ..probes.sequences import IGNORED
+from .extraction import (
     Passed,
     Progress,
     check_identity,
@@ -22,11 +26,7 @@ from analysis.passes.extraction import (
     not_the_head,
     pass_over,
 )
-from analysis.passes.precision import Precision
-from analysis.probes.feature_set import FeatureSet, Vocabulary
-from analysis.probes.inputs import Inputs
-from analysis.probes.probe import Probe
-from analysis.probes.sequences import IGNORED
+from .precision import Precision
 
 # Tolerance, as a share of the largest logit, for logits of one position in two passes that differ only in later tokens.
 _SAME_PAST = {"float32": 1e-4, "bfloat16": 2e-2}

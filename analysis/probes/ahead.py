@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 
-from analysis.probes.inputs import Inputs, each, named
+from .inputs import Inputs, each, named
 
 T = TypeVar("T")
 

@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float, Int64, Integer
 from torch import Tensor
 
-from analysis.measures.entropy import check_finite
-from analysis.measures.predictions import Predictions, joined, predictions_of, rows_at_a_time
+from ..measures.entropy import check_finite
+from ..measures.predictions import Predictions, joined, predictions_of, rows_at_a_time
 
 
 @dataclass(frozen=True)

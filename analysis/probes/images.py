@@ -18,8 +18,8 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from analysis.errors import AnalysisError
-from analysis.probes.preprocess import Preprocess
+from ..errors import AnalysisError
+from .preprocess import Preprocess
 
 Read = Callable[[Sequence[int]], Iterator[tuple[str, bytes]]]
 """Gives name and content of the files in these rows, in their order."""

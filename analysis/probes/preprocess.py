@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float32, Shaped
 from torch import Tensor
 
-from analysis.errors import AnalysisError
+from ..errors import AnalysisError
 
 Number = float | int
 Resample = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]

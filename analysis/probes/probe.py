@@ -9,11 +9,11 @@ import torch
 from jaxtyping import Float32, Int64, Integer, Shaped, UInt8
 from torch import Tensor
 
-from analysis.errors import AnalysisError
-from analysis.probes.ahead import one_ahead, sent_ahead
-from analysis.probes.images import Images
-from analysis.probes.inputs import Inputs, each, n_samples, named, samples
-from analysis.probes.preprocess import Preprocess
+from ..errors import AnalysisError
+from .ahead import one_ahead, sent_ahead
+from .images import Images
+from .inputs import Inputs, each, n_samples, named, samples
+from .preprocess import Preprocess
 
 # Numbers that are checked at a time: a checked tensor is never copied as a whole.
 CHUNK_ELEMENTS = 2**24

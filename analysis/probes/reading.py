@@ -14,12 +14,12 @@ from jaxtyping import Float, Int64, Shaped
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from analysis.errors import AnalysisError, Kind
-from analysis.probes.feature_set import FeatureSet
-from analysis.probes.inputs import INPUT_NAMES
-from analysis.probes.preprocess import Preprocess
-from analysis.probes.probe import CHUNK_ELEMENTS, Probe, prepared_batch
-from analysis.probes.sequences import labels_of_tokens
+from ..errors import AnalysisError, Kind
+from .feature_set import FeatureSet
+from .inputs import INPUT_NAMES
+from .preprocess import Preprocess
+from .probe import CHUNK_ELEMENTS, Probe, prepared_batch
+from .sequences import labels_of_tokens
 
 _MAIN_NAMES = ("pixel_values", "input_ids")
 

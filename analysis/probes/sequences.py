@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Int32, Integer, Shaped
 from torch import Tensor
 
-from analysis.errors import AnalysisError
+from ..errors import AnalysisError
 
 #: The label of a position that is not a sample, as in transformers.
 IGNORED = -100

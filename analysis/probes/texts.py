@@ -12,7 +12,7 @@ from jaxtyping import Int32, UInt8
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from analysis.errors import AnalysisError
+from ..errors import AnalysisError
 
 #: Tokens kept of a text where neither the probe nor the tokenizer nor the network sets a length.
 DEFAULT_MAX_LENGTH = 512

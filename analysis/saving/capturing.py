@@ -13,13 +13,13 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from analysis.errors import AnalysisError
-from analysis.measures.entropy import check_finite
-from analysis.networks.loading import LoadedNetwork
-from analysis.passes.extraction import features_and_logits, watching
-from analysis.passes.precision import arithmetic
-from analysis.probes.inputs import Inputs
-from analysis.saving.checkpoint import unwrapped, write_feature_file
+from ..errors import AnalysisError
+from ..measures.entropy import check_finite
+from ..networks.loading import LoadedNetwork
+from ..passes.extraction import features_and_logits, watching
+from ..passes.precision import arithmetic
+from ..probes.inputs import Inputs
+from .checkpoint import unwrapped, write_feature_file
 
 # Keys of the labels in dictionaries from loaders.
 _LABELS = ("labels", "label", "targets", "target")

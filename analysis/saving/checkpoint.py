@@ -10,8 +10,8 @@ from typing import Any
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
-from analysis.networks.loading import load_network
-from analysis.saving.conversion import ConversionError, write_safetensors
+from ..networks.loading import load_network
+from .conversion import ConversionError, write_safetensors
 
 
 def save_checkpoint(

@@ -19,9 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from analysis.saving.distributed import METADATA, open_distributed
-from analysis.saving.pickles import Inert, Key, Name, Reference
-from analysis.saving.torchfiles import NoPlainTensor, NotTorchError, TensorPlan, open_torch_file
+from .distributed import METADATA, open_distributed
+from .pickles import Inert, Key, Name, Reference
+from .torchfiles import NoPlainTensor, NotTorchError, TensorPlan, open_torch_file
 
 # Usual keys of the weights in training scripts' files, best first; an optimizer's state is never taken for weights.
 _USUAL_KEYS = ("state_dict", "model_state_dict", "model", "network", "net", "module", "weights", "params")

@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from analysis.saving.pickles import Inert, Key, Name, PickleError, read_pickle
-from analysis.saving.torchfiles import NotTorchError, TensorPlan, read_torch_file, sizes_of
+from .pickles import Inert, Key, Name, PickleError, read_pickle
+from .torchfiles import NotTorchError, TensorPlan, read_torch_file, sizes_of
 
 METADATA = ".metadata"
 _MODULE = "torch.distributed.checkpoint.metadata"

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from analysis.saving.pickles import Inert, Name, OpenFile, PickleError, Reference, read_pickle
+from .pickles import Inert, Name, OpenFile, PickleError, Reference, read_pickle
 
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 _MOST_PICKLE_BYTES = 2**30

@@ -12,11 +12,11 @@ from jaxtyping import Float, Float64, Int64, Shaped
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from analysis.errors import AnalysisError
-from analysis.networks.loading import forget, parts_that_keep
-from analysis.passes.precision import arithmetic
-from analysis.probes.inputs import Inputs, first_samples
-from analysis.sweeps.tracing import tied_axes
+from ..errors import AnalysisError
+from ..networks.loading import forget, parts_that_keep
+from ..passes.precision import arithmetic
+from ..probes.inputs import Inputs, first_samples
+from .tracing import tied_axes
 
 State = Mapping[str, Shaped[Tensor, "..."]]
 

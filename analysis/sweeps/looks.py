@@ -11,11 +11,11 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from analysis.errors import AnalysisError
-from analysis.evaluation import EvaluationOptions, capture
-from analysis.probes.probe import Probe, stratified_rows
-from analysis.probes.sequences import IGNORED
-from analysis.sweeps.paths import LOOKS, Path, next_look, recalibrate
+from ..errors import AnalysisError
+from ..evaluation import EvaluationOptions, capture
+from ..probes.probe import Probe, stratified_rows
+from ..probes.sequences import IGNORED
+from .paths import LOOKS, Path, next_look, recalibrate
 
 # Samples of a look: a batch of the evaluation up to the first number, which a network passes at once; at least this
 # share of a large probe; and no fewer than the last number.

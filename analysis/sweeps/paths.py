@@ -9,12 +9,12 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
-from analysis.errors import AnalysisError
-from analysis.networks.loading import LoadedNetwork
-from analysis.passes.precision import Precision, arithmetic
-from analysis.probes.images import Images
-from analysis.probes.inputs import Inputs, n_samples
-from analysis.probes.probe import Probe
+from ..errors import AnalysisError
+from ..networks.loading import LoadedNetwork
+from ..passes.precision import Precision, arithmetic
+from ..probes.images import Images
+from ..probes.inputs import Inputs, n_samples
+from ..probes.probe import Probe
 
 Normalisation = Literal["interpolate", "recalibrate"]
 State = Mapping[str, Shaped[Tensor, "..."]]

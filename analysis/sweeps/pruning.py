@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from analysis.errors import AnalysisError
-from analysis.networks.loading import LoadedNetwork
+from ..errors import AnalysisError
+from ..networks.loading import LoadedNetwork
 
 Scope = Literal["global", "layerwise"]
 #: Default sparsities.

@@ -15,11 +15,11 @@ from jaxtyping import Shaped
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from analysis.errors import AnalysisError
-from analysis.networks.loading import LoadedNetwork, build_like, forget, parts_that_keep
-from analysis.passes.extraction import forward
-from analysis.passes.precision import arithmetic
-from analysis.probes.inputs import Inputs
+from ..errors import AnalysisError
+from ..networks.loading import LoadedNetwork, build_like, forget, parts_that_keep
+from ..passes.extraction import forward
+from ..passes.precision import arithmetic
+from ..probes.inputs import Inputs
 
 State = Mapping[str, Shaped[Tensor, "..."]]
 Place = tuple[str, ...]

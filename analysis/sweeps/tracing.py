@@ -14,9 +14,9 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from analysis.errors import AnalysisError
-from analysis.networks.loading import forget, parts_that_keep
-from analysis.probes.inputs import Inputs
+from ..errors import AnalysisError
+from ..networks.loading import forget, parts_that_keep
+from ..probes.inputs import Inputs
 
 Axes = tuple[int, ...]
 # Axes of a node's result, or of each part of it.

@@ -158,7 +158,7 @@ def convert(
     if output.exists() and not overwrite:
         raise typer.BadParameter(f"{str(output)!r} is there already; --overwrite replaces it", param_hint="--output")
     try:
-        conversion = importlib.import_module("analysis.saving.conversion")
+        conversion = importlib.import_module("interplay._analysis.saving.conversion")
     except ModuleNotFoundError as error:
         detail = f"`interplay convert` needs PyTorch ({error.name} is missing): pip install 'interplay[worker]'"
         fail(EXIT_USAGE, "Not installed", detail, {})

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 import interplay
-from analysis.measures import losses
+from interplay._analysis.measures import losses
 
 
 def test_loss_is_found_where_users_look_for_it() -> None:

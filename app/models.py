@@ -7,7 +7,7 @@ from uuid import uuid4
 import sqlalchemy as sa
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
-from app.schemas import metadata_text
+from app.schemas import Kind, metadata_text
 
 
 class UTCDateTime(sa.TypeDecorator[datetime]):
@@ -158,7 +158,7 @@ class Analysis(Resource):
     __tablename__ = "analyses"
     __table_args__ = (sa.Index(None, "created_at", "id"),)
 
-    kind: Mapped[str] = mapped_column(sa.String(30), index=True)
+    kind: Mapped[Kind] = mapped_column(sa.String(30), index=True)
     name: Mapped[str] = mapped_column(sa.String(200))
     checkpoints: Mapped[list["AnalysisCheckpoint"]] = relationship(
         lazy="selectin", order_by="AnalysisCheckpoint.position"
@@ -204,7 +204,7 @@ class Report(Resource):
         order_by="AnalysisCheckpoint.position",
         primaryjoin="foreign(AnalysisCheckpoint.analysis_id) == Report.analysis_id",
     )
-    kind: Mapped[str] = mapped_column(sa.String(30), index=True)
+    kind: Mapped[Kind] = mapped_column(sa.String(30), index=True)
     name: Mapped[str] = mapped_column(sa.String(200), index=True)
     probe_id: Mapped[str | None] = mapped_column(sa.String(36), index=True)
     feature_set_id: Mapped[str | None] = mapped_column(sa.String(36), index=True)

@@ -6,16 +6,29 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
 from analysis.networks.loading import build
+from app.files.datafile import Limits
+from app.schemas import NamedGrid, PathOptions
 from app.settings import Settings
 from app.storage import Storage
-from workers.compute import kinds
 from workers.compute.features import FeatureCache
+from workers.compute.runner import Runner
+from workers.tasks import (
+    Answer,
+    Checkpoint,
+    Files,
+    Json,
+    PathPointTask,
+    PathTask,
+    Probe,
+    Work,
+    answer_of,
+    point_step,
+)
 
 Row = dict[str, object]
 # 100 million parameters, beside which a batch, its activations and what is measured on them are next to nothing.
@@ -40,10 +53,10 @@ def rows(device: torch.device | str = "cpu") -> list[Row]:
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
     with tempfile.TemporaryDirectory() as folder:
         environment["INTERPLAY_DATA_DIR"] = folder
-        task, n_bytes = _task(_SIZES, Path(folder), "large")
-        small, _ = _task([64, 16, 10], Path(folder), "small")
+        large, n_bytes = _step(_SIZES, Path(folder), "large")
+        small, _ = _step([64, 16, 10], Path(folder), "small")
         command = [sys.executable, "-m", "benchmarks.memory", str(device)]
-        given = json.dumps({"small": small, "task": task})
+        given = json.dumps([small.model_dump_json(), large.model_dump_json()])
         ran = subprocess.run(command, input=given, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     found = json.loads(ran.stdout)
     copies = (found["peak_bytes"] - found["before_bytes"]) / n_bytes
@@ -59,44 +72,75 @@ def rows(device: torch.device | str = "cpu") -> list[Row]:
     return [row]
 
 
-def _task(sizes: list[int], folder: Path, prefix: str) -> tuple[dict[str, Any], int]:
-    """A path's task as the worker hands it to its child, and the bytes of one checkpoint's parameters."""
-    architecture = {"family": "builtin", "name": "mlp", "args": {"sizes": sizes, "norm": "none"}}
-    subjects, paths, n_bytes = [], {}, 0
+def _step(sizes: list[int], folder: Path, prefix: str) -> tuple[Work, int]:
+    """A path's first step as the worker hands it to its child, and the bytes of one checkpoint's parameters."""
+    architecture: Json = {"family": "builtin", "name": "mlp", "args": {"sizes": [*sizes], "norm": "none"}}
+    checkpoints, paths, n_bytes = [], {}, 0
     for name in ("a", "b"):
         # torch's own initialisation, from another state of its generator for each.
         state = build(architecture, device="cpu").state_dict()
         n_bytes = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
-        paths[name] = str(folder / f"{prefix}-{name}.safetensors")
+        paths[name] = folder / f"{prefix}-{name}.safetensors"
         save_file(state, paths[name])
-        subjects.append(
-            {
-                "sha256": name,
-                "architecture": architecture,
-                "head": None,
-                "prefix": "",
-                "ignored": {},
-                "asked_prefix": None,
-            }
+        checkpoints.append(
+            Checkpoint(
+                id=name,
+                name=name,
+                sha256=name,
+                size_bytes=n_bytes,
+                n_parameters=n_bytes // 4,
+                architecture=architecture,
+                head=None,
+                prefix="",
+                ignored={},
+                asked_prefix=None,
+                preprocess=None,
+                tokenizer_sha256=None,
+                metadata={},
+            )
         )
-    paths["probe"] = str(folder / f"{prefix}-probe.safetensors")
+    paths["probe"] = folder / f"{prefix}-probe.safetensors"
     save_file({"inputs": torch.randn(_SAMPLES, 64), "labels": torch.arange(_SAMPLES) % 10}, paths["probe"])
-    options = {"grid": {"values": _GRID}, "normalisation": "interpolate", "alignment": "none", "seed": 0}
-    about = {"n_classes": 10, "class_names": None, "preprocess": None}
-    probe = {"sha256": "probe", "format": "safetensors", "content": "tensors", **about}
-    task = {"analysis_id": prefix, "kind": "path", "step": "point", "options": {**options, "null_permutations": 0}}
-    return {**task, "subjects": subjects, "probe": probe, "paths": paths}, n_bytes
+    probe = Probe(
+        id="probe",
+        name="probe",
+        sha256="probe",
+        data_sha256=None,
+        n_samples=_SAMPLES,
+        n_classes=10,
+        class_counts=torch.bincount(torch.arange(_SAMPLES) % 10).tolist(),
+        class_names=None,
+        format="safetensors",
+        content="tensors",
+        input_shape=[64],
+        preprocess=None,
+        columns=None,
+        tokenizer_sha256=None,
+        max_length=None,
+    )
+    step = PathPointTask(
+        analysis_id=prefix,
+        options=PathOptions(grid=NamedGrid(values=_GRID), null_permutations=0),
+        checkpoints=tuple(checkpoints),
+        probe=probe,
+        known=(),
+    )
+    settings = Settings()
+    files = Files(paths=paths, dataset=Limits.of(settings), image_pixels=settings.max_image_pixels)
+    return Work(step=step, files=files), n_bytes
 
 
-def _walk(task: dict[str, Any], device: torch.device) -> None:
+def _walk(work: Work, device: torch.device) -> None:
+    assert isinstance(work.step, PathPointTask)
     # A path keeps no features.
-    cache = FeatureCache(Storage(Settings()), 0)
-    known: list[dict[str, Any]] = []
-    last = False
-    while not last:
-        body = kinds.compute({**task, "points": known}, device, cache, lambda phase, done, total: None, {})
-        known.append(body["known"])
-        last = body["last"]
+    runner = Runner(device, FeatureCache(Storage(Settings()), 0))
+    task = PathTask.model_validate({name: getattr(work.step, name) for name in PathTask.model_fields})
+    answers: list[Answer] = []
+    while not (answers and answers[-1].last):
+        step = point_step(task, answers)
+        body, refusal = runner.run(Work(step=step, files=work.files), lambda phase, done, total: None)
+        assert body is not None, refusal
+        answers.append(answer_of(task, body))
 
 
 def _resident_bytes(field: str) -> int:
@@ -107,17 +151,18 @@ def _resident_bytes(field: str) -> int:
 
 def main() -> None:
     """The process that is measured: a small path first, so that what is loaded but once is there before."""
-    given, device = json.load(sys.stdin), torch.device(sys.argv[1])
+    small, large = (Work.model_validate_json(text) for text in json.load(sys.stdin))
+    device = torch.device(sys.argv[1])
     torch.set_num_threads(1)
-    _walk(given["small"], device)
+    _walk(small, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        _walk(given["task"], device)
+        _walk(large, device)
         peak = torch.cuda.max_memory_allocated(device)
     else:
         before = _resident_bytes("VmRSS")
-        _walk(given["task"], device)
+        _walk(large, device)
         peak = _resident_bytes("VmHWM")
     print(json.dumps({"before_bytes": before, "peak_bytes": peak}))
 

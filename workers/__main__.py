@@ -82,7 +82,7 @@ def _work(settings: Settings, child: ComputeChild, told_to_stop: int) -> None:
             child.kill()
             return
     presence.register(child.description)
-    found = offers.Offers(child.description["families"], child.description["untried"])
+    found = offers.Offers(child.description.families, child.description.untried)
     offers.start(found, settings.data_dir / "workers", engine, worker_id)
     register(Host(settings, engine, storage, child, active))
     _join_queue(settings, engine, worker_id)

@@ -5,78 +5,59 @@ client that cancels, or a worker that was assumed dead and still runs.
 """
 
 import hashlib
-import json
-from typing import Any
+from collections.abc import Sequence
 from uuid import uuid4
 
 import sqlalchemy as sa
-from pydantic import TypeAdapter
+from pydantic import JsonValue, TypeAdapter
 from sqlalchemy.orm import Session
 
 from app.database import read, write
 from app.errors import problem
 from app.models import Analysis, AnalysisCheckpoint, Checkpoint, FeatureSet, MetadataEntry, Probe, Report, now
-from app.schemas import EvaluationOptions
-from app.schemas.reports import DEFINITIONS_VERSION, SCHEMA_VERSION
+from app.schemas.reports import DEFINITIONS_VERSION, SCHEMA_VERSION, EvaluationReport, Subject
 from app.schemas.reports import Report as AnyReport
-from workers.child import Progress, Result
+from workers import tasks
+from workers.tasks import Json, Progress, Result
 
-_REPORTS: TypeAdapter[Any] = TypeAdapter(AnyReport)
+_REPORTS: TypeAdapter[AnyReport] = TypeAdapter(AnyReport)
 # Characters of a prefix that a checkpoint's row stores; a report has all of it.
 _MAX_PREFIX = 200
 
 
-def begin(engine: sa.Engine, analysis_id: str, max_attempts: int) -> dict[str, Any] | None:
-    """Count an attempt and return the task to compute, as JSON values; None if there is nothing left to do."""
+def begin(engine: sa.Engine, analysis_id: str, max_attempts: int) -> tasks.FeatureSetTask | tasks.NetworkTask | None:
+    """Count an attempt and return the task to compute; None if there is nothing left to do."""
     with write(engine) as session:
         row = session.get(Analysis, analysis_id, with_for_update=True)
         if row is None or row.outcome is not None:
             return None
         if row.cancel_requested_at is not None:
-            _end(row, Result("cancelled"))
+            _end(row, Result(outcome="cancelled"))
             return None
         if row.attempts >= max_attempts:
             detail = f"Its worker died in each of {row.attempts} attempts; it is not tried again."
             body = problem("too-many-attempts", "The analysis was given up", detail, attempts=row.attempts)
-            _end(row, Result("failed", problem=body))
+            _end(row, Result(outcome="failed", problem=body))
             return None
         row.attempts += 1
         row.started_at = row.started_at or now()
         row.progress_phase, row.progress_done, row.progress_total = "starting", 0, 0
-        task: dict[str, Any] = {"analysis_id": row.id, "kind": row.kind, "options": row.options, "axis": row.axis}
-        if row.feature_set_id is not None:
-            feature_set = session.get_one(FeatureSet, row.feature_set_id)
-            subject, data = _subject("feature_set", feature_set), _data("feature_set", feature_set)
-            return {**task, "subjects": [subject], "probe": data}
-        checkpoints = [session.get_one(Checkpoint, place.checkpoint_id) for place in row.checkpoints]
-        probe = session.get_one(Probe, row.probe_id)
-        return {
-            **task,
-            "subjects": [_subject("checkpoint", checkpoint) for checkpoint in checkpoints],
-            "probe": _data("probe", probe),
-            "file": {name: getattr(probe, name) for name in _OF_FILE},
-            "brought": [{name: getattr(checkpoint, name) for name in _OF_BROUGHT} for checkpoint in checkpoints],
-        }
+        return _task(session, row)
 
 
-def evaluation_of(engine: sa.Engine, task: dict[str, Any], position: int) -> dict[str, Any] | None:
-    """Return the newest evaluation report of one of a task's checkpoints on its probe with its options, or None."""
-    places = sa.select(AnalysisCheckpoint.analysis_id).where(
-        AnalysisCheckpoint.checkpoint_id == task["subjects"][position]["id"]
-    )
+def evaluation_of(engine: sa.Engine, task: tasks.SeriesTask, checkpoint: tasks.Checkpoint) -> EvaluationReport | None:
+    """Return the newest evaluation report of a task's checkpoint on its probe with its options, or None."""
+    places = sa.select(AnalysisCheckpoint.analysis_id).where(AnalysisCheckpoint.checkpoint_id == checkpoint.id)
     reports = (
         sa.select(Report.content)
-        .where(Report.kind == "evaluation", Report.probe_id == task["probe"]["id"], Report.analysis_id.in_(places))
+        .where(Report.kind == "evaluation", Report.probe_id == task.probe.id, Report.analysis_id.in_(places))
         .order_by(Report.created_at.desc(), Report.id.desc())
     )
     with read(engine) as session:
         for content in session.scalars(reports):
-            report: dict[str, Any] = json.loads(content)
-            # Parsed by the schema: a report older than an option was computed with the option's default.
-            theirs, ours = (
-                EvaluationOptions(**options) for options in (report["provenance"]["options"], task["options"])
-            )
-            if theirs == ours and report["definitions_version"] == DEFINITIONS_VERSION:
+            # The schema gives a report that is older than an option the option's default, as it was computed.
+            report = EvaluationReport.model_validate_json(content)
+            if report.provenance.options == task.options and report.definitions_version == DEFINITIONS_VERSION:
                 return report
     return None
 
@@ -100,9 +81,10 @@ def finish(engine: sa.Engine, analysis_id: str, result: Result) -> bool:
             return False
         if result.body is not None:
             report = _report(row, result.body)
-            session.add(report)
-            session.add_all(MetadataEntry.entries(report.id, _metadata(result.body)))
-            _note_names(session, result.body)
+            subjects = _subjects(report)
+            session.add(_report_row(row, report))
+            session.add_all(MetadataEntry.entries(report.id, _metadata(subjects)))
+            _note_names(session, subjects)
             row.progress_phase, row.progress_done = "finished", row.progress_total
         _end(row, result)
         return True
@@ -112,45 +94,68 @@ def _end(row: Analysis, result: Result) -> None:
     row.outcome, row.problem, row.finished_at = result.outcome, result.problem, now()
 
 
-def _subjects(body: dict[str, Any]) -> list[dict[str, Any]]:
+def _task(session: Session, row: Analysis) -> tasks.FeatureSetTask | tasks.NetworkTask:
+    """Return the task that an analysis's row and the rows of its subjects describe."""
+    common: dict[str, object] = {"analysis_id": row.id, "options": row.options}
+    if row.feature_set_id is not None:
+        feature_set = tasks.FeatureSet.of(session.get_one(FeatureSet, row.feature_set_id))
+        return tasks.FeatureSetTask.model_validate({**common, "feature_set": feature_set})
+    checkpoints = [session.get_one(Checkpoint, place.checkpoint_id) for place in row.checkpoints]
+    common["checkpoints"] = tuple(map(tasks.Checkpoint.of, checkpoints))
+    common["probe"] = tasks.Probe.of(session.get_one(Probe, row.probe_id))
+    if row.axis is not None:
+        common["axis"] = row.axis
+    return tasks.TASKS[row.kind].model_validate(common)
+
+
+def _subjects(report: AnyReport) -> Sequence[Subject]:
     """Return all subjects of a report."""
-    return body.get("subjects") or [body["subject"]]
+    return report.subjects if hasattr(report, "subjects") else [report.subject]
 
 
-def _note_names(session: Session, body: dict[str, Any]) -> None:
+def _note_names(session: Session, subjects: Sequence[Subject]) -> None:
     """Store on the checkpoints how their files name tensors, which was a guess before a network was built."""
-    found = {subject["id"]: subject for subject in _subjects(body) if subject.get("infixes") is not None}
+    found = {subject.id: subject for subject in subjects if subject.infixes is not None}
     unchecked = sa.select(Checkpoint).where(Checkpoint.id.in_(found), ~Checkpoint.names_checked)
     # Locked in one order, so that two analyses of the same checkpoints cannot deadlock.
     for checkpoint in session.scalars(unchecked.order_by(Checkpoint.id).with_for_update()):
         subject = found[checkpoint.id]
-        checkpoint.prefix, checkpoint.ignored = subject["prefix"][:_MAX_PREFIX], subject["ignored"]
-        checkpoint.n_parameters, checkpoint.names_checked = subject["n_parameters"], True
+        assert subject.prefix is not None
+        assert subject.ignored is not None
+        assert subject.n_parameters is not None
+        checkpoint.prefix, checkpoint.ignored = subject.prefix[:_MAX_PREFIX], dict(subject.ignored)
+        checkpoint.n_parameters, checkpoint.names_checked = subject.n_parameters, True
 
 
-def _metadata(body: dict[str, Any]) -> dict[str, Any]:
+def _metadata(subjects: Sequence[Subject]) -> Json:
     """Return the metadata of all subjects of a report: each key with every value that a subject has."""
-    found: dict[str, list[Any]] = {}
-    for subject in _subjects(body):
-        for key, value in subject["metadata"].items():
+    found: dict[str, list[JsonValue]] = {}
+    for subject in subjects:
+        for key, value in subject.metadata.items():
             found.setdefault(key, []).extend(value if isinstance(value, list) else [value])
-    return found
+    return {**found}
 
 
-def _report(row: Analysis, body: dict[str, Any]) -> Report:
-    report_id, created_at = str(uuid4()), now()
-    head = {
-        "schema_version": SCHEMA_VERSION,
-        "definitions_version": DEFINITIONS_VERSION,
-        "kind": row.kind,
-        "id": report_id,
-        "analysis_id": row.id,
-        "created_at": created_at,
-    }
-    content = _REPORTS.validate_python({**head, **body}).model_dump_json(by_alias=True)
+def _report(row: Analysis, body: Json) -> AnyReport:
+    """Return the report of an analysis."""
+    return _REPORTS.validate_python(
+        {
+            "schema_version": SCHEMA_VERSION,
+            "definitions_version": DEFINITIONS_VERSION,
+            "kind": row.kind,
+            "id": str(uuid4()),
+            "analysis_id": row.id,
+            "created_at": now(),
+            **body,
+        }
+    )
+
+
+def _report_row(row: Analysis, report: AnyReport) -> Report:
+    content = report.model_dump_json(by_alias=True)
     return Report(
-        id=report_id,
-        created_at=created_at,
+        id=report.id,
+        created_at=report.created_at,
         analysis_id=row.id,
         kind=row.kind,
         name=row.name,
@@ -159,34 +164,3 @@ def _report(row: Analysis, body: dict[str, Any]) -> Report:
         sha256=hashlib.sha256(content.encode()).hexdigest(),
         content=content,
     )
-
-
-# A feature set has neither network nor inputs: a report has null for their members.
-_OF_SUBJECT = (
-    "id", "name", "sha256", "size_bytes", "n_parameters", "architecture", "head", "prefix", "ignored", "asked_prefix",
-)  # fmt: skip
-_OF_DATA = (
-    "id",
-    "name",
-    "sha256",
-    "data_sha256",
-    "n_samples",
-    "n_classes",
-    "class_counts",
-    "class_names",
-    "format",
-    "content",
-    "input_shape",
-    "preprocess",
-)
-# Members that determine how a probe's file is read, and those that a checkpoint brings for it.
-_OF_FILE = ("columns", "tokenizer_sha256", "max_length")
-_OF_BROUGHT = ("preprocess", "tokenizer_sha256")
-
-
-def _subject(kind: str, row: Checkpoint | FeatureSet) -> dict[str, Any]:
-    return {"kind": kind, **{name: getattr(row, name, None) for name in _OF_SUBJECT}, "metadata": row.metadata_}
-
-
-def _data(kind: str, row: Probe | FeatureSet) -> dict[str, Any]:
-    return {"kind": kind, **{name: getattr(row, name, None) for name in _OF_DATA}}

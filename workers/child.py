@@ -1,15 +1,12 @@
 """The compute process: torch runs here, in a child of the worker that can be killed.
 
 A cancellation, a timeout, exhausted memory or a crash in native code ends the child, never the worker. The child stays
-warm between analyses. The two exchange lines of JSON over the child's standard input and output:
-
-    worker -> child   {"task": {...}}
-    child -> worker   {"hello": {...}} once, then for each task {"progress": [phase, done, total]} any number of times
-                      and one of {"body": {...}} and {"problem": {...}}, each with the task's "analysis_id"
+warm between analyses. The two exchange lines of JSON over the child's standard input and output: the worker sends
+`tasks.Work`, the child `tasks.Hello` once, then for each step `tasks.OfAnalysis` with progress any number of times and
+with a body or a problem at the end.
 """
 
 import contextlib
-import json
 import logging
 import os
 import queue
@@ -19,13 +16,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 from app.environment import plain_environment
 from app.errors import problem
 from app.settings import Settings
+from workers.tasks import MESSAGES, Hello, OfAnalysis, Progress, Result, Work
 
 logger = logging.getLogger("interplay")
 
@@ -46,25 +42,6 @@ ARITHMETIC = {
     "MALLOC_TRIM_THRESHOLD_": str(2**28),
 }
 
-Message = dict[str, Any]
-Outcome = Literal["succeeded", "failed", "cancelled"]
-
-
-@dataclass(frozen=True)
-class Result:
-    """How a computation ended: with the body of a report, with a problem, or, if cancelled, with neither."""
-
-    outcome: Outcome
-    body: Message | None = None
-    problem: Message | None = None
-
-
-@dataclass(frozen=True)
-class Progress:
-    phase: str
-    done: int
-    total: int
-
 
 class ChildDied(Exception):
     """The compute process ended in the middle of a task."""
@@ -77,9 +54,9 @@ class ComputeChild:
         self._settings = settings
         # A run that another worker took over may still be computing here when the next one comes.
         self._one_at_a_time = threading.Lock()
-        self.description: Message | None = None
+        self.description: Hello | None = None
         self._process: subprocess.Popen[bytes] | None = None
-        self._messages: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+        self._messages: queue.SimpleQueue[OfAnalysis | None] = queue.SimpleQueue()
 
     def start(self) -> None:
         """Start the process if it is not running; it loads torch before the first task comes."""
@@ -98,20 +75,20 @@ class ComputeChild:
     def is_running(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
-    def run(self, task: Message, on_tick: Callable[[Progress | None], bool]) -> Result:
-        """Compute one task. `on_tick` gets new progress, if any, several times a second; if it returns True, or the
-        task takes longer than `analysis_timeout_seconds`, the process is killed.
+    def run(self, work: Work, on_tick: Callable[[Progress | None], bool]) -> Result:
+        """Compute one step. `on_tick` gets new progress, if any, several times a second; if it returns True, or the
+        step takes longer than `analysis_timeout_seconds`, the process is killed.
 
         Raises:
             ChildDied: the process ended by itself, and only its exit status is known, or it was killed because it
                 was idle.
         """
         with self._one_at_a_time:
-            return self._run(task, on_tick)
+            return self._run(work, on_tick)
 
-    def _run(self, task: Message, on_tick: Callable[[Progress | None], bool]) -> Result:
+    def _run(self, work: Work, on_tick: Callable[[Progress | None], bool]) -> Result:
         self.start()
-        self._send({"task": task})
+        self._send(work)
         deadline = time.monotonic() + self._settings.analysis_timeout_seconds
         next_tick = time.monotonic() + _TICK_SECONDS
         progress: Progress | None = None
@@ -123,21 +100,21 @@ class ComputeChild:
                 match message:
                     case None:
                         raise ChildDied(self._exit_status())
-                    case {"analysis_id": other} if other != task["analysis_id"]:
+                    case OfAnalysis(analysis_id=other) if other != work.step.analysis_id:
                         logger.error("the compute process answered for analysis %s", other)
-                    case {"progress": [phase, done, total]}:
-                        progress = Progress(phase, done, total)
-                    case {"body": body}:
-                        return Result("succeeded", body=body)
-                    case {"problem": what}:
-                        return Result("failed", problem=what)
+                    case OfAnalysis(body=body) if body is not None:
+                        return Result(outcome="succeeded", body=body)
+                    case OfAnalysis(problem=what) if what is not None:
+                        return Result(outcome="failed", problem=what)
+                    case OfAnalysis(progress=told):
+                        progress = told
             now = time.monotonic()
             if now > deadline:
                 self.kill()
                 limit = self._settings.analysis_timeout_seconds
                 detail = f"It had not ended after {limit:g} s, the limit that the service's operator has set."
                 body = problem("analysis-timeout", "The analysis took too long", detail, limit_seconds=limit)
-                return Result("failed", problem=body)
+                return Result(outcome="failed", problem=body)
             if watch.is_stalled():
                 self.kill()
                 raise ChildDied(f"it neither computed nor told progress for {self._settings.stall_seconds:g} s")
@@ -145,7 +122,7 @@ class ComputeChild:
                 next_tick = now + _TICK_SECONDS
                 if on_tick(progress):
                     self.kill()
-                    return Result("cancelled")
+                    return Result(outcome="cancelled")
                 progress = None
 
     def _process_id(self) -> int:
@@ -157,21 +134,21 @@ class ComputeChild:
             self._process.kill()
             self._process.wait()
 
-    def _send(self, message: Message) -> None:
+    def _send(self, work: Work) -> None:
         assert self._process is not None
         assert self._process.stdin is not None
         # A dead process closes its end of the pipe; the reader detects and reports that too.
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps(message).encode() + b"\n")
+            self._process.stdin.write(work.model_dump_json(by_alias=True).encode() + b"\n")
             self._process.stdin.flush()
 
-    def _read(self, process: subprocess.Popen[bytes], messages: "queue.SimpleQueue[Message | None]") -> None:
+    def _read(self, process: subprocess.Popen[bytes], messages: "queue.SimpleQueue[OfAnalysis | None]") -> None:
         assert process.stdout is not None
         with contextlib.suppress(ValueError):  # a last line that was cut off in the middle
             for line in process.stdout:
-                message = json.loads(line)
-                if "hello" in message:
-                    self.description = message["hello"]
+                message = MESSAGES.validate_json(line)
+                if isinstance(message, Hello):
+                    self.description = message
                 else:
                     messages.put(message)
         messages.put(None)

@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import sqlalchemy as sa
 from dbos._error import DBOSException
@@ -29,7 +28,7 @@ from app.models import Analysis, Worker, now
 from app.settings import Settings
 from app.storage import Storage
 from workers import attempts
-from workers.child import Result
+from workers.tasks import Hello, Result
 
 logger = logging.getLogger("interplay")
 
@@ -152,16 +151,13 @@ class Presence:
         self._client = queue.make_client(engine)
         self._storage = Storage(settings)
 
-    def register(self, description: dict[str, Any]) -> None:
-        """Take the lock, then insert the worker's row, so that a visible row always has its lock held.
-
-        `description` is the compute process's description of itself: device, torch_version, families.
-        """
+    def register(self, description: Hello) -> None:
+        """Take the lock, then insert the worker's row, so that a visible row always has its lock held."""
         self._locks.hold(self._id)
         with write(self._engine) as session:
             moment = clock(session)
             place = {"host": socket.gethostname(), "pid": os.getpid(), "started_at": moment, "heartbeat_at": moment}
-            session.add(Worker(id=self._id, **place, **description))
+            session.add(Worker(id=self._id, **place, **dict(description)))
 
     def withdraw(self) -> None:
         """Mark this worker as ended, so that its work is taken over at once."""
@@ -266,7 +262,7 @@ class Presence:
         for analysis_id in ids:
             logger.error("the run of analysis %s ended without an outcome", analysis_id)
             body = problem("internal-error", "Internal error", "Its run ended without an outcome; ask for it again.")
-            attempts.finish(self._engine, analysis_id, Result("failed", problem=body))
+            attempts.finish(self._engine, analysis_id, Result(outcome="failed", problem=body))
 
     def _forget_old_runs(self) -> None:
         before = (now() - _KEEP_RUNS).isoformat()

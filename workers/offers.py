@@ -13,17 +13,18 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import sqlalchemy as sa
+from pydantic import TypeAdapter
 
 from app.database import write
 from app.environment import plain_environment
 from app.models import Worker
 from app.settings import load_settings
+from workers.tasks import Frozen
 
 logger = logging.getLogger("interplay")
 
@@ -58,6 +59,14 @@ class Offers:
         self.families = sorted([*self.families, family], key=_FAMILIES.index)
         if names:
             self.networks[family] = list(names)
+
+
+class _Tried(Frozen):
+    """The result of importing a family: the names of its networks, or the library's error message."""
+
+    family: str
+    error: str | None = None
+    names: tuple[str, ...] = ()
 
 
 def find_out(offers: Offers, folder: Path, announce: Callable[[Offers], None]) -> None:
@@ -111,7 +120,8 @@ def _try(offers: Offers, announce: Callable[[Offers], None]) -> str | None:
         assert process.stdout is not None
         try:
             for line in process.stdout:
-                offers.take(**json.loads(line))
+                tried = _Tried.model_validate_json(line)
+                offers.take(tried.family, error=tried.error, names=tried.names)
                 announce(offers)
         except ValueError:
             logger.warning("a line about what networks can be built was cut off")
@@ -139,9 +149,8 @@ def _changed(path: str) -> int:
 def _read(kept: Path, offers: Offers) -> Offers | None:
     """Return the cached result of an earlier worker for the same families; None if it is missing or unreadable."""
     try:
-        content: Mapping[str, Any] = json.loads(kept.read_text())
-        found = Offers(**content)
-    except (OSError, ValueError, TypeError):
+        found = TypeAdapter(Offers).validate_json(kept.read_bytes())
+    except (OSError, ValueError):
         return None
     same = {*found.families, *found.unavailable} == {*offers.families, *offers.untried} and not found.untried
     return found if same else None
@@ -160,12 +169,11 @@ def main(families: Sequence[str]) -> None:
     from analysis.networks.loading import names_of
 
     for family in families:
-        found: dict[str, Any] = {"family": family}
         try:
-            found["names"] = names_of(family)
+            tried = _Tried(family=family, names=tuple(names_of(family)))
         except AnalysisError as error:
-            found["error"] = error.members["error"]
-        output.write(json.dumps(found) + "\n")
+            tried = _Tried(family=family, error=error.members["error"])
+        output.write(tried.model_dump_json() + "\n")
         output.flush()
     os._exit(0)
 

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from analysis.networks.loading import build
 from analysis.probes.feature_set import FeatureSet
+from app.schemas.reports import Samples
 from app.settings import Settings
 from app.storage import Storage
 from tests import services
@@ -22,6 +23,8 @@ from tests.conftest import MLP
 from tests.datafiles import encoded, parquet, picture
 from tests.services import Service
 from workers.compute.features import FeatureCache, Kept
+from workers.compute.probes import ProbeFacts
+from workers.tasks import Network
 
 CNN = {"family": "builtin", "name": "cnn", "args": {"n_classes": 3, "channels": [4], "norm": "none"}}
 PARQUET = parquet({"image": [encoded(picture(seed, 16, 16)) for seed in range(12)], "label": [0, 1, 2] * 4})
@@ -109,16 +112,9 @@ def _cache(folder: Path, max_bytes: int) -> tuple[Storage, FeatureCache]:
 
 def _entry(seed: int, n: int = 100) -> Kept:
     features = torch.randn(n, 8, generator=torch.Generator().manual_seed(seed))
-    about = {
-        "preprocess": None,
-        "preprocess_source": None,
-        "tokenizer": None,
-        "label_map": None,
-        "samples": None,
-        "next_tokens": None,
-    }
     head = torch.eye(2, 8, dtype=torch.bfloat16)
-    return Kept(FeatureSet(features, torch.arange(n) % 2, head, None, features[:, :2], None), {"head": "fc"}, 7, about)
+    feature_set = FeatureSet(features, torch.arange(n) % 2, head, None, features[:, :2], None)
+    return Kept(feature_set, Network(head="fc"), 7, ProbeFacts(samples=Samples(used=n, of=2 * n, seed=3)))
 
 
 def _name(number: int) -> str:
@@ -139,7 +135,7 @@ def test_what_is_kept_is_found_again(tmp_path: Path) -> None:
     assert found.feature_set.logits is not None
     assert torch.equal(found.feature_set.logits, entry.feature_set.features[:, :2])
     assert found.feature_set.split is None
-    assert (found.about_network, found.batch_size, found.about_probe) == ({"head": "fc"}, 7, entry.about_probe)
+    assert (found.network, found.batch_size, found.probe) == (Network(head="fc"), 7, entry.probe)
 
 
 def test_the_oldest_goes_first(tmp_path: Path) -> None:

@@ -19,8 +19,9 @@ from app.settings import Settings
 from tests.databases import fresh_database
 from tests.services import until
 from workers.liveness import Presence
+from workers.tasks import Hello
 
-DESCRIPTION = {"device": "cpu", "torch_version": "2", "families": ["builtin"]}
+DESCRIPTION = Hello(device="cpu", torch_version="2", families=["builtin"], untried=[])
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -112,7 +113,7 @@ def test_the_work_of_a_dead_worker_is_queued_again(settings: Settings, engine: s
     claim(engine, orphaned, dead)
     long_ago = now() - timedelta(seconds=30)
     with write(engine) as session:
-        session.add(Worker(id=dead, host="h", pid=1, started_at=long_ago, heartbeat_at=long_ago, **DESCRIPTION))
+        session.add(Worker(id=dead, host="h", pid=1, started_at=long_ago, heartbeat_at=long_ago, **dict(DESCRIPTION)))
     with present(settings, engine, str(uuid4()), set()):
         until(lambda: status_of(client, orphaned) == "ENQUEUED", seconds=20)
         with read(engine) as session:

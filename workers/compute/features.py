@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,6 +27,8 @@ from app.files import datafile, zips
 from app.files.tensorfile import header_bytes
 from app.storage import StagedFile, Storage, StorageUnavailable
 from workers.compute import probes
+from workers.compute.probes import ProbeFacts
+from workers.tasks import Checkpoint, Frozen, Json, Network, NetworkTask
 
 logger = logging.getLogger("interplay")
 
@@ -40,8 +41,6 @@ _DTYPES = {
 }  # fmt: skip
 _TENSORS = ("features", "labels", "head", "logits", "split")
 _OF_PREDICTIONS = ("predicted", "confidence", "loss")
-# Members of a report's `probe` section that are determined when the probe is read.
-_FOUND_OUT = ("preprocess", "preprocess_source", "tokenizer", "label_map", "samples", "next_tokens")
 
 
 @dataclass(frozen=True)
@@ -49,9 +48,18 @@ class Kept:
     """A cached pass of a network over a probe, and how the report describes both."""
 
     feature_set: FeatureSet
-    about_network: dict[str, Any]
+    network: Network
     batch_size: int
-    about_probe: dict[str, Any]
+    probe: ProbeFacts
+
+
+class _About(Frozen):
+    """What is cached beside the tensors."""
+
+    network: Network
+    batch_size: int
+    probe: ProbeFacts
+    n_vocabulary: int | None
 
 
 class FeatureCache:
@@ -73,10 +81,11 @@ class FeatureCache:
             with self._storage.features(name) as path, safe_open(path, framework="pt", device="cpu") as file:
                 # Copies, since tensors mapped to the file must not outlive it.
                 tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
-                about = json.loads(file.metadata()["about"])
-                if _checksum(tensors, file.metadata()["about"]) != file.metadata()["sha256"]:
+                about = file.metadata()["about"]
+                if _checksum(tensors, about) != file.metadata()["sha256"]:
                     raise ValueError("their checksum is another")
-            return Kept(_feature_set(tensors, about.pop("n_vocabulary")), **about)
+            found = _About.model_validate_json(about)
+            return Kept(_feature_set(tensors, found.n_vocabulary), found.network, found.batch_size, found.probe)
         except FileNotFoundError:
             return None
         except StorageUnavailable as error:
@@ -95,12 +104,15 @@ class FeatureCache:
         tensors = {key: tensor.cpu().contiguous() for key, tensor in _tensors(kept.feature_set).items()}
         if sum(tensor.nbytes for tensor in tensors.values()) > _LARGEST_SHARE * self._max_bytes:
             return
-        about: dict[str, Any] = {"about_network": kept.about_network, "batch_size": kept.batch_size}
-        about["n_vocabulary"] = None if vocabulary is None else vocabulary.size
-        about["about_probe"] = {key: kept.about_probe[key] for key in _FOUND_OUT}
+        about = _About(
+            network=kept.network,
+            batch_size=kept.batch_size,
+            probe=kept.probe,
+            n_vocabulary=None if vocabulary is None else vocabulary.size,
+        )
         try:
             with self._storage.stage() as staged:
-                text = json.dumps(about)
+                text = about.model_dump_json()
                 _write(staged, tensors, {"about": text, "sha256": _checksum(tensors, text)})
                 self._make_room(staged.size_bytes)
                 self._storage.put_features(name, staged)
@@ -133,7 +145,7 @@ def _as_bytes(tensor: Tensor) -> memoryview:
 
 def _write(staged: StagedFile, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     """Write safetensors. The library's `save` copies all tensors in memory; its `save_file` writes to another file."""
-    header: dict[str, Any] = {"__metadata__": metadata}
+    header: Json = {"__metadata__": {**metadata}}
     end = 0
     for key, tensor in tensors.items():
         start, end = end, end + tensor.nbytes
@@ -167,28 +179,26 @@ def _feature_set(tensors: dict[str, Tensor], n_vocabulary: int | None) -> Featur
     )
 
 
-def name_of(task: dict[str, Any], provenance: dict[str, Any]) -> str:
-    """Return the cache name of an evaluation's features: hashes of checkpoint, data and all else they depend on."""
-    subject, probe, options = task["subjects"][0], task["probe"], task["options"]
-    data_sha256 = probe.get("data_sha256")
-    # Format and columns determine how a file is read; the data's hash covers the result.
-    how_read = {} if data_sha256 else {"format": probe["format"], "columns": task["file"].get("columns")}
+def name_of(task: NetworkTask, checkpoint: Checkpoint, provenance: Json) -> str:
+    """Return the cache name of a checkpoint's features: hashes of checkpoint, data and all else they depend on."""
+    probe, options = task.probe, task.options
+    # The data's hash covers the result of reading; without it, format and columns determine how the file is read.
+    file = {"tokenizer_sha256", "max_length"} | (set() if probe.data_sha256 else {"format", "columns"})
     depends_on = {
-        "subject": {key: subject.get(key) for key in ("architecture", "head", "asked_prefix")},
-        "probe": {key: probe[key] for key in ("content", "preprocess", "class_names", "n_classes")},
-        "file": {**{key: value for key, value in task["file"].items() if key != "columns"}, **how_read},
-        "brought": task["brought"],
-        "batch_size": options["batch_size"],
-        # An analysis queued before this option existed does not have it.
-        "precision": options.get("precision", "float32"),
+        "checkpoint": checkpoint.model_dump(
+            include={"architecture", "head", "asked_prefix", "preprocess", "tokenizer_sha256"}
+        ),
+        "probe": probe.model_dump(include={"content", "preprocess", "class_names", "n_classes", *file}),
+        "batch_size": options.batch_size,
+        "precision": options.precision,
         # Without `samples` nothing is drawn, so the seed does not matter.
-        "samples": [options["samples"], options["seed"]] if options.get("samples") else None,
+        "samples": None if options.samples is None else [options.samples, options.seed],
         "machine": {key: provenance[key] for key in ("device", "threads", "torch_version")},
         "code": _code_sha256(),
         "libraries": _versions(),
     }
     digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
-    return f"{subject['sha256']}-{data_sha256 or probe['sha256']}-{digest[:32]}"
+    return f"{checkpoint.sha256}-{probe.data_sha256 or probe.sha256}-{digest[:32]}"
 
 
 @cache

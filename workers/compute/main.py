@@ -14,7 +14,7 @@ import threading
 from app.errors import first_line, problem
 from app.settings import freeze_loaded_objects, load_settings, start_logging
 from app.storage import Storage
-from workers.child import Message
+from workers.tasks import Hello, OfAnalysis, Progress, Work
 
 logger = logging.getLogger("interplay")
 
@@ -38,15 +38,15 @@ def _serve_tasks() -> None:
     # Output printed by native code must not mix with the messages.
     output = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    tasks: queue.SimpleQueue[Message] = queue.SimpleQueue()
+    tasks: queue.SimpleQueue[Work] = queue.SimpleQueue()
     threading.Thread(target=_read_tasks, args=(tasks,), daemon=True).start()
 
     # Imported late, so that the reader above already watches for the worker's end while torch loads.
     from workers.compute import runner
     from workers.compute.features import FeatureCache
 
-    def send(message: Message) -> None:
-        output.write(json.dumps(message, allow_nan=False) + "\n")
+    def send(message: Hello | OfAnalysis) -> None:
+        output.write(json.dumps(message.model_dump(), allow_nan=False) + "\n")
         output.flush()
 
     settings = load_settings()
@@ -57,27 +57,29 @@ def _serve_tasks() -> None:
     except OSError as error:
         # The worker reports it in one sentence, possibly a moment later.
         raise SystemExit(f"its storage cannot be used: {first_line(error)}") from error
-    cache = FeatureCache(storage, settings.max_features_bytes)
-    send({"hello": runner.describe(device)})
+    steps = runner.Runner(device, FeatureCache(storage, settings.max_features_bytes))
+    send(runner.describe(device))
     freeze_loaded_objects()
-
-    def compute(task: Message) -> None:
-        stamp = {"analysis_id": task["analysis_id"]}
-        answer = runner.run(task, device, cache, lambda *progress: send({"progress": progress, **stamp}))
-        try:
-            send({**answer, **stamp})
-        except ValueError:
-            logger.exception("the result of analysis %s is not JSON", task["analysis_id"])
-            detail = "This is a fault of the service: its result holds what JSON cannot. The worker's log says more."
-            send({"problem": problem("internal-error", "Internal error", detail), **stamp})
-
     while True:
-        compute(tasks.get())
+        work = tasks.get()
+        analysis_id = work.step.analysis_id
+
+        def tell(phase: str, done: int, total: int, analysis_id: str = analysis_id) -> None:
+            send(OfAnalysis(analysis_id=analysis_id, progress=Progress(phase=phase, done=done, total=total)))
+
+        body, refusal = steps.run(work, tell)
+        try:
+            send(OfAnalysis(analysis_id=analysis_id, body=body, problem=refusal))
+        except ValueError:
+            logger.exception("the result of analysis %s is not JSON", analysis_id)
+            detail = "This is a fault of the service: its result holds what JSON cannot. The worker's log says more."
+            refusal = problem("internal-error", "Internal error", detail)
+            send(OfAnalysis(analysis_id=analysis_id, problem=refusal))
 
 
-def _read_tasks(tasks: "queue.SimpleQueue[Message]") -> None:
+def _read_tasks(tasks: "queue.SimpleQueue[Work]") -> None:
     for line in sys.stdin.buffer:
-        tasks.put(json.loads(line)["task"])
+        tasks.put(Work.model_validate_json(line))
     # The worker has ended, for whatever reason: nothing waits for the computation.
     os._exit(0)
 

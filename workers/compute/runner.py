@@ -8,7 +8,6 @@ import time
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,8 +17,9 @@ from analysis.errors import AnalysisError
 from analysis.networks.loading import available_families
 from app.errors import problem
 from workers.compute import kinds
+from workers.compute.context import Context, Held, OnProgress
 from workers.compute.features import FeatureCache
-from workers.compute.kinds import OnProgress, Task
+from workers.tasks import FeatureSetTask, Hello, Json, PointStep, ReportStep, WholeStep, Work
 
 logger = logging.getLogger("interplay")
 
@@ -46,63 +46,83 @@ def set_up(device: str, threads: int) -> torch.device:
     return torch.device(device)
 
 
-def describe(device: torch.device) -> dict[str, Any]:
+def describe(device: torch.device) -> Hello:
     """Describe this worker: device, torch version and families."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    return {"device": name, "torch_version": torch.__version__, **families()}
-
-
-def families() -> dict[str, list[str]]:
-    """Return the installed families: those that need no import, and those that are still to be tried."""
     certain = ("builtin", "custom")
     found = available_families()
-    return {
-        "families": [name for name in found if name in certain],
+    return Hello(
+        device=_device_name(device),
+        torch_version=torch.__version__,
+        families=[name for name in found if name in certain],
         # torchvision first: whatever makes it fail makes timm fail too, with the same message.
-        "untried": sorted((name for name in found if name not in certain), key=lambda name: name != "torchvision"),
-    }
+        untried=sorted((name for name in found if name not in certain), key=lambda name: name != "torchvision"),
+    )
 
 
-def run(task: Task, device: torch.device, cache: FeatureCache, on_progress: OnProgress) -> dict[str, Any]:
-    """Compute a task and return `{"body": ...}`, as documented in `kinds`, or `{"problem": ...}`."""
-    try:
-        return {"body": kinds.compute(task, device, cache, _throttled(on_progress), _provenance(task, device))}
-    except AnalysisError as error:
-        return {"problem": problem(error.kind, error.title, error.detail, **error.members)}
-    except Exception as error:
-        # A bug in the service fails this analysis and is logged; the next one runs.
-        logger.exception("analysis %s failed", task["analysis_id"])
-        detail = f"This is a fault of the service: {type(error).__name__}. The worker's log says more."
-        return {"problem": problem("internal-error", "Internal error", detail)}
+class Runner:
+    """Computes steps on one device, with what is held between the points of an analysis.
+
+    Args:
+        device: the device.
+        cache: cache of features.
+    """
+
+    def __init__(self, device: torch.device, cache: FeatureCache) -> None:
+        self._device, self._cache, self._held = device, cache, Held()
+
+    def run(self, work: Work, on_progress: OnProgress) -> tuple[Json | None, Json | None]:
+        """Compute a step; return its body, as documented in `kinds.compute`, or else a problem."""
+        context = Context(
+            files=work.files,
+            device=self._device,
+            cache=self._cache,
+            held=self._held,
+            provenance=_provenance(work.step, self._device),
+            on_progress=_throttled(on_progress),
+        )
+        try:
+            return kinds.compute(work.step, context), None
+        except AnalysisError as error:
+            return None, problem(error.kind, error.title, error.detail, **error.members)
+        except Exception as error:
+            # A bug in the service fails this analysis and is logged; the next one runs.
+            logger.exception("analysis %s failed", work.step.analysis_id)
+            detail = f"This is a fault of the service: {type(error).__name__}. The worker's log says more."
+            return None, problem("internal-error", "Internal error", detail)
 
 
-def _provenance(task: Task, device: torch.device) -> dict[str, Any]:
+def _provenance(step: WholeStep | PointStep | ReportStep, device: torch.device) -> Json:
     """Return the provenance that reports of all kinds share; each kind adds its own members."""
+    checkpoints = () if isinstance(step, FeatureSetTask) else step.checkpoints
     return {
         "interplay_version": importlib.metadata.version("interplay"),
         "code_sha256": _code_sha256(),
         "torch_version": torch.__version__,
         "numpy_version": np.__version__,
-        "library": _libraries([subject.get("architecture") for subject in task["subjects"]]),
+        "library": _libraries([checkpoint.architecture for checkpoint in checkpoints]),
         "python_version": platform.python_version(),
-        "device": describe(device)["device"],
+        "device": _device_name(device),
         "threads": torch.get_num_threads(),
         "spectrum_dtype": "float64",
-        "options": task["options"],
+        "options": step.options.model_dump(mode="json"),
     }
 
 
-def _libraries(architectures: Sequence[dict[str, Any] | None]) -> str | None:
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def _libraries(architectures: Sequence[Json]) -> str | None:
     """Return the libraries that build the networks, each once: a comparison's two networks may use different ones."""
     return ", ".join(dict.fromkeys(filter(None, map(_library, architectures)))) or None
 
 
-def _library(architecture: dict[str, Any] | None) -> str | None:
+def _library(architecture: Json) -> str | None:
     """Return the library that builds a network; None for the builtin family.
 
     Also None if the library is missing, as the analysis then fails.
     """
-    family = architecture["family"] if architecture else "builtin"
+    family = str(architecture["family"])
     try:
         return None if family == "builtin" else f"{family} {importlib.metadata.version(family)}"
     except importlib.metadata.PackageNotFoundError:

@@ -1,0 +1,92 @@
+"""Parts that the kinds with points share: what is held between points, and the common members of their reports.
+
+MIR and HDR of a summary are those of the sample level with global centring, as reports state under `measured`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from analysis.clock import Clock
+from analysis.evaluation import Evaluation
+from analysis.networks.loading import LoadedNetwork
+from analysis.probes.probe import Probe
+from app.schemas.reports import Interplay, Measured, ProbeSubject, SplitEvaluation, Subject
+from workers.compute.context import Context, described, network_facts
+from workers.compute.probes import ProbeFacts, described_probe, read_probe
+from workers.tasks import Answer, Checkpoint, Json, Known, Network, PointsTask
+
+MEASURED = Measured(level="sample", centring="global")
+
+
+@dataclass(frozen=True)
+class LoadedProbe:
+    """A probe prepared for repeated passes, and the `probe` section of the report."""
+
+    probe: Probe
+    about: ProbeSubject
+
+
+def load_probe(task: PointsTask, context: Context, network: LoadedNetwork, checkpoint: Checkpoint) -> LoadedProbe:
+    """Return the probe as read for a checkpoint; all checkpoints must bring the same preprocessing and tokenizer."""
+    probe, facts = read_probe(task, context.files, network, checkpoint, brought=task.checkpoints)
+    return LoadedProbe(probe.prepared(context.device), described_probe(task.probe, facts))
+
+
+def counting_points(context: Context, done: int, total: int) -> Context:
+    """Return a context whose progress within a point has its phase, but counts points."""
+    tell = context.on_progress
+    return replace(context, on_progress=lambda phase, _done, _total: tell(phase, done, total))
+
+
+def known_of(network: LoadedNetwork, evaluation: Evaluation, about: ProbeSubject) -> Known:
+    """Return the facts that points of all kinds have."""
+    return Known(
+        **dict(network_facts(network)),
+        n_features=evaluation.n_features,
+        n_classes=evaluation.n_classes,
+        batch_size=evaluation.batch_size,
+        probe=about,
+    )
+
+
+def timings_of(clock: Clock, evaluation: Evaluation) -> dict[str, float]:
+    """Return the seconds of a point by phase."""
+    return {**clock.seconds, **evaluation.timings_seconds}
+
+
+def common_members(task: PointsTask, points: Sequence[Answer], context: Context) -> Json:
+    """Return the members common to the reports of all kinds with points."""
+    timings: dict[str, float] = {}
+    for point in points:
+        for phase, seconds in point.timings_seconds.items():
+            timings[phase] = timings.get(phase, 0.0) + seconds
+    sizes = [point.known.batch_size for point in points if point.known.batch_size]
+    # A point computed by an earlier version does not describe the probe.
+    about = points[0].known.probe or described_probe(task.probe, ProbeFacts())
+    return {
+        "probe": about.model_dump(mode="json"),
+        "provenance": {
+            **context.provenance,
+            "feature_dtype": "float32",
+            "precision": task.options.precision,
+            "batch_size": min(sizes, default=None),
+            "features_reused": False,
+        },
+        "timings_seconds": {**timings},
+    }
+
+
+def described_with(checkpoint: Checkpoint, known: Known, network: Network | None = None) -> Subject:
+    """Return a report's `subject` with the facts of a point, or those of another network of its size."""
+    return described(checkpoint, network or known, n_features=known.n_features, n_classes=known.n_classes)
+
+
+def measured(split: SplitEvaluation) -> Interplay:
+    """Return the MIR and HDR that summaries are of."""
+    return split.interplay.sample.global_
+
+
+def defined(value: float | None) -> float:
+    """Return a loss or an accuracy, which every network has on every probe."""
+    assert value is not None, "a network predicts a class for each sample"
+    return value

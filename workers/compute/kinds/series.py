@@ -1,0 +1,195 @@
+"""Evaluate checkpoints in order, and combine the points into a report. They are compared, not mixed, so their networks
+may differ.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from analysis.clock import Clock
+from analysis.errors import AnalysisError
+from analysis.evaluation import EvaluationOptions, evaluate_network
+from analysis.networks.loading import LoadedNetwork
+from app import schemas
+from app.schemas.reports import Generalisation, SeriesPoint, SeriesSplit, SeriesSummary
+from workers.compute.context import Context, load, options_of, splits_of
+from workers.compute.kinds.points import (
+    MEASURED,
+    LoadedProbe,
+    common_members,
+    counting_points,
+    defined,
+    described_with,
+    known_of,
+    load_probe,
+    measured,
+    timings_of,
+)
+from workers.tasks import Checkpoint, Json, Known, SeriesAnswer, SeriesPointTask, SeriesReportTask, SeriesTask
+
+
+@dataclass(frozen=True)
+class _LoadedProbe:
+    """The probe as read for one description; checkpoints of equal descriptions share it."""
+
+    architecture: Json
+    loaded: LoadedProbe
+
+
+def series_point(task: SeriesPointTask, context: Context) -> SeriesAnswer:
+    """Compute the next point of a series."""
+    (_, x), total, done = place_in_series(task), len(task.checkpoints), len(task.known)
+    clock, counting, checkpoint = Clock(), counting_points(context, done, total), task.checkpoints[done]
+    with clock.phase("load"):
+        network = load(context, checkpoint)
+        probe = _probe_for(task, checkpoint, network, counting)
+    evaluation = evaluate_network(
+        network,
+        probe.probe,
+        device=context.device,
+        options=options_of(EvaluationOptions, task),
+        progress=counting.on_progress,
+    )
+    known = known_of(network, evaluation, probe.about)
+    # Checked at each point and not only at the end, since a series may be long.
+    require_comparable([*task.known, known])
+    point = {"x": x, "checkpoint_id": checkpoint.id, "reused_report_id": None, "splits": splits_of(evaluation)}
+    return SeriesAnswer(
+        point=SeriesPoint.model_validate(point),
+        known=known,
+        timings_seconds=timings_of(clock, evaluation),
+        last=done == total - 1,
+        total=total,
+    )
+
+
+def series_report(task: SeriesReportTask, context: Context) -> Json:
+    """Return the body of the report of all points of a series."""
+    # Imported late, for scipy: a worker is ready half a second earlier without it.
+    from analysis.sweeps.series import generalisation
+
+    known, points = [answer.known for answer in task.points], [answer.point for answer in task.points]
+    for position in range(len(known)):
+        # Points reused from existing reports have not been checked yet.
+        require_comparable(known[: position + 1])
+    names = points[0].splits
+    came = None
+    if "train" in names and "test" in names:
+        moments = asdict(generalisation(task.axis.values, _accuracies(points, "train"), _accuracies(points, "test")))
+        reasons = {name: "not_reached" for name, x in moments.items() if x is None}
+        came = Generalisation(**moments, reasons=reasons)
+    summary = SeriesSummary(
+        splits={split: _series_split(points, split) for split in names}, measured=MEASURED, generalisation=came
+    )
+    return {
+        "axis": task.axis.model_dump(mode="json"),
+        "subjects": [
+            described_with(checkpoint, one).model_dump(mode="json")
+            for checkpoint, one in zip(task.checkpoints, known, strict=True)
+        ],
+        "points": [point.model_dump(mode="json", by_alias=True) for point in points],
+        "summary": summary.model_dump(mode="json"),
+        **common_members(task, task.points, context),
+    }
+
+
+def place_in_series(task: SeriesPointTask) -> tuple[str, float]:
+    """Return the name of a series' axis, and the next point's place on it."""
+    return task.axis.name, task.axis.values[len(task.known)]
+
+
+def require_comparable(points: Sequence[Known]) -> None:
+    """Check that the last point has the same classes and inputs as the first.
+
+    Args:
+        points: the facts of each, in order, from computing it or from an existing report.
+
+    Raises:
+        AnalysisError: `architectures-differ` for another number of classes; `invalid-probe` for inputs that were
+            prepared differently.
+    """
+    first, last = points[0], points[-1]
+    if _classes(first) != _classes(last):
+        differing = [{"member": "n_classes", "expected": first.n_classes, "found": last.n_classes}]
+        raise AnalysisError(
+            "architectures-differ",
+            f"It has {last.n_classes} classes where the first checkpoint has {first.n_classes}: accuracy, MIR "
+            "and HDR of the two say nothing beside each other.",
+            differing=differing,
+        )
+    others = [
+        what
+        for what, differs in (
+            ("preprocessing", _preprocess(first) != _preprocess(last)),
+            ("tokenizer", _tokenizer(first) != _tokenizer(last)),
+        )
+        if differs
+    ]
+    if others:
+        raise AnalysisError(
+            "invalid-probe",
+            f"Its network sees other inputs than the first: the {' and the '.join(others)} of the two differ. Give "
+            "the probe one of its own.",
+        )
+
+
+def _classes(point: Known) -> int | None:
+    """Return the number of classes; None for language models, whose classes are the probe's tokens."""
+    return None if point.probe and point.probe.next_tokens else point.n_classes
+
+
+def _preprocess(point: Known) -> schemas.Preprocess | None:
+    return point.probe.preprocess if point.probe else None
+
+
+def _tokenizer(point: Known) -> tuple[str, int | None] | None:
+    tokenizer = point.probe.tokenizer if point.probe else None
+    if tokenizer is None:
+        return None
+    # A maximum length that truncated nothing makes no difference, and padding is masked.
+    return tokenizer.sha256, tokenizer.max_length if tokenizer.n_truncated else None
+
+
+def _probe_for(task: SeriesTask, checkpoint: Checkpoint, network: LoadedNetwork, context: Context) -> LoadedProbe:
+    """Return the probe as read for a checkpoint's description; it is read once for equal descriptions in a row."""
+
+    def read() -> _LoadedProbe:
+        context.on_progress("loading", 0, 0)
+        return _LoadedProbe(checkpoint.architecture, load_probe(task, context, network, checkpoint))
+
+    held = context.held.get(task.analysis_id, _LoadedProbe, read)
+    if held.architecture != checkpoint.architecture:
+        context.held.clear()
+        held = context.held.get(task.analysis_id, _LoadedProbe, read)
+    return held.loaded
+
+
+def _series_split(points: Sequence[SeriesPoint], split: Literal["all", "train", "test"]) -> SeriesSplit:
+    from analysis.sweeps.series import spearman
+
+    of_split, accuracies = [measured(point.splits[split]) for point in points], _accuracies(points, split)
+    mir = spearman([one.mir for one in of_split], accuracies)
+    hdr = spearman([one.hdr for one in of_split], accuracies)
+    mir_distance = [one.distance_to_optimum.mir for one in of_split]
+    hdr_distance = [one.distance_to_optimum.hdr for one in of_split]
+    reasons = {}
+    if mir is None:
+        reasons["spearman_mir_accuracy"] = "too_few_or_constant"
+    if hdr is None:
+        reasons["spearman_hdr_accuracy"] = "too_few_or_constant"
+    # The points have the reasons, which may differ between them.
+    if None in mir_distance:
+        reasons["mir_distance"] = "undefined_points"
+    if None in hdr_distance:
+        reasons["hdr_distance"] = "undefined_points"
+    return SeriesSplit(
+        spearman_mir_accuracy=mir,
+        spearman_hdr_accuracy=hdr,
+        mir_distance=mir_distance,
+        hdr_distance=hdr_distance,
+        reasons=reasons,
+    )
+
+
+def _accuracies(points: Sequence[SeriesPoint], split: Literal["all", "train", "test"]) -> list[float]:
+    return [defined(point.splits[split].accuracy) for point in points]

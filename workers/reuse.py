@@ -1,0 +1,37 @@
+"""Take a point of a series from the report of an earlier evaluation of the same checkpoint on the same inputs."""
+
+import sqlalchemy as sa
+
+from app.schemas.reports import EvaluationReport, SeriesPoint
+from workers import attempts
+from workers.tasks import Known, SeriesAnswer, SeriesPointTask
+
+
+def existing_point(engine: sa.Engine, task: SeriesPointTask) -> SeriesAnswer | None:
+    """Return the next point of a series from an existing report; None if it must be computed."""
+    done, total = len(task.known), len(task.checkpoints)
+    checkpoint = task.checkpoints[done]
+    report = attempts.evaluation_of(engine, task, checkpoint)
+    if report is None or not _has_the_same_inputs(task, report):
+        return None
+    return SeriesAnswer(
+        point=SeriesPoint(
+            x=task.axis.values[done], checkpoint_id=checkpoint.id, reused_report_id=report.id, splits=report.splits
+        ),
+        known=Known.model_validate({**dict(report.subject), "probe": report.probe}),
+        timings_seconds={},
+        last=done == total - 1,
+        total=total,
+    )
+
+
+def _has_the_same_inputs(task: SeriesPointTask, report: EvaluationReport) -> bool:
+    """Return whether the report's inputs did not depend on its checkpoint's preprocessing or tokenizer, or all agree.
+
+    If the checkpoints bring different ones the series is refused, whatever was evaluated before.
+    """
+    brought = [(checkpoint.preprocess, checkpoint.tokenizer_sha256) for checkpoint in task.checkpoints]
+    if all(one == brought[0] for one in brought):
+        return True
+    tokenizer = report.probe.tokenizer
+    return "checkpoint" not in (report.probe.preprocess_source, tokenizer.source if tokenizer else None)

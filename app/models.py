@@ -220,7 +220,7 @@ class Gate(Resource):
 
     name: Mapped[str] = mapped_column(sa.String(100), index=True)
     version: Mapped[int]
-    kind: Mapped[str] = mapped_column(sa.String(30))
+    kind: Mapped[Kind] = mapped_column(sa.String(30))
     description: Mapped[str | None] = mapped_column(sa.String(2000))
     n_checks: Mapped[int]
     sha256: Mapped[str] = mapped_column(sa.String(64))

@@ -88,6 +88,12 @@ class Settings(BaseSettings):
     analysis_timeout_seconds: float = Field(
         default=6 * 3600.0, gt=0, description="An attempt that computes for longer fails."
     )
+    queue_polling_seconds: float = Field(
+        default=0.1,
+        ge=0.02,
+        le=60,
+        description="Pause between a worker's looks for work; longer costs less when idle, and starts later.",
+    )
     stall_seconds: float = Field(
         default=600.0,
         gt=0,

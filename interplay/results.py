@@ -500,7 +500,7 @@ class Gate(TypedDict):
 
     name: str
     description: NotRequired[str | None]
-    kind: NotRequired[str]
+    kind: NotRequired[Literal["evaluation", "comparison", "path", "pruning", "series"]]
     checks: list[Check]
     id: str
     version: int
@@ -520,7 +520,7 @@ class GateSummary(TypedDict):
     id: str
     name: str
     version: int
-    kind: str
+    kind: Literal["evaluation", "comparison", "path", "pruning", "series"]
     description: str | None
     n_checks: int
     created_at: str

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("interplay")
 
-_POLLING_SECONDS = 0.1
-
 
 def main(arguments: list[str] | None = None) -> None:
     """Work until SIGTERM or Ctrl-C; the next worker resumes the analyses that run then."""
@@ -117,7 +115,7 @@ def _join_queue(settings: Settings, engine: "sa.Engine", worker_id: str) -> None
     }
     DBOS(config=config)
     DBOS.launch()
-    DBOS.register_queue(queue.QUEUE, worker_concurrency=1, polling_interval_sec=_POLLING_SECONDS)
+    DBOS.register_queue(queue.QUEUE, worker_concurrency=1, polling_interval_sec=settings.queue_polling_seconds)
 
 
 def _watch_input(tell_to_begin: int, tell_to_stop: int) -> None:

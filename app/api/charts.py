@@ -18,7 +18,8 @@ from typing import Any
 import altair as alt
 import vl_convert
 
-from app.api.drawing import MEASURES
+from app.schemas import Kind
+from app.schemas.kinds import KINDS
 
 logger = logging.getLogger(__name__)
 
@@ -140,12 +141,10 @@ def _over_points(measure: str) -> Callable[[Report], Panel]:
 
 
 def _axis(report: Report) -> tuple[str, str]:
-    match report["kind"]:
-        case "path":
-            return "w", "w (0 is A, 1 is B)"
-        case "pruning":
-            return "sparsity", "sparsity"
-    return "x", report["axis"]["name"]
+    """Return the member of a point that holds its place, and the title of the axis."""
+    kind = KINDS[report["kind"]]
+    assert kind.place is not None, "only kinds with points are drawn over them"
+    return kind.place, kind.axis or report["axis"]["name"]
 
 
 def _key(report: Report, measure: str) -> tuple[str, str]:
@@ -412,14 +411,15 @@ def _read_tasks(tasks: "queue.SimpleQueue[bytes]") -> None:
     os._exit(0)
 
 
-_PANEL_OF: dict[str, Callable[[str], Callable[[Report], Panel]]] = {
+# Kinds with points are drawn over them.
+_PANEL_OF: dict[Kind, Callable[[str], Callable[[Report], Panel]]] = {
     "evaluation": _evaluation_of,
     "comparison": _difference_of,
-    "path": _over_points,
-    "pruning": _over_points,
-    "series": _over_points,
 }
-_PANELS = {kind: {measure: _PANEL_OF[kind](measure) for measure in MEASURES[kind]} for kind in MEASURES}
+_PANELS = {
+    name: {measure: _PANEL_OF.get(name, _over_points)(measure) for measure in kind.measures}
+    for name, kind in KINDS.items()
+}
 
 if __name__ == "__main__":
     main()

@@ -25,29 +25,22 @@ from uuid import uuid4
 
 from app.environment import plain_environment
 from app.errors import Unavailable
+from app.schemas import Kind
+from app.schemas.kinds import KINDS
 from app.settings import Settings
 
 logger = logging.getLogger(__name__)
 
 Format = Literal["svg", "png", "json"]
 
-# The measures that the charts of a report show, by its kind.
-_OF_MODEL = ("loss", "accuracy", "mir", "hdr")
-MEASURES: dict[str, tuple[str, ...]] = {
-    "evaluation": ("mir", "hdr"),
-    "comparison": ("accuracy", "loss", "mir", "hdr"),
-    "path": ("loss", "error", "mir", "hdr"),
-    "pruning": _OF_MODEL,
-    "series": _OF_MODEL,
-}
 # Most waiting charts, and the timeout of one; a picture of two panels takes 0.3 s, the first one 2 s.
 _MOST_WAITING = 200
 _DRAWING_SECONDS = 60.0
 
 
-def names(kind: str) -> list[str]:
+def names(kind: Kind) -> list[str]:
     """Return the names of the charts of a report of this kind; the first shows all measures."""
-    return ["overview", *MEASURES[kind]]
+    return ["overview", *KINDS[kind].measures]
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from app.errors import BaselineMoved, InvalidRequest, NotFound
 from app.gates.versions import find
 from app.listing import Listing, page
 from app.schemas import Baseline, BaselineMove, BaselinePut, Page
+from app.schemas.kinds import KINDS
 
 
 def put(engine: sa.Engine, name: str, request: BaselinePut) -> Baseline:
@@ -103,7 +104,7 @@ def _baseline(row: models.Baseline, report: models.Report) -> Baseline:
         report_id=row.report_id,
         report_kind=report.kind,
         # For a comparison B, the candidate that was promoted.
-        checkpoint_id=ids[-1] if report.kind in ("evaluation", "comparison") and ids else None,
+        checkpoint_id=ids[-1] if KINDS[report.kind].place is None and ids else None,
         probe_id=report.probe_id,
         created_at=row.created_at,
         moved_at=row.moved_at,

@@ -4,11 +4,12 @@ from collections.abc import Iterator
 from datetime import datetime
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, ConfigDict, Field, FiniteFloat, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, FiniteFloat, model_validator
 
 from app.errors import InvalidRequest
-from app.gates.paths import UnknownPath, number_paths, report_models, require_number
-from app.schemas import PLAIN_TEXT, Name, Number, Slug, Strict
+from app.gates.paths import UnknownPath, number_paths, require_number
+from app.schemas import PLAIN_TEXT, Kind, Name, Number, Slug, Strict
+from app.schemas.kinds import KINDS
 
 Quantity = Literal["value", "change", "relative_change"]
 
@@ -104,16 +105,17 @@ class Check(Strict):
         return getattr(self, low), getattr(self, high)
 
 
-def _known_kind(kind: str) -> str:
-    if kind not in report_models():
-        raise ValueError(f"reports are of kind {', '.join(report_models())}")
+def _known_kind(kind: Any) -> Any:
+    """Check for a kind of report before the type does, whose message would not say what the kinds are of."""
+    if kind not in [*KINDS]:
+        raise ValueError(f"reports are of kind {', '.join(KINDS)}")
     return kind
 
 
 def _with_paths(schema: dict[str, Any]) -> None:
     """Add, for editors, the kinds and the paths of the default kind."""
     schema["$schema"] = _SCHEMA_URL
-    schema["properties"]["kind"]["enum"] = [*report_models()]
+    schema["properties"]["kind"]["enum"] = [*KINDS]
     paths = [path for path in number_paths("evaluation") if "*" not in path and ".0" not in path]
     open_paths = sorted({path.partition(".*")[0].partition(".0")[0] for path in number_paths("evaluation")} - {*paths})
     metric = {"anyOf": [{"enum": paths}, {"pattern": rf"^({'|'.join(open_paths)})\."}]}
@@ -129,7 +131,7 @@ class GateSpec(Strict):
 
     name: Slug = Field(description="Letters, digits, dots, dashes and underscores; the same name is a new version.")
     description: str | None = Field(default=None, max_length=2000)
-    kind: Annotated[str, AfterValidator(_known_kind)] = Field(
+    kind: Annotated[Kind, BeforeValidator(_known_kind)] = Field(
         default="evaluation", description="Of the reports that it judges. evaluation: of comparisons too, their B."
     )
     checks: list[Check] = Field(min_length=1, max_length=10_000)
@@ -152,7 +154,7 @@ class GateSummary(Strict):
     id: str
     name: str
     version: int
-    kind: str
+    kind: Kind
     description: str | None
     n_checks: int
     created_at: datetime

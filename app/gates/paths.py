@@ -15,7 +15,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
-from app.schemas import reports
+from app.schemas import Kind
+from app.schemas.kinds import KINDS
+from app.schemas.reports import PathsOf
 
 _INDEX = re.compile(r"-?\d{1,6}")
 # In listed paths, stands for a key that a model leaves open.
@@ -42,23 +44,16 @@ class _Stuck:
 _Above = tuple[Mapping[str, Any], int]
 
 
-@cache
-def report_models() -> dict[str, type[BaseModel]]:
-    """Return the model of each kind of report."""
-    models = get_args(get_args(reports.Report)[0])
-    return {get_args(model.model_fields["kind"].annotation)[0]: model for model in models}
-
-
-def require_number(kind: str, path: str) -> None:
+def require_number(kind: Kind, path: str) -> None:
     """Check that reports of a kind have a number at a path.
 
     Raises:
         UnknownPath: they have no number there.
     """
-    found = _follow(report_models()[kind], path.split("."))
+    found = _follow(KINDS[kind].report, path.split("."))
     if _is_number(found):
         return
-    others = [other for other, model in report_models().items() if _is_number(_follow(model, path.split(".")))]
+    others = [name for name, other in KINDS.items() if _is_number(_follow(other.report, path.split(".")))]
     if others:
         raise UnknownPath(f"{path!r} is no path of a report of kind {kind}, but of kind {' or '.join(others)}")
     nearest = _nearest(kind, path, found)
@@ -68,9 +63,9 @@ def require_number(kind: str, path: str) -> None:
 
 
 @cache
-def number_paths(kind: str) -> tuple[str, ...]:
+def number_paths(kind: Kind) -> tuple[str, ...]:
     """Return every path to a number; `*` stands for an open key, 0 for an index."""
-    return tuple(".".join(parts) for parts in _leaves(report_models()[kind]))
+    return tuple(".".join(parts) for parts in _leaves(KINDS[kind].report))
 
 
 def number_at(report: Mapping[str, Any], path: str) -> float:
@@ -180,16 +175,16 @@ def _leaves(annotation: Any) -> Iterator[tuple[str, ...]]:
             yield (name, *below)
 
 
-def _nearest(kind: str, path: str, found: Any) -> str:
+def _nearest(kind: Kind, path: str, found: Any) -> str:
     """Return the path that was probably meant."""
     parts, known = path.split("."), number_paths(kind)
     if isinstance(found, _Stuck):
-        if _is_number(_follow(report_models()[kind], parts[: found.depth])):
+        if _is_number(_follow(KINDS[kind].report, parts[: found.depth])):
             return ".".join(parts[: found.depth])
         # Assume that one name of it is mistyped.
         for name in difflib.get_close_matches(parts[found.depth], found.names, n=3):
             corrected = ".".join([*parts[: found.depth], name, *parts[found.depth + 1 :]])
-            if _is_number(_follow(report_models()[kind], corrected.split("."))):
+            if _is_number(_follow(KINDS[kind].report, corrected.split("."))):
                 return corrected
     last = difflib.get_close_matches(parts[-1], {leaf.rpartition(".")[2] for leaf in known}, n=1)
     alike = [leaf for leaf in known if leaf.rpartition(".")[2] in last] or known
@@ -244,8 +239,8 @@ def _names(annotation: Any) -> tuple[tuple[str, ...], Any]:
     return get_args(_bare(key)), value
 
 
-def _marked(key: Any) -> list[reports.PathsOf]:
-    return [mark for mark in getattr(key, "__metadata__", ()) if isinstance(mark, reports.PathsOf)]
+def _marked(key: Any) -> list[PathsOf]:
+    return [mark for mark in getattr(key, "__metadata__", ()) if isinstance(mark, PathsOf)]
 
 
 def _noun(annotation: Any) -> str:

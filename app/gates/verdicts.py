@@ -5,7 +5,7 @@ It is a pure function of the gate, the report and the baseline's report. These t
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from statistics import NormalDist
 from time import perf_counter
@@ -16,7 +16,8 @@ from pydantic import Field
 from app.errors import NotComparable
 from app.gates.form import Check, GateSpec, Quantity
 from app.gates.paths import Undefined, number_at
-from app.schemas import Strict
+from app.schemas import Kind, Strict
+from app.schemas.kinds import KINDS
 
 Report = Mapping[str, Any]
 Status = Literal["pass", "warn", "fail", "undefined", "skip"]
@@ -102,14 +103,15 @@ class Sides:
     method: str | None
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Finding:
-    """The numbers found for a check so far; missing ones stay None."""
+    """The numbers found for a check; those that could not be found are None, and `gap` says why."""
 
     value: float | None = None
     baseline: float | None = None
     change: float | None = None
     interval: Interval | None = None
+    gap: str | None = None
 
 
 def sides(gate: GateSpec, report: Report, baseline: Report | None, missing: str | None = None) -> Sides:
@@ -124,7 +126,7 @@ def sides(gate: GateSpec, report: Report, baseline: Report | None, missing: str 
     Raises:
         NotComparable: gate, report and baseline do not belong together.
     """
-    reads = ("evaluation", "comparison") if gate.kind == "evaluation" else (gate.kind,)
+    reads = tuple(name for name, kind in KINDS.items() if gate.kind in (name, kind.also_judged_as))
     if report["kind"] not in reads:
         raise NotComparable(
             f"The gate judges reports of kind {' or '.join(reads)}, and this one is of kind {report['kind']}.",
@@ -189,7 +191,7 @@ def _require_subject(comparison: Report, baseline: Report | None) -> None:
         )
 
 
-def _require_comparable(report: Report, baseline: Report, kinds: tuple[str, ...]) -> None:
+def _require_comparable(report: Report, baseline: Report, kinds: tuple[Kind, ...]) -> None:
     """Check that two reports are comparable: of one probe, in one precision, by one set of definitions."""
     # Reports older than the data hash identify the file instead.
     hashed = all(side["probe"].get("data_sha256") for side in (report, baseline))
@@ -239,21 +241,14 @@ def _circumstances(report: Report, identity: str) -> dict[str, Any]:
 
 def _choices(report: Report) -> dict[str, Any]:
     """Return the chosen options that affect a number as much as the checkpoint does."""
-    options = report["provenance"]["options"]
-    chosen: dict[str, Any] = {}
-    match report["kind"]:
-        case "path":
-            chosen = {"options.grid": _grid(report), **_options(options, "normalisation", "alignment")}
-        case "pruning":
-            chosen = _options(options, "sparsities", "scope", "include_head")
-        case "series":
-            # A run may have continued for longer, but not along another axis.
-            chosen = {"axis.name": report["axis"]["name"]}
-    return chosen
+    return {path: _choice(report, path) for path in KINDS[report["kind"]].choices}
 
 
-def _options(options: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    return {f"options.{name}": options[name] for name in names}
+def _choice(report: Report, path: str) -> Any:
+    section, name = path.split(".")
+    if path == "options.grid":
+        return _grid(report)
+    return (report["provenance"]["options"] if section == "options" else report[section])[name]
 
 
 def _grid(report: Report) -> Any:
@@ -266,15 +261,14 @@ def _grid(report: Report) -> Any:
 
 def _judge(check: Check, sides: Sides) -> CheckResult:
     started = perf_counter()
-    finding = _Finding()
+    finding = _find(check, sides)
     decided_by: DecidedBy | None = None
     status: Status
-    try:
-        _find(check, sides, finding)
+    if finding.gap is None:
         beyond, decided_by, why = _decide(check, finding)
         status = check.severity if beyond else "pass"
-    except Undefined as gap:
-        why = f"Undefined: {gap}."
+    else:
+        why = f"Undefined: {finding.gap}."
         outcomes: dict[str, Status] = {"fail": "undefined", "warn": "warn", "pass": "skip"}
         status = outcomes[check.when_undefined or check.severity]
     return CheckResult(
@@ -296,18 +290,45 @@ def _judge(check: Check, sides: Sides) -> CheckResult:
     )
 
 
-def _find(check: Check, sides: Sides, finding: _Finding) -> None:
-    """Read the numbers that the check needs into `finding`, as far as they exist."""
-    finding.value = number_at(sides.candidate, check.metric)
-    if check.quantity == "value":
-        return
+def _find(check: Check, sides: Sides) -> _Finding:
+    """Return the numbers that the check needs, as far as they exist."""
+    finding = _Finding()
+    try:
+        finding = replace(finding, value=number_at(sides.candidate, check.metric))
+        if check.quantity == "value":
+            return finding
+        finding = replace(finding, baseline=_baseline_of(check, sides))
+        finding = replace(finding, change=_change(check, finding))
+        if check.significance is not None:
+            finding = replace(finding, interval=_interval(check.metric, check.significance, sides))
+    except Undefined as gap:
+        return replace(finding, gap=str(gap))
+    return finding
+
+
+def _baseline_of(check: Check, sides: Sides) -> float:
+    """Return the check's number in the baseline's report.
+
+    Raises:
+        Undefined: there is no baseline, or its number is of another point or undefined.
+    """
     if sides.baseline is None:
         raise Undefined(sides.missing)
     _require_same_place(check.metric, sides.candidate, sides.baseline)
     try:
-        finding.baseline = number_at(sides.baseline, check.metric)
+        return number_at(sides.baseline, check.metric)
     except Undefined as gap:
         raise Undefined(f"of the baseline, {gap}") from None
+
+
+def _change(check: Check, finding: _Finding) -> float:
+    """Return the change of a value against its baseline, relative where the check's bounds are.
+
+    Raises:
+        Undefined: a share of 0, or larger than a number can be.
+    """
+    assert finding.value is not None
+    assert finding.baseline is not None
     change = finding.value - finding.baseline
     if check.quantity == "relative_change":
         if finding.baseline == 0:
@@ -315,20 +336,18 @@ def _find(check: Check, sides: Sides, finding: _Finding) -> None:
         change /= abs(finding.baseline)
     if abs(change) == float("inf"):
         raise Undefined("the change is larger than a number can be")
-    finding.change = change
-    if check.significance is not None:
-        finding.interval = _interval(check.metric, check.significance, sides)
+    return change
 
 
 def _require_same_place(metric: str, candidate: Report, baseline: Report) -> None:
     """Check that a point has one w, sparsity or x in both reports; skip points counted from the end of a series."""
     first, *rest = metric.split(".")
-    if first != "points" or (candidate["kind"] == "series" and rest[0].startswith("-")):
+    kind = KINDS[candidate["kind"]]
+    if first != "points" or (kind.grows and rest[0].startswith("-")):
         return
-    name = {"path": "w", "pruning": "sparsity", "series": "x"}[candidate["kind"]]
-    places = [number_at(report, f"points.{rest[0]}.{name}") for report in (candidate, baseline)]
+    places = [number_at(report, f"points.{rest[0]}.{kind.place}") for report in (candidate, baseline)]
     if places[0] != places[1]:
-        raise Undefined(f"point {rest[0]} is at {name} {places[0]!r}, and at {places[1]!r} in the baseline")
+        raise Undefined(f"point {rest[0]} is at {kind.place} {places[0]!r}, and at {places[1]!r} in the baseline")
 
 
 def _interval(metric: str, confidence: float, sides: Sides) -> Interval:
@@ -390,7 +409,7 @@ def _held(check: Check, finding: _Finding, lower: bool) -> tuple[DecidedBy, floa
     """Return the number compared with a bound: the value or change, or the interval's end that `proof` selects."""
     if finding.interval is None:
         number = finding.value if finding.change is None else finding.change
-        assert number is not None, "_find has seen to it"
+        assert number is not None, "_find returns a value, or a gap"
         return "value", number
     if lower == (check.proof == "within"):
         return "low", finding.interval.low
@@ -406,7 +425,7 @@ def _shown(check: Check, finding: _Finding, bound: float, lower: bool) -> str:
 
 
 def _sentence(check: Check, finding: _Finding, clause: str, shown: str) -> str:
-    assert finding.value is not None, "_find has seen to it"
+    assert finding.value is not None, "_find returns a value, or a gap"
     if finding.change is None or finding.baseline is None:
         return f"{_number(finding.value)} {clause}."
     kind = "relative change" if check.quantity == "relative_change" else "change"

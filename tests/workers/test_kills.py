@@ -1,10 +1,9 @@
-"""Workers, compute processes and databases that die in the middle of an analysis: nothing is lost, or there twice."""
+"""Workers and compute processes that die in the middle of an analysis: nothing is lost, or there twice."""
 
 import random
-import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import pytest
 
 from tests import services
 from tests.app.test_analyses import pair, without_identity
-from tests.databases import fresh_database, postgres_server
+from tests.databases import fresh_database
 from tests.services import Service, until
 
 # Long enough to be killed in the middle of, short enough to be repeated.
@@ -44,20 +43,35 @@ def status(service: Service, analysis: dict[str, Any]) -> dict[str, Any]:
     return dict(service.client.get(f"/v1/analyses/{analysis['id']}").json())
 
 
+def test_worker_killed_at_its_moments(restless: Service, mlp_checkpoint_file: Path, digits_probe_file: Path) -> None:
+    """Kill -9 as soon as an attempt begins, and while it computes: the report is that without a kill, once."""
+    ids = pair(restless, mlp_checkpoint_file, digits_probe_file)
+    options = {"null_permutations": 60}
+    undisturbed = restless.wait(restless.analyze(**ids, options=options)["id"])
+    expected = without_identity(restless.report(undisturbed))
+    analysis = restless.analyze(**ids, options=options)
+    until(lambda: status(restless, analysis)["attempts"] == 1)
+    killed(restless.worker())
+    until(lambda: status(restless, analysis)["attempts"] == 2 and status(restless, analysis)["progress"]["done"] > 0)
+    killed(restless.worker())
+    done = restless.wait(analysis["id"])
+    assert done["attempts"] == 3
+    assert without_identity(restless.report(done)) == expected
+    assert [report["id"] for report in reports_of(restless, analysis)] == [done["report_id"]]
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("wanted", [5, pytest.param(20, marks=pytest.mark.slow)])
-def test_worker_killed_many_times(
-    restless: Service, mlp_checkpoint_file: Path, digits_probe_file: Path, wanted: int
-) -> None:
-    """Kill -9 in the middle of analyses, at random moments: each ends with the report it has without a kill, once."""
+def test_worker_killed_many_times(restless: Service, mlp_checkpoint_file: Path, digits_probe_file: Path) -> None:
+    """Kill -9 at 20 random moments of analyses: each ends with the report it has without a kill, once."""
     ids = pair(restless, mlp_checkpoint_file, digits_probe_file)
     undisturbed = restless.wait(restless.analyze(**ids, options=OPTIONS)["id"])
     expected = without_identity(restless.report(undisturbed))
     moments, kills = random.Random(0), 0
     analyses: list[dict[str, Any]] = []
-    while kills < wanted:
+    while kills < 20:
         analyses.append(restless.analyze(**ids, options=OPTIONS))
-        kills += killed_until_it_ended(restless, analyses[-1], moments, at_most=wanted - kills)
+        kills += killed_until_it_ended(restless, analyses[-1], moments, at_most=20 - kills)
     for one in analyses:
         done = restless.wait(one["id"])
         assert without_identity(restless.report(done)) == expected
@@ -74,10 +88,15 @@ def killed_until_it_ended(service: Service, analysis: dict[str, Any], moments: r
         worker = service.worker()
         if has_ended(service, analysis):
             break
-        worker.kill()
-        worker.wait(15)
+        killed(worker)
         kills += 1
     return kills
+
+
+def killed(worker: psutil.Process) -> None:
+    """Kill a worker and wait for its end."""
+    worker.kill()
+    worker.wait(15)
 
 
 def has_begun_or_ended(service: Service, analysis: dict[str, Any], attempt: int) -> bool:
@@ -116,103 +135,6 @@ def test_compute_child_killed(any_service: Service, mlp_checkpoint_file: Path, d
     assert "SIGKILL" in failed["problem"]["detail"]
     assert any_service.worker() == worker
     assert any_service.wait(any_service.analyze(**ids)["id"])["status"] == "succeeded"
-
-
-@pytest.mark.timeout(600)
-def test_postgres_restarted_under_queued_work(
-    tmp_path: Path, mlp_checkpoint_file: Path, digits_probe_file: Path
-) -> None:
-    """PostgreSQL crashes and restarts five times under running and queued analyses: every one succeeds, once."""
-    with (
-        postgres_server() as server,
-        fresh_database(server.url) as url,
-        services.running(tmp_path / "data", database_url=url) as service,
-    ):
-        ids = pair(service, mlp_checkpoint_file, digits_probe_file)
-        analyses = [service.analyze(**ids) for _ in range(8)]
-        moments = random.Random(0)
-        for _ in range(5):
-            time.sleep(moments.uniform(0.2, 2.0))
-            server.restart()
-        for analysis in analyses:
-            done = until(partial(_ended, service, analysis))
-            assert done["status"] == "succeeded", done
-            assert len(reports_of(service, analysis)) == 1
-
-
-@pytest.mark.timeout(600)
-def test_workers_outlive_an_outage_of_the_database(
-    tmp_path: Path, mlp_checkpoint_file: Path, digits_probe_file: Path
-) -> None:
-    """PostgreSQL is away for longer than a worker may be silent: no worker takes another for dead, and work goes on."""
-    with (
-        postgres_server() as server,
-        fresh_database(server.url) as url,
-        services.running(tmp_path / "data", database_url=url) as service,
-        services.worker(service) as second,
-    ):
-        ids = pair(service, mlp_checkpoint_file, digits_probe_file)
-        until(lambda: len(service.client.get("/v1/version").json()["workers"]) == 2)
-        first = service.worker()
-        running = [service.analyze(**ids, options={"null_permutations": 200}) for _ in range(2)]
-        until(lambda: all(status(service, one)["status"] == "running" for one in running))
-        server.restart(away_seconds=8.0)
-        for analysis in running:
-            done = until(partial(_ended, service, analysis))
-            assert done["status"] == "succeeded", done
-            assert done["attempts"] == 1
-        time.sleep(8)
-        assert service.worker() == first
-        assert second.poll() is None
-        assert len(service.client.get("/v1/version").json()["workers"]) == 2
-
-
-@pytest.mark.timeout(600)
-def test_hung_worker_is_replaced(tmp_path: Path, mlp_checkpoint_file: Path, digits_probe_file: Path) -> None:
-    """A worker that hangs for a minute loses its work to another; when it wakes, it notices and ends."""
-    with services.running(tmp_path / "data", worker_restart_max_seconds="0.2") as service:
-        ids = pair(service, mlp_checkpoint_file, digits_probe_file)
-        analysis = service.analyze(**ids, options={"null_permutations": 300})
-        until(lambda: status(service, analysis)["status"] == "running")
-        hung, child = service.worker(), service.compute_child()
-        child.suspend()
-        until(lambda: _suspended_outside_transactions(service, hung))
-        try:
-            with services.worker(service):
-                done = service.wait(analysis["id"], seconds=150)
-                assert done["status"] == "succeeded"
-                assert done["attempts"] == 2
-                hung.resume()
-                child.resume()
-                hung.wait(30)
-                until(lambda: service.worker().pid != hung.pid)
-                assert len(reports_of(service, analysis)) == 1
-        finally:
-            # Whatever fails above, no stopped process stays behind.
-            for process in (child, hung):
-                with suppress(psutil.NoSuchProcess):
-                    process.resume()
-
-
-def _suspended_outside_transactions(service: Service, worker: psutil.Process) -> bool:
-    """Suspend a worker; where it holds the lock of SQLite, which nobody can take from it, let it go on."""
-    worker.suspend()
-    with closing(sqlite3.connect(service.data_dir / "interplay.db", timeout=0, isolation_level=None)) as connection:
-        try:
-            connection.execute("BEGIN IMMEDIATE")
-        except sqlite3.OperationalError:
-            worker.resume()
-            return False
-        connection.execute("ROLLBACK")
-    return True
-
-
-def _ended(service: Service, analysis: dict[str, Any]) -> dict[str, Any] | None:
-    response = service.client.get(f"/v1/analyses/{analysis['id']}")
-    if response.status_code == 503:  # the pool still held a connection from before the restart
-        return None
-    body = dict(response.json())
-    return body if body["status"] in ("succeeded", "failed", "cancelled") else None
 
 
 def test_cancel_survives_the_death_of_the_worker(
@@ -273,7 +195,7 @@ def test_two_workers_share_the_work(restless: Service, mlp_checkpoint_file: Path
     ids = pair(restless, mlp_checkpoint_file, digits_probe_file)
     with services.worker(restless) as first, services.worker(restless) as second:
         until(lambda: len(restless.client.get("/v1/version").json()["workers"]) == 3)
-        analyses = [restless.analyze(**ids, options=OPTIONS) for _ in range(6)]
+        analyses = [restless.analyze(**ids, options={"null_permutations": 60}) for _ in range(4)]
         until(lambda: sum(status(restless, one)["status"] == "running" for one in analyses) == 3)
         first.kill()
         second.terminate()
@@ -283,11 +205,12 @@ def test_two_workers_share_the_work(restless: Service, mlp_checkpoint_file: Path
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.parametrize("kills", [(10,), pytest.param((4, 10, 17), marks=pytest.mark.slow)])
 def test_worker_killed_in_the_middle_of_a_path(
-    restless: Service, mlp_checkpoint_file: Path, digits_probe_file: Path
+    restless: Service, mlp_checkpoint_file: Path, digits_probe_file: Path, kills: tuple[int, ...]
 ) -> None:
-    """Kill -9 three times on a path of 25 points: it ends with the points that it has without a kill, and points that
-    were done are not computed again."""
+    """Kill -9 at these of 25 points: the path has the points that it has without a kill, and points that were done are
+    not computed again."""
     ids = pair(restless, mlp_checkpoint_file, digits_probe_file)
     other = restless.post("/v1/checkpoints", {"name": "other"}, mlp_checkpoint_file).json()["id"]
     path = {
@@ -300,12 +223,10 @@ def test_worker_killed_in_the_middle_of_a_path(
     expected = restless.report(restless.wait(restless.analyze(**path)["id"]))
     analysis = restless.analyze(**path)
     done_before: list[int] = []
-    for kill, wanted in enumerate((4, 10, 17), start=1):
+    for kill, wanted in enumerate(kills, start=1):
         until(partial(_at_point, restless, analysis, attempt=kill, point=wanted))
         done_before.append(status(restless, analysis)["progress"]["done"])
-        worker = restless.worker()
-        worker.kill()
-        worker.wait(15)
+        killed(restless.worker())
     lowest: dict[int, int] = {}
     while not has_ended(restless, analysis):
         now = status(restless, analysis)
@@ -313,10 +234,10 @@ def test_worker_killed_in_the_middle_of_a_path(
             lowest[now["attempts"]] = min(lowest.get(now["attempts"], 25), now["progress"]["done"])
         time.sleep(0.02)
     done = restless.wait(analysis["id"])
-    assert done["attempts"] == 4
+    assert done["attempts"] == len(kills) + 1
     assert restless.report(done)["points"] == expected["points"]
     # The step at work when the worker died is the only one that may run again.
-    assert lowest[4] >= done_before[2] - 1
+    assert lowest[len(kills) + 1] >= done_before[-1] - 1
 
 
 def _at_point(service: Service, analysis: dict[str, Any], *, attempt: int, point: int) -> bool:

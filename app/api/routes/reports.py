@@ -1,6 +1,6 @@
 """Reports and their charts over HTTP."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import sqlalchemy as sa
 from fastapi import APIRouter, Depends, Header, Path, Response
@@ -20,6 +20,7 @@ ReportListing = Annotated[Listing, Depends(listing_with("kind", "checkpoint_id",
 IfNoneMatch = Annotated[str | None, Header(max_length=1000)]
 # Built once: SQLAlchemy takes longer to build one than SQLite to answer it.
 _ONE = Report.id == sa.bindparam("id")
+T = TypeVar("T")
 _KIND = sa.select(Report.kind, Report.sha256).where(_ONE)
 _CONTENT = sa.select(Report.content, Report.sha256).where(_ONE)
 
@@ -139,7 +140,7 @@ def _is_held(headers: dict[str, str], if_none_match: str | None) -> bool:
     return headers["ETag"] in held or "*" in held
 
 
-def _kind(service: Service, id_: str) -> tuple[str, str]:
+def _kind(service: Service, id_: str) -> tuple[schemas.Kind, str]:
     """Return a report's kind and its sha256."""
     return _of_report(service, id_, _KIND)
 
@@ -149,7 +150,7 @@ def _content(service: Service, id_: str) -> tuple[str, str]:
     return _of_report(service, id_, _CONTENT)
 
 
-def _of_report(service: Service, id_: str, statement: sa.Select[str, str]) -> tuple[str, str]:
+def _of_report(service: Service, id_: str, statement: sa.Select[T, str]) -> tuple[T, str]:
     # On the connection itself: a session takes longer than all else that reading one row does.
     with service.engine.connect() as connection:
         found = connection.execute(statement, {"id": id_}).one_or_none()

@@ -13,7 +13,9 @@ from pydantic import ValidationError
 from app.errors import InvalidRequest, NotComparable
 from app.gates import verdicts
 from app.gates.form import GateSpec, require_sound
-from app.gates.paths import UnknownPath, number_at, number_paths, report_models, require_number
+from app.gates.paths import UnknownPath, number_at, number_paths, require_number
+from app.schemas import Kind
+from app.schemas.kinds import KINDS
 from tests.interplay.reports import comparison_report, difference, evaluation_report
 
 ACCURACY = "splits.all.accuracy"
@@ -580,7 +582,7 @@ def test_names_of_gates_fit_into_urls_and_comments(name: str) -> None:
         ("comparison", "splits.test.differences.collapse.nc1.lo", "splits.test.differences.collapse.nc1.low"),
     ],
 )
-def test_an_unknown_path_is_refused_with_the_nearest_real_one(kind: str, path: str, nearest: str) -> None:
+def test_an_unknown_path_is_refused_with_the_nearest_real_one(kind: Kind, path: str, nearest: str) -> None:
     """Whether a name is mistyped, left out or of another kind of report."""
     with pytest.raises(UnknownPath, match="is no path") as caught:
         require_number(kind, path)
@@ -602,7 +604,7 @@ def test_a_path_of_another_kind_of_report_is_told() -> None:
         ("path", "summary.splits.test.connected", "true or false"),
     ],
 )
-def test_a_path_to_what_is_no_number_is_refused(kind: str, path: str, noun: str) -> None:
+def test_a_path_to_what_is_no_number_is_refused(kind: Kind, path: str, noun: str) -> None:
     """A check holds a number against its bounds, nothing else."""
     with pytest.raises(UnknownPath, match=f"is {noun} in a report of kind {kind}, not a number"):
         require_number(kind, path)
@@ -610,7 +612,7 @@ def test_a_path_to_what_is_no_number_is_refused(kind: str, path: str, noun: str)
 
 def test_every_number_of_the_report_models_has_a_path() -> None:
     """What is enumerated can be followed, for every kind, and what an evaluation holds is found under it."""
-    for kind in report_models():
+    for kind in KINDS:
         paths = number_paths(kind)
         assert len(paths) > 300
         for path in paths:

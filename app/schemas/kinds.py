@@ -1,0 +1,66 @@
+"""The kinds of analysis as requests, reports, charts and gates know them: one table, which they all read."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from app.schemas.base import Kind, Strict
+from app.schemas.reports import ComparisonReport, EvaluationReport, PathReport, PruningReport, SeriesReport
+from app.schemas.requests import (
+    ComparisonRequest,
+    EvaluationRequest,
+    PathRequest,
+    PruningRequest,
+    SeriesRequest,
+)
+
+
+@dataclass(frozen=True)
+class KindOfAnalysis:
+    """What distinguishes a kind of analysis.
+
+    Attributes:
+        request: model of the request.
+        report: model of the report.
+        measures: measures that its charts show, in order.
+        place: member of a point that holds its place on the axis; None for a kind without points.
+        axis: title of the axis; None takes the name in the report's `axis`.
+        grows: whether a later report may have more points, so that points are counted from the end.
+        choices: paths in `provenance` (options) or the report (axis) that change numbers as much as the checkpoint
+            does; two reports are comparable only where they agree.
+        also_judged_as: another kind whose gates judge its reports too, beside gates of its own kind.
+    """
+
+    request: type[Strict]
+    report: type[Strict]
+    measures: tuple[str, ...]
+    place: str | None = None
+    axis: str | None = None
+    grows: bool = False
+    choices: tuple[str, ...] = ()
+    also_judged_as: Kind | None = None
+
+
+_OF_MODEL = ("loss", "accuracy", "mir", "hdr")
+KINDS: Mapping[Kind, KindOfAnalysis] = {
+    "evaluation": KindOfAnalysis(EvaluationRequest, EvaluationReport, ("mir", "hdr")),
+    "comparison": KindOfAnalysis(
+        ComparisonRequest, ComparisonReport, ("accuracy", "loss", "mir", "hdr"), also_judged_as="evaluation"
+    ),
+    "path": KindOfAnalysis(
+        PathRequest,
+        PathReport,
+        ("loss", "error", "mir", "hdr"),
+        place="w",
+        axis="w (0 is A, 1 is B)",
+        choices=("options.grid", "options.normalisation", "options.alignment"),
+    ),
+    "pruning": KindOfAnalysis(
+        PruningRequest,
+        PruningReport,
+        _OF_MODEL,
+        place="sparsity",
+        axis="sparsity",
+        choices=("options.sparsities", "options.scope", "options.include_head"),
+    ),
+    "series": KindOfAnalysis(SeriesRequest, SeriesReport, _OF_MODEL, place="x", grows=True, choices=("axis.name",)),
+}

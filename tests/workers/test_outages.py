@@ -1,0 +1,115 @@
+"""Databases that go away under work, and workers that hang: nothing is lost, or there twice."""
+
+import random
+import sqlite3
+import time
+from contextlib import closing, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests import services
+from tests.app.test_analyses import pair
+from tests.databases import fresh_database, postgres_server
+from tests.services import Service, until
+from tests.workers.test_kills import reports_of, status
+
+
+@pytest.mark.timeout(600)
+def test_postgres_restarted_under_queued_work(
+    tmp_path: Path, mlp_checkpoint_file: Path, digits_probe_file: Path
+) -> None:
+    """PostgreSQL crashes and restarts twice under running and queued analyses: every one succeeds, once."""
+    with (
+        postgres_server() as server,
+        fresh_database(server.url) as url,
+        services.running(tmp_path / "data", database_url=url) as service,
+    ):
+        ids = pair(service, mlp_checkpoint_file, digits_probe_file)
+        analyses = [service.analyze(**ids) for _ in range(4)]
+        moments = random.Random(0)
+        for _ in range(2):
+            time.sleep(moments.uniform(0.2, 2.0))
+            server.restart()
+        for analysis in analyses:
+            done = until(partial(_ended, service, analysis))
+            assert done["status"] == "succeeded", done
+            assert len(reports_of(service, analysis)) == 1
+
+
+@pytest.mark.timeout(600)
+def test_workers_outlive_an_outage_of_the_database(
+    tmp_path: Path, mlp_checkpoint_file: Path, digits_probe_file: Path
+) -> None:
+    """PostgreSQL is away for longer than a worker may be silent: no worker takes another for dead, and work goes on."""
+    with (
+        postgres_server() as server,
+        fresh_database(server.url) as url,
+        services.running(tmp_path / "data", database_url=url) as service,
+        services.worker(service) as second,
+    ):
+        ids = pair(service, mlp_checkpoint_file, digits_probe_file)
+        until(lambda: len(service.client.get("/v1/version").json()["workers"]) == 2)
+        first = service.worker()
+        running = [service.analyze(**ids, options={"null_permutations": 100}) for _ in range(2)]
+        until(lambda: all(status(service, one)["status"] == "running" for one in running))
+        server.restart(away_seconds=8.0)
+        for analysis in running:
+            done = until(partial(_ended, service, analysis))
+            assert done["status"] == "succeeded", done
+            assert done["attempts"] == 1
+        time.sleep(8)
+        assert service.worker() == first
+        assert second.poll() is None
+        assert len(service.client.get("/v1/version").json()["workers"]) == 2
+
+
+@pytest.mark.timeout(600)
+def test_hung_worker_is_replaced(tmp_path: Path, mlp_checkpoint_file: Path, digits_probe_file: Path) -> None:
+    """A worker that hangs for a minute loses its work to another; when it wakes, it notices and ends."""
+    with services.running(tmp_path / "data", worker_restart_max_seconds="0.2") as service:
+        ids = pair(service, mlp_checkpoint_file, digits_probe_file)
+        analysis = service.analyze(**ids, options={"null_permutations": 100})
+        until(lambda: status(service, analysis)["status"] == "running")
+        hung, child = service.worker(), service.compute_child()
+        child.suspend()
+        until(lambda: _suspended_outside_transactions(service, hung))
+        try:
+            with services.worker(service):
+                done = service.wait(analysis["id"], seconds=150)
+                assert done["status"] == "succeeded"
+                assert done["attempts"] == 2
+                hung.resume()
+                child.resume()
+                hung.wait(30)
+                until(lambda: service.worker().pid != hung.pid)
+                assert len(reports_of(service, analysis)) == 1
+        finally:
+            # Whatever fails above, no stopped process stays behind.
+            for process in (child, hung):
+                with suppress(psutil.NoSuchProcess):
+                    process.resume()
+
+
+def _suspended_outside_transactions(service: Service, worker: psutil.Process) -> bool:
+    """Suspend a worker; where it holds the lock of SQLite, which nobody can take from it, let it go on."""
+    worker.suspend()
+    with closing(sqlite3.connect(service.data_dir / "interplay.db", timeout=0, isolation_level=None)) as connection:
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError:
+            worker.resume()
+            return False
+        connection.execute("ROLLBACK")
+    return True
+
+
+def _ended(service: Service, analysis: dict[str, Any]) -> dict[str, Any] | None:
+    response = service.client.get(f"/v1/analyses/{analysis['id']}")
+    if response.status_code == 503:  # the pool still held a connection from before the restart
+        return None
+    body = dict(response.json())
+    return body if body["status"] in ("succeeded", "failed", "cancelled") else None

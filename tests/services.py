@@ -86,11 +86,18 @@ def until(probe: Callable[[], T | None], *, seconds: float = PATIENCE_SECONDS) -
 
 @contextmanager
 def running(
-    data_dir: Path, *, command: str = "serve", ready: bool = True, site: Path = OPERATORS, **settings: str
+    data_dir: Path,
+    *,
+    command: str = "serve",
+    ready: bool = True,
+    site: Path = OPERATORS,
+    tree: Path | None = None,
+    **settings: str,
 ) -> Iterator[Service]:
     """A service in a folder of its own; at the end it must stop by itself, with all that it started.
 
-    With `ready` the block begins once an analysis would run. `site` has the sitecustomize of its processes.
+    With `ready` the block begins once an analysis would run. `site` has the sitecustomize of its processes, `tree` the
+    packages of the service where they are not these.
     """
     environment = {
         **{key: value for key, value in os.environ.items() if not key.startswith("INTERPLAY_")},
@@ -107,6 +114,7 @@ def running(
         process = subprocess.Popen(
             [sys.executable, "-m", "app", command, "--port", "0"],
             env=environment,
+            cwd=tree,
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,

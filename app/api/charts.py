@@ -183,15 +183,16 @@ def _levels(report: Report, measure: str, rows: Rows) -> Iterator[dict[str, Any]
 def _marks(report: Report, measure: str, rows: Rows) -> Iterator[dict[str, Any]]:
     """Yield a path's barriers, each from its reference value to the measured value, or a sweep's knees."""
     for split in _splits(rows):
-        summary = report["summary"]["splits"][split]
         if report["kind"] == "path":
-            found = summary[_BARRIERS[measure]]
+            found = report["summary"]["splits"][split][_BARRIERS[measure]]
             if found is not None and found["value"] > 0:
                 value = next(row[measure] for row in _of(rows, split) if row["w"] == found["at"])
                 sign = -1 if measure == "mir" else 1
                 yield {"split": split, "w": found["at"], "from": value - sign * found["value"], "to": value}
-        elif report["kind"] == "pruning" and measure == "accuracy" and summary["knee"] is not None:
-            yield {"sparsity": summary["knee"], "split": split}
+        elif report["kind"] == "pruning" and measure == "accuracy":
+            knee = report["summary"]["splits"][split]["knee"]
+            if knee is not None:
+                yield {"sparsity": knee, "split": split}
 
 
 def _missing(rows: Rows, measure: str) -> list[str]:

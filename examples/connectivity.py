@@ -13,7 +13,7 @@ from itertools import product
 import altair as alt
 
 from examples.experiment import Body, Experiment, interplay_of, main, show
-from examples.training import Training, load
+from examples.training import Recipe, Training, load
 
 ARCHITECTURE = {"family": "builtin", "name": "mlp", "args": {"sizes": [64, *[64] * 8, 10], "norm": "batch"}}
 # High enough that two orders of the same samples part early in training.
@@ -57,16 +57,8 @@ def train(experiment: Experiment, epochs: int, shared: tuple[int, ...]) -> dict[
     digits = load()
 
     def training(*, seed: int = 0, order: int = 0) -> Training:
-        return Training(
-            digits,
-            ARCHITECTURE,
-            epochs=epochs,
-            learning_rate=LEARNING_RATE,
-            weight_decay=WEIGHT_DECAY,
-            batch_size=BATCH_SIZE,
-            seed=seed,
-            order=order,
-        )
+        recipe = Recipe(epochs, learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY, batch_size=BATCH_SIZE)
+        return Training(digits, ARCHITECTURE, recipe, seed=seed, order=order)
 
     runs = {FIRST: training(), OTHER: training(seed=1, order=1)}
     for epoch in range(epochs):

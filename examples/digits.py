@@ -21,7 +21,7 @@ from rich.table import Table
 from torch import Tensor
 
 from examples.service import Service, ServiceFailed, Stopped, check_signals, console, run_example, service
-from examples.training import Digits, Training, load, save_probe
+from examples.training import Digits, Recipe, Training, load, save_probe
 from interplay import Client, EvaluationReport
 
 CHECKPOINT_EPOCHS = (0, 1, 2, 5, 10, 20, 50, 100, 150, 200)
@@ -79,7 +79,7 @@ def checkpoint_epochs(epochs: int) -> list[int]:
 
 def train(digits: Digits, epochs: int) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """Train from a fixed seed; yields after each epoch, and before the first, with the network's state."""
-    training = Training(digits, ARCHITECTURE, epochs=epochs)
+    training = Training(digits, ARCHITECTURE, Recipe(epochs))
     yield 0, training.network.state_dict()
     for epoch in range(1, epochs + 1):
         training.run_epoch()

@@ -9,7 +9,7 @@ import sys
 
 from examples.digits import ARCHITECTURE, checkpoint_epochs
 from examples.experiment import Experiment, interplay_of, main, show
-from examples.training import Training, load
+from examples.training import Recipe, Training, load
 
 NAMES = ("accuracy", "MIR", "HDR", "raw MIR", "raw HDR")
 
@@ -18,7 +18,7 @@ def run(experiment: Experiment) -> None:
     """Train, push as training goes on, analyse the series, show it."""
     digits, epochs = load(), 3 if experiment.quick else 200
     probe_id = experiment.push_digits(digits)
-    training, checkpoints = Training(digits, ARCHITECTURE, epochs=epochs), {}
+    training, checkpoints = Training(digits, ARCHITECTURE, Recipe(epochs)), {}
     for epoch in range(epochs + 1):
         if epoch:
             training.run_epoch()

@@ -9,7 +9,7 @@ import sys
 
 from examples.digits import ARCHITECTURE
 from examples.experiment import Experiment, interplay_of, main, show
-from examples.training import Training, load
+from examples.training import Recipe, Training, load
 
 EPOCHS = 200
 SPARSITIES = [0.0, 0.3, 0.5, 0.6, 0.7, 0.75, 0.8, 0.825, 0.85, 0.875, 0.9, 0.925, 0.95, 0.97, 0.98, 0.99]
@@ -19,7 +19,7 @@ def run(experiment: Experiment) -> None:
     """Train, sweep, show."""
     digits, epochs = load(), 2 if experiment.quick else EPOCHS
     probe_id = experiment.push_digits(digits)
-    training = Training(digits, ARCHITECTURE, epochs=epochs)
+    training = Training(digits, ARCHITECTURE, Recipe(epochs))
     for _ in range(epochs):
         training.run_epoch()
     checkpoint_id = experiment.push_checkpoint(training.network, ARCHITECTURE, f"digits, epoch {epochs}")

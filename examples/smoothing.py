@@ -8,7 +8,7 @@ Five seeds for each smoothing; for each seed one analysis of the kind `series` a
 import sys
 
 from examples.experiment import Experiment, interplay_of, main, mean_and_error, show
-from examples.training import Training, load
+from examples.training import Recipe, Training, load
 
 ARCHITECTURE = {"family": "builtin", "name": "mlp", "args": {"sizes": [64, 128, 128, 64, 10], "norm": "batch"}}
 EPOCHS, SEEDS, SMOOTHINGS = 60, 5, (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
@@ -23,7 +23,7 @@ def run(experiment: Experiment) -> None:
     for seed in range(seeds):
         checkpoints = {}
         for smoothing in smoothings:
-            training = Training(digits, ARCHITECTURE, epochs=epochs, label_smoothing=smoothing, seed=seed, order=seed)
+            training = Training(digits, ARCHITECTURE, Recipe(epochs, label_smoothing=smoothing), seed=seed, order=seed)
             for _ in range(epochs):
                 training.run_epoch()
             name = f"digits, smoothing {smoothing:g}, seed {seed}"

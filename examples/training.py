@@ -61,54 +61,59 @@ def save_probe(digits: Digits, path: Path) -> Path:
     return path
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """How a network is trained.
+
+    Attributes:
+        epochs: length of the schedule.
+        learning_rate: at its start.
+        weight_decay: of all parameters.
+        batch_size: samples a step.
+        label_smoothing: share of the target that goes to all classes evenly.
+    """
+
+    epochs: int
+    learning_rate: float = 0.1
+    weight_decay: float = 2e-3
+    batch_size: int = 64
+    label_smoothing: float = 0.0
+
+
 class Training:
     """SGD with momentum and a cosine schedule, on the training digits, on one thread, from fixed seeds.
 
     Args:
         digits: what to learn.
         architecture: as `loading.build` takes it.
-        epochs: length of the schedule.
-        learning_rate: at its start.
-        weight_decay: of all parameters.
-        batch_size: samples a step.
-        label_smoothing: share of the target that goes to all classes evenly.
+        recipe: how.
         seed: of the initialisation.
         order: seed of the order of the samples.
     """
 
     def __init__(
-        self,
-        digits: Digits,
-        architecture: Mapping[str, Any],
-        *,
-        epochs: int,
-        learning_rate: float = 0.1,
-        weight_decay: float = 2e-3,
-        batch_size: int = 64,
-        label_smoothing: float = 0.0,
-        seed: int = 0,
-        order: int = 0,
+        self, digits: Digits, architecture: Mapping[str, Any], recipe: Recipe, *, seed: int = 0, order: int = 0
     ) -> None:
         torch.set_num_threads(1)  # layers this small gain nothing from a second core, and the service has work for it
         self._inputs, self._labels = digits.train_inputs, digits.train_labels
-        self._batch_size, self._label_smoothing = batch_size, label_smoothing
+        self._recipe = recipe
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.network = loading.build(architecture, device="cpu")
         self._optimizer = torch.optim.SGD(
-            self.network.parameters(), lr=learning_rate, momentum=MOMENTUM, weight_decay=weight_decay
+            self.network.parameters(), lr=recipe.learning_rate, momentum=MOMENTUM, weight_decay=recipe.weight_decay
         )
-        steps = epochs * -(-len(self._inputs) // batch_size)
+        steps = recipe.epochs * -(-len(self._inputs) // recipe.batch_size)
         self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self._optimizer, steps)
         self._shuffling = torch.Generator().manual_seed(order)
 
     def run_epoch(self) -> None:
         """Once through the training samples, shuffled."""
         self.network.train()
-        for batch in torch.split(torch.randperm(len(self._inputs), generator=self._shuffling), self._batch_size):
+        for batch in torch.split(torch.randperm(len(self._inputs), generator=self._shuffling), self._recipe.batch_size):
             self._optimizer.zero_grad()
             logits = self.network(self._inputs[batch])
-            loss = cross_entropy(logits, self._labels[batch], label_smoothing=self._label_smoothing)
+            loss = cross_entropy(logits, self._labels[batch], label_smoothing=self._recipe.label_smoothing)
             torch.autograd.backward(loss)
             self._optimizer.step()
             self._schedule.step()

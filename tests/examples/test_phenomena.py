@@ -15,7 +15,7 @@ from analysis.sweeps.pruning import knee
 from examples.experiment import Experiment, mean_and_error
 from examples.grokking import Addition, P, sums
 from examples.semisupervised import choose, much_changed, train
-from examples.training import Training, load
+from examples.training import Recipe, Training, load
 from interplay import Client
 from tests.services import Service
 
@@ -128,10 +128,10 @@ def test_loss_is_compared_seed_by_seed(quick: Quick, tmp_path: Path) -> None:
 def test_a_run_that_takes_over_goes_on_alike() -> None:
     """With the same order to come two runs end in the same weights; with another order they do not."""
     digits = load()
-    first, order = Training(digits, SMALL, epochs=3), torch.Generator().manual_seed(7)
+    first, order = Training(digits, SMALL, Recipe(3)), torch.Generator().manual_seed(7)
     first.run_epoch()
-    branches = [Training(digits, SMALL, epochs=3, seed=9, order=7).take_over(first) for _ in range(2)]
-    other = Training(digits, SMALL, epochs=3, order=8).take_over(first)
+    branches = [Training(digits, SMALL, Recipe(3), seed=9, order=7).take_over(first) for _ in range(2)]
+    other = Training(digits, SMALL, Recipe(3), order=8).take_over(first)
     first._shuffling.set_state(order.get_state())
     for training in (first, *branches, other):
         training.run_epoch()

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Depends, Header, Request, Response
 
 from app import analyses, schemas
 from app.api.openapi import reference
-from app.api.routes import IdFilter, ServiceDep, problems
+from app.api.routes import ServiceDep, SubjectFiltersDep, problems
 from app.listing import Listing, listing_with
 
 router = APIRouter(tags=["analyses"])
@@ -50,20 +50,11 @@ def create_analysis(
 def list_analyses(
     service: ServiceDep,
     listing: AnalysisListing,
+    subject: SubjectFiltersDep,
     status: schemas.Status | None = None,
-    kind: schemas.Kind | None = None,
-    checkpoint_id: IdFilter = None,
-    probe_id: IdFilter = None,
-    feature_set_id: IdFilter = None,
 ) -> schemas.Page[schemas.Analysis]:
     return analyses.list_page(
-        service.engine,
-        listing,
-        status=status,
-        kind=kind,
-        checkpoint_id=checkpoint_id,
-        probe_id=probe_id,
-        feature_set_id=feature_set_id,
+        service.engine, listing, status=status, checkpoint_id=subject.checkpoint_id, **subject.columns()
     )
 
 

@@ -8,7 +8,7 @@ from fastapi.concurrency import run_in_threadpool
 
 from app import analyses, schemas
 from app.api import drawing
-from app.api.routes import IdFilter, Service, ServiceDep, problems
+from app.api.routes import Service, ServiceDep, SubjectFiltersDep, problems
 from app.database import read
 from app.errors import NotFound
 from app.listing import Listing, listing_with, page
@@ -52,19 +52,13 @@ def get_report(id: schemas.Id, service: ServiceDep, if_none_match: IfNoneMatch =
 
 @router.get("/reports", responses=problems(422))
 def list_reports(
-    service: ServiceDep,
-    listing: ReportListing,
-    kind: schemas.Kind | None = None,
-    checkpoint_id: IdFilter = None,
-    probe_id: IdFilter = None,
-    feature_set_id: IdFilter = None,
+    service: ServiceDep, listing: ReportListing, subject: SubjectFiltersDep
 ) -> schemas.Page[schemas.ReportSummary]:
     """Reports without their content."""
     query = sa.select(Report).options(sa.orm.defer(Report.content))
-    if checkpoint_id is not None:
-        query = query.where(analyses.looks_at(Report.analysis_id, [checkpoint_id]))
-    equal = {"kind": kind, "probe_id": probe_id, "feature_set_id": feature_set_id}
-    for column, value in equal.items():
+    if subject.checkpoint_id is not None:
+        query = query.where(analyses.looks_at(Report.analysis_id, [subject.checkpoint_id]))
+    for column, value in subject.columns().items():
         if value is not None:
             query = query.where(getattr(Report, column) == value)
 

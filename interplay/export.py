@@ -25,12 +25,13 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from interplay.kinds import KINDS
 from interplay.transport import InterplayError
 
 # Members that describe the inputs and the method, not the results: parameters of a run.
 _PARAMETERS = ("axis", "probe", "probe_b", "provenance", "subject", "subjects")
 _IDENTITY = ("analysis_id", "created_at", "definitions_version", "id", "kind", "schema_version")
-_PLACES = ("w", "sparsity", "x")
+_PLACES = tuple(kind.place for kind in KINDS.values() if kind.place is not None)
 # MLflow's limits for one batch, and for the length of names and values.
 _BATCH_METRICS, _BATCH_PARAMS, _NAME_CHARACTERS, _VALUE_CHARACTERS = 1000, 100, 200, 5000
 # A slash groups names, and MLflow refuses names that resolve to another path, such as "a/../b": only splits are groups.

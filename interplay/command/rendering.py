@@ -15,6 +15,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from interplay.kinds import COMPARISON, KINDS, PATH, Kind
+
 Body = Mapping[str, Any]
 
 # Most entries shown of a list in a problem; the service itself sends at most 20 of most lists.
@@ -43,19 +45,6 @@ _COLLAPSE = (
     ("nc3", "NC3 means to head"),
     ("nc4", "NC4 not the nearest mean"),
 )
-# The member that holds a point's place.
-_PLACES = {"path": "w", "pruning": "sparsity", "series": "x"}
-_SUMMARIES: dict[str, dict[str, str]] = {
-    "path": {
-        "loss_barrier": "loss barrier",
-        "error_barrier": "error barrier",
-        "mir_barrier": "MIR barrier",
-        "hdr_barrier": "HDR barrier",
-        "connected": "connected",
-    },
-    "pruning": {"knee": "knee"},
-    "series": {"spearman_mir_accuracy": "MIR ~ accuracy", "spearman_hdr_accuracy": "HDR ~ accuracy"},
-}
 _COMPARED = {
     "accuracy": "accuracy",
     "loss": "loss",
@@ -117,12 +106,11 @@ def place(x: float | None, *, shorten: bool = True) -> str:
 
 def report_view(report: Body) -> RenderableType:
     """Render a report of any kind: its subjects and its results."""
-    if report["kind"] == "evaluation":
-        return _evaluation(report)
-    if report["kind"] == "comparison":
-        return _comparison(report)
-    show = _places(report)
-    return Group(_heading(report), _points(report, show), *_summary(report, show))
+    kind = KINDS[report["kind"]]
+    if kind.place is not None:
+        show = _places(report, kind.place)
+        return Group(_heading(report), _points(report, kind, show), *_summary(report, kind, show))
+    return _comparison(report) if kind is COMPARISON else _evaluation(report)
 
 
 def _evaluation(report: Body) -> RenderableType:
@@ -309,17 +297,16 @@ def _describe(table: Table, subject: Body) -> None:
         table.add_row("metadata", _pairs(subject["metadata"]))
 
 
-def _places(report: Body) -> Callable[[float | None], str]:
+def _places(report: Body, member: str) -> Callable[[float | None], str]:
     """Return the formatter of a report's places: `place`, shortened unless that makes two of its points look alike."""
-    places = {point[_PLACES[report["kind"]]] for point in report["points"]}
+    places = {point[member] for point in report["points"]}
     return functools.partial(place, shorten=len({*map(place, places)}) == len(places))
 
 
-def _points(report: Body, show: Callable[[float | None], str]) -> Table:
+def _points(report: Body, kind: Kind, show: Callable[[float | None], str]) -> Table:
     """Render a row per point: its place, then loss, accuracy, MIR and HDR (sample level, global centring) by split."""
-    key = _PLACES[report["kind"]]
     table = Table(box=SIMPLE_HEAD)
-    table.add_column(printable(report["axis"]["name"]) if key == "x" else key, justify="right")
+    table.add_column(printable(report["axis"]["name"]) if kind.names_axis else str(kind.place), justify="right")
     for split in report["points"][0]["splits"]:
         for measure in ("loss", "acc", "MIR", "HDR"):
             table.add_column(f"{measure}\n{split}", justify="right")
@@ -327,7 +314,7 @@ def _points(report: Body, show: Callable[[float | None], str]) -> Table:
     if reused:
         table.add_column("reused report", no_wrap=True)
     for point in report["points"]:
-        cells = [show(point[key])]
+        cells = [show(point[kind.place])]
         for split in point["splits"].values():
             values = split["interplay"]["sample"]["global"]
             cells += map(number, (split["loss"], split["accuracy"], values["mir"], values["hdr"]))
@@ -335,35 +322,38 @@ def _points(report: Body, show: Callable[[float | None], str]) -> Table:
     return table
 
 
-def _summary(report: Body, show: Callable[[float | None], str]) -> Iterable[RenderableType]:
+def _summary(report: Body, kind: Kind, show: Callable[[float | None], str]) -> Iterable[RenderableType]:
     """Render the summary of the points, one row per split, and its notes."""
     summary = report["summary"]
-    columns = _SUMMARIES[report["kind"]]
     table = Table(box=SIMPLE_HEAD)
     table.add_column("split")
-    for label in columns.values():
+    for label in kind.summary.values():
         table.add_column(label, justify="right")
     for name, split in summary["splits"].items():
-        table.add_row(name, *(show(split[key]) if key == "knee" else _amount(split[key], show) for key in columns))
+        cells = (
+            show(split[key]) if key in kind.places_in_summary else _amount(split[key], show) for key in kind.summary
+        )
+        table.add_row(name, *cells)
     yield table
     notes = [note for name, split in summary["splits"].items() for note in _reasons(name, split["reasons"])]
-    if report["kind"] == "path":
-        cosine = number(summary["cosine"])
-        notes.append(f"Weights are {number(summary['l2_distance'])} apart, their cosine is {cosine}.")
-        if summary["alignment"] is not None:
-            groups = summary["alignment"]["n_groups"]
-            notes.append(f"Hidden units of the second were permuted to match the first, in {groups} groups.")
-        if summary["recalibrated_layers"] is not None:
-            notes.append(f"Statistics of {summary['recalibrated_layers']} layers were taken anew between the ends.")
-        if summary.get("resolution") is not None:
-            notes.append(
-                f"The loss was looked at in steps of {number(summary['resolution'])}; narrower rises may hide."
-            )
+    if kind is PATH:
+        notes += _path_notes(summary)
     if came := summary.get("generalisation"):
         places = ", ".join(f"{name} {show(came[f'{name}_at'])}" for name in ("train", "test"))
         notes.append(f"Accuracy of 0.99 first at: {places}; delay {show(came['delay'])}.")
     notes.append("MIR and HDR: sample level, global centring.")
     yield Text("\n".join(notes), style="dim")
+
+
+def _path_notes(summary: Body) -> Iterable[str]:
+    yield f"Weights are {number(summary['l2_distance'])} apart, their cosine is {number(summary['cosine'])}."
+    if summary["alignment"] is not None:
+        groups = summary["alignment"]["n_groups"]
+        yield f"Hidden units of the second were permuted to match the first, in {groups} groups."
+    if summary["recalibrated_layers"] is not None:
+        yield f"Statistics of {summary['recalibrated_layers']} layers were taken anew between the ends."
+    if summary.get("resolution") is not None:
+        yield f"The loss was looked at in steps of {number(summary['resolution'])}; narrower rises may hide."
 
 
 def _amount(value: Any, show: Callable[[float | None], str]) -> str:

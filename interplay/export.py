@@ -89,44 +89,6 @@ def rows(report: Mapping[str, Any]) -> Iterator[Row]:
             yield from _numbers({key: value}, whole, [], {})
 
 
-def _numbers(value: Any, where: Row, path: list[str], reasons: Mapping[str, str]) -> Iterator[Row]:
-    """Yield the rows of a value; `reasons` come from all objects above, by path from here, "" for the whole value."""
-    match value:
-        case Mapping():
-            # Parameters have members named by users, so `reason` has no special meaning there.
-            ours = not path or path[0] not in _PARAMETERS
-            reasons = {**reasons, **_reasons_in(value)} if ours else {}
-            for key, member in value.items():
-                if key == "splits" and isinstance(member, Mapping):
-                    for split, entry in member.items():
-                        told = _below(_below(reasons, key), split)
-                        yield from _numbers(entry, replace(where, split=split), path, told)
-                elif not (ours and key == "reasons"):
-                    yield from _numbers(member, where, [*path, str(key)], _below(reasons, str(key)))
-        case list():
-            for index, member in enumerate(value):
-                yield from _numbers(member, where, [*path, str(index)], _below(reasons, str(index)))
-        case bool() | int() | float():
-            yield replace(where, path=".".join(path), value=float(value))
-        case None if "" in reasons:
-            yield replace(where, path=".".join(path), reason=reasons[""])
-
-
-def _reasons_in(value: Mapping[str, Any]) -> dict[str, str]:
-    """Return why members of an object are null: its `reasons` by their paths, or the one `reason` for all."""
-    one = value.get("reason")
-    # The `reason` of a difference says why it has no standard error. If it has one, the reason, such as `near_zero`,
-    # is about that standard error.
-    alone = {"": str(one)} if one is not None and value.get("standard_error") is None else {}
-    return {**alone, **{path: str(reason) for path, reason in value.get("reasons", {}).items()}}
-
-
-def _below(reasons: Mapping[str, str], key: str) -> dict[str, str]:
-    """Return the reasons of a member; a reason of the whole, such as a list, holds for members without their own."""
-    own = {path[len(key) + 1 :]: reason for path, reason in reasons.items() if f"{path}.".startswith(f"{key}.")}
-    return {**{path: reason for path, reason in reasons.items() if not path}, **own}
-
-
 def write_csv(report: Mapping[str, Any], path: Path) -> int:
     """Write the table as CSV with a header, UTF-8; return the number of its rows.
 
@@ -138,13 +100,6 @@ def write_csv(report: Mapping[str, Any], path: Path) -> int:
         writer.writeheader()
         writer.writerows(found)
     return len(found)
-
-
-def _harmless(cell: float | str | None) -> float | str | None:
-    """Return text escaped so that no spreadsheet computes it; numbers stay numbers, negative ones too."""
-    if isinstance(cell, str) and (cell.startswith(_BLANK) or cell.lstrip().startswith(_FORMULA)):
-        return f"'{cell}"
-    return cell
 
 
 def write_parquet(report: Mapping[str, Any], path: Path) -> int:
@@ -198,8 +153,53 @@ def log_to_mlflow(
         if begun is not None:
             _mark_failed(client, begun, mlflow.exceptions.MlflowException)
         text = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ExportFailed(f"MLflow at {uri} did not take the report: {text}") from error
+        raise ExportFailed(f"MLflow at {uri} did not accept the report: {text}") from error
     return Run(begun, experiment_id, n_metrics)
+
+
+def _numbers(value: Any, where: Row, path: list[str], reasons: Mapping[str, str]) -> Iterator[Row]:
+    """Yield the rows of a value; `reasons` come from all objects above, by path from here, "" for the whole value."""
+    match value:
+        case Mapping():
+            # Parameters have members named by users, so `reason` has no special meaning there.
+            ours = not path or path[0] not in _PARAMETERS
+            reasons = {**reasons, **_reasons_in(value)} if ours else {}
+            for key, member in value.items():
+                if key == "splits" and isinstance(member, Mapping):
+                    for split, entry in member.items():
+                        told = _below(_below(reasons, key), split)
+                        yield from _numbers(entry, replace(where, split=split), path, told)
+                elif not (ours and key == "reasons"):
+                    yield from _numbers(member, where, [*path, str(key)], _below(reasons, str(key)))
+        case list():
+            for index, member in enumerate(value):
+                yield from _numbers(member, where, [*path, str(index)], _below(reasons, str(index)))
+        case bool() | int() | float():
+            yield replace(where, path=".".join(path), value=float(value))
+        case None if "" in reasons:
+            yield replace(where, path=".".join(path), reason=reasons[""])
+
+
+def _reasons_in(value: Mapping[str, Any]) -> dict[str, str]:
+    """Return why members of an object are null: its `reasons` by their paths, or the one `reason` for all."""
+    one = value.get("reason")
+    # The `reason` of a difference says why it has no standard error. If it has one, the reason, such as `near_zero`,
+    # is about that standard error.
+    alone = {"": str(one)} if one is not None and value.get("standard_error") is None else {}
+    return {**alone, **{path: str(reason) for path, reason in value.get("reasons", {}).items()}}
+
+
+def _below(reasons: Mapping[str, str], key: str) -> dict[str, str]:
+    """Return the reasons of a member; a reason of the whole, such as a list, holds for members without their own."""
+    own = {path[len(key) + 1 :]: reason for path, reason in reasons.items() if f"{path}.".startswith(f"{key}.")}
+    return {**{path: reason for path, reason in reasons.items() if not path}, **own}
+
+
+def _harmless(cell: float | str | None) -> float | str | None:
+    """Return text escaped so that no spreadsheet computes it; numbers stay numbers, negative ones too."""
+    if isinstance(cell, str) and (cell.startswith(_BLANK) or cell.lstrip().startswith(_FORMULA)):
+        return f"'{cell}"
+    return cell
 
 
 def _experiment_id(client: Any, name: str, error: type[Exception]) -> str:

@@ -113,60 +113,6 @@ def report_view(report: Body) -> RenderableType:
     return _comparison(report) if kind is COMPARISON else _evaluation(report)
 
 
-def _evaluation(report: Body) -> RenderableType:
-    """Render the measures of each split, MIR and HDR with the values needed to interpret them."""
-    splits: Mapping[str, Body] = report["splits"]
-    parts: list[RenderableType] = [
-        _heading(report),
-        _measures(splits, report["probe"].get("next_tokens")),
-        _interplay(splits),
-        Text("MIR says little without accuracy and its null: z = (MIR - null mean) / null std.", style="dim"),
-    ]
-    notes = [*_notes(splits)]
-    if notes:
-        parts.append(Text("\n".join(notes), style="dim"))
-    return Group(*parts)
-
-
-def _comparison(report: Body) -> RenderableType:
-    """Render for each split the differences of the main measures, and how far predictions differ."""
-    splits: Mapping[str, Body] = report["splits"]
-    confidence = f"{report['provenance']['options']['confidence'] * 100:g} %"
-    parts: list[RenderableType] = [_heading(report)]
-    for name, split in splits.items():
-        table = Table(box=SIMPLE_HEAD)
-        table.add_column(name)
-        for column in ("A", "B", "B - A", f"{confidence} from", "to", ""):
-            table.add_column(column, justify="right")
-        for path, label in _COMPARED.items():
-            found = split["differences"][path]
-            mark = {True: "differs", False: "", None: printable(found["reason"] or "")}[found["significant"]]
-            table.add_row(label, *(number(found[key]) for key in ("a", "b", "difference", "low", "high")), mark)
-        samples = f"{split['a']['n_samples']:,} samples. "
-        parts += [table, Text(samples + _agreement(split["predictions"]), style="dim")]
-    how = {"delta": "influence functions (delta method)", "bootstrap": "a paired bootstrap"}
-    notes = [
-        "",
-        f"Standard errors by {how[report['provenance']['options']['interval']]}, within classes; MIR and HDR: sample "
-        "level, global centring.",
-        "Of many intervals some miss by chance. --json has every metric.",
-    ]
-    return Group(*parts, Text("\n".join(notes), style="dim"))
-
-
-def _agreement(predictions: Body) -> str:
-    smallest = predictions["smallest_difference"]
-    shown = (
-        "on so few the test shows no difference of accuracy"
-        if smallest is None
-        else f"on as many the test shows a difference of accuracy of {number(smallest)} in 4 of 5 cases"
-    )
-    return (
-        f"Same prediction for {predictions['agreement']:.1%}; right in A alone {predictions['only_a_correct']:,}, in B "
-        f"alone {predictions['only_b_correct']:,} (McNemar p = {number(predictions['mcnemar_p'])}); {shown}."
-    )
-
-
 def collection_view(collection: str, items: Iterable[Body]) -> RenderableType:
     """Render a table of the resources of a collection."""
     table = Table(box=SIMPLE_HEAD)
@@ -220,14 +166,6 @@ def resource_text(noun: str, body: Body) -> str:
     return ", ".join(facts)
 
 
-def _left_out(body: Body) -> list[str]:
-    """Return the tensors of a checkpoint's file that are not the network's: their numbers and names."""
-    return [
-        f"{n:,} tensor{'s' * (n != 1)} {printable(name)}{'*' * name.endswith('.')}"
-        for name, n in (body.get("ignored") or {}).items()
-    ]
-
-
 def conversion_text(body: Body) -> str:
     """Return the items that `interplay convert` kept and left out, one per line."""
     where = f" under {printable(body['key'])!r}" if body["key"] else ""
@@ -248,6 +186,68 @@ def export_text(done: Body) -> str:
     if run := done.get("mlflow"):
         lines.append(f"MLflow run {printable(run['run_id'])}, {run['n_metrics']:,} metrics")
     return "\n".join(lines)
+
+
+def _evaluation(report: Body) -> RenderableType:
+    """Render the measures of each split, MIR and HDR with the values needed to interpret them."""
+    splits: Mapping[str, Body] = report["splits"]
+    parts: list[RenderableType] = [
+        _heading(report),
+        _measures(splits, report["probe"].get("next_tokens")),
+        _interplay(splits),
+        Text("MIR says little without accuracy and its null: z = (MIR - null mean) / null std.", style="dim"),
+    ]
+    notes = [*_notes(splits)]
+    if notes:
+        parts.append(Text("\n".join(notes), style="dim"))
+    return Group(*parts)
+
+
+def _comparison(report: Body) -> RenderableType:
+    """Render for each split the differences of the main measures, and how far predictions differ."""
+    splits: Mapping[str, Body] = report["splits"]
+    confidence = f"{report['provenance']['options']['confidence'] * 100:g} %"
+    parts: list[RenderableType] = [_heading(report)]
+    for name, split in splits.items():
+        table = Table(box=SIMPLE_HEAD)
+        table.add_column(name)
+        for column in ("A", "B", "B - A", f"{confidence} from", "to", ""):
+            table.add_column(column, justify="right")
+        for path, label in _COMPARED.items():
+            found = split["differences"][path]
+            mark = {True: "differs", False: "", None: printable(found["reason"] or "")}[found["significant"]]
+            table.add_row(label, *(number(found[key]) for key in ("a", "b", "difference", "low", "high")), mark)
+        samples = f"{split['a']['n_samples']:,} samples. "
+        parts += [table, Text(samples + _agreement(split["predictions"]), style="dim")]
+    how = {"delta": "influence functions (delta method)", "bootstrap": "a paired bootstrap"}
+    notes = [
+        "",
+        f"Standard errors by {how[report['provenance']['options']['interval']]}, within classes; MIR and HDR: sample "
+        "level, global centring.",
+        "Some of many intervals miss the true value by chance. --json has every metric.",
+    ]
+    return Group(*parts, Text("\n".join(notes), style="dim"))
+
+
+def _agreement(predictions: Body) -> str:
+    smallest = predictions["smallest_difference"]
+    shown = (
+        "with so few samples the test detects no difference of accuracy"
+        if smallest is None
+        else f"with as many samples the test detects a difference of accuracy of {number(smallest)} in 4 of 5 cases"
+    )
+    return (
+        f"Same prediction for {predictions['agreement']:.1%}; right in A alone {predictions['only_a_correct']:,}, in B "
+        f"alone {predictions['only_b_correct']:,} (McNemar p = {number(predictions['mcnemar_p'])}); {shown}."
+    )
+
+
+def _left_out(body: Body) -> list[str]:
+    """Return the tensors of a checkpoint's file that are not the network's: their numbers and names."""
+    return [
+        f"{n:,} tensor{'s' * (n != 1)} {printable(name)}{'*' * name.endswith('.')}"
+        for name, n in (body.get("ignored") or {}).items()
+    ]
 
 
 def _heading(report: Body) -> Table:
@@ -278,7 +278,7 @@ def _next_tokens(found: Body) -> str:
         f"the token that follows. Of {vocabulary} tokens {occur} occur as classes: MIR, HDR and collapse are of these, "
         "accuracy, loss and calibration over all."
     )
-    return words + (" Labels of the probe took no part." if found["ignored_labels"] else "")
+    return words + (" The labels of the probe were not used." if found["ignored_labels"] else "")
 
 
 def _describe(table: Table, subject: Body) -> None:
@@ -351,9 +351,9 @@ def _path_notes(summary: Body) -> Iterable[str]:
         groups = summary["alignment"]["n_groups"]
         yield f"Hidden units of the second were permuted to match the first, in {groups} groups."
     if summary["recalibrated_layers"] is not None:
-        yield f"Statistics of {summary['recalibrated_layers']} layers were taken anew between the ends."
+        yield f"Normalisation statistics of {summary['recalibrated_layers']} layers were recomputed between the ends."
     if summary.get("resolution") is not None:
-        yield f"The loss was looked at in steps of {number(summary['resolution'])}; narrower rises may hide."
+        yield f"The loss was sampled in steps of {number(summary['resolution'])}; narrower peaks may be missed."
 
 
 def _amount(value: Any, show: Callable[[float | None], str]) -> str:
@@ -425,18 +425,18 @@ def _notes(splits: Mapping[str, Body]) -> Iterable[str]:
                 yield f"{where}: MIR may be up to {error} higher; {kept} rows of its spectrum were coupled."
             for what in ("samples", "classes"):
                 if values[f"degenerate_{what}"]:
-                    yield f"{where}: {values[f'degenerate_{what}']} {what} without a direction were left out."
+                    yield f"{where}: {values[f'degenerate_{what}']} {what} without a direction were omitted."
         yield from _reasons(f"{name}, collapse", split["collapse"]["reasons"])
         if split["collapse"]["absent_classes"]:
-            yield f"{name}, collapse: {split['collapse']['absent_classes']} classes have no samples and were left out."
+            yield f"{name}, collapse: {split['collapse']['absent_classes']} classes have no samples and were omitted."
 
 
 def _reasons(where: str, reasons: Body, values: Body | None = None) -> Iterable[str]:
     for key, reason in reasons.items():
         if reason == "two_classes" and (values or {}).get(key) is not None:
-            yield f"{where}: {printable(key)} says nothing: two centred head rows are opposite in every network."
+            yield f"{where}: {printable(key)} carries no information: two centred head rows are always opposite."
         else:
-            yield f"{where}: {printable(key)} is not defined ({printable(reason)})."
+            yield f"{where}: {printable(key)} is undefined ({printable(reason)})."
 
 
 def _cell(column: str, value: Any) -> str:

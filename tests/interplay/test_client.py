@@ -44,7 +44,7 @@ def test_something_else_answers() -> None:
         scripted((200, b"<html>hello"), (502, b"<html>bad gateway"), answer([1])) as server,
         Client(server.url, retry_seconds=0) as client,
     ):
-        with pytest.raises(ServiceUnreachable, match="no Interplay service"):
+        with pytest.raises(ServiceUnreachable, match="not an Interplay service"):
             client.get_report("x")
         with pytest.raises(ProblemError, match="502: <html>bad gateway") as caught:
             client.get_report("x")

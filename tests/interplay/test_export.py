@@ -267,7 +267,7 @@ def test_run_that_could_not_be_completed_is_marked(mlflow: str) -> None:
     """A run whose artifacts have no place is no finished run."""
     client = MlflowClient(tracking_uri=mlflow)
     experiment = client.create_experiment("broken", artifact_location="file:///dev/null/nowhere")
-    with pytest.raises(export.ExportFailed, match="did not take"):
+    with pytest.raises(export.ExportFailed, match="did not accept"):
         export.log_to_mlflow(evaluation_report(), mlflow, experiment="broken")
     assert [run.info.status for run in client.search_runs([experiment])] == ["FAILED"]
 
@@ -281,7 +281,7 @@ def test_mlflow_that_does_not_listen_is_3() -> None:
         nobody = f"http://127.0.0.1:{closed_port()}"
         ran = interplay("export", "r", "--mlflow", nobody, url=server.url, MLFLOW_HTTP_REQUEST_MAX_RETRIES="0")
     assert (ran.returncode, ran.stdout) == (3, "")
-    assert f"MLflow at {nobody} did not take the report" in ran.stderr
+    assert f"MLflow at {nobody} did not accept the report" in ran.stderr
     assert "Traceback" not in ran.stderr
 
 

@@ -97,7 +97,7 @@ def test_wait_gives_up_in_time() -> None:
     """With a time limit the wait ends, and says that the analysis does not; also in the middle of a stream."""
     with scripted(answer(RUNNING)) as server, Client(server.url) as client:
         started = time.monotonic()
-        with pytest.raises(WaitTimeout, match="it goes on"):
+        with pytest.raises(WaitTimeout, match="it continues"):
             client.wait("a", poll_seconds=0.01, timeout_seconds=0.1)
         assert time.monotonic() - started < 5
 

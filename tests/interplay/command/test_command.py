@@ -1,27 +1,21 @@
 """The command as it is typed: real processes, their exit codes and what they print."""
 
-import argparse
 import json
 import os
 import pty
 import re
-import shlex
 import signal
 import subprocess
 import sys
 import time
 import uuid
-import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from safetensors.numpy import save_file
-from torch.distributed.checkpoint import state_dict_saver as distributed
 
-from analysis.networks.loading import build
 from tests.interplay.scripted import BREAK, answer, scripted
 from tests.interplay.test_client import RUNNING, SUCCEEDED, closed_port
 from tests.services import Service
@@ -42,6 +36,11 @@ def interplay(*arguments: str | Path, url: str | None = None, **environment: str
         text=True,
         timeout=120,
     )
+
+
+def message(ran: subprocess.CompletedProcess[str]) -> str:
+    """Return stderr without the frame and the folds of usage errors."""
+    return re.sub(r"[\s│]+", " ", ran.stderr)
 
 
 # --- without a service ----------------------------------------------------------------------------------------------
@@ -90,16 +89,16 @@ def test_unreachable_service_is_3(arguments: tuple[str, ...], as_json: bool) -> 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("bogus",), "No such command"),
+        (("bogus",), "Unknown command"),
         (("show",), "Missing argument"),
-        (("list", "everything"), "is not one of"),
+        (("list", "everything"), "Choose from"),
         (("list", "probes", "--limit", "0"), "--limit"),
         (("list", "probes", "--metadata", "epoch"), "KEY=VALUE"),
         (("list", "probes", "--metadata", "=1"), "KEY=VALUE"),
         (("list", "probes", "--after", "yesterday"), "is not a time"),
-        (("list", "probes", "--status", "running"), "not filtered by it"),
-        (("list", "reports", "--status", "running"), "not filtered by it"),
-        (("delete", "reports", "x"), "is not one of"),
+        (("list", "probes", "--status", "running"), "does not apply to"),
+        (("list", "reports", "--status", "running"), "does not apply to"),
+        (("delete", "reports", "x"), "Choose from"),
         (("analyze",), "Give either"),
         (("analyze", "--checkpoint", "x"), "Give either"),
         (("analyze", "--checkpoint", "x", "--probe", "x", "--features", "x"), "Give either"),
@@ -108,14 +107,14 @@ def test_unreachable_service_is_3(arguments: tuple[str, ...], as_json: bool) -> 
         (("path", "a", "b"), "Missing option"),
         (("path", "a", "b", "--probe", "x", "--points", "5", "--adaptive"), "Give one of"),
         (("prune", "a", "--probe", "x", "--sparsity", "2"), "--sparsity"),
-        (("series", "one=a", "--probe", "x"), "is no number"),
-        (("series", "1=a", "1.0=b", "--probe", "x"), "is there twice"),
+        (("series", "one=a", "--probe", "x"), "is not a number"),
+        (("series", "1=a", "1.0=b", "--probe", "x"), "is given twice"),
         (("series", "a", "--probe", "x"), "KEY=VALUE"),
         (("series", "nan=a", "2=b", "--probe", "x"), "'nan' is not a finite number"),
         (("series", "1=a", "inf=b", "--probe", "x"), "'inf' is not a finite number"),
-        (("path", "a", "b", "--probe", "x", "--at", "nan"), "'--at': nan is not a finite number"),
-        (("path", "a", "b", "--probe", "x", "--at", "0.5", "--at=-inf"), "'--at': -inf is not a finite number"),
-        (("analyze", "--features", "x", "--tolerance", "inf"), "'--tolerance': inf is not a finite number"),
+        (("path", "a", "b", "--probe", "x", "--at", "nan"), "--at. nan is not a finite number"),
+        (("path", "a", "b", "--probe", "x", "--at", "0.5", "--at=-inf"), "--at. -inf is not a finite number"),
+        (("analyze", "--features", "x", "--tolerance", "inf"), "--tolerance. inf is not a finite number"),
         (("push", "checkpoint", "no-such-file"), "does not exist"),
         (("push", "checkpoint", __file__, "--architecture", "no-such-file"), "neither JSON nor a readable file"),
         (("push", "checkpoint", __file__, "--architecture", "{broken"), "not valid JSON"),
@@ -135,7 +134,7 @@ def test_usage_is_2(arguments: tuple[str, ...], said: str) -> None:
     """What cannot be meant is refused before anything is sent: 2, a message on stderr, nothing on stdout."""
     ran = interplay(*arguments, url=f"http://127.0.0.1:{closed_port()}")
     assert (ran.returncode, ran.stdout) == (2, "")
-    assert said in re.sub(r"[\s│]+", " ", ran.stderr)
+    assert said in message(ran)
     assert "Traceback" not in ran.stderr
 
 
@@ -173,7 +172,7 @@ def test_cancelled_analysis_and_a_wait_that_is_too_long_are_1() -> None:
     with scripted(answer(RUNNING)) as server:
         ran = interplay("analyze", "--features", "f", "--wait", "--timeout", "0.1", url=server.url)
     assert ran.returncode == 1
-    assert ran.stderr.endswith("Analysis a has not ended within 0.1 s; it goes on.\n")
+    assert ran.stderr.endswith("Analysis a has not ended within 0.1 s; it continues.\n")
 
 
 def test_service_that_vanishes_during_an_upload_is_3() -> None:
@@ -447,77 +446,3 @@ def test_paths_pruning_and_series(
     refused = interplay("series", f"0={ids[0]}", *common, url=service.url)
     assert refused.returncode == 2
     assert "axis" in refused.stderr
-
-
-# --- convert --------------------------------------------------------------------------------------------------------
-
-
-def test_convert_and_push(service: Service, tmp_path: Path) -> None:
-    """A pickle is refused with the command that converts it; what that writes is taken and analysed."""
-    architecture = {"family": "builtin", "name": "mlp", "args": {"sizes": [64, 12, 10]}}
-    state = build(architecture, device="cpu").state_dict()
-    torch.save({"epoch": 7, "state_dict": state, "optimizer": {}}, pickled := tmp_path / "net.ckpt")
-    refused = interplay("push", "checkpoint", pickled, url=service.url)
-    assert refused.returncode == 2
-    assert "interplay convert FILE -o OUT.safetensors" in refused.stderr
-    out = tmp_path / "net.safetensors"
-    described = ("--architecture", json.dumps(architecture))
-    converted = interplay("convert", pickled, "-o", out, *described)
-    assert converted.returncode == 0, converted.stderr
-    assert "4 tensors, 910 numbers under 'state_dict'" in converted.stdout
-    assert "left out epoch: int" in converted.stdout
-    again = interplay("convert", pickled, "-o", out)
-    assert (again.returncode, "--overwrite" in again.stderr) == (2, True)
-    as_json = interplay(
-        "convert", pickled, "-o", out, "--overwrite", "--architecture", json.dumps(architecture), "--json"
-    )
-    assert json.loads(as_json.stdout)["left_out"] == {"epoch": "int", "optimizer": "dict of 0"}
-    pushed = interplay("push", "checkpoint", out, "--json", url=service.url)
-    assert json.loads(pushed.stdout)["n_parameters"] == 910
-
-
-def test_convert_what_timm_saves(service: Service, tmp_path: Path) -> None:
-    """Arguments and scalars beside the weights are named; the weights are taken and have their numbers."""
-    architecture = {"family": "builtin", "name": "mlp", "args": {"sizes": [64, 12, 10], "norm": "batch"}}
-    state = build(architecture, device="cpu").state_dict()
-    content = {"state_dict": state, "optimizer": {}, "args": argparse.Namespace(lr=0.1), "metric": np.float64(91.2)}
-    torch.save(content, pickled := tmp_path / "x.pth.tar")
-    out = tmp_path / "x.safetensors"
-    converted = interplay("convert", pickled, "-o", out, "--architecture", json.dumps(architecture), "--json")
-    assert converted.returncode == 0, converted.stderr
-    body = json.loads(converted.stdout)
-    assert body["n_tensors"] == len(state)
-    assert body["left_out"] == {"optimizer": "dict of 0", "args": "argparse.Namespace", "metric": "numpy scalar"}
-    pushed = interplay("push", "checkpoint", out, "--json", url=service.url)
-    assert pushed.returncode == 0, pushed.stderr
-
-
-def test_push_of_folders_of_pickles_says_the_command(service: Service, tmp_path: Path) -> None:
-    """Of a distributed checkpoint and of a Hugging Face folder: the command that is told makes what push takes."""
-    architecture = {"family": "builtin", "name": "mlp", "args": {"sizes": [64, 12, 10]}}
-    state = build(architecture, device="cpu").state_dict()
-    (tmp_path / "hugging face").mkdir()
-    torch.save(state, tmp_path / "hugging face" / "pytorch_model.bin")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        distributed.save({"model": state}, checkpoint_id=tmp_path / "run" / "fsdp_0", no_dist=True)
-    described = ("--architecture", json.dumps(architecture))
-    for folder in ("hugging face", "run"):
-        refused = interplay("push", "checkpoint", tmp_path / folder, *described, url=service.url)
-        assert refused.returncode == 2
-        _, _, command = refused.stderr.partition(": interplay convert ")
-        source, _, target = shlex.split(command)
-        ran = interplay("convert", source, "-o", tmp_path / target, *described)
-        assert ran.returncode == 0, ran.stderr
-        again = tmp_path / folder if folder == "hugging face" else tmp_path / target
-        pushed = interplay("push", "checkpoint", again, *described, "--json", url=service.url)
-        assert json.loads(pushed.stdout)["n_parameters"] == 910
-
-
-def test_convert_says_what_it_cannot_open(tmp_path: Path) -> None:
-    """A whole network in a pickle is a matter of exit code 2 and advice, never of a traceback."""
-    torch.save(torch.nn.Linear(2, 2), path := tmp_path / "whole.pt")
-    ran = interplay("convert", path, "-o", tmp_path / "x.safetensors")
-    assert (ran.returncode, "Traceback" in ran.stderr) == (2, False)
-    assert "state_dict()" in ran.stderr
-    assert not (tmp_path / "x.safetensors").exists()

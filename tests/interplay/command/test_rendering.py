@@ -37,12 +37,12 @@ def test_report_shows_undefined_values_as_dashes_with_their_reasons() -> None:
     assert row == ["all", "sample", "none", "–", "0.9524", "–", "–", "0.0000", "0.0000"]
     assert "None" not in text
     for note in (
-        "all, sample, none: mir is not defined (zero_entropy).",
-        "all, class mean, none: mir_z is not defined (null_degenerate).",
-        "all: calibration_error is not defined (no_logits).",
-        "all, collapse: nc3 is not defined (head_is_zero).",
-        "all, sample, global: 3 samples without a direction were left out.",
-        "all, collapse: 2 classes have no samples and were left out.",
+        "all, sample, none: mir is undefined (zero_entropy).",
+        "all, class mean, none: mir_z is undefined (null_degenerate).",
+        "all: calibration_error is undefined (no_logits).",
+        "all, collapse: nc3 is undefined (head_is_zero).",
+        "all, sample, global: 3 samples without a direction were omitted.",
+        "all, collapse: 2 classes have no samples and were omitted.",
     ):
         assert note in text
 
@@ -53,8 +53,8 @@ def test_report_says_that_hdr_of_two_centred_classes_says_nothing() -> None:
     values = report["splits"]["all"]["interplay"]["sample"]["global"]
     values.update(mir=None, hdr=1.0, reasons={"mir": "two_classes", "hdr": "two_classes"})
     text = rendered(rendering.report_view(report))
-    assert "all, sample, global: mir is not defined (two_classes)." in text
-    assert "all, sample, global: hdr says nothing: two centred head rows are opposite in every network." in text
+    assert "all, sample, global: mir is undefined (two_classes)." in text
+    assert "all, sample, global: hdr carries no information: two centred head rows are always opposite." in text
 
 
 def test_report_marks_an_optimum_that_cannot_be_reached() -> None:
@@ -269,7 +269,7 @@ def test_report_of_a_language_model_says_what_its_samples_are() -> None:
     assert "1,797 samples without labels" in text
     assert "1,797 in 60 sequences" in text
     assert "Of 50,257 tokens 3 occur as classes" in text
-    assert "Labels of the probe took no part." in text
+    assert "The labels of the probe were not used." in text
     assert {"positions 1,797", "sequences 60"} <= set(lines)
     assert (
         "all, sample, global: MIR may be up to 0.11 higher; 2,048 of 19,161 rows of its spectrum were coupled." in lines

@@ -258,6 +258,7 @@ def _parameters(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield a run's parameters as names and texts; lists, descriptions of networks, and grids are JSON."""
 
     def flat(value: Any, path: str) -> Iterator[tuple[str, str]]:
+        """Yield the members of a value by their dotted paths."""
         if isinstance(value, Mapping) and not path.endswith((".architecture", ".grid")):
             for key, member in value.items():
                 yield from flat(member, f"{path}.{key}")

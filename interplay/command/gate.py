@@ -33,6 +33,7 @@ from interplay.command.options import (
     Timeout,
     fail,
     note,
+    write,
 )
 from interplay.command.progress import wait_for
 from interplay.command.values import UsageError, stem
@@ -81,7 +82,10 @@ class Outputs:
 
     junit: Annotated[Path | None, Parameter(metavar="FILE", help="Write JUnit XML.")] = None
     markdown: Annotated[Path | None, Parameter(metavar="FILE", help="Write a summary for a comment.")] = None
-    json: Annotated[Path | None, Parameter(metavar="FILE", help="Write the verdict as JSON; - is stdout.")] = None
+    json: Annotated[
+        Path | None,
+        Parameter(metavar="FILE", allow_leading_hyphen=True, help="Write the verdict as JSON; - is stdout."),
+    ] = None
 
 
 SUBJECT, REFERENCE, OUTPUTS = Subject(), Reference(), Outputs()
@@ -300,7 +304,7 @@ def _finish(run: Run, outputs: Outputs) -> None:
         if path is not None and str(path) != "-":
             path.write_text(text_of(run), encoding="utf-8")
     if outputs.json is not None and str(outputs.json) == "-":
-        sys.stdout.write(_as_json(run))
+        write(_as_json(run))
     elif run.verdict is not None:
         rendering.console().print(verdict_view(run))
     if run.problem is not None:

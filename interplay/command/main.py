@@ -71,6 +71,7 @@ def _version() -> str:
 
 def _server_command(name: str) -> Callable[..., None]:
     def run(*arguments: Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]) -> None:
+        """Run the server command."""
         server.start(name, arguments)
 
     run.__doc__ = server.COMMANDS[name].summary

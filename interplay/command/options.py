@@ -194,9 +194,15 @@ DESCRIBED, DESCRIBED_CHECKPOINT = Described(), DescribedCheckpoint()
 def print_body(body: Any, as_json: bool, text: Any = None) -> None:
     """Print a body as JSON, or a text or another renderable in its place."""
     if as_json:
-        sys.stdout.write(json.dumps(body, indent=2) + "\n")
+        write(json.dumps(body, indent=2) + "\n")
     else:
         rendering.console().print(text, soft_wrap=isinstance(text, str))
+
+
+def write(text: str) -> None:
+    """Write a text to stdout at once, so that a closed pipe is noticed here and not at the exit of the process."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 def note(text: str) -> None:

@@ -1,4 +1,4 @@
-"""`interplay convert` as it is typed: PyTorch files become files that push accepts."""
+"""`interplay convert`: PyTorch files become files that push accepts."""
 
 import argparse
 import json
@@ -16,7 +16,7 @@ from tests.services import Service
 
 
 def test_convert_and_push(service: Service, tmp_path: Path) -> None:
-    """A pickle is refused with the command that converts it; what that writes is taken and analysed."""
+    """A refused pickle comes with the command that converts it; the converted file is accepted."""
     architecture = {"family": "builtin", "name": "mlp", "args": {"sizes": [64, 12, 10]}}
     state = build(architecture, device="cpu").state_dict()
     torch.save({"epoch": 7, "state_dict": state, "optimizer": {}}, pickled := tmp_path / "net.ckpt")
@@ -40,7 +40,7 @@ def test_convert_and_push(service: Service, tmp_path: Path) -> None:
 
 
 def test_convert_what_timm_saves(service: Service, tmp_path: Path) -> None:
-    """Arguments and scalars beside the weights are named; the weights are taken and have their numbers."""
+    """Arguments and scalars beside the weights are listed as omitted; the weights are converted."""
     architecture = {"family": "builtin", "name": "mlp", "args": {"sizes": [64, 12, 10], "norm": "batch"}}
     state = build(architecture, device="cpu").state_dict()
     content = {"state_dict": state, "optimizer": {}, "args": argparse.Namespace(lr=0.1), "metric": np.float64(91.2)}
@@ -56,7 +56,7 @@ def test_convert_what_timm_saves(service: Service, tmp_path: Path) -> None:
 
 
 def test_push_of_folders_of_pickles_says_the_command(service: Service, tmp_path: Path) -> None:
-    """Of a distributed checkpoint and of a Hugging Face folder: the command that is told makes what push takes."""
+    """For a distributed checkpoint and a Hugging Face folder the suggested command makes a file that push accepts."""
     architecture = {"family": "builtin", "name": "mlp", "args": {"sizes": [64, 12, 10]}}
     state = build(architecture, device="cpu").state_dict()
     (tmp_path / "hugging face").mkdir()
@@ -78,7 +78,7 @@ def test_push_of_folders_of_pickles_says_the_command(service: Service, tmp_path:
 
 
 def test_convert_says_what_it_cannot_open(tmp_path: Path) -> None:
-    """A whole network in a pickle is a matter of exit code 2 and advice, never of a traceback."""
+    """A pickle of a whole network gives exit code 2 and advice, not a traceback."""
     torch.save(torch.nn.Linear(2, 2), path := tmp_path / "whole.pt")
     ran = interplay("convert", path, "-o", tmp_path / "x.safetensors")
     assert (ran.returncode, "Traceback" in ran.stderr) == (2, False)

@@ -1,4 +1,4 @@
-"""`interplay gate` and `interplay baseline` as they are typed, against a real service: every exit code, every file."""
+"""`interplay gate` and `interplay baseline` against a real service: every exit code, every file."""
 
 import json
 import os
@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[3]
 
 @dataclass
 class Place:
-    """A service with a probe, a good checkpoint and one that is worse, and a folder to work in."""
+    """A service with a probe, a good checkpoint and a worse one, and a working folder."""
 
     url: str
     folder: Path
@@ -41,7 +41,7 @@ class Place:
     report: str
 
     def gate(self, *checks: dict[str, Any], **members: Any) -> Path:
-        """A gate's file with a name of its own."""
+        """Write a gate's file with a new name."""
         path = self.folder / f"{uuid.uuid4().hex[:8]}.yaml"
         listed = [{"metric": "splits.test.accuracy", **check} for check in checks]
         path.write_text(json.dumps({"name": f"gate-{path.stem}", "checks": listed, **members}))
@@ -53,7 +53,7 @@ class Place:
     def judge(
         self, *checks: dict[str, Any], arguments: tuple[str | Path, ...] = ()
     ) -> subprocess.CompletedProcess[str]:
-        """The gate of these checks on the report that there is."""
+        """Judge the existing report by a gate of these checks."""
         return self.run("--gate", self.gate(*checks), "--report", self.report, *arguments)
 
 
@@ -83,7 +83,7 @@ def fresh_name() -> str:
 
 
 def test_a_checkpoint_is_pushed_analysed_judged_and_promoted(place: Place) -> None:
-    """One command from a file to a verdict and a baseline, with all its files; a second run sends nothing again."""
+    """One command goes from a file to a verdict, a baseline and all output files; a second run uploads nothing."""
     name, gate = fresh_name(), place.gate({"min": 0.5}, {"min_change": -0.02, "when_undefined": "pass"})
     junit, summary, body = (place.folder / f"{name}.{ending}" for ending in ("xml", "md", "json"))
     arguments = ("--gate", gate, "--checkpoint", place.good, "--probe", place.probe, "--baseline", name, "--promote")
@@ -119,7 +119,7 @@ def test_a_checkpoint_is_pushed_analysed_judged_and_promoted(place: Place) -> No
 
 
 def test_a_file_that_the_service_has_not_is_sent(place: Place) -> None:
-    """And is judged; a worse network fails the gate, and moves no baseline."""
+    """A new file is uploaded and judged; a worse network fails the gate and does not move the baseline."""
     name = fresh_name()
     with Client(place.url) as client:
         client.set_baseline(name, place.report)
@@ -134,7 +134,7 @@ def test_a_file_that_the_service_has_not_is_sent(place: Place) -> None:
 
 
 def test_significance_has_both_checkpoints_compared(place: Place) -> None:
-    """The baseline's checkpoint against the candidate: the interval decides. What was promoted is compared next."""
+    """The interval of a comparison with the baseline's checkpoint decides; a promotion changes that checkpoint."""
     name = fresh_name()
     with Client(place.url) as client:
         client.set_baseline(name, place.report)
@@ -166,7 +166,7 @@ def test_significance_has_both_checkpoints_compared(place: Place) -> None:
 
 
 def test_significance_without_a_baseline_yet_is_undefined(place: Place) -> None:
-    """An evaluation is all that can be made; its report can begin the baseline."""
+    """Without a baseline only an evaluation is possible; its report can start the baseline."""
     gate = place.gate({"min_change": 0, "significance": 0.95})
     ran = place.run(
         "--gate", gate, "--checkpoint", place.good, "--probe", place.probe, "--baseline", (name := fresh_name())
@@ -178,7 +178,7 @@ def test_significance_without_a_baseline_yet_is_undefined(place: Place) -> None:
 
 
 def test_a_baseline_whose_checkpoint_was_deleted_cannot_be_compared_with(place: Place) -> None:
-    """Its report stays, and is enough for points; intervals need the network. The message says what to do."""
+    """Its report still serves for point values; intervals need the network, and the message says what to do."""
     name = fresh_name()
     with Client(place.url) as client:
         checkpoint = client.push_checkpoint(place.good, name="gone")
@@ -197,7 +197,7 @@ def test_a_baseline_whose_checkpoint_was_deleted_cannot_be_compared_with(place: 
 
 
 def test_passed_is_0_and_warnings_too_unless_strict(place: Place) -> None:
-    """Checks on a report that there is; --strict turns its warning into a failure, and its undefined into undefined."""
+    """An existing report is judged; --strict turns a warning into a failure or into an undefined check."""
     assert place.judge({"min": 0.5}).returncode == 0
     warns = {"max": 0.5, "severity": "warn"}
     assert place.judge(warns).returncode == 0
@@ -208,21 +208,21 @@ def test_passed_is_0_and_warnings_too_unless_strict(place: Place) -> None:
 
 
 def test_failed_is_1_also_beside_an_undefined_check(place: Place) -> None:
-    """What is known to be wrong goes before what is not known."""
+    """A failed check takes precedence over an undefined one."""
     ran = place.judge({"max": 0.5}, {"min_change": 0})
     assert ran.returncode == 1
     assert ran.stdout.index("failed") < ran.stdout.index("undefined")
 
 
 def test_undefined_is_5(place: Place) -> None:
-    """A change without a baseline, and a number that the report does not have."""
+    """A change without a baseline and a number missing from the report are undefined."""
     assert place.judge({"min_change": 0}).returncode == 5
     assert place.judge({"metric": "splits.test.class_counts.99", "min": 0}).returncode == 5
     assert place.judge({"min_change": 0, "when_undefined": "pass"}).returncode == 0
 
 
 def test_unreachable_is_3(place: Place) -> None:
-    """Nothing listens, or a proxy answers in place of the service; JUnit says so as well."""
+    """No service, or a proxy that responds in its place, gives 3; JUnit reports it too."""
     junit = place.folder / "unreachable.xml"
     url = f"http://127.0.0.1:{closed_port()}"
     ran = place.run("--gate", place.gate({"min": 0}), "--report", "x", "--junit", junit, "--url", url)
@@ -236,7 +236,7 @@ def test_unreachable_is_3(place: Place) -> None:
 
 
 def test_failed_analysis_is_4(place: Place) -> None:
-    """A network that does not fit its file: the problem on stderr, in JUnit, Markdown and JSON."""
+    """If the network does not fit its file, the problem is on stderr, in JUnit, Markdown and JSON."""
     wrong = json.dumps({**MLP, "args": {"sizes": [64, 16, 10]}})
     files = [place.folder / f"failed.{ending}" for ending in ("xml", "md", "json")]
     ran = place.run(
@@ -255,7 +255,7 @@ def test_failed_analysis_is_4(place: Place) -> None:
 
 
 def test_analysis_that_takes_too_long_is_4(place: Place) -> None:
-    """There is no report to judge."""
+    """After a timeout there is no report to judge."""
     ran = place.run(
         *("--gate", place.gate({"min": 0}), "--checkpoint", place.good, "--probe", place.probe),
         *("--timeout", "0", "--permutations", "1000"),
@@ -286,7 +286,7 @@ def test_analysis_that_takes_too_long_is_4(place: Place) -> None:
     ids=lambda value: " ".join(value).replace(__file__, "FILE") if isinstance(value, tuple) else "",
 )
 def test_usage_is_2(arguments: tuple[str, ...], said: str) -> None:
-    """Before anything is sent."""
+    """Invalid arguments are refused before any request."""
     ran = interplay("gate", *arguments, url=f"http://127.0.0.1:{closed_port()}")
     assert (ran.returncode, ran.stdout) == (2, "")
     assert said in message(ran)
@@ -294,7 +294,7 @@ def test_usage_is_2(arguments: tuple[str, ...], said: str) -> None:
 
 
 def test_names_that_the_service_does_not_know_are_2(place: Place) -> None:
-    """Of a gate, a report, a probe, a checkpoint."""
+    """An unknown gate, report, probe or checkpoint is named in the message."""
     gate = place.gate({"min": 0})
     for arguments, said in (
         (("--gate", "no-such-gate", "--report", place.report), "no gate 'no-such-gate'"),
@@ -309,7 +309,7 @@ def test_names_that_the_service_does_not_know_are_2(place: Place) -> None:
 
 
 def test_a_gate_that_is_not_sound_is_2_with_its_lines(place: Place) -> None:
-    """Each error says file, line and nearest real path."""
+    """Each error gives the file, the line and the nearest valid path."""
     path = place.folder / "unsound.yaml"
     path.write_text(
         "name: unsound\nchecks:\n  - metric: splits.test.accuracy\n    min: 0.9\n\n"
@@ -327,7 +327,7 @@ def test_a_gate_that_is_not_sound_is_2_with_its_lines(place: Place) -> None:
 
 
 def test_a_gate_of_another_kind_judges_reports_alone(place: Place) -> None:
-    """A path is made by its own command; and an evaluation is no path."""
+    """A gate of kind path needs an existing report of that kind."""
     path = place.gate({"metric": "summary.splits.test.loss_barrier.value", "max": 0.1}, kind="path")
     ran = place.run("--gate", path, "--checkpoint", place.good, "--probe", place.probe)
     assert ran.returncode == 2
@@ -338,7 +338,7 @@ def test_a_gate_of_another_kind_judges_reports_alone(place: Place) -> None:
 
 
 def test_a_baseline_of_another_probe_is_2(place: Place, digits_probe_file: Path) -> None:
-    """Refused, and said why."""
+    """It is refused with a reason."""
     name = fresh_name()
     with Client(place.url) as client:
         other = client.push_probe(digits_probe_file, name="other", preprocess={"scale": 0.05})
@@ -354,7 +354,7 @@ def test_a_baseline_of_another_probe_is_2(place: Place, digits_probe_file: Path)
 
 
 def test_of_two_promotions_at_once_one_wins_and_the_other_is_told(place: Place) -> None:
-    """Both judged against the same baseline, here none: the loser has its verdict, ends with 2, is in the history."""
+    """Both are judged against the same state; the loser has a verdict, exits with 2 and is in the history."""
     name = fresh_name()
     # Long enough that both begin before one has ended.
     gate, slow = place.gate({"min": 0.5}), ("--permutations", "50")
@@ -371,7 +371,7 @@ def test_of_two_promotions_at_once_one_wins_and_the_other_is_told(place: Place) 
 
 
 def test_a_gate_of_the_service_by_its_name_its_version_and_its_id(place: Place) -> None:
-    """The name is its current version."""
+    """A name alone is the current version."""
     path = place.gate({"min": 0.5})
     name = json.loads(path.read_text())["name"]
     assert place.run("--gate", path, "--report", place.report).returncode == 0
@@ -384,14 +384,14 @@ def test_a_gate_of_the_service_by_its_name_its_version_and_its_id(place: Place) 
 
 
 def test_json_on_stdout_is_all_there_is(place: Place) -> None:
-    """`--json -`, for a pipe."""
+    """`--json -` prints only JSON, for a pipe."""
     ran = place.judge({"max": 0.5}, arguments=("--json", "-"))
     assert ran.returncode == 1
     assert json.loads(ran.stdout)["verdict"]["status"] == "fail"
 
 
 def test_progress_is_a_bar_on_a_terminal(place: Place) -> None:
-    """Which is gone at the end; the table is on stdout."""
+    """The bar is removed at the end; the table is on stdout."""
     control, terminal = pty.openpty()
     command = ["gate", "--gate", place.gate({"min": 0.5}), "--checkpoint", place.good, "--probe", place.probe]
     process = subprocess.Popen(
@@ -415,7 +415,7 @@ def test_progress_is_a_bar_on_a_terminal(place: Place) -> None:
 
 
 def test_baselines_by_hand(place: Place) -> None:
-    """Set, shown, listed; an unknown one is 2."""
+    """A baseline is set, shown and listed; an unknown one gives 2."""
     name = fresh_name()
     ran = interplay("baseline", "set", name, place.report, "--note", "by hand", url=place.url)
     assert (ran.returncode, ran.stdout) == (0, f"baseline {name} is at report {place.report}\n")
@@ -427,7 +427,7 @@ def test_baselines_by_hand(place: Place) -> None:
 
 
 def test_a_baseline_that_moves_during_the_analysis_is_not_what_is_judged_against() -> None:
-    """Where it was at the beginning goes into the request, and into the promotion."""
+    """The request and the promotion use the report that the baseline pointed at in the beginning."""
     gate = {"id": "g", "name": "release", "version": 1, "kind": "evaluation", "checks": []}
     verdict = {
         "status": "pass", "report_id": "r", "subject": "s", "probe": "p", "gate": gate, "checks": [],

@@ -19,14 +19,14 @@ ROOT = Path(__file__).parents[3]
 
 
 def _bomb(form: str, lines: int = 9) -> str:
-    """Lines, each of nine aliases of the line before: a hundred million values of nine, unless somebody counts."""
+    """Return lines with nine aliases each of the line before: they would expand to a hundred million values."""
     first = ["a0: &a0 {x: 1}"]
     rest = [f"a{i}: &a{i} {form.format(','.join([f'*a{i - 1}'] * 9))}" for i in range(1, lines)]
     return "\n".join([*first, *rest]) + "\n"
 
 
 def test_aliases_are_what_they_stand_for(tmp_path: Path) -> None:
-    """As people write them to say a thing once."""
+    """Aliases and merged mappings are expanded."""
     path = tmp_path / "gate.yaml"
     path.write_text(
         "name: x\nchecks:\n- &c {metric: splits.test.accuracy, min: &m 0.9}\n- {<<: *c, name: b, max: *m}\n"
@@ -54,7 +54,7 @@ def test_aliases_are_what_they_stand_for(tmp_path: Path) -> None:
     ids=lambda text: text[:40],
 )
 def test_files_that_are_no_gate_are_2(tmp_path: Path, text: str, said: str) -> None:
-    """Said before anything is sent."""
+    """Invalid files are refused before any request."""
     path = tmp_path / "broken.yaml"
     path.write_text(text)
     ran = interplay("gate", "--gate", path, "--report", "x", url=f"http://127.0.0.1:{closed_port()}")
@@ -64,7 +64,7 @@ def test_files_that_are_no_gate_are_2(tmp_path: Path, text: str, said: str) -> N
 
 
 def test_the_schema_in_the_repository_is_the_one_of_the_service() -> None:
-    """docs/gate.schema.json, for editors; `make types` writes it anew."""
+    """docs/gate.schema.json is the schema that `make types` writes."""
     assert json.loads((ROOT / "docs" / "gate.schema.json").read_text()) == file_schema()
 
 

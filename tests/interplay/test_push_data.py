@@ -110,7 +110,7 @@ def test_columns_and_tokenizers_are_options(service: Service, tmp_path: Path) ->
     assert (probe["class_names"], probe["max_length"]) == (["no", "yes"], 9)
     assert probe["tokenizer_sha256"] is not None
     wrong = interplay("push", "probe", file, "--column", "review", url=service.url)
-    assert (wrong.returncode, "KEY=VALUE" in wrong.stderr) == (2, True)
+    assert (wrong.returncode, "ROLE=NAME" in wrong.stderr) == (2, True)
 
 
 def test_zipped_folders(folder: Path) -> None:

@@ -25,12 +25,13 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from interplay.kinds import KINDS
 from interplay.transport import InterplayError
 
 # Members that describe the inputs and the method, not the results: parameters of a run.
 _PARAMETERS = ("axis", "probe", "probe_b", "provenance", "subject", "subjects")
 _IDENTITY = ("analysis_id", "created_at", "definitions_version", "id", "kind", "schema_version")
-_PLACES = ("w", "sparsity", "x")
+_PLACES = tuple(kind.place for kind in KINDS.values() if kind.place is not None)
 # MLflow's limits for one batch, and for the length of names and values.
 _BATCH_METRICS, _BATCH_PARAMS, _NAME_CHARACTERS, _VALUE_CHARACTERS = 1000, 100, 200, 5000
 # A slash groups names, and MLflow refuses names that resolve to another path, such as "a/../b": only splits are groups.
@@ -88,44 +89,6 @@ def rows(report: Mapping[str, Any]) -> Iterator[Row]:
             yield from _numbers({key: value}, whole, [], {})
 
 
-def _numbers(value: Any, where: Row, path: list[str], reasons: Mapping[str, str]) -> Iterator[Row]:
-    """Yield the rows of a value; `reasons` come from all objects above, by path from here, "" for the whole value."""
-    match value:
-        case Mapping():
-            # Parameters have members named by users, so `reason` has no special meaning there.
-            ours = not path or path[0] not in _PARAMETERS
-            reasons = {**reasons, **_reasons_in(value)} if ours else {}
-            for key, member in value.items():
-                if key == "splits" and isinstance(member, Mapping):
-                    for split, entry in member.items():
-                        told = _below(_below(reasons, key), split)
-                        yield from _numbers(entry, replace(where, split=split), path, told)
-                elif not (ours and key == "reasons"):
-                    yield from _numbers(member, where, [*path, str(key)], _below(reasons, str(key)))
-        case list():
-            for index, member in enumerate(value):
-                yield from _numbers(member, where, [*path, str(index)], _below(reasons, str(index)))
-        case bool() | int() | float():
-            yield replace(where, path=".".join(path), value=float(value))
-        case None if "" in reasons:
-            yield replace(where, path=".".join(path), reason=reasons[""])
-
-
-def _reasons_in(value: Mapping[str, Any]) -> dict[str, str]:
-    """Return why members of an object are null: its `reasons` by their paths, or the one `reason` for all."""
-    one = value.get("reason")
-    # The `reason` of a difference says why it has no standard error. If it has one, the reason, such as `near_zero`,
-    # is about that standard error.
-    alone = {"": str(one)} if one is not None and value.get("standard_error") is None else {}
-    return {**alone, **{path: str(reason) for path, reason in value.get("reasons", {}).items()}}
-
-
-def _below(reasons: Mapping[str, str], key: str) -> dict[str, str]:
-    """Return the reasons of a member; a reason of the whole, such as a list, holds for members without their own."""
-    own = {path[len(key) + 1 :]: reason for path, reason in reasons.items() if f"{path}.".startswith(f"{key}.")}
-    return {**{path: reason for path, reason in reasons.items() if not path}, **own}
-
-
 def write_csv(report: Mapping[str, Any], path: Path) -> int:
     """Write the table as CSV with a header, UTF-8; return the number of its rows.
 
@@ -137,13 +100,6 @@ def write_csv(report: Mapping[str, Any], path: Path) -> int:
         writer.writeheader()
         writer.writerows(found)
     return len(found)
-
-
-def _harmless(cell: float | str | None) -> float | str | None:
-    """Return text escaped so that no spreadsheet computes it; numbers stay numbers, negative ones too."""
-    if isinstance(cell, str) and (cell.startswith(_BLANK) or cell.lstrip().startswith(_FORMULA)):
-        return f"'{cell}"
-    return cell
 
 
 def write_parquet(report: Mapping[str, Any], path: Path) -> int:
@@ -197,8 +153,53 @@ def log_to_mlflow(
         if begun is not None:
             _mark_failed(client, begun, mlflow.exceptions.MlflowException)
         text = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ExportFailed(f"MLflow at {uri} did not take the report: {text}") from error
+        raise ExportFailed(f"MLflow at {uri} did not accept the report: {text}") from error
     return Run(begun, experiment_id, n_metrics)
+
+
+def _numbers(value: Any, where: Row, path: list[str], reasons: Mapping[str, str]) -> Iterator[Row]:
+    """Yield the rows of a value; `reasons` come from all objects above, by path from here, "" for the whole value."""
+    match value:
+        case Mapping():
+            # Parameters have members named by users, so `reason` has no special meaning there.
+            ours = not path or path[0] not in _PARAMETERS
+            reasons = {**reasons, **_reasons_in(value)} if ours else {}
+            for key, member in value.items():
+                if key == "splits" and isinstance(member, Mapping):
+                    for split, entry in member.items():
+                        told = _below(_below(reasons, key), split)
+                        yield from _numbers(entry, replace(where, split=split), path, told)
+                elif not (ours and key == "reasons"):
+                    yield from _numbers(member, where, [*path, str(key)], _below(reasons, str(key)))
+        case list():
+            for index, member in enumerate(value):
+                yield from _numbers(member, where, [*path, str(index)], _below(reasons, str(index)))
+        case bool() | int() | float():
+            yield replace(where, path=".".join(path), value=float(value))
+        case None if "" in reasons:
+            yield replace(where, path=".".join(path), reason=reasons[""])
+
+
+def _reasons_in(value: Mapping[str, Any]) -> dict[str, str]:
+    """Return why members of an object are null: its `reasons` by their paths, or the one `reason` for all."""
+    one = value.get("reason")
+    # The `reason` of a difference says why it has no standard error. If it has one, the reason, such as `near_zero`,
+    # is about that standard error.
+    alone = {"": str(one)} if one is not None and value.get("standard_error") is None else {}
+    return {**alone, **{path: str(reason) for path, reason in value.get("reasons", {}).items()}}
+
+
+def _below(reasons: Mapping[str, str], key: str) -> dict[str, str]:
+    """Return the reasons of a member; a reason of the whole, such as a list, holds for members without their own."""
+    own = {path[len(key) + 1 :]: reason for path, reason in reasons.items() if f"{path}.".startswith(f"{key}.")}
+    return {**{path: reason for path, reason in reasons.items() if not path}, **own}
+
+
+def _harmless(cell: float | str | None) -> float | str | None:
+    """Return text escaped so that no spreadsheet computes it; numbers stay numbers, negative ones too."""
+    if isinstance(cell, str) and (cell.startswith(_BLANK) or cell.lstrip().startswith(_FORMULA)):
+        return f"'{cell}"
+    return cell
 
 
 def _experiment_id(client: Any, name: str, error: type[Exception]) -> str:
@@ -257,6 +258,7 @@ def _parameters(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield a run's parameters as names and texts; lists, descriptions of networks, and grids are JSON."""
 
     def flat(value: Any, path: str) -> Iterator[tuple[str, str]]:
+        """Yield the members of a value by their dotted paths."""
         if isinstance(value, Mapping) and not path.endswith((".architecture", ".grid")):
             for key, member in value.items():
                 yield from flat(member, f"{path}.{key}")

@@ -65,11 +65,11 @@ def packed_checkpoint(folder: Path) -> Iterator[Path]:
     if not weights:
         if "adapter_config.json" in names:
             raise FileNotFoundError(
-                f"{folder} is an adapter (PEFT) and no network by itself: merge it into its base, and push what "
-                "merge_and_unload().save_pretrained(OUT) writes"
+                f"{folder} is an adapter (PEFT), not a whole network: merge it into its base, and push the output of "
+                "merge_and_unload().save_pretrained(OUT)"
             )
         found = ", ".join(names[:10]) or "nothing"
-        raise FileNotFoundError(f"{folder} holds no safetensors file (it holds {found}){_advice(folder, names)}")
+        raise FileNotFoundError(f"{folder} contains no safetensors file (it contains {found}){_advice(folder, names)}")
     described = [name for name in names if name in _DESCRIPTIONS]
     with tempfile.TemporaryDirectory(prefix="interplay-") as place:
         archive_path = Path(place) / "checkpoint.tar"
@@ -101,7 +101,7 @@ def _advice(folder: Path, names: Sequence[str]) -> str:
         return ""
     command = f"interplay convert {shlex.quote(str(source))} -o {shlex.quote(str(target))}"
     again = "push the folder again" if target.parent == folder else f"push {target}"
-    words = f". Its weights are {form}, which the service does not open; turn them into safetensors"
+    words = f". Its weights are {form}, which the service does not open; convert them to safetensors"
     return f"{words}, then {again}: {command}"
 
 

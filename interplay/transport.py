@@ -158,7 +158,7 @@ class Transport:
         self.url = url.rstrip("/")
         host = _host(self.url)
         if key and not (key.isascii() and key.isprintable()):
-            raise ValueError("The API key holds characters that a header cannot carry.")
+            raise ValueError("The API key contains characters that a header cannot carry.")
         self._retry_seconds = retry_seconds
         self._answered = False
         self.timeout = httpx.Timeout(timeout)
@@ -187,7 +187,7 @@ class Transport:
         except ValueError:
             body = None
         if not isinstance(body, dict):
-            raise ServiceUnreachable(f"What answers at {self.url} is no Interplay service: its answer is not JSON.")
+            raise ServiceUnreachable(f"{self.url} is not an Interplay service: its response is not JSON.")
         return body
 
     def send(
@@ -247,14 +247,14 @@ class Transport:
             text = f"The connection to {self.url} broke: {error or type(error).__name__}."
             raise ServiceUnreachable(text, passing=True) from error
         except httpx.TimeoutException as error:
-            raise ServiceUnreachable(f"{self.url} did not answer in time ({type(error).__name__}).") from error
+            raise ServiceUnreachable(f"{self.url} did not respond in time ({type(error).__name__}).") from error
         except httpx.TransportError as error:
             # A service that responded before is restarting; one that never did may not exist.
             text = f"{self.url} cannot be reached: {error or type(error).__name__}."
             refused = isinstance(error, httpx.ConnectError)
             raise ServiceUnreachable(text, passing=refused and self._answered, refused=refused) from error
         except httpx.DecodingError as error:
-            raise ServiceUnreachable(f"What answers at {self.url} is no Interplay service: {error}.") from error
+            raise ServiceUnreachable(f"{self.url} is not an Interplay service: {error}.") from error
 
     def _problem(self, response: httpx.Response) -> ProblemError:
         try:
@@ -263,7 +263,10 @@ class Transport:
             problem = None
         if not isinstance(problem, dict):
             # Not from the service: a proxy between here and the service, or another server.
-            problem = {"title": f"{self.url} answered {response.status_code}", "detail": response.text[:300].strip()}
+            problem = {
+                "title": f"{self.url} responded with {response.status_code}",
+                "detail": response.text[:300].strip(),
+            }
         return ProblemError(response.status_code, problem, _retry_after(response.headers.get("Retry-After", "")))
 
 

@@ -66,7 +66,9 @@ def _kept(transport: Transport, retries: Retries, collection: str, path: Path, n
         # The service's own clock, which gives whole seconds.
         now = parsedate_to_datetime(asked.headers.get("Date", ""))
     except ValueError:
-        raise ServiceUnreachable(f"Whether {transport.url} has kept the file cannot be told: no date came.") from None
+        raise ServiceUnreachable(
+            f"It is unknown whether {transport.url} stored the file: its response has no date."
+        ) from None
     since = now - timedelta(seconds=time.monotonic() - began + 2)
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()

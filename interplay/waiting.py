@@ -19,10 +19,6 @@ _TOO_SHORT_SECONDS = 10.0
 _USELESS_STREAMS = 3
 
 
-class _NoStream(InterplayError):
-    """The service has no stream for this analysis."""
-
-
 def poll_states(
     transport: Transport, analysis_id: str, *, poll_seconds: float, timeout_seconds: float | None
 ) -> Iterator[Body]:
@@ -56,8 +52,12 @@ def poll_states(
                     useless = _USELESS_STREAMS
         yield transport.call("GET", path, repeatable=True)
         if _left(end) <= 0:
-            raise WaitTimeout(f"Analysis {analysis_id} has not ended within {timeout_seconds:g} s; it goes on.")
+            raise WaitTimeout(f"Analysis {analysis_id} has not ended within {timeout_seconds:g} s; it continues.")
         time.sleep(min(poll_seconds, max(_left(end), 0.0)))
+
+
+class _NoStream(InterplayError):
+    """The service has no stream for this analysis."""
 
 
 def _left(end: float | None) -> float:

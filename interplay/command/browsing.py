@@ -1,103 +1,70 @@
 """`interplay show`, `export`, `list`, `cancel` and `delete`: the resources of the service."""
 
-import enum
 import os
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-import typer
+from cyclopts import Parameter, validators
 
 from interplay import export
 from interplay.command import rendering
-from interplay.command.options import (
-    EXIT_UNREACHABLE,
-    EXIT_USAGE,
-    ApiKey,
-    AsJson,
-    Url,
-    fail,
-    open_client,
-    pair,
-    print_body,
-)
+from interplay.command.options import COMMON, EXIT_UNREACHABLE, EXIT_USAGE, Common, fail
+from interplay.command.values import UsageError, instant, pair, whole
 
-commands = typer.Typer()
+Listed = Literal["checkpoints", "probes", "feature-sets", "analyses", "reports", "gates"]
+Deletable = Literal["checkpoints", "probes", "feature-sets"]
+Written = Annotated[Path | None, Parameter(metavar="FILE", validator=validators.Path(dir_okay=False))]
+Id = Annotated[str | None, Parameter(metavar="ID")]
+Instant = Annotated[datetime | None, Parameter(metavar="TIME", converter=instant)]
 
 
-class Listed(enum.StrEnum):
-    """The collections that `list` can list."""
-
-    CHECKPOINTS = "checkpoints"
-    PROBES = "probes"
-    FEATURE_SETS = "feature-sets"
-    ANALYSES = "analyses"
-    REPORTS = "reports"
-    GATES = "gates"
-
-
-class Deletable(enum.StrEnum):
-    """The collections that `delete` can delete from."""
-
-    CHECKPOINTS = "checkpoints"
-    PROBES = "probes"
-    FEATURE_SETS = "feature-sets"
-
-
-def _instant(text: str) -> datetime:
-    try:
-        return datetime.fromisoformat(text)
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is not a time such as 2026-01-31T12:00") from None
-
-
-@commands.command()
 def show(
-    report: Annotated[str, typer.Argument(metavar="REPORT", help="A report's id.", show_default=False)],
-    chart: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", dir_okay=False, help="Write a picture: .svg, .png, or .json for Vega-Lite."),
-    ] = None,
-    chart_name: Annotated[str, typer.Option(metavar="NAME", help="Which picture, such as loss or mir.")] = "overview",
-    url: Url = None,
-    api_key: ApiKey = None,
-    as_json: AsJson = False,
+    report: str,
+    /,
+    *,
+    chart: Written = None,
+    chart_name: Annotated[str, Parameter(metavar="NAME", show_default=True)] = "overview",
+    common: Common = COMMON,
 ) -> None:
-    """Show a report, or write a picture of it."""
+    """Show a report, or write a chart of it to a file.
+
+    Args:
+        report: Id of the report.
+        chart: Write a chart to this file: .svg, .png, or .json for Vega-Lite.
+        chart_name: Name of the chart, such as loss or mir.
+    """
     if chart is not None:
-        format = chart.suffix.removeprefix(".").lower()
-        if format not in ("svg", "png", "json"):
-            raise typer.BadParameter("ends in .svg, .png or .json", param_hint="--chart")
-        with open_client(url, api_key) as client:
-            picture = client.get_chart(report, chart_name, format=format)
-        try:
-            chart.write_bytes(picture)
-        except OSError as error:
-            raise typer.BadParameter(f"cannot be written: {error.strerror}", param_hint="--chart") from None
-        print_body({"file": str(chart), "bytes": len(picture)}, as_json, f"{chart}, {len(picture):,} bytes")
+        _write_chart(report, chart, chart_name, common)
         return
-    with open_client(url, api_key) as client:
+    with common.client() as client:
         body = client.get_report(report)
-    print_body(body, as_json, None if as_json else rendering.report_view(body))
+    common.print(body, None if common.as_json else rendering.report_view(body))
 
 
-@commands.command("export")
 def export_report(
-    report: Annotated[str, typer.Argument(metavar="REPORT", help="A report's id.", show_default=False)],
-    mlflow: Annotated[str | None, typer.Option(metavar="URI", help="Log a run to this MLflow tracking server.")] = None,
-    experiment: Annotated[str, typer.Option(metavar="NAME", help="Of MLflow; made where there is none.")] = "interplay",
-    run_name: Annotated[str | None, typer.Option(metavar="NAME", help="Default: what the report looks at.")] = None,
-    csv: Annotated[
-        Path | None, typer.Option(metavar="FILE", dir_okay=False, help="Write a row for each number, as CSV.")
-    ] = None,
-    parquet: Annotated[Path | None, typer.Option(metavar="FILE", dir_okay=False, help="The same as Parquet.")] = None,
-    url: Url = None,
-    api_key: ApiKey = None,
-    as_json: AsJson = False,
+    report: str,
+    /,
+    *,
+    mlflow: Annotated[str | None, Parameter(metavar="URI")] = None,
+    experiment: Annotated[str, Parameter(metavar="NAME", show_default=True)] = "interplay",
+    run_name: Annotated[str | None, Parameter(metavar="NAME")] = None,
+    csv: Written = None,
+    parquet: Written = None,
+    common: Common = COMMON,
 ) -> None:
-    """Hand a report to other tools: MLflow, CSV, Parquet. docs/report.md says what is in them."""
+    """Export a report to other tools: MLflow, CSV, Parquet. docs/report.md describes the content.
+
+    Args:
+        report: Id of the report.
+        mlflow: Log a run to this MLflow tracking server.
+        experiment: Experiment of MLflow; it is created if it is missing.
+        run_name: Name of the run. Default: the name of the report's subjects.
+        csv: Write a row for each number, as CSV.
+        parquet: Write the same rows as Parquet.
+    """
     if mlflow is None and csv is None and parquet is None:
-        raise typer.BadParameter("Give one or more of --mlflow, --csv and --parquet.")
+        raise UsageError("Give one or more of --mlflow, --csv and --parquet.")
     # MLflow reports each run to its makers and on stdout, and retries for minutes if no server listens.
     for name, value in (
         ("DISABLE_TELEMETRY", "1"),
@@ -105,7 +72,7 @@ def export_report(
         ("HTTP_REQUEST_MAX_RETRIES", "3"),
     ):
         os.environ.setdefault(f"MLFLOW_{name}", value)
-    with open_client(url, api_key) as client:
+    with common.client() as client:
         body = client.get_report(report)
     done: dict[str, Any] = {"report_id": body["id"]}
     try:
@@ -122,51 +89,53 @@ def export_report(
         fail(EXIT_UNREACHABLE, str(error), "", {})
     except OSError as error:
         fail(EXIT_USAGE, "A file cannot be written", str(error), {})
-    print_body(done, as_json, rendering.export_text(done))
+    common.print(done, rendering.export_text(done))
 
 
-@commands.command("list")
 def list_collection(
-    collection: Annotated[Listed, typer.Argument(show_default=False)],
-    name: Annotated[str | None, typer.Option(help="Exactly this name.")] = None,
-    status: Annotated[str | None, typer.Option(help="queued, running, succeeded, failed or cancelled.")] = None,
-    kind: Annotated[str | None, typer.Option(help="Such as evaluation.")] = None,
-    checkpoint: Annotated[str | None, typer.Option(metavar="ID", help="Of this checkpoint.")] = None,
-    probe: Annotated[str | None, typer.Option(metavar="ID", help="On this probe.")] = None,
-    features: Annotated[str | None, typer.Option(metavar="ID", help="Of this feature set.")] = None,
-    metadata: Annotated[
-        list[str] | None, typer.Option("--metadata", metavar="KEY=VALUE", help="Has this metadata; may be repeated.")
-    ] = None,
-    after: Annotated[
-        datetime | None,
-        typer.Option(
-            metavar="TIME", parser=_instant, help="Created at or after, such as 2026-01-31 or 2026-01-31T12:00Z."
-        ),
-    ] = None,
-    before: Annotated[
-        datetime | None,
-        typer.Option(metavar="TIME", parser=_instant, help="Created before; local time without a zone."),
-    ] = None,
-    limit: Annotated[int, typer.Option(min=1, help="The newest so many.")] = 50,
-    everything: Annotated[bool, typer.Option("--all", help="All of them, whatever --limit says.")] = False,
-    url: Url = None,
-    api_key: ApiKey = None,
-    as_json: AsJson = False,
+    collection: Listed,
+    /,
+    *,
+    name: str | None = None,
+    status: str | None = None,
+    kind: str | None = None,
+    checkpoint: Id = None,
+    probe: Id = None,
+    features: Id = None,
+    metadata: Annotated[list[str] | None, Parameter("--metadata", metavar="KEY=VALUE")] = None,
+    after: Instant = None,
+    before: Instant = None,
+    limit: Annotated[int, Parameter(converter=whole, validator=validators.Number(gte=1), show_default=True)] = 50,
+    everything: Annotated[bool, Parameter("--all")] = False,
+    common: Common = COMMON,
 ) -> None:
-    """List a collection, newest first."""
+    """List a collection, newest first.
+
+    Args:
+        collection: The collection.
+        name: Exactly this name.
+        status: Status of an analysis: queued, running, succeeded, failed or cancelled.
+        kind: Kind of the analysis or report, such as evaluation.
+        checkpoint: Analyses or reports of this checkpoint.
+        probe: Analyses or reports on this probe.
+        features: Analyses or reports of this feature set.
+        metadata: With this metadata; may be repeated.
+        after: Created at or after this time, such as 2026-01-31 or 2026-01-31T12:00Z.
+        before: Created before this time; without a zone it is local time.
+        limit: Largest number of resources.
+        everything: List all, regardless of --limit.
+    """
     of_subject = {"kind": kind, "checkpoint": checkpoint, "probe": probe, "features": features}
-    refused = {Listed.ANALYSES: {}, Listed.REPORTS: {"status": status}}.get(
-        collection, {"status": status, **of_subject}
-    )
-    for option, value in refused.items():
+    inapplicable: dict[str, dict[str, str | None]] = {"analyses": {}, "reports": {"status": status}}
+    for option, value in inapplicable.get(collection, {"status": status, **of_subject}).items():
         if value is not None:
-            raise typer.BadParameter(f"{collection.value} are not filtered by it", param_hint=f"--{option}")
+            raise UsageError(f"does not apply to {collection}", f"--{option}")
     wanted: dict[str, list[str]] = {}
     for key, text in map(pair, metadata or []):
         wanted.setdefault(key, []).append(text)
-    with open_client(url, api_key) as client:
+    with common.client() as client:
         listed = client.list(
-            collection.value,
+            collection,
             limit=None if everything else limit,
             metadata=wanted,
             name=name,
@@ -179,31 +148,40 @@ def list_collection(
             created_before=before,
         )
         items = [*listed]
-    print_body(items, as_json, rendering.collection_view(collection.value, items))
+    common.print(items, rendering.collection_view(collection, items))
 
 
-@commands.command()
-def cancel(
-    analysis: Annotated[str, typer.Argument(metavar="ANALYSIS", help="An analysis' id.", show_default=False)],
-    url: Url = None,
-    api_key: ApiKey = None,
-    as_json: AsJson = False,
-) -> None:
-    """Stop an analysis at its next step."""
-    with open_client(url, api_key) as client:
+def cancel(analysis: str, /, *, common: Common = COMMON) -> None:
+    """Cancel an analysis; it stops at its next step.
+
+    Args:
+        analysis: Id of the analysis.
+    """
+    with common.client() as client:
         body = client.cancel(analysis)
-    print_body(body, as_json, f"analysis {body['id']}, {body['status']}")
+    common.print(body, f"analysis {body['id']}, {body['status']}")
 
 
-@commands.command()
-def delete(
-    collection: Annotated[Deletable, typer.Argument(show_default=False)],
-    resource: Annotated[str, typer.Argument(metavar="ID", show_default=False)],
-    url: Url = None,
-    api_key: ApiKey = None,
-    as_json: AsJson = False,
-) -> None:
-    """Delete a checkpoint, probe or feature set that no analysis needs."""
-    with open_client(url, api_key) as client:
-        client.delete(collection.value, resource)
-    print_body({"id": resource, "deleted": True}, as_json, f"deleted {rendering.printable(resource)}")
+def delete(collection: Deletable, resource: Annotated[str, Parameter("ID")], /, *, common: Common = COMMON) -> None:
+    """Delete a checkpoint, probe or feature set that no analysis needs.
+
+    Args:
+        collection: The collection.
+        resource: Id of the resource.
+    """
+    with common.client() as client:
+        client.delete(collection, resource)
+    common.print({"id": resource, "deleted": True}, f"deleted {rendering.printable(resource)}")
+
+
+def _write_chart(report: str, file: Path, name: str, common: Common) -> None:
+    format = file.suffix.removeprefix(".").lower()
+    if format not in ("svg", "png", "json"):
+        raise UsageError("must end in .svg, .png or .json", "--chart")
+    with common.client() as client:
+        picture = client.get_chart(report, name, format=format)
+    try:
+        file.write_bytes(picture)
+    except OSError as error:
+        raise UsageError(f"cannot be written: {error.strerror}", "--chart") from None
+    common.print({"file": str(file), "bytes": len(picture)}, f"{file}, {len(picture):,} bytes")

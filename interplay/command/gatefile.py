@@ -29,7 +29,7 @@ def read_gate(path: Path) -> dict[str, Any]:
     """
     size_bytes = path.stat().st_size
     if size_bytes > _MAX_FILE_BYTES:
-        raise GateFileError(f"{path} has {size_bytes} bytes; a gate's file may have {_MAX_FILE_BYTES}")
+        raise GateFileError(f"{path} has {size_bytes} bytes; the limit is {_MAX_FILE_BYTES}")
     try:
         yaml = _yaml()
         node = yaml.compose(path.read_text(encoding="utf-8"))
@@ -46,11 +46,24 @@ def read_gate(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(json.dumps(gate, allow_nan=False)))
     except ValueError:
-        raise GateFileError(
-            f"{path} has a number that is not finite; a bound is left out where there is none"
-        ) from None
+        raise GateFileError(f"{path} has a number that is not finite; omit a bound that does not apply") from None
     except (TypeError, RecursionError) as error:
-        raise GateFileError(f"{path} has a value that is no text, number, true, false or null: {error}") from None
+        raise GateFileError(f"{path} has a value that is not text, a number, true, false or null: {error}") from None
+
+
+def line_of(path: Path, place: Sequence[str]) -> int | None:
+    """Return the line of a member such as ["checks", "2", "metric"]; of its parent if it is missing."""
+    try:
+        node: Node | None = _yaml().compose(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, YAMLError):
+        return None
+    line: int | None = None if node is None else node.start_mark.line + 1
+    for name in place:
+        node = _member(node, name)
+        if node is None:
+            break
+        line = node.start_mark.line + 1
+    return line
 
 
 def _require_bounded(node: Node | None, path: Path) -> None:
@@ -60,8 +73,8 @@ def _require_bounded(node: Node | None, path: Path) -> None:
         # The counts themselves may be too long to print.
         values, characters = min(values, 10**15), min(characters, 10**15)
         raise GateFileError(
-            f"{path} has aliases for {values:.3g} values or more and {characters:.3g} characters; a gate may "
-            f"have {_MAX_VALUES} and {_MAX_CHARACTERS}"
+            f"{path} has aliases that expand to {values:.3g} values or more and {characters:.3g} characters; the "
+            f"limits are {_MAX_VALUES} and {_MAX_CHARACTERS}"
         )
 
 
@@ -81,7 +94,7 @@ def _expanded(node: Node | None, known: dict[int, tuple[int, int] | None], path:
     if id(node) in known:
         counted = known[id(node)]
         if counted is None:
-            raise GateFileError(f"{path}, line {node.start_mark.line + 1}: what is named here holds itself")
+            raise GateFileError(f"{path}, line {node.start_mark.line + 1}: the value of this anchor contains itself")
         return counted
     known[id(node)] = None
     parts: list[Node] = []
@@ -94,21 +107,6 @@ def _expanded(node: Node | None, known: dict[int, tuple[int, int] | None], path:
     own = 0 if parts else len(node.value)
     known[id(node)] = total = 1 + sum(size for size, _ in sizes), own + sum(length for _, length in sizes)
     return total
-
-
-def line_of(path: Path, place: Sequence[str]) -> int | None:
-    """Return the line of a member such as ["checks", "2", "metric"]; of its parent if it is missing."""
-    try:
-        node: Node | None = _yaml().compose(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, YAMLError):
-        return None
-    line: int | None = None if node is None else node.start_mark.line + 1
-    for name in place:
-        node = _member(node, name)
-        if node is None:
-            break
-        line = node.start_mark.line + 1
-    return line
 
 
 def _member(node: Node | None, name: str) -> Node | None:

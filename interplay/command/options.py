@@ -1,183 +1,217 @@
-"""Code shared by several commands: options, opening the client, printing, failing and showing progress."""
+"""Options that several commands share, in groups; printing and failing.
 
-import enum
+A command has a group as one parameter, and each field of the group's dataclass is an option. The groups are titles in
+the command's `--help`.
+"""
+
 import json
-import math
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, NoReturn
 
-import typer
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from cyclopts import Group, Parameter, validators
 
+from interplay.calls.pushing import CheckpointDescription
 from interplay.client import DEFAULT_URL, Client
 from interplay.command import rendering
-from interplay.results import Analysis
+from interplay.command.values import UsageError, finite, json_object, metadata_of, whole
 
 EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE = 1, 2, 3
 
+MAIN = Group("Options", sort_key=1)
+FILES = Group("Files", sort_key=2)
+_CHECKPOINT = Group("Checkpoint", sort_key=3)
+_RESOURCE = Group("Description", sort_key=3)
+_EVALUATION = Group("Evaluation", sort_key=4)
+_QUEUE = Group("Waiting", sort_key=5)
+_SERVICE = Group("Service and output", sort_key=6)
 
-class Precision(enum.StrEnum):
-    """Precision of a network's forward pass."""
-
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-
-
-def finite(value: Any) -> Any:
-    """Check that the numbers of an option without both bounds are finite: JSON cannot carry NaN and infinity."""
-    for number in value if isinstance(value, list | tuple) else [value]:
-        if number is not None and not math.isfinite(number):
-            raise typer.BadParameter(f"{number} is not a finite number")
-    return value
-
-
-Url = Annotated[
-    str | None,
-    typer.Option("--url", envvar="INTERPLAY_URL", help=f"Where the service listens. Default: {DEFAULT_URL}."),
+AsJson = Annotated[bool, Parameter("--json", group=_SERVICE, help="Print one JSON value on stdout, nothing else.")]
+Timeout = Annotated[
+    float | None,
+    Parameter(
+        group=_QUEUE,
+        metavar="SECONDS",
+        validator=(validators.Number(gte=0), finite),
+        help="Stop waiting after this time; the analysis continues.",
+    ),
 ]
-ApiKey = Annotated[
-    str | None,
-    typer.Option("--api-key", envvar="INTERPLAY_API_KEY", help="Better in the environment than in a shell's history."),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value on stdout, nothing else.")]
-Tokenizer = Annotated[str | None, typer.Option(metavar="FILE|JSON", help="A tokenizer.json, for texts.")]
-Prefix = Annotated[
-    str | None,
-    typer.Option(metavar="NAME", help="What stands before the weights' names, where the file holds several copies."),
-]
-Metadata = Annotated[
-    list[str] | None,
-    typer.Option("--metadata", metavar="KEY=VALUE", help="May be repeated; epoch=10 is stored as a number."),
-]
-Timeout = Annotated[float | None, typer.Option(metavar="SECONDS", min=0, help="Wait no longer; the analysis goes on.")]
-Permutations = Annotated[int | None, typer.Option(min=0, help="Permutations of the null baseline.")]
-Seed = Annotated[int | None, typer.Option(min=0, help="Seed of all that is drawn.")]
-Tolerance = Annotated[
-    float | None, typer.Option(min=0, callback=finite, help="Error of MIR that is small enough; 0 is exact.")
-]
-BatchSize = Annotated[int | None, typer.Option(min=1, help="Inputs at a time.")]
-PrecisionOption = Annotated[
-    Precision | None, typer.Option(help="Of the forward pass; bfloat16 runs it under autocast. Default: float32.")
-]
-Samples = Annotated[int | None, typer.Option(min=2, help="So many of the probe's, drawn from each class and split.")]
+FileOrJson = Annotated[str | None, Parameter(metavar="FILE|JSON")]
 
 
-def evaluation_options(
-    permutations: int | None,
-    seed: int | None,
-    tolerance: float | None,
-    batch_size: int | None,
-    precision: Precision | None,
-    samples: int | None,
-) -> dict[str, Any]:
-    chosen = {
-        "null_permutations": permutations,
-        "seed": seed,
-        "tolerance": tolerance,
-        "batch_size": batch_size,
-        "precision": None if precision is None else precision.value,
-        "samples": samples,
-    }
-    return {key: value for key, value in chosen.items() if value is not None}
+@Parameter("*", group=_SERVICE)
+@dataclass(frozen=True, kw_only=True)
+class Service:
+    """The service that a command talks to."""
+
+    url: Annotated[
+        str | None, Parameter(env_var="INTERPLAY_URL", help=f"URL of the service. Default: {DEFAULT_URL}.")
+    ] = None
+    api_key: Annotated[
+        str | None,
+        Parameter(
+            env_var="INTERPLAY_API_KEY",
+            metavar="KEY",
+            help="Better in the environment than in a shell's history.",
+        ),
+    ] = None
+
+    def client(self) -> Client:
+        """Open a client of the service.
+
+        Raises:
+            UsageError: the URL or the key is malformed.
+        """
+        try:
+            return Client(self.url, self.api_key)
+        except ValueError as error:
+            raise UsageError(str(error), "--url / --api-key") from None
 
 
-def stem(path: Path) -> str:
-    """Return a file's name without its suffix; for a folder its own name, also for `.`."""
-    return path.resolve().name if path.is_dir() else path.stem
+@dataclass(frozen=True, kw_only=True)
+class Common(Service):
+    """The service, and the form of the output."""
+
+    as_json: AsJson = False
+
+    def print(self, body: Any, text: Any = None) -> None:
+        """Print a body as JSON or, without --json, a text or another renderable."""
+        print_body(body, self.as_json, text)
 
 
-def open_client(url: str | None, api_key: str | None) -> Client:
-    try:
-        return Client(url, api_key)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--url / --api-key") from None
+@Parameter("*", group=_EVALUATION)
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """The options of every kind of analysis."""
+
+    permutations: Annotated[
+        int | None,
+        Parameter(converter=whole, validator=validators.Number(gte=0), help="Permutations of the null baseline."),
+    ] = None
+    seed: Annotated[
+        int | None,
+        Parameter(converter=whole, validator=validators.Number(gte=0), help="Seed of every random draw."),
+    ] = None
+    tolerance: Annotated[
+        float | None,
+        Parameter(validator=(validators.Number(gte=0), finite), help="Largest accepted error of MIR; 0 is exact."),
+    ] = None
+    batch_size: Annotated[
+        int | None, Parameter(converter=whole, validator=validators.Number(gte=1), help="Inputs per forward pass.")
+    ] = None
+    precision: Annotated[
+        Literal["float32", "bfloat16"] | None,
+        Parameter(help="Precision of the forward pass; bfloat16 runs it under autocast. Default: float32."),
+    ] = None
+    samples: Annotated[
+        int | None,
+        Parameter(
+            converter=whole,
+            validator=validators.Number(gte=2),
+            help="Number of samples, drawn from each class and split of the probe. Default: all.",
+        ),
+    ] = None
+
+    def chosen(self, **further: Any) -> dict[str, Any]:
+        """Return the given options as the service names them, with further ones; None and False are left out."""
+        options = {
+            "null_permutations": self.permutations,
+            "seed": self.seed,
+            "tolerance": self.tolerance,
+            "batch_size": self.batch_size,
+            "precision": self.precision,
+            "samples": self.samples,
+        }
+        given = {key: value for key, value in options.items() if value is not None}
+        return given | {key: value for key, value in further.items() if value is not None and value is not False}
+
+
+@Parameter("*", group=_QUEUE)
+@dataclass(frozen=True, kw_only=True)
+class Queue:
+    """What happens with an analysis once it is queued."""
+
+    wait: Annotated[bool, Parameter(help="Wait until the analysis ends and show its report.")] = False
+    timeout: Timeout = None
+    idempotency_key: Annotated[
+        str | None, Parameter(metavar="KEY", help="The same key and request give the same analysis.")
+    ] = None
+
+
+@Parameter("*", group=_RESOURCE)
+@dataclass(frozen=True, kw_only=True)
+class Described:
+    """The description that every pushed resource has."""
+
+    name: Annotated[str | None, Parameter(help="Display name. Default: the name of the file without its suffix.")] = (
+        None
+    )
+    metadata: Annotated[
+        list[str] | None,
+        Parameter("--metadata", metavar="KEY=VALUE", help="May be repeated; epoch=10 is stored as a number."),
+    ] = None
+
+
+@Parameter("*", group=_CHECKPOINT)
+@dataclass(frozen=True, kw_only=True)
+class DescribedCheckpoint(Described):
+    """The description of a pushed checkpoint."""
+
+    architecture: Annotated[
+        FileOrJson, Parameter(help="Description of the network. Default: the one in the file, or config.json.")
+    ] = None
+    head: Annotated[
+        str | None, Parameter(metavar="MODULE", help="Name of the head's module. Default: the family's own.")
+    ] = None
+    prefix: Annotated[
+        str | None,
+        Parameter(metavar="NAME", help="Prefix of the weights' names, if the file holds several copies."),
+    ] = None
+    preprocess: Annotated[
+        FileOrJson,
+        Parameter(help="Preprocessing of images, for probes without one; a preprocessor_config.json is accepted too."),
+    ] = None
+    tokenizer: Annotated[FileOrJson, Parameter(help="A tokenizer.json, for texts of probes without one.")] = None
+
+    def parsed(self) -> CheckpointDescription:
+        """Return the description as the client takes it, without the name."""
+        return {
+            "architecture": json_object("--architecture", self.architecture),
+            "head": self.head,
+            "prefix": self.prefix,
+            "preprocess": json_object("--preprocess", self.preprocess),
+            "tokenizer": json_object("--tokenizer", self.tokenizer),
+            "metadata": metadata_of(self.metadata),
+        }
+
+
+# Defaults of the commands' parameters; frozen, so that one of each is enough.
+SERVICE, COMMON, EVALUATION, QUEUE = Service(), Common(), Evaluation(), Queue()
+DESCRIBED, DESCRIBED_CHECKPOINT = Described(), DescribedCheckpoint()
 
 
 def print_body(body: Any, as_json: bool, text: Any = None) -> None:
+    """Print a body as JSON, or a text or another renderable in its place."""
     if as_json:
-        typer.echo(json.dumps(body, indent=2))
+        write(json.dumps(body, indent=2) + "\n")
     else:
         rendering.console().print(text, soft_wrap=isinstance(text, str))
 
 
-def fail(code: int, title: str, detail: str, members: Any) -> NoReturn:
-    typer.echo(rendering.problem_text(title, detail, members), err=True)
+def write(text: str) -> None:
+    """Write a text to stdout at once, so that a closed pipe is noticed here and not at the exit of the process."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def note(text: str) -> None:
+    """Print a line on stderr, where progress and errors go."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+def fail(code: int, title: str, detail: str, members: Mapping[str, Any]) -> NoReturn:
+    """Print a problem on stderr and exit with a code."""
+    note(rendering.problem_text(title, detail, members))
     sys.exit(code)
-
-
-@contextmanager
-def progress_shown() -> Iterator[Callable[[Analysis], None]]:
-    """Yield a callback for each state of an analysis: it shows a bar on a terminal, else a line for each change."""
-    err = rendering.console(stderr=True)
-    if not err.is_terminal:
-        seen = [""]
-
-        def print_line(analysis: Analysis) -> None:
-            line = rendering.progress_line(analysis)
-            if line != seen[0]:
-                typer.echo(line, err=True)
-            seen[0] = line
-
-        yield print_line
-        return
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=err, transient=True) as bar:
-        task = bar.add_task("queued", total=None)
-
-        def move_bar(analysis: Analysis) -> None:
-            progress = analysis["progress"]
-            description = rendering.progress_line(analysis)
-            bar.update(task, description=description, completed=progress["done"], total=progress["total"] or None)
-
-        yield move_bar
-
-
-def pair(entry: str, hint: str = "--metadata") -> tuple[str, str]:
-    key, separator, value = entry.partition("=")
-    if not key or not separator:
-        raise typer.BadParameter(f"{entry!r} is not of the form KEY=VALUE", param_hint=hint)
-    return key, value
-
-
-def metadata_of(entries: list[str] | None) -> dict[str, Any]:
-    return {key: _parsed(value) for key, value in map(pair, entries or [])}
-
-
-def _parsed(text: str) -> Any:
-    try:
-        return json.loads(text, parse_constant=_not_json)
-    except ValueError:
-        return text
-
-
-def _not_json(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not JSON")
-
-
-def json_value(option: str, text: str | None) -> Any:
-    """Return the JSON that an option holds, or that is in the file which it names."""
-    if text is None:
-        return None
-    source = text
-    if not text.lstrip().startswith(("{", "[")):
-        try:
-            source = Path(text).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is not text"
-            raise typer.BadParameter(
-                f"{text!r} is neither JSON nor a readable file: {reason}", param_hint=option
-            ) from None
-    try:
-        return json.loads(source, parse_constant=_not_json)
-    except (ValueError, RecursionError) as error:
-        raise typer.BadParameter(f"not valid JSON: {error}", param_hint=option) from None
-
-
-def json_object(option: str, text: str | None) -> dict[str, Any] | None:
-    value = json_value(option, text)
-    if value is not None and not isinstance(value, dict):
-        raise typer.BadParameter("must be a JSON object", param_hint=option)
-    return value

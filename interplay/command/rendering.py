@@ -15,6 +15,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from interplay.kinds import COMPARISON, KINDS, PATH, Kind
+
 Body = Mapping[str, Any]
 
 # Most entries shown of a list in a problem; the service itself sends at most 20 of most lists.
@@ -43,19 +45,6 @@ _COLLAPSE = (
     ("nc3", "NC3 means to head"),
     ("nc4", "NC4 not the nearest mean"),
 )
-# The member that holds a point's place.
-_PLACES = {"path": "w", "pruning": "sparsity", "series": "x"}
-_SUMMARIES: dict[str, dict[str, str]] = {
-    "path": {
-        "loss_barrier": "loss barrier",
-        "error_barrier": "error barrier",
-        "mir_barrier": "MIR barrier",
-        "hdr_barrier": "HDR barrier",
-        "connected": "connected",
-    },
-    "pruning": {"knee": "knee"},
-    "series": {"spearman_mir_accuracy": "MIR ~ accuracy", "spearman_hdr_accuracy": "HDR ~ accuracy"},
-}
 _COMPARED = {
     "accuracy": "accuracy",
     "loss": "loss",
@@ -117,66 +106,11 @@ def place(x: float | None, *, shorten: bool = True) -> str:
 
 def report_view(report: Body) -> RenderableType:
     """Render a report of any kind: its subjects and its results."""
-    if report["kind"] == "evaluation":
-        return _evaluation(report)
-    if report["kind"] == "comparison":
-        return _comparison(report)
-    show = _places(report)
-    return Group(_heading(report), _points(report, show), *_summary(report, show))
-
-
-def _evaluation(report: Body) -> RenderableType:
-    """Render the measures of each split, MIR and HDR with the values needed to interpret them."""
-    splits: Mapping[str, Body] = report["splits"]
-    parts: list[RenderableType] = [
-        _heading(report),
-        _measures(splits, report["probe"].get("next_tokens")),
-        _interplay(splits),
-        Text("MIR says little without accuracy and its null: z = (MIR - null mean) / null std.", style="dim"),
-    ]
-    notes = [*_notes(splits)]
-    if notes:
-        parts.append(Text("\n".join(notes), style="dim"))
-    return Group(*parts)
-
-
-def _comparison(report: Body) -> RenderableType:
-    """Render for each split the differences of the main measures, and how far predictions differ."""
-    splits: Mapping[str, Body] = report["splits"]
-    confidence = f"{report['provenance']['options']['confidence'] * 100:g} %"
-    parts: list[RenderableType] = [_heading(report)]
-    for name, split in splits.items():
-        table = Table(box=SIMPLE_HEAD)
-        table.add_column(name)
-        for column in ("A", "B", "B - A", f"{confidence} from", "to", ""):
-            table.add_column(column, justify="right")
-        for path, label in _COMPARED.items():
-            found = split["differences"][path]
-            mark = {True: "differs", False: "", None: printable(found["reason"] or "")}[found["significant"]]
-            table.add_row(label, *(number(found[key]) for key in ("a", "b", "difference", "low", "high")), mark)
-        samples = f"{split['a']['n_samples']:,} samples. "
-        parts += [table, Text(samples + _agreement(split["predictions"]), style="dim")]
-    how = {"delta": "influence functions (delta method)", "bootstrap": "a paired bootstrap"}
-    notes = [
-        "",
-        f"Standard errors by {how[report['provenance']['options']['interval']]}, within classes; MIR and HDR: sample "
-        "level, global centring.",
-        "Of many intervals some miss by chance. --json has every metric.",
-    ]
-    return Group(*parts, Text("\n".join(notes), style="dim"))
-
-
-def _agreement(predictions: Body) -> str:
-    smallest = predictions["smallest_difference"]
-    shown = (
-        "on so few the test shows no difference of accuracy"
-        if smallest is None
-        else f"on as many the test shows a difference of accuracy of {number(smallest)} in 4 of 5 cases"
-    )
-    return (
-        f"Same prediction for {predictions['agreement']:.1%}; right in A alone {predictions['only_a_correct']:,}, in B "
-        f"alone {predictions['only_b_correct']:,} (McNemar p = {number(predictions['mcnemar_p'])}); {shown}."
-    )
+    kind = KINDS[report["kind"]]
+    if kind.place is not None:
+        show = _places(report, kind.place)
+        return Group(_heading(report), _points(report, kind, show), *_summary(report, kind, show))
+    return _comparison(report) if kind is COMPARISON else _evaluation(report)
 
 
 def collection_view(collection: str, items: Iterable[Body]) -> RenderableType:
@@ -232,14 +166,6 @@ def resource_text(noun: str, body: Body) -> str:
     return ", ".join(facts)
 
 
-def _left_out(body: Body) -> list[str]:
-    """Return the tensors of a checkpoint's file that are not the network's: their numbers and names."""
-    return [
-        f"{n:,} tensor{'s' * (n != 1)} {printable(name)}{'*' * name.endswith('.')}"
-        for name, n in (body.get("ignored") or {}).items()
-    ]
-
-
 def conversion_text(body: Body) -> str:
     """Return the items that `interplay convert` kept and left out, one per line."""
     where = f" under {printable(body['key'])!r}" if body["key"] else ""
@@ -260,6 +186,68 @@ def export_text(done: Body) -> str:
     if run := done.get("mlflow"):
         lines.append(f"MLflow run {printable(run['run_id'])}, {run['n_metrics']:,} metrics")
     return "\n".join(lines)
+
+
+def _evaluation(report: Body) -> RenderableType:
+    """Render the measures of each split, MIR and HDR with the values needed to interpret them."""
+    splits: Mapping[str, Body] = report["splits"]
+    parts: list[RenderableType] = [
+        _heading(report),
+        _measures(splits, report["probe"].get("next_tokens")),
+        _interplay(splits),
+        Text("MIR says little without accuracy and its null: z = (MIR - null mean) / null std.", style="dim"),
+    ]
+    notes = [*_notes(splits)]
+    if notes:
+        parts.append(Text("\n".join(notes), style="dim"))
+    return Group(*parts)
+
+
+def _comparison(report: Body) -> RenderableType:
+    """Render for each split the differences of the main measures, and how far predictions differ."""
+    splits: Mapping[str, Body] = report["splits"]
+    confidence = f"{report['provenance']['options']['confidence'] * 100:g} %"
+    parts: list[RenderableType] = [_heading(report)]
+    for name, split in splits.items():
+        table = Table(box=SIMPLE_HEAD)
+        table.add_column(name)
+        for column in ("A", "B", "B - A", f"{confidence} from", "to", ""):
+            table.add_column(column, justify="right")
+        for path, label in _COMPARED.items():
+            found = split["differences"][path]
+            mark = {True: "differs", False: "", None: printable(found["reason"] or "")}[found["significant"]]
+            table.add_row(label, *(number(found[key]) for key in ("a", "b", "difference", "low", "high")), mark)
+        samples = f"{split['a']['n_samples']:,} samples. "
+        parts += [table, Text(samples + _agreement(split["predictions"]), style="dim")]
+    how = {"delta": "influence functions (delta method)", "bootstrap": "a paired bootstrap"}
+    notes = [
+        "",
+        f"Standard errors by {how[report['provenance']['options']['interval']]}, within classes; MIR and HDR: sample "
+        "level, global centring.",
+        "Some of many intervals miss the true value by chance. --json has every metric.",
+    ]
+    return Group(*parts, Text("\n".join(notes), style="dim"))
+
+
+def _agreement(predictions: Body) -> str:
+    smallest = predictions["smallest_difference"]
+    shown = (
+        "with so few samples the test detects no difference of accuracy"
+        if smallest is None
+        else f"with as many samples the test detects a difference of accuracy of {number(smallest)} in 4 of 5 cases"
+    )
+    return (
+        f"Same prediction for {predictions['agreement']:.1%}; right in A alone {predictions['only_a_correct']:,}, in B "
+        f"alone {predictions['only_b_correct']:,} (McNemar p = {number(predictions['mcnemar_p'])}); {shown}."
+    )
+
+
+def _left_out(body: Body) -> list[str]:
+    """Return the tensors of a checkpoint's file that are not the network's: their numbers and names."""
+    return [
+        f"{n:,} tensor{'s' * (n != 1)} {printable(name)}{'*' * name.endswith('.')}"
+        for name, n in (body.get("ignored") or {}).items()
+    ]
 
 
 def _heading(report: Body) -> Table:
@@ -290,7 +278,7 @@ def _next_tokens(found: Body) -> str:
         f"the token that follows. Of {vocabulary} tokens {occur} occur as classes: MIR, HDR and collapse are of these, "
         "accuracy, loss and calibration over all."
     )
-    return words + (" Labels of the probe took no part." if found["ignored_labels"] else "")
+    return words + (" The labels of the probe were not used." if found["ignored_labels"] else "")
 
 
 def _describe(table: Table, subject: Body) -> None:
@@ -309,17 +297,16 @@ def _describe(table: Table, subject: Body) -> None:
         table.add_row("metadata", _pairs(subject["metadata"]))
 
 
-def _places(report: Body) -> Callable[[float | None], str]:
+def _places(report: Body, member: str) -> Callable[[float | None], str]:
     """Return the formatter of a report's places: `place`, shortened unless that makes two of its points look alike."""
-    places = {point[_PLACES[report["kind"]]] for point in report["points"]}
+    places = {point[member] for point in report["points"]}
     return functools.partial(place, shorten=len({*map(place, places)}) == len(places))
 
 
-def _points(report: Body, show: Callable[[float | None], str]) -> Table:
+def _points(report: Body, kind: Kind, show: Callable[[float | None], str]) -> Table:
     """Render a row per point: its place, then loss, accuracy, MIR and HDR (sample level, global centring) by split."""
-    key = _PLACES[report["kind"]]
     table = Table(box=SIMPLE_HEAD)
-    table.add_column(printable(report["axis"]["name"]) if key == "x" else key, justify="right")
+    table.add_column(printable(report["axis"]["name"]) if kind.names_axis else str(kind.place), justify="right")
     for split in report["points"][0]["splits"]:
         for measure in ("loss", "acc", "MIR", "HDR"):
             table.add_column(f"{measure}\n{split}", justify="right")
@@ -327,7 +314,7 @@ def _points(report: Body, show: Callable[[float | None], str]) -> Table:
     if reused:
         table.add_column("reused report", no_wrap=True)
     for point in report["points"]:
-        cells = [show(point[key])]
+        cells = [show(point[kind.place])]
         for split in point["splits"].values():
             values = split["interplay"]["sample"]["global"]
             cells += map(number, (split["loss"], split["accuracy"], values["mir"], values["hdr"]))
@@ -335,35 +322,38 @@ def _points(report: Body, show: Callable[[float | None], str]) -> Table:
     return table
 
 
-def _summary(report: Body, show: Callable[[float | None], str]) -> Iterable[RenderableType]:
+def _summary(report: Body, kind: Kind, show: Callable[[float | None], str]) -> Iterable[RenderableType]:
     """Render the summary of the points, one row per split, and its notes."""
     summary = report["summary"]
-    columns = _SUMMARIES[report["kind"]]
     table = Table(box=SIMPLE_HEAD)
     table.add_column("split")
-    for label in columns.values():
+    for label in kind.summary.values():
         table.add_column(label, justify="right")
     for name, split in summary["splits"].items():
-        table.add_row(name, *(show(split[key]) if key == "knee" else _amount(split[key], show) for key in columns))
+        cells = (
+            show(split[key]) if key in kind.places_in_summary else _amount(split[key], show) for key in kind.summary
+        )
+        table.add_row(name, *cells)
     yield table
     notes = [note for name, split in summary["splits"].items() for note in _reasons(name, split["reasons"])]
-    if report["kind"] == "path":
-        cosine = number(summary["cosine"])
-        notes.append(f"Weights are {number(summary['l2_distance'])} apart, their cosine is {cosine}.")
-        if summary["alignment"] is not None:
-            groups = summary["alignment"]["n_groups"]
-            notes.append(f"Hidden units of the second were permuted to match the first, in {groups} groups.")
-        if summary["recalibrated_layers"] is not None:
-            notes.append(f"Statistics of {summary['recalibrated_layers']} layers were taken anew between the ends.")
-        if summary.get("resolution") is not None:
-            notes.append(
-                f"The loss was looked at in steps of {number(summary['resolution'])}; narrower rises may hide."
-            )
+    if kind is PATH:
+        notes += _path_notes(summary)
     if came := summary.get("generalisation"):
         places = ", ".join(f"{name} {show(came[f'{name}_at'])}" for name in ("train", "test"))
         notes.append(f"Accuracy of 0.99 first at: {places}; delay {show(came['delay'])}.")
     notes.append("MIR and HDR: sample level, global centring.")
     yield Text("\n".join(notes), style="dim")
+
+
+def _path_notes(summary: Body) -> Iterable[str]:
+    yield f"Weights are {number(summary['l2_distance'])} apart, their cosine is {number(summary['cosine'])}."
+    if summary["alignment"] is not None:
+        groups = summary["alignment"]["n_groups"]
+        yield f"Hidden units of the second were permuted to match the first, in {groups} groups."
+    if summary["recalibrated_layers"] is not None:
+        yield f"Normalisation statistics of {summary['recalibrated_layers']} layers were recomputed between the ends."
+    if summary.get("resolution") is not None:
+        yield f"The loss was sampled in steps of {number(summary['resolution'])}; narrower peaks may be missed."
 
 
 def _amount(value: Any, show: Callable[[float | None], str]) -> str:
@@ -435,18 +425,18 @@ def _notes(splits: Mapping[str, Body]) -> Iterable[str]:
                 yield f"{where}: MIR may be up to {error} higher; {kept} rows of its spectrum were coupled."
             for what in ("samples", "classes"):
                 if values[f"degenerate_{what}"]:
-                    yield f"{where}: {values[f'degenerate_{what}']} {what} without a direction were left out."
+                    yield f"{where}: {values[f'degenerate_{what}']} {what} without a direction were omitted."
         yield from _reasons(f"{name}, collapse", split["collapse"]["reasons"])
         if split["collapse"]["absent_classes"]:
-            yield f"{name}, collapse: {split['collapse']['absent_classes']} classes have no samples and were left out."
+            yield f"{name}, collapse: {split['collapse']['absent_classes']} classes have no samples and were omitted."
 
 
 def _reasons(where: str, reasons: Body, values: Body | None = None) -> Iterable[str]:
     for key, reason in reasons.items():
         if reason == "two_classes" and (values or {}).get(key) is not None:
-            yield f"{where}: {printable(key)} says nothing: two centred head rows are opposite in every network."
+            yield f"{where}: {printable(key)} carries no information: two centred head rows are always opposite."
         else:
-            yield f"{where}: {printable(key)} is not defined ({printable(reason)})."
+            yield f"{where}: {printable(key)} is undefined ({printable(reason)})."
 
 
 def _cell(column: str, value: Any) -> str:

@@ -180,7 +180,7 @@ def _markdown_tables(checks: Sequence[tuple[Outcome, Body]], left: int) -> list[
         lines += ["", fold, "", *header, *folded_rows, "", "</details>"]
     if len(rows) < len(checks):
         more = len(checks) - len(rows)
-        lines += ["", f"{more:,} more checks are not shown here; the JSON and the JUnit file have them all."]
+        lines += ["", f"{more:,} more checks are not shown here; the JSON and the JUnit file contain all."]
     return lines
 
 
@@ -277,9 +277,9 @@ def _facts(run: Run) -> Iterable[str]:
         yield f"{told}; version {verdict['gate']['version']} of the gate, report {verdict['report_id']}"
         if baseline["name"] is not None and baseline["subject"] is None and run.promoted is None:
             command = f"interplay baseline set {baseline['name']} {verdict['report_id']}"
-            yield f"There is no baseline {baseline['name']} yet; to begin with this report: {command}"
+            yield f"The baseline {baseline['name']} does not exist yet; to start it with this report: {command}"
     if run.promoted is not None:
-        yield f"The baseline {run.promoted} is now at this report."
+        yield f"The baseline {run.promoted} now points at this report."
 
 
 def _sign(run: Run) -> Outcome:

@@ -63,7 +63,7 @@ def test_nothing_large_is_loaded_before_it_is_needed(tmp_path: Path) -> None:
     """The API listens, and the compute process is ready, without what only some requests and analyses need."""
     for module, unloaded in (
         ("app.main", ("dbos", "alembic", "psycopg", "numpy", "pyarrow", "altair", "vl_convert")),
-        ("interplay.server", ("httpx", "typer", "rich")),
+        ("interplay.server", ("httpx", "cyclopts", "rich")),
         ("workers.compute.runner", ("scipy", "sqlalchemy", "dbos", "transformers")),
     ):
         script = f"import sys, {module}; print([name for name in {unloaded!r} if name in sys.modules])"

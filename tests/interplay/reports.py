@@ -1,4 +1,4 @@
-"""Reports as the service would send them, to render and export without a service."""
+"""Reports in the service's form, to render and export without a service."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -11,7 +11,7 @@ _MEASURED = {"level": "sample", "centring": "global"}
 
 
 def evaluation_report(**changes: Any) -> dict[str, Any]:
-    """A report in which something is null for each kind of reason; checked against the service's own schema."""
+    """Return a report with a null for each kind of reason, checked against the service's own schema."""
     report: dict[str, Any] = {
         "schema_version": "1",
         "definitions_version": "1",
@@ -66,7 +66,7 @@ def evaluation_report(**changes: Any) -> dict[str, Any]:
 
 
 def comparison_report(differences: dict[str, dict[str, Any]], **options: Any) -> dict[str, Any]:
-    """A comparison of two checkpoints whose test split has these differences; values of A and B follow from them."""
+    """Return a comparison whose test split has these differences; values of A and B follow from them."""
     report = evaluation_report()
     a, b = _split(), _split()
     for path, difference in differences.items():
@@ -96,7 +96,7 @@ def comparison_report(differences: dict[str, dict[str, Any]], **options: Any) ->
 
 
 def series_report(values: Sequence[float], **came: float | None) -> dict[str, Any]:
-    """A series along steps; `came` is when it generalised: train_at, test_at, delay."""
+    """Return a series along steps; `came` is when it generalised: train_at, test_at, delay."""
     split = {
         "spearman_mir_accuracy": None,
         "spearman_hdr_accuracy": 0.5,
@@ -119,7 +119,7 @@ def series_report(values: Sequence[float], **came: float | None) -> dict[str, An
 
 
 def path_report(ws: Sequence[float], *, barrier_at: float) -> dict[str, Any]:
-    """A path with these points, on which the loss is highest at one of them."""
+    """Return a path with these points, on which the loss is highest at one of them."""
     barrier = {"value": 0.25, "at": barrier_at}
     forms = {"frankle": barrier, "entezari": barrier, "midpoint": None}
     split = {
@@ -145,7 +145,7 @@ def path_report(ws: Sequence[float], *, barrier_at: float) -> dict[str, Any]:
 
 
 def pruning_report(sparsities: Sequence[float], *, knee: float) -> dict[str, Any]:
-    """A sweep over these sparsities."""
+    """Return a sweep over these sparsities."""
     report = evaluation_report()
     report |= {
         "kind": "pruning",
@@ -158,7 +158,7 @@ def pruning_report(sparsities: Sequence[float], *, knee: float) -> dict[str, Any
 
 
 def difference(a: float | None, b: float | None, error: float | None, **changes: Any) -> dict[str, Any]:
-    """A difference as a comparison reports it, with the 95 % interval of the normal distribution."""
+    """Return a difference as a comparison reports it, with the 95 % interval of the normal distribution."""
     change = None if a is None or b is None else b - a
     margin = None if error is None else 1.959963984540054 * error
     known = change is not None and margin is not None

@@ -1,4 +1,4 @@
-"""A loopback server that plays faults which a sound service does not have: broken connections, proxies' pages, 503s."""
+"""A loopback server that simulates faults: broken connections, pages of proxies, 503s."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ HOLD = b"hold"  # in a stream: say nothing more until the other side goes away
 
 @dataclass
 class Seen:
-    """A request as it arrived; of a body, its length and both ends."""
+    """A received request; of its body the length and both ends."""
 
     method: str
     target: str
@@ -38,23 +38,23 @@ class Scripted:
     seen: list[Seen] = field(default_factory=list)
 
     def asked(self) -> list[Seen]:
-        """What was asked but for streams of events."""
+        """Return the received requests, except those for streams of events."""
         return [seen for seen in self.seen if not seen.target.endswith("/events")]
 
 
 def answer(body: Any, status: int = 200, **headers: str) -> Answer:
-    """A JSON answer; `retry_after` is the header Retry-After."""
+    """Return a JSON response; `retry_after` is the header Retry-After."""
     return status, json.dumps(body).encode(), {name.replace("_", "-"): value for name, value in headers.items()}
 
 
 def event(body: Any, name: str = "status") -> bytes:
-    """One server-sent event."""
+    """Return one server-sent event."""
     return f"event: {name}\ndata: {json.dumps(body, ensure_ascii=False)}\n\n".encode()
 
 
 @contextmanager
 def scripted(*answers: Answer, streams: Sequence[list[bytes]] = ()) -> Iterator[Scripted]:
-    """A server that gives these answers, one after the other; a stream is what it sends before it closes."""
+    """Run a server that gives these responses in turn; a stream is the data that it sends before it closes."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"

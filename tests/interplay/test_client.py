@@ -1,4 +1,4 @@
-"""The client against servers that misbehave, and against the real service."""
+"""The client against faulty servers and against the real service."""
 
 import json
 import socket
@@ -21,7 +21,7 @@ RUNNING = {**SUCCEEDED, "status": "running", "report_id": None}
 
 
 def closed_port() -> int:
-    """A port of the loopback interface on which nothing listens."""
+    """Return a port of the loopback interface on which nothing listens."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port: int = taken.getsockname()[1]
@@ -32,19 +32,19 @@ def closed_port() -> int:
 
 
 def test_nothing_listens() -> None:
-    """A refused connection says which URL was tried."""
+    """A refused connection names the URL."""
     url = f"http://127.0.0.1:{closed_port()}"
     with Client(url) as client, pytest.raises(ServiceUnreachable, match=url):
         client.get_report("x")
 
 
 def test_something_else_answers() -> None:
-    """A page in place of JSON is no service; a proxy's error page is a problem with its status."""
+    """A page instead of JSON is not a service; a proxy's error page is a problem with its status."""
     with (
         scripted((200, b"<html>hello"), (502, b"<html>bad gateway"), answer([1])) as server,
         Client(server.url, retry_seconds=0) as client,
     ):
-        with pytest.raises(ServiceUnreachable, match="no Interplay service"):
+        with pytest.raises(ServiceUnreachable, match="not an Interplay service"):
             client.get_report("x")
         with pytest.raises(ProblemError, match="502: <html>bad gateway") as caught:
             client.get_report("x")
@@ -55,13 +55,13 @@ def test_something_else_answers() -> None:
 
 @pytest.mark.parametrize("url", ["ftp://127.0.0.1", "127.0.0.1:8321", "http://", "http://[::1", "nonsense"])
 def test_urls_that_are_none(url: str) -> None:
-    """What is not an http URL is refused before anything is sent."""
+    """A value that is not an http URL is refused before any request."""
     with pytest.raises(ValueError, match="not a"):
         Client(url)
 
 
 def test_key_and_url_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """INTERPLAY_URL and INTERPLAY_API_KEY are the defaults; arguments win; without a key no header is sent."""
+    """Arguments take precedence over INTERPLAY_URL and INTERPLAY_API_KEY; without a key no header is sent."""
     with scripted(answer({})) as server:
         monkeypatch.setenv("INTERPLAY_URL", f"{server.url}/")
         monkeypatch.setenv("INTERPLAY_API_KEY", "from-environment")
@@ -78,14 +78,14 @@ def test_key_and_url_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("key", ["two\nlines", "schlüssel"])
 def test_keys_that_no_header_can_carry(key: str) -> None:
-    """A key with a line end or beyond ASCII is refused, and the message does not repeat it."""
+    """A key with a line end or a non-ASCII character is refused, and the message does not repeat it."""
     with pytest.raises(ValueError, match="API key") as caught:
         Client(api_key=key)
     assert key not in str(caught.value)
 
 
 def test_loopback_goes_round_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A proxy from the environment is not asked for the machine's own addresses."""
+    """A proxy from the environment is not used for loopback addresses."""
     monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{closed_port()}")
     monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{closed_port()}")
     with scripted(answer({"id": "r"})) as server, Client(server.url) as client:
@@ -106,7 +106,7 @@ def test_ids_stay_one_segment() -> None:
 
 
 def test_numbers_that_json_cannot_say() -> None:
-    """NaN and infinity are refused by their place before anything is sent."""
+    """NaN and infinity are refused before any request, with their place."""
     nan, inf = float("nan"), float("inf")
     with scripted(answer({})) as server, Client(server.url) as client:
         with pytest.raises(ValueError, match=r"^options\.grid\.values\.1 is nan, which is not a finite number"):
@@ -119,7 +119,7 @@ def test_numbers_that_json_cannot_say() -> None:
 
 
 def test_each_creation_has_a_key_of_its_own() -> None:
-    """Without a given key two calls are two analyses; a given one is sent as it is."""
+    """Without a key two calls are two analyses; a given key is sent unchanged."""
     with scripted(answer({})) as server, Client(server.url) as client:
         client.create_analysis(feature_set_id="f")
         client.create_analysis(feature_set_id="f")
@@ -132,7 +132,7 @@ def test_each_creation_has_a_key_of_its_own() -> None:
 
 
 def test_upload_streams_with_the_spec_first(tmp_path: Path) -> None:
-    """256 MiB leave from disk while the client's memory stays under 48 MiB more than at rest, the spec in front."""
+    """An upload of 256 MiB takes less than 48 MiB of memory, and the spec goes first."""
     large = tmp_path / "large.safetensors"
     with large.open("wb") as file:
         file.truncate(256 * 2**20)
@@ -161,7 +161,7 @@ def test_upload_streams_with_the_spec_first(tmp_path: Path) -> None:
     [({"title": "Memory ran out", "detail": "One sample is too much."}, "Memory ran out: One"), (None, "cancelled")],
 )
 def test_wait_raises_what_went_wrong(problem: dict[str, Any] | None, message: str) -> None:
-    """A failed analysis raises its problem, a cancelled one says so; both carry the analysis."""
+    """A failed analysis raises its problem, a cancelled one its status; both carry the analysis."""
     ended = {**RUNNING, "status": "failed" if problem else "cancelled", "problem": problem}
     with scripted(answer(ended)) as server, Client(server.url) as client:
         with pytest.raises(AnalysisFailed, match=message) as caught:
@@ -171,7 +171,7 @@ def test_wait_raises_what_went_wrong(problem: dict[str, Any] | None, message: st
 
 
 def test_problem_keeps_its_members() -> None:
-    """What the service adds to a problem is there to read; every error of the client is an InterplayError."""
+    """Further members of a problem can be read; every error of the client is an InterplayError."""
     body = {"type": "urn:x", "title": "T", "detail": "D", "status": 422, "missing": ["w"]}
     with scripted(answer(body, 422)) as server, Client(server.url) as client:
         with pytest.raises(InterplayError, match="T: D") as caught:
@@ -181,7 +181,7 @@ def test_problem_keeps_its_members() -> None:
 
 
 def test_list_follows_cursors_up_to_its_limit() -> None:
-    """Pages are fetched as they are needed; filters and metadata go along with each."""
+    """Pages are fetched as needed, each with the filters and metadata."""
     pages = [
         answer({"items": [{"id": "0"}, {"id": "1"}], "next_cursor": "after=1"}),
         answer({"items": [{"id": "2"}, {"id": "3"}], "next_cursor": "after=3"}),
@@ -205,13 +205,13 @@ def test_list_follows_cursors_up_to_its_limit() -> None:
 
 @pytest.fixture
 def client(service: Service) -> Iterator[Client]:
-    """A client of the session's service."""
+    """Yield a client of the session's service."""
     with Client(service.url) as opened:
         yield opened
 
 
 def test_checkpoint_to_report(client: Client, mlp_checkpoint_file: Path, digits_probe_file: Path) -> None:
-    """Files go in, a report comes out; it names what was pushed, and the collections hold it."""
+    """Pushed files give a report that names them, and the collections list them."""
     run = uuid.uuid4().hex
     checkpoint = client.push_checkpoint(mlp_checkpoint_file, name="net", metadata={"run": run, "epoch": 3})
     names = [str(digit) for digit in range(10)]
@@ -244,7 +244,7 @@ def test_checkpoint_to_report(client: Client, mlp_checkpoint_file: Path, digits_
 
 
 def test_idempotency(client: Client, mlp_checkpoint_file: Path, digits_probe_file: Path) -> None:
-    """The same key and request give the same analysis; another request under that key is a 409."""
+    """The same key and request give the same analysis; another request with that key is a 409."""
     subject: dict[str, Any] = {
         "checkpoint_id": client.push_checkpoint(mlp_checkpoint_file, name="net")["id"],
         "probe_id": client.push_probe(digits_probe_file, name="digits")["id"],
@@ -259,7 +259,7 @@ def test_idempotency(client: Client, mlp_checkpoint_file: Path, digits_probe_fil
 
 
 def test_problems_of_the_service(client: Client, tmp_path: Path) -> None:
-    """An unknown id and a file that is not safetensors come back as problems with type and detail."""
+    """An unknown id and a file that is not safetensors give problems with type and detail."""
     with pytest.raises(ProblemError) as caught:
         client.get_report("no-such-report")
     assert (caught.value.status, caught.value.type) == (404, "urn:interplay:problem:not-found")
@@ -271,7 +271,7 @@ def test_problems_of_the_service(client: Client, tmp_path: Path) -> None:
 
 
 def test_paging_and_times_against_the_service(client: Client, mlp_checkpoint_file: Path) -> None:
-    """Every resource is listed once, newest first, whatever the page size; naive times are local ones."""
+    """Every resource is listed once, newest first, with any page size; times without a zone are local."""
     run, started = uuid.uuid4().hex, datetime.now()  # noqa: DTZ005 - the naive time is what is tested
     pushed = [client.push_checkpoint(mlp_checkpoint_file, name=run, metadata={"n": n})["id"] for n in range(7)]
     for page_size in (1, 3, 7, 100):

@@ -1,4 +1,4 @@
-"""Reports in other tools' hands: the long table, and runs of a real MLflow server."""
+"""Exports of reports: the long table, and runs of a real MLflow server."""
 
 import csv
 import json
@@ -24,14 +24,14 @@ from tests.services import Service
 
 @pytest.fixture(scope="module")
 def mlflow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of a tracking server."""
+    """Yield the URL of a tracking server."""
     with mlflow_server(tmp_path_factory.mktemp("mlflow")) as url:
         yield url
 
 
 @pytest.fixture(scope="module")
 def reports(service: Service, mlp_checkpoint_file: Path, digits_probe_file: Path) -> dict[str, Any]:
-    """A real report of a path and of a series."""
+    """Return real reports of a path and of a series."""
     with Client(service.url) as client:
         first, second = (client.push_checkpoint(mlp_checkpoint_file, name=name)["id"] for name in ("a", "b"))
         probe = client.push_probe(digits_probe_file, name="digits", preprocess={"scale": 1 / 16})["id"]
@@ -44,14 +44,14 @@ def reports(service: Service, mlp_checkpoint_file: Path, digits_probe_file: Path
 
 
 def dotted(report: Any, path: str) -> Any:
-    """What is at a path of a report."""
+    """Return the value at a path of a report."""
     for key in path.split("."):
         report = report[int(key)] if isinstance(report, list) else report[key]
     return report
 
 
 def numbers(value: Any) -> int:
-    """How many numbers and booleans a JSON value holds."""
+    """Return the number of numbers and booleans in a JSON value."""
     if isinstance(value, dict | list):
         return sum(map(numbers, value.values() if isinstance(value, dict) else value))
     return isinstance(value, int | float)
@@ -61,7 +61,7 @@ def numbers(value: Any) -> int:
 
 
 def test_every_number_is_a_row() -> None:
-    """Each number of an evaluation is there once under its path; what is undefined has its reason instead."""
+    """Each number of an evaluation has one row under its path; an undefined one has its reason."""
     report = evaluation_report()
     rows = [*export.rows(report)]
     assert sum(row.value is not None for row in rows) == numbers(report)
@@ -79,12 +79,12 @@ def test_every_number_is_a_row() -> None:
 
 
 def undefined(report: dict[str, Any]) -> dict[tuple[str | None, str], str | None]:
-    """The reason of each row without a value, by split and path."""
+    """Return the reason of each row without a value, by split and path."""
     return {(row.split, row.path): row.reason for row in export.rows(report) if row.value is None}
 
 
 def test_reasons_of_objects_above() -> None:
-    """A key with dots is of a member of a member, and the nearest object's reason comes first."""
+    """A dotted key refers to a nested member, and the nearest object's reason takes precedence."""
     report = evaluation_report()
     split = report["splits"]["all"]
     entry = split["interplay"]["sample"]["none"]
@@ -101,7 +101,7 @@ def test_reasons_of_objects_above() -> None:
 
 
 def test_reasons_of_lists() -> None:
-    """A reason of a list is that of each entry which is null, unless the entry has its own."""
+    """A reason of a list holds for each null entry without its own reason."""
     report = series_report([1, 2])
     split = report["summary"]["splits"]["all"]
     assert ("all", "summary.mir_distance.0") not in undefined(report)
@@ -113,7 +113,7 @@ def test_reasons_of_lists() -> None:
 
 
 def test_reasons_of_differences() -> None:
-    """Beside a difference stands why it has no standard error; one that has one is not undefined by its reason."""
+    """The reason of a difference is about its standard error; a difference that has one is not undefined."""
     differences = {
         "accuracy": difference(0.9, 0.95, 0.01),
         "interplay.sample.global.mir": difference(None, 0.5, None, reason="undefined"),
@@ -133,7 +133,7 @@ def test_reasons_of_differences() -> None:
 
 
 def test_names_that_mean_something_elsewhere() -> None:
-    """Metadata may be called `reason` and `reasons`: they are a person's own."""
+    """Metadata may have members `reason` and `reasons`, without a special meaning."""
     report = evaluation_report()
     report["subject"]["metadata"] = {"reason": "retrained", "reasons": 3, "note": None}
     rows = {row.path: row.value for row in export.rows(report)}
@@ -143,7 +143,7 @@ def test_names_that_mean_something_elsewhere() -> None:
 
 @pytest.mark.parametrize("kind", ["path", "series"])
 def test_points_are_columns(reports: dict[str, Any], kind: str) -> None:
-    """Each point's numbers carry its place; those of a summary carry the split alone."""
+    """Each point's numbers have its place; those of a summary have only the split."""
     report = reports[kind]
     rows = [*export.rows(report)]
     assert sum(row.value is not None for row in rows) == numbers(report)
@@ -160,7 +160,7 @@ def test_points_are_columns(reports: dict[str, Any], kind: str) -> None:
 
 
 def test_csv_and_parquet_are_the_same_table(tmp_path: Path) -> None:
-    """Both have a row for each of `rows`; what is undefined is an empty field, and null."""
+    """Both have the rows of `rows`; an undefined value is an empty field or null."""
     report = evaluation_report()
     rows = [*export.rows(report)]
     with scripted(answer(report)) as server:
@@ -184,7 +184,7 @@ def test_csv_and_parquet_are_the_same_table(tmp_path: Path) -> None:
     "name", ["=cmd|' /C calc'!A0", "+1", "-2+3", "@SUM(1)", "\t=1", "\r=1", "  =1+1", "＝1+1"], ids=repr
 )
 def test_texts_are_no_formulas(tmp_path: Path, name: str) -> None:
-    """A text that a spreadsheet would compute has an apostrophe before it; numbers and Parquet are as they are."""
+    """A text that a spreadsheet would compute gets an apostrophe in CSV; numbers and Parquet are unchanged."""
     report = evaluation_report()
     report["subject"] |= {"name": name, "metadata": {"=1+1": -2.5}}
     report["splits"]["all"]["reasons"] = {"loss": "-1+1|reason"}
@@ -207,7 +207,7 @@ def test_texts_are_no_formulas(tmp_path: Path, name: str) -> None:
 
 
 def test_evaluation_as_a_run(mlflow: str, tmp_path: Path) -> None:
-    """A finished run has numbers as metrics, reasons as tags, what was looked at as parameters, and the report."""
+    """A finished run has numbers as metrics, reasons as tags, inputs as parameters, and the report."""
     report = evaluation_report()
     with scripted(answer(report)) as server:
         arguments = ("--mlflow", mlflow, "--experiment", "digits", "--run-name", "mine")
@@ -237,7 +237,7 @@ def test_evaluation_as_a_run(mlflow: str, tmp_path: Path) -> None:
 
 
 def test_points_are_steps(mlflow: str, reports: dict[str, Any]) -> None:
-    """A series over whole epochs has these as steps, a path the number of its points; and their places as metrics."""
+    """A series over whole epochs uses them as steps, a path the index of its points; places are metrics too."""
     client = MlflowClient(tracking_uri=mlflow)
     for kind, place, steps in (("path", "w", [0, 1, 2]), ("series", "x", [10, 20])):
         report = reports[kind]
@@ -254,7 +254,7 @@ def test_points_are_steps(mlflow: str, reports: dict[str, Any]) -> None:
 
 
 def test_names_that_mlflow_does_not_take(mlflow: str) -> None:
-    """Keys of metadata that MLflow refuses, and texts that are too long for it, do not keep a report out."""
+    """Metadata with keys that MLflow refuses or texts that are too long does not prevent an export."""
     report = evaluation_report()
     report["subject"]["metadata"] = {"learning rate (%)": 1, "größe": "x" * 10_000, "a/../b": 2}
     run = export.log_to_mlflow(report, mlflow)
@@ -264,10 +264,10 @@ def test_names_that_mlflow_does_not_take(mlflow: str) -> None:
 
 
 def test_run_that_could_not_be_completed_is_marked(mlflow: str) -> None:
-    """A run whose artifacts have no place is no finished run."""
+    """A run whose artifacts cannot be stored is marked as failed."""
     client = MlflowClient(tracking_uri=mlflow)
     experiment = client.create_experiment("broken", artifact_location="file:///dev/null/nowhere")
-    with pytest.raises(export.ExportFailed, match="did not take"):
+    with pytest.raises(export.ExportFailed, match="did not accept"):
         export.log_to_mlflow(evaluation_report(), mlflow, experiment="broken")
     assert [run.info.status for run in client.search_runs([experiment])] == ["FAILED"]
 
@@ -276,12 +276,12 @@ def test_run_that_could_not_be_completed_is_marked(mlflow: str) -> None:
 
 
 def test_mlflow_that_does_not_listen_is_3() -> None:
-    """Where no tracking server is, the command says so and ends."""
+    """Without a tracking server the command gives a message and exits with 3."""
     with scripted(answer(evaluation_report())) as server:
         nobody = f"http://127.0.0.1:{closed_port()}"
         ran = interplay("export", "r", "--mlflow", nobody, url=server.url, MLFLOW_HTTP_REQUEST_MAX_RETRIES="0")
     assert (ran.returncode, ran.stdout) == (3, "")
-    assert f"MLflow at {nobody} did not take the report" in ran.stderr
+    assert f"MLflow at {nobody} did not accept the report" in ran.stderr
     assert "Traceback" not in ran.stderr
 
 
@@ -299,7 +299,7 @@ def test_missing_extra_is_2(tmp_path: Path, option: str, package: str, extra: st
 
 
 def test_nowhere_to_go_is_2(tmp_path: Path) -> None:
-    """An export names a place, and one that can be written."""
+    """An export needs a target, and a file that can be written."""
     with scripted(answer(evaluation_report())) as server:
         ran = interplay("export", "r", url=server.url)
         assert ran.returncode == 2

@@ -10,7 +10,7 @@ from interplay._analysis.measures import losses
 
 
 def test_loss_is_found_where_users_look_for_it() -> None:
-    """The names of the loss are those of analysis, and other names do not exist."""
+    """The package exports the loss of analysis, and other names do not exist."""
     assert interplay.InterplayLoss is losses.InterplayLoss
     assert interplay.mir_loss is losses.mir_loss
     assert interplay.hdr_loss is losses.hdr_loss

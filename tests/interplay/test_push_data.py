@@ -19,7 +19,7 @@ from tests.services import Service
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two classes of three images, in splits, as a camera and a file manager leave them."""
+    """Return two classes of three images, in splits, with the files that a camera and a file manager leave."""
     for split in ("train", "test"):
         for number, name in enumerate(("cat", "dog")):
             place = tmp_path / "pets" / split / name
@@ -37,7 +37,7 @@ def _pushed(*arguments: str | Path, url: str) -> dict[str, Any]:
 
 
 def test_a_folder_of_class_folders(service: Service, folder: Path, tmp_path: Path) -> None:
-    """Zipped on the way, analysed with what the checkpoint's preprocessor_config.json says, on a part of it."""
+    """A folder is zipped and a part of it analysed, with the checkpoint's own preprocessing."""
     probe = _pushed("probe", folder, url=service.url)
     assert (probe["name"], probe["format"], probe["class_names"]) == ("pets", "imagefolder", ["cat", "dog"])
     assert probe["splits"] == {"train": 6, "test": 6}
@@ -62,7 +62,7 @@ def test_a_folder_of_class_folders(service: Service, folder: Path, tmp_path: Pat
 
 
 def test_a_folder_of_parquet_files(service: Service, tmp_path: Path) -> None:
-    """As a clone of a dataset has it: one probe, whose report is that of a single file."""
+    """A folder of Parquet files is one probe, with the report of a single file."""
     contents = [encoded(picture(seed, 32, 32)) for seed in range(12)]
     (tmp_path / "pets" / "data").mkdir(parents=True)
     for name, rows in (
@@ -91,7 +91,7 @@ def test_a_folder_of_parquet_files(service: Service, tmp_path: Path) -> None:
 
 
 def test_a_class_without_images_is_noticed(service: Service, folder: Path) -> None:
-    """Empty folders go along."""
+    """Empty folders are sent too."""
     (folder / "train" / "eel").mkdir()
     with Client(service.url) as client, pytest.raises(ProblemError, match="train/eel"):
         client.push_probe(folder, name="pets")
@@ -110,11 +110,11 @@ def test_columns_and_tokenizers_are_options(service: Service, tmp_path: Path) ->
     assert (probe["class_names"], probe["max_length"]) == (["no", "yes"], 9)
     assert probe["tokenizer_sha256"] is not None
     wrong = interplay("push", "probe", file, "--column", "review", url=service.url)
-    assert (wrong.returncode, "KEY=VALUE" in wrong.stderr) == (2, True)
+    assert (wrong.returncode, "ROLE=NAME" in wrong.stderr) == (2, True)
 
 
 def test_zipped_folders(folder: Path) -> None:
-    """Stored, not packed again; links are followed and those that lead round are not; nothing is left behind."""
+    """Files are stored uncompressed, links are followed except in cycles, and the zip is deleted."""
     (folder / "train" / "dog" / "linked.png").symlink_to(folder / "train" / "cat" / "0.png")
     (folder / "train" / "round").symlink_to(folder)
     with zipped_folder(folder) as path:
@@ -129,7 +129,7 @@ def test_zipped_folders(folder: Path) -> None:
 
 
 def _copied(folder: Path, place: Path) -> Path:
-    """The same names and contents elsewhere, made in another order, with other times and rights, opened in a Finder."""
+    """Copy the folder in another order, with other times and permissions, and with a file manager's files."""
     for file in sorted(folder.rglob("*"), reverse=True):
         copy = place / file.relative_to(folder)
         if file.is_dir():
@@ -144,7 +144,7 @@ def _copied(folder: Path, place: Path) -> Path:
 
 
 def test_a_folder_is_the_same_bytes_wherever_and_whenever(folder: Path, tmp_path: Path) -> None:
-    """Times, rights, places and the order of a directory are no part of it; contents and names are."""
+    """The zip depends on contents and names, not on times, permissions, locations or the order of a directory."""
     (folder / "train" / "eel").mkdir()
     copy = _copied(folder, tmp_path / "elsewhere" / "pets")
     with zipped_folder(folder) as first, zipped_folder(copy) as second:
@@ -157,7 +157,7 @@ def test_a_folder_is_the_same_bytes_wherever_and_whenever(folder: Path, tmp_path
 
 
 def test_of_two_links_to_a_folder_the_first_by_name_is_followed(folder: Path) -> None:
-    """Whatever order the directory has them in."""
+    """The order of the directory does not matter."""
     (folder.parent / "real").mkdir()
     (folder.parent / "real" / "0.png").write_bytes(b"x")
     for name in ("z", "a", "m"):
@@ -169,7 +169,7 @@ def test_of_two_links_to_a_folder_the_first_by_name_is_followed(folder: Path) ->
 
 
 def test_a_checkpoints_folder_is_the_same_bytes_wherever_and_whenever(tmp_path: Path) -> None:
-    """The same of the tar of config and weights."""
+    """The tar of config and weights depends on contents and names alone."""
     for place, mode in (("one", 0o644), ("two", 0o600)):
         (tmp_path / place).mkdir()
         for name in ("model.safetensors", "config.json") if place == "one" else ("config.json", "model.safetensors"):
@@ -181,7 +181,7 @@ def test_a_checkpoints_folder_is_the_same_bytes_wherever_and_whenever(tmp_path: 
 
 
 def test_texts_without_labels(service: Service, tmp_path: Path) -> None:
-    """`--column label=` says that no column is one of labels."""
+    """`--column label=` declares that no column holds labels."""
     file = tmp_path / "texts.csv"
     file.write_text("review,verdict\ngood,1\nbad,0\n")
     probe = _pushed("probe", file, "--column", "text=review", "--column", "label=", url=service.url)

@@ -1,4 +1,4 @@
-"""The types of results: the same as the service's models, and of use to people who check their scripts."""
+"""The types of results: they equal the service's models and help users who type-check their scripts."""
 
 import subprocess
 import sys
@@ -53,12 +53,12 @@ client.wait("a", on_progress=len)
 
 
 def test_results_are_the_services() -> None:
-    """interplay/results.py is what `make types` writes."""
+    """interplay/results.py is the output of `make types`."""
     assert result_types.FILE.read_text() == result_types.results_module()
 
 
 def test_types_help_people_who_check_their_scripts(tmp_path: Path) -> None:
-    """mypy --strict accepts a script that is right, and finds every mistake of one that is not."""
+    """mypy --strict accepts a correct script and finds every mistake of a wrong one."""
     (tmp_path / "right.py").write_text(RIGHT)
     (tmp_path / "wrong.py").write_text(WRONG)
     command = [

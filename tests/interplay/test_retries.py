@@ -1,4 +1,4 @@
-"""What the client tries again and what it does not, against servers that fail as told."""
+"""Which failures the client retries, against servers that fail as scripted."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ BUSY = answer({"title": "Unavailable"}, 503)
 
 @pytest.mark.parametrize("status", [429, 502, 503, 504])
 def test_what_passes_by_itself_is_tried_again(status: int) -> None:
-    """A look, a creation with its key and a cancellation come through; each attempt is the same request."""
+    """A read, a creation with its key and a cancellation succeed after retries; each attempt is the same request."""
     failing = (answer({"title": "later"}, status), BREAK)
     with (
         scripted(*failing, answer({"id": "r"}), *failing, answer({"id": "a"}), *failing, answer({"id": "c"})) as server,
@@ -35,7 +35,7 @@ def test_what_passes_by_itself_is_tried_again(status: int) -> None:
 
 @pytest.mark.parametrize("status", [400, 401, 404, 409, 413, 422, 500])
 def test_what_stays_wrong_is_not_tried_again(status: int) -> None:
-    """A problem that says that the request is wrong, and a fault of the service, are raised at once."""
+    """A problem of the request and a fault of the service are raised at once."""
     with scripted(answer({"title": "no"}, status)) as server, Client(server.url) as client:
         with pytest.raises(ProblemError):
             client.get_report("r")
@@ -43,7 +43,7 @@ def test_what_stays_wrong_is_not_tried_again(status: int) -> None:
 
 
 def test_pauses_grow_and_end() -> None:
-    """Attempts come ever more slowly, and none later than the time that was given."""
+    """Pauses between attempts grow, and no attempt begins after the given time."""
     with scripted(BUSY) as server, Client(server.url, retry_seconds=1.5) as client:
         started = time.monotonic()
         with pytest.raises(ProblemError):
@@ -64,14 +64,14 @@ def test_no_retries(monkeypatch: pytest.MonkeyPatch, seconds: str) -> None:
 
 @pytest.mark.parametrize("text", ["soon", "-1", "inf", "nan"])
 def test_retry_seconds_that_are_none(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    """What is no number of seconds is refused by name."""
+    """A value that is not a number of seconds is refused, with the name of the variable."""
     monkeypatch.setenv("INTERPLAY_RETRY_SECONDS", text)
     with pytest.raises(ValueError, match="INTERPLAY_RETRY_SECONDS"):
         Client()
 
 
 def test_retry_after_is_kept_to() -> None:
-    """The service says when, in seconds or as an instant: no attempt comes earlier."""
+    """No attempt comes before the time of Retry-After, in seconds or as an instant."""
     for text in ("1", ""):
         # An instant has whole seconds: this one is more than 1 s away.
         text = text or format_datetime(datetime.now(UTC) + timedelta(seconds=2), usegmt=True)
@@ -85,7 +85,7 @@ def test_retry_after_is_kept_to() -> None:
 
 
 def test_retry_after_beyond_all_patience_is_an_answer() -> None:
-    """Where the service wants more time than there is, the client does not sleep first and fail then."""
+    """If Retry-After exceeds the remaining time, the client raises at once."""
     with scripted(answer({"title": "busy"}, 503, retry_after="3600")) as server, Client(server.url) as client:
         started = time.monotonic()
         with pytest.raises(ProblemError) as caught:
@@ -96,7 +96,7 @@ def test_retry_after_beyond_all_patience_is_an_answer() -> None:
 
 
 def test_deletion_whose_answer_was_lost() -> None:
-    """Not there any more, when it is asked for a second time, is what was wanted; the first time it is a problem."""
+    """A 404 on a retry of a deletion counts as success; on the first attempt it is a problem."""
     gone = answer({"title": "There is no such resource"}, 404)
     with scripted(BREAK, gone) as server, Client(server.url) as client:
         client.delete("checkpoints", "c")
@@ -106,7 +106,7 @@ def test_deletion_whose_answer_was_lost() -> None:
 
 
 def test_upload_that_was_refused_is_sent_again(tmp_path: Path) -> None:
-    """A service that says that it is busy has kept nothing: the whole file goes once more."""
+    """A busy service has stored nothing, so the whole file is sent again."""
     file = tmp_path / "features.safetensors"
     file.write_bytes(os.urandom(100_000))
     with scripted(BUSY, answer({"id": "f"}, 201)) as server, Client(server.url) as client:
@@ -117,7 +117,7 @@ def test_upload_that_was_refused_is_sent_again(tmp_path: Path) -> None:
 
 
 def test_move_of_a_baseline_whose_answer_was_lost() -> None:
-    """It has moved where it was told to; where somebody else moved it, that is what is said."""
+    """A conflict on a retry is a success if the baseline is at the requested report, and a problem otherwise."""
     moved, elsewhere = (answer({"title": "moved", "report_id": name}, 409) for name in ("new", "other"))
     with scripted(BREAK, moved, answer({"name": "main", "report_id": "new"})) as server, Client(server.url) as client:
         assert client.set_baseline("main", "new", expected_report_id="old")["report_id"] == "new"
@@ -129,7 +129,7 @@ def test_move_of_a_baseline_whose_answer_was_lost() -> None:
 
 @pytest.mark.parametrize("kept", [True, False])
 def test_upload_whose_answer_was_lost_is_asked_for(tmp_path: Path, kept: bool) -> None:
-    """Where nobody knows whether a file was kept, the service is asked; it is sent again only if it was not."""
+    """If it is unknown whether a file was stored, the client asks, and sends it again only if it was not."""
     file = tmp_path / "features.safetensors"
     file.write_bytes(b"content")
     sha256 = hashlib.sha256(b"content").hexdigest()
@@ -143,7 +143,7 @@ def test_upload_whose_answer_was_lost_is_asked_for(tmp_path: Path, kept: bool) -
 
 
 def test_archive_whose_answer_was_lost_is_not_sent_again(tmp_path: Path) -> None:
-    """The service keeps the weights of an archive, under a hash that nobody here knows."""
+    """The service hashes the weights in an archive, so the client cannot find it by its own hash."""
     file = tmp_path / "checkpoint.tar"
     file.write_bytes(b"no safetensors")
     with scripted(BREAK, answer({"id": "c"}, 201)) as server, Client(server.url) as client:
@@ -155,7 +155,7 @@ def test_archive_whose_answer_was_lost_is_not_sent_again(tmp_path: Path) -> None
 
 
 def test_service_that_never_answered_is_not_waited_for() -> None:
-    """A refused connection is an outage only of a service that answered this client before."""
+    """A refused connection is transient only for a service that responded before."""
     with scripted(answer({"id": "r"})) as server:
         url = server.url
     started = time.monotonic()
@@ -165,7 +165,7 @@ def test_service_that_never_answered_is_not_waited_for() -> None:
 
 
 def test_problem_of_a_creation_is_not_hidden_by_its_retries() -> None:
-    """A conflict that the second attempt meets is told, with the key that caused it."""
+    """A conflict of the second attempt is raised, with the key that caused it."""
     with (
         scripted(BUSY, answer({"title": "Conflict", "analysis_id": "x"}, 409)) as server,
         Client(server.url) as client,

@@ -1,4 +1,4 @@
-"""What a training script calls: models to checkpoint files, and to feature sets, that the service takes."""
+"""Functions for training scripts: models become checkpoint files and feature sets that the service accepts."""
 
 import json
 import subprocess
@@ -24,7 +24,7 @@ NORMED = {**MLP, "args": {"sizes": [64, 32, 10], "activation": "relu", "norm": "
 
 
 def network(architecture: dict[str, Any] = MLP) -> nn.Module:
-    """A network of the description, at random but for a generator of its own."""
+    """Return a network of the description with random weights from its own generator."""
     made, generator = build(architecture, device="cpu"), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in made.parameters():
@@ -34,7 +34,7 @@ def network(architecture: dict[str, Any] = MLP) -> nn.Module:
 
 @pytest.fixture
 def trained(mlp_checkpoint_file: Path) -> nn.Module:
-    """The small network of the tests, in training mode."""
+    """Return the small network of the tests, in training mode."""
     made = build(MLP, device="cpu")
     made.load_state_dict(load_file(mlp_checkpoint_file))
     return made.train()
@@ -57,7 +57,7 @@ def metadata(path: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("wrap", ["bare", "DataParallel", "compiled", "both", "a compiled part"])
 def test_wrappers_are_taken_off(tmp_path: Path, wrap: str) -> None:
-    """However the model is wrapped, the file has the network's own names and values, and says what the network is."""
+    """With any wrapper the file has the network's own names and values, and its description."""
     model = network(NORMED)
     expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     if wrap in ("DataParallel", "both"):
@@ -79,7 +79,7 @@ def test_saved_checkpoint_is_what_the_service_takes(
     service: Service, client: Client, trained: nn.Module, tmp_path: Path, mlp_checkpoint_file: Path,
     digits_probe_file: Path,
 ) -> None:  # fmt: skip
-    """A model that is saved, and the same weights as a file made otherwise, give the same report."""
+    """A saved model and the same weights in another file give the same report."""
     probe = client.push_probe(digits_probe_file, name="digits", preprocess={"scale": 1 / 16})["id"]
     saved = save_checkpoint(nn.DataParallel(trained), tmp_path / "net.safetensors", MLP)
     reports = []
@@ -91,7 +91,7 @@ def test_saved_checkpoint_is_what_the_service_takes(
 
 
 class Tied(nn.Module):
-    """Two names of one tensor, and a third that is a part of it."""
+    """A network with two names for one tensor, and a third for a part of it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ def test_shared_memory_is_written_out(tmp_path: Path) -> None:
 
 
 def test_model_of_transformers_brings_its_description(tmp_path: Path) -> None:
-    """Without a description the configuration of the model itself goes into the file, and is checked against it."""
+    """Without a description the model's own configuration is written to the file, after a check."""
     config = ViTConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=16, patch_size=8,
         num_labels=5,
@@ -146,14 +146,14 @@ def sparse() -> nn.Module:
     ids=["no tensor", "meta", "sparse"],
 )
 def test_what_cannot_be_stored_is_said(tmp_path: Path, model: nn.Module, said: str) -> None:
-    """What has no plain form is named, and no file is left."""
+    """A value without a plain form is named, and no file is left."""
     with pytest.raises(ConversionError, match=said):
         save_checkpoint(model, tmp_path / "net.safetensors")
     assert not [*tmp_path.iterdir()]
 
 
 def test_checkpoint_that_does_not_fit_is_not_written(tmp_path: Path) -> None:
-    """A description of another network, or weights that are no numbers, fail here as they would in a worker."""
+    """A description of another network, or weights that are not finite, fail as they would in a worker."""
     path = tmp_path / "net.safetensors"
     path.write_bytes(b"what was there")
     other = {**MLP, "args": {**MLP["args"], "sizes": [64, 33, 10]}}  # type: ignore[dict-item]
@@ -179,7 +179,7 @@ def test_checkpoint_that_does_not_fit_is_not_written(tmp_path: Path) -> None:
 
 @pytest.fixture
 def digits(digits_probe_file: Path) -> dict[str, Tensor]:
-    """Inputs as the network sees them, labels, split."""
+    """Return inputs in the network's form, labels and split."""
     tensors = load_file(digits_probe_file)
     return {**tensors, "inputs": tensors["inputs"] / 16}
 
@@ -188,7 +188,7 @@ def test_captured_features_give_the_same_numbers(
     client: Client, trained: nn.Module, digits: dict[str, Tensor], tmp_path: Path, digits_probe_file: Path,
     mlp_checkpoint_file: Path,
 ) -> None:  # fmt: skip
-    """What a script captures, and what the service finds by itself for the same network, are the same measures."""
+    """Captured features and the service's own give the same measures for the same network."""
     loaders = {
         name: DataLoader(TensorDataset(digits["inputs"][of], digits["labels"][of]), batch_size=100, shuffle=True)
         for name, of in (("train", digits["split"] == 0), ("test", digits["split"] == 1))
@@ -216,7 +216,7 @@ def test_captured_features_give_the_same_numbers(
 
 
 class Noisy(nn.Module):
-    """Dropout, a frozen normalisation layer, and keyword arguments: what a pass must leave as it was."""
+    """A network with dropout, a frozen normalisation layer and keyword arguments, all of which a pass must preserve."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -230,7 +230,7 @@ class Noisy(nn.Module):
 
 @pytest.mark.parametrize("form", ["pairs", "named pairs", "dictionaries", "other labels"])
 def test_batches_of_every_form(form: str) -> None:
-    """Pairs and dictionaries give the same features; modes, statistics and gradients stay what they were."""
+    """Pairs and dictionaries give the same features; modes, statistics and gradients do not change."""
     values, labels = torch.randn(50, 8, generator=torch.Generator().manual_seed(1)), torch.arange(50) % 3
     batches: list[Any] = []
     for x, y in zip(torch.split(values, 20), torch.split(labels, 20), strict=True):
@@ -258,7 +258,7 @@ def test_batches_of_every_form(form: str) -> None:
 
 
 def test_convolution_as_head_and_compiled_model() -> None:
-    """A 1x1 convolution is a head as well; a compiled model runs as what was compiled."""
+    """A 1x1 convolution works as a head, and a compiled model as the original one."""
     model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(4, 3, 1, bias=False), nn.Flatten())
     x, y = torch.randn(7, 4, 5, 5, generator=torch.Generator().manual_seed(0)), torch.zeros(7, dtype=torch.int64)
     captured = capture_features(torch.compile(model, backend="eager"), "1", [(x, y)])  # type: ignore[arg-type]
@@ -268,7 +268,7 @@ def test_convolution_as_head_and_compiled_model() -> None:
 
 
 class Reusing(nn.Module):
-    """Writes what its head receives into one tensor, again for every batch, and centres its inputs in place."""
+    """A network that reuses one tensor for every input of its head and centres its inputs in place."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -281,7 +281,7 @@ class Reusing(nn.Module):
 
 
 def test_a_model_that_works_in_place() -> None:
-    """Features of every batch are its own, whatever memory the model uses."""
+    """Features of each batch are separate, however the model reuses memory."""
     values, labels = torch.randn(20, 8, generator=torch.Generator().manual_seed(2)), torch.arange(20) % 3
     expected = (values - 1) * 2
     batches = list(zip(torch.split(values, 5), torch.split(labels, 5), strict=True))
@@ -317,7 +317,7 @@ REFUSED: dict[str, tuple[nn.Module, Any, Any, str]] = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_captured_is_said(tmp_path: Path, case: str) -> None:
-    """A head, a batch or labels that do not fit are an error of their kind; nothing is written, modes come back."""
+    """A wrong head, batch or labels raise an error of their kind; nothing is written, and modes are restored."""
     model, head, loader, kind = REFUSED[case]
     model.train()
     with pytest.raises(AnalysisError) as caught:
@@ -328,7 +328,7 @@ def test_what_cannot_be_captured_is_said(tmp_path: Path, case: str) -> None:
 
 
 def test_missing_packages_are_named() -> None:
-    """On a machine without torch the name says what it needs, when it is used and not before."""
+    """Without torch a name says what it needs when it is used, not before."""
     script = """if True:
         import sys
         sys.modules["torch"] = None

@@ -1,4 +1,4 @@
-"""Waiting for an analysis: by events, and by asking where events do not come through."""
+"""Waiting for an analysis: by events, and by polling if events do not arrive."""
 
 import signal
 import subprocess
@@ -21,7 +21,7 @@ HEARTBEAT = b": it goes on\n\n"
 
 
 def test_wait_is_told() -> None:
-    """One request: every event is reported, cut anywhere, with lines' ends that JSON may hold, and the last ends it."""
+    """One request delivers every event, in any chunks and with line separators inside JSON."""
     odd = {**RUNNING, "name": "a\u2028b\x85c"}
     sent = b"retry: 1000\r\n\r\n" + event(QUEUED) + HEARTBEAT + event(odd, "progress") + event(SUCCEEDED, "final")
     looks: list[Any] = []
@@ -33,7 +33,7 @@ def test_wait_is_told() -> None:
 
 
 def test_older_service_is_asked() -> None:
-    """Where there is no such route, the analysis is looked at again and again; the route is tried once."""
+    """Without the route the analysis is polled; the route is tried once."""
     looks: list[str] = []
     with scripted(answer(RUNNING), answer(RUNNING), answer(SUCCEEDED)) as server, Client(server.url) as client:
         client.wait("a", poll_seconds=0.01, on_progress=lambda analysis: looks.append(analysis["status"]))
@@ -42,7 +42,7 @@ def test_older_service_is_asked() -> None:
 
 
 def test_wait_sits_out_a_restart() -> None:
-    """A stream that ends early, broken connections and 503 are waited over, and the next stream goes on."""
+    """The wait survives a stream that ends early, broken connections and 503, and opens the next stream."""
     looks: list[str] = []
     answers = (BREAK, BREAK, answer({"title": "Unavailable"}, 503), answer(RUNNING))
     streams = [[event(QUEUED), event(RUNNING)], [event(RUNNING), event(SUCCEEDED, "final")]]
@@ -53,7 +53,7 @@ def test_wait_sits_out_a_restart() -> None:
 
 
 def test_proxy_that_holds_everything_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stream that is silent from its beginning is not listened to a second time."""
+    """A stream that is silent from its beginning is not opened a second time."""
     monkeypatch.setattr(waiting, "_SILENCE_SECONDS", 0.3)
     with (
         scripted(answer(RUNNING), answer(RUNNING), answer(SUCCEEDED), streams=[[HOLD], [HOLD]]) as server,
@@ -66,7 +66,7 @@ def test_proxy_that_holds_everything_back(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_stream_that_falls_silent_is_opened_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where nothing comes after an event, not even a comment, the client looks itself and listens anew."""
+    """If a stream falls silent after an event, the client polls and opens a new one."""
     monkeypatch.setattr(waiting, "_SILENCE_SECONDS", 0.3)
     streams = [[event(RUNNING), HOLD], [event(RUNNING), event(SUCCEEDED, "final")]]
     with scripted(answer(RUNNING), streams=streams) as server, Client(server.url) as client:
@@ -78,7 +78,7 @@ def test_stream_that_falls_silent_is_opened_again(monkeypatch: pytest.MonkeyPatc
     "useless", [[], [b"data: [1]\n\n"], [b"data: {nonsense\n\n"]], ids=["empty", "list", "no JSON"]
 )
 def test_streams_that_tell_nothing_are_not_tried_for_ever(useless: list[bytes]) -> None:
-    """After a few streams without a state the client only asks."""
+    """After a few streams without a state the client only polls."""
     answers = [answer(RUNNING)] * 6
     with scripted(*answers, answer(SUCCEEDED), streams=[useless] * 20) as server, Client(server.url) as client:
         assert dict(client.wait("a", poll_seconds=0.01)) == SUCCEEDED
@@ -86,7 +86,7 @@ def test_streams_that_tell_nothing_are_not_tried_for_ever(useless: list[bytes]) 
 
 
 def test_wait_does_not_sit_out_what_never_answered() -> None:
-    """An unknown id fails at once, whatever the stream said."""
+    """An unknown id fails at once, whatever the stream responded."""
     with scripted(answer({"title": "No such resource"}, 404)) as server, Client(server.url) as client:
         with pytest.raises(ProblemError):
             client.wait("a")
@@ -94,16 +94,16 @@ def test_wait_does_not_sit_out_what_never_answered() -> None:
 
 
 def test_wait_gives_up_in_time() -> None:
-    """With a time limit the wait ends, and says that the analysis does not; also in the middle of a stream."""
+    """At the timeout the wait ends, also within a stream, and the message says that the analysis continues."""
     with scripted(answer(RUNNING)) as server, Client(server.url) as client:
         started = time.monotonic()
-        with pytest.raises(WaitTimeout, match="it goes on"):
+        with pytest.raises(WaitTimeout, match="it continues"):
             client.wait("a", poll_seconds=0.01, timeout_seconds=0.1)
         assert time.monotonic() - started < 5
 
 
 def test_limit_in_the_middle_of_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last seconds before the limit are asked for, so that a silent stream cannot stretch it."""
+    """The last seconds before the timeout are polled, so that a silent stream cannot extend it."""
     monkeypatch.setattr(waiting, "_TOO_SHORT_SECONDS", 0.5)
     monkeypatch.setattr(waiting, "_SILENCE_SECONDS", 0.3)
     streams = [[event(RUNNING), HOLD]] * 20
@@ -118,7 +118,7 @@ def test_limit_in_the_middle_of_a_stream(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def slow_analysis(client: Client, checkpoint: Path, probe: Path, permutations: int) -> str:
-    """The id of an analysis that takes a while, the longer the more permutations."""
+    """Return the id of an analysis that takes longer the more permutations it has."""
     ids = {
         "checkpoint_id": client.push_checkpoint(checkpoint, name="net")["id"],
         "probe_id": client.push_probe(probe, name="digits", preprocess={"scale": 1 / 16})["id"],
@@ -127,7 +127,7 @@ def slow_analysis(client: Client, checkpoint: Path, probe: Path, permutations: i
 
 
 def test_wait_is_one_request(service: Service, mlp_checkpoint_file: Path, digits_probe_file: Path) -> None:
-    """From a real service every change is heard as it happens, without a question in between."""
+    """A real service streams every change, without a poll in between."""
     with Client(service.url) as client:
         analysis = slow_analysis(client, mlp_checkpoint_file, digits_probe_file, 15)
         phases: list[str] = []
@@ -143,7 +143,7 @@ def test_wait_is_one_request(service: Service, mlp_checkpoint_file: Path, digits
 def test_service_that_starts_again_under_a_wait(
     tmp_path: Path, mlp_checkpoint_file: Path, digits_probe_file: Path
 ) -> None:
-    """A service that is stopped, and started again on its port, is waited for, and the analysis' end is heard."""
+    """The wait survives a restart of the service on the same port and receives the end of the analysis."""
     with services.running(tmp_path / "data") as service, Client(service.url) as client:
         analysis = slow_analysis(client, mlp_checkpoint_file, digits_probe_file, 50)
         heard: list[str] = []

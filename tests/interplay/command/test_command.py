@@ -1,27 +1,21 @@
-"""The command as it is typed: real processes, their exit codes and what they print."""
+"""The command in real processes: exit codes and output."""
 
-import argparse
 import json
 import os
 import pty
 import re
-import shlex
 import signal
 import subprocess
 import sys
 import time
 import uuid
-import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from safetensors.numpy import save_file
-from torch.distributed.checkpoint import state_dict_saver as distributed
 
-from analysis.networks.loading import build
 from tests.interplay.scripted import BREAK, answer, scripted
 from tests.interplay.test_client import RUNNING, SUCCEEDED, closed_port
 from tests.services import Service
@@ -30,7 +24,7 @@ FAILED = {**RUNNING, "status": "failed", "problem": {"type": "urn:x", "title": "
 
 
 def interplay(*arguments: str | Path, url: str | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the command to its end, in an environment that holds no INTERPLAY_ variable but these."""
+    """Run the command to its end, in an environment without other INTERPLAY_ variables."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith("INTERPLAY_")}
     if url is not None:
         clean["INTERPLAY_URL"] = url
@@ -42,6 +36,11 @@ def interplay(*arguments: str | Path, url: str | None = None, **environment: str
         text=True,
         timeout=120,
     )
+
+
+def message(ran: subprocess.CompletedProcess[str]) -> str:
+    """Return stderr without the frame and the folds of usage errors."""
+    return re.sub(r"[\s│]+", " ", ran.stderr)
 
 
 # --- without a service ----------------------------------------------------------------------------------------------
@@ -79,7 +78,7 @@ def test_installed_entry_point_is_this_command() -> None:
 )
 @pytest.mark.parametrize("as_json", [False, True], ids=["text", "json"])
 def test_unreachable_service_is_3(arguments: tuple[str, ...], as_json: bool) -> None:
-    """Where nothing listens every call ends with 3, one line on stderr and nothing on stdout."""
+    """Without a service every call exits with 3, with one line on stderr and nothing on stdout."""
     url = f"http://127.0.0.1:{closed_port()}"
     ran = interplay(*arguments, *(["--json"] if as_json else []), "--url", url)
     assert (ran.returncode, ran.stdout) == (3, "")
@@ -90,16 +89,20 @@ def test_unreachable_service_is_3(arguments: tuple[str, ...], as_json: bool) -> 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("bogus",), "No such command"),
+        (("bogus",), "Unknown command"),
         (("show",), "Missing argument"),
-        (("list", "everything"), "is not one of"),
+        (("list", "everything"), "Choose from"),
         (("list", "probes", "--limit", "0"), "--limit"),
+        (("list", "probes", "--limit", "1.5"), "'1.5' is not an integer"),
+        (("list", "probes", "--limit"), "Option '--limit' requires a value"),
+        (("show", "x", "y"), "Unexpected argument 'y'"),
+        (("baseline", "bogus"), "Unknown command"),
         (("list", "probes", "--metadata", "epoch"), "KEY=VALUE"),
         (("list", "probes", "--metadata", "=1"), "KEY=VALUE"),
         (("list", "probes", "--after", "yesterday"), "is not a time"),
-        (("list", "probes", "--status", "running"), "not filtered by it"),
-        (("list", "reports", "--status", "running"), "not filtered by it"),
-        (("delete", "reports", "x"), "is not one of"),
+        (("list", "probes", "--status", "running"), "does not apply to"),
+        (("list", "reports", "--status", "running"), "does not apply to"),
+        (("delete", "reports", "x"), "Choose from"),
         (("analyze",), "Give either"),
         (("analyze", "--checkpoint", "x"), "Give either"),
         (("analyze", "--checkpoint", "x", "--probe", "x", "--features", "x"), "Give either"),
@@ -108,14 +111,14 @@ def test_unreachable_service_is_3(arguments: tuple[str, ...], as_json: bool) -> 
         (("path", "a", "b"), "Missing option"),
         (("path", "a", "b", "--probe", "x", "--points", "5", "--adaptive"), "Give one of"),
         (("prune", "a", "--probe", "x", "--sparsity", "2"), "--sparsity"),
-        (("series", "one=a", "--probe", "x"), "is no number"),
-        (("series", "1=a", "1.0=b", "--probe", "x"), "is there twice"),
+        (("series", "one=a", "--probe", "x"), "is not a number"),
+        (("series", "1=a", "1.0=b", "--probe", "x"), "is given twice"),
         (("series", "a", "--probe", "x"), "KEY=VALUE"),
         (("series", "nan=a", "2=b", "--probe", "x"), "'nan' is not a finite number"),
         (("series", "1=a", "inf=b", "--probe", "x"), "'inf' is not a finite number"),
-        (("path", "a", "b", "--probe", "x", "--at", "nan"), "'--at': nan is not a finite number"),
-        (("path", "a", "b", "--probe", "x", "--at", "0.5", "--at=-inf"), "'--at': -inf is not a finite number"),
-        (("analyze", "--features", "x", "--tolerance", "inf"), "'--tolerance': inf is not a finite number"),
+        (("path", "a", "b", "--probe", "x", "--at", "nan"), "--at. nan is not a finite number"),
+        (("path", "a", "b", "--probe", "x", "--at", "0.5", "--at=-inf"), "--at. -inf is not a finite number"),
+        (("analyze", "--features", "x", "--tolerance", "inf"), "--tolerance. inf is not a finite number"),
         (("push", "checkpoint", "no-such-file"), "does not exist"),
         (("push", "checkpoint", __file__, "--architecture", "no-such-file"), "neither JSON nor a readable file"),
         (("push", "checkpoint", __file__, "--architecture", "{broken"), "not valid JSON"),
@@ -132,15 +135,56 @@ def test_unreachable_service_is_3(arguments: tuple[str, ...], as_json: bool) -> 
     ids=lambda value: " ".join(value).replace(__file__, "FILE") if isinstance(value, tuple) else "",
 )
 def test_usage_is_2(arguments: tuple[str, ...], said: str) -> None:
-    """What cannot be meant is refused before anything is sent: 2, a message on stderr, nothing on stdout."""
+    """Invalid arguments are refused before any request: exit code 2, a message on stderr, nothing on stdout."""
     ran = interplay(*arguments, url=f"http://127.0.0.1:{closed_port()}")
     assert (ran.returncode, ran.stdout) == (2, "")
-    assert said in re.sub(r"[\s│]+", " ", ran.stderr)
+    assert said in message(ran)
     assert "Traceback" not in ran.stderr
 
 
+def test_help_is_shown_without_a_command() -> None:
+    """A command that needs another one shows its help and exits with 2; --help shows the same and exits with 0."""
+    for command in ((), ("push",), ("baseline",)):
+        alone, asked = interplay(*command), interplay(*command, "--help")
+        assert (alone.returncode, alone.stderr, asked.returncode) == (2, "", 0)
+        assert alone.stdout == asked.stdout
+        assert alone.stdout.startswith(" ".join(("Usage: interplay", *command)))
+
+
+def test_help_shows_options_in_groups() -> None:
+    """Commands that share a group of options show it under the same title, with the variables of the environment."""
+    for command in ("analyze", "compare", "path", "prune", "series", "gate"):
+        shown = interplay(command, "--help").stdout
+        titles = re.findall(r"^╭─ ([^─]+) ─", shown, flags=re.MULTILINE)
+        assert titles[-3:] == ["Evaluation", "Waiting", "Service and output"], titles
+        assert "INTERPLAY_URL" in shown
+
+
+def test_last_of_repeated_options_counts() -> None:
+    """An option that is given twice has its last value, and an empty variable of the environment is ignored."""
+    with scripted(answer({"items": [], "next_cursor": None})) as server:
+        ran = interplay(
+            "list", "probes", "--url", "http://x.invalid", "--url", server.url, "--name", "a", "--name", "b"
+        )
+        assert ran.returncode == 0, ran.stderr
+        assert interplay("list", "probes", "--url", server.url, url="").returncode == 0
+    assert "name=b" in server.seen[0].target
+
+
+def test_reader_of_stdout_that_stops_is_no_error() -> None:
+    """`interplay list | head -1` ends without a traceback."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with scripted(answer({"items": [], "next_cursor": None})) as server:
+        for form in ((), ("--json",)):
+            command = [sys.executable, "-m", "interplay.command", "list", "probes", *form, "--url", server.url]
+            ran = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60)
+            assert (ran.returncode, ran.stderr) == (1, "")
+    os.close(writing)
+
+
 def test_problems_of_the_service_are_2() -> None:
-    """A problem that the service answers with is told in full on stderr."""
+    """A problem of the service is printed in full on stderr."""
     problem = {
         "type": "urn:x",
         "title": "Does not fit",
@@ -155,7 +199,7 @@ def test_problems_of_the_service_are_2() -> None:
 
 
 def test_failed_analysis_is_1() -> None:
-    """A failure ends the wait with 1 and its problem on stderr; with --json stdout holds the analysis."""
+    """A failed analysis gives 1 and its problem on stderr; with --json stdout holds the analysis."""
     with scripted(answer(RUNNING), answer(RUNNING), answer(FAILED)) as server:
         ran = interplay("analyze", "--features", "f", "--wait", url=server.url)
     assert (ran.returncode, ran.stdout) == (1, "")
@@ -166,18 +210,18 @@ def test_failed_analysis_is_1() -> None:
 
 
 def test_cancelled_analysis_and_a_wait_that_is_too_long_are_1() -> None:
-    """Neither gives a report, so neither ends with 0."""
+    """Neither gives a report, so neither exits with 0."""
     with scripted(answer(RUNNING), answer({**RUNNING, "status": "cancelled", "problem": None})) as server:
         ran = interplay("analyze", "--features", "f", "--wait", url=server.url)
     assert (ran.returncode, ran.stderr) == (1, "cancelled\nThe analysis was cancelled\n")
     with scripted(answer(RUNNING)) as server:
         ran = interplay("analyze", "--features", "f", "--wait", "--timeout", "0.1", url=server.url)
     assert ran.returncode == 1
-    assert ran.stderr.endswith("Analysis a has not ended within 0.1 s; it goes on.\n")
+    assert ran.stderr.endswith("Analysis a has not ended within 0.1 s; it continues.\n")
 
 
 def test_service_that_vanishes_during_an_upload_is_3() -> None:
-    """A connection that breaks in the middle is the service's absence, not a usage error."""
+    """A connection that breaks during an upload counts as an unreachable service, not as a usage error."""
     with scripted(BREAK) as server:
         ran = interplay("push", "features", __file__, url=server.url, INTERPLAY_RETRY_SECONDS="1")
     assert ran.returncode == 3
@@ -185,7 +229,7 @@ def test_service_that_vanishes_during_an_upload_is_3() -> None:
 
 
 def test_interrupted_wait_says_how_to_stop_the_analysis() -> None:
-    """Ctrl-C ends the wait, not the analysis, and is no failure of it."""
+    """Ctrl-C ends the wait; the analysis continues, and the message says how to cancel it."""
     with scripted(answer(RUNNING)) as server:
         command = [
             sys.executable,
@@ -209,7 +253,7 @@ def test_interrupted_wait_says_how_to_stop_the_analysis() -> None:
 
 
 def test_progress_bar_on_a_terminal() -> None:
-    """On a terminal the wait shows a bar, which is gone at the end; stdout has the JSON alone."""
+    """On a terminal a progress bar is shown and removed at the end; stdout has only JSON."""
     answers = (answer(RUNNING), answer({**RUNNING, "progress": {"done": 1, "total": 4, "phase": "joint spectrum"}}))
     with scripted(*answers, answer(SUCCEEDED)) as server:
         control, terminal = pty.openpty()
@@ -235,7 +279,7 @@ def test_progress_bar_on_a_terminal() -> None:
 
 
 def test_json_is_ascii_whatever_the_names() -> None:
-    """Escape sequences and exotic letters in names reach a terminal only as JSON escapes."""
+    """Escape sequences and non-ASCII letters in names reach a terminal only as JSON escapes."""
     items = [{"id": "1", "name": "\x9b31m\u202e∞"}]
     with scripted(answer({"items": items, "next_cursor": None})) as server:
         ran = interplay("list", "checkpoints", "--json", url=server.url)
@@ -244,7 +288,7 @@ def test_json_is_ascii_whatever_the_names() -> None:
 
 
 def test_names_that_the_terminal_cannot_show() -> None:
-    """In an ASCII locale a table is still printed."""
+    """A table is printed even in an ASCII locale."""
     items = [{"id": "1", "name": "∞ net"}]
     with scripted(answer({"items": items, "next_cursor": None})) as server:
         ran = interplay("list", "checkpoints", url=server.url, PYTHONIOENCODING="ascii")
@@ -253,7 +297,7 @@ def test_names_that_the_terminal_cannot_show() -> None:
 
 
 def test_metadata_keeps_its_types(tmp_path: Path) -> None:
-    """KEY=VALUE is JSON where it can be and text elsewhere; the name defaults to the file's stem."""
+    """A value that is JSON keeps its type, others are text; the name defaults to the file's stem."""
     file, network = tmp_path / "net-3.safetensors", tmp_path / "net.json"
     file.write_bytes(b"0")
     network.write_text('{"family": "builtin"}')
@@ -290,7 +334,7 @@ def test_metadata_keeps_its_types(tmp_path: Path) -> None:
     ],
 )
 def test_server_commands_name_the_missing_extra(command: str, module: str, extra: str) -> None:
-    """Where the extra is not installed the command says how to get it, and exits with 2."""
+    """If an extra is not installed, the command says how to install it and exits with 2."""
     program = f"import sys; sys.modules[{module!r}] = None; from interplay.command.main import main; main()"
     ran = subprocess.run([sys.executable, "-c", program, command], capture_output=True, text=True)
     assert (ran.returncode, ran.stdout) == (2, "")
@@ -302,7 +346,7 @@ def test_server_commands_name_the_missing_extra(command: str, module: str, extra
 
 @pytest.mark.parametrize("command", ["serve", "api", "worker", "migrate"])
 def test_server_commands_hand_over_from_any_folder(command: str, tmp_path: Path) -> None:
-    """Arguments, --help too, reach the server's own program, even where the folder has another `app` or `workers`."""
+    """Arguments, including --help, reach the server's program, even from a folder with another `app` or `workers`."""
     for name in ("app", "workers"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__main__.py").write_text("raise SystemExit('the wrong program')")
@@ -316,13 +360,13 @@ def test_server_commands_hand_over_from_any_folder(command: str, tmp_path: Path)
 
 
 def as_json(ran: subprocess.CompletedProcess[str]) -> Any:
-    """What a command that went well printed with --json."""
+    """Return the JSON output of a command that succeeded."""
     assert ran.returncode == 0, ran.stderr
     return json.loads(ran.stdout)
 
 
 def test_from_files_to_a_report(service: Service, mlp_checkpoint_file: Path, digits_probe_file: Path) -> None:
-    """push, analyze --wait, show, list and delete do the main job, and what they print agrees."""
+    """push, analyze --wait, show, list and delete work together, and their outputs agree."""
     run = uuid.uuid4().hex
     checkpoint = as_json(
         interplay(
@@ -356,7 +400,7 @@ def test_from_files_to_a_report(service: Service, mlp_checkpoint_file: Path, dig
 
 
 def test_checkpoint_that_does_not_fit(service: Service, mlp_checkpoint_file: Path, digits_probe_file: Path) -> None:
-    """An analysis of a mis-shaped checkpoint fails (1), with the shapes on stderr and its problem in the JSON."""
+    """An analysis of a checkpoint with wrong shapes gives 1, the shapes on stderr and its problem in the JSON."""
     network = {"family": "builtin", "name": "mlp", "args": {"sizes": [64, 33, 10]}}
     pushed = interplay(
         "push", "checkpoint", mlp_checkpoint_file, "--architecture", json.dumps(network), "--json", url=service.url
@@ -371,7 +415,7 @@ def test_checkpoint_that_does_not_fit(service: Service, mlp_checkpoint_file: Pat
 
 
 def test_cancel_and_unknown_ids(service: Service, mlp_checkpoint_file: Path, digits_probe_file: Path) -> None:
-    """A queued analysis can be cancelled; what does not exist is a problem, 2."""
+    """A queued analysis can be cancelled; an unknown id is a problem and gives 2."""
     checkpoint = as_json(interplay("push", "checkpoint", mlp_checkpoint_file, "--json", url=service.url))
     probe = as_json(interplay("push", "probe", digits_probe_file, "--json", url=service.url))
     queued = as_json(
@@ -393,7 +437,7 @@ def test_cancel_and_unknown_ids(service: Service, mlp_checkpoint_file: Path, dig
 
 
 def test_features_from_elsewhere(service: Service, tmp_path: Path) -> None:
-    """A feature set pushed as a file is analysed without a network; perfect collapse has the MIR of its optimum."""
+    """A pushed feature set is analysed without a network; perfect collapse has the MIR of its optimum."""
     frame = (np.eye(4) - 0.25).astype(np.float32)
     labels = np.repeat(np.arange(4), 25)
     file = tmp_path / "frame.safetensors"
@@ -409,7 +453,7 @@ def test_features_from_elsewhere(service: Service, tmp_path: Path) -> None:
 def test_paths_pruning_and_series(
     service: Service, mlp_checkpoint_file: Path, digits_probe_file: Path, tmp_path: Path
 ) -> None:
-    """Each kind is queued, waited for and shown: a row a point, then what they amount to."""
+    """Each kind is queued, waited for and shown: a row per point, then the summary."""
     ids = [
         as_json(interplay("push", "checkpoint", mlp_checkpoint_file, "--name", name, "--json", url=service.url))["id"]
         for name in ("one", "two")
@@ -447,77 +491,3 @@ def test_paths_pruning_and_series(
     refused = interplay("series", f"0={ids[0]}", *common, url=service.url)
     assert refused.returncode == 2
     assert "axis" in refused.stderr
-
-
-# --- convert --------------------------------------------------------------------------------------------------------
-
-
-def test_convert_and_push(service: Service, tmp_path: Path) -> None:
-    """A pickle is refused with the command that converts it; what that writes is taken and analysed."""
-    architecture = {"family": "builtin", "name": "mlp", "args": {"sizes": [64, 12, 10]}}
-    state = build(architecture, device="cpu").state_dict()
-    torch.save({"epoch": 7, "state_dict": state, "optimizer": {}}, pickled := tmp_path / "net.ckpt")
-    refused = interplay("push", "checkpoint", pickled, url=service.url)
-    assert refused.returncode == 2
-    assert "interplay convert FILE -o OUT.safetensors" in refused.stderr
-    out = tmp_path / "net.safetensors"
-    described = ("--architecture", json.dumps(architecture))
-    converted = interplay("convert", pickled, "-o", out, *described)
-    assert converted.returncode == 0, converted.stderr
-    assert "4 tensors, 910 numbers under 'state_dict'" in converted.stdout
-    assert "left out epoch: int" in converted.stdout
-    again = interplay("convert", pickled, "-o", out)
-    assert (again.returncode, "--overwrite" in again.stderr) == (2, True)
-    as_json = interplay(
-        "convert", pickled, "-o", out, "--overwrite", "--architecture", json.dumps(architecture), "--json"
-    )
-    assert json.loads(as_json.stdout)["left_out"] == {"epoch": "int", "optimizer": "dict of 0"}
-    pushed = interplay("push", "checkpoint", out, "--json", url=service.url)
-    assert json.loads(pushed.stdout)["n_parameters"] == 910
-
-
-def test_convert_what_timm_saves(service: Service, tmp_path: Path) -> None:
-    """Arguments and scalars beside the weights are named; the weights are taken and have their numbers."""
-    architecture = {"family": "builtin", "name": "mlp", "args": {"sizes": [64, 12, 10], "norm": "batch"}}
-    state = build(architecture, device="cpu").state_dict()
-    content = {"state_dict": state, "optimizer": {}, "args": argparse.Namespace(lr=0.1), "metric": np.float64(91.2)}
-    torch.save(content, pickled := tmp_path / "x.pth.tar")
-    out = tmp_path / "x.safetensors"
-    converted = interplay("convert", pickled, "-o", out, "--architecture", json.dumps(architecture), "--json")
-    assert converted.returncode == 0, converted.stderr
-    body = json.loads(converted.stdout)
-    assert body["n_tensors"] == len(state)
-    assert body["left_out"] == {"optimizer": "dict of 0", "args": "argparse.Namespace", "metric": "numpy scalar"}
-    pushed = interplay("push", "checkpoint", out, "--json", url=service.url)
-    assert pushed.returncode == 0, pushed.stderr
-
-
-def test_push_of_folders_of_pickles_says_the_command(service: Service, tmp_path: Path) -> None:
-    """Of a distributed checkpoint and of a Hugging Face folder: the command that is told makes what push takes."""
-    architecture = {"family": "builtin", "name": "mlp", "args": {"sizes": [64, 12, 10]}}
-    state = build(architecture, device="cpu").state_dict()
-    (tmp_path / "hugging face").mkdir()
-    torch.save(state, tmp_path / "hugging face" / "pytorch_model.bin")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        distributed.save({"model": state}, checkpoint_id=tmp_path / "run" / "fsdp_0", no_dist=True)
-    described = ("--architecture", json.dumps(architecture))
-    for folder in ("hugging face", "run"):
-        refused = interplay("push", "checkpoint", tmp_path / folder, *described, url=service.url)
-        assert refused.returncode == 2
-        _, _, command = refused.stderr.partition(": interplay convert ")
-        source, _, target = shlex.split(command)
-        ran = interplay("convert", source, "-o", tmp_path / target, *described)
-        assert ran.returncode == 0, ran.stderr
-        again = tmp_path / folder if folder == "hugging face" else tmp_path / target
-        pushed = interplay("push", "checkpoint", again, *described, "--json", url=service.url)
-        assert json.loads(pushed.stdout)["n_parameters"] == 910
-
-
-def test_convert_says_what_it_cannot_open(tmp_path: Path) -> None:
-    """A whole network in a pickle is a matter of exit code 2 and advice, never of a traceback."""
-    torch.save(torch.nn.Linear(2, 2), path := tmp_path / "whole.pt")
-    ran = interplay("convert", path, "-o", tmp_path / "x.safetensors")
-    assert (ran.returncode, "Traceback" in ran.stderr) == (2, False)
-    assert "state_dict()" in ran.stderr
-    assert not (tmp_path / "x.safetensors").exists()

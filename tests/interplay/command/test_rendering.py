@@ -1,4 +1,4 @@
-"""What a person reads in a terminal."""
+"""The rendering of reports, collections and problems for a terminal."""
 
 import io
 from typing import Any
@@ -13,14 +13,14 @@ from tests.interplay.reports import evaluation_report, path_report, pruning_repo
 
 
 def rendered(view: RenderableType) -> str:
-    """The view as plain text, wide enough to fold nothing."""
+    """Return the view as plain text, wide enough that nothing folds."""
     buffer = io.StringIO()
     Console(file=buffer, width=200, markup=False, highlight=False, emoji=False).print(view)
     return buffer.getvalue()
 
 
 def rows(text: str, *starts: str) -> list[list[str]]:
-    """The cells of the lines that hold all of the given words."""
+    """Return the cells of the lines that contain all given words."""
     return [line.split() for line in text.splitlines() if all(start in line.split() for start in starts)]
 
 
@@ -31,34 +31,34 @@ def test_report_shows_mir_beside_optimum_and_null() -> None:
 
 
 def test_report_shows_undefined_values_as_dashes_with_their_reasons() -> None:
-    """A null never reads as a number, and its reason is named below the tables."""
+    """An undefined value is a dash, and its reason is below the tables."""
     text = rendered(rendering.report_view(evaluation_report()))
     (row,) = rows(text, "all", "sample", "none", "–")
     assert row == ["all", "sample", "none", "–", "0.9524", "–", "–", "0.0000", "0.0000"]
     assert "None" not in text
     for note in (
-        "all, sample, none: mir is not defined (zero_entropy).",
-        "all, class mean, none: mir_z is not defined (null_degenerate).",
-        "all: calibration_error is not defined (no_logits).",
-        "all, collapse: nc3 is not defined (head_is_zero).",
-        "all, sample, global: 3 samples without a direction were left out.",
-        "all, collapse: 2 classes have no samples and were left out.",
+        "all, sample, none: mir is undefined (zero_entropy).",
+        "all, class mean, none: mir_z is undefined (null_degenerate).",
+        "all: calibration_error is undefined (no_logits).",
+        "all, collapse: nc3 is undefined (head_is_zero).",
+        "all, sample, global: 3 samples without a direction were omitted.",
+        "all, collapse: 2 classes have no samples and were omitted.",
     ):
         assert note in text
 
 
 def test_report_says_that_hdr_of_two_centred_classes_says_nothing() -> None:
-    """A number that any network would have is shown, and below what it is worth."""
+    """HDR of two centred classes is shown with a note that it carries no information."""
     report = evaluation_report()
     values = report["splits"]["all"]["interplay"]["sample"]["global"]
     values.update(mir=None, hdr=1.0, reasons={"mir": "two_classes", "hdr": "two_classes"})
     text = rendered(rendering.report_view(report))
-    assert "all, sample, global: mir is not defined (two_classes)." in text
-    assert "all, sample, global: hdr says nothing: two centred head rows are opposite in every network." in text
+    assert "all, sample, global: mir is undefined (two_classes)." in text
+    assert "all, sample, global: hdr carries no information: two centred head rows are always opposite." in text
 
 
 def test_report_marks_an_optimum_that_cannot_be_reached() -> None:
-    """A star stands at the optimum and its meaning below; without one there is no such note."""
+    """An unreachable optimum has a star and a note; otherwise there is no note."""
     report = evaluation_report()
     text = rendered(rendering.report_view(report))
     assert "0.9524 *" in text
@@ -90,7 +90,7 @@ def test_report_of_a_feature_set() -> None:
     ],
 )
 def test_numbers_keep_their_leading_digits(value: float | None, digits: int, text: str) -> None:
-    """Small and large measurements turn to powers of ten; an undefined one is a dash."""
+    """Small and large measurements use powers of ten; an undefined one is a dash."""
     assert rendering.number(value, digits) == text
 
 
@@ -112,24 +112,24 @@ def test_numbers_keep_their_leading_digits(value: float | None, digits: int, tex
     ],
 )
 def test_places_are_shown_as_they_were_given(x: float | None, text: str) -> None:
-    """Every digit that somebody typed is there; what has no short form keeps six."""
+    """All typed digits are kept; a number without a short form keeps six."""
     assert rendering.place(x) == text
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False))
 def test_places_lose_nothing_unless_they_are_shortened(x: float) -> None:
-    """What is shown is the number itself, to six digits at least."""
+    """The text reads back as the same number, or as the same six digits if shortened."""
     assert float(rendering.place(x, shorten=False)) == x
     assert float(rendering.place(x)) == pytest.approx(x, rel=1e-5, abs=0)
 
 
 def first_cells(text: str) -> list[str]:
-    """What stands first in each row of a table of points: rows have a loss of 3.2e-05."""
+    """Return the first cell of each row of a table of points; the rows have a loss of 3.2e-05."""
     return [line.split()[0] for line in text.splitlines() if "3.2e-05" in line]
 
 
 def test_steps_of_a_series_keep_their_digits() -> None:
-    """Steps that differ in their last digit are told apart in the table and in what it amounts to."""
+    """Steps that differ in their last digit stay distinct in the table and the summary."""
     steps = [1234567, 1234568, 1234569]
     text = rendered(rendering.report_view(series_report(steps, train_at=1234567, test_at=1234569, delay=2)))
     assert first_cells(text) == ["1234567", "1234568", "1234569"]
@@ -142,7 +142,7 @@ def test_steps_of_a_series_keep_their_digits() -> None:
 
 
 def test_points_of_a_path_are_never_alike() -> None:
-    """w of an even grid is shortened, unless two points would then look the same; a barrier names its point's text."""
+    """w of an even grid is shortened unless two points would look the same; a barrier has its point's text."""
     ws = [n / 24 for n in range(25)]
     text = rendered(rendering.report_view(path_report(ws, barrier_at=1 / 24)))
     assert first_cells(text)[:4] == ["0", "0.0416667", "0.0833333", "0.125"]
@@ -155,7 +155,7 @@ def test_points_of_a_path_are_never_alike() -> None:
 
 
 def test_sparsities_are_shown_whole() -> None:
-    """Sparsities that differ beyond the fourth place, and the knee among them, keep their digits."""
+    """Sparsities that differ beyond the fourth digit, including the knee, keep their digits."""
     text = rendered(rendering.report_view(pruning_report([0, 0.99991, 0.99992], knee=0.99991)))
     assert first_cells(text) == ["0", "0.99991", "0.99992"]
     assert rows(text, "all", "0.99991") == [["all", "0.99991"]]
@@ -163,7 +163,7 @@ def test_sparsities_are_shown_whole() -> None:
 
 @given(st.text())
 def test_printable_keeps_no_control_characters(text: str) -> None:
-    """Whatever a stranger named a thing, nothing of it moves the cursor, and what prints stays."""
+    """No character of an untrusted name moves the cursor; printable ones stay."""
     shown = rendering.printable(text)
     assert shown.isprintable()
     assert len(shown) == len(text)
@@ -176,7 +176,7 @@ EVIL = "\x1b[2J\x9b31m[red]:boom:\r\n\u202eevil"
 
 
 def test_views_defuse_names_and_metadata() -> None:
-    """Escape sequences, markup and emoji codes in names, metadata and descriptions are shown, not obeyed."""
+    """Escape sequences, markup and emoji codes in names, metadata and descriptions are shown as text."""
     report = evaluation_report()
     report["subject"]["name"] = report["probe"]["name"] = EVIL
     report["subject"]["metadata"] = {EVIL: [EVIL]}
@@ -195,7 +195,7 @@ def test_views_defuse_names_and_metadata() -> None:
 
 
 def test_collection_shows_whole_ids_and_dashes() -> None:
-    """Ids are never cut, what is null is a dash, sizes have separators."""
+    """Ids are never cut, null is a dash, sizes have separators."""
     items: list[dict[str, Any]] = [
         {
             "id": "01990000-0000-7000-8000-000000000001",
@@ -217,7 +217,7 @@ def test_collection_shows_whole_ids_and_dashes() -> None:
 
 
 def test_problem_lists_names_and_says_how_many_more() -> None:
-    """Lists stand one entry a line, 20 at most; type and status are left out."""
+    """A list has one entry per line, at most 20; type and status are omitted."""
     members = {"type": "urn:x", "status": 422, "missing": [f"w{n}" for n in range(23)], "limit_bytes": 5, "empty": []}
     lines = rendering.problem_text("Wrong", "It is wrong.", members).splitlines()
     assert lines[:3] == ["Wrong: It is wrong.", "  missing:", "    w0"]
@@ -226,7 +226,7 @@ def test_problem_lists_names_and_says_how_many_more() -> None:
 
 
 def test_problem_shows_validation_errors_by_their_place() -> None:
-    """An error of the request's validation reads as place and message."""
+    """A validation error of a request is shown as place and message."""
     errors = [{"loc": ["spec", "name"], "message": "Field required"}]
     assert "    spec.name: Field required" in rendering.problem_text("Wrong", "", {"errors": errors})
 
@@ -236,13 +236,13 @@ def test_problem_shows_validation_errors_by_their_place() -> None:
     [("queued", 0, "queued"), ("running", 0, "running loading"), ("running", 12, "running 3/12 loading")],
 )
 def test_progress_line(status: str, total: int, line: str) -> None:
-    """A running analysis says how far it is and at what; a queued one is only queued."""
+    """A running analysis shows its progress and phase; a queued one only its status."""
     progress = {"done": 3, "total": total, "phase": "loading"}
     assert rendering.progress_line({"status": status, "progress": progress}) == line
 
 
 def test_configuration_is_shown_by_the_name_of_its_class() -> None:
-    """A config.json has hundreds of members; a cell has room for what it is of."""
+    """A config.json has hundreds of members; a cell shows the name of its class."""
     config = {"architectures": ["ViTForImageClassification"], "model_type": "vit", "hidden_size": 768}
     report = evaluation_report()
     report["subject"]["architecture"] = {"family": "transformers", "config": config}
@@ -252,7 +252,7 @@ def test_configuration_is_shown_by_the_name_of_its_class() -> None:
 
 
 def test_report_of_a_language_model_says_what_its_samples_are() -> None:
-    """Positions and sequences, and over which tokens each measure is; a bound of MIR that is not tight is told."""
+    """Positions, sequences and the tokens of each measure are shown; a loose bound of MIR is noted."""
     report = evaluation_report()
     report["probe"] |= {"n_classes": 0, "class_counts": []}
     report["probe"]["next_tokens"] = {
@@ -269,7 +269,7 @@ def test_report_of_a_language_model_says_what_its_samples_are() -> None:
     assert "1,797 samples without labels" in text
     assert "1,797 in 60 sequences" in text
     assert "Of 50,257 tokens 3 occur as classes" in text
-    assert "Labels of the probe took no part." in text
+    assert "The labels of the probe were not used." in text
     assert {"positions 1,797", "sequences 60"} <= set(lines)
     assert (
         "all, sample, global: MIR may be up to 0.11 higher; 2,048 of 19,161 rows of its spectrum were coupled." in lines
@@ -277,6 +277,6 @@ def test_report_of_a_language_model_says_what_its_samples_are() -> None:
 
 
 def test_a_probe_without_labels_in_one_line() -> None:
-    """The answer to an upload."""
+    """The line about a pushed probe says that it has no labels."""
     body = {"id": "a", "name": "texts", "n_samples": 1200, "n_classes": 0}
     assert rendering.resource_text("probe", body) == "probe a, texts, 1,200 samples without labels"

@@ -1,4 +1,4 @@
-"""A verdict as a table, as JUnit XML and as Markdown; verdicts are those that the service's own judge gives."""
+"""A verdict as a table, as JUnit XML and as Markdown; the verdicts come from the service's own judge."""
 
 import io
 import json
@@ -30,7 +30,7 @@ WARNED_UNDEFINED = {**UNDEFINED, "when_undefined": "warn", "name": "unclear"}
 
 
 def run(*checks: dict[str, Any], strict: bool = False, report: Any = None, baseline: Any = None) -> Run:
-    """A run whose verdict is that of a gate with these checks on the report of tests/interplay/reports.py."""
+    """Return a run whose verdict is that of a gate with these checks on the report of tests/interplay/reports.py."""
     gate = GateSpec.model_validate({"name": "release", "checks": [*checks]})
     report = report or evaluation_report()
     judged = verdicts.judge(gate, verdicts.sides(gate, report, baseline))
@@ -59,7 +59,7 @@ def run(*checks: dict[str, Any], strict: bool = False, report: Any = None, basel
 
 
 def parsed(text: str) -> junitparser.TestSuite:
-    """The one suite of valid JUnit XML."""
+    """Return the one suite of valid JUnit XML."""
     XSD.validate(text)
     (suite,) = junitparser.JUnitXml.fromstring(text.encode())
     return suite
@@ -93,7 +93,7 @@ ALL = (PASS, FAIL, WARN, UNDEFINED, SKIPPED, WARNED_UNDEFINED)
     ],
 )
 def test_the_worst_check_is_the_verdict(checks: tuple[dict[str, Any], ...], lenient: str, strict: str) -> None:
-    """Of the service without --strict; with it a warning is what it warned of."""
+    """Without --strict it is the service's verdict; with --strict a warning counts as what it warns of."""
     found = run(*checks).verdict
     assert found is not None
     assert worst(found["checks"], strict=False) == found["status"] == lenient
@@ -104,7 +104,7 @@ def test_the_worst_check_is_the_verdict(checks: tuple[dict[str, Any], ...], leni
 
 
 def test_junit_tells_failure_error_and_skipped_apart() -> None:
-    """A test case a check, in the gate's order; counts and times are those of the run."""
+    """There is one test case per check, in the gate's order, with the run's counts and times."""
     suite = parsed(junit(run(*ALL)))
     assert outcomes(suite) == ["", "Failure", "Skipped", "Error", "Skipped", "Skipped"]
     assert (suite.tests, suite.failures, suite.errors, suite.skipped) == (6, 1, 1, 3)
@@ -119,14 +119,14 @@ def test_junit_tells_failure_error_and_skipped_apart() -> None:
 
 
 def test_junit_of_a_strict_run_has_failures_in_place_of_warnings() -> None:
-    """An undefined number that was warned of is an error."""
+    """An undefined number with a warning is an error."""
     suite = parsed(junit(run(*ALL, strict=True)))
     assert outcomes(suite) == ["", "Failure", "Failure", "Error", "Skipped", "Error"]
     assert (suite.failures, suite.errors, suite.skipped) == (2, 2, 1)
 
 
 def test_junit_of_a_run_without_a_verdict_is_one_error() -> None:
-    """A pipeline that collects the file sees why there is none."""
+    """The error says why there is no verdict."""
     stopped = Run("release", False, datetime.now(UTC), {"upload": 1.0, "analysis": 2.0})
     stopped.problem = {"type": "urn:x", "title": "Out of memory", "detail": "One input\x00 was too much."}
     suite = parsed(junit(stopped))
@@ -137,7 +137,7 @@ def test_junit_of_a_run_without_a_verdict_is_one_error() -> None:
 
 
 def test_junit_of_an_interval_says_its_ends() -> None:
-    """And at which confidence, and how it was found."""
+    """The interval comes with its confidence and method."""
     check = {"metric": "splits.test.accuracy", "min_change": 0.0, "significance": 0.95}
     suite = parsed(junit(run(check, report=comparison_report({"accuracy": difference(0.9, 0.89, 0.01)}))))
     (case,) = suite
@@ -146,7 +146,7 @@ def test_junit_of_an_interval_says_its_ends() -> None:
 
 @given(name=st.text(st.characters(min_codepoint=32, exclude_categories=["Cs"]), min_size=1, max_size=40))
 def test_any_name_makes_valid_xml_and_one_row(name: str) -> None:
-    """Whatever a check is called, JUnit can be parsed, its row stays one row, and nothing of it is markup."""
+    """With any name of a check JUnit can be parsed, its row stays one row, and no part of it is markup."""
     found = run({**FAIL, "name": name})
     (case,) = parsed(junit(found))
     assert case.name is not None
@@ -161,14 +161,14 @@ def test_any_name_makes_valid_xml_and_one_row(name: str) -> None:
 
 
 def test_markdown_begins_with_a_marker_that_stays() -> None:
-    """The same line for every run of a gate, hidden, and another for another gate."""
+    """The hidden line is the same for every run of a gate, and different for another gate."""
     first, second = markdown(run(PASS)), markdown(run(*ALL))
     assert first.split("\n")[0] == second.split("\n")[0] == marker("release") == "<!-- interplay-gate: release -->"
     assert marker("a-->b") == "<!-- interplay-gate: a--_b -->"
 
 
 def test_markdown_has_what_matters_first() -> None:
-    """Verdict, what was judged, what did not pass, then the rest folded, and a link to the charts."""
+    """Verdict, subject and checks that did not pass come first, then the others, folded, and a link to the charts."""
     text = markdown(run(*ALL))
     lines = text.split("\n")
     assert lines[1] == "### ❌ Gate release failed: 1 failed, 1 undefined, 2 warned, 1 skipped, 1 passed"
@@ -180,7 +180,7 @@ def test_markdown_has_what_matters_first() -> None:
 
 
 def test_markdown_of_names_with_markup_mentions_nobody_and_breaks_no_table() -> None:
-    """Text of others stays text."""
+    """Untrusted names stay text."""
     text = markdown(run({**FAIL, "name": "@team | <b> `x` [l](http://e) <!-- -->"}))
     assert "@team" not in text
     assert "\\| &lt;b&gt; \\`x\\` \\[l\\]\\(http://e\\) &lt;\\!-- --&gt;" in text
@@ -189,7 +189,7 @@ def test_markdown_of_names_with_markup_mentions_nobody_and_breaks_no_table() -> 
 @pytest.mark.parametrize("n", [1, 200, 5_000])
 @pytest.mark.parametrize("template", [PASS, FAIL], ids=["pass", "fail"])
 def test_markdown_is_short_whatever_the_number_of_checks(n: int, template: dict[str, Any]) -> None:
-    """Under 65,000 bytes; what is left out is counted, and table and fold are whole."""
+    """It stays under 65,000 bytes; omitted checks are counted, and the table and the fold are complete."""
     name = "ü|" * 60
     text = markdown(run(*({**template, "name": f"{name} {number}"} for number in range(n))))
     assert len(text.encode()) < 65_000
@@ -202,7 +202,7 @@ def test_markdown_is_short_whatever_the_number_of_checks(n: int, template: dict[
 
 
 def test_markdown_and_json_of_a_run_without_a_verdict_say_why() -> None:
-    """In place of a table; a long detail is cut."""
+    """The reason replaces the table; a long detail is cut."""
     stopped = Run("release", False, datetime.now(UTC), problem={"title": "Out", "detail": "of *it* " + "x" * 99_999})
     text = markdown(stopped)
     assert text.split("\n")[1] == "### ❔ Gate release: no verdict"
@@ -215,7 +215,7 @@ def test_markdown_and_json_of_a_run_without_a_verdict_say_why() -> None:
 
 
 def test_table_shows_value_bounds_baseline_and_why() -> None:
-    """A row a check, worst first; an undefined number is a dash."""
+    """There is one row per check, worst first; an undefined number is a dash."""
     change = {"metric": "splits.all.accuracy", "min_change": -0.01, "max_change": 0.5}
     baseline = evaluation_report()
     baseline["splits"]["all"]["accuracy"] = 0.99
@@ -234,5 +234,5 @@ def test_table_shows_value_bounds_baseline_and_why() -> None:
 
 
 def test_table_takes_no_markup_and_no_control_characters() -> None:
-    """Names of others are text."""
+    """Untrusted names are text."""
     assert "[red]x" in rendered(run({**FAIL, "name": "[red]x"}))

@@ -1,0 +1,144 @@
+"""Calls that upload checkpoints, probes and feature sets."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypedDict, Unpack, cast
+
+from interplay.calls.collections import Collection, CollectionCalls, given
+from interplay.folders import packed_checkpoint, zipped_folder
+from interplay.results import Checkpoint, FeatureSet, Probe
+from interplay.transport import Body, ProblemError
+from interplay.uploads import push
+
+
+class CheckpointDescription(TypedDict, total=False):
+    """The optional arguments of `push_checkpoint`, which documents them."""
+
+    architecture: Mapping[str, Any] | None
+    head: str | None
+    prefix: str | None
+    preprocess: Mapping[str, Any] | None
+    tokenizer: Mapping[str, Any] | None
+    metadata: Mapping[str, Any] | None
+
+
+class PushingCalls(CollectionCalls):
+    """Calls that upload checkpoints, probes and feature sets."""
+
+    def push_checkpoint(
+        self,
+        path: str | Path,
+        *,
+        name: str,
+        architecture: Mapping[str, Any] | None = None,
+        head: str | None = None,
+        prefix: str | None = None,
+        preprocess: Mapping[str, Any] | None = None,
+        tokenizer: Mapping[str, Any] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> Checkpoint:
+        """Upload a safetensors checkpoint; it streams from disk, whatever its size.
+
+        If the response is lost, the client asks the service whether it has the file before sending it again.
+
+        Args:
+            path: the file, or a Hugging Face folder: config.json, weights in one file or in shards with their index,
+                and optionally preprocessor_config.json and tokenizer.json. An archive of one is accepted too.
+            name: display name; need not be unique.
+            architecture: description of the network; default: the one in the file's own metadata, or config.json.
+            head: module name of the classification head; default: the family's own.
+            prefix: prefix of the weights' names, such as `ema_model.`, if the file holds several copies.
+            preprocess: of images, for probes without one: in a probe's form, or a preprocessor_config.json.
+            tokenizer: content of a tokenizer.json, for texts of probes without one.
+            metadata: for example run, epoch, tags; text, numbers, booleans or lists of these.
+        """
+        spec = {
+            "name": name,
+            "architecture": architecture,
+            "head": head,
+            "prefix": prefix,
+            "preprocess": preprocess,
+            "tokenizer": tokenizer,
+            "metadata": metadata,
+        }
+        path = Path(path)
+        if not path.is_dir():
+            return cast(Checkpoint, self._push("checkpoints", path, spec))
+        with packed_checkpoint(path) as archive:
+            return cast(Checkpoint, self._push("checkpoints", archive, spec))
+
+    def push_probe(
+        self,
+        path: str | Path,
+        *,
+        name: str,
+        class_names: Sequence[str] | None = None,
+        preprocess: Mapping[str, Any] | None = None,
+        columns: Mapping[str, str | None] | None = None,
+        tokenizer: Mapping[str, Any] | None = None,
+        max_length: int | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> Probe:
+        """Upload a probe dataset; its format is detected from its content.
+
+        Args:
+            path: safetensors or npz with `inputs`, `labels` and, optionally, `split`; Parquet with images or texts and
+                labels; CSV or JSON lines with texts and labels; a zip of class folders with images, or of Parquet
+                files; or a folder of either, which is zipped, uncompressed, in the temporary directory. For causal
+                language models texts, or `input_ids` in place of `inputs`, need no labels.
+            name: display name.
+            class_names: one for each class, in the order of the labels. For a file with its own class names: all of
+                them in the order that the labels should have, or other names for them, in their sorted order.
+            preprocess: `scale`, `mean`, `std`; the network's inputs are (inputs * scale - mean) / std. For images
+                `resize`, `resample`, `crop`, `colour` come first; default: the checkpoint's preprocessing.
+            columns: names of columns by `image`, `text`, `label`, `split`, if they are not the usual ones; `label`
+                None for texts without labels.
+            tokenizer: content of a tokenizer.json, for texts; default: the checkpoint's tokenizer.
+            max_length: number of tokens of a text that are kept.
+            metadata: as for a checkpoint.
+        """
+        spec = {
+            "name": name,
+            "class_names": None if class_names is None else [*class_names],
+            "preprocess": preprocess,
+            "columns": columns,
+            "tokenizer": tokenizer,
+            "max_length": max_length,
+            "metadata": metadata,
+        }
+        path = Path(path)
+        if not path.is_dir():
+            return cast(Probe, self._push("probes", path, spec))
+        with zipped_folder(path) as archive:
+            return cast(Probe, self._push("probes", archive, spec))
+
+    def push_feature_set(self, path: str | Path, *, name: str, metadata: Mapping[str, Any] | None = None) -> FeatureSet:
+        """Upload features, labels and head of a network that the service cannot build (safetensors)."""
+        return cast(FeatureSet, self._push("feature-sets", Path(path), {"name": name, "metadata": metadata}))
+
+    def push_checkpoint_once(
+        self, path: str | Path, *, name: str, **described: Unpack[CheckpointDescription]
+    ) -> tuple[Checkpoint, bool]:
+        """Push a checkpoint as `push_checkpoint` does, but do not send a file whose content the service already has.
+
+        Returns:
+            The checkpoint, new in either case, and whether the file was sent. A folder is always sent.
+        """
+        path = Path(path)
+        if path.is_dir():
+            return self.push_checkpoint(path, name=name, **described), True
+        with path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        spec = json.dumps(given({"name": name, **described, "sha256": sha256})).encode()
+        try:
+            held = self._call("POST", "/v1/checkpoints", files=[("spec", (None, spec, "application/json"))])
+        except ProblemError as error:
+            if error.status != 404:
+                raise
+            return self.push_checkpoint(path, name=name, **described), True
+        return cast(Checkpoint, held), False
+
+    def _push(self, collection: Collection, path: Path, spec: Mapping[str, Any]) -> Body:
+        return push(self._transport, collection, path, given(spec))

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import re
+import sys
 import tomllib
 import zipfile
 from pathlib import Path
@@ -12,6 +13,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
+from tests.packages import wheels
 from tests.packages.interpreters import SUPPORTED
 from tests.packages.wheels import ROOT
 
@@ -21,6 +23,7 @@ CONTENTS = {
     "interplay-server": {name: name for name in ("analysis", "app", "migrations", "workers")},
 }
 PROJECTS = {"interplay": ROOT / "pyproject.toml", "interplay-server": ROOT / "server" / "pyproject.toml"}
+CI = ROOT / "examples" / "ci"
 
 
 def wheel_of(package: str, built: tuple[Path, Path]) -> Path:
@@ -64,6 +67,19 @@ def test_wheel_holds_its_packages_and_nothing_else(package: str, built: tuple[Pa
 
 
 @pytest.mark.parametrize("package", PROJECTS)
+def test_sdist_builds_the_same_wheel(package: str, built: tuple[Path, Path], tmp_path: Path) -> None:
+    """To the byte, without the repository around it, which the links lead to."""
+    project_folder = PROJECTS[package].parent
+    command = [sys.executable, "-m", "hatchling", "build", "--target", "sdist", "--directory", str(tmp_path)]
+    done = wheels.run(command, folder=project_folder)
+    assert done.returncode == 0, done.stderr
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    wheels.pip_wheel(tmp_path, sdist)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.read_bytes() == wheel_of(package, built).read_bytes()
+
+
+@pytest.mark.parametrize("package", PROJECTS)
 def test_metadata(package: str, built: tuple[Path, Path]) -> None:
     """License, author, link, and the Pythons that the classifiers name are those that pip lets through."""
     metadata = metadata_of(package, built)
@@ -87,6 +103,11 @@ def test_one_version() -> None:
     assert f"interplay=={version}" in project("interplay-server")["dependencies"]
     (first,) = re.findall(r"^## (\d\S+)", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)[:1]
     assert first == version
+    action, job = CI / "github" / "action.yml", CI / "gitlab" / ".gitlab-ci.yml"
+    for file in (ROOT / "README.md", ROOT / "server" / "README.md", CI / "github" / "workflow.yml", job):
+        assert set(re.findall(r"interplay(?:_server)?-(\d+\.\d+\.\d+)-py3", file.read_text())) == {version}, file
+    assert f'default: "{version}"' in action.read_text()
+    assert f"VERSION: {version}" in job.read_text()
 
 
 @pytest.mark.parametrize("package", PROJECTS)

@@ -27,21 +27,33 @@ def build(folder: Path) -> tuple[Path, Path]:
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not any(folder.glob("*.whl")):
-            options: list[str | Path] = ["--no-deps", "--no-build-isolation", "--wheel-dir", folder]
-            done = run([sys.executable, "-m", "pip", "wheel", *options, ROOT, ROOT / "server"])
-            assert done.returncode == 0, done.stdout + done.stderr
+            pip_wheel(folder, ROOT, ROOT / "server")
     client, server = sorted(folder.glob("*.whl"))
     return client, server
 
 
+def pip_wheel(folder: Path, *sources: Path) -> None:
+    """Build wheels of projects or sdists into a folder, with the hatchling that is installed here."""
+    options: list[str | Path] = ["--no-deps", "--no-build-isolation", "--wheel-dir", folder]
+    done = run([sys.executable, "-m", "pip", "wheel", *options, *sources])
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def run(
-    command: Sequence[str | Path], environment: Mapping[str, str] = MappingProxyType({}), *, isolated: bool = True
+    command: Sequence[str | Path],
+    environment: Mapping[str, str] = MappingProxyType({}),
+    *,
+    folder: Path = Path("/"),
+    isolated: bool = True,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a program that sees neither this repository nor, unless `isolated` is false, pip's configuration."""
+    """Run a program without Python's variables and ours and, unless `isolated` is false, without pip's configuration.
+
+    It runs in `folder`, by default away from this repository.
+    """
     hidden = ("INTERPLAY_", "PYTHON", *(["PIP_"] if isolated else []))
     given = {key: value for key, value in os.environ.items() if not key.startswith(hidden)}
     given |= {**(ISOLATED if isolated else {}), **environment}
-    return subprocess.run(command, env=given, cwd="/", capture_output=True, text=True, timeout=280)
+    return subprocess.run(command, env=given, cwd=folder, capture_output=True, text=True, timeout=280)
 
 
 def needed(wheel: Path, *, extras: Iterable[str] = ()) -> list[Distribution]:

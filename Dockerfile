@@ -12,7 +12,7 @@ COPY requirements.lock ./
 # torch alone comes from another index; its dependencies come with the rest, and all at the versions of the lock.
 RUN /opt/interplay/bin/pip install --no-deps --index-url "$TORCH_INDEX" "$(grep '^torch==' requirements.lock)"
 COPY . .
-RUN /opt/interplay/bin/pip install --constraint requirements.lock ".[$EXTRAS]"
+RUN /opt/interplay/bin/pip install --constraint requirements.lock . "./server[$EXTRAS]"
 
 FROM python:3.11-slim AS runtime
 RUN useradd --uid 10001 --create-home interplay && install --directory --owner=interplay --group=interplay /data

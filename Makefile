@@ -8,16 +8,16 @@ ARGS   ?=
 # files come in the order of tests/conftest.py, the longest first.
 TESTS  ?= -n 3 --dist loadfile --no-loadscope-reorder
 
-.PHONY: setup demo phenomena test test-all fuzz bench cuda check format types lock clean
+.PHONY: setup demo phenomena test test-all fuzz bench cuda check format types wheels lock clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml requirements.lock requirements-vision.txt
+$(STAMP): pyproject.toml server/pyproject.toml requirements.lock requirements-vision.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-vision.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e . -e ./server
 	touch $@
 
 demo: setup
@@ -54,6 +54,7 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/mypy --python-version 3.14 --package interplay
 	$(BIN)/lint-imports
 
 format: setup
@@ -65,15 +66,27 @@ types: setup
 	$(BIN)/python -m tools.result_types
 	$(BIN)/python -m tools.gate_schema
 
-# After a change of pins in pyproject.toml: installs them into an empty environment and writes down all that came.
+# What a machine without this repository installs (README.md): one file of each package, in dist/.
+wheels: setup
+	rm -rf dist
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist \
+	  . ./server
+	ls dist
+
+# After a change of ranges or of the group dev: installs all of it into an empty environment and writes down what came.
+# What the lock has stays at its version, unless LOCKED says otherwise: `make lock LOCKED=` takes the newest of all.
 # A local label (torch's +cpu) names one index's build and is left out, so that the lock installs from any.
+LOCKED ?= --constraint requirements.lock
 lock:
 	rm -rf .venv-lock
 	$(PYTHON) -m venv .venv-lock
-	.venv-lock/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
-	(echo '# Every package of `make setup`, pinned. Made by `make lock`; change pyproject.toml instead.'; \
-	 .venv-lock/bin/python -m pip freeze --exclude-editable | sed -E 's/\+[a-z0-9.]+$$//') > requirements.lock
+	.venv-lock/bin/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
+	.venv-lock/bin/python -m pip install --quiet --disable-pip-version-check $(LOCKED) --group dev \
+	  -e '.[export,mlflow,train]' -e './server[transformers]'
+	(echo '# Every package of `make setup`, pinned. Made by `make lock`; change pyproject.toml or server/pyproject.toml.'; \
+	 .venv-lock/bin/python -m pip freeze --exclude-editable | sed -E 's/\+[a-z0-9.]+$$//') > .venv-lock/requirements.lock
+	mv .venv-lock/requirements.lock requirements.lock
 	rm -rf .venv-lock
 
 clean:
-	rm -rf $(VENV) .venv-lock .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-lock dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

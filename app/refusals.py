@@ -1,5 +1,7 @@
 """The reason why a process of the service does not start, in one sentence that an operator can act on."""
 
+import sqlite3
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -27,13 +29,16 @@ def starting(settings: Settings) -> Iterator[None]:
     from app.storage import StorageUnavailable
     from migrations import OtherTables
 
+    url = sa.make_url(settings.effective_database_url)
+    if url.get_backend_name() == "sqlite":
+        _require_recent_sqlite(sys.version_info[:2], sqlite3.sqlite_version_info)
     try:
         yield
     except OtherTables as error:
         raise CannotStart(f"The database cannot be used: {error}.") from error
     except sa.exc.DBAPIError as error:
-        url = sa.make_url(settings.effective_database_url).render_as_string(hide_password=True)
-        raise CannotStart(f"The database {url} cannot be used: {_first_line(error.orig)}.") from error
+        shown = url.render_as_string(hide_password=True)
+        raise CannotStart(f"The database {shown} cannot be used: {_first_line(error.orig)}.") from error
     except StorageUnavailable as error:
         raise CannotStart(f"The storage {_address(settings)} cannot be used: {_first_line(error)}.") from error
     except BaseError as error:
@@ -41,6 +46,19 @@ def starting(settings: Settings) -> Iterator[None]:
     except OSError as error:
         place = error.filename or settings.data_dir
         raise CannotStart(f"{place} cannot be used: {error.strerror or error}.") from error
+
+
+def _require_recent_sqlite(python: tuple[int, ...], sqlite: tuple[int, ...]) -> None:
+    """Refuse an SQLite with which the queue's tables could be made and then take no row.
+
+    From Python 3.12 on dbos writes their default times as `unixepoch('subsec')`, which is NULL before SQLite 3.42.
+    """
+    if python >= (3, 12) and sqlite < (3, 42):
+        found, running = ".".join(map(str, sqlite)), ".".join(map(str, python))
+        raise CannotStart(
+            f"The database cannot be used: with Python {running} the queue needs SQLite 3.42 or newer, and this Python "
+            f"has {found}; use PostgreSQL, another build of Python, or Python 3.11."
+        )
 
 
 def _address(settings: Settings) -> str:

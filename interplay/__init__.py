@@ -89,6 +89,6 @@ else:
         except ModuleNotFoundError as error:
             if not _MODULES[name].startswith("interplay._analysis."):
                 raise
-            text = f"interplay.{name} needs {error.name}, which `pip install 'interplay[worker]'` brings"
+            text = f"interplay.{name} needs {error.name}, which `pip install 'interplay[train]'` brings"
             raise ModuleNotFoundError(text, name=error.name) from error
         return globals().setdefault(name, found)

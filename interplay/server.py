@@ -3,6 +3,7 @@
 A server command runs a separate program, which takes every argument that follows, including `--help`.
 """
 
+import importlib.metadata
 import importlib.util
 import os
 import sys
@@ -12,21 +13,40 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ServerCommand:
-    """A command of the server: its module and first arguments, and by extra a module that shows it is installed."""
+    """A command of the package interplay-server.
+
+    Attributes:
+        module: its module and first arguments.
+        summary: a sentence for `interplay --help`.
+        extra: the extra of interplay-server that it needs, if any.
+        witness: a module that is there where that is installed.
+    """
 
     module: tuple[str, ...]
-    needs: dict[str, str]
     summary: str
+    extra: str = ""
+    witness: str = "uvicorn"
+
+    @property
+    def requirement(self) -> str:
+        """What pip has to install for it."""
+        return f"interplay-server[{self.extra}]" if self.extra else "interplay-server"
+
+    def installed(self) -> bool:
+        """Whether it would start; a module `app` or `workers` alone may be anybody's."""
+        try:
+            importlib.metadata.version("interplay-server")
+        except importlib.metadata.PackageNotFoundError:
+            return False
+        return all(importlib.util.find_spec(name) is not None for name in ("uvicorn", self.witness))
 
 
 COMMANDS = {
-    "serve": ServerCommand(("app", "serve"), {"worker": "torch", "server": "uvicorn"}, "Run the API and one worker."),
-    "api": ServerCommand(("app", "api"), {"server": "uvicorn"}, "Run the API alone."),
-    "worker": ServerCommand(("workers",), {"worker": "torch"}, "Run one worker."),
-    "migrate": ServerCommand(("app", "migrate"), {"server": "uvicorn"}, "Bring the database to the current schema."),
-    "verify": ServerCommand(
-        ("app", "verify"), {"server": "uvicorn"}, "Read and hash every stored file; name reports on damaged ones."
-    ),
+    "serve": ServerCommand(("app", "serve"), "Run the API and one worker.", "worker", "torch"),
+    "api": ServerCommand(("app", "api"), "Run the API alone."),
+    "worker": ServerCommand(("workers",), "Run one worker.", "worker", "torch"),
+    "migrate": ServerCommand(("app", "migrate"), "Bring the database to the current schema."),
+    "verify": ServerCommand(("app", "verify"), "Read and hash every stored file; name reports on damaged ones."),
 }
 
 
@@ -48,12 +68,11 @@ def start(name: str, arguments: Sequence[str]) -> None:
         arguments: the arguments that follow it on the command line.
     """
     command = COMMANDS[name]
-    for extra, witness in command.needs.items():
-        if importlib.util.find_spec(witness) is None:
-            from interplay.command.options import EXIT_USAGE, fail
+    if not command.installed():
+        from interplay.command.options import EXIT_USAGE, fail
 
-            detail = f"`interplay {name}` needs more than the client: pip install 'interplay[{extra}]'"
-            fail(EXIT_USAGE, "Not installed", detail, {})
+        detail = f"`interplay {name}` needs more than the client: pip install '{command.requirement}'"
+        fail(EXIT_USAGE, "Not installed", detail, {})
     # The current folder must not shadow the service's packages: "app" is a common name. The variable, unlike -P, also
     # holds for the processes that the service starts.
     os.environ["PYTHONSAFEPATH"] = "1"

@@ -6,6 +6,7 @@ import shlex
 import socket
 import subprocess
 import sys
+import tomllib
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -161,10 +162,10 @@ def test_image_installs_the_lock_and_cpu_torch_by_default() -> None:
 
 
 def test_everything_that_the_image_copies_is_in_its_context() -> None:
-    """.dockerignore lets through every package of the wheel and what the build reads."""
+    """.dockerignore lets through every package of both wheels and what the build reads."""
     kept = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
-    packages = re.search(r"^packages = \[(.*)\]$", (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE)
-    assert packages
-    wanted = {entry.strip(' "') for entry in packages[1].split(",")}
-    assert kept == wanted | {"pyproject.toml", "requirements.lock", "README.md"}
+    wanted = {"server", "pyproject.toml", "requirements.lock", "README.md", "LICENSE"}
+    for file in (ROOT / "pyproject.toml", ROOT / "server" / "pyproject.toml"):
+        wanted.update(tomllib.loads(file.read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"])
+    assert kept == wanted
     assert all((ROOT / name).exists() for name in kept)

@@ -315,7 +315,7 @@ def _imported(family: str) -> ModuleType:
 
 def _unavailable(family: str, error: Exception) -> AnalysisError:
     if isinstance(error, ModuleNotFoundError) and error.name == family:
-        reason = f"it is not installed. Install it there with `pip install interplay[{family}]`"
+        reason = f"it is not installed. Install it there with `pip install 'interplay-server[{family}]'`"
     else:
         reason = (
             f"importing it fails with {words_of(error)}. It must fit the worker's torch {torch.__version__}: install a "

@@ -126,7 +126,7 @@ def convert(
     try:
         conversion = importlib.import_module("interplay._analysis.saving.conversion")
     except ModuleNotFoundError as error:
-        detail = f"`interplay convert` needs PyTorch ({error.name} is missing): pip install 'interplay[worker]'"
+        detail = f"`interplay convert` needs PyTorch ({error.name} is missing): pip install 'interplay[train]'"
         fail(EXIT_USAGE, "Not installed", detail, {})
     try:
         weights = conversion.read_weights(file, key=key)

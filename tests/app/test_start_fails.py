@@ -1,5 +1,6 @@
 """A start that fails says why in one sentence, with status 2 and without a traceback."""
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -12,6 +13,7 @@ import sqlalchemy as sa
 
 import migrations
 from app.database import make_engine
+from app.refusals import CannotStart, _require_recent_sqlite
 from app.settings import Settings
 
 Variables = dict[str, str]
@@ -76,6 +78,16 @@ def test_one_sentence_and_status_2(case: str, command: list[str], tmp_path: Path
     assert "a-password" not in ran.stderr
     if case == "tables of a newer version":
         assert "run `interplay migrate`" not in said[0]
+
+
+@pytest.mark.parametrize(
+    ("python", "sqlite", "fits"),
+    [((3, 11), (3, 40, 1), True), ((3, 12), (3, 42, 0), True), ((3, 12), (3, 41, 2), False), ((3, 13), (3, 9), False)],
+)
+def test_an_sqlite_that_the_queue_cannot_use(python: tuple[int, ...], sqlite: tuple[int, ...], fits: bool) -> None:
+    """It is refused, as the queue's tables would take no row; which one is there depends on the build of Python."""
+    with contextlib.nullcontext() if fits else pytest.raises(CannotStart, match=r"needs SQLite 3\.42 .* has 3\.\d"):
+        _require_recent_sqlite(python, sqlite)
 
 
 def test_a_worker_whose_compute_process_ends_says_so(tmp_path: Path) -> None:

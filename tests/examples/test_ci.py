@@ -71,7 +71,6 @@ def test_github_action(repository: Repository) -> None:
         "probe": repository.probe,
         "baseline": repository.baseline,
         "promote": "true",
-        "install": "",
     }
     assert {name for name, about in action["inputs"].items() if about.get("required")} <= set(given)
 
@@ -126,7 +125,7 @@ def test_github_workflow_gives_inputs_that_the_action_has() -> None:
 def test_gitlab_job(repository: Repository, branch: str) -> None:
     """Its script, line after line in one shell: the default branch moves the baseline, another does not."""
     job = yaml(EXAMPLES / "gitlab" / ".gitlab-ci.yml")["gate"]
-    variables = {**job["variables"], "PROBE": repository.probe, "BASELINE": repository.baseline, "INSTALL": ""}
+    variables = {**job["variables"], "PROBE": repository.probe, "BASELINE": repository.baseline, "WHEEL": ""}
     predefined = {"CI_COMMIT_BRANCH": branch, "CI_DEFAULT_BRANCH": "main", "CI_COMMIT_SHA": "1234567"}
     script = "\n".join(job["script"])
     ran = repository.shell(script, "-eo", "pipefail", INTERPLAY_URL=repository.url, **predefined, **variables)

@@ -340,4 +340,4 @@ def test_missing_packages_are_named() -> None:
     """
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert "interplay.save_checkpoint needs torch" in ran.stdout
-    assert "interplay[worker]" in ran.stdout
+    assert "interplay[train]" in ran.stdout

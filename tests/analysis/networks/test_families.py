@@ -505,7 +505,7 @@ def test_a_family_that_is_missing_names_its_extra() -> None:
     families, refused = _printed(WITHOUT)
     assert families == "['builtin', 'transformers']"
     assert refused.startswith("family-unavailable {'family': 'timm', 'extra': 'timm', ")
-    assert "pip install interplay[timm]" in refused
+    assert "pip install 'interplay-server[timm]'" in refused
 
 
 def test_a_package_that_does_not_import_says_why() -> None:

@@ -324,24 +324,21 @@ def test_metadata_keeps_its_types(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "module", "extra"),
+    ("command", "module", "package"),
     [
-        ("serve", "torch", "worker"),
-        ("serve", "uvicorn", "server"),
-        ("api", "uvicorn", "server"),
-        ("worker", "torch", "worker"),
-        ("migrate", "uvicorn", "server"),
+        ("serve", "torch", "interplay-server[worker]"),
+        ("serve", "uvicorn", "interplay-server[worker]"),
+        ("api", "uvicorn", "interplay-server"),
+        ("worker", "torch", "interplay-server[worker]"),
+        ("migrate", "uvicorn", "interplay-server"),
     ],
 )
-def test_server_commands_name_the_missing_extra(command: str, module: str, extra: str) -> None:
-    """If an extra is not installed, the command says how to install it and exits with 2."""
+def test_server_commands_name_the_missing_package(command: str, module: str, package: str) -> None:
+    """If the server or its extra is not installed, the command says how to install it and exits with 2."""
     program = f"import sys; sys.modules[{module!r}] = None; from interplay.command.main import main; main()"
     ran = subprocess.run([sys.executable, "-c", program, command], capture_output=True, text=True)
     assert (ran.returncode, ran.stdout) == (2, "")
-    assert (
-        ran.stderr
-        == f"Not installed: `interplay {command}` needs more than the client: pip install 'interplay[{extra}]'\n"
-    )
+    assert ran.stderr == f"Not installed: `interplay {command}` needs more than the client: pip install '{package}'\n"
 
 
 @pytest.mark.parametrize("command", ["serve", "api", "worker", "migrate"])

@@ -15,13 +15,13 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import AnalysisError
+from .family import Family, OwnLoading
 from .ties import Ties
 
 # Names of the module within a wrapper in torch, Lightning, accelerate, DeepSpeed, Opacus and fairscale.
@@ -123,7 +123,7 @@ class _Candidate:
 
 def match_names(
     network: nn.Module,
-    family: ModuleType,
+    family: Family,
     header: Mapping[str, Entry],
     ties: Ties,
     *,
@@ -185,7 +185,7 @@ def match_names(
 class _Own:
     """A network's own names, and the conversion of a file's names into them."""
 
-    def __init__(self, network: nn.Module, family: ModuleType, ties: Ties) -> None:
+    def __init__(self, network: nn.Module, family: Family, ties: Ties) -> None:
         self._ties = ties
         self._renaming = [
             (f"{path}." if path else "", module)
@@ -197,10 +197,10 @@ class _Own:
         parts = {part for name in self.state for part in name.split(".")}
         self._wrappers = _WRAPPERS - parts
         self._places = {name.split(".")[0] for name in self.state} | {name for name, _ in network.named_children()}
-        self._rename: Callable[[str], str] = family.stored_names(network) if hasattr(family, "stored_names") else str
-        self._leaves_out: Callable[[str], bool] = (
-            family.leaves_out(network) if hasattr(family, "leaves_out") else lambda _: False
-        )
+        self._rename: Callable[[str], str] = str
+        self._leaves_out: Callable[[str], bool] = lambda _: False
+        if isinstance(family, OwnLoading):
+            self._rename, self._leaves_out = family.stored_names(network), family.leaves_out(network)
         self._computed = {name for name, _ in network.named_buffers()} - set(self.state)
         self.n_required = sum(not self._optional(name) and name not in ties.first for name in self.state)
 

@@ -33,6 +33,23 @@ _LOOKED_AT = 64
 
 
 @dataclass(frozen=True)
+class PassOptions:
+    """How a probe is passed through a network.
+
+    Attributes:
+        device: of the pass.
+        batch_size: samples at a time; None uses `batching.first_batch_size`.
+        precision: of the forward pass.
+        progress: called with phase `features` after every batch.
+    """
+
+    device: torch.device
+    batch_size: int | None = None
+    precision: Precision = "float32"
+    progress: Progress | None = None
+
+
+@dataclass(frozen=True)
 class Passed:
     """The result of passing one batch.
 
@@ -98,10 +115,7 @@ def extract_features(
         network,
         probe,
         lambda: _Samples(network, len(probe.labels), device, precision),
-        device=device,
-        batch_size=batch_size,
-        precision=precision,
-        progress=progress,
+        PassOptions(device, batch_size, precision, progress),
     )
     features, logits = samples.features, samples.logits
     # A linear head makes non-finite logits of non-finite features; `check_identity` covered any other head.
@@ -115,11 +129,7 @@ def pass_over(
     network: LoadedNetwork,
     probe: Probe,
     begin: Callable[[], CollectorType],
-    *,
-    device: torch.device,
-    batch_size: int | None,
-    precision: Precision,
-    progress: Progress | None,
+    options: PassOptions,
 ) -> tuple[CollectorType, int]:
     """Pass every sample of a probe through a network, in order.
 
@@ -127,10 +137,7 @@ def pass_over(
         network: moved to the device and left in evaluation mode.
         probe: its inputs are passed.
         begin: makes the collector; called again when the pass restarts.
-        device: the device of the pass.
-        batch_size: samples at a time; None uses `batching.first_batch_size`.
-        precision: of the forward pass.
-        progress: called with phase `features` after every batch.
+        options: of the pass.
 
     Returns:
         The collector, and the batch size of the pass: it is halved where memory runs out.
@@ -142,14 +149,14 @@ def pass_over(
     n = len(probe.labels)
     if n == 0:
         raise AnalysisError("invalid-probe", "The probe has no samples.")
-    module = _ready(network.module, device)
+    module = _ready(network.module, options.device)
     # Called in any case: it refuses a network that is random.
-    fitting = first_batch_size(module, probe, device=device, precision=precision)
-    size = min(batch_size or fitting, n)
+    fitting = first_batch_size(module, probe, device=options.device, precision=options.precision)
+    size = min(options.batch_size or fitting, n)
     while True:
         try:
             collector = begin()
-            _pass(module, network, probe, size, device, precision, progress, collector)
+            _pass(network, probe, size, options, collector)
             return collector, size
         except RuntimeError as error:
             if not _is_out_of_memory(error):
@@ -158,7 +165,7 @@ def pass_over(
         if size == 1:
             raise AnalysisError("out-of-memory", "Memory ran out with one input at a time.", batch_size=1)
         size //= 2
-        if device.type == "cuda":
+        if options.device.type == "cuda":
             torch.cuda.empty_cache()
 
 
@@ -182,21 +189,12 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in told)
 
 
-def _pass(
-    module: nn.Module,
-    network: LoadedNetwork,
-    probe: Probe,
-    size: int,
-    device: torch.device,
-    precision: Precision,
-    progress: Progress | None,
-    collector: Collector,
-) -> None:
+def _pass(network: LoadedNetwork, probe: Probe, size: int, options: PassOptions, collector: Collector) -> None:
     n = len(probe.labels)
     # Not inference mode: its tensors have no version counter, so writes into them go unnoticed.
-    with watching(network) as run, torch.no_grad(), arithmetic(device, precision):
+    with watching(network) as run, torch.no_grad(), arithmetic(options.device, options.precision):
         done = 0
-        for batch in probe.batches(size, device=device):
+        for batch in probe.batches(size, device=options.device):
             before = _versions(each_input(batch))
             passed = run(batch)
             if _versions(each_input(batch)) != before:
@@ -206,8 +204,8 @@ def _pass(
             # Freed before the network computes the next batch.
             del passed
             done = rows.stop
-            if progress:
-                progress("features", done, n)
+            if options.progress:
+                options.progress("features", done, n)
 
 
 @contextmanager

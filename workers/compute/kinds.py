@@ -9,7 +9,7 @@ earlier.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path as FilePath
 from typing import Any, Literal, TypeVar
 
@@ -287,8 +287,7 @@ def _look(
             path,
             probe,
             device=device,
-            options=_options(task),
-            batch_size=evaluation.batch_size,
+            options=replace(_options(task), batch_size=evaluation.batch_size),
             recalibrating=task["options"]["normalisation"] == "recalibrate",
             progress=lambda done, total: on_progress("looking along the path", done, total),
         )

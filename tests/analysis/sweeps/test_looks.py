@@ -1,5 +1,7 @@
 """A look along a path: what it sees on a part of a probe, with and without statistics of its own."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -41,7 +43,7 @@ def _probe(n: int) -> Probe:
 
 
 def _looked(path: Path, probe: Probe, batch_size: int, recalibrating: bool = False) -> tuple[dict[float, float], int]:
-    found = look(path, probe, device=CPU, options=OPTIONS, batch_size=batch_size, recalibrating=recalibrating)
+    found = look(path, probe, device=CPU, options=replace(OPTIONS, batch_size=batch_size), recalibrating=recalibrating)
     return found.losses, found.n_samples
 
 
@@ -69,8 +71,7 @@ def test_a_look_takes_a_part_of_a_large_probe(n: int, batch_size: int, looked_at
         _bump(0.3, 0.02),
         _probe(n),
         device=CPU,
-        options=OPTIONS,
-        batch_size=batch_size,
+        options=replace(OPTIONS, batch_size=batch_size),
         recalibrating=False,
         progress=lambda done, total: seen.append((done, total)),
     )

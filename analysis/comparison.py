@@ -30,7 +30,7 @@ from .evaluation import (
 from .measures.collapse import Collapse
 from .measures.entropy import squarable
 from .measures.influence import influence
-from .probes.feature_set import FeatureSet
+from .probes.feature_set import FeatureSet, rows_of_splits
 from .spreads import Sizes, Spread, delta_spreads
 
 _OF_SPLIT = ("accuracy", "loss", "calibration_error", "effective_rank")
@@ -192,7 +192,7 @@ def compare(
     )
     splits: dict[str, ComparedSplit] = {}
     with clock.phase("intervals"):
-        for name, rows in _rows(a.split, len(a.labels)).items():
+        for name, rows in rows_of_splits(a.split, len(a.labels)).items():
             pair = _Pair(_part(a, rows), _part(b, rows), first.splits[name], second.splits[name])
             if options.interval == "delta":
                 spreads = _by_delta(pair, options, device)
@@ -215,14 +215,6 @@ class _Pair:
     b: FeatureSet
     of_a: SplitEvaluation
     of_b: SplitEvaluation
-
-
-def _rows(split: Int[Tensor, " n"] | None, n: int) -> dict[str, Int64[Tensor, " _"]]:
-    """Return the rows of the samples of each split; empty splits are left out."""
-    rows = {"all": torch.arange(n)}
-    if split is not None:
-        rows |= {name: (split.cpu() == number).nonzero()[:, 0] for name, number in (("train", 0), ("test", 1))}
-    return {name: chosen for name, chosen in rows.items() if len(chosen)}
 
 
 def _part(entry: FeatureSet, rows: Int64[Tensor, " m"]) -> FeatureSet:

@@ -18,6 +18,7 @@ from scipy.stats import t as student
 from torch import Tensor
 
 from .evaluation import SplitEvaluation
+from .measures.influence import ENTROPIES
 from .measures.intervals import FAR, Folded, lognormal_interval, paired_interval
 
 # Where class sizes may have been drawn or given, the error is that of drawn sizes, but at most the first factor above
@@ -25,7 +26,6 @@ from .measures.intervals import FAR, Folded, lognormal_interval, paired_interval
 _WIDENED, _APART = 1.15, 1.33
 # Degrees of freedom: with fewer, a handful of samples decides, and the spread of their kind is unknown.
 _FEWEST = 8.0
-_ENTROPIES = ("entropy_features", "entropy_head", "entropy_joint")
 
 
 @dataclass(frozen=True)
@@ -155,9 +155,9 @@ def _side(entry: _Checkpoint, path: str) -> _Side | None:
 
 def _of_branches(entry: _Checkpoint, level: str, name: str) -> _Side | None:
     """Return MIR or HDR as the larger of two smooth branches p and q: m + |s|, m = (p + q) / 2, s = (p - q) / 2."""
-    values = [entry.values[f"{level}.{one}"] for one in _ENTROPIES]
+    values = [entry.values[f"{level}.{one}"] for one in ENTROPIES]
     h1, h2, joint = (value or 0.0 for value in values)
-    i1, i2, of_joint = (entry.influences[f"{level}.{one}"] for one in _ENTROPIES)
+    i1, i2, of_joint = (entry.influences[f"{level}.{one}"] for one in ENTROPIES)
     if min(h1, h2) <= 0:
         # One of the branches is missing: H = 0.
         value = entry.values[f"{level}.{name}"]

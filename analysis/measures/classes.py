@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import AnalysisError
 from .entropy import check_finite, unit_rows
+from .labels import check_labels
 
 # Samples that are converted at a time: their float64 copy stays in a processor's cache.
 _CHUNK = 256
@@ -57,13 +58,17 @@ def computing_dtype(features: Float[Tensor, "n d"]) -> torch.dtype:
     return torch.float64 if small else torch.float32
 
 
-def class_statistics(features: Float[Tensor, "n d"], labels: Int[Tensor, " n"], n_classes: int) -> ClassStatistics:
+def class_statistics(
+    features: Float[Tensor, "n d"], labels: Int[Tensor, " n"], n_classes: int, *, at_once: bool = False
+) -> ClassStatistics:
     """Sort samples by class and take the means.
 
     Args:
         features: one sample a row, at least one.
         labels: 0 to n_classes - 1.
         n_classes: C; classes without samples are left out.
+        at_once: whether each class becomes float64 as a whole. The means then differ in the last digit: they are summed
+            in another order.
 
     Returns:
         The statistics of the classes present.
@@ -71,33 +76,59 @@ def class_statistics(features: Float[Tensor, "n d"], labels: Int[Tensor, " n"], 
     Raises:
         AnalysisError: `invalid-argument` for labels of another number or out of range, or no samples.
 
-    Numerics: sums in float64, a few rows at a time; one pass over the features.
+    Numerics: sums in float64, a few rows at a time unless `at_once`; one pass over the features.
     """
-    check_labels(features, labels, n_classes)
+    _check_one_each(features, labels, n_classes)
     counts = torch.bincount(labels, minlength=n_classes)
     classes = counts.nonzero()[:, 0]
     order = torch.argsort(labels, stable=True)
     members = torch.tensor_split(order, counts[classes].cumsum(0)[:-1].cpu())
-    sums = torch.zeros(len(classes), features.shape[1], dtype=torch.float64, device=features.device)
-    lengths = torch.zeros(len(classes), dtype=torch.float64, device=features.device)
-    for position, rows in enumerate(members):
-        for chunk in torch.split(rows, _CHUNK):
-            samples = features.index_select(0, chunk).double()
-            sums[position] += samples.sum(dim=0)
-            lengths[position] += torch.linalg.vector_norm(samples, dim=1).sum()
-    held = counts[classes].double()
-    return ClassStatistics(classes, list(members), sums / held[:, None], lengths / held)
+    take = _mean_at_once if at_once else _mean_in_chunks
+    means, sizes = zip(*(take(features, rows) for rows in members), strict=True)
+    return ClassStatistics(classes, list(members), torch.stack(means), torch.stack(sizes))
 
 
-def check_labels(features: Float[Tensor, "n d"], labels: Int[Tensor, " m"], n_classes: int) -> None:
-    """Raise an AnalysisError of kind `invalid-argument` where labels do not fit features or classes."""
-    if len(labels) != len(features) or len(labels) == 0:
-        detail = f"{len(labels)} labels came with {len(features)} features; expected as many, and at least one."
+def _mean_in_chunks(
+    features: Float[Tensor, "n d"], rows: Int[Tensor, " m"]
+) -> tuple[Float64[Tensor, " d"], Float64[Tensor, ""]]:
+    """Return mean and mean length of these samples; the float64 copy of a chunk stays in a processor's cache."""
+    total = torch.zeros(features.shape[1], dtype=torch.float64, device=features.device)
+    length = torch.zeros((), dtype=torch.float64, device=features.device)
+    for chunk in torch.split(rows, _CHUNK):
+        samples = features.index_select(0, chunk).double()
+        total += samples.sum(dim=0)
+        length += torch.linalg.vector_norm(samples, dim=1).sum()
+    return total / len(rows), length / len(rows)
+
+
+def _mean_at_once(
+    features: Float[Tensor, "n d"], rows: Int[Tensor, " m"]
+) -> tuple[Float64[Tensor, " d"], Float64[Tensor, ""]]:
+    samples = features[rows].double()
+    return samples.mean(dim=0), samples.norm(dim=1).mean()
+
+
+def head_directions(
+    head: Float64[Tensor, "c d"], classes: Int[Tensor, " k"], *, centred: bool
+) -> tuple[Float64[Tensor, "k d"], Bool[Tensor, " k"]]:
+    """Return the unit head rows of some classes, and which of them have a direction.
+
+    Args:
+        head: one row a class.
+        classes: whose rows to return, such as the classes present.
+        centred: whether the mean of all rows, also of absent classes, is subtracted.
+    """
+    centre = head.mean(dim=0) if centred else torch.zeros_like(head[0])
+    rows = head[classes]
+    return unit_rows(rows - centre, rows.norm(dim=1) + centre.norm())
+
+
+def _check_one_each(features: Float[Tensor, "n d"], labels: Int[Tensor, " m"], n_classes: int) -> None:
+    """Check that there is one label a sample, and that labels are classes."""
+    if len(labels) != len(features):
+        detail = f"There are {len(labels)} labels for {len(features)} samples; expected one label a sample."
         raise AnalysisError("invalid-argument", detail, argument="labels")
-    lowest, highest = int(labels.min()), int(labels.max())
-    if lowest < 0 or highest >= n_classes:
-        detail = f"The labels run from {lowest} to {highest}; expected 0 to {n_classes - 1}."
-        raise AnalysisError("invalid-argument", detail, argument="labels")
+    check_labels(labels, n_classes, "invalid-argument")
 
 
 @dataclass(frozen=True)
@@ -246,7 +277,7 @@ class ClassStream:
         Raises:
             AnalysisError: `invalid-argument` for labels that do not fit, `non-finite-values` in the features.
         """
-        check_labels(features, labels, len(self.head))
+        _check_one_each(features, labels, len(self.head))
         check_finite("features", features)
         dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
         directions, usable = unit_directions(features, self.centre, dtype)

@@ -73,6 +73,25 @@ class FactorBlock:
 
 
 @dataclass(frozen=True)
+class KeptPart:
+    """The rows whose couplings are in the kept part of the joint matrix, and that part.
+
+    Attributes:
+        rows: their numbers, by offset of their class and rank in it.
+        matrix: their part of the joint matrix.
+        eigenvalues: of that.
+        vectors: its eigenvectors, in columns.
+        rest: mass of all rows beyond those kept, with those that are not at hand.
+    """
+
+    rows: Int[Tensor, " k"]
+    matrix: Float64[Tensor, "k k"]
+    eigenvalues: Float64[Tensor, " k"]
+    vectors: Float64[Tensor, "k k"]
+    rest: float
+
+
+@dataclass(frozen=True)
 class Worth:
     """By how much H falls when couplings are no longer dropped, in nats: surely, likely, and at most."""
 
@@ -126,12 +145,8 @@ class Couplings:
 
     def worth(
         self,
-        kept: Int[Tensor, " k"],
-        matrix: Float64[Tensor, "k k"],
-        eigenvalues: Float64[Tensor, " k"],
-        vectors: Float64[Tensor, "k k"],
+        kept: KeptPart,
         *,
-        mass: float,
         error: float,
         generator: torch.Generator,
         last: bool = True,
@@ -140,11 +155,7 @@ class Couplings:
         """What all couplings are worth beyond those among some rows.
 
         Args:
-            kept: the rows whose couplings are in `matrix` already, by offset of their class and rank in it.
-            matrix: their part of the joint matrix.
-            eigenvalues: of that.
-            vectors: its eigenvectors, in columns.
-            mass: of all rows beyond those kept, with those that are not at hand.
+            kept: the rows whose couplings are not dropped.
             error: probes are added until what is likely left between `least` and the truth is below this, in nats, or
                 no longer due to the probes' number.
             generator: on the CPU; draws the probes.
@@ -158,10 +169,10 @@ class Couplings:
         Numerics: products in float32, about 30 of them, at the last up to 150, O((m d + C min(C, 2 d) d + k^2) q) time
             for each, for m rows at hand and q probes; memory for a few times (m + C d) q numbers.
         """
-        operator = _Dropped(self, kept, matrix, eigenvalues, vectors)
+        operator = _Dropped(self, kept)
         shifts = self._shifts(operator)
         total = float(operator.tail.sum())
-        rest = max(mass / total - 1, 0.0) * _EXTRAPOLATION if total > 0 else 0.0
+        rest = max(kept.rest / total - 1, 0.0) * _EXTRAPOLATION if total > 0 else 0.0
         below: list[Float64[Tensor, " q"]] = []
         above: list[Float64[Tensor, " q"]] = []
         for batch, quantile in enumerate(_QUANTILES[:_BATCHES]):
@@ -302,25 +313,18 @@ def _spread(
 class _Dropped:
     """delta = J - D, where D keeps the couplings among some rows, and (D + s)^-1/2 beside it."""
 
-    def __init__(
-        self,
-        couplings: Couplings,
-        kept: Int[Tensor, " k"],
-        matrix: Float64[Tensor, "k k"],
-        eigenvalues: Float64[Tensor, " k"],
-        vectors: Float64[Tensor, "k k"],
-    ) -> None:
-        self.couplings, self.kept = couplings, kept
+    def __init__(self, couplings: Couplings, part: KeptPart) -> None:
+        self.couplings, self.kept = couplings, part.rows
         # Rows of one class are orthogonal, so that nothing but couplings is beside the diagonal.
-        self.within = (matrix - matrix.diagonal().diag()).float()
-        self.eigenvalues, self.vectors = eigenvalues.clamp(min=0), vectors.float()
-        self.tail = couplings.values.index_fill(0, kept, 0.0)
+        self.within = (part.matrix - part.matrix.diagonal().diag()).float()
+        self.eigenvalues, self.vectors = part.eigenvalues.clamp(min=0), part.vectors.float()
+        self.tail = couplings.values.index_fill(0, part.rows, 0.0)
         self.most = max(float(self.eigenvalues[-1]), float(self.tail.max()))
-        inside = torch.zeros_like(self.tail, dtype=torch.bool).index_fill_(0, kept, True)
+        inside = torch.zeros_like(self.tail, dtype=torch.bool).index_fill_(0, part.rows, True)
         self.masks = [mask[0] for mask in couplings.by_class(inside[None])]
         # Of each class the leading rows are kept, so that few of a block hold them all.
         self.leading = [int(mask.any(dim=0).sum()) for mask in self.masks]
-        self.along = matrix.diagonal() @ vectors.square()
+        self.along = part.matrix.diagonal() @ part.vectors.square()
 
     def at(self, vectors: Float32[Tensor, "q m"], shift: float) -> Float32[Tensor, "q m"]:
         """Delta_s times vectors."""

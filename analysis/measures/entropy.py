@@ -21,6 +21,20 @@ _EPS = torch.finfo(torch.float64).eps
 _SHARE_ZERO, _TIMES_NEGATIVE = 16, 4
 
 
+@dataclass(frozen=True)
+class PairEntropies:
+    """H(K1), H(K2) and H(K1 * K2) of pairs, in nats."""
+
+    features: float
+    head: float
+    joint: float
+
+    @property
+    def information(self) -> float:
+        """Matrix mutual information H(K1) + H(K2) - H(K1 * K2)."""
+        return self.features + self.head - self.joint
+
+
 def check_finite(name: str, tensor: Tensor) -> None:
     """Raise an AnalysisError of kind `non-finite-values` where a tensor, called `name`, holds NaN or infinity."""
     # A sum is finite only where every term is; it is ten times as fast as looking at each.

@@ -15,14 +15,16 @@ from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from ..errors import AnalysisError
-from .entropy import ZERO_ENTROPY, unit_rows
+from .entropy import ZERO_ENTROPY, PairEntropies, unit_rows
+from .labels import check_labels
 from .losses import spectral_entropy
 from .predictions import Predictions, calibration_gaps, predictions_of
-from .sensitivity import Entropies, Samples, sample_sensitivity
+from .sensitivity import Samples, sample_sensitivity
 
 # Principal directions whose couplings are kept: an eigendecomposition of half a second on a processor core.
 LARGEST_KEPT = 1024
-_ENTROPIES = ("entropy_features", "entropy_head", "entropy_joint")
+# Names of the three entropies in a metric's path.
+ENTROPIES = ("entropy_features", "entropy_head", "entropy_joint")
 _EPS = torch.finfo(torch.float64).eps
 # A standard deviation or a mean of distances below this is 0 but for rounding, where it has no derivative.
 _KINK = 1e-12
@@ -153,11 +155,9 @@ def _check(
         if not holds:
             raise AnalysisError("invalid-argument", detail, argument=argument)
 
-    require(largest >= 1, "largest", f"largest is {largest}; at least 1 direction is kept")
-    require(len(labels) > 0, "features", "there are no samples")
-    lowest, highest = int(labels.min()), int(labels.max())
-    fit = f"labels run from {lowest} to {highest}; the head has {len(head)} rows, so 0 to {len(head) - 1} fit"
-    require(lowest >= 0 and highest < len(head), "labels", fit)
+    require(largest >= 1, "largest", f"largest is {largest}; it must be at least 1.")
+    require(len(labels) > 0, "features", "There are no samples.")
+    check_labels(labels, len(head), "invalid-argument")
     numbers = logits.loss if isinstance(logits, Predictions) else logits
     for name, tensor in (("features", features), ("head", head), ("logits", numbers)):
         if not bool(torch.isfinite(tensor).all()):
@@ -183,7 +183,7 @@ def _nearest_means(samples: Samples, predicted: Int[Tensor, " n"], pieces: _Piec
     at that plane, which a kernel estimates from those near it: the smooth part of an average of steps (Powell 1984).
     """
     n, k = len(samples.labels), len(samples.means)
-    centre = samples.means.mean(dim=0)
+    centre = samples.statistics.centre
     means = samples.means - centre
     order = torch.zeros(n, 2, dtype=torch.int64, device=means.device)
     depth = means.new_full((n,), math.inf)
@@ -215,13 +215,13 @@ def _nearest_means(samples: Samples, predicted: Int[Tensor, " n"], pieces: _Piec
     pieces.through_means["collapse.nc4"] = gradient.to(means.device)
 
 
-def _sample_level(samples: Samples, pieces: _Pieces, centred: bool, largest: int) -> Entropies | None:
+def _sample_level(samples: Samples, pieces: _Pieces, centred: bool, largest: int) -> PairEntropies | None:
     """Entropies of z_i = F_i beside v_i = W[y_i] and their derivatives; None where no pair is left."""
     found = sample_sensitivity(samples, centred=centred, largest=largest)
     if found is None:
         return None
     path = f"interplay.sample.{'global' if centred else 'none'}"
-    for name, by_weight, by_centre in zip(_ENTROPIES, found.by_weight, found.by_centre, strict=True):
+    for name, by_weight, by_centre in zip(ENTROPIES, found.by_weight, found.by_centre, strict=True):
         pieces.direct[f"{path}.{name}"] = by_weight
         if centred:
             # The centre is the mean of the class means.
@@ -229,14 +229,14 @@ def _sample_level(samples: Samples, pieces: _Pieces, centred: bool, largest: int
     return found.entropies
 
 
-def _class_mean_level(samples: Samples, pieces: _Pieces, centred: bool) -> Entropies | None:
+def _class_mean_level(samples: Samples, pieces: _Pieces, centred: bool) -> PairEntropies | None:
     """Entropies of the class means beside the head's rows and their derivatives; None where no pair is left."""
     head, usable = samples.head_directions(centred)
     with torch.enable_grad():
         means = samples.means.clone().requires_grad_()
         centre = means.mean(dim=0) if centred else torch.zeros_like(means[0])
         vectors = means - centre
-        usable = usable & unit_rows(vectors.detach(), samples.sizes + centre.detach().norm())[1]
+        usable = usable & unit_rows(vectors.detach(), samples.statistics.sizes + centre.detach().norm())[1]
         n = int(usable.sum())
         if n == 0:
             return None
@@ -248,20 +248,20 @@ def _class_mean_level(samples: Samples, pieces: _Pieces, centred: bool) -> Entro
     path = f"interplay.class_mean.{'global' if centred else 'none'}"
     pieces.through_means[f"{path}.entropy_features"], pieces.through_means[f"{path}.entropy_joint"] = gradients
     pieces.direct[f"{path}.entropy_head"] = means.new_zeros(len(samples.labels))
-    return Entropies(*(value.item() for value in (of_features, spectral_entropy(head @ head.T / n), of_joint)))
+    return PairEntropies(*(value.item() for value in (of_features, spectral_entropy(head @ head.T / n), of_joint)))
 
 
 def _ratios(
-    path: str, values: Entropies, found: Mapping[str, Float64[Tensor, " n"]]
+    path: str, values: PairEntropies, found: Mapping[str, Float64[Tensor, " n"]]
 ) -> dict[str, Float64[Tensor, " n"]]:
     """Mutual information, MIR and HDR from their entropies."""
-    of_features, of_head, of_joint = (found[f"{path}.{name}"] for name in _ENTROPIES)
+    of_features, of_head, of_joint = (found[f"{path}.{name}"] for name in ENTROPIES)
     information = of_features + of_head - of_joint
     ratios = {f"{path}.mutual_information": information}
     ordered = sorted([(values.features, of_features), (values.head, of_head)], key=lambda pair: pair[0])
     (smaller, of_smaller), (larger, of_larger) = ordered
     if smaller >= ZERO_ENTROPY:
-        mir = (values.features + values.head - values.joint) / smaller
+        mir = values.information / smaller
         ratios[f"{path}.mir"] = (information - mir * of_smaller) / smaller
     if larger >= ZERO_ENTROPY:
         # HDR = 1 - smaller / larger
@@ -286,7 +286,7 @@ def _geometry(samples: Samples, pieces: _Pieces) -> None:
     with torch.enable_grad():
         means = samples.means.clone().requires_grad_()
         centred = means - means.mean(dim=0)
-        scale = samples.sizes + samples.means.mean(dim=0).norm()
+        scale = samples.statistics.sizes + samples.statistics.centre.norm()
         _, usable = unit_rows(centred.detach(), scale)
         if not bool(usable.all()):
             return
@@ -313,8 +313,8 @@ def _variability(samples: Samples, pieces: _Pieces) -> None:
     -B dSigma B + (I - P) dSigma B^2 + B^2 dSigma (I - P), P the projection on its directions (Golub and Pereyra 1973).
     """
     k, d = samples.means.shape
-    u, s, v = torch.linalg.svd(samples.means - samples.means.mean(dim=0), full_matrices=False)
-    rounding = max(k, d) * _EPS * float(samples.means.norm() + samples.sizes.norm())
+    u, s, v = torch.linalg.svd(samples.means - samples.statistics.centre, full_matrices=False)
+    rounding = max(k, d) * _EPS * float(samples.means.norm() + samples.statistics.sizes.norm())
     expected = min(k - 1, d)
     rank = min(int((s > rounding).sum()), expected)
     if rank == 0:
@@ -330,7 +330,7 @@ def _variability(samples: Samples, pieces: _Pieces) -> None:
         # Each class weighs the same, however many samples it has.
         forms[rows] = (squares - squares.mean()) * (len(samples.labels) / (len(rows) * k))
         outside += float((deviations - along @ v).square().sum()) / (len(rows) * k)
-    if rank < expected and math.sqrt(outside) > 1e-12 * float(samples.sizes.max()):
+    if rank < expected and math.sqrt(outside) > 1e-12 * float(samples.statistics.sizes.max()):
         return
     inverse = k / s.square()
     inside = within @ v.T

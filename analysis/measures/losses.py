@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import AnalysisError
 from .entropy import ZERO_ENTROPY, unit_rows
+from .labels import check_labels
 
 Centring = Literal["none", "global"]
 
@@ -384,13 +385,8 @@ def _check_shapes(
 
 
 def _check_values(samples: Float64[Tensor, "n d"], head: Float64[Tensor, "c d"], labels: Int[Tensor, " n"]) -> None:
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(head):
-        raise AnalysisError(
-            "invalid-argument",
-            f"labels run from {int(labels.min())} to {int(labels.max())}; the head has {len(head)} rows, so 0 to "
-            f"{len(head) - 1} fit",
-            argument="labels",
-        )
+    if len(labels):
+        check_labels(labels, len(head), "invalid-argument")
     for name, tensor in (("features", samples), ("head", head)):
         broken = ~torch.isfinite(tensor.detach()).all(dim=1)
         if bool(broken.any()):

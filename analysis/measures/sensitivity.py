@@ -25,7 +25,8 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
-from .entropy import unit_rows
+from .classes import ClassStatistics, class_statistics, head_directions
+from .entropy import PairEntropies, unit_rows
 
 _EPS = torch.finfo(torch.float64).eps
 # With fewer, classes are coupled by their means alone, and the standard errors of MIR come out up to 40 % too large.
@@ -40,33 +41,35 @@ class Samples:
         features: one sample a row, as they came.
         labels: 0 to c - 1.
         head: one row a class.
-        classes: the classes present.
-        members: for each of these, the rows of its samples.
-        means: the mean of its samples.
-        sizes: the mean length of its samples, against which rounding is told from signal.
+        statistics: of the classes present.
     """
 
     features: Float[Tensor, "n d"]
     labels: Int[Tensor, " n"]
     head: Float64[Tensor, "c d"]
-    classes: Int[Tensor, " k"]
-    members: Sequence[Int[Tensor, " _"]]
-    means: Float64[Tensor, "k d"]
-    sizes: Float64[Tensor, " k"]
+    statistics: ClassStatistics
 
     @classmethod
     def of(cls, features: Float[Tensor, "n d"], labels: Int[Tensor, " n"], head: Float[Tensor, "c d"]) -> "Samples":
         """Sort samples by class and take the means, in float64."""
         labels = labels.long()
-        counts = torch.bincount(labels, minlength=len(head))
-        classes = counts.nonzero()[:, 0]
-        members = torch.tensor_split(torch.argsort(labels, stable=True), counts[classes].cumsum(0)[:-1].cpu())
-        means, sizes = [], []
-        for rows in members:
-            vectors = features[rows].double()
-            means.append(vectors.mean(dim=0))
-            sizes.append(vectors.norm(dim=1).mean())
-        return cls(features, labels, head.double(), classes, members, torch.stack(means), torch.stack(sizes))
+        statistics = class_statistics(features, labels, len(head), at_once=True)
+        return cls(features, labels, head.double(), statistics)
+
+    @property
+    def classes(self) -> Int[Tensor, " k"]:
+        """The classes present."""
+        return self.statistics.classes
+
+    @property
+    def members(self) -> Sequence[Int[Tensor, " _"]]:
+        """For each class present, the rows of its samples."""
+        return self.statistics.members
+
+    @property
+    def means(self) -> Float64[Tensor, "k d"]:
+        """The mean of each class present."""
+        return self.statistics.means
 
     def deviations(self, position: int) -> Float64[Tensor, "m d"]:
         """Samples of one class, without its mean."""
@@ -84,19 +87,8 @@ class Samples:
         return rows[usable], directions[usable], vectors[usable].norm(dim=1)
 
     def head_directions(self, centred: bool) -> tuple[Float64[Tensor, "k d"], Bool[Tensor, " k"]]:
-        """Directions of the head rows of the classes present; all rows, also of absent classes, make the centre."""
-        centre = self.head.mean(dim=0) if centred else torch.zeros_like(self.head[0])
-        rows = self.head[self.classes]
-        return unit_rows(rows - centre, rows.norm(dim=1) + centre.norm())
-
-
-@dataclass(frozen=True)
-class Entropies:
-    """H(K1), H(K2) and H(K1 * K2) in nats."""
-
-    features: float
-    head: float
-    joint: float
+        """Directions of the head rows of the classes present, and which rows have one."""
+        return head_directions(self.head, self.classes, centred=centred)
 
 
 @dataclass(frozen=True)
@@ -109,7 +101,7 @@ class Sensitivity:
         by_centre: dH/dcentre of the same.
     """
 
-    entropies: Entropies
+    entropies: PairEntropies
     by_weight: Float64[Tensor, "3 n"]
     by_centre: Float64[Tensor, "3 d"]
 
@@ -133,7 +125,7 @@ def sample_sensitivity(samples: Samples, *, centred: bool, largest: int) -> Sens
 
     Source: the derivative of tr f(rho) is tr f'(rho) drho; docs/metrics.md, "The joint spectrum, fast".
     """
-    centre = samples.means.mean(dim=0) if centred else torch.zeros_like(samples.means[0])
+    centre = samples.statistics.centre if centred else torch.zeros_like(samples.means[0])
     spectra = _spectra(samples, centre, centred, largest)
     if spectra is None:
         return None
@@ -182,7 +174,7 @@ class _Spectra:
     """
 
     n: int
-    entropies: Entropies
+    entropies: PairEntropies
     values: Float64[Tensor, " r"]
     principal: Float64[Tensor, "r d"]
     factors: Sequence[_Factor]
@@ -305,6 +297,6 @@ def _spectra(samples: Samples, centre: Float64[Tensor, " d"], centred: bool, lar
         product[end - size : end, end - size : end] / torch.outer(root, root)
         for end, size, root in zip(ends, sizes, roots, strict=True)
     ]
-    entropies = Entropies(float(torch.special.entr(values).sum()), head_entropy, joint)
+    entropies = PairEntropies(float(torch.special.entr(values).sum()), head_entropy, joint)
     head_forms = of_head.diagonal() / shares
     return _Spectra(n, entropies, values, principal, factors, head_forms, forms, logarithm * coupled)

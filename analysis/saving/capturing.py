@@ -15,15 +15,16 @@ from torch import Tensor, nn
 
 from ..errors import AnalysisError
 from ..measures.entropy import check_finite
+from ..measures.labels import check_labels
 from ..networks.loading import LoadedNetwork
 from ..passes.extraction import features_and_logits, watching
 from ..passes.precision import arithmetic
+from ..probes.feature_set import SPLITS
 from ..probes.inputs import Inputs
 from .checkpoint import unwrapped, write_feature_file
 
 # Keys of the labels in dictionaries from loaders.
 _LABELS = ("labels", "label", "targets", "target")
-_SPLITS = {"train": 0, "test": 1}
 
 
 def capture_features(
@@ -61,14 +62,14 @@ def capture_features(
     place = torch.device(device or ("cpu" if parameter is None else parameter.device))
     network = _network(plain, head)
     loaders: Mapping[str, Iterable[Any]] = loader if isinstance(loader, Mapping) else {"all": loader}
-    if isinstance(loader, Mapping) and not (loader and set(loader) <= set(_SPLITS)):
+    if isinstance(loader, Mapping) and not (loader and set(loader) <= set(SPLITS)):
         raise AnalysisError("invalid-argument", f"Loaders are named train and test, not {', '.join(loader) or 'none'}.")
     parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     with _evaluating(plain), torch.no_grad(), arithmetic(place):
         for name, batches in loaders.items():
             for batch in batches:
                 features, logits, labels = _of_batch(network, batch, place)
-                parts.append((features, logits, labels, torch.full_like(labels, _SPLITS.get(name, 0))))
+                parts.append((features, logits, labels, torch.full_like(labels, SPLITS.get(name, 0))))
     if not parts:
         raise AnalysisError("invalid-feature-set", "The loader gave no batch.")
     names = ("features", "logits", "labels", "split")
@@ -173,9 +174,4 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 def _check(tensors: Mapping[str, Tensor]) -> None:
     for name in ("features", "logits", "head"):
         check_finite(name, tensors[name])
-    lowest, highest, n_classes = int(tensors["labels"].min()), int(tensors["labels"].max()), len(tensors["head"])
-    if lowest < 0 or highest >= n_classes:
-        raise AnalysisError(
-            "invalid-feature-set",
-            f"The labels run from {lowest} to {highest}; the head has {n_classes} rows, so 0 to {n_classes - 1} fit.",
-        )
+    check_labels(tensors["labels"], len(tensors["head"]), "invalid-feature-set")

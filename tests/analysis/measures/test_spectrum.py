@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,14 +13,11 @@ from torch import Tensor
 from analysis.measures.classes import LabelledFeatures, class_statistics
 from analysis.measures.collapse import CollapsePass, neural_collapse
 from analysis.measures.couplings import Couplings, Worth
-from analysis.measures.entropy import gram_spectrum, spectral, unit_rows
+from analysis.measures.entropy import Spectral, gram_spectrum, spectral, unit_rows
+from analysis.measures.factors import MOST_NUMBERS, Factors
+from analysis.measures.joint import JointSpectrum, Method, joint_entropy
 from analysis.measures.spectrum import (
-    MOST_NUMBERS,
     Entropies,
-    Method,
-    _Factors,
-    _joint_entropy,
-    _JointSpectrum,
     hdr_of,
     mir_of,
     pair_entropies,
@@ -54,20 +52,19 @@ def _entropies(labelled: LabelledFeatures, tolerance: float = 1e-4, largest: int
     return found
 
 
-def _factors(labelled: LabelledFeatures, largest: int, most_numbers: int = MOST_NUMBERS) -> _Factors:
-    factors = _Factors(labelled, largest, most_numbers)
+def _factors(labelled: LabelledFeatures, largest: int, most_numbers: int = MOST_NUMBERS) -> Factors:
+    factors = Factors(labelled, largest, most_numbers)
     for block in labelled.blocks():
         factors.add(block)
     factors.finish()
     return factors
 
 
-def _by_rows(factors: _Factors, tolerance: float, largest: int) -> tuple[float, Method]:
+def _by_rows(factors: Factors, tolerance: float, largest: int) -> tuple[float, Method]:
     """The joint entropy as where features and head have too many directions for the spectrum by their ranks."""
-    spectrum = _JointSpectrum(factors, factors.labelled.head, head_rank=10**6)
     head = spectral(gram_spectrum(factors.labelled.head * (factors.counts / factors.n).sqrt()[:, None]))
-    generator = torch.Generator().manual_seed(0)
-    return _joint_entropy(spectrum, factors.spectral, head, tolerance, largest, generator)
+    spectrum = JointSpectrum(factors, replace(head, rank=10**6))
+    return joint_entropy(spectrum, tolerance=tolerance, largest=largest, generator=torch.Generator().manual_seed(0))
 
 
 def _mir(entropies: Entropies) -> float:
@@ -275,7 +272,7 @@ def test_rows_that_are_not_kept_are_not_held_and_change_nothing() -> None:
     assert sum(len(rows) for rows in whole.rows) == 1200
     assert pruned.spectral == whole.spectral
     spectra = [
-        torch.linalg.eigvalsh(_JointSpectrum(factors, labelled.head, 40).matrix(100)) for factors in (pruned, whole)
+        torch.linalg.eigvalsh(JointSpectrum(factors, Spectral(0.0, 40, 0.0)).matrix(100)) for factors in (pruned, whole)
     ]
     torch.testing.assert_close(*spectra, rtol=0, atol=1e-14)
 

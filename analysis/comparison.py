@@ -207,6 +207,56 @@ def compare(
     return Comparison(first, second, splits, timings)
 
 
+def mcnemar_p(only_a: int, only_b: int) -> float:
+    """Return the two-sided p value of McNemar's exact test that two networks have equal accuracy.
+
+    Args:
+        only_a, only_b: samples that only A, or only B, classified correctly.
+
+    Returns:
+        0 to 1; 1 where both counts are 0.
+
+    Source: McNemar 1947; exact by the binomial distribution of the discordant pairs.
+
+    >>> round(mcnemar_p(1, 9), 6)
+    0.021484
+    """
+    discordant = only_a + only_b
+    return float(binomtest(only_b, discordant).pvalue) if discordant else 1.0
+
+
+def smallest_difference(n: int, discordant: int, *, confidence: float = 0.95, power: float = 0.8) -> float | None:
+    """Return the smallest difference of accuracy that McNemar's exact test shows with this power.
+
+    Given the number m of discordant samples, the number that one network has right is binomial with probability
+    (1 + d n / m) / 2, where d is the difference of accuracy. The test rejects from some number k on: d is the
+    difference at which k or more have the probability `power`. So it never contradicts the test: a measured difference
+    of at least d is significant, and where d does not exist no outcome on m samples is.
+
+    Args:
+        n: samples.
+        discordant: m, the samples on which only one network is right.
+        confidence: of the two-sided test, which rejects where its p value is at most 1 - confidence.
+        power: probability that the test finds the difference, at least 0.5.
+
+    Returns:
+        The difference; None where the test would not reject even if one network were right in all m samples.
+
+    Source: McNemar 1947, conditional on the number of discordant samples as his test is.
+
+    >>> round(smallest_difference(1000, 100), 4)
+    0.029
+    """
+    if discordant == 0:
+        return None
+    rejected_from = int(binom.isf((1 - confidence) / 2, discordant, 0.5)) + 1
+    if rejected_from > discordant:
+        return None
+    # The binomial tail as a function of its probability is an incomplete beta function.
+    likely = float(betaincinv(rejected_from, discordant - rejected_from + 1, power))
+    return (2 * likely - 1) * discordant / n
+
+
 @dataclass(frozen=True)
 class _Pair:
     """The feature sets of both networks on the samples of one split, and both evaluations."""
@@ -407,53 +457,3 @@ def _agreement(pair: _Pair, options: ComparisonOptions) -> Agreement:
         smallest_difference=smallest,
         reason=None if smallest is not None else "too_few_disagreements",
     )
-
-
-def mcnemar_p(only_a: int, only_b: int) -> float:
-    """Return the two-sided p value of McNemar's exact test that two networks have equal accuracy.
-
-    Args:
-        only_a, only_b: samples that only A, or only B, classified correctly.
-
-    Returns:
-        0 to 1; 1 where both counts are 0.
-
-    Source: McNemar 1947; exact by the binomial distribution of the discordant pairs.
-
-    >>> round(mcnemar_p(1, 9), 6)
-    0.021484
-    """
-    discordant = only_a + only_b
-    return float(binomtest(only_b, discordant).pvalue) if discordant else 1.0
-
-
-def smallest_difference(n: int, discordant: int, *, confidence: float = 0.95, power: float = 0.8) -> float | None:
-    """Return the smallest difference of accuracy that McNemar's exact test shows with this power.
-
-    Given the number m of discordant samples, the number that one network has right is binomial with probability
-    (1 + d n / m) / 2, where d is the difference of accuracy. The test rejects from some number k on: d is the
-    difference at which k or more have the probability `power`. So it never contradicts the test: a measured difference
-    of at least d is significant, and where d does not exist no outcome on m samples is.
-
-    Args:
-        n: samples.
-        discordant: m, the samples on which only one network is right.
-        confidence: of the two-sided test, which rejects where its p value is at most 1 - confidence.
-        power: probability that the test finds the difference, at least 0.5.
-
-    Returns:
-        The difference; None where the test would not reject even if one network were right in all m samples.
-
-    Source: McNemar 1947, conditional on the number of discordant samples as his test is.
-
-    >>> round(smallest_difference(1000, 100), 4)
-    0.029
-    """
-    if discordant == 0:
-        return None
-    rejected_from = int(binom.isf((1 - confidence) / 2, discordant, 0.5)) + 1
-    if rejected_from > discordant:
-        return None
-    # The binomial tail as a function of its probability is an incomplete beta function.
-    likely = float(betaincinv(rejected_from, discordant - rejected_from + 1, power))
-    return (2 * likely - 1) * discordant / n

@@ -174,11 +174,6 @@ def capture(
     )
 
 
-def _extract_samples(network: LoadedNetwork, probe: Probe, **how: Any) -> tuple[FeatureSet, int]:
-    features, logits, batch_size = extract_features(network, probe, **how)
-    return FeatureSet(features, probe.labels, network.weight, None, logits, probe.split), batch_size
-
-
 def evaluate_features(
     feature_set: FeatureSet,
     *,
@@ -208,6 +203,11 @@ def evaluate_features(
         for name, tensor in (("features", feature_set.features), ("head", feature_set.head)):
             check_finite(name, tensor)
     return _evaluate(feature_set, "invalid-feature-set", None, options or EvaluationOptions(), progress, clock)
+
+
+def _extract_samples(network: LoadedNetwork, probe: Probe, **how: Any) -> tuple[FeatureSet, int]:
+    features, logits, batch_size = extract_features(network, probe, **how)
+    return FeatureSet(features, probe.labels, network.weight, None, logits, probe.split), batch_size
 
 
 def _evaluate(

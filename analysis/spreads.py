@@ -76,33 +76,6 @@ class Sizes:
         return centred
 
 
-@dataclass(frozen=True)
-class _Draw:
-    """Covariance of several numbers over draws of the samples, and the degrees of freedom of one sum of them."""
-
-    covariance: NDArray[np.float64]
-    freedom: float
-    reason: str | None
-
-
-@dataclass(frozen=True)
-class _Side:
-    """A metric of one checkpoint: value and influence; for MIR and HDR, m + |s|, those of m and of s."""
-
-    value: float
-    influence: Float64[Tensor, " n"]
-    kink: float = math.inf
-    of_kink: Float64[Tensor, " n"] | None = None
-    sign: float = 1.0
-
-
-@dataclass(frozen=True)
-class _Checkpoint:
-    values: Mapping[str, float | None]
-    influences: Mapping[str, Float64[Tensor, " n"]]
-    ideals: Mapping[str, float | None] = field(default_factory=dict)
-
-
 def delta_spreads(
     a: tuple[SplitEvaluation, Mapping[str, float | None], Mapping[str, Float64[Tensor, " n"]]],
     b: tuple[SplitEvaluation, Mapping[str, float | None], Mapping[str, Float64[Tensor, " n"]]],
@@ -129,6 +102,33 @@ def delta_spreads(
         if sides[0] is not None and sides[1] is not None:
             found[path] = _spread(path, sides[0], sides[1], sizes, confidence, fewest)
     return found
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """Covariance of several numbers over draws of the samples, and the degrees of freedom of one sum of them."""
+
+    covariance: NDArray[np.float64]
+    freedom: float
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class _Side:
+    """A metric of one checkpoint: value and influence; for MIR and HDR, m + |s|, those of m and of s."""
+
+    value: float
+    influence: Float64[Tensor, " n"]
+    kink: float = math.inf
+    of_kink: Float64[Tensor, " n"] | None = None
+    sign: float = 1.0
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    values: Mapping[str, float | None]
+    influences: Mapping[str, Float64[Tensor, " n"]]
+    ideals: Mapping[str, float | None] = field(default_factory=dict)
 
 
 def _ideals(split: SplitEvaluation) -> dict[str, float | None]:

@@ -88,26 +88,6 @@ def class_statistics(
     return ClassStatistics(classes, list(members), torch.stack(means), torch.stack(sizes))
 
 
-def _mean_in_chunks(
-    features: Float[Tensor, "n d"], rows: Int[Tensor, " m"]
-) -> tuple[Float64[Tensor, " d"], Float64[Tensor, ""]]:
-    """Return mean and mean length of these samples; the float64 copy of a chunk stays in a processor's cache."""
-    total = torch.zeros(features.shape[1], dtype=torch.float64, device=features.device)
-    length = torch.zeros((), dtype=torch.float64, device=features.device)
-    for chunk in torch.split(rows, _CHUNK):
-        samples = features.index_select(0, chunk).double()
-        total += samples.sum(dim=0)
-        length += torch.linalg.vector_norm(samples, dim=1).sum()
-    return total / len(rows), length / len(rows)
-
-
-def _mean_at_once(
-    features: Float[Tensor, "n d"], rows: Int[Tensor, " m"]
-) -> tuple[Float64[Tensor, " d"], Float64[Tensor, ""]]:
-    samples = features[rows].double()
-    return samples.mean(dim=0), samples.norm(dim=1).mean()
-
-
 def head_directions(
     head: Float64[Tensor, "c d"], classes: Int[Tensor, " k"], *, centred: bool
 ) -> tuple[Float64[Tensor, "k d"], Bool[Tensor, " k"]]:
@@ -121,14 +101,6 @@ def head_directions(
     centre = head.mean(dim=0) if centred else torch.zeros_like(head[0])
     rows = head[classes]
     return unit_rows(rows - centre, rows.norm(dim=1) + centre.norm())
-
-
-def _check_one_each(features: Float[Tensor, "n d"], labels: Int[Tensor, " m"], n_classes: int) -> None:
-    """Check that there is one label a sample, and that labels are classes."""
-    if len(labels) != len(features):
-        detail = f"There are {len(labels)} labels for {len(features)} samples; expected one label a sample."
-        raise AnalysisError("invalid-argument", detail, argument="labels")
-    check_labels(labels, n_classes, "invalid-argument")
 
 
 @dataclass(frozen=True)
@@ -218,38 +190,6 @@ def blocks_of_all(
         yield _small(sets, small, observe)
 
 
-def _large(sets: Sequence[LabelledFeatures], position: int, observe: Observer | None) -> tuple[ClassBlock, ...]:
-    features, dtype = sets[0].features, sets[0].dtype
-    accumulators = [_ClassAccumulator(features.shape[1], dtype, features.device) for _ in sets]
-    for chunk in torch.split(sets[0].members[position], _BATCH):
-        samples = features.index_select(0, chunk)
-        for entry, accumulator in zip(sets, accumulators, strict=True):
-            accumulator.add(*unit_directions(samples, entry.centre, dtype))
-        if observe is not None:
-            observe(position, chunk, samples)
-    return tuple(accumulator.block(position) for accumulator in accumulators)
-
-
-def _small(sets: Sequence[LabelledFeatures], positions: list[int], observe: Observer | None) -> tuple[ClassBlock, ...]:
-    features, members = sets[0].features, [sets[0].members[position] for position in positions]
-    sizes, device = [len(rows) for rows in members], features.device
-    samples = features.index_select(0, torch.cat(members))
-    owners = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(device)
-    places = torch.cat([torch.arange(size) for size in sizes]).to(device)
-    blocks = []
-    for entry in sets:
-        directions, usable = unit_directions(samples, entry.centre, entry.dtype)
-        rows = directions.new_zeros(len(sizes), max(sizes), directions.shape[1])
-        rows[owners, places] = directions
-        counts = torch.bincount(owners[usable], minlength=len(sizes))
-        wide = rows.double()
-        blocks.append(ClassBlock(positions, counts, wide @ wide.mT, rows))
-    if observe is not None:
-        for position, rows_of, part in zip(positions, members, torch.split(samples, sizes), strict=True):
-            observe(position, rows_of, part)
-    return tuple(blocks)
-
-
 class ClassStream:
     """Directions of features that arrive in batches, so that their number is not bound by memory.
 
@@ -293,6 +233,101 @@ class ClassStream:
         """All classes that came, each reduced to the smaller of its two Gram matrices."""
         for position in sorted(self._classes):
             yield self._classes[position].block(position)
+
+
+def unit_directions(
+    samples: Float[Tensor, "n d"], centre: Float64[Tensor, " d"], dtype: torch.dtype
+) -> tuple[Float[Tensor, "n d"], Bool[Tensor, " n"]]:
+    """Unit vectors of samples less a centre, zeros where there is no direction, and a mask of those that have one.
+
+    Args:
+        samples: one a row.
+        centre: what is subtracted.
+        dtype: float64 or float32, of the result.
+
+    Returns:
+        Directions and mask. A sample shorter than 1e-12 of what it was computed from has none.
+
+    Numerics: in float32 the centre is subtracted in two parts, so that cancellation loses nothing, and squares are
+        summed in float64; where they leave float32's range all is float64.
+    """
+    if dtype == torch.float32:
+        rows = samples.float()
+        high = centre.float()
+        moved = bool(high.any())
+        centred = (rows - high) - (centre - high.double()).float() if moved else rows
+        # Summed in float64: of one direction, nearly, all lengths would be rounded to one side.
+        norms = torch.linalg.vector_norm(centred, dim=1, dtype=torch.float64)
+        lengths = torch.linalg.vector_norm(rows, dim=1).double() if moved else norms
+        extent = torch.cat([norms, lengths])
+        if bool(((extent > _SHORT) & (extent < _LONG)).all()):
+            usable = norms > 1e-12 * (lengths + centre.norm())
+            return torch.where(usable[:, None], centred / norms.float()[:, None], 0.0), usable
+    wide = samples.double()
+    largest = wide.abs().amax() if wide.numel() else wide.new_zeros(())
+    scale = torch.linalg.vector_norm(wide / largest.clamp(min=1e-300), dim=1) * largest + centre.norm()
+    directions, usable = unit_rows(wide - centre, scale)
+    return directions.to(dtype), usable
+
+
+def _mean_in_chunks(
+    features: Float[Tensor, "n d"], rows: Int[Tensor, " m"]
+) -> tuple[Float64[Tensor, " d"], Float64[Tensor, ""]]:
+    """Return mean and mean length of these samples; the float64 copy of a chunk stays in a processor's cache."""
+    total = torch.zeros(features.shape[1], dtype=torch.float64, device=features.device)
+    length = torch.zeros((), dtype=torch.float64, device=features.device)
+    for chunk in torch.split(rows, _CHUNK):
+        samples = features.index_select(0, chunk).double()
+        total += samples.sum(dim=0)
+        length += torch.linalg.vector_norm(samples, dim=1).sum()
+    return total / len(rows), length / len(rows)
+
+
+def _mean_at_once(
+    features: Float[Tensor, "n d"], rows: Int[Tensor, " m"]
+) -> tuple[Float64[Tensor, " d"], Float64[Tensor, ""]]:
+    samples = features[rows].double()
+    return samples.mean(dim=0), samples.norm(dim=1).mean()
+
+
+def _check_one_each(features: Float[Tensor, "n d"], labels: Int[Tensor, " m"], n_classes: int) -> None:
+    """Check that there is one label a sample, and that labels are classes."""
+    if len(labels) != len(features):
+        detail = f"There are {len(labels)} labels for {len(features)} samples; expected one label a sample."
+        raise AnalysisError("invalid-argument", detail, argument="labels")
+    check_labels(labels, n_classes, "invalid-argument")
+
+
+def _large(sets: Sequence[LabelledFeatures], position: int, observe: Observer | None) -> tuple[ClassBlock, ...]:
+    features, dtype = sets[0].features, sets[0].dtype
+    accumulators = [_ClassAccumulator(features.shape[1], dtype, features.device) for _ in sets]
+    for chunk in torch.split(sets[0].members[position], _BATCH):
+        samples = features.index_select(0, chunk)
+        for entry, accumulator in zip(sets, accumulators, strict=True):
+            accumulator.add(*unit_directions(samples, entry.centre, dtype))
+        if observe is not None:
+            observe(position, chunk, samples)
+    return tuple(accumulator.block(position) for accumulator in accumulators)
+
+
+def _small(sets: Sequence[LabelledFeatures], positions: list[int], observe: Observer | None) -> tuple[ClassBlock, ...]:
+    features, members = sets[0].features, [sets[0].members[position] for position in positions]
+    sizes, device = [len(rows) for rows in members], features.device
+    samples = features.index_select(0, torch.cat(members))
+    owners = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(device)
+    places = torch.cat([torch.arange(size) for size in sizes]).to(device)
+    blocks = []
+    for entry in sets:
+        directions, usable = unit_directions(samples, entry.centre, entry.dtype)
+        rows = directions.new_zeros(len(sizes), max(sizes), directions.shape[1])
+        rows[owners, places] = directions
+        counts = torch.bincount(owners[usable], minlength=len(sizes))
+        wide = rows.double()
+        blocks.append(ClassBlock(positions, counts, wide @ wide.mT, rows))
+    if observe is not None:
+        for position, rows_of, part in zip(positions, members, torch.split(samples, sizes), strict=True):
+            observe(position, rows_of, part)
+    return tuple(blocks)
 
 
 class _ClassAccumulator:
@@ -341,38 +376,3 @@ class _ClassAccumulator:
         crossed = torch.outer(reference, self.sum + self.count / 2 * reference)
         gram = self.products.triu() + self.products.triu(1).T + crossed + crossed.T
         return ClassBlock([position], counts, gram[None], None)
-
-
-def unit_directions(
-    samples: Float[Tensor, "n d"], centre: Float64[Tensor, " d"], dtype: torch.dtype
-) -> tuple[Float[Tensor, "n d"], Bool[Tensor, " n"]]:
-    """Unit vectors of samples less a centre, zeros where there is no direction, and a mask of those that have one.
-
-    Args:
-        samples: one a row.
-        centre: what is subtracted.
-        dtype: float64 or float32, of the result.
-
-    Returns:
-        Directions and mask. A sample shorter than 1e-12 of what it was computed from has none.
-
-    Numerics: in float32 the centre is subtracted in two parts, so that cancellation loses nothing, and squares are
-        summed in float64; where they leave float32's range all is float64.
-    """
-    if dtype == torch.float32:
-        rows = samples.float()
-        high = centre.float()
-        moved = bool(high.any())
-        centred = (rows - high) - (centre - high.double()).float() if moved else rows
-        # Summed in float64: of one direction, nearly, all lengths would be rounded to one side.
-        norms = torch.linalg.vector_norm(centred, dim=1, dtype=torch.float64)
-        lengths = torch.linalg.vector_norm(rows, dim=1).double() if moved else norms
-        extent = torch.cat([norms, lengths])
-        if bool(((extent > _SHORT) & (extent < _LONG)).all()):
-            usable = norms > 1e-12 * (lengths + centre.norm())
-            return torch.where(usable[:, None], centred / norms.float()[:, None], 0.0), usable
-    wide = samples.double()
-    largest = wide.abs().amax() if wide.numel() else wide.new_zeros(())
-    scale = torch.linalg.vector_norm(wide / largest.clamp(min=1e-300), dim=1) * largest + centre.norm()
-    directions, usable = unit_rows(wide - centre, scale)
-    return directions.to(dtype), usable

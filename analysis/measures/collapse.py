@@ -74,20 +74,6 @@ def optimum(class_counts: Sequence[int], n_features: int) -> Optimum:
     return Optimum((2 * entropy - joint) / entropy, 0.0, reachable)
 
 
-def _frame_entropy(counts: Sequence[int], cosine: float) -> float:
-    """Entropy of sqrt(p_c p_c') g_cc' with p the class shares, g 1 on the diagonal and `cosine` beside it.
-
-    That is (1 - cosine) diag(p) + cosine sqrt(p) sqrt(p)^T: of k classes with one share p, k - 1 directions have the
-    eigenvalue (1 - cosine) p, and only their mean couples with the other shares.
-    """
-    shares = Counter(counts)
-    sizes = torch.tensor(sorted(shares), dtype=torch.float64) / sum(counts)
-    repeats = torch.tensor([shares[count] for count in sorted(shares)])
-    means = (repeats * sizes).sqrt()
-    coupled = torch.linalg.eigvalsh((1 - cosine) * torch.diag(sizes) + cosine * torch.outer(means, means))
-    return spectrum_entropy(torch.cat([coupled, torch.repeat_interleave((1 - cosine) * sizes, repeats - 1)]))
-
-
 class CollapsePass:
     """NC1 to NC4 as docs/metrics.md defines them, from one pass over the features that others may share.
 
@@ -218,6 +204,20 @@ def neural_collapse(
         for rows in torch.split(members, _CHUNK):
             one_pass.take(position, rows, features.index_select(0, rows))
     return one_pass.finish()
+
+
+def _frame_entropy(counts: Sequence[int], cosine: float) -> float:
+    """Entropy of sqrt(p_c p_c') g_cc' with p the class shares, g 1 on the diagonal and `cosine` beside it.
+
+    That is (1 - cosine) diag(p) + cosine sqrt(p) sqrt(p)^T: of k classes with one share p, k - 1 directions have the
+    eigenvalue (1 - cosine) p, and only their mean couples with the other shares.
+    """
+    shares = Counter(counts)
+    sizes = torch.tensor(sorted(shares), dtype=torch.float64) / sum(counts)
+    repeats = torch.tensor([shares[count] for count in sorted(shares)])
+    means = (repeats * sizes).sqrt()
+    coupled = torch.linalg.eigvalsh((1 - cosine) * torch.diag(sizes) + cosine * torch.outer(means, means))
+    return spectrum_entropy(torch.cat([coupled, torch.repeat_interleave((1 - cosine) * sizes, repeats - 1)]))
 
 
 def _equiangular(

@@ -196,6 +196,39 @@ class Couplings:
         most = float(high.mean() + spread * high.std()) * (1 + _ROUNDING) * (1 + rest)
         return Worth(least, max(likely, least), max(most, likely))
 
+    def product(self, vectors: Float32[Tensor, "q m"]) -> Float32[Tensor, "q m"]:
+        """(J less its blocks of one class) times vectors."""
+        products = _spread(self._mixed(self.by_class(vectors), self.rows), self.rows)
+        return torch.cat([product.flatten(1) for product in products], dim=1)
+
+    def product_without(
+        self, vectors: Float32[Tensor, "q m"], kept: Sequence[Bool[Tensor, "_b _r"]], leading: Sequence[int]
+    ) -> Float32[Tensor, "q m"]:
+        """(J less its blocks of one class and all couplings among kept rows) times vectors, nothing subtracted.
+
+        Args:
+            vectors: on all rows.
+            kept: by block, which of each class's rows are kept.
+            leading: by block, how many rows of a class hold them.
+        """
+        parts = self.by_class(vectors)
+        heads = [rows[:, :count] for rows, count in zip(self.rows, leading, strict=True)]
+        inside = [mask[:, :count] for mask, count in zip(kept, leading, strict=True)]
+        from_kept = self._mixed(
+            [part[..., :count] * mask for part, mask, count in zip(parts, inside, leading, strict=True)], heads
+        )
+        from_tail = self._mixed([part * ~mask for part, mask in zip(parts, kept, strict=True)], self.rows)
+        onto_kept = _spread(from_tail, heads)
+        products = _spread(from_kept.add_(from_tail), self.rows)
+        for product, part, mask, count in zip(products, onto_kept, inside, leading, strict=True):
+            product[..., :count] = torch.where(mask, part, product[..., :count])
+        return torch.cat([product.flatten(1) for product in products], dim=1)
+
+    def by_class(self, vectors: Shaped[Tensor, "q m"]) -> list[Shaped[Tensor, "q _b _r"]]:
+        """Numbers of rows by block, class and rank."""
+        parts = torch.split(vectors, [rows.shape[0] * rows.shape[1] for rows in self.rows], dim=1)
+        return [part.view(len(part), *rows.shape[:2]) for rows, part in zip(self.rows, parts, strict=True)]
+
     def _shifts(self, operator: "_Dropped") -> list[tuple[float, float]]:
         """Where the integrand is taken, evenly in log s, from the largest eigenvalue to the least that matters.
 
@@ -255,39 +288,6 @@ class Couplings:
                 break
         # Beyond the last shift s tr h falls like 1/s, before the first like s: less than half a term more at each end.
         return torch.stack(below).sum(dim=0), torch.stack([*above, above[0] / 2, above[-1] / 2]).sum(dim=0) + unseen
-
-    def product(self, vectors: Float32[Tensor, "q m"]) -> Float32[Tensor, "q m"]:
-        """(J less its blocks of one class) times vectors."""
-        products = _spread(self._mixed(self.by_class(vectors), self.rows), self.rows)
-        return torch.cat([product.flatten(1) for product in products], dim=1)
-
-    def product_without(
-        self, vectors: Float32[Tensor, "q m"], kept: Sequence[Bool[Tensor, "_b _r"]], leading: Sequence[int]
-    ) -> Float32[Tensor, "q m"]:
-        """(J less its blocks of one class and all couplings among kept rows) times vectors, nothing subtracted.
-
-        Args:
-            vectors: on all rows.
-            kept: by block, which of each class's rows are kept.
-            leading: by block, how many rows of a class hold them.
-        """
-        parts = self.by_class(vectors)
-        heads = [rows[:, :count] for rows, count in zip(self.rows, leading, strict=True)]
-        inside = [mask[:, :count] for mask, count in zip(kept, leading, strict=True)]
-        from_kept = self._mixed(
-            [part[..., :count] * mask for part, mask, count in zip(parts, inside, leading, strict=True)], heads
-        )
-        from_tail = self._mixed([part * ~mask for part, mask in zip(parts, kept, strict=True)], self.rows)
-        onto_kept = _spread(from_tail, heads)
-        products = _spread(from_kept.add_(from_tail), self.rows)
-        for product, part, mask, count in zip(products, onto_kept, inside, leading, strict=True):
-            product[..., :count] = torch.where(mask, part, product[..., :count])
-        return torch.cat([product.flatten(1) for product in products], dim=1)
-
-    def by_class(self, vectors: Shaped[Tensor, "q m"]) -> list[Shaped[Tensor, "q _b _r"]]:
-        """Numbers of rows by block, class and rank."""
-        parts = torch.split(vectors, [rows.shape[0] * rows.shape[1] for rows in self.rows], dim=1)
-        return [part.view(len(part), *rows.shape[:2]) for rows, part in zip(self.rows, parts, strict=True)]
 
     def _mixed(
         self, parts: Sequence[Float32[Tensor, "q _b _r"]], rows: Sequence[Float32[Tensor, "_b _r d"]]

@@ -171,12 +171,6 @@ def spectrum_rank(eigenvalues: Float64[Tensor, " n"]) -> int:
     return len(_support(eigenvalues, _SHARE_ZERO))
 
 
-def _support(eigenvalues: Float64[Tensor, " n"], roundings: int) -> Float64[Tensor, " r"]:
-    """The eigenvalues that do not count as zero."""
-    least, largest = eigenvalues.min(), eigenvalues.max()
-    return eigenvalues[eigenvalues > torch.maximum(roundings * _EPS * largest, -_TIMES_NEGATIVE * least)]
-
-
 def matrix_entropy(gram: Float[Tensor, "n n"], alpha: float = 1.0) -> float:
     """Matrix entropy H(K) = - sum_k l_k log l_k, with l the eigenvalues of K/n.
 
@@ -322,3 +316,9 @@ def hdr(first: Float[Tensor, "n n"], second: Float[Tensor, "n n"]) -> float | No
     entropies = matrix_entropy(first), matrix_entropy(second)
     larger = max(entropies)
     return None if larger < ZERO_ENTROPY else abs(entropies[0] - entropies[1]) / larger
+
+
+def _support(eigenvalues: Float64[Tensor, " n"], roundings: int) -> Float64[Tensor, " r"]:
+    """The eigenvalues that do not count as zero."""
+    least, largest = eigenvalues.min(), eigenvalues.max()
+    return eigenvalues[eigenvalues > torch.maximum(roundings * _EPS * largest, -_TIMES_NEGATIVE * least)]

@@ -66,13 +66,6 @@ class Folded:
         between = float(((self._mean(drawn, spreads)[0] - centre) ** 2).mean())
         return math.sqrt(max(2 * seen - max(both - between, 0.0), seen / 3))
 
-    def _spreads(self) -> NDArray[np.float64]:
-        return np.sqrt(np.diag(self.covariance))[1:]
-
-    def _at(self, places: NDArray[np.float64]) -> NDArray[np.float64]:
-        """D at values of l, s_a and s_b."""
-        return places[:, 0] + np.abs(places[:, 1:]) @ self.signs
-
     def interval(self, quantile: float) -> tuple[float, float]:
         """The ends of the interval of the mean of D, `quantile` standard errors away."""
         root, spreads = _root(self.covariance), self._spreads()
@@ -97,6 +90,13 @@ class Folded:
                     step /= 2
             ends.append(float((side * values).max() * side))
         return ends[0], ends[1]
+
+    def _spreads(self) -> NDArray[np.float64]:
+        return np.sqrt(np.diag(self.covariance))[1:]
+
+    def _at(self, places: NDArray[np.float64]) -> NDArray[np.float64]:
+        """D at values of l, s_a and s_b."""
+        return places[:, 0] + np.abs(places[:, 1:]) @ self.signs
 
     def _mean(
         self, moves: NDArray[np.float64], spreads: NDArray[np.float64]

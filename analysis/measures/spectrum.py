@@ -128,24 +128,6 @@ def sample_entropies_of_all(
     return found
 
 
-def _rows_kept(labelled: LabelledFeatures | ClassStream, tolerance: float, largest: int) -> int:
-    """Most rows to keep: all of them where the spectrum is to be exact."""
-    return labelled.n_samples if tolerance == 0 else largest
-
-
-def _entropies(factors: Factors, tolerance: float, generator: torch.Generator, tell: Tell = silent) -> Entropies | None:
-    factors.finish()
-    n = factors.n
-    if n == 0:
-        return None
-    directions = factors.labelled.head
-    head = spectral(gram_spectrum(directions * (factors.counts / n).sqrt()[:, None]))
-    joint, method = joint_entropy(
-        JointSpectrum(factors, head), tolerance=tolerance, largest=factors.largest, generator=generator, tell=tell
-    )
-    return Entropies(factors.spectral.entropy, head.entropy, joint, method, n, factors.degenerate)
-
-
 def sample_joint_entropy_of_order_two(labelled: LabelledFeatures | ClassStream) -> float | None:
     """Joint entropy of order 2 at sample level, - log ||K1 * K2 / n||_F^2, without eigenvalues.
 
@@ -210,3 +192,21 @@ def pair_entropies(features: Float64[Tensor, "n d"], head: Float64[Tensor, "n d"
     matrix = features @ features.T * (head @ head.T) / n if size == n else product_matrix(features, [1] * n, head, n)
     joint, method = exact(spectral(torch.linalg.eigvalsh(matrix)), size, Bounds.of(first, second))
     return Entropies(first.entropy, second.entropy, joint, method, n, 0)
+
+
+def _rows_kept(labelled: LabelledFeatures | ClassStream, tolerance: float, largest: int) -> int:
+    """Most rows to keep: all of them where the spectrum is to be exact."""
+    return labelled.n_samples if tolerance == 0 else largest
+
+
+def _entropies(factors: Factors, tolerance: float, generator: torch.Generator, tell: Tell = silent) -> Entropies | None:
+    factors.finish()
+    n = factors.n
+    if n == 0:
+        return None
+    directions = factors.labelled.head
+    head = spectral(gram_spectrum(directions * (factors.counts / n).sqrt()[:, None]))
+    joint, method = joint_entropy(
+        JointSpectrum(factors, head), tolerance=tolerance, largest=factors.largest, generator=generator, tell=tell
+    )
+    return Entropies(factors.spectral.entropy, head.entropy, joint, method, n, factors.degenerate)

@@ -72,12 +72,6 @@ class Bounded(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
             self.largest = max(self.largest, made.numel())
         return made
 
-    def _look_at(self, constant: Any) -> None:
-        if isinstance(constant, Tensor) and constant.numel() > _MAX_CONSTANT:
-            raise AnalysisError(
-                "invalid-architecture", f"The description asks for a constant of {constant.numel()} elements."
-            )
-
     def check_largest(self, shapes: Mapping[str, Sequence[int]]) -> None:
         """Refuse a network that computes a tensor far larger than any of its weights, such as a mask of positions.
 
@@ -90,6 +84,12 @@ class Bounded(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
         if self.largest > max(_MAX_CONSTANT, *(prod(shape) for shape in shapes.values()), 0):
             raise AnalysisError(
                 "invalid-architecture", f"The description asks for a constant of {self.largest} elements."
+            )
+
+    def _look_at(self, constant: Any) -> None:
+        if isinstance(constant, Tensor) and constant.numel() > _MAX_CONSTANT:
+            raise AnalysisError(
+                "invalid-architecture", f"The description asks for a constant of {constant.numel()} elements."
             )
 
 
@@ -156,12 +156,6 @@ def check_plain(value: Any, *, name: str = "", nesting: int = 0) -> None:
         raise refused(f"{name} asks for {_sum(value):g} layers; at most {MAX_DEPTH} are allowed")
 
 
-def _sum(value: Any) -> float | int:
-    if isinstance(value, (list, tuple)):
-        return sum(_sum(entry) for entry in value)
-    return abs(value) if isinstance(value, (int, float)) else 0
-
-
 def refused(reason: str) -> AnalysisError:
     """Return the error for a description that cannot be built."""
     return AnalysisError("invalid-architecture", f"{reason}.")
@@ -206,3 +200,9 @@ def last_linear(network: nn.Module) -> str | None:
     """Return the name of the last linear module, in the order of construction; None without one."""
     names = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
     return names[-1] if names else None
+
+
+def _sum(value: Any) -> float | int:
+    if isinstance(value, (list, tuple)):
+        return sum(_sum(entry) for entry in value)
+    return abs(value) if isinstance(value, (int, float)) else 0

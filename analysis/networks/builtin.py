@@ -40,6 +40,23 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 _RESNET_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
 
 
+def create(description: Mapping[str, Any]) -> nn.Module:
+    """Build a network from `{"name": ..., "args": {...}}`, with one of the builders below.
+
+    Raises:
+        AnalysisError: `invalid-architecture`; TypeError for an argument that the builder does not have.
+    """
+    name = description["name"]
+    if name not in BUILDERS:
+        raise AnalysisError("invalid-architecture", f"The name must be one of {', '.join(BUILDERS)}, not {name!r}.")
+    return take_one_tensor(BUILDERS[name](**description["args"]))
+
+
+def head(network: nn.Module, description: Mapping[str, Any]) -> str:
+    """Return the name of the classification head."""
+    return HEADS[description["name"]]
+
+
 class Mlp(nn.Module):
     """Linear layers with a normalisation and an activation between them; inputs are flattened."""
 
@@ -166,23 +183,6 @@ class WideResnet(nn.Module):
         x = self.block3(self.block2(self.block1(self.conv1(inputs))))
         logits: Tensor = self.fc(torch.relu(self.bn1(x)).mean(dim=(2, 3)))
         return logits
-
-
-def create(description: Mapping[str, Any]) -> nn.Module:
-    """Build a network from `{"name": ..., "args": {...}}`, with one of the builders below.
-
-    Raises:
-        AnalysisError: `invalid-architecture`; TypeError for an argument that the builder does not have.
-    """
-    name = description["name"]
-    if name not in BUILDERS:
-        raise AnalysisError("invalid-architecture", f"The name must be one of {', '.join(BUILDERS)}, not {name!r}.")
-    return take_one_tensor(BUILDERS[name](**description["args"]))
-
-
-def head(network: nn.Module, description: Mapping[str, Any]) -> str:
-    """Return the name of the classification head."""
-    return HEADS[description["name"]]
 
 
 def mlp(*, sizes: Sequence[int], activation: Activation = "relu", norm: Norm = "none") -> nn.Module:

@@ -87,13 +87,13 @@ class LoadedNetwork:
         bias = self.head.bias
         return bias.detach().float() if isinstance(bias, Tensor) else None
 
-    @cached_property
-    def _keeping(self) -> list[nn.Module]:
-        return parts_that_keep(self.module)
-
     def weights_changed(self) -> None:
         """Clear the values that parts cached from weights for evaluation mode; call it after writing to weights."""
         forget(self._keeping)
+
+    @cached_property
+    def _keeping(self) -> list[nn.Module]:
+        return parts_that_keep(self.module)
 
 
 def parts_that_keep(module: nn.Module) -> list[nn.Module]:
@@ -243,6 +243,14 @@ def build_like(architecture: Mapping[str, Any], like: nn.Module) -> nn.Module | 
     return network.to(next(like.parameters()).device).eval().requires_grad_(False)
 
 
+def words_of(error: BaseException) -> str:
+    """Return type and first line of the root error, which libraries wrap in others."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    said = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {said[0][:500]}" if said else type(error).__name__
+
+
 def _build_on_meta(architecture: Mapping[str, Any], n_tensors: int) -> tuple[nn.Module, Bounded]:
     bounds = Bounded(n_tensors)
     # Our own builders bound their depth themselves; the counter makes torch load its compiler, 1.2 s and 800 modules.
@@ -334,14 +342,6 @@ def _unavailable(family: str, error: Exception) -> AnalysisError:
         extra=family,
         error=words_of(error),
     )
-
-
-def words_of(error: BaseException) -> str:
-    """Return type and first line of the root error, which libraries wrap in others."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    said = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {said[0][:500]}" if said else type(error).__name__
 
 
 def _head_name(network: nn.Module, architecture: Mapping[str, Any], asked: str | None) -> str:

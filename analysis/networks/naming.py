@@ -85,42 +85,6 @@ class Naming:
     n_parameters: int = 0
 
 
-@dataclass
-class _Candidate:
-    """The match of the network's tensors under one prefix.
-
-    Attributes:
-        prefix: the prefix, which is taken off.
-        stored: the file's name of each of the network's tensors found, by the network's own name.
-        others: plain names of other tensors under the prefix, by the file's own; None if torch drops them in loading.
-        twice: pairs of the file's names that would be one tensor; the first of each is in `stored`.
-        infixes: parts of wrappers taken out of the names in `stored`, with the number of names that have each.
-        n_taken: number of parts taken out in total.
-        faults: mismatches by kind, as an error lists them.
-        refusal: the library's own error for a tensor that it would merge or split.
-    """
-
-    prefix: str
-    stored: dict[str, str] = field(default_factory=dict)
-    others: dict[str, str | None] = field(default_factory=dict)
-    twice: list[tuple[str, str]] = field(default_factory=list)
-    infixes: Counter[str] = field(default_factory=Counter)
-    n_taken: int = 0
-    faults: dict[str, list[Any]] = field(default_factory=dict)
-    refusal: AnalysisError | None = None
-
-    @property
-    def fits(self) -> bool:
-        return self.refusal is None and not any(self.faults.values())
-
-    @property
-    def rank(self) -> tuple[int, ...]:
-        """Sort key, best first: most of the network found, most names unchanged, least taken off."""
-        n_exact = sum(full == self.prefix + name for name, full in self.stored.items())
-        n_wrong = len(self.faults["misshaped"]) + len(self.faults["mistyped"])
-        return n_wrong - len(self.stored), -n_exact, self.n_taken, len(self.prefix)
-
-
 def match_names(
     network: nn.Module,
     family: Family,
@@ -180,6 +144,42 @@ def match_names(
             if header[full].dtype in _FLOATING and not full.endswith(_RUNNING_STATISTICS)
         ),
     )
+
+
+@dataclass
+class _Candidate:
+    """The match of the network's tensors under one prefix.
+
+    Attributes:
+        prefix: the prefix, which is taken off.
+        stored: the file's name of each of the network's tensors found, by the network's own name.
+        others: plain names of other tensors under the prefix, by the file's own; None if torch drops them in loading.
+        twice: pairs of the file's names that would be one tensor; the first of each is in `stored`.
+        infixes: parts of wrappers taken out of the names in `stored`, with the number of names that have each.
+        n_taken: number of parts taken out in total.
+        faults: mismatches by kind, as an error lists them.
+        refusal: the library's own error for a tensor that it would merge or split.
+    """
+
+    prefix: str
+    stored: dict[str, str] = field(default_factory=dict)
+    others: dict[str, str | None] = field(default_factory=dict)
+    twice: list[tuple[str, str]] = field(default_factory=list)
+    infixes: Counter[str] = field(default_factory=Counter)
+    n_taken: int = 0
+    faults: dict[str, list[Any]] = field(default_factory=dict)
+    refusal: AnalysisError | None = None
+
+    @property
+    def fits(self) -> bool:
+        return self.refusal is None and not any(self.faults.values())
+
+    @property
+    def rank(self) -> tuple[int, ...]:
+        """Sort key, best first: most of the network found, most names unchanged, least taken off."""
+        n_exact = sum(full == self.prefix + name for name, full in self.stored.items())
+        n_wrong = len(self.faults["misshaped"]) + len(self.faults["mistyped"])
+        return n_wrong - len(self.stored), -n_exact, self.n_taken, len(self.prefix)
 
 
 class _Own:

@@ -169,45 +169,6 @@ def pass_over(
             torch.cuda.empty_cache()
 
 
-def _ready(module: nn.Module, device: torch.device) -> nn.Module:
-    """Move a network to the device, and set it to evaluation mode."""
-    # A path passes the same network at every point: setting the state again takes far longer than checking it.
-    training = away = False
-    for part in module.modules():
-        training |= part.training
-        away |= any(t is not None and t.device != device for t in (*part._parameters.values(), *part._buffers.values()))
-    if away:
-        module.to(device)
-    if training:
-        module.eval()
-    return module
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    # The first text is from the processor's allocator, the second from that of pinned memory.
-    told = ("not enough memory", "CUDA error: out of memory")
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in told)
-
-
-def _pass(network: LoadedNetwork, probe: Probe, size: int, options: PassOptions, collector: Collector) -> None:
-    n = len(probe.labels)
-    # Not inference mode: its tensors have no version counter, so writes into them go unnoticed.
-    with watching(network) as run, torch.no_grad(), arithmetic(options.device, options.precision):
-        done = 0
-        for batch in probe.batches(size, device=options.device):
-            before = _versions(each_input(batch))
-            passed = run(batch)
-            if _versions(each_input(batch)) != before:
-                raise _writes_into_inputs(batch)
-            rows = slice(done, done + n_samples(batch))
-            collector.take(rows, passed)
-            # Freed before the network computes the next batch.
-            del passed
-            done = rows.stop
-            if options.progress:
-                options.progress("features", done, n)
-
-
 @contextmanager
 def watching(network: LoadedNetwork) -> Iterator[Callable[[Inputs], Passed]]:
     """Yield a function that passes a batch through the network and records inputs and outputs of its head.
@@ -247,11 +208,6 @@ def watching(network: LoadedNetwork) -> Iterator[Callable[[Inputs], Passed]]:
         handle.remove()
 
 
-def _versions(tensors: Iterable[Any]) -> list[int | None]:
-    """Return how often each tensor was written into; None where this is not counted."""
-    return [t._version if isinstance(t, Tensor) and not t.is_inference() else None for t in tensors]
-
-
 def features_and_logits(
     network: LoadedNetwork, passed: Passed, precision: Precision, *, first: bool
 ) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b c"]]:
@@ -289,21 +245,6 @@ def features_and_logits(
     return features, logits
 
 
-class _Samples:
-    """Collects features and logits, one row a sample."""
-
-    def __init__(self, network: LoadedNetwork, n: int, device: torch.device, precision: Precision) -> None:
-        n_classes, n_features = network.weight.shape
-        self.features = torch.empty(n, n_features, device=device)
-        self.logits = torch.empty(n, n_classes, device=device)
-        self._network, self._precision = network, precision
-
-    def take(self, rows: slice, passed: Passed) -> None:
-        first = rows.start == 0
-        found = features_and_logits(self._network, passed, self._precision, first=first)
-        self.features[rows], self.logits[rows] = found
-
-
 def gives_as_it_is(network: LoadedNetwork, output: Shaped[Tensor, "..."], given: Shaped[Tensor, "..."]) -> bool:
     """Return whether the logits are the unchanged output of a plain linear module, so that no check is needed."""
     plain = type(network.head) is nn.Linear
@@ -323,6 +264,97 @@ def forward(module: nn.Module, batch: Inputs) -> Any:
             f"The network fails on inputs of shape {_shape(batch)}: {reason}",
             input_shape=_shape(batch),
         ) from error
+
+
+def check_identity(
+    network: LoadedNetwork, features: Float[Tensor, "n d"], logits: Float[Tensor, "n c"], precision: Precision
+) -> None:
+    """Check that features are finite, and that features and head give the logits.
+
+    Raises:
+        AnalysisError: `non-finite-values`; `head-not-found` with the largest difference.
+    """
+    check_finite("features", features)
+    weight, bias = network.weight, network.bias
+    expected = features @ weight.T
+    lengths = torch.outer(features.norm(dim=1), weight.norm(dim=1))
+    if bias is not None:
+        expected, lengths = expected + bias, lengths + bias.abs()
+    difference = (logits - expected).abs()
+    # Non-finite logits are reported at the end of the pass.
+    wrong = (difference > _SAME_LOGITS[precision] * lengths) & difference.isfinite()
+    if bool(wrong.any()):
+        largest = float(difference[wrong].max())
+        raise not_the_head(
+            network,
+            f"The network's logits are up to {largest:.3g} from features x head + bias. It has a second head, or does "
+            "something to the output of its head",
+            difference=largest,
+        )
+
+
+def not_the_head(network: LoadedNetwork, detail: str, **members: Any) -> AnalysisError:
+    """Return the error for a named head that does not give the logits."""
+    return AnalysisError("head-not-found", f"{detail} {network.head_name!r}.", head=network.head_name, **members)
+
+
+def _ready(module: nn.Module, device: torch.device) -> nn.Module:
+    """Move a network to the device, and set it to evaluation mode."""
+    # A path passes the same network at every point: setting the state again takes far longer than checking it.
+    training = away = False
+    for part in module.modules():
+        training |= part.training
+        away |= any(t is not None and t.device != device for t in (*part._parameters.values(), *part._buffers.values()))
+    if away:
+        module.to(device)
+    if training:
+        module.eval()
+    return module
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    # The first text is from the processor's allocator, the second from that of pinned memory.
+    told = ("not enough memory", "CUDA error: out of memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in told)
+
+
+def _pass(network: LoadedNetwork, probe: Probe, size: int, options: PassOptions, collector: Collector) -> None:
+    n = len(probe.labels)
+    # Not inference mode: its tensors have no version counter, so writes into them go unnoticed.
+    with watching(network) as run, torch.no_grad(), arithmetic(options.device, options.precision):
+        done = 0
+        for batch in probe.batches(size, device=options.device):
+            before = _versions(each_input(batch))
+            passed = run(batch)
+            if _versions(each_input(batch)) != before:
+                raise _writes_into_inputs(batch)
+            rows = slice(done, done + n_samples(batch))
+            collector.take(rows, passed)
+            # Freed before the network computes the next batch.
+            del passed
+            done = rows.stop
+            if options.progress:
+                options.progress("features", done, n)
+
+
+def _versions(tensors: Iterable[Any]) -> list[int | None]:
+    """Return how often each tensor was written into; None where this is not counted."""
+    return [t._version if isinstance(t, Tensor) and not t.is_inference() else None for t in tensors]
+
+
+class _Samples:
+    """Collects features and logits, one row a sample."""
+
+    def __init__(self, network: LoadedNetwork, n: int, device: torch.device, precision: Precision) -> None:
+        n_classes, n_features = network.weight.shape
+        self.features = torch.empty(n, n_features, device=device)
+        self.logits = torch.empty(n, n_classes, device=device)
+        self._network, self._precision = network, precision
+
+    def take(self, rows: slice, passed: Passed) -> None:
+        first = rows.start == 0
+        found = features_and_logits(self._network, passed, self._precision, first=first)
+        self.features[rows], self.logits[rows] = found
 
 
 def _head_call(
@@ -378,33 +410,6 @@ def _asked_tokens(network: LoadedNetwork, batch: Inputs, given: Float[Tensor, "n
     return tokens if known else None
 
 
-def check_identity(
-    network: LoadedNetwork, features: Float[Tensor, "n d"], logits: Float[Tensor, "n c"], precision: Precision
-) -> None:
-    """Check that features are finite, and that features and head give the logits.
-
-    Raises:
-        AnalysisError: `non-finite-values`; `head-not-found` with the largest difference.
-    """
-    check_finite("features", features)
-    weight, bias = network.weight, network.bias
-    expected = features @ weight.T
-    lengths = torch.outer(features.norm(dim=1), weight.norm(dim=1))
-    if bias is not None:
-        expected, lengths = expected + bias, lengths + bias.abs()
-    difference = (logits - expected).abs()
-    # Non-finite logits are reported at the end of the pass.
-    wrong = (difference > _SAME_LOGITS[precision] * lengths) & difference.isfinite()
-    if bool(wrong.any()):
-        largest = float(difference[wrong].max())
-        raise not_the_head(
-            network,
-            f"The network's logits are up to {largest:.3g} from features x head + bias. It has a second head, or does "
-            "something to the output of its head",
-            difference=largest,
-        )
-
-
 def _writes_into_inputs(batch: Inputs) -> AnalysisError:
     return AnalysisError(
         "inputs-refused",
@@ -412,11 +417,6 @@ def _writes_into_inputs(batch: Inputs) -> AnalysisError:
         "that leaves them as they are, and works on a copy: x = x.clone().",
         input_shape=_shape(batch),
     )
-
-
-def not_the_head(network: LoadedNetwork, detail: str, **members: Any) -> AnalysisError:
-    """Return the error for a named head that does not give the logits."""
-    return AnalysisError("head-not-found", f"{detail} {network.head_name!r}.", head=network.head_name, **members)
 
 
 def _shape(batch: Inputs) -> Any:

@@ -95,12 +95,6 @@ class FeatureSet:
             parts.append(predictions_of(logits, self.labels[part]))
         return joined(parts)
 
-    def _logits(self, rows: slice) -> Float[Tensor, "m c"]:
-        if self.logits is not None:
-            return self.logits[rows]
-        logits = self.features[rows].double() @ self.head.double().T
-        return logits if self.head_bias is None else logits + self.head_bias.double()
-
     def take(self, rows: Int64[Tensor, " m"]) -> "FeatureSet":
         """Return only the samples of these rows, in their order."""
         return replace(
@@ -111,3 +105,9 @@ class FeatureSet:
             split=None if self.split is None else self.split[rows],
             predictions=None if self.predictions is None else self.predictions.take(rows),
         )
+
+    def _logits(self, rows: slice) -> Float[Tensor, "m c"]:
+        if self.logits is not None:
+            return self.logits[rows]
+        logits = self.features[rows].double() @ self.head.double().T
+        return logits if self.head_bias is None else logits + self.head_bias.double()

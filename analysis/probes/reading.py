@@ -92,17 +92,6 @@ def load_probe(
     return probe
 
 
-def _check_inputs(name: str, tensor: Shaped[Tensor, "..."], n: int) -> None:
-    if tensor.dtype not in (*_FLOATING, *_INTEGER, torch.bool):
-        raise AnalysisError("invalid-probe", f"{name} must be numbers of 8 to 64 bits, not {tensor.dtype}.")
-    if tensor.ndim < 2 or tensor.numel() == 0:
-        raise AnalysisError("invalid-probe", f"{name} must be (N, ...) and not empty, not {list(tensor.shape)}.")
-    if len(tensor) != n:
-        raise AnalysisError("invalid-probe", f"{name} has {len(tensor)} samples; the other inputs have {n}.")
-    if name == "input_ids" and tensor.is_floating_point():
-        raise AnalysisError("invalid-probe", f"input_ids must be integers, not {tensor.dtype}.")
-
-
 def load_feature_set(path: Path) -> FeatureSet:
     """Read a feature set from safetensors: `features`, `labels`, `head`; `head_bias`, `logits`, `split` if present.
 
@@ -147,6 +136,17 @@ def load_feature_set(path: Path) -> FeatureSet:
         logits=floating.get("logits"),
         split=_split(tensors, n, kind),
     )
+
+
+def _check_inputs(name: str, tensor: Shaped[Tensor, "..."], n: int) -> None:
+    if tensor.dtype not in (*_FLOATING, *_INTEGER, torch.bool):
+        raise AnalysisError("invalid-probe", f"{name} must be numbers of 8 to 64 bits, not {tensor.dtype}.")
+    if tensor.ndim < 2 or tensor.numel() == 0:
+        raise AnalysisError("invalid-probe", f"{name} must be (N, ...) and not empty, not {list(tensor.shape)}.")
+    if len(tensor) != n:
+        raise AnalysisError("invalid-probe", f"{name} has {len(tensor)} samples; the other inputs have {n}.")
+    if name == "input_ids" and tensor.is_floating_point():
+        raise AnalysisError("invalid-probe", f"input_ids must be integers, not {tensor.dtype}.")
 
 
 def _read(path: Path, format: str, names: Sequence[str], kind: Kind) -> dict[str, Tensor]:

@@ -23,17 +23,6 @@ METADATA = ".metadata"
 _MODULE = "torch.distributed.checkpoint.metadata"
 
 
-@dataclass(frozen=True)
-class _Part:
-    """A part of a tensor: its offsets in the tensor, its shape, and the position of its bytes."""
-
-    offsets: tuple[int, ...]
-    shape: tuple[int, ...]
-    file: Path
-    start: int
-    n_bytes: int
-
-
 @contextmanager
 def open_distributed(folder: Path) -> Iterator[dict[str, Any]]:
     """Open a folder of torch.distributed.checkpoint; its tensors can be read inside the block.
@@ -61,6 +50,17 @@ def open_distributed(folder: Path) -> Iterator[dict[str, Any]]:
             held = _tensor(name, entry, where) if entry.name == f"{_MODULE}.TensorStorageMetadata" else entry
             _put(content, paths.get(name) if isinstance(paths, dict) else None, name, held)
     yield content
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A part of a tensor: its offsets in the tensor, its shape, and the position of its bytes."""
+
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    n_bytes: int
 
 
 def _where(folder: Path, places: dict[Any, Any]) -> dict[tuple[str, tuple[int, ...]], tuple[Path, int, int]]:

@@ -109,6 +109,17 @@ def read_torch_file(file: OpenFile) -> Any:
     raise NotTorchError(_other_file(start))
 
 
+def sizes_of(value: Any) -> tuple[int, ...] | None:
+    """Return a shape or strides as a tuple; None for any other value."""
+    if isinstance(value, Inert) and value.name == "torch.Size" and value.arguments:
+        value = value.arguments[0]
+    if not isinstance(value, list | tuple) or len(value) > _MOST_RANK:
+        return None
+    if not all(type(size) is int and 0 <= size < 2**48 for size in value):
+        return None
+    return tuple(value)
+
+
 _BEGINNINGS = {
     b"\x89HDF": "is HDF5, as Keras writes it, and not a file of torch.save",
     b"GGUF": "is GGUF, whose weights are quantised for llama.cpp, and not a file of torch.save",
@@ -397,17 +408,6 @@ def _read(of: Storage, first: int, sizes: tuple[int, ...], steps: tuple[int, ...
         return torch.empty(sizes, dtype=of.dtype)
     numbers = torch.frombuffer(content, dtype=of.dtype, count=n_numbers)
     return numbers.as_strided(sizes, steps, first)
-
-
-def sizes_of(value: Any) -> tuple[int, ...] | None:
-    """Return a shape or strides as a tuple; None for any other value."""
-    if isinstance(value, Inert) and value.name == "torch.Size" and value.arguments:
-        value = value.arguments[0]
-    if not isinstance(value, list | tuple) or len(value) > _MOST_RANK:
-        return None
-    if not all(type(size) is int and 0 <= size < 2**48 for size in value):
-        return None
-    return tuple(value)
 
 
 # By the name of torch's function: the kind of tensor that it makes, and the index of the shape argument.

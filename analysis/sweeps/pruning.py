@@ -75,6 +75,24 @@ class Pruning:
         return sum(_share(sparsity, len(group)) for group in groups)
 
 
+def knee(sparsities: Sequence[float], accuracies: Sequence[float]) -> float:
+    """Return the largest sparsity whose accuracy is within 1 point of that at sparsity 0.
+
+    Args:
+        sparsities: including 0.
+        accuracies: one for each, 0 to 1.
+
+    Returns:
+        The sparsity; accuracies below it may still be lower.
+
+    >>> knee([0.0, 0.5, 0.9], [0.95, 0.945, 0.7])
+    0.5
+    """
+    whole = dict(zip(sparsities, accuracies, strict=True))[0.0]
+    # Rounding of the difference must not matter: 0.95 - 0.94 is a little more than 0.01 in floating point.
+    return max(s for s, accuracy in zip(sparsities, accuracies, strict=True) if whole - accuracy <= _TOLERATED + 1e-12)
+
+
 def _prunable(network: LoadedNetwork, include_head: bool) -> list[Tensor]:
     """Return each prunable weight once, in the order of the modules."""
     head = network.head._parameters.get("weight")
@@ -125,21 +143,3 @@ def _without_least(weights: Tensor, count: int) -> Tensor:
     kept = torch.where(below, 0.0, weights)
     kept[ties] = 0.0
     return kept
-
-
-def knee(sparsities: Sequence[float], accuracies: Sequence[float]) -> float:
-    """Return the largest sparsity whose accuracy is within 1 point of that at sparsity 0.
-
-    Args:
-        sparsities: including 0.
-        accuracies: one for each, 0 to 1.
-
-    Returns:
-        The sparsity; accuracies below it may still be lower.
-
-    >>> knee([0.0, 0.5, 0.9], [0.95, 0.945, 0.7])
-    0.5
-    """
-    whole = dict(zip(sparsities, accuracies, strict=True))[0.0]
-    # Rounding of the difference must not matter: 0.95 - 0.94 is a little more than 0.01 in floating point.
-    return max(s for s, accuracy in zip(sparsities, accuracies, strict=True) if whole - accuracy <= _TOLERATED + 1e-12)

@@ -383,7 +383,10 @@ def _of(name: str, progress: Progress | None) -> Progress | None:
 
 
 def _counted(progress: Progress | None, done: int, n_splits: int, options: ComparisonOptions) -> Callable[[], None]:
+    """Return a function that counts one resample and reports progress."""
+
     def step() -> None:
+        """Count one resample."""
         nonlocal done
         done += 1
         if progress:

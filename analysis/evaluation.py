@@ -206,6 +206,7 @@ def evaluate_features(
 
 
 def _extract_samples(network: LoadedNetwork, probe: Probe, **how: Any) -> tuple[FeatureSet, int]:
+    """Return the feature set of a classifier, one row a sample."""
     features, logits, batch_size = extract_features(network, probe, **how)
     return FeatureSet(features, probe.labels, network.weight, None, logits, probe.split), batch_size
 
@@ -269,6 +270,7 @@ class _Split:
         steps: Steps,
     ) -> None:
         def select(tensor: Tensor) -> Tensor:
+            """Return the rows of the split."""
             return tensor if rows is None else tensor[rows]
 
         self.features, self.labels = squarable(select(data.features)), select(data.labels).long()

@@ -151,7 +151,10 @@ def _check(
     logits: Float[Tensor, "n c"] | Predictions,
     largest: int,
 ) -> None:
+    """Check the arguments of `influence`."""
+
     def require(holds: bool, argument: str, detail: str) -> None:
+        """Raise an error about an argument unless the condition holds."""
         if not holds:
             raise AnalysisError("invalid-argument", detail, argument=argument)
 

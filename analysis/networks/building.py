@@ -180,6 +180,7 @@ def take_one_tensor(network: nn.Module) -> nn.Module:
     """
 
     def single(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Take the one tensor out of a mapping."""
         if not args or not isinstance(args[0], Mapping):
             return None
         if set(args[0]) != {"pixel_values"}:

@@ -70,6 +70,7 @@ class Mlp(nn.Module):
         self.activation = _ACTIVATIONS[activation]
 
     def forward(self, inputs: Float[Tensor, "n ..."]) -> Float[Tensor, "n classes"]:
+        """Return logits; each sample is flattened."""
         x = inputs.flatten(1) if inputs.ndim > 1 else inputs
         if x.ndim != 2 or x.shape[1] != self.n_inputs:
             raise _refused(f"samples of {self.n_inputs} numbers", inputs)
@@ -92,6 +93,7 @@ class Cnn(nn.Module):
         self.head = nn.Linear(channels[-1], n_classes)
 
     def forward(self, inputs: Float[Tensor, "n ..."]) -> Float[Tensor, "n classes"]:
+        """Return the logits of images."""
         _check_images(inputs, self.in_channels, smallest_side=self.smallest_side)
         x = inputs
         for conv, norm in zip(self.convs, self.norms, strict=True):
@@ -114,6 +116,7 @@ class BasicBlock(nn.Module):
             self.downsample = nn.Sequential(nn.Conv2d(n_in, n_out, 1, stride=stride, bias=False), nn.BatchNorm2d(n_out))
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c2 h2 w2"]:
+        """Return the activated sum of both convolutions and the shortcut."""
         y = torch.relu(self.bn1(self.conv1(x)))
         shortcut: Tensor = self.downsample(x)
         return torch.relu(self.bn2(self.conv2(y)) + shortcut)
@@ -135,6 +138,7 @@ class Resnet(nn.Module):
         _initialise_convolutions(self)
 
     def forward(self, inputs: Float[Tensor, "n ..."]) -> Float[Tensor, "n classes"]:
+        """Return the logits of images."""
         _check_images(inputs, self.in_channels)
         x = torch.relu(self.bn1(self.conv1(inputs)))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
@@ -156,6 +160,7 @@ class PreactivationBlock(nn.Module):
             self.shortcut = nn.Conv2d(n_in, n_out, 1, stride=stride, bias=False)
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c2 h2 w2"]:
+        """Return the sum of both convolutions and the shortcut, without activation."""
         activated = torch.relu(self.bn1(x))
         y = self.conv2(torch.relu(self.bn2(self.conv1(activated))))
         shortcut: Tensor = x if self.shortcut is None else self.shortcut(activated)
@@ -179,6 +184,7 @@ class WideResnet(nn.Module):
         _initialise_convolutions(self)
 
     def forward(self, inputs: Float[Tensor, "n ..."]) -> Float[Tensor, "n classes"]:
+        """Return the logits of images."""
         _check_images(inputs, self.in_channels)
         x = self.block3(self.block2(self.block1(self.conv1(inputs))))
         logits: Tensor = self.fc(torch.relu(self.bn1(x)).mean(dim=(2, 3)))

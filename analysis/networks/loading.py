@@ -375,6 +375,7 @@ def _same(file: Any) -> Same:
     """Return a function that tells whether two tensors of an opened file are equal."""
 
     def same(one: str, other: str) -> bool:
+        """Return whether two tensors of the file have the same type, and equal bytes."""
         # By their bytes: torch cannot compare every type of a file, and NaN equals nothing.
         first, second = file.get_tensor(one), file.get_tensor(other)
         if first.dtype != second.dtype:

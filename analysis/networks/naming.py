@@ -172,6 +172,7 @@ class _Candidate:
 
     @property
     def fits(self) -> bool:
+        """Whether all of the network's tensors are there, with their shapes and types."""
         return self.refusal is None and not any(self.faults.values())
 
     @property

@@ -180,16 +180,19 @@ def watching(network: LoadedNetwork) -> Iterator[Callable[[Inputs], Passed]]:
     copying = False
 
     def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], given: Any) -> None:
+        """Record one call of the head."""
         received = args[0] if args else kwargs["input"]
         versions.extend(_versions((received, given)))
         calls.append((received.clone(), given.clone()) if copying else (received, given))
 
     def once(batch: Inputs) -> Any:
+        """Pass a batch and record the calls of the head."""
         calls.clear()
         versions.clear()
         return forward(network.module, batch)
 
     def run(batch: Inputs) -> Passed:
+        """Pass a batch; a second time with copies where the network writes into the head's tensors."""
         nonlocal copying
         before = _versions(each_input(batch))
         output = once(batch)
@@ -352,6 +355,7 @@ class _Samples:
         self._network, self._precision = network, precision
 
     def take(self, rows: slice, passed: Passed) -> None:
+        """Take features and logits of one batch."""
         first = rows.start == 0
         found = features_and_logits(self._network, passed, self._precision, first=first)
         self.features[rows], self.logits[rows] = found

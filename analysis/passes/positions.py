@@ -104,6 +104,7 @@ class _Collected:
         self._done, self._looked_back = 0, False
 
     def take(self, rows: slice, passed: Passed) -> None:
+        """Take the positions with labels of one batch."""
         output, received, given = passed.output, passed.received, passed.given
         network, n_vocabulary = self._network, len(self._network.weight)
         labels = self._labels[rows].to(received.device)

@@ -167,6 +167,7 @@ def stratified_rows(
 
 
 def prepared_batch(batch: Shaped[Tensor, "n ..."], preprocess: Preprocess | None) -> Float32[Tensor, "n ..."]:
+    """Return a batch in float32, preprocessed if requested."""
     return batch.to(torch.float32) if preprocess is None else preprocess(batch)
 
 

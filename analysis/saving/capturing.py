@@ -94,6 +94,7 @@ class _Called(nn.Module):
         self.model = model
 
     def forward(self, batch: Inputs) -> Any:
+        """Return the model's logits, which it may give as an attribute or an entry of its output."""
         output = self.model(batch) if isinstance(batch, Tensor) else self.model(**batch)
         if isinstance(output, Mapping):
             return output.get("logits")

@@ -108,11 +108,13 @@ class _Bounded:
         self._file = file
 
     def read(self, n_bytes: int) -> bytes:
+        """Read bytes; a number beyond the end of the file is an error."""
         if n_bytes > 8 and n_bytes > self._end - self._file.tell():
             raise PickleError(f"it ends before {n_bytes} bytes that it announces")
         return self._file.read(n_bytes)
 
     def readline(self) -> bytes:
+        """Read a line of limited length."""
         return self._file.readline(_LINE_BYTES)
 
 
@@ -128,6 +130,7 @@ class _Machine:
         self._left = most_steps
 
     def step(self, name: str, argument: Any) -> None:
+        """Apply one opcode."""
         self._spend(1)
         if name in _VALUES:
             self._stack.append(argument)

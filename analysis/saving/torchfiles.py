@@ -170,12 +170,14 @@ def _read_zip(file: OpenFile) -> Any:
     loaded: dict[tuple[str, torch.dtype], bytearray] = {}
 
     def storage(id_: Any) -> Storage | None:
+        """Return the storage of a persistent id; None for other ids."""
         if (found := _announced(id_)) is None:
             return None
         key, dtype, n_numbers = found
         name = f"{root}data/{key}"
 
         def read(dtype: torch.dtype) -> bytearray:
+            """Return the numbers of the storage, as a type."""
             if name not in members:
                 raise NotTorchError(f"lacks the numbers of a tensor ({name[:200]!r} in its zip)")
             if (name, dtype) not in loaded:
@@ -240,6 +242,7 @@ def _read_legacy(file: OpenFile) -> Any:
     loaded: dict[str, bytearray] = {}
 
     def storage(id_: Any) -> Storage | None:
+        """Return the storage of a persistent id; None for other ids."""
         if (found := _announced(id_)) is None:
             return None
         key, dtype, n_numbers = found
@@ -250,6 +253,7 @@ def _read_legacy(file: OpenFile) -> Any:
                 first, n_numbers = start, size
 
         def read(dtype: torch.dtype) -> bytearray:
+            """Return the numbers of the storage, as a type."""
             if key not in spans:
                 raise NotTorchError("lacks the numbers of a tensor")
             if key not in loaded:
@@ -303,6 +307,7 @@ def _with_tensors(content: Any, storage: Callable[[Any], Storage | None]) -> Any
     made: dict[int, tuple[Inert, Any]] = {}
 
     def tensor(value: Any) -> Any:
+        """Return the plan of a tensor; other values as they are."""
         if isinstance(value, Inert) and value.name in _REBUILD:
             if id(value) not in made:
                 made[id(value)] = value, _rebuilt(value, storage)

@@ -154,6 +154,7 @@ def recalibrate(
     n = 0
 
     def weigh(layer: nn.modules.batchnorm._BatchNorm, _: object) -> None:
+        """Set the share of this batch among all samples that the layer has seen."""
         # Counted by layer: a layer that runs twice on a batch has seen it twice.
         seen[layer] += n
         layer.momentum = n / seen[layer]

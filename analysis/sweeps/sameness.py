@@ -139,7 +139,10 @@ def _are_same(first: nn.Module, second: nn.Module, batch: Inputs) -> bool:
 
 
 def _answer_alike(first: nn.Module, second: nn.Module, state: State, batch: Inputs, renew: Callable[[], None]) -> bool:
+    """Return whether two networks give the same outputs with the same weights."""
+
     def answer(module: nn.Module) -> Tensor | None:
+        """Return a network's output with these weights; None where it fails or gives no tensor."""
         renew()
         try:
             given = functional_call(module, dict(state), (batch,))

@@ -1,4 +1,4 @@
-"""Factors of class Gram matrices, from which the joint spectrum is computed."""
+"""Factor the class Gram matrices, from which the joint spectrum is computed."""
 
 import math
 
@@ -11,17 +11,22 @@ from .couplings import FactorBlock
 from .entropy import Spectral, gram_spectrum, spectral
 from .products import coordinates
 
-# Numbers of the factors whose couplings are held: half a GiB.
+# Most numbers of the factors held for couplings: half a GiB.
 MOST_NUMBERS = 2**27
-# Eigenvalues alone of so many times the rows that are kept cost about what the kept ones do, eigenvectors and probes.
+# All eigenvalues of this many times the kept rows cost about as much as eigenvectors and probes of the kept rows.
 EXACT = 3
 
 
 class Factors:
-    """R_c of every class: rows from the largest class eigenvalue down, and H(K1) on the way.
+    """R_c of every class: rows from the largest class eigenvalue down; H(K1) is computed on the way.
 
-    Rows that can be among the `largest` are held in float64, for the kept part; in float32, for couplings, all but the
-    smallest of very many. The eigenvalues of all are held.
+    Rows that can be among the `largest` are held in float64, for the kept part. For couplings all rows are held in
+    float32; of very many, all but the smallest. The eigenvalues of all rows are held.
+
+    Args:
+        labelled: the features whose blocks are added, and the head's directions.
+        largest: most rows that may be kept.
+        most_numbers: most numbers of the rows held for couplings.
     """
 
     def __init__(
@@ -36,11 +41,11 @@ class Factors:
         self.labelled, self.largest, self.most_rows = labelled, largest, most_numbers // d
         self.scatter = torch.zeros(d, d, dtype=torch.float64, device=device) if labelled.n_samples > d else None
         self.held = self.blocks_held = 0
-        #: The most that the ranks of features and head can give when multiplied, once that is asked for.
+        #: Bound of the product of the ranks of features and head; computed when first needed.
         self.products: int | None = None
 
     def add(self, block: ClassBlock) -> None:
-        """Take in the block of a class, or of several."""
+        """Add the block of a class, or of several."""
         if block.gram.shape[-1] == 0:
             return
         self._factorise(block)
@@ -55,7 +60,7 @@ class Factors:
             self.blocks_held = self._prune_blocks()
 
     def finish(self) -> None:
-        """Once all blocks came: how many samples had a direction, and H(K1)."""
+        """Count the samples with a direction and compute H(K1), once all blocks were added."""
         if self.blocks_held > self.most_rows:
             self._prune_blocks()
         self.n = int(self.counts.sum())
@@ -63,7 +68,7 @@ class Factors:
         if self.n == 0:
             self.spectral = Spectral(0.0, 0, 0.0)
         elif self.scatter is None:
-            # Few samples: the stacked factors, of which nothing was pruned, have the non-zero spectrum of Z.
+            # Few samples: no factor was pruned, so the stacked factors have the non-zero spectrum of Z.
             self.spectral = spectral(gram_spectrum(torch.cat(self.rows) / math.sqrt(self.n)))
         else:
             self.spectral = spectral(torch.linalg.eigvalsh(self.scatter / self.n))
@@ -71,7 +76,7 @@ class Factors:
     def _factorise(self, block: ClassBlock) -> None:
         values, vectors = torch.linalg.eigh(block.gram)
         values, vectors = values.flip(-1), vectors.mT.flip(-2)
-        # What is left below is rounding: one sample repeated a thousand times has one direction, not a thousand.
+        # Smaller eigenvalues are rounding: one sample repeated a thousand times has one direction, not a thousand.
         above = (values > 16 * torch.finfo(torch.float64).eps * values[:, :1]).sum(dim=1)
         ranks = torch.minimum(above, block.counts)
         values = values * (torch.arange(values.shape[1], device=values.device) < ranks[:, None])
@@ -87,23 +92,23 @@ class Factors:
             self.rows[position] = factors[index, :rank].clone() if len(factors) > 1 else factors[0, :rank]
 
     def _all_are_needed(self) -> bool:
-        """Whether the exact spectrum may be within reach by the ranks of features and head, and its rows in memory."""
+        """Return whether ranks of features and head may allow the exact spectrum, and memory its rows."""
         if self.products is None:
             self.products = self.labelled.head.shape[1] * coordinates(self.labelled.head).shape[1]
         return self.products <= EXACT * self.largest and 2 * self.held <= self.most_rows
 
     def _prune(self) -> int:
-        """Let go of float64 rows that cannot be among the largest; how many are left."""
+        """Drop float64 rows that cannot be among the largest; return the number of rows left."""
         threshold = self._threshold(self.largest)
         for position, rows in enumerate(self.rows):
-            # Every class keeps its leading direction; clone() lets the rest of the storage go.
+            # Every class keeps its leading direction; clone() frees the rest of the storage.
             above = max(int((self.eigenvalues[position] >= threshold).sum()), 1)
             if len(rows) > above:
                 self.rows[position] = rows[:above].clone()
         return sum(len(rows) for rows in self.rows)
 
     def _prune_blocks(self) -> int:
-        """Let go of float32 rows that cannot be among the largest; how many are left."""
+        """Drop float32 rows that cannot be among the largest; return the number of rows left."""
         threshold = self._threshold(self.most_rows)
         for index, block in enumerate(self.blocks):
             above = max(int((block.values >= threshold).sum(dim=1).max()), 1)
@@ -113,13 +118,13 @@ class Factors:
         return sum(block.values.numel() for block in self.blocks)
 
     def _threshold(self, largest: int) -> float:
-        """The last of so many eigenvalues, the largest of those that came."""
+        """Return the eigenvalue of this rank among those added so far."""
         every = torch.cat(self.eigenvalues)
         return float(every.topk(min(largest, len(every))).values[-1])
 
 
 def _add_scatter(scatter: Float64[Tensor, "d d"], block: ClassBlock) -> None:
-    """Add the Z^T Z of all classes of a block."""
+    """Add the Z^T Z of all classes of a block to the scatter matrix."""
     if block.rows is None:
         scatter += block.gram.sum(dim=0)
         return

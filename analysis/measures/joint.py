@@ -1,4 +1,4 @@
-"""The entropy of the joint spectrum from factors of class Gram matrices, pinched as far as a tolerance allows."""
+"""Compute the entropy of the joint spectrum from factors of class Gram matrices, pinched within a tolerance."""
 
 import math
 from bisect import bisect_left
@@ -15,11 +15,11 @@ from .entropy import ZERO_ENTROPY, Spectral, spectral
 from .factors import EXACT, Factors
 from .products import product_matrix
 
-# Up to here the exact spectrum costs less than approaching it.
+# Up to this size the exact spectrum costs less than an approximation.
 _SMALL = 1024
-# With fewer rows to a class couplings between classes are most of the spectrum, and dear: C x C at every step.
+# With fewer rows a class, couplings between classes are most of the spectrum, and costly: C x C at every step.
 _FEW = 8
-# Rows that are kept at first.
+# Number of rows kept at first.
 _FIRST_KEPT = 640
 
 
@@ -28,8 +28,8 @@ class Method:
     """How a joint spectrum was computed.
 
     Attributes:
-        name: `exact`, or `pinched` where some couplings were left out.
-        kept: size of the matrix whose eigenvalues were taken.
+        name: `exact`, or `pinched` if some couplings were left out.
+        kept: size of the matrix whose eigenvalues were computed.
         total: size that the exact spectrum needs.
         tail_mass: share of the trace outside the kept part, 0 to 1.
         error_estimate: how far MIR may be below the exact value.
@@ -43,9 +43,13 @@ class Method:
 
 
 class JointSpectrum:
-    """The joint matrix by rows of R, ranked: the leading one of every class, then from the largest eigenvalue down.
+    """The joint matrix by rows of R, ranked: the leading row of every class, then from the largest eigenvalue down.
 
-    A larger kept part so always holds a smaller one.
+    A larger kept part therefore always contains a smaller one.
+
+    Args:
+        factors: finished.
+        head: entropy and rank of the head's directions, weighted by the classes' samples.
     """
 
     def __init__(self, factors: Factors, head: Spectral) -> None:
@@ -60,19 +64,19 @@ class JointSpectrum:
         self.values, self.classes, self.within = values[order], classes[order], within[order]
         self.total = len(values)
         self.leaders = int((sizes > 0).sum())
-        # Rows that were let go rank behind all that are held, but for ties.
+        # Dropped rows rank behind all rows held, except for ties.
         missing = (self.within >= held[self.classes]).nonzero()[:, 0]
         self.held = int(missing[0]) if len(missing) else self.total
         self.head = factors.labelled.head
-        #: What the exact spectrum needs: the least of the matrices that have it.
+        #: Size of the smallest matrix that has the exact spectrum.
         self.exact = min(self.total, factors.spectral.rank * head.rank)
-        # The mass beyond the first k rows, summed from the end up; on a processor always in the same order.
+        # The mass beyond the first k rows, summed from the end; on the processor, where the order is fixed.
         self.tails: list[float] = [*self.values.cpu().flip(0).cumsum(0).flip(0).tolist(), 0.0]
 
     def matrix(self, kept: int) -> Float64[Tensor, "m m"]:
-        """The joint matrix of the first `kept` rows."""
+        """Return the joint matrix of the first `kept` rows."""
         classes, within = self.classes[:kept], self.within[:kept]
-        # Each class's rows as they lie in memory, then all in the order of ranks.
+        # Each class's rows in the order of memory, then all of them in the order of ranks.
         counts = torch.bincount(classes, minlength=len(self.head))
         rows = torch.cat([rows[:count] for rows, count in zip(self.factors.rows, counts.tolist(), strict=True)])
         rows = rows[(counts.cumsum(0) - counts)[classes] + within]
@@ -83,7 +87,7 @@ class JointSpectrum:
         return matrix
 
     def exact_matrix(self) -> Float64[Tensor, "m m"]:
-        """The least matrix that has the whole spectrum; of the lower triangle alone where that is by ranks."""
+        """Return the smallest matrix with the whole spectrum; only its lower triangle if that is by ranks."""
         if self.exact == self.total:
             return self.matrix(self.total)
         sizes = [len(rows) for rows in self.factors.rows]
@@ -91,20 +95,21 @@ class JointSpectrum:
 
     @cached_property
     def couplings(self) -> Couplings:
-        """The couplings between all rows at hand."""
+        """The couplings between all rows in memory."""
         return Couplings(self.factors.blocks, self.head, self.factors.n)
 
     def enough(self, error: float) -> int:
-        """The fewest rows to keep for which `bound` is within `error`."""
+        """Return the fewest rows to keep for which `bound` is within `error`."""
         return bisect_left(
             range(self.total), True, key=lambda kept: self.tails[kept] < 0.5 and self.bound(kept) <= error
         )
 
     def bound(self, kept: int) -> float:
-        """Most that H can be above the exact one, whatever the couplings.
+        """Return the most that the pinched H can exceed the exact one, whatever the couplings.
 
-        Measuring which of kept part and tail holds the state costs at most the entropy h(t) of that outcome; within the
-        tail, of mass t, only the couplings between the classes are left, worth at most log of their number.
+        Measuring whether kept part or tail holds the state costs at most the entropy h(t) of that outcome. Within the
+        tail, of mass t, only the couplings between classes are missing, worth at most the logarithm of the number of
+        classes.
         """
         tail = min(self.tails[kept], 1.0)
         outcome = sum(-share * math.log(share) for share in (tail, 1.0 - tail) if share > 0)
@@ -113,12 +118,12 @@ class JointSpectrum:
 
 @dataclass(frozen=True)
 class Bounds:
-    """Between what the joint entropy lies, and what MIR divides by.
+    """Bounds of the joint entropy, and the entropy that MIR divides by.
 
     Attributes:
-        lowest, highest: both hold for the exact value, so that they can only mend rounding and pinching.
-        unit: the smaller of the two entropies; 1 where MIR is not defined.
-        rounding: what rounding may account for in both entropies, in nats.
+        lowest, highest: both hold for the exact value, so applying them can only correct rounding and pinching.
+        unit: the smaller of the two entropies; 1 if MIR is undefined.
+        rounding: bound of the rounding error of both entropies, in nats.
     """
 
     lowest: float
@@ -128,15 +133,22 @@ class Bounds:
 
     @classmethod
     def of(cls, features: Spectral, head: Spectral) -> "Bounds":
+        """Return the bounds that follow from the entropies of features and head."""
         first, second = features.entropy, head.entropy
         unit = min(first, second) if min(first, second) >= ZERO_ENTROPY else 1.0
         return cls(max(first, second), first + second, unit, features.rounding + head.rounding)
 
     def held(self, joint: float) -> float:
+        """Return the joint entropy, moved into the bounds."""
         return max(min(joint, self.highest), self.lowest)
 
     def error(self, most: float, joint: Spectral) -> float:
-        """How far MIR may be off, given what the joint entropy may be above the exact one without rounding."""
+        """Return how far MIR may be off.
+
+        Args:
+            most: the most that the joint entropy may exceed the exact one, rounding aside.
+            joint: the computed joint spectrum.
+        """
         return (most + self.rounding + joint.rounding) / self.unit
 
 
@@ -148,7 +160,18 @@ def joint_entropy(
     generator: torch.Generator,
     tell: Tell = silent,
 ) -> tuple[float, Method]:
-    """Keep as many rows as the tolerance needs, or `largest`, and take back what couplings are surely worth; or all."""
+    """Return the joint entropy, and how it was computed.
+
+    As many rows are kept as the tolerance needs, `largest` at most; what the dropped couplings are surely worth is
+    subtracted. If that costs no more, or the tolerance is 0, the spectrum is exact.
+
+    Args:
+        spectrum: the joint matrix.
+        tolerance: likely error of MIR that is small enough.
+        largest: most rows to keep.
+        generator: on the CPU; draws the probes of `couplings`.
+        tell: called with the share done.
+    """
     bounds = spectrum.bounds
     total, error = spectrum.total, tolerance * bounds.unit
     within_reach = spectrum.held == total and spectrum.exact <= EXACT * largest
@@ -174,7 +197,7 @@ def joint_entropy(
             last=kept == largest,
             tell=lambda share, start=start, span=span: tell(start + span * (0.2 + 0.8 * share)),  # type: ignore[misc]
         )
-        # Couplings that seem to be worth more than they can be are rounding, and nothing is taken back.
+        # Couplings that seem to be worth more than they can be are rounding: nothing is subtracted.
         bound = spectrum.bound(kept)
         taken = worth.least if worth.least <= bound else 0.0
         joint = bounds.held(pinched.entropy - taken)
@@ -183,11 +206,12 @@ def joint_entropy(
         if likely <= error or kept == largest:
             most = max(min(worth.most - taken, certain), 0.0)
             return joint, Method("pinched", kept, total, mass, bounds.error(most, pinched))
-        # What couplings are worth falls about as the number of rows that keep theirs rises.
+        # The worth of the dropped couplings falls about in proportion to the number of rows kept.
         kept = min(math.ceil(kept * min(max(likely / error, 1.25), 4.0)), largest)
-        # How many parts there will be nobody knows: each takes half of what is left.
+        # The number of rounds is unknown in advance: each counts as half of the rest.
         start, span = start + span, span / 2
 
 
 def exact(joint: Spectral, size: int, bounds: Bounds) -> tuple[float, Method]:
+    """Return the joint entropy of the whole spectrum, from a matrix of this size, and the method that says so."""
     return bounds.held(joint.entropy), Method("exact", size, size, 0.0, bounds.error(0.0, joint))

@@ -1,15 +1,15 @@
 """The joint spectrum of samples and their classes' head rows.
 
-The naive way needs an N x N Gram matrix and all its eigenvalues. The head has only C distinct rows, and that is enough:
+The naive way needs an N x N Gram matrix and all its eigenvalues. The head has only C distinct rows, which allows less:
 
 1. Exact reduction. With a factor R_c of each class Gram matrix (R_c^T R_c = Z_c^T Z_c, at most min(n_c, d) rows) the
    non-zero eigenvalues of K1 * K2 are those of the m x m matrix (R R^T) * g[class, class], R the stacked R_c and
-   g the Gram matrix of the head's directions, m <= min(N, C d). Nor does K1 * K2 have more of them than the ranks of
-   features and head give when multiplied: where that is the least, the matrix is of that size (`products.py`).
+   g the Gram matrix of the head's directions, m <= min(N, C d). The number of non-zero eigenvalues is also at most the
+   product of the ranks of features and head: if that is smaller, the matrix is of that size (`products.py`).
 2. Pinched tail. Rows of R with small eigenvalues lose their couplings and enter the entropy as they are. Pinching never
    lowers entropy, so MIR is bounded from below.
-3. What the lost couplings are worth (`couplings.py`) is bounded from both sides: the smaller amount is taken back, the
-   gap between the two is the error estimate, and the kept part grows until the tolerance is met.
+3. The worth of the lost couplings (`couplings.py`) is bounded from both sides: the lower bound is subtracted, the gap
+   between the two is the error estimate, and the kept part grows until the tolerance is met.
 """
 
 import math
@@ -27,11 +27,11 @@ from .factors import Factors
 from .joint import Bounds, JointSpectrum, Method, exact, joint_entropy
 from .products import product_matrix
 
-# Most rows that are kept: on a processor core, ten seconds. A tolerance of 0 goes beyond.
+# Default limit of rows kept: ten seconds on a processor core. A tolerance of 0 ignores it.
 LARGEST_KEPT = 4096
-# The share of a spectrum's time that reading is taken for, where progress is told.
+# The share of a spectrum's time that reading counts for in reports of progress.
 _READING = 0.2
-# Rows whose products with all others are held at a time.
+# Number of rows whose products with all others are held at a time.
 _ORDER_TWO_ROWS = 512
 
 
@@ -45,13 +45,13 @@ class Entropies(PairEntropies):
 
 
 def mir_of(features: float, head: float, joint: float) -> float | None:
-    """MIR from the three entropies; None where the smaller of the first two is below 1e-12."""
+    """Return MIR from the three entropies; None if the smaller of the first two is below 1e-12."""
     smaller = min(features, head)
     return None if smaller < ZERO_ENTROPY else (features + head - joint) / smaller
 
 
 def hdr_of(features: float, head: float) -> float | None:
-    """HDR from the two entropies; None where the larger is below 1e-12."""
+    """Return HDR from the two entropies; None if the larger is below 1e-12."""
     larger = max(features, head)
     return None if larger < ZERO_ENTROPY else abs(features - head) / larger
 
@@ -63,24 +63,25 @@ def sample_entropies(
     largest: int = LARGEST_KEPT,
     generator: torch.Generator | None = None,
 ) -> Entropies | None:
-    """Entropies at sample level: z_i = F_i, v_i = W[y_i], one pair a sample.
+    """Return the entropies at sample level: z_i = F_i, v_i = W[y_i], one pair a sample.
 
     Args:
         labelled: samples by class and the head's directions.
-        tolerance: likely error of MIR that is small enough; 0 is exact. What is certain is the method's
+        tolerance: likely error of MIR that is small enough; 0 is exact. The certain bound is the method's
             `error_estimate`, up to a few times that.
-        largest: most rows to keep, whatever the tolerance, unless that is 0; all are kept, where they are up to
-            three times as many and that costs no more.
-        generator: on the CPU; draws the probes that tell what dropped couplings are worth. Default: one seeded with 0.
+        largest: most rows to keep, whatever the tolerance, unless that is 0. Up to three times as many rows are all
+            kept, if that costs no more.
+        generator: on the CPU; draws the probes that estimate the worth of dropped couplings. Default: one seeded with
+            0.
 
     Returns:
-        The entropies, or None where no pair is left.
+        The entropies, or None if no pair is left.
 
     Numerics: directions in the type that `labelled` says, sums of their products and all spectra in float64. Products
-        of large float32 sets are taken in float32 about the class's mean direction, which moves MIR by about 1e-8. With
-        m rows kept O(N d min(n_c, d) + C min(n_c, d)^3 + m^3) time; memory for the factors of the directions that may
-        be kept or coupled and a few matrices of d x d, m x d and m x m. The joint entropy is never below the exact one
-        but for rounding. Where the kept part reaches `largest` before the tolerance is met, `error_estimate` says so.
+        of large float32 sets are computed in float32 about the class's mean direction, which moves MIR by about 1e-8.
+        With m rows kept O(N d min(n_c, d) + C min(n_c, d)^3 + m^3) time; memory for the factors of the directions that
+        may be kept or coupled and a few matrices of d x d, m x d and m x m. The joint entropy is never below the exact
+        one, up to rounding. If the kept part reaches `largest` before the tolerance is met, `error_estimate` says so.
 
     Source: docs/metrics.md, "The joint spectrum, fast".
     """
@@ -100,7 +101,7 @@ def sample_entropies_of_all(
     observe: Observer | None = None,
     tell: Tell = silent,
 ) -> list[Entropies | None]:
-    """`sample_entropies` of sets that differ in centre and head alone, from one reading of their features.
+    """Return `sample_entropies` of sets that differ only in centre and head, from one pass over their features.
 
     Args:
         sets: of the same features and classes.
@@ -108,7 +109,7 @@ def sample_entropies_of_all(
         largest: as of `sample_entropies`.
         generators: one for each set.
         observe: as of `classes.blocks_of_all`.
-        tell: told what share is done: reading is taken for a fifth.
+        tell: called with the share done: reading counts as a fifth.
 
     Returns:
         The entropies of each set.
@@ -129,7 +130,7 @@ def sample_entropies_of_all(
 
 
 def sample_joint_entropy_of_order_two(labelled: LabelledFeatures | ClassStream) -> float | None:
-    """Joint entropy of order 2 at sample level, - log ||K1 * K2 / n||_F^2, without eigenvalues.
+    """Return the joint entropy of order 2 at sample level, - log ||K1 * K2 / n||_F^2, without eigenvalues.
 
     The squared norm is sum_cc' g_cc'^2 <Z_c^T Z_c, Z_c'^T Z_c'> / n^2.
 
@@ -137,9 +138,9 @@ def sample_joint_entropy_of_order_two(labelled: LabelledFeatures | ClassStream) 
         labelled: samples by class and the head's directions.
 
     Returns:
-        The entropy in nats, or None where no pair is left.
+        The entropy in nats, or None if no pair is left.
 
-    Numerics: float64 but for large float32 sets' products, exact otherwise. O(N d min(n_c, d)) time for the Gram
+    Numerics: exact in float64, except for products of large float32 sets. O(N d min(n_c, d)) time for the Gram
         matrices and O((C d)^2) for their products; memory for C matrices of d x d, or the rows of classes that have
         fewer samples.
 
@@ -156,7 +157,7 @@ def sample_joint_entropy_of_order_two(labelled: LabelledFeatures | ClassStream) 
             tall.extend(block.positions)
             grams.append(block.gram.flatten(1))
         else:
-            # Places that were filled up, and samples without direction, are zeros and add nothing.
+            # Padding and samples without direction are zeros and add nothing.
             short.extend(position for position in block.positions for _ in range(block.rows.shape[1]))
             rows.append(block.rows.flatten(0, 1).double())
     if n == 0:
@@ -175,16 +176,16 @@ def sample_joint_entropy_of_order_two(labelled: LabelledFeatures | ClassStream) 
 
 
 def pair_entropies(features: Float64[Tensor, "n d"], head: Float64[Tensor, "n d"]) -> Entropies:
-    """Entropies of n pairs of unit rows, n at least 1, from n x n Gram matrices.
+    """Return the entropies of n pairs of unit rows, n at least 1, from n x n Gram matrices.
 
     Args:
-        features: z, such as the directions of the class means.
-        head: v, such as the directions of the head rows.
+        features: z, for example the directions of the class means.
+        head: v, for example the directions of the head rows.
 
     Returns:
         The exact entropies.
 
-    Numerics: float64, O(m^3) time for m the least of n and the ranks of both, multiplied.
+    Numerics: float64, O(m^3) time for m the smaller of n and the product of both ranks.
     """
     n = len(features)
     first, second = spectral(gram_spectrum(features / math.sqrt(n))), spectral(gram_spectrum(head / math.sqrt(n)))
@@ -195,11 +196,12 @@ def pair_entropies(features: Float64[Tensor, "n d"], head: Float64[Tensor, "n d"
 
 
 def _rows_kept(labelled: LabelledFeatures | ClassStream, tolerance: float, largest: int) -> int:
-    """Most rows to keep: all of them where the spectrum is to be exact."""
+    """Return the most rows to keep: all of them if the spectrum is to be exact."""
     return labelled.n_samples if tolerance == 0 else largest
 
 
 def _entropies(factors: Factors, tolerance: float, generator: torch.Generator, tell: Tell = silent) -> Entropies | None:
+    """Return the entropies from factors to which all blocks were added; None if no pair is left."""
     factors.finish()
     n = factors.n
     if n == 0:

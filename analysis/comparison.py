@@ -64,9 +64,13 @@ class ComparisonOptions(EvaluationOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.resamples < 10:
-            raise AnalysisError("invalid-argument", "resamples is at least 10", argument="resamples")
+            raise AnalysisError(
+                "invalid-argument", f"resamples must be at least 10, not {self.resamples}.", argument="resamples"
+            )
         if not 0.5 <= self.confidence <= 0.9999:
-            raise AnalysisError("invalid-argument", "confidence is 0.5 to 0.9999", argument="confidence")
+            raise AnalysisError(
+                "invalid-argument", f"confidence must be 0.5 to 0.9999, not {self.confidence}.", argument="confidence"
+            )
 
 
 @dataclass(frozen=True)

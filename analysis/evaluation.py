@@ -70,11 +70,21 @@ class EvaluationOptions:
 
     def __post_init__(self) -> None:
         if self.null_permutations < 0:
-            raise AnalysisError("invalid-argument", "null_permutations is at least 0", argument="null_permutations")
+            raise AnalysisError(
+                "invalid-argument",
+                f"null_permutations must be at least 0, not {self.null_permutations}.",
+                argument="null_permutations",
+            )
         if not 0 <= self.tolerance < math.inf:
-            raise AnalysisError("invalid-argument", "tolerance is at least 0", argument="tolerance")
+            raise AnalysisError(
+                "invalid-argument",
+                f"tolerance must be finite and at least 0, not {self.tolerance}.",
+                argument="tolerance",
+            )
         if self.batch_size is not None and self.batch_size < 1:
-            raise AnalysisError("invalid-argument", "batch_size is at least 1", argument="batch_size")
+            raise AnalysisError(
+                "invalid-argument", f"batch_size must be at least 1, not {self.batch_size}.", argument="batch_size"
+            )
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,7 @@ def spectrum_entropy(eigenvalues: Float64[Tensor, " n"], alpha: float = 1.0) -> 
         eigenvalue in size, which is rounding, count as zero.
     """
     if not alpha >= 0:
-        raise AnalysisError("invalid-argument", f"alpha is {alpha}; an order is at least 0", argument="alpha")
+        raise AnalysisError("invalid-argument", f"alpha must be at least 0, not {alpha}.", argument="alpha")
     # Small orders weigh small eigenvalues up: they take the usual cut-off of a numerical rank.
     support = _support(eigenvalues, _SHARE_ZERO if alpha >= 1 else max(_SHARE_ZERO, len(eigenvalues)))
     if alpha == 1:
@@ -197,7 +197,9 @@ def matrix_entropy(gram: Float[Tensor, "n n"], alpha: float = 1.0) -> float:
     check_finite("gram", gram)
     n = gram.shape[0]
     if n == 0:
-        raise AnalysisError("invalid-argument", "an entropy needs at least one vector", argument="gram")
+        raise AnalysisError(
+            "invalid-argument", "The Gram matrix is empty; an entropy needs at least one vector.", argument="gram"
+        )
     scaled = gram.double() / n
     if alpha == 2:
         return -math.log(float(scaled.square().sum()))

@@ -164,7 +164,7 @@ def _check(
     numbers = logits.loss if isinstance(logits, Predictions) else logits
     for name, tensor in (("features", features), ("head", head), ("logits", numbers)):
         if not bool(torch.isfinite(tensor).all()):
-            raise AnalysisError("non-finite-values", f"{name} hold NaN or infinity", tensor=name)
+            raise AnalysisError("non-finite-values", f"The {name} hold NaN or infinity.", tensor=name)
 
 
 def _of_predictions(samples: Samples, predictions: Predictions) -> dict[str, Float64[Tensor, " n"]]:

@@ -47,7 +47,9 @@ class InterplayLoss(nn.Module):
         super().__init__()
         for name, weight in (("mir_weight", mir_weight), ("hdr_weight", hdr_weight)):
             if not 0 <= weight < math.inf:
-                raise AnalysisError("invalid-argument", f"{name} is {weight}; a weight is at least 0", argument=name)
+                raise AnalysisError(
+                    "invalid-argument", f"{name} must be finite and at least 0, not {weight}.", argument=name
+                )
         _check_centring(centring)
         self.mir_weight, self.hdr_weight, self.centring = mir_weight, hdr_weight, centring
 
@@ -226,7 +228,7 @@ class _Derivative(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Float64[Tensor, "m m"]) -> None:
         """Raise an error, as there is no second derivative."""
-        raise RuntimeError("the entropy of a spectrum is differentiable once; a second derivative was asked for")
+        raise RuntimeError("The entropy of a spectrum has no second derivative here: it is differentiable once.")
 
 
 @dataclass(frozen=True)
@@ -355,7 +357,7 @@ def _weights(mask: Shaped[Tensor, " n"] | None, features: Float[Tensor, "n d"]) 
     if not bool(((weights >= 0) & (weights <= 1)).all()):
         raise AnalysisError(
             "invalid-argument",
-            f"mask runs from {float(weights.min())} to {float(weights.max())}; weights are from 0 to 1",
+            f"The mask runs from {float(weights.min())} to {float(weights.max())}; it must be within 0 to 1.",
             argument="mask",
         )
     return weights
@@ -363,7 +365,9 @@ def _weights(mask: Shaped[Tensor, " n"] | None, features: Float[Tensor, "n d"]) 
 
 def _check_centring(centring: str) -> None:
     if centring not in ("none", "global"):
-        raise AnalysisError("invalid-argument", f"centring is none or global, not {centring!r}", argument="centring")
+        raise AnalysisError(
+            "invalid-argument", f"centring must be none or global, not {centring!r}.", argument="centring"
+        )
 
 
 def _check_shapes(
@@ -378,7 +382,7 @@ def _check_shapes(
         """Raise an error about an argument unless the condition holds."""
         if not holds:
             came = f"{str(tensor.dtype).removeprefix('torch.')} of shape {list(tensor.shape)}"
-            raise AnalysisError("invalid-argument", f"{name} is {came}; it must be {expected}", argument=name)
+            raise AnalysisError("invalid-argument", f"{name} is {came}; it must be {expected}.", argument=name)
 
     def integer(tensor: Shaped[Tensor, "..."]) -> bool:
         """Return whether a tensor holds integers."""
@@ -403,5 +407,5 @@ def _check_values(samples: Float64[Tensor, "n d"], head: Float64[Tensor, "c d"],
         broken = ~torch.isfinite(tensor.detach()).all(dim=1)
         if bool(broken.any()):
             raise AnalysisError(
-                "non-finite-values", f"{int(broken.sum())} rows of {name} hold NaN or infinity", tensor=name
+                "non-finite-values", f"{int(broken.sum())} rows of the {name} hold NaN or infinity.", tensor=name
             )

@@ -135,13 +135,13 @@ def check_plain(value: Any, *, name: str = "", nesting: int = 0) -> None:
         AnalysisError: `invalid-architecture`.
     """
     if nesting > MAX_NESTING:
-        raise refused(f"A description is nested {MAX_NESTING} deep at most")
+        raise refused(f"The description is nested deeper than {MAX_NESTING} levels")
     match value:
         case None | bool() | str():
             return
         case int() | float():
             if not isfinite(value) or abs(value) > 2**53:
-                raise refused(f"{name} takes a finite number below 2^53, not {value}")
+                raise refused(f"{name} must be a finite number below 2^53, not {value}")
         case list() | tuple():
             if len(value) > MAX_LIST:
                 raise refused(f"{name} has {len(value)} entries; at most {MAX_LIST} are allowed")
@@ -151,7 +151,7 @@ def check_plain(value: Any, *, name: str = "", nesting: int = 0) -> None:
             for key, entry in value.items():
                 check_plain(entry, name=str(key), nesting=nesting + 1)
         case _:
-            raise refused(f"{name} takes a JSON value, not a {type(value).__name__}")
+            raise refused(f"{name} must be a JSON value, not a {type(value).__name__}")
     if DEPTH.search(name) and _sum(value) > MAX_DEPTH:
         raise refused(f"{name} asks for {_sum(value):g} layers; at most {MAX_DEPTH} are allowed")
 
@@ -168,8 +168,8 @@ def require_classes(n_classes: Any) -> None:
         AnalysisError: `invalid-architecture`.
     """
     if type(n_classes) is not int or not 2 <= n_classes <= MAX_CLASSES:
-        what = "a single output is a regression" if n_classes == 1 else f"not {n_classes!r}"
-        raise refused(f"A classifier has 2 to {MAX_CLASSES} classes; {what}")
+        what = "a single output is a regression" if n_classes == 1 else f"this one has {n_classes!r}"
+        raise refused(f"A classifier must have 2 to {MAX_CLASSES} classes; {what}")
 
 
 def take_one_tensor(network: nn.Module) -> nn.Module:

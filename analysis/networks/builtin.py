@@ -335,7 +335,7 @@ def _require_positive(**arguments: Sequence[int]) -> None:
     for name, values in arguments.items():
         for value in values:
             # A bool is an int in Python; a width of True is a mistake.
-            _require(type(value) is int and value >= 1, f"{name} takes whole numbers from 1 on, not {value!r}")
+            _require(type(value) is int and value >= 1, f"{name} must be whole numbers of at least 1, not {value!r}")
 
 
 def _check_images(inputs: Float[Tensor, "..."], in_channels: int, *, smallest_side: int = 1) -> None:

@@ -301,8 +301,8 @@ def _family(architecture: Mapping[str, Any]) -> Family:
         case _:
             raise AnalysisError(
                 "invalid-architecture",
-                "A description has the members family and name, texts, and args, an object; of the family "
-                "transformers it has family and config, an object.",
+                "A description must have the members family and name, both strings, and args, an object; in the family "
+                "transformers, the members family and config, an object.",
             )
     if family not in FAMILIES or (family == "transformers" and "config" not in architecture):
         raise AnalysisError("invalid-architecture", f"The family must be one of {', '.join(FAMILIES)}, not {family!r}.")
@@ -406,8 +406,7 @@ def _read(
     if broken:
         raise AnalysisError(
             "non-finite-values",
-            f"Tensor {broken[0]!r} of the checkpoint holds NaN or infinity (as float32); so do "
-            f"{len(broken) - 1} others.",
+            f"{len(broken)} tensors of the checkpoint hold NaN or infinity as float32, first {broken[0]!r}.",
             tensor=broken[0],
             n_tensors=len(broken),
         )

@@ -325,18 +325,18 @@ def _require_one_of_each(chosen: _Candidate, copies: Collection[str], same: Same
         if other not in copies and not same(full, other):
             raise AnalysisError(
                 "checkpoint-mismatch",
-                f"The file's tensors {full!r} and {other!r} would be the same one of the network's, and differ.",
+                f"The file's tensors {full!r} and {other!r} differ, but are the same tensor of the network.",
                 reason="ambiguous",
                 candidates=[full, other],
             )
 
 
 def _ambiguous(prefixes: list[str]) -> AnalysisError:
-    shown = ", ".join(repr(prefix) if prefix else "no prefix at all" for prefix in prefixes[:_MAX_LISTED])
+    shown = ", ".join(repr(prefix) if prefix else "'' (no prefix)" for prefix in prefixes[:_MAX_LISTED])
     return AnalysisError(
         "checkpoint-mismatch",
-        f"The file holds {len(prefixes)} whole sets of the network's tensors, and they differ: behind {shown}. Push it "
-        "again with the one that is meant as its `prefix`.",
+        f"The file holds {len(prefixes)} complete sets of the network's tensors that differ, with prefixes {shown}. "
+        "Push it again with the right one as its `prefix`.",
         reason="ambiguous",
         candidates=prefixes[:_MAX_LISTED],
     )
@@ -344,10 +344,10 @@ def _ambiguous(prefixes: list[str]) -> AnalysisError:
 
 def _mismatch(chosen: _Candidate, own: _Own, header: Mapping[str, Entry]) -> AnalysisError:
     counts = ", ".join(f"{len(entries)} {what}" for what, entries in chosen.faults.items() if entries)
-    behind = f", behind {chosen.prefix!r}" if chosen.prefix else ""
+    behind = f" with the prefix {chosen.prefix!r}" if chosen.prefix else ""
     return AnalysisError(
         "checkpoint-mismatch",
-        f"Of the {len(own.state)} tensors of the architecture and the {len(header)} of the file{behind}: {counts}.",
+        f"The architecture has {len(own.state)} tensors, the file {len(header)}{behind}; they do not match: {counts}.",
         **{what: entries[:_MAX_LISTED] for what, entries in chosen.faults.items()},
         **{f"n_{what}": len(entries) for what, entries in chosen.faults.items()},
     )

@@ -200,7 +200,7 @@ def _take_batches(network: nn.Module, single: str) -> None:
         if unknown := sorted(set(batch) - set(names)):
             raise AnalysisError(
                 "inputs-refused",
-                f"{type(network).__name__} takes {', '.join(names)}; the probe has {', '.join(unknown)} too.",
+                f"{type(network).__name__} takes {', '.join(names)}; the probe also has {', '.join(unknown)}.",
                 unknown=unknown,
             )
         if "input_ids" in batch:
@@ -235,7 +235,7 @@ def _whole(ids: Tensor) -> Tensor:
     whole = ids.long()
     # A probe's plain `inputs` are float32, in which every id below 2^24 is exact.
     if type(ids) is Tensor and not bool((whole == ids).all()):
-        raise AnalysisError("inputs-refused", "The network takes ids of tokens, which are whole numbers.")
+        raise AnalysisError("inputs-refused", "The inputs must be token ids, which are whole numbers.")
     return whole
 
 

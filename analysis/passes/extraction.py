@@ -290,8 +290,8 @@ def check_identity(
         largest = float(difference[wrong].max())
         raise not_the_head(
             network,
-            f"The network's logits are up to {largest:.3g} from features x head + bias. It has a second head, or does "
-            "something to the output of its head",
+            f"The network's logits are up to {largest:.3g} from features x head + bias. It has a second head, or "
+            "changes the output of its head",
             difference=largest,
         )
 
@@ -366,7 +366,7 @@ def _head_call(
 ) -> tuple[Float[Tensor, "n t d"], Float[Tensor, "n t c"]]:
     """Return inputs and outputs of the head, for each token of each sample; most heads see one token."""
     if len(calls) != 1:
-        raise not_the_head(network, f"It ran {len(calls)} times for one batch, expected once, the head")
+        raise not_the_head(network, f"It must run once for a batch, not {len(calls)} times: the head")
     n, (n_classes, n_features) = n_samples(batch), network.weight.shape
     received, given = calls[0]
     if isinstance(received, Tensor) and isinstance(network.head, nn.Conv2d):
@@ -397,7 +397,9 @@ def _tokens_of_logits(
         tokens = _asked_tokens(network, batch, given)
         if tokens is not None and bool(equal.gather(1, tokens[:, None]).all()):
             return tokens
-    raise not_the_head(network, f"For each sample it runs on {given.shape[1]} tokens, none of which gives the logits,")
+    raise not_the_head(
+        network, f"None of the {given.shape[1]} tokens of a sample gives the logits: it must be the last module,"
+    )
 
 
 def _asked_tokens(network: LoadedNetwork, batch: Inputs, given: Float[Tensor, "n t c"]) -> Int64[Tensor, " n"] | None:
@@ -417,8 +419,8 @@ def _asked_tokens(network: LoadedNetwork, batch: Inputs, given: Float[Tensor, "n
 def _writes_into_inputs(batch: Inputs) -> AnalysisError:
     return AnalysisError(
         "inputs-refused",
-        f"The network writes into its inputs of shape {_shape(batch)}, which the next pass takes again; expected one "
-        "that leaves them as they are, and works on a copy: x = x.clone().",
+        f"The network writes into its inputs of shape {_shape(batch)}, which the next pass needs unchanged; it must "
+        "work on a copy: x = x.clone().",
         input_shape=_shape(batch),
     )
 

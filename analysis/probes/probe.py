@@ -162,7 +162,9 @@ def stratified_rows(
     rank = torch.arange(len(labels)) - starts
     rows = by_stratum[rank < torch.repeat_interleave(taken, counts)].sort().values
     if len(torch.unique(labels[rows])) < least_classes:
-        raise AnalysisError("invalid-argument", f"{n_samples} samples of this probe are of one class; ask for more.")
+        raise AnalysisError(
+            "invalid-argument", f"The {n_samples} samples drawn from this probe are of one class; request more samples."
+        )
     return rows
 
 

@@ -70,7 +70,7 @@ def load_probe(
     if "inputs" in tensors and named:
         raise AnalysisError(kind, f"The file holds inputs and {', '.join(named)}; it must be one or the other.")
     if named and not set(_MAIN_NAMES) & set(named):
-        raise AnalysisError(kind, f"Beside {', '.join(named)} the file needs {' or '.join(_MAIN_NAMES)}.")
+        raise AnalysisError(kind, f"With {', '.join(named)} the file must also hold {' or '.join(_MAIN_NAMES)}.")
     given = named or {"inputs": _required(tensors, "inputs", kind)}
     n = len(next(iter(given.values()))) if all(t.ndim for t in given.values()) else 0
     for name, tensor in given.items():
@@ -185,7 +185,7 @@ def _labels(tensors: dict[str, Tensor], n: int, n_classes: int | None, kind: Kin
     if smallest < 0 or largest >= n_classes:
         raise AnalysisError(kind, f"labels must be 0 to {n_classes - 1}, not {smallest} to {largest}.")
     if smallest == largest:
-        raise AnalysisError(kind, f"All {n} samples are of the class {smallest}; two classes are the least.")
+        raise AnalysisError(kind, f"All {n} samples are of the class {smallest}; there must be at least two classes.")
     return labels, n_classes
 
 

@@ -63,7 +63,9 @@ def capture_features(
     network = _network(plain, head)
     loaders: Mapping[str, Iterable[Any]] = loader if isinstance(loader, Mapping) else {"all": loader}
     if isinstance(loader, Mapping) and not (loader and set(loader) <= set(SPLITS)):
-        raise AnalysisError("invalid-argument", f"Loaders are named train and test, not {', '.join(loader) or 'none'}.")
+        raise AnalysisError(
+            "invalid-argument", f"Loaders must be named train and test, not {', '.join(loader) or 'none'}."
+        )
     parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     with _evaluating(plain), torch.no_grad(), arithmetic(place):
         for name, batches in loaders.items():
@@ -134,8 +136,8 @@ def _of_batch(
     if labels.shape != (len(features),) or labels.is_floating_point():
         raise AnalysisError(
             "invalid-feature-set",
-            f"Labels are whole numbers, one a sample; these are {labels.dtype} of shape {[*labels.shape]} "
-            f"for {len(features)} samples.",
+            f"Labels must be whole numbers, one for each of {len(features)} samples, not {labels.dtype} of shape "
+            f"{[*labels.shape]}.",
         )
     # Copies: a model may reuse one output tensor for every batch.
     return features.to("cpu", copy=True), logits.to("cpu", copy=True), labels.cpu().long()
@@ -156,7 +158,7 @@ def _taken_apart(batch: Any) -> tuple[Tensor | dict[str, Tensor], Tensor]:
     what = f"a dictionary of {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else type(batch).__name__
     raise AnalysisError(
         "invalid-feature-set",
-        f"A batch is (inputs, labels), or a dictionary with one of {', '.join(_LABELS)}; this one is {what}.",
+        f"A batch must be (inputs, labels), or a dictionary with one of {', '.join(_LABELS)}, not {what}.",
     )
 
 

@@ -141,7 +141,7 @@ def _opened(path: Path, stack: ExitStack) -> tuple[Any, int]:
     for file in files:
         shard = stack.enter_context(open_torch_file(file))
         if (entries := _entries(shard)) is None:
-            raise NotTorchError(f"has {shown(file.name)}, which holds no names with tensors")
+            raise NotTorchError(f"has {shown(file.name)}, which holds no mapping from names to tensors")
         content |= entries
     return content, sum(file.stat().st_size for file in files)
 
@@ -186,7 +186,7 @@ def _chosen(name: str, content: Any, key: str | None, most_bytes: int) -> Weight
     n_bytes = sum(plan.n_bytes for plan in plans.values())
     if n_bytes > most_bytes:
         raise ConversionError(
-            f"{shown(name)} is damaged: its tensors would have {n_bytes} bytes, far more than it has."
+            f"{shown(name)} is damaged: its tensors would have {n_bytes} bytes, far more than the file."
         )
     tensors = {place: plan.read() for place, plan in plans.items()}
     left_out = {

@@ -135,7 +135,7 @@ def _other_file(start: bytes) -> str:
     if start[257:262] == b"ustar":
         return "is a tar: unpack it first; what PyTorch before 0.1.10 wrote such a PyTorch must load and save again"
     found = (words for beginning, words in _BEGINNINGS.items() if start.startswith(beginning))
-    return next(found, "is no file of torch.save, which is a zip or a pickle" if start else "is empty")
+    return next(found, "is not a file of torch.save, which is a zip or a pickle" if start else "is empty")
 
 
 # --- the zip ----------------------------------------------------------------------------------------------------------
@@ -145,7 +145,7 @@ def _read_zip(file: OpenFile) -> Any:
     try:
         archive = zipfile.ZipFile(file)
     except (*_BROKEN_ZIP, OSError):
-        raise NotTorchError("is a zip that is not whole") from None
+        raise NotTorchError("is an incomplete zip") from None
     members = {info.filename: info for info in archive.infolist()}
     pickles = [name for name in members if name == "data.pkl" or name.endswith("/data.pkl")]
     root = min(pickles, key=len).removesuffix("data.pkl") if pickles else ""
@@ -159,7 +159,7 @@ def _read_zip(file: OpenFile) -> Any:
         raise NotTorchError(
             "is an archive of torch.export, a program around its weights: save torch.export.load(FILE).state_dict()"
             if exported
-            else "is a zip, but none of torch.save: it holds no data.pkl"
+            else "is a zip, but not from torch.save: it holds no data.pkl"
         )
     order = "little"
     if (name := f"{root}byteorder") in members:
@@ -208,7 +208,7 @@ def _member(file: OpenFile, archive: zipfile.ZipFile, info: zipfile.ZipInfo, mos
     except _BROKEN_ZIP:
         raise NotTorchError(f"is damaged: {info.filename[:200]!r} in its zip cannot be read") from None
     if len(content) < info.file_size or not header.startswith(b"PK\x03\x04") or info.flag_bits & 1:
-        raise NotTorchError(f"is damaged: {info.filename[:200]!r} in its zip is not whole")
+        raise NotTorchError(f"is damaged: {info.filename[:200]!r} in its zip is incomplete")
     return content
 
 
@@ -229,7 +229,7 @@ def _read_legacy(file: OpenFile) -> Any:
     """Read magic number, protocol, the machine's description, the content, keys of storages, and these one by one."""
     if (read_pickle(file), read_pickle(file)) != (_MAGIC, _PROTOCOL):
         raise NotTorchError(
-            "is a pickle, but none of torch.save. Where you trust it, load it and save the weights alone: "
+            "is a pickle, but not from torch.save. If you trust it, load it and save the weights alone: "
             "torch.save(state_dict, 'weights.pt')"
         )
     read_pickle(file)
@@ -389,7 +389,7 @@ def _plain(value: Inert, storage: Callable[[Any], Storage | None]) -> TensorPlan
             return NoPlainTensor("of an unknown type", sizes)
         of = replace(of, dtype=dtype, n_numbers=of.n_numbers * of.dtype.itemsize // dtype.itemsize)
     if any(isinstance(entry, dict) and any(entry.values()) for entry in rest if _is_marked(entry)):
-        return NoPlainTensor("conjugated or negated by a mark alone", sizes)
+        return NoPlainTensor("only marked as conjugated or negated", sizes)
     last = first + sum((size - 1) * step for size, step in zip(sizes, steps, strict=True))
     if first < 0 or (0 not in sizes and last >= of.n_numbers):
         return NoPlainTensor("damaged: it reaches beyond its numbers", sizes)

@@ -187,7 +187,7 @@ def check_same_function(before: Float[Tensor, "... c"], after: Float[Tensor, "..
         raise AnalysisError(
             "alignment-failed",
             f"Permuting hidden units changed the logits by {share:.2g} of the largest; at most {_SAME:g} is rounding. "
-            "The network computes with the order of its units in a way that was not noticed.",
+            "The network depends on the order of its units in a way that the alignment does not detect.",
             change=share,
         )
     return share

@@ -74,7 +74,7 @@ def look(
                 recalibrate(network, part, device=device, batch_size=options.batch_size, precision=options.precision)
             seen[w] = _loss(network, part, device, options)
         except AnalysisError as error:
-            raise AnalysisError(error.kind, f"Looked at w {w:.15g}: {error.detail}", **error.members) from error
+            raise AnalysisError(error.kind, f"Loss at w = {w:.15g}: {error.detail}", **error.members) from error
         if progress:
             progress(len(seen), max(LOOKS, len(seen)))
     return Look(seen, len(part.labels))

@@ -109,8 +109,8 @@ def require_variances(network: LoadedNetwork, w: float) -> None:
     if negative:
         raise AnalysisError(
             "invalid-argument",
-            f"Extrapolation makes {negative} of the network's running variances negative, so that it computes nothing. "
-            "Ask with normalisation recalibrate, which takes them anew at each point, or closer to the ends.",
+            f"Extrapolation makes {negative} of the network's running variances negative, so outputs are undefined. "
+            "Use normalisation recalibrate, which recomputes them at each point, or points closer to the ends.",
             argument="extrapolate",
             n_negative=negative,
         )
@@ -148,7 +148,7 @@ def recalibrate(
     if not layers:
         return 0
     if len(probe.labels) < 2:
-        raise AnalysisError("invalid-probe", "Statistics are taken anew from two samples or more; the probe has one.")
+        raise AnalysisError("invalid-probe", "Recalibration needs at least two samples; the probe has one.")
     momenta = [layer.momentum for layer in layers]
     seen = dict.fromkeys(layers, 0)
     n = 0

@@ -67,8 +67,8 @@ def require_same_function(
         words = [f"{one['member']} is {one['found']!r} where A has {one['expected']!r}" for one in differing[:5]]
         raise AnalysisError(
             "architectures-differ",
-            f"The two checkpoints are not of one network, and what lies between them would be of neither: "
-            f"{'; '.join(words)}. {len(differing)} differences in all.",
+            f"The two checkpoints are of different networks, so a path between them has no meaning: "
+            f"{'; '.join(words)}. There are {len(differing)} differences in all.",
             differing=differing[:20],
         )
 

@@ -81,7 +81,7 @@ def _traced(module: nn.Module, state: dict[str, Tensor], example: Inputs) -> fx.
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         raise AnalysisError(
             "alignment-failed",
-            f"The network cannot be traced, which says what units can be permuted: {reason} Ask for alignment none.",
+            f"The network cannot be traced to find the units that can be permuted: {reason} Use alignment none.",
         ) from error
 
 

@@ -85,7 +85,7 @@ def test_logits_that_are_not_the_heads_are_noticed(package: Path, tmp_path: Path
     ("description", "words"),
     [
         (described("unknown"), "gone, odd, scaled"),
-        (described("odd"), "gives dict and not a torch.nn.Module"),
+        (described("odd"), "returns dict, not a torch.nn.Module"),
         (described("gone"), "Missing"),
         (described(depth=3), "unexpected keyword argument 'depth'"),
         (described(width=-1), "negative"),

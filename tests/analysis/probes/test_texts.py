@@ -93,7 +93,7 @@ def test_texts_of_one_length_need_no_padding() -> None:
 @pytest.mark.parametrize(
     ("texts", "definition", "word"),
     [
-        (TEXTS, _framed(max_length=2), "2 tokens of a text are kept and 2 added"),
+        (TEXTS, _framed(max_length=2), "At most 2 tokens of a text are kept, and 2 special"),
         (TEXTS, _framed(special_tokens=()), "cannot be used"),
         (TEXTS, _definition(pad_token=None), "pads them"),
         (TEXTS, json.dumps({"model": {"type": "WordLevel"}}), "cannot be used"),

@@ -103,7 +103,7 @@ def test_what_a_pass_fails_of_names_its_place() -> None:
     path.second["2.bias"] = path.second["2.bias"] + 3e38
     path.first["2.bias"] = path.first["2.bias"] + 3e38
     path.first["2.weight"], path.second["2.weight"] = (state["2.weight"] * 1e37 for state in (path.first, path.second))
-    with pytest.raises(AnalysisError, match="Looked at w 0"):
+    with pytest.raises(AnalysisError, match="Loss at w = 0"):
         _looked(path, _probe(60), 60)
 
 

@@ -96,7 +96,7 @@ def test_a_weight_that_is_made_anew_is_refused() -> None:
     parametrizations.weight_norm(module[1])
     assert Pruning(LoadedNetwork(module, "1"), "global").n_prunable == 16
     parametrizations.weight_norm(module[0])
-    with pytest.raises(AnalysisError, match="Take the reparametrisation off") as caught:
+    with pytest.raises(AnalysisError, match="Remove the reparametrisation") as caught:
         Pruning(LoadedNetwork(module, "1"), "global")
     assert caught.value.members["module"] == "0"
 

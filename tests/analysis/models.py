@@ -13,9 +13,14 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from analysis.probes.inputs import Inputs
+from analysis.probes.probe import Probe
+
 transformers.utils.logging.disable_progress_bar()
 
 N_CLASSES = 4
+# Samples of most probes.
+N = 7
 PAD = 1
 
 _IMAGE = {
@@ -215,3 +220,8 @@ def at_random(model: nn.Module) -> None:
             elif name.endswith("running_var"):
                 buffer.copy_(torch.rand(buffer.shape, generator=generator) + 0.5)
     model.eval()
+
+
+def labelled(inputs: Inputs, n: int = N) -> Probe:
+    """Return a probe of n inputs with N_CLASSES classes in turn."""
+    return Probe(inputs, torch.arange(n) % N_CLASSES, None, N_CLASSES, None)

@@ -1,4 +1,4 @@
-"""A network or a feature set in, one evaluation out: against the naive reference, and what can go wrong on the way."""
+"""Evaluations of networks and feature sets: against the naive reference, and with undefined or invalid values."""
 
 import dataclasses
 import math
@@ -37,7 +37,7 @@ def _feature_set(features: Tensor, labels: list[int], head: Tensor, **others: Te
 
 
 def _check(split: SplitEvaluation) -> None:
-    """A split is what the report's schema says, and every null has its reason under its path."""
+    """Check that a split fits the report's schema, and that every null has its reason under its path."""
     content = dataclasses.asdict(split)
     reports.SplitEvaluation.model_validate(content)
     places = [content, content["collapse"], *(one for level in content["interplay"].values() for one in level.values())]
@@ -76,7 +76,7 @@ def _compare(split: SplitEvaluation, features: Tensor, labels: Tensor, network: 
 
 
 def test_a_network_on_a_probe_with_splits() -> None:
-    """Every number of every split is that of the naive way; the report's schema takes it; progress ends."""
+    """Every number of every split is that of the naive way and fits the report's schema; progress ends."""
     network, probe = small_network(), small_probe()
     seen: list[tuple[str, int, int]] = []
     options = EvaluationOptions(batch_size=32)
@@ -107,7 +107,7 @@ def test_a_network_on_a_probe_with_splits() -> None:
 
 
 def test_features_alone_give_the_same_as_their_network() -> None:
-    """Captured features, labels, head and bias are evaluated like the network, and so are given logits."""
+    """Captured features, labels, head and bias, or logits, give the evaluation of the network."""
     network, probe = small_network(), small_probe()
     expected = evaluate_network(network, probe, device=CPU)
     features, logits, _ = extract_features(network, probe, device=CPU)
@@ -127,7 +127,7 @@ def test_features_alone_give_the_same_as_their_network() -> None:
 
 
 def test_the_phases_are_the_whole_evaluation() -> None:
-    """What is in no phase is less than a hundredth, in the best of ten runs."""
+    """Time outside of all phases is less than a hundredth, in the best of ten runs."""
     network, probe = small_network(), small_probe(n=2000)
     shares = []
     for _ in range(10):
@@ -138,7 +138,7 @@ def test_the_phases_are_the_whole_evaluation() -> None:
 
 
 def test_a_phase_within_another_is_counted_once() -> None:
-    """Its time is its own and not that of the phase around it, also where it is come back to or ends in an error."""
+    """The time of an inner phase is not part of the outer one, also for repeated phases and after an error."""
     clock = Clock()
 
     def work() -> None:
@@ -157,7 +157,7 @@ def test_a_phase_within_another_is_counted_once() -> None:
 
 
 def test_an_evaluation_repeats_exactly_and_follows_its_seed() -> None:
-    """Only timings may differ between two runs; another seed moves the null and nothing else."""
+    """Only timings may differ between two runs; another seed changes only the null."""
     network, probe = small_network(), small_probe()
     first, second = (evaluate_network(network, probe, device=CPU) for _ in range(2))
     assert first.splits == second.splits
@@ -177,7 +177,7 @@ def test_calibration_error_by_hand() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_the_largest_logit_is_predicted_however_close_the_next(dtype: torch.dtype) -> None:
-    """Log-probabilities of logits closer than 1e-16 are the same; of equal logits the first counts."""
+    """Log-probabilities of logits closer than 1e-16 are equal; of equal logits the first counts."""
     logits = torch.tensor([[0.0, 1e-20, -1.0], [1e-20, 0.0, -1.0], [2.0, 2.0, 1.0], [-1.0, -1e-20, 0.0]], dtype=dtype)
     found = predictions_of(logits, torch.tensor([1, 0, 0, 2]))
     assert found.predicted.tolist() == [1, 0, 0, 2]
@@ -192,7 +192,7 @@ def _evaluate(feature_set: FeatureSet, **options: Any) -> Evaluation:
 
 
 def test_without_permutations_there_is_no_null() -> None:
-    """Null and z are null because nobody asked."""
+    """Null and z are null, with the reason that they were not requested."""
     split = _evaluate(_feature_set(torch.randn(6, 4), [0, 1, 2] * 2, torch.eye(3, 4)), null_permutations=0).splits[
         "all"
     ]
@@ -202,7 +202,7 @@ def test_without_permutations_there_is_no_null() -> None:
 
 
 def test_one_class_alone_gives_nulls() -> None:
-    """No entropy of the head, no geometry of the means; predictions are still counted."""
+    """The head has no entropy and the means no geometry; predictions are still counted."""
     split = _evaluate(_feature_set(torch.randn(6, 4), [1] * 6, torch.eye(3, 4))).splits["all"]
     assert split.interplay["sample"]["none"].reasons["mir"] == "zero_entropy"
     assert split.interplay["sample"]["none"].hdr == 1.0
@@ -213,7 +213,7 @@ def test_one_class_alone_gives_nulls() -> None:
 
 @pytest.mark.parametrize("value", [0.0, 0.1, -1e30])
 def test_features_that_are_all_equal_give_nulls(value: float) -> None:
-    """Centred they have no direction, whatever rounding leaves; zeros have none at all."""
+    """Centred they have no direction, whatever the rounding; zeros never have one."""
     split = _evaluate(_feature_set(torch.full((7, 4), value), [0, 1, 2, 0, 1, 2, 2], torch.eye(3, 4))).splits["all"]
     centred = split.interplay["sample"]["global"]
     assert centred.reasons["mir"] == "no_directions"
@@ -225,7 +225,7 @@ def test_features_that_are_all_equal_give_nulls(value: float) -> None:
 
 
 def test_head_rows_of_zeros_are_left_out_with_their_samples() -> None:
-    """The class is counted; its samples only where they have no direction themselves."""
+    """The class is counted; its samples only if they have no direction themselves."""
     features = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
     features[1] = 0
     labels = [0, 1, 1, 1, 2, 2, 2, 0, 0]
@@ -242,7 +242,7 @@ def test_head_rows_of_zeros_are_left_out_with_their_samples() -> None:
 
 @pytest.mark.parametrize("far", [0.0, 1e3, 1e4])
 def test_two_pairs_have_one_pairing(far: float) -> None:
-    """Two classes' means, near together as seen from the origin: both pairings are one, whatever rounding says."""
+    """Both pairings of two class means, near each other seen from the origin, are equal, whatever the rounding."""
     for seed in range(60):
         generator = torch.Generator().manual_seed(seed)
         means, noise, offset, head = (
@@ -257,7 +257,7 @@ def test_two_pairs_have_one_pairing(far: float) -> None:
 
 @pytest.mark.parametrize("exponent", [-1060, -700, -400, 400, 700, 1000])
 def test_no_scale_of_features_or_head_is_too_large_or_small(exponent: int) -> None:
-    """Where squares overflow or vanish: what it is at the usual scale, digit for digit, with logits at hand."""
+    """If squares overflow or vanish, the values are those at the usual scale, digit for digit, given logits."""
     generator = torch.Generator().manual_seed(0)
     labels, head = [0, 1, 2, 3] * 15, torch.randn(4, 7, dtype=torch.float64, generator=generator)
     features = head[torch.tensor(labels)] + 0.5 * torch.randn(60, 7, dtype=torch.float64, generator=generator)
@@ -277,7 +277,7 @@ def test_no_scale_of_features_or_head_is_too_large_or_small(exponent: int) -> No
 
 
 def test_at_collapse_the_optimum_is_reached_and_the_pairing_tells_nothing() -> None:
-    """A frame of five: MIR at its optimum at both levels, no distance, and no z at class-mean level."""
+    """On a frame of five MIR is at its optimum at both levels, with distance 0, and has no z at class-mean level."""
     frame = nn.functional.normalize(torch.eye(5, 6).double() - torch.tensor([0.2] * 5 + [0.0]), dim=1)
     labels = [0] * 9 + [1] * 7 + [2] * 5 + [3] * 3 + [4] * 2
     split = _evaluate(_feature_set(frame[torch.tensor(labels)], labels, frame)).splits["all"]
@@ -290,7 +290,7 @@ def test_at_collapse_the_optimum_is_reached_and_the_pairing_tells_nothing() -> N
 
 
 def test_values_that_are_not_finite_are_named() -> None:
-    """Features, logits and head each stop the evaluation under their own name."""
+    """Non-finite features, logits and head each raise an error with their own name."""
     network, probe = small_network(), small_probe()
     broken = dataclasses.replace(probe, inputs=torch.full((len(probe.labels), 12), math.inf))
     good, head, bad = torch.randn(3, 4), torch.eye(3, 4), torch.full((3, 4), math.nan)
@@ -312,7 +312,7 @@ def test_values_that_are_not_finite_are_named() -> None:
 
 
 def test_an_evaluation_in_bfloat16_is_near_that_in_float32() -> None:
-    """The pass alone is narrow: metrics are close, not equal, and the next evaluation is float32 again."""
+    """Only the pass is narrow: metrics are close, not equal, and the next evaluation is float32 again."""
     network, probe = network_of("mlp", 0), probe_of("mlp")
     first = evaluate_network(network, probe, device=CPU)
     narrow = evaluate_network(network, probe, device=CPU, options=EvaluationOptions(precision="bfloat16"))
@@ -329,7 +329,7 @@ def test_an_evaluation_in_bfloat16_is_near_that_in_float32() -> None:
 
 
 def test_labels_must_fit_the_head() -> None:
-    """A label without a head row is the probe's or the feature set's fault."""
+    """A label without a head row is an error of the probe or of the feature set."""
     with pytest.raises(AnalysisError) as caught:
         evaluate_network(small_network(n_classes=4), small_probe(n_classes=5), device=CPU)
     assert caught.value.kind == "invalid-probe"
@@ -341,7 +341,7 @@ def test_labels_must_fit_the_head() -> None:
 
 @pytest.mark.parametrize("wrong", [{"null_permutations": -1}, {"tolerance": math.nan}, {"batch_size": 0}])
 def test_options_are_checked(wrong: dict[str, Any]) -> None:
-    """What cannot be computed with is refused at once."""
+    """Options out of range are refused at once."""
     with pytest.raises(AnalysisError) as caught:
         EvaluationOptions(**wrong)
     assert caught.value.kind == "invalid-argument"
@@ -349,7 +349,7 @@ def test_options_are_checked(wrong: dict[str, Any]) -> None:
 
 
 def test_a_split_that_holds_all_samples_is_computed_once() -> None:
-    """A probe without test samples: `train` is what `all` is, and no more was counted or computed than of one split."""
+    """Without test samples `train` is the same object as `all`, and progress counts one split."""
     generator, seen = torch.Generator().manual_seed(0), list[tuple[str, int, int]]()
     features, labels = torch.randn(60, 5, generator=generator), torch.arange(60) % 3
     data = FeatureSet(features, labels, torch.eye(3, 5), None, None, torch.zeros(60, dtype=torch.int64))
@@ -360,7 +360,7 @@ def test_a_split_that_holds_all_samples_is_computed_once() -> None:
 
 
 def test_two_classes_say_that_centring_leaves_nothing() -> None:
-    """Two centred head rows are opposite whatever the network: MIR is null, HDR 1, and both say why."""
+    """Two centred head rows are opposite for any network: MIR is null, HDR 1, both with the reason."""
     generator = torch.Generator().manual_seed(0)
     features, labels = torch.randn(80, 6, generator=generator), torch.arange(80) % 2
     data = FeatureSet(features, labels, torch.randn(2, 6, generator=generator), None, None, None)
@@ -373,7 +373,7 @@ def test_two_classes_say_that_centring_leaves_nothing() -> None:
 
 
 def test_progress_moves_inside_a_spectrum_and_a_null() -> None:
-    """Phases by name, numbers that rise again and again while one of them is at work."""
+    """Phases are named, and numbers rise many times within one of them."""
     generator, seen = torch.Generator().manual_seed(0), list[tuple[str, int, int]]()
     labels = torch.arange(2400) % 10
     features = torch.randn(2400, 220, generator=generator) / torch.arange(1, 221) + labels[:, None] / 10

@@ -1,4 +1,4 @@
-"""Small networks and probes that tests of what varies share."""
+"""Small networks and probes that several test files share."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +21,7 @@ INPUT_SHAPES = {"mlp": (12,), "cnn": (1, 8, 8), "resnet": (1, 8, 8)}
 
 
 def network_of(name: str, seed: int) -> LoadedNetwork:
-    """A network with weights at random, its running statistics too, as no training leaves them at 0 and 1."""
+    """Return a network with random weights and running statistics, which no training leaves at 0 and 1."""
     torch.manual_seed(seed)
     module = build(ARCHITECTURES[name], device="cpu").eval().requires_grad_(False)
     for buffer_name, buffer in module.named_buffers():
@@ -33,7 +33,7 @@ def network_of(name: str, seed: int) -> LoadedNetwork:
 
 
 def probe_of(name: str, n: int = 60) -> Probe:
-    """Inputs that fit a network, of 5 classes, with two splits."""
+    """Return inputs that fit a network, of 5 classes, with two splits."""
     generator = torch.Generator().manual_seed(1)
     labels = torch.arange(n) % 5
     inputs = torch.randn(n, *INPUT_SHAPES[name], generator=generator) + labels.view(n, *[1] * len(INPUT_SHAPES[name]))

@@ -88,7 +88,7 @@ REFUSED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_descriptions_are_refused_in_seconds(case: str, tmp_path: Path) -> None:
-    """What points outside, is no classifier, or asks for depth beyond the file, is refused without being built."""
+    """Links to the outside, other networks than classifiers, and depth beyond the file are refused without building."""
     path = tmp_path / "checkpoint"
     save_file({"weight": torch.zeros(2)}, path)
     started = time.perf_counter()
@@ -109,14 +109,14 @@ def test_descriptions_are_refused_in_seconds(case: str, tmp_path: Path) -> None:
     ],
 )
 def test_widths_without_end_cost_nothing(description: dict[str, Any], tmp_path: Path) -> None:
-    """Networks of 10^12 parameters are compared with the file's header, and fit it not."""
+    """Networks of 10^12 parameters are compared with the file's header and do not match it."""
     path = tmp_path / "checkpoint"
     save_file({"weight": torch.zeros(2)}, path)
     assert error_of(lambda: load_network(description, path, head=None, device=CPU)).kind == "checkpoint-mismatch"
 
 
 def test_a_constant_beyond_all_weights_is_not_computed(tmp_path: Path) -> None:
-    """Windows of 200 x 200 have a table of 159,201 rows, which a file may have, and 1.6 thousand million pairs."""
+    """Windows of 200 x 200 have a table of 159,201 rows, which a file may hold, and 1.6 thousand million pairs."""
     description = _swin(image_size=1600, window_size=200, num_labels=N_CLASSES)
     tensors = {name: torch.zeros(tensor.shape) for name, tensor in build(description).state_dict().items()}
     save_file(tensors, tmp_path / "checkpoint")
@@ -126,7 +126,7 @@ def test_a_constant_beyond_all_weights_is_not_computed(tmp_path: Path) -> None:
 
 
 def test_a_constant_on_a_real_device_is_looked_at_first() -> None:
-    """A constructor that asks for 8 TB of memory on the processor is stopped before it gets any."""
+    """A constructor that requests 8 TB of memory on the processor is stopped before the allocation."""
     with Bounded(1), torch.device("meta"):
         assert torch.zeros(2**40).is_meta
         error = error_of(lambda: torch.zeros(2**40, device="cpu"))
@@ -149,7 +149,7 @@ print(network.bert.embeddings.position_ids.sum().item())
 
 
 def test_parameters_that_a_file_will_replace_take_no_memory() -> None:
-    """BERT base, of 438 MB, is built within a few, and its table of positions is there."""
+    """BERT base, of 438 MB, is built within a few MB, and its table of positions has values."""
     sizes, positions = _printed(SECOND_BUILD, PYTHONPATH=str(OPERATORS))
     n_parameters, grown_mib = (float(word) for word in sizes.split())
     assert n_parameters > 109e6
@@ -158,7 +158,7 @@ def test_parameters_that_a_file_will_replace_take_no_memory() -> None:
 
 
 def test_a_network_is_as_initialised_by_its_library() -> None:
-    """Built on a real device, it has the library's initial weights, and the same for the same seed."""
+    """On a real device it has the library's initial weights, the same for the same seed."""
     description = _by_name("timm", "resnet18", num_classes=N_CLASSES)
     found = []
     for _ in range(2):
@@ -170,7 +170,7 @@ def test_a_network_is_as_initialised_by_its_library() -> None:
 
 
 def test_what_is_left_out_changes_nothing(tmp_path: Path) -> None:
-    """Types, implementations and paths of a configuration do not matter: the network computes in float32."""
+    """Types, implementations and paths of a configuration have no effect: the network computes in float32."""
     saved = models.saved_transformers("Llama", TEXT_MODELS["Llama"], tmp_path)
     more = {
         "_name_or_path": "somebody/else", "dtype": "float16", "torch_dtype": "bfloat16", "use_cache": True,
@@ -216,7 +216,7 @@ except AnalysisError as error:
 
 
 def _printed(program: str, **more: str) -> list[str]:
-    """What a Python process prints, with more in its environment."""
+    """Return the output of a Python process, with additions to its environment."""
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, env={**os.environ, **more}
     )
@@ -225,7 +225,7 @@ def _printed(program: str, **more: str) -> list[str]:
 
 
 def test_libraries_are_imported_when_they_are_needed() -> None:
-    """What is installed is known, and a built-in network built, without importing one of them."""
+    """Installed families are listed, and a built-in network is built, without an import of any library."""
     # No package here declares networks of its own; tests/analysis/networks/test_custom.py has one that does.
     installed = [name for name in FAMILIES if name != "custom"]
     assert _printed(IMPORTED) == [f"{installed} []"]
@@ -233,7 +233,7 @@ def test_libraries_are_imported_when_they_are_needed() -> None:
 
 
 def test_a_family_that_is_missing_names_its_extra() -> None:
-    """Without the package the family is not announced, and a network of it is refused with what to install."""
+    """Without the package the family is not listed, and its networks are refused with the extra to install."""
     families, refused = _printed(WITHOUT)
     assert families == "['builtin', 'transformers']"
     assert refused.startswith("family-unavailable {'family': 'timm', 'extra': 'timm', ")
@@ -241,7 +241,7 @@ def test_a_family_that_is_missing_names_its_extra() -> None:
 
 
 def test_a_package_that_does_not_import_says_why() -> None:
-    """torchvision beside a torch that is not its own fails with torch's words, in place of a bug's."""
+    """torchvision with a torch of another version fails with torch's words, not as a bug."""
     if torch.version.cuda is not None:
         pytest.skip("this torch has CUDA, as PyPI's torchvision wants")
     program = WITHOUT.replace('in ("timm", "torchvision")', "in ()").replace('"timm"', '"torchvision"')
@@ -251,7 +251,7 @@ def test_a_package_that_does_not_import_says_why() -> None:
 
 
 def test_app_refuses_what_the_builders_refuse() -> None:
-    """The bounds and the forbidden members that app checks without torch are those of the families."""
+    """Bounds and forbidden members that app checks without torch are those of the families."""
     from app.descriptions import architectures
     from app.schemas.base import MAX_CLASSES
 

@@ -36,7 +36,7 @@ def _loaded(saved: Saved, head: str | None = None) -> LoadedNetwork:
 
 
 def _check_against_library(saved: Saved, batch: dict[str, Tensor]) -> LoadedNetwork:
-    """Logits are the library's; features x head + bias are the logits. Both to 1e-5 of their size."""
+    """Check that logits are the library's, and features x head + bias the logits, both to 1e-5 of their size."""
     network = _loaded(saved)
     features, logits, _ = extract_features(network, labelled(batch), device=CPU, batch_size=3)
     expected = saved.library(batch)
@@ -52,7 +52,7 @@ def _check_against_library(saved: Saved, batch: dict[str, Tensor]) -> LoadedNetw
 
 @pytest.mark.parametrize("name", IMAGE_MODELS)
 def test_image_classifiers_of_transformers(name: str, tmp_path: Path) -> None:
-    """Saved by the library, loaded by us and by the library: the same logits, from the features and the head."""
+    """Saved by the library, loaded here and by the library: the same logits, from the features and the head."""
     saved = models.saved_transformers(name, IMAGE_MODELS[name], tmp_path)
     network = _check_against_library(saved, models.images(N))
     heads = {"ResNet": "classifier.1", "Levit": "classifier.linear"}
@@ -61,7 +61,7 @@ def test_image_classifiers_of_transformers(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", TEXT_MODELS)
 def test_text_classifiers_of_transformers(name: str, tmp_path: Path) -> None:
-    """With padding and a mask, also where the head sees every token and the logits are one token's."""
+    """With padding and a mask, also if the head runs on every token and the logits are those of one."""
     saved = models.saved_transformers(name, TEXT_MODELS[name], tmp_path)
     network = _check_against_library(saved, models.texts(N))
     heads = {
@@ -75,7 +75,7 @@ def test_text_classifiers_of_transformers(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", TIMM_MODELS)
 def test_networks_of_timm(name: str, tmp_path: Path) -> None:
-    """The head is what timm calls the classifier, a 1x1 convolution too."""
+    """The head is timm's classifier, which may be a 1x1 convolution."""
     saved = models.saved_timm(name, TIMM_MODELS[name], tmp_path)
     network = _check_against_library(saved, models.images(N, 64))
     assert network.module.get_submodule(network.head_name) is getattr(network.module, "get_classifier")()  # noqa: B009
@@ -88,7 +88,7 @@ def test_networks_of_torchvision(name: str, tmp_path: Path) -> None:
 
 
 def test_a_trained_classifier_keeps_its_accuracy(tmp_path: Path) -> None:
-    """BERT learns which of four tokens a text begins with; features and head tell it as the library does."""
+    """BERT learns the first of four tokens of a text; features and head classify as the library does."""
     batch = models.texts(64)
     labels = torch.arange(64) % N_CLASSES
     batch["input_ids"][:, 0] = 10 + labels
@@ -109,7 +109,7 @@ def test_a_trained_classifier_keeps_its_accuracy(tmp_path: Path) -> None:
 
 
 def test_a_single_tensor_of_inputs_is_enough(tmp_path: Path) -> None:
-    """`inputs` are the images, or the ids, even as float32; ids that are no whole numbers are refused."""
+    """`inputs` are the images, or the ids, even as float32; ids must be whole numbers."""
     for name, key, batch in (("ViT", "pixel_values", models.images(N)), ("Bert", "input_ids", models.texts(N))):
         config = {**IMAGE_MODELS, **TEXT_MODELS}[name]
         saved = models.saved_transformers(name, config, tmp_path / name)
@@ -137,7 +137,7 @@ def test_equal_outputs_at_several_tokens_are_told_apart(tmp_path: Path) -> None:
 
 
 def test_networks_with_two_heads_are_refused(tmp_path: Path) -> None:
-    """Distilled networks give the mean of two heads, which is neither's; so does a head named beside the true one."""
+    """Distilled networks give the mean of two heads, which is neither's; another named head is refused too."""
     saved = models.saved_timm("deit_tiny_distilled_patch16_224", {"img_size": 64, "depth": 1}, tmp_path)
     error = error_of(lambda: _loaded(saved))
     assert (error.kind, error.members["candidates"]) == ("head-not-found", ["head", "head_dist"])
@@ -156,7 +156,7 @@ def test_networks_with_two_heads_are_refused(tmp_path: Path) -> None:
 
 
 def test_another_linear_module_is_not_the_head(tmp_path: Path) -> None:
-    """A module that exists and does not give the logits is found out on the data."""
+    """A module that exists but does not give the logits is detected on the data."""
     saved = models.saved_torchvision("mobilenet_v3_small", {}, tmp_path)
     for head in ("classifier.0", "features.1.block.1.fc1"):
         call = partial(extract_features, _loaded(saved, head=head), labelled(models.images(N, 64)), device=CPU)
@@ -170,7 +170,7 @@ def test_another_linear_module_is_not_the_head(tmp_path: Path) -> None:
 
 
 def test_shared_tensors_may_be_stored_once_or_alike(tmp_path: Path) -> None:
-    """BART's one table of embeddings has three names: any one will do, and so do all of them."""
+    """BART's table of embeddings has three names: a file may hold any of them, or all."""
     saved = models.saved_transformers("Bart", TEXT_MODELS["Bart"], tmp_path / "saved")
     tensors = load_file(saved.path)
     names = [f"model.{part}.weight" for part in ("shared", "encoder.embed_tokens", "decoder.embed_tokens")]
@@ -187,7 +187,7 @@ def test_shared_tensors_may_be_stored_once_or_alike(tmp_path: Path) -> None:
 
 
 def test_constants_of_earlier_versions_are_passed_over(tmp_path: Path) -> None:
-    """Old BERT files hold position_ids, and LayerNorm's gamma and beta; what the library does not know is listed."""
+    """Old BERT files hold position_ids, and LayerNorm's gamma and beta; unknown tensors are listed."""
     saved = models.saved_transformers("Bert", TEXT_MODELS["Bert"], tmp_path / "saved")
     tensors = {
         name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor
@@ -223,7 +223,7 @@ def test_inputs_that_a_text_network_cannot_take_are_refused(inputs: Inputs, tmp_
 
 
 def test_names_that_a_network_does_not_take_are_told(tmp_path: Path) -> None:
-    """DistilBERT has no token types; networks for images take images alone."""
+    """DistilBERT has no token types; networks for images take only images."""
     network = _loaded(models.saved_transformers("DistilBert", TEXT_MODELS["DistilBert"], tmp_path))
     batch = {**models.texts(N), "token_type_ids": torch.zeros(N, 10, dtype=torch.int64)}
     error = error_of(lambda: extract_features(network, labelled(batch), device=CPU))
@@ -233,7 +233,7 @@ def test_names_that_a_network_does_not_take_are_told(tmp_path: Path) -> None:
 
 
 def test_a_path_between_two_text_classifiers_is_aligned(tmp_path: Path) -> None:
-    """Weight matching traces a network that takes several tensors, and changes none of what it computes."""
+    """Weight matching traces a network with several input tensors, and keeps its function."""
     first, second = (
         _loaded(models.saved_transformers("Bert", {**TEXT_MODELS["Bert"], "pad_token_id": pad}, tmp_path / str(pad)))
         for pad in (0, 1)
@@ -253,7 +253,7 @@ def test_a_path_between_two_text_classifiers_is_aligned(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["Levit", "Beit"])
 @pytest.mark.parametrize("align", [False, True])
 def test_what_a_network_keeps_of_its_weights_moves_with_them(tmp_path: Path, name: str, align: bool) -> None:
-    """Attention that makes its biases once in evaluation mode makes them anew at each point, and after a tracing."""
+    """Attention that caches its biases in evaluation mode recomputes them at each point, and after tracing."""
     batch = models.images(N, 32)
     first, second = (_loaded(_saved_image_model(name, tmp_path / str(seed), seed)) for seed in range(2))
     ends = [extract_features(network, labelled(batch), device=CPU)[1] for network in (first, second)]
@@ -278,7 +278,7 @@ def _saved_image_model(name: str, folder: Path, seed: int) -> Saved:
 
 
 def test_a_text_network_without_padding_takes_one_text_at_a_time(tmp_path: Path) -> None:
-    """GPT-2 cannot tell where texts of a batch end without a padding token; the library's words say so."""
+    """GPT-2 cannot find the ends of texts in a batch without a padding token; the library's error says so."""
     saved = models.saved_transformers("GPT2", {**TEXT_MODELS["GPT2"], "pad_token_id": None}, tmp_path)
     network, ids = _loaded(saved), models.texts(N)["input_ids"]
     error = error_of(lambda: extract_features(network, labelled({"input_ids": ids}), device=CPU, batch_size=3))

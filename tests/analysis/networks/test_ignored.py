@@ -30,7 +30,7 @@ def _logits(network: LoadedNetwork) -> Tensor:
 
 
 def _of_the_library(saved: Saved, state: State, folder: Path) -> tuple[LoadedNetwork, Tensor]:
-    """The network from these tensors, and what `from_pretrained` makes of them."""
+    """Return the network from these tensors, and the logits of `from_pretrained` with them."""
     folder.mkdir()
     path = folder / "model.safetensors"
     save_file({name: tensor.clone() for name, tensor in state.items()}, path, metadata={"format": "pt"})
@@ -81,7 +81,7 @@ def _of_the_library(saved: Saved, state: State, folder: Path) -> tuple[LoadedNet
 def test_what_from_pretrained_passes_over_is_left_out(
     name: str, more: State, ignored: dict[str, int], tmp_path: Path
 ) -> None:
-    """Buffers of earlier versions and heads of other tasks: the library's logits, and each of them listed."""
+    """Buffers of earlier versions and heads of other tasks are listed; the logits are the library's."""
     saved = models.saved_language_model(name, tmp_path / "saved")
     network, expected = _of_the_library(saved, {**load_file(saved.path), **more}, tmp_path / "more")
     torch.testing.assert_close(_logits(network), expected, rtol=0, atol=1e-5)
@@ -94,7 +94,7 @@ def test_what_from_pretrained_passes_over_is_left_out(
 
 
 def test_a_language_models_head_is_left_out_of_a_classifier(tmp_path: Path) -> None:
-    """BERT's masked language model beside a classifier, as of a checkpoint that was trained for both."""
+    """BERT's masked language model in the file of a classifier, as from training on both."""
     saved = models.saved_transformers("Bert", TEXT_MODELS["Bert"], tmp_path / "saved")
     more = {"cls.predictions.bias": torch.ones(50), "cls.predictions.transform.dense.weight": torch.ones(16, 16)}
     network, expected = _of_the_library(saved, {**load_file(saved.path), **more}, tmp_path / "more")
@@ -104,7 +104,7 @@ def test_a_language_models_head_is_left_out_of_a_classifier(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("extra", ["lora_A.default.weight", "weight_scale_inv", "weight.absmax"])
 def test_what_changes_a_layer_is_not_left_out(extra: str, tmp_path: Path) -> None:
-    """Adapters that were not merged, and scales of quantised weights, say that the network computes something else."""
+    """Unmerged adapters and scales of quantised weights mean that the network computes something else."""
     saved = models.saved_language_model("Llama", tmp_path)
     layer = "model.layers.0.self_attn.q_proj"
     save_file({**load_file(saved.path), f"{layer}.{extra}": torch.ones(2, 16)}, tmp_path / "more")
@@ -114,7 +114,7 @@ def test_what_changes_a_layer_is_not_left_out(extra: str, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("name", ["Llama, tied", "GPT2", "Qwen2", "OPT"])
 def test_tied_tensors_that_differ_stay_apart_as_in_the_library(name: str, tmp_path: Path) -> None:
-    """Both in the file and different: the library's logits, and the name; equal ones are one tensor again."""
+    """If both are in the file and differ, the logits are the library's and the name is listed; equal ones are tied."""
     saved = models.saved_language_model(name, tmp_path / "saved")
     tied = _loaded(saved)
     other = torch.randn(tied.weight.shape, generator=torch.Generator().manual_seed(5))
@@ -135,7 +135,7 @@ def test_tied_tensors_that_differ_stay_apart_as_in_the_library(name: str, tmp_pa
 
 @pytest.mark.parametrize("differing", [(0, 1), (1, 2), (0, 2), (0, 1, 2)])
 def test_three_names_of_one_table_are_tied_as_in_the_library(differing: tuple[int, ...], tmp_path: Path) -> None:
-    """BART's: of those in the file that differ the library keeps which apart, in an order of its own."""
+    """BART has its own order in which the library ties the differing ones of three names."""
     saved = models.saved_transformers("Bart", TEXT_MODELS["Bart"], tmp_path / "saved")
     names = [f"model.{part}.weight" for part in ("shared", "encoder.embed_tokens", "decoder.embed_tokens")]
     tensors = load_file(saved.path)
@@ -148,7 +148,7 @@ def test_three_names_of_one_table_are_tied_as_in_the_library(differing: tuple[in
 
 
 def test_a_network_is_untied_without_a_change(tmp_path: Path) -> None:
-    """The head gets a tensor of its own, equal to the embedding's, as the other end of a path may need."""
+    """The head gets its own tensor, equal to the embedding's, as the other end of a path may need."""
     saved = models.saved_language_model("GPT2", tmp_path)
     network = _loaded(saved)
     before = _logits(network)

@@ -1,4 +1,4 @@
-"""Names of a file against a network's own: wrappers before and within them, what is beside them, copies, ties."""
+"""Names of a file against a network's own: wrappers before and within them, further tensors, copies, ties."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -36,7 +36,7 @@ class Plain(nn.Module):
 
 
 class Net(nn.Module):
-    """A part that is called as wrappers call theirs."""
+    """A network with a part named like a wrapper's."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Net(nn.Module):
 
 
 class Named(nn.Module):
-    """Parts that are called like wrappers, copies and what training keeps."""
+    """Parts named like wrappers, copies and training's own tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {"plain": Plain, "net": Net, "nam
 
 
 def state_of(network: nn.Module, seed: int = 0) -> State:
-    """Its tensors, at random."""
+    """Return the network's tensors with random values."""
     generator = torch.Generator().manual_seed(seed)
     return {
         name: torch.randn(tensor.shape, generator=generator) if tensor.is_floating_point() else tensor.clone()
@@ -77,12 +77,12 @@ def state_of(network: nn.Module, seed: int = 0) -> State:
 
 
 def behind(prefix: str, state: Mapping[str, Tensor]) -> State:
-    """The same tensors with something before each name."""
+    """Return the same tensors with a prefix on each name."""
     return {prefix + name: tensor for name, tensor in state.items()}
 
 
 def within(infix: str, state: Mapping[str, Tensor], depth: int = 1) -> State:
-    """With something after so many parts of each name that has more."""
+    """Return the tensors with an infix after so many parts of each longer name."""
 
     def wrapped(name: str) -> str:
         parts = name.split(".")
@@ -92,7 +92,7 @@ def within(infix: str, state: Mapping[str, Tensor], depth: int = 1) -> State:
 
 
 def matched(network: nn.Module, state: State, prefix: str | None = None) -> tuple[State, Naming]:
-    """The tensors that become the network's, by its own names, and what was found."""
+    """Return the matched tensors by the network's own names, and the naming."""
     with torch.device("meta"):
         template = network.to("meta")
     header = {name: Entry(DTYPES[tensor.dtype], list(tensor.shape)) for name, tensor in state.items()}
@@ -197,7 +197,7 @@ def twice(state: State) -> State:
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("wrapper", WRAPPED)
 def test_wrappers_are_taken_off_by_what_the_network_names(wrapper: str, network: str) -> None:
-    """Any wrapper around any network: its tensors, the prefix, and how many tensors are beside them."""
+    """For any wrapper around any network: its tensors, the prefix, and the number of further tensors."""
     state = state_of(NETWORKS[network]())
     wrap, prefix, ignored = WRAPPED[wrapper]
     found, naming = matched(NETWORKS[network](), wrap(state))
@@ -217,7 +217,7 @@ def test_wrappers_are_taken_off_by_what_the_network_names(wrapper: str, network:
 )
 @pytest.mark.parametrize("prefix", ["", "module.", "model.", "_fsdp_wrapped_module."])
 def test_parts_of_wrappers_within_names_are_taken_out(infix: str, prefix: str) -> None:
-    """Around layers and around the network at once, around some of the layers alone, and nested."""
+    """Around layers and around the network at once, around only some layers, and nested."""
     state = state_of(Plain())
     for depth in (1, 2):
         wrapped = within(infix, state, depth)
@@ -232,7 +232,7 @@ def test_parts_of_wrappers_within_names_are_taken_out(infix: str, prefix: str) -
 
 
 def test_torchs_own_wrappers() -> None:
-    """What DataParallel, torch.compile, AveragedModel and a checkpointed layer themselves name."""
+    """Names from DataParallel, torch.compile, AveragedModel and a checkpointed layer themselves."""
     network = Plain()
     state = network.state_dict()
     averaged = AveragedModel(nn.DataParallel(network))
@@ -254,7 +254,7 @@ def test_torchs_own_wrappers() -> None:
     [("student.", "teacher."), ("model.", "net."), ("", "teacher."), ("online_model.", "ema_model."), ("ema.", "swa.")],
 )
 def test_a_guess_that_is_not_unique_shows_both(network: str, first: str, second: str) -> None:
-    """Two whole sets that differ are a problem, which names both; whoever names one of them gets it."""
+    """Two complete sets that differ are an error that lists both; a given prefix chooses one."""
     state = state_of(NETWORKS[network]())
     both = {**behind(first, state), **behind(second, twice(state))}
     error = refused(lambda: matched(NETWORKS[network](), both))
@@ -269,7 +269,7 @@ def test_a_guess_that_is_not_unique_shows_both(network: str, first: str, second:
 
 
 def test_two_names_of_one_tensor_are_a_problem_where_they_differ() -> None:
-    """With a wrapper in the middle of one of them; equal ones are one tensor."""
+    """One of them has a wrapper in the middle; equal ones are one tensor."""
     state = state_of(Plain())
     state["layers._orig_mod.0.weight"] = state["layers.0.weight"].clone()
     found, naming = matched(Plain(), state)
@@ -285,13 +285,13 @@ def test_two_names_of_one_tensor_are_a_problem_where_they_differ() -> None:
     "extra", ["layers.2.weight", "head.extra", "norm.weight_scale", "fc_norm.weight", "head.lora_A.weight"]
 )
 def test_weights_of_a_larger_network_are_a_mismatch(extra: str, prefix: str) -> None:
-    """What would take part in another network's forward pass is never left out in silence."""
+    """Tensors that would take part in another network's forward pass are never ignored."""
     error = refused(lambda: matched(Plain(), behind(prefix, {**state_of(Plain()), extra: NUMBERS})))
     assert error.members["unexpected"] == [prefix + extra]
 
 
 def test_a_mismatch_is_told_of_the_best_place() -> None:
-    """Behind a prefix that most of the network is behind, what is missing is missing there."""
+    """Missing tensors are listed for the prefix that holds most of the network."""
     state = behind("module.", state_of(Plain()))
     del state["module.head.bias"]
     error = refused(lambda: matched(Plain(), state))
@@ -303,7 +303,7 @@ def test_a_mismatch_is_told_of_the_best_place() -> None:
 
 
 def test_old_names_of_weight_norm_are_taken() -> None:
-    """`weight_g` and `weight_v` become what the parametrisation has, behind any prefix; torch's own loading agrees."""
+    """`weight_g` and `weight_v` become the names of the parametrisation, with any prefix, as in torch's loading."""
     network = nn.Sequential(weight_norm(nn.Linear(3, 4)), nn.ReLU(), nn.Linear(4, 2))
     state = state_of(network)
     old = {
@@ -335,7 +335,7 @@ def test_modules_rename_what_their_earlier_versions_saved() -> None:
 
 
 def test_shared_tensors_that_differ_are_refused_where_no_library_parts_them() -> None:
-    """Of a network that itself uses one tensor twice a file holds it once, or twice and alike."""
+    """For a network that uses one tensor twice, a file holds it once, or twice with equal values."""
     network = Plain()
     network.layers[0] = network.head
     with torch.device("meta"):
@@ -349,7 +349,7 @@ def test_shared_tensors_that_differ_are_refused_where_no_library_parts_them() ->
 
 
 def test_what_is_left_out_is_summed_up() -> None:
-    """By how names begin, numbers as *; of a long list the rest is one number."""
+    """Names are summed up by their beginnings, numbers as *; the rest of a long list is one number."""
     state = state_of(Plain())
     many = {f"beside{n}.weight": NUMBERS for n in range(60)}
     _, naming = matched(Plain(), {**behind("model.", state), **many})
@@ -359,7 +359,7 @@ def test_what_is_left_out_is_summed_up() -> None:
 
 
 def test_names_without_end_cost_seconds() -> None:
-    """Forty thousand names, each a place of its own, and each as deep as may be."""
+    """Forty thousand names, each with its own prefix, and each as deep as allowed."""
     header = {f"{n}." * 20 + "weight": Entry("F32", [2, 3]) for n in range(20_000)}
     header |= {f"{n}.head.weight": Entry("F32", [2, 3]) for n in range(20_000)}
     with torch.device("meta"):

@@ -44,7 +44,7 @@ class _Narrow(nn.Module):
     ],
 )
 def test_the_batch_is_halved_until_it_fits(error: type[RuntimeError], message: str) -> None:
-    """64 inputs, 32, 16; not even one is `out-of-memory`."""
+    """64 inputs, 32, 16; if one is too many the error is `out-of-memory`."""
     network, probe = small_network(), small_probe()
     module = _Narrow(network.module, 16, error, message)
     narrow = loaded(module, "inner.3")
@@ -70,7 +70,7 @@ class _Tokens(nn.Module):
 
 
 def test_inputs_that_do_not_fit_are_refused_with_their_shape() -> None:
-    """A network that takes another width says so with the shape that came."""
+    """A network of another width gives an error with the shape received."""
     with pytest.raises(AnalysisError) as caught:
         extract_features(small_network(n_inputs=11, n_classes=3), small_probe(n_classes=3), device=CPU)
     assert caught.value.kind == "inputs-refused"
@@ -78,7 +78,7 @@ def test_inputs_that_do_not_fit_are_refused_with_their_shape() -> None:
 
 
 def test_a_head_that_does_not_run_is_not_found() -> None:
-    """The features are what the head receives, once; of several tokens one must give the logits."""
+    """The head must run once, and one of several tokens must give the logits."""
     for on_tokens in (False, True):
         with pytest.raises(AnalysisError) as caught:
             extract_features(loaded(_Tokens(on_tokens), "head"), small_probe(n_classes=3), device=CPU)
@@ -87,7 +87,7 @@ def test_a_head_that_does_not_run_is_not_found() -> None:
 
 
 class _Writing(nn.Module):
-    """Writes into what its head received, or gave, or into its own inputs, when its logits are made."""
+    """Writes into the inputs or outputs of its head, or into its own inputs, after the head ran."""
 
     def __init__(self, into: str) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class _Writing(nn.Module):
 
 @pytest.mark.parametrize("into", ["received", "given", "received, in inference mode"])
 def test_features_are_what_the_head_received_when_it_received_it(into: str) -> None:
-    """A network that goes on to write into what its head received or gave has the features of one that does not."""
+    """Later writes into the head's inputs or outputs do not change the features."""
     module, probe = _Writing(into), small_probe()
     expected = module.body(probe.inputs).detach()
     features, logits, _ = extract_features(loaded(module, "head"), probe, device=CPU, batch_size=40)
@@ -115,7 +115,7 @@ def test_features_are_what_the_head_received_when_it_received_it(into: str) -> N
 
 
 def test_logits_that_were_written_into_are_not_those_of_the_head() -> None:
-    """The network's logits are twice what its head gave: of features and head they are not."""
+    """The network's logits are twice its head's output: features and head do not give them."""
     with pytest.raises(AnalysisError) as caught:
         extract_features(loaded(_Writing("given, its own logits"), "head"), small_probe(), device=CPU)
     assert caught.value.kind == "head-not-found"
@@ -123,7 +123,7 @@ def test_logits_that_were_written_into_are_not_those_of_the_head() -> None:
 
 @pytest.mark.parametrize("into", ["inputs", "inputs and received"])
 def test_a_network_that_writes_into_its_inputs_is_refused(into: str) -> None:
-    """What the next pass, or the next network, would take is no longer the probe."""
+    """The next pass, or the next network, would not get the probe."""
     with pytest.raises(AnalysisError, match=r"writes into its inputs.*x = x.clone\(\)") as caught:
         extract_features(loaded(_Writing(into), "head"), small_probe(), device=CPU)
     assert caught.value.kind == "inputs-refused"
@@ -139,7 +139,7 @@ REPARAMETRISED: dict[str, Callable[[nn.Linear], nn.Module]] = {
 
 @pytest.mark.parametrize("how", REPARAMETRISED)
 def test_the_head_is_what_it_was_in_the_pass(how: str) -> None:
-    """Its weight may be made anew by each pass: what it was when the network was loaded is no matter."""
+    """Its weight may be recomputed in each pass: the weight at loading does not count."""
     network, probe = small_network(), small_probe()
     before = network.weight.clone()
     REPARAMETRISED[how](cast(nn.Linear, network.head))
@@ -155,7 +155,7 @@ def test_the_head_is_what_it_was_in_the_pass(how: str) -> None:
 
 
 def test_a_hook_that_changes_what_the_head_gives_is_noticed() -> None:
-    """The logits are all of a linear head's output, and not what its weight makes of the features."""
+    """The logits are the output of a linear head, but not its weight times the features."""
     network = small_network()
     network.head.register_forward_hook(lambda _, __, output: output / 4)
     with pytest.raises(AnalysisError) as caught:
@@ -165,7 +165,7 @@ def test_a_hook_that_changes_what_the_head_gives_is_noticed() -> None:
 
 @pytest.mark.parametrize("batch_size", [None, 40])
 def test_a_network_that_is_random_is_refused(batch_size: int | None) -> None:
-    """Dropout that does not ask for the mode: no number would come twice."""
+    """With dropout that ignores the mode no number would be reproducible."""
     network = small_network()
     network.module.register_module("1", _Dropping())
     with pytest.raises(AnalysisError, match="random in evaluation mode") as caught:
@@ -186,7 +186,7 @@ def test_hooks_are_removed() -> None:
 
 
 def test_logits_alone_may_overflow_and_a_sum_alone_may() -> None:
-    """Finite features with infinite logits name the logits; finite numbers whose sum is infinite are no error."""
+    """Infinite logits of finite features are named; finite numbers whose sum is infinite are no error."""
     network, probe = small_network(), small_probe()
     state = network.module.state_dict()
     state["3.weight"].fill_(3e38)
@@ -206,7 +206,7 @@ def test_logits_alone_may_overflow_and_a_sum_alone_may() -> None:
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_under_autocast_features_are_what_the_head_receives(name: str) -> None:
-    """Those of a plain loop under torch.autocast, kept in float32; close to float32's, and not the same."""
+    """They equal those of a plain loop under torch.autocast, in float32; close to float32's, not equal."""
     network, probe = network_of(name, 0), probe_of(name)
     received: list[Tensor] = []
     handle = network.module.get_submodule(network.head_name).register_forward_pre_hook(

@@ -177,13 +177,13 @@ def joint_entropy(
     within_reach = spectrum.held == total and spectrum.exact <= EXACT * largest
     few = spectrum.exact <= min(_SMALL, largest) or total < _FEW * spectrum.leaders
     if tolerance == 0 or (within_reach and few):
-        return exact(spectral(torch.linalg.eigvalsh(spectrum.exact_matrix())), spectrum.exact, bounds)
+        return exact_entropy(spectral(torch.linalg.eigvalsh(spectrum.exact_matrix())), spectrum.exact, bounds)
     largest = min(largest, spectrum.held)
     kept = min(max(min(_FIRST_KEPT, spectrum.enough(error)), spectrum.leaders), largest)
     start, span = 0.0, 0.5
     while True:
         if EXACT * kept > spectrum.exact and within_reach:
-            return exact(spectral(torch.linalg.eigvalsh(spectrum.exact_matrix())), spectrum.exact, bounds)
+            return exact_entropy(spectral(torch.linalg.eigvalsh(spectrum.exact_matrix())), spectrum.exact, bounds)
         tell(start)
         matrix = spectrum.matrix(kept)
         eigenvalues, vectors = torch.linalg.eigh(matrix)
@@ -212,6 +212,6 @@ def joint_entropy(
         start, span = start + span, span / 2
 
 
-def exact(joint: Spectral, size: int, bounds: Bounds) -> tuple[float, Method]:
+def exact_entropy(joint: Spectral, size: int, bounds: Bounds) -> tuple[float, Method]:
     """Return the joint entropy of the whole spectrum, from a matrix of this size, and the method that says so."""
     return bounds.held(joint.entropy), Method("exact", size, size, 0.0, bounds.error(0.0, joint))

@@ -24,7 +24,7 @@ from ..clock import Tell, silent
 from .classes import ClassStream, LabelledFeatures, Observer, blocks_of_all
 from .entropy import ZERO_ENTROPY, PairEntropies, gram_spectrum, spectral
 from .factors import Factors
-from .joint import Bounds, JointSpectrum, Method, exact, joint_entropy
+from .joint import Bounds, JointSpectrum, Method, exact_entropy, joint_entropy
 from .products import product_matrix
 
 # Default limit of rows kept: ten seconds on a processor core. A tolerance of 0 ignores it.
@@ -191,7 +191,7 @@ def pair_entropies(features: Float64[Tensor, "n d"], head: Float64[Tensor, "n d"
     first, second = spectral(gram_spectrum(features / math.sqrt(n))), spectral(gram_spectrum(head / math.sqrt(n)))
     size = min(n, first.rank * second.rank)
     matrix = features @ features.T * (head @ head.T) / n if size == n else product_matrix(features, [1] * n, head, n)
-    joint, method = exact(spectral(torch.linalg.eigvalsh(matrix)), size, Bounds.of(first, second))
+    joint, method = exact_entropy(spectral(torch.linalg.eigvalsh(matrix)), size, Bounds.of(first, second))
     return Entropies(first.entropy, second.entropy, joint, method, n, 0)
 
 

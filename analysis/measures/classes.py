@@ -83,9 +83,12 @@ def class_statistics(
     classes = counts.nonzero()[:, 0]
     order = torch.argsort(labels, stable=True)
     members = torch.tensor_split(order, counts[classes].cumsum(0)[:-1].cpu())
-    take = _mean_at_once if at_once else _mean_in_chunks
-    means, sizes = zip(*(take(features, rows) for rows in members), strict=True)
-    return ClassStatistics(classes, list(members), torch.stack(means), torch.stack(sizes))
+    if at_once:
+        means, sizes = zip(*(_mean_at_once(features, rows) for rows in members), strict=True)
+        return ClassStatistics(classes, list(members), torch.stack(means), torch.stack(sizes))
+    sums, lengths = zip(*(_sums_in_chunks(features, rows) for rows in members), strict=True)
+    held = counts[classes].double()
+    return ClassStatistics(classes, list(members), torch.stack(sums) / held[:, None], torch.stack(lengths) / held)
 
 
 def head_directions(
@@ -271,17 +274,17 @@ def unit_directions(
     return directions.to(dtype), usable
 
 
-def _mean_in_chunks(
+def _sums_in_chunks(
     features: Float[Tensor, "n d"], rows: Int[Tensor, " m"]
 ) -> tuple[Float64[Tensor, " d"], Float64[Tensor, ""]]:
-    """Return mean and mean length of these samples, converting a few rows at a time."""
+    """Return sum and total length of these samples, converting a few rows at a time."""
     total = torch.zeros(features.shape[1], dtype=torch.float64, device=features.device)
     length = torch.zeros((), dtype=torch.float64, device=features.device)
     for chunk in torch.split(rows, _CHUNK):
         samples = features.index_select(0, chunk).double()
         total += samples.sum(dim=0)
         length += torch.linalg.vector_norm(samples, dim=1).sum()
-    return total / len(rows), length / len(rows)
+    return total, length
 
 
 def _mean_at_once(

@@ -149,5 +149,5 @@ def _pad_id(tokenizer: Tokenizer, padding: Mapping[str, Any], config: Mapping[st
     raise AnalysisError(
         "invalid-probe",
         "Texts differ in length, and neither the network's config (pad_token_id) nor the tokenizer (padding, or a "
-        f"token named {', '.join(_PADDING_TOKENS)}) defines a padding token.",
+        f"token named {', '.join(_PADDING_TOKENS)}) defines the token that pads them.",
     )

@@ -389,7 +389,7 @@ def _plain(value: Inert, storage: Callable[[Any], Storage | None]) -> TensorPlan
             return NoPlainTensor("of an unknown type", sizes)
         of = replace(of, dtype=dtype, n_numbers=of.n_numbers * of.dtype.itemsize // dtype.itemsize)
     if any(isinstance(entry, dict) and any(entry.values()) for entry in rest if _is_marked(entry)):
-        return NoPlainTensor("only marked as conjugated or negated", sizes)
+        return NoPlainTensor("conjugated or negated only by a mark", sizes)
     last = first + sum((size - 1) * step for size, step in zip(sizes, steps, strict=True))
     if first < 0 or (0 not in sizes and last >= of.n_numbers):
         return NoPlainTensor("damaged: it reaches beyond its numbers", sizes)

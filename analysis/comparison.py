@@ -30,7 +30,7 @@ from .evaluation import (
 from .measures.collapse import Collapse
 from .measures.entropy import squarable
 from .measures.influence import influence
-from .probes.feature_set import FeatureSet
+from .probes.feature_set import FeatureSet, rows_of_splits
 from .spreads import Sizes, Spread, delta_spreads
 
 _OF_SPLIT = ("accuracy", "loss", "calibration_error", "effective_rank")
@@ -64,9 +64,13 @@ class ComparisonOptions(EvaluationOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.resamples < 10:
-            raise AnalysisError("invalid-argument", "resamples is at least 10", argument="resamples")
+            raise AnalysisError(
+                "invalid-argument", f"resamples must be at least 10, not {self.resamples}.", argument="resamples"
+            )
         if not 0.5 <= self.confidence <= 0.9999:
-            raise AnalysisError("invalid-argument", "confidence is 0.5 to 0.9999", argument="confidence")
+            raise AnalysisError(
+                "invalid-argument", f"confidence must be 0.5 to 0.9999, not {self.confidence}.", argument="confidence"
+            )
 
 
 @dataclass(frozen=True)
@@ -192,7 +196,7 @@ def compare(
     )
     splits: dict[str, ComparedSplit] = {}
     with clock.phase("intervals"):
-        for name, rows in _rows(a.split, len(a.labels)).items():
+        for name, rows in rows_of_splits(a.split, len(a.labels)).items():
             pair = _Pair(_part(a, rows), _part(b, rows), first.splits[name], second.splits[name])
             if options.interval == "delta":
                 spreads = _by_delta(pair, options, device)
@@ -207,6 +211,56 @@ def compare(
     return Comparison(first, second, splits, timings)
 
 
+def mcnemar_p(only_a: int, only_b: int) -> float:
+    """Return the two-sided p value of McNemar's exact test that two networks have equal accuracy.
+
+    Args:
+        only_a, only_b: samples that only A, or only B, classified correctly.
+
+    Returns:
+        0 to 1; 1 where both counts are 0.
+
+    Source: McNemar 1947; exact by the binomial distribution of the discordant pairs.
+
+    >>> round(mcnemar_p(1, 9), 6)
+    0.021484
+    """
+    discordant = only_a + only_b
+    return float(binomtest(only_b, discordant).pvalue) if discordant else 1.0
+
+
+def smallest_difference(n: int, discordant: int, *, confidence: float = 0.95, power: float = 0.8) -> float | None:
+    """Return the smallest difference of accuracy that McNemar's exact test shows with this power.
+
+    Given the number m of discordant samples, the number that one network has right is binomial with probability
+    (1 + d n / m) / 2, where d is the difference of accuracy. The test rejects from some number k on: d is the
+    difference at which k or more have the probability `power`. So it never contradicts the test: a measured difference
+    of at least d is significant, and where d does not exist no outcome on m samples is.
+
+    Args:
+        n: samples.
+        discordant: m, the samples on which only one network is right.
+        confidence: of the two-sided test, which rejects where its p value is at most 1 - confidence.
+        power: probability that the test finds the difference, at least 0.5.
+
+    Returns:
+        The difference; None where the test would not reject even if one network were right in all m samples.
+
+    Source: McNemar 1947, conditional on the number of discordant samples as his test is.
+
+    >>> round(smallest_difference(1000, 100), 4)
+    0.029
+    """
+    if discordant == 0:
+        return None
+    rejected_from = int(binom.isf((1 - confidence) / 2, discordant, 0.5)) + 1
+    if rejected_from > discordant:
+        return None
+    # The binomial tail as a function of its probability is an incomplete beta function.
+    likely = float(betaincinv(rejected_from, discordant - rejected_from + 1, power))
+    return (2 * likely - 1) * discordant / n
+
+
 @dataclass(frozen=True)
 class _Pair:
     """The feature sets of both networks on the samples of one split, and both evaluations."""
@@ -215,14 +269,6 @@ class _Pair:
     b: FeatureSet
     of_a: SplitEvaluation
     of_b: SplitEvaluation
-
-
-def _rows(split: Int[Tensor, " n"] | None, n: int) -> dict[str, Int64[Tensor, " _"]]:
-    """Return the rows of the samples of each split; empty splits are left out."""
-    rows = {"all": torch.arange(n)}
-    if split is not None:
-        rows |= {name: (split.cpu() == number).nonzero()[:, 0] for name, number in (("train", 0), ("test", 1))}
-    return {name: chosen for name, chosen in rows.items() if len(chosen)}
 
 
 def _part(entry: FeatureSet, rows: Int64[Tensor, " m"]) -> FeatureSet:
@@ -341,7 +387,10 @@ def _of(name: str, progress: Progress | None) -> Progress | None:
 
 
 def _counted(progress: Progress | None, done: int, n_splits: int, options: ComparisonOptions) -> Callable[[], None]:
+    """Return a function that counts one resample and reports progress."""
+
     def step() -> None:
+        """Count one resample."""
         nonlocal done
         done += 1
         if progress:
@@ -415,53 +464,3 @@ def _agreement(pair: _Pair, options: ComparisonOptions) -> Agreement:
         smallest_difference=smallest,
         reason=None if smallest is not None else "too_few_disagreements",
     )
-
-
-def mcnemar_p(only_a: int, only_b: int) -> float:
-    """Return the two-sided p value of McNemar's exact test that two networks have equal accuracy.
-
-    Args:
-        only_a, only_b: samples that only A, or only B, classified correctly.
-
-    Returns:
-        0 to 1; 1 where both counts are 0.
-
-    Source: McNemar 1947; exact by the binomial distribution of the discordant pairs.
-
-    >>> round(mcnemar_p(1, 9), 6)
-    0.021484
-    """
-    discordant = only_a + only_b
-    return float(binomtest(only_b, discordant).pvalue) if discordant else 1.0
-
-
-def smallest_difference(n: int, discordant: int, *, confidence: float = 0.95, power: float = 0.8) -> float | None:
-    """Return the smallest difference of accuracy that McNemar's exact test shows with this power.
-
-    Given the number m of discordant samples, the number that one network has right is binomial with probability
-    (1 + d n / m) / 2, where d is the difference of accuracy. The test rejects from some number k on: d is the
-    difference at which k or more have the probability `power`. So it never contradicts the test: a measured difference
-    of at least d is significant, and where d does not exist no outcome on m samples is.
-
-    Args:
-        n: samples.
-        discordant: m, the samples on which only one network is right.
-        confidence: of the two-sided test, which rejects where its p value is at most 1 - confidence.
-        power: probability that the test finds the difference, at least 0.5.
-
-    Returns:
-        The difference; None where the test would not reject even if one network were right in all m samples.
-
-    Source: McNemar 1947, conditional on the number of discordant samples as his test is.
-
-    >>> round(smallest_difference(1000, 100), 4)
-    0.029
-    """
-    if discordant == 0:
-        return None
-    rejected_from = int(binom.isf((1 - confidence) / 2, discordant, 0.5)) + 1
-    if rejected_from > discordant:
-        return None
-    # The binomial tail as a function of its probability is an incomplete beta function.
-    likely = float(betaincinv(rejected_from, discordant - rejected_from + 1, power))
-    return (2 * likely - 1) * discordant / n

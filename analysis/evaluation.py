@@ -6,21 +6,20 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float64, Int
+from jaxtyping import Bool, Float64, Int, Int64
 from torch import Tensor
 
 from .clock import Clock, Steps
 from .errors import AnalysisError, Kind
-from .measures.classes import LabelledFeatures, class_statistics, computing_dtype
-from .measures.collapse import Collapse, CollapsePass, Optimum, neural_collapse, optimum
+from .measures.classes import LabelledFeatures, class_statistics, computing_dtype, head_directions
+from .measures.collapse import Collapse, CollapsePass, neural_collapse, optimum
 from .measures.entropy import check_finite, squarable, unit_rows
+from .measures.interplay import Degenerate, Distance, Interplay, interplay
+from .measures.labels import check_labels
 from .measures.null import Null, pair_null, sample_null
 from .measures.predictions import Predictions, calibration_error
 from .measures.spectrum import (
     Entropies,
-    Method,
-    hdr_of,
-    mir_of,
     pair_entropies,
     sample_entropies,
     sample_entropies_of_all,
@@ -29,7 +28,7 @@ from .networks.loading import LoadedNetwork
 from .passes.extraction import Progress, extract_features
 from .passes.positions import extract_positions
 from .passes.precision import Precision
-from .probes.feature_set import FeatureSet
+from .probes.feature_set import FeatureSet, rows_of_splits
 from .probes.probe import Probe
 
 __all__ = [
@@ -46,9 +45,6 @@ __all__ = [
     "extract_features",
 ]
 
-# A null counts as one single value where its standard deviation, or that of the information in nats, is below this:
-# every permutation gives the same Gram matrices.
-_DEGENERATE = 1e-12
 # Progress counts the spectra of two centrings, their nulls, and the rest.
 _PARTS_OF_A_SPLIT = 5
 
@@ -74,43 +70,21 @@ class EvaluationOptions:
 
     def __post_init__(self) -> None:
         if self.null_permutations < 0:
-            raise AnalysisError("invalid-argument", "null_permutations is at least 0", argument="null_permutations")
+            raise AnalysisError(
+                "invalid-argument",
+                f"null_permutations must be at least 0, not {self.null_permutations}.",
+                argument="null_permutations",
+            )
         if not 0 <= self.tolerance < math.inf:
-            raise AnalysisError("invalid-argument", "tolerance is at least 0", argument="tolerance")
+            raise AnalysisError(
+                "invalid-argument",
+                f"tolerance must be finite and at least 0, not {self.tolerance}.",
+                argument="tolerance",
+            )
         if self.batch_size is not None and self.batch_size < 1:
-            raise AnalysisError("invalid-argument", "batch_size is at least 1", argument="batch_size")
-
-
-@dataclass(frozen=True)
-class Distance:
-    """Absolute distances of MIR and HDR from their optimum."""
-
-    mir: float | None
-    hdr: float | None
-
-
-@dataclass(frozen=True)
-class Interplay:
-    """MIR and HDR at one level and centring; an undefined value is None, with a reason under its name.
-
-    `degenerate_samples` and `degenerate_classes` count samples and classes that were left out because their own vector
-    (a class: its head row, or at class-mean level its mean) has no direction.
-    """
-
-    mir: float | None
-    hdr: float | None
-    mutual_information: float | None
-    entropy_features: float | None
-    entropy_head: float | None
-    entropy_joint: float | None
-    optimum: Optimum
-    distance_to_optimum: Distance
-    null: Null | None
-    mir_z: float | None
-    degenerate_samples: int
-    degenerate_classes: int
-    method: Method | None
-    reasons: dict[str, str]
+            raise AnalysisError(
+                "invalid-argument", f"batch_size must be at least 1, not {self.batch_size}.", argument="batch_size"
+            )
 
 
 @dataclass(frozen=True)
@@ -210,11 +184,6 @@ def capture(
     )
 
 
-def _extract_samples(network: LoadedNetwork, probe: Probe, **how: Any) -> tuple[FeatureSet, int]:
-    features, logits, batch_size = extract_features(network, probe, **how)
-    return FeatureSet(features, probe.labels, network.weight, None, logits, probe.split), batch_size
-
-
 def evaluate_features(
     feature_set: FeatureSet,
     *,
@@ -246,6 +215,12 @@ def evaluate_features(
     return _evaluate(feature_set, "invalid-feature-set", None, options or EvaluationOptions(), progress, clock)
 
 
+def _extract_samples(network: LoadedNetwork, probe: Probe, **how: Any) -> tuple[FeatureSet, int]:
+    """Return the feature set of a classifier, one row a sample."""
+    features, logits, batch_size = extract_features(network, probe, **how)
+    return FeatureSet(features, probe.labels, network.weight, None, logits, probe.split), batch_size
+
+
 def _evaluate(
     data: FeatureSet,
     label_error: Kind,
@@ -258,15 +233,16 @@ def _evaluate(
     with clock.phase("statistics"):
         check_finite("head", data.head)
         with clock.phase("predictions"):
-            predictions = _predictions(data, label_error)
-        members = _members(data)
-        steps = Steps(progress, _PARTS_OF_A_SPLIT * len({id(chosen) for chosen in members.values()}))
+            check_labels(data.labels, len(data.head), label_error)
+            predictions = data.network_predictions()
+        chosen = _chosen(data)
+        steps = Steps(progress, _PARTS_OF_A_SPLIT * len({id(rows) for rows in chosen.values()}))
         splits: dict[str, SplitEvaluation] = {}
-        for name, chosen in members.items():
-            if name != "all" and chosen is None:
+        for name, rows in chosen.items():
+            if name != "all" and rows is None:
                 splits[name] = splits["all"]
             else:
-                splits[name] = _Split(data, chosen, predictions, options, clock, steps).evaluate()
+                splits[name] = _Split(data, rows, predictions, options, clock, steps).evaluate()
     return Evaluation(splits, clock.seconds, batch_size, data.head.shape[1], _n_classes(data))
 
 
@@ -275,36 +251,11 @@ def _n_classes(data: FeatureSet) -> int:
     return len(data.head) if data.vocabulary is None else data.vocabulary.size
 
 
-def _predictions(data: FeatureSet, label_error: Kind) -> Predictions:
-    """Return the stored predictions of the network if there are any, else those from its logits."""
-    if data.predictions is None:
-        _check_labels(data.labels, len(data.head), label_error)
-    return data.network_predictions()
-
-
-def _members(data: FeatureSet) -> dict[str, Bool[Tensor, " n"] | None]:
-    """Return the samples of each split as a mask; None stands for all samples, which are computed only once."""
-    members: dict[str, Bool[Tensor, " n"] | None] = {"all": None}
-    if data.split is not None:
-        for name, number in (("train", 0), ("test", 1)):
-            chosen = (data.split == number).to(data.labels.device)
-            if bool(chosen.any()):
-                members[name] = None if bool(chosen.all()) else chosen
-    return members
-
-
-def _check_labels(labels: Int[Tensor, " n"], n_classes: int, kind: Kind) -> None:
-    if len(labels) == 0:
-        raise AnalysisError(kind, "There are no samples.")
-    lowest, highest = int(labels.min()), int(labels.max())
-    if lowest < 0 or highest >= n_classes:
-        raise AnalysisError(
-            kind,
-            f"The labels run from {lowest} to {highest}; the head has {n_classes} rows, so 0 to {n_classes - 1} fit.",
-            n_classes=n_classes,
-            lowest_label=lowest,
-            highest_label=highest,
-        )
+def _chosen(data: FeatureSet) -> dict[str, Int64[Tensor, " _"] | None]:
+    """Return the rows of each split; None stands for all samples, which are computed only once."""
+    n, device = len(data.labels), data.labels.device
+    rows = rows_of_splits(data.split, n)
+    return {name: None if len(some) == n else some.to(device) for name, some in rows.items()}
 
 
 @dataclass(frozen=True)
@@ -322,14 +273,15 @@ class _Split:
     def __init__(
         self,
         data: FeatureSet,
-        chosen: Bool[Tensor, " n"] | None,
+        rows: Int64[Tensor, " _"] | None,
         predictions: Predictions,
         options: EvaluationOptions,
         clock: Clock,
         steps: Steps,
     ) -> None:
         def select(tensor: Tensor) -> Tensor:
-            return tensor if chosen is None else tensor[chosen]
+            """Return the rows of the split."""
+            return tensor if rows is None else tensor[rows]
 
         self.features, self.labels = squarable(select(data.features)), select(data.labels).long()
         self.head = squarable(data.head.double())
@@ -346,21 +298,21 @@ class _Split:
 
     def evaluate(self) -> SplitEvaluation:
         """Return all metrics of the split."""
-        interplay: dict[str, dict[str, Interplay]] = {"sample": {}, "class_mean": {}}
+        levels: dict[str, dict[str, Interplay]] = {"sample": {}, "class_mean": {}}
         with self.clock.phase("entropies"):
             pairings = [self._pairing(centred) for centred in (False, True)]
         entropies, collapse = self._read(pairings)
         self.steps.end("spectra", 2)
         for index, centring in enumerate(("none", "global")):
-            interplay["sample"][centring] = self._sample_level(pairings[index], entropies[index])
-            interplay["class_mean"][centring] = self._class_mean_level(centring == "global")
+            levels["sample"][centring] = self._sample_level(pairings[index], entropies[index])
+            levels["class_mean"][centring] = self._class_mean_level(centring == "global")
             self.steps.end("null")
         self.steps.end("metrics")
         with self.clock.phase("predictions"):
             correct = self.predicted == self.labels
             accuracy, loss = float(correct.double().mean()), float(self.losses.mean())
             calibration = calibration_error(self.confidence, correct)
-        entropy = interplay["sample"]["global"].entropy_features
+        entropy = levels["sample"]["global"].entropy_features
         return SplitEvaluation(
             n_samples=len(self.labels),
             class_counts=self.class_counts,
@@ -368,16 +320,14 @@ class _Split:
             loss=loss,
             calibration_error=calibration,
             effective_rank=None if entropy is None else math.exp(entropy),
-            interplay=interplay,
+            interplay=levels,
             collapse=replace(collapse, absent_classes=self.n_absent),
             reasons={"effective_rank": "no_directions"} if entropy is None else {},
         )
 
     def _head_directions(self, centred: bool) -> tuple[Float64[Tensor, "k d"], Bool[Tensor, " k"]]:
-        """Return directions of the head rows of the classes present; the centre is the mean of all rows of the head."""
-        centre = self.head.mean(dim=0) if centred else torch.zeros_like(self.head[0])
-        rows = self.head[self.statistics.classes]
-        return unit_rows(rows - centre, rows.norm(dim=1) + centre.norm())
+        """Return directions of the head rows of the classes present, and which rows have one."""
+        return head_directions(self.head, self.statistics.classes, centred=centred)
 
     def _centre(self, centred: bool) -> Float64[Tensor, " d"]:
         return self.statistics.centre if centred else torch.zeros_like(self.statistics.means[0])
@@ -435,7 +385,7 @@ class _Split:
                     known=entropies,
                     tell=lambda share: self.steps.inside("null", share),
                 )
-        return self._interplay("sample", entropies, null, degenerate, len(alone), pairing.centred)
+        return self._interplay("sample", entropies, null, Degenerate(degenerate, len(alone)), pairing.centred)
 
     def _class_mean_level(self, centred: bool) -> Interplay:
         with self.clock.phase("entropies"):
@@ -455,67 +405,10 @@ class _Split:
                     generator=self._generator(),
                     known=entropies,
                 )
-        return self._interplay("class_mean", entropies, null, 0, len(usable) - len(means), centred)
+        return self._interplay("class_mean", entropies, null, Degenerate(0, len(usable) - len(means)), centred)
 
     def _interplay(
-        self,
-        level: str,
-        entropies: Entropies | None,
-        null: Null | None,
-        degenerate_samples: int,
-        degenerate_classes: int,
-        centred: bool,
+        self, level: str, entropies: Entropies | None, null: Null | None, degenerate: Degenerate, centred: bool
     ) -> Interplay:
-        ideal = self.ideal[level]
-        reasons: dict[str, str] = {}
-        if ideal.mir is None:
-            reasons.update({"optimum.mir": "zero_entropy", "optimum.hdr": "zero_entropy"})
-        mir = hdr = z = None
-        if entropies is not None:
-            mir = mir_of(entropies.features, entropies.head, entropies.joint)
-            hdr = hdr_of(entropies.features, entropies.head)
-        # The rounding error of the information is divided by the smaller entropy, which may be tiny.
-        if (
-            null is not None
-            and entropies is not None
-            and (null.std * min(entropies.features, entropies.head, 1.0) >= _DEGENERATE)
-        ):
-            z = (null.observed - null.mean) / null.std
-        distance = Distance(_distance(mir, ideal.mir), _distance(hdr, ideal.hdr))
-        undefined = "no_directions" if entropies is None else "zero_entropy"
-        if entropies is None:
-            names = ("mutual_information", "entropy_features", "entropy_head", "entropy_joint", "method")
-            reasons.update(dict.fromkeys(names, undefined))
-        for name, value in (("mir", mir), ("hdr", hdr)):
-            if value is None:
-                reasons[name] = undefined
-        if centred and len(self.head) == 2 and entropies is not None:
-            # Two rows minus their mean are opposite: H(K2) is 0 for any network, and HDR 1 wherever defined.
-            reasons["mir"] = reasons["hdr"] = "two_classes"
-        for name, gap in (("mir", distance.mir), ("hdr", distance.hdr)):
-            if gap is None:
-                reasons[f"distance_to_optimum.{name}"] = reasons.get(name, "zero_entropy")
-        if null is None:
-            reasons["null"] = reasons["mir_z"] = "not_requested" if not self.options.null_permutations else undefined
-        elif z is None:
-            reasons["mir_z"] = "null_degenerate"
-        return Interplay(
-            mir=mir,
-            hdr=hdr,
-            mutual_information=entropies.features + entropies.head - entropies.joint if entropies else None,
-            entropy_features=entropies.features if entropies else None,
-            entropy_head=entropies.head if entropies else None,
-            entropy_joint=entropies.joint if entropies else None,
-            optimum=ideal,
-            distance_to_optimum=distance,
-            null=null,
-            mir_z=z,
-            degenerate_samples=degenerate_samples,
-            degenerate_classes=degenerate_classes,
-            method=entropies.method if entropies else None,
-            reasons=reasons,
-        )
-
-
-def _distance(value: float | None, ideal: float | None) -> float | None:
-    return None if value is None or ideal is None else abs(value - ideal)
+        permuted, opposite_rows = self.options.null_permutations > 0, centred and len(self.head) == 2
+        return interplay(entropies, null, self.ideal[level], degenerate, permuted=permuted, opposite_rows=opposite_rows)

@@ -18,6 +18,7 @@ from scipy.stats import t as student
 from torch import Tensor
 
 from .evaluation import SplitEvaluation
+from .measures.influence import ENTROPIES
 from .measures.intervals import FAR, Folded, lognormal_interval, paired_interval
 
 # Where class sizes may have been drawn or given, the error is that of drawn sizes, but at most the first factor above
@@ -25,7 +26,6 @@ from .measures.intervals import FAR, Folded, lognormal_interval, paired_interval
 _WIDENED, _APART = 1.15, 1.33
 # Degrees of freedom: with fewer, a handful of samples decides, and the spread of their kind is unknown.
 _FEWEST = 8.0
-_ENTROPIES = ("entropy_features", "entropy_head", "entropy_joint")
 
 
 @dataclass(frozen=True)
@@ -76,33 +76,6 @@ class Sizes:
         return centred
 
 
-@dataclass(frozen=True)
-class _Draw:
-    """Covariance of several numbers over draws of the samples, and the degrees of freedom of one sum of them."""
-
-    covariance: NDArray[np.float64]
-    freedom: float
-    reason: str | None
-
-
-@dataclass(frozen=True)
-class _Side:
-    """A metric of one checkpoint: value and influence; for MIR and HDR, m + |s|, those of m and of s."""
-
-    value: float
-    influence: Float64[Tensor, " n"]
-    kink: float = math.inf
-    of_kink: Float64[Tensor, " n"] | None = None
-    sign: float = 1.0
-
-
-@dataclass(frozen=True)
-class _Checkpoint:
-    values: Mapping[str, float | None]
-    influences: Mapping[str, Float64[Tensor, " n"]]
-    ideals: Mapping[str, float | None] = field(default_factory=dict)
-
-
 def delta_spreads(
     a: tuple[SplitEvaluation, Mapping[str, float | None], Mapping[str, Float64[Tensor, " n"]]],
     b: tuple[SplitEvaluation, Mapping[str, float | None], Mapping[str, Float64[Tensor, " n"]]],
@@ -131,6 +104,33 @@ def delta_spreads(
     return found
 
 
+@dataclass(frozen=True)
+class _Draw:
+    """Covariance of several numbers over draws of the samples, and the degrees of freedom of one sum of them."""
+
+    covariance: NDArray[np.float64]
+    freedom: float
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class _Side:
+    """A metric of one checkpoint: value and influence; for MIR and HDR, m + |s|, those of m and of s."""
+
+    value: float
+    influence: Float64[Tensor, " n"]
+    kink: float = math.inf
+    of_kink: Float64[Tensor, " n"] | None = None
+    sign: float = 1.0
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    values: Mapping[str, float | None]
+    influences: Mapping[str, Float64[Tensor, " n"]]
+    ideals: Mapping[str, float | None] = field(default_factory=dict)
+
+
 def _ideals(split: SplitEvaluation) -> dict[str, float | None]:
     return {
         f"interplay.{level}.{centring}.{name}": getattr(entry.optimum, name)
@@ -155,9 +155,9 @@ def _side(entry: _Checkpoint, path: str) -> _Side | None:
 
 def _of_branches(entry: _Checkpoint, level: str, name: str) -> _Side | None:
     """Return MIR or HDR as the larger of two smooth branches p and q: m + |s|, m = (p + q) / 2, s = (p - q) / 2."""
-    values = [entry.values[f"{level}.{one}"] for one in _ENTROPIES]
+    values = [entry.values[f"{level}.{one}"] for one in ENTROPIES]
     h1, h2, joint = (value or 0.0 for value in values)
-    i1, i2, of_joint = (entry.influences[f"{level}.{one}"] for one in _ENTROPIES)
+    i1, i2, of_joint = (entry.influences[f"{level}.{one}"] for one in ENTROPIES)
     if min(h1, h2) <= 0:
         # One of the branches is missing: H = 0.
         value = entry.values[f"{level}.{name}"]

@@ -1,8 +1,8 @@
 """Features by class: the means, and the directions of each class reduced to what its spectrum needs.
 
-The first pass over the features takes the class means. The second divides every sample, less a centre, by its length
-and reduces each class to a Gram matrix: of d x d where it has more samples than that, of n_c x n_c where it has not.
-Features that are all at hand are read class by class; features that arrive in batches are reduced as they come.
+The first pass over the features computes the class means. The second subtracts a centre from every sample, divides it
+by its length, and reduces each class to a Gram matrix: d x d if the class has more than d samples, else n_c x n_c.
+Features in memory are read class by class; features that arrive in batches are reduced as they come.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,18 +14,19 @@ from torch import Tensor
 
 from ..errors import AnalysisError
 from .entropy import check_finite, unit_rows
+from .labels import check_labels
 
-# Samples that are converted at a time: their float64 copy stays in a processor's cache.
+# Number of samples converted at a time: their float64 copy stays in a processor's cache.
 _CHUNK = 256
-# Samples whose products are summed in float32 before they join a float64 sum.
+# Number of samples whose products are summed in float32 before they are added to a float64 sum.
 _BATCH = 1024
-# Up to so many numbers a whole set is computed in float64: it costs milliseconds.
+# Sets of at most this many numbers are computed in float64: it costs milliseconds.
 _SMALL_SET = 2**22
-# Squares of lengths between these neither overflow nor vanish in float32.
+# Lengths between these have squares that neither overflow nor vanish in float32.
 _SHORT, _LONG = 1e-15, 1e15
-# Where the upper triangle of a product is computed in strips so wide, five eighths of the work are left for d = 512.
+# Width of the strips in which the upper triangle of a product is computed: for d = 512 five eighths of the work remain.
 _STRIP = 128
-# Classes of at most so many samples are reduced many at a time, in blocks of at most so many numbers.
+# Classes of at most so many samples are reduced together, in blocks of at most so many numbers.
 _SMALL_CLASS, _BLOCK = 256, 2**22
 
 
@@ -37,7 +38,7 @@ class ClassStatistics:
         classes: their numbers.
         members: for each, the rows of its samples.
         means: for each, the mean of its samples.
-        sizes: for each, the mean length of its samples, against which rounding is told from signal.
+        sizes: for each, the mean length of its samples, the scale of its rounding errors.
     """
 
     classes: Int[Tensor, " k"]
@@ -52,18 +53,22 @@ class ClassStatistics:
 
 
 def computing_dtype(features: Float[Tensor, "n d"]) -> torch.dtype:
-    """Float64 for features of that type and for small sets, float32 otherwise."""
+    """Return float64 for features of that type and for small sets, float32 otherwise."""
     small = features.dtype == torch.float64 or features.numel() <= _SMALL_SET
     return torch.float64 if small else torch.float32
 
 
-def class_statistics(features: Float[Tensor, "n d"], labels: Int[Tensor, " n"], n_classes: int) -> ClassStatistics:
-    """Sort samples by class and take the means.
+def class_statistics(
+    features: Float[Tensor, "n d"], labels: Int[Tensor, " n"], n_classes: int, *, at_once: bool = False
+) -> ClassStatistics:
+    """Sort samples by class and compute the means.
 
     Args:
         features: one sample a row, at least one.
         labels: 0 to n_classes - 1.
         n_classes: C; classes without samples are left out.
+        at_once: whether each class is converted to float64 as a whole. Its sums then have another order, and the means
+            may differ in the last digit.
 
     Returns:
         The statistics of the classes present.
@@ -71,43 +76,44 @@ def class_statistics(features: Float[Tensor, "n d"], labels: Int[Tensor, " n"], 
     Raises:
         AnalysisError: `invalid-argument` for labels of another number or out of range, or no samples.
 
-    Numerics: sums in float64, a few rows at a time; one pass over the features.
+    Numerics: sums in float64, a few rows at a time unless `at_once`; one pass over the features.
     """
-    check_labels(features, labels, n_classes)
+    _check_one_each(features, labels, n_classes)
     counts = torch.bincount(labels, minlength=n_classes)
     classes = counts.nonzero()[:, 0]
     order = torch.argsort(labels, stable=True)
     members = torch.tensor_split(order, counts[classes].cumsum(0)[:-1].cpu())
-    sums = torch.zeros(len(classes), features.shape[1], dtype=torch.float64, device=features.device)
-    lengths = torch.zeros(len(classes), dtype=torch.float64, device=features.device)
-    for position, rows in enumerate(members):
-        for chunk in torch.split(rows, _CHUNK):
-            samples = features.index_select(0, chunk).double()
-            sums[position] += samples.sum(dim=0)
-            lengths[position] += torch.linalg.vector_norm(samples, dim=1).sum()
+    if at_once:
+        means, sizes = zip(*(_mean_at_once(features, rows) for rows in members), strict=True)
+        return ClassStatistics(classes, list(members), torch.stack(means), torch.stack(sizes))
+    sums, lengths = zip(*(_sums_in_chunks(features, rows) for rows in members), strict=True)
     held = counts[classes].double()
-    return ClassStatistics(classes, list(members), sums / held[:, None], lengths / held)
+    return ClassStatistics(classes, list(members), torch.stack(sums) / held[:, None], torch.stack(lengths) / held)
 
 
-def check_labels(features: Float[Tensor, "n d"], labels: Int[Tensor, " m"], n_classes: int) -> None:
-    """Raise an AnalysisError of kind `invalid-argument` where labels do not fit features or classes."""
-    if len(labels) != len(features) or len(labels) == 0:
-        detail = f"{len(labels)} labels came with {len(features)} features; expected as many, and at least one."
-        raise AnalysisError("invalid-argument", detail, argument="labels")
-    lowest, highest = int(labels.min()), int(labels.max())
-    if lowest < 0 or highest >= n_classes:
-        detail = f"The labels run from {lowest} to {highest}; expected 0 to {n_classes - 1}."
-        raise AnalysisError("invalid-argument", detail, argument="labels")
+def head_directions(
+    head: Float64[Tensor, "c d"], classes: Int[Tensor, " k"], *, centred: bool
+) -> tuple[Float64[Tensor, "k d"], Bool[Tensor, " k"]]:
+    """Return the unit head rows of some classes, and which of them have a direction.
+
+    Args:
+        head: one row a class.
+        classes: whose rows to return, such as the classes present.
+        centred: whether the mean of all rows, also of absent classes, is subtracted.
+    """
+    centre = head.mean(dim=0) if centred else torch.zeros_like(head[0])
+    rows = head[classes]
+    return unit_rows(rows - centre, rows.norm(dim=1) + centre.norm())
 
 
 @dataclass(frozen=True)
 class ClassBlock:
-    """Directions of some classes, reduced: one of large size, or small ones side by side, filled up with zeros.
+    """The reduced directions of some classes: one large class, or small ones side by side, padded with zeros.
 
     Attributes:
-        positions: which classes these are.
-        counts: for each, how many samples have a direction.
-        gram: for each, Z^T Z of d x d, or Z Z^T of n x n where `rows` is given.
+        positions: indices of the classes.
+        counts: for each, the number of samples that have a direction.
+        gram: for each, Z^T Z of d x d, or Z Z^T of n x n if `rows` is given.
         rows: Z.
     """
 
@@ -119,13 +125,13 @@ class ClassBlock:
 
 @dataclass(frozen=True)
 class LabelledFeatures:
-    """Features by class beside the directions of the head rows, as the sample level pairs them.
+    """Features by class and the directions of the head rows, as the sample level pairs them.
 
     Attributes:
-        features: one sample a row, as they came.
+        features: one sample a row, unchanged.
         members: for each class that takes part, the rows of its samples.
-        centre: what is subtracted from every sample.
-        head: the direction of each of these classes' head rows.
+        centre: subtracted from every sample.
+        head: for each of these classes, the direction of its head row.
     """
 
     features: Float[Tensor, "n d"]
@@ -135,7 +141,7 @@ class LabelledFeatures:
 
     @property
     def n_samples(self) -> int:
-        """Samples of the classes that take part, with those that have no direction."""
+        """Number of samples of the classes that take part, including those without a direction."""
         return sum(len(rows) for rows in self.members)
 
     @property
@@ -144,27 +150,27 @@ class LabelledFeatures:
         return computing_dtype(self.features)
 
     def directions(self, rows: Int[Tensor, " m"]) -> Float64[Tensor, "k d"]:
-        """Unit vectors of these samples, without those that have no direction."""
+        """Return unit vectors of these samples, without those that have no direction."""
         directions, usable = unit_directions(self.features.index_select(0, rows), self.centre, torch.float64)
         return directions if bool(usable.all()) else directions[usable]
 
     def blocks(self) -> Iterator[ClassBlock]:
-        """All classes, small ones in batches, each reduced to the smaller of its two Gram matrices."""
+        """Yield all classes, small ones in batches, each reduced to the smaller of its two Gram matrices."""
         return (block for (block,) in blocks_of_all([self]))
 
 
-# Takes the class of a chunk of samples, their rows, and the samples as they came.
+# Receives the class of a chunk of samples, their rows, and the samples unchanged.
 Observer = Callable[[int, Int[Tensor, " b"], Float[Tensor, "b d"]], None]
 
 
 def blocks_of_all(
     sets: Sequence[LabelledFeatures], observe: Observer | None = None
 ) -> Iterator[tuple[ClassBlock, ...]]:
-    """The blocks of several sets that differ in centre and head alone, from one reading of their features.
+    """Yield the blocks of several sets that differ only in centre and head, from one pass over their features.
 
     Args:
         sets: of the same features and classes.
-        observe: given every chunk of samples as it is read, for whatever else needs one pass.
+        observe: called with every chunk of samples that is read, for computations that share the pass.
 
     Returns:
         For each class, or batch of small ones, the block of each set.
@@ -178,7 +184,7 @@ def blocks_of_all(
         if size > limit:
             yield _large(sets, position, observe)
             continue
-        # Neighbours in size, so that little is filled up.
+        # Classes of similar size, so that there is little padding.
         if small and ((len(small) + 1) * size * d > _BLOCK or size > 2 * len(members[small[0]])):
             yield _small(sets, small, observe)
             small = []
@@ -187,7 +193,118 @@ def blocks_of_all(
         yield _small(sets, small, observe)
 
 
+class ClassStream:
+    """Directions of features that arrive in batches; memory does not limit their number.
+
+    Each class keeps its rows until there are more than d of them, and from then on d x d numbers.
+
+    Args:
+        head: the direction of each class's head row.
+        centre: subtracted from every sample; None subtracts nothing.
+    """
+
+    def __init__(self, head: Float64[Tensor, "c d"], centre: Float64[Tensor, " d"] | None = None) -> None:
+        self.head = head
+        self.centre = head.new_zeros(head.shape[1]) if centre is None else centre.to(head)
+        self.n_samples = 0
+        self.dtype: torch.dtype = torch.float32
+        self._classes: dict[int, _ClassAccumulator] = {}
+
+    def update(self, features: Float[Tensor, "n d"], labels: Int[Tensor, " n"]) -> None:
+        """Add a batch.
+
+        Args:
+            features: of any floating type; float64 is computed in float64, others in float32.
+            labels: 0 to C - 1.
+
+        Raises:
+            AnalysisError: `invalid-argument` for labels that do not fit, `non-finite-values` in the features.
+        """
+        _check_one_each(features, labels, len(self.head))
+        check_finite("features", features)
+        dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
+        directions, usable = unit_directions(features, self.centre, dtype)
+        self.n_samples += len(labels)
+        for position in torch.bincount(labels).nonzero()[:, 0].tolist():
+            rows = (labels == position).nonzero()[:, 0]
+            if position not in self._classes:
+                self._classes[position] = _ClassAccumulator(self.head.shape[1], dtype, features.device)
+            for chunk in torch.split(rows, _BATCH):
+                self._classes[position].add(directions[chunk], usable[chunk])
+
+    def blocks(self) -> Iterator[ClassBlock]:
+        """Yield all classes received, each reduced to the smaller of its two Gram matrices."""
+        for position in sorted(self._classes):
+            yield self._classes[position].block(position)
+
+
+def unit_directions(
+    samples: Float[Tensor, "n d"], centre: Float64[Tensor, " d"], dtype: torch.dtype
+) -> tuple[Float[Tensor, "n d"], Bool[Tensor, " n"]]:
+    """Return unit vectors of samples minus a centre, and a mask of the samples that have a direction.
+
+    Args:
+        samples: one a row.
+        centre: subtracted from each.
+        dtype: float64 or float32, of the result.
+
+    Returns:
+        Directions, zeros for samples without one, and the mask. A sample has no direction if it is shorter than 1e-12
+        of the numbers that it was computed from.
+
+    Numerics: in float32 the centre is subtracted in two parts, so that cancellation loses nothing, and squares are
+        summed in float64. If squares leave float32's range, the whole computation is in float64.
+    """
+    if dtype == torch.float32:
+        rows = samples.float()
+        high = centre.float()
+        moved = bool(high.any())
+        centred = (rows - high) - (centre - high.double()).float() if moved else rows
+        # Summed in float64: samples of nearly one direction would all have their lengths rounded to one side.
+        norms = torch.linalg.vector_norm(centred, dim=1, dtype=torch.float64)
+        lengths = torch.linalg.vector_norm(rows, dim=1).double() if moved else norms
+        extent = torch.cat([norms, lengths])
+        if bool(((extent > _SHORT) & (extent < _LONG)).all()):
+            usable = norms > 1e-12 * (lengths + centre.norm())
+            return torch.where(usable[:, None], centred / norms.float()[:, None], 0.0), usable
+    wide = samples.double()
+    largest = wide.abs().amax() if wide.numel() else wide.new_zeros(())
+    scale = torch.linalg.vector_norm(wide / largest.clamp(min=1e-300), dim=1) * largest + centre.norm()
+    directions, usable = unit_rows(wide - centre, scale)
+    return directions.to(dtype), usable
+
+
+def _sums_in_chunks(
+    features: Float[Tensor, "n d"], rows: Int[Tensor, " m"]
+) -> tuple[Float64[Tensor, " d"], Float64[Tensor, ""]]:
+    """Return sum and total length of these samples, converting a few rows at a time."""
+    total = torch.zeros(features.shape[1], dtype=torch.float64, device=features.device)
+    length = torch.zeros((), dtype=torch.float64, device=features.device)
+    for chunk in torch.split(rows, _CHUNK):
+        samples = features.index_select(0, chunk).double()
+        total += samples.sum(dim=0)
+        length += torch.linalg.vector_norm(samples, dim=1).sum()
+    return total, length
+
+
+def _mean_at_once(
+    features: Float[Tensor, "n d"], rows: Int[Tensor, " m"]
+) -> tuple[Float64[Tensor, " d"], Float64[Tensor, ""]]:
+    """Return mean and mean length of these samples, converting all of them at once."""
+    samples = features[rows].double()
+    return samples.mean(dim=0), samples.norm(dim=1).mean()
+
+
+def _check_one_each(features: Float[Tensor, "n d"], labels: Int[Tensor, " m"], n_classes: int) -> None:
+    """Check that there is one label a sample, and that labels are classes."""
+    if len(labels) != len(features):
+        detail = f"There are {len(labels)} labels for {len(features)} samples; expected one label a sample."
+        raise AnalysisError("invalid-argument", detail, argument="labels")
+    check_labels(labels, n_classes, "invalid-argument")
+
+
 def _large(sets: Sequence[LabelledFeatures], position: int, observe: Observer | None) -> tuple[ClassBlock, ...]:
+    """Return the blocks of one large class, a chunk of samples at a time."""
     features, dtype = sets[0].features, sets[0].dtype
     accumulators = [_ClassAccumulator(features.shape[1], dtype, features.device) for _ in sets]
     for chunk in torch.split(sets[0].members[position], _BATCH):
@@ -200,6 +317,7 @@ def _large(sets: Sequence[LabelledFeatures], position: int, observe: Observer | 
 
 
 def _small(sets: Sequence[LabelledFeatures], positions: list[int], observe: Observer | None) -> tuple[ClassBlock, ...]:
+    """Return the blocks of several small classes side by side."""
     features, members = sets[0].features, [sets[0].members[position] for position in positions]
     sizes, device = [len(rows) for rows in members], features.device
     samples = features.index_select(0, torch.cat(members))
@@ -219,56 +337,11 @@ def _small(sets: Sequence[LabelledFeatures], positions: list[int], observe: Obse
     return tuple(blocks)
 
 
-class ClassStream:
-    """Directions of features that arrive in batches, so that their number is not bound by memory.
-
-    Each class keeps its rows until there are more than d of them, and from then on d x d numbers.
-
-    Args:
-        head: the direction of each class's head row.
-        centre: what is subtracted from every sample; None for nothing.
-    """
-
-    def __init__(self, head: Float64[Tensor, "c d"], centre: Float64[Tensor, " d"] | None = None) -> None:
-        self.head = head
-        self.centre = head.new_zeros(head.shape[1]) if centre is None else centre.to(head)
-        self.n_samples = 0
-        self.dtype: torch.dtype = torch.float32
-        self._classes: dict[int, _ClassAccumulator] = {}
-
-    def update(self, features: Float[Tensor, "n d"], labels: Int[Tensor, " n"]) -> None:
-        """Take in a batch.
-
-        Args:
-            features: of any floating type; float64 is computed in float64, others in float32.
-            labels: 0 to C - 1.
-
-        Raises:
-            AnalysisError: `invalid-argument` for labels that do not fit, `non-finite-values` in the features.
-        """
-        check_labels(features, labels, len(self.head))
-        check_finite("features", features)
-        dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
-        directions, usable = unit_directions(features, self.centre, dtype)
-        self.n_samples += len(labels)
-        for position in torch.bincount(labels).nonzero()[:, 0].tolist():
-            rows = (labels == position).nonzero()[:, 0]
-            if position not in self._classes:
-                self._classes[position] = _ClassAccumulator(self.head.shape[1], dtype, features.device)
-            for chunk in torch.split(rows, _BATCH):
-                self._classes[position].add(directions[chunk], usable[chunk])
-
-    def blocks(self) -> Iterator[ClassBlock]:
-        """All classes that came, each reduced to the smaller of its two Gram matrices."""
-        for position in sorted(self._classes):
-            yield self._classes[position].block(position)
-
-
 class _ClassAccumulator:
-    """Directions of one class: rows up to d of them, then the sum of their products.
+    """Directions of one class: up to d rows, then the sum of their products.
 
-    Products are taken about a reference near the mean direction: what float32 loses is then a share of how much the
-    class varies, which in a collapsed class is little, and not of 1.
+    Products are computed about a reference near the mean direction. The rounding error of float32 is then a share of
+    the variation within the class, which is small in a collapsed class, instead of a share of 1.
     """
 
     def __init__(self, d: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -279,7 +352,7 @@ class _ClassAccumulator:
         self.sum = torch.zeros(d, dtype=torch.float64, device=device)
 
     def add(self, directions: Float[Tensor, "n d"], usable: Bool[Tensor, " n"]) -> None:
-        """Take in further directions of the class, without those that are not usable."""
+        """Add further directions of the class, without those that are not usable."""
         if not bool(usable.all()):
             directions = directions[usable]
         self.count += len(directions)
@@ -292,7 +365,7 @@ class _ClassAccumulator:
         for rows in self.rows:
             deviations = rows - self.reference
             self.sum += deviations.sum(dim=0)
-            # The upper triangle alone; what lies below it is not to be read.
+            # Only the upper triangle; the entries below it must not be read.
             for start in range(0, self.d, _STRIP):
                 strip = slice(start, start + _STRIP)
                 self.products[strip, start:] += deviations[:, strip].T @ deviations[:, start:]
@@ -310,38 +383,3 @@ class _ClassAccumulator:
         crossed = torch.outer(reference, self.sum + self.count / 2 * reference)
         gram = self.products.triu() + self.products.triu(1).T + crossed + crossed.T
         return ClassBlock([position], counts, gram[None], None)
-
-
-def unit_directions(
-    samples: Float[Tensor, "n d"], centre: Float64[Tensor, " d"], dtype: torch.dtype
-) -> tuple[Float[Tensor, "n d"], Bool[Tensor, " n"]]:
-    """Unit vectors of samples less a centre, zeros where there is no direction, and a mask of those that have one.
-
-    Args:
-        samples: one a row.
-        centre: what is subtracted.
-        dtype: float64 or float32, of the result.
-
-    Returns:
-        Directions and mask. A sample shorter than 1e-12 of what it was computed from has none.
-
-    Numerics: in float32 the centre is subtracted in two parts, so that cancellation loses nothing, and squares are
-        summed in float64; where they leave float32's range all is float64.
-    """
-    if dtype == torch.float32:
-        rows = samples.float()
-        high = centre.float()
-        moved = bool(high.any())
-        centred = (rows - high) - (centre - high.double()).float() if moved else rows
-        # Summed in float64: of one direction, nearly, all lengths would be rounded to one side.
-        norms = torch.linalg.vector_norm(centred, dim=1, dtype=torch.float64)
-        lengths = torch.linalg.vector_norm(rows, dim=1).double() if moved else norms
-        extent = torch.cat([norms, lengths])
-        if bool(((extent > _SHORT) & (extent < _LONG)).all()):
-            usable = norms > 1e-12 * (lengths + centre.norm())
-            return torch.where(usable[:, None], centred / norms.float()[:, None], 0.0), usable
-    wide = samples.double()
-    largest = wide.abs().amax() if wide.numel() else wide.new_zeros(())
-    scale = torch.linalg.vector_norm(wide / largest.clamp(min=1e-300), dim=1) * largest + centre.norm()
-    directions, usable = unit_rows(wide - centre, scale)
-    return directions.to(dtype), usable

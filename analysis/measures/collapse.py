@@ -1,4 +1,4 @@
-"""Neural collapse: NC1 to NC4 of features and head, and the MIR and HDR that complete collapse leads to."""
+"""Neural collapse: NC1 to NC4 of features and head, and MIR and HDR at complete collapse."""
 
 import math
 from collections import Counter
@@ -13,13 +13,13 @@ from .classes import ClassStatistics, computing_dtype
 from .entropy import ZERO_ENTROPY, spectrum_entropy, unit_rows
 
 _EPS = torch.finfo(torch.float64).eps
-# Samples that are projected at a time: their float64 copy stays in a processor's cache.
+# Number of samples projected at a time: their float64 copy stays in a processor's cache.
 _CHUNK = 512
 
 
 @dataclass(frozen=True)
 class Optimum:
-    """MIR and HDR at a simplex equiangular tight frame; `reachable` where the features have room for one."""
+    """MIR and HDR at a simplex equiangular tight frame; `reachable` if the features have enough dimensions for one."""
 
     mir: float | None
     hdr: float | None
@@ -28,7 +28,7 @@ class Optimum:
 
 @dataclass(frozen=True)
 class Collapse:
-    """NC1 to NC4; what is not defined is None beside a reason under its name."""
+    """NC1 to NC4; an undefined value is None, with a reason under its name."""
 
     nc1: float | None
     nc1_condition: float | None
@@ -45,7 +45,7 @@ class Collapse:
 
 
 def optimum(class_counts: Sequence[int], n_features: int) -> Optimum:
-    """MIR and HDR where features and head are one simplex frame: vertex c repeated n_c times, cosines -1/(C-1).
+    """Return MIR and HDR if features and head are one simplex frame: vertex c repeated n_c times, cosines -1/(C-1).
 
     Args:
         class_counts: samples of each class; classes with 0 take no part.
@@ -54,8 +54,8 @@ def optimum(class_counts: Sequence[int], n_features: int) -> Optimum:
     Returns:
         The optimum; MIR and HDR are None (`zero_entropy`) with fewer than three classes.
 
-    Numerics: float64; classes of one size share an eigenvalue, so that the matrix is as large as the number of
-        different sizes.
+    Numerics: float64; classes of equal size share an eigenvalue, so the matrix is as large as the number of different
+        sizes.
 
     Source: Song et al. 2024 (arXiv 2406.03999), for unbalanced classes docs/metrics.md, "Where neural collapse leads".
 
@@ -74,37 +74,23 @@ def optimum(class_counts: Sequence[int], n_features: int) -> Optimum:
     return Optimum((2 * entropy - joint) / entropy, 0.0, reachable)
 
 
-def _frame_entropy(counts: Sequence[int], cosine: float) -> float:
-    """Entropy of sqrt(p_c p_c') g_cc' with p the class shares, g 1 on the diagonal and `cosine` beside it.
-
-    That is (1 - cosine) diag(p) + cosine sqrt(p) sqrt(p)^T: of k classes with one share p, k - 1 directions have the
-    eigenvalue (1 - cosine) p, and only their mean couples with the other shares.
-    """
-    shares = Counter(counts)
-    sizes = torch.tensor(sorted(shares), dtype=torch.float64) / sum(counts)
-    repeats = torch.tensor([shares[count] for count in sorted(shares)])
-    means = (repeats * sizes).sqrt()
-    coupled = torch.linalg.eigvalsh((1 - cosine) * torch.diag(sizes) + cosine * torch.outer(means, means))
-    return spectrum_entropy(torch.cat([coupled, torch.repeat_interleave((1 - cosine) * sizes, repeats - 1)]))
-
-
 class CollapsePass:
-    """NC1 to NC4 as docs/metrics.md defines them, from one pass over the features that others may share.
+    """NC1 to NC4 as docs/metrics.md defines them, from one pass over the features that other measures may share.
 
     NC1 = trace(Sigma_W Sigma_B^dagger) / C, with Sigma_W the mean of the classes' covariances, Sigma_B the covariance
-    of their means: a class weighs the same whether it has many samples or few. NC2 of the class means
-    runs over the classes present, NC2 of the head over all its rows, NC3 over the head rows of the classes present.
+    of their means: every class has the same weight, whatever its size. NC2 of the class means runs over the classes
+    present, NC2 of the head over all its rows, NC3 over the head rows of the classes present.
 
     Args:
         statistics: of the features.
-        head: one row a class, with those of absent classes.
+        head: one row a class, including absent classes.
         predicted: the network's class of each sample.
-        dtype: in which deviations are projected, such as `classes.computing_dtype` says.
+        dtype: in which deviations are projected, for example from `classes.computing_dtype`.
 
     Numerics: O(N d C) time, in float64; deviations of large float32 sets from class means are projected in float32,
-        which says each to 7 digits. Sigma_B is inverted on its leading min(C - 1, d) directions. Where it has fewer,
-        because the features span no more, NC1 is taken on those; where the features do vary outside them NC1 is not
-        defined (`dependent_means`: two classes have one mean, or the means lie in too small a space).
+        which gives each to 7 digits. Sigma_B is inverted on its leading min(C - 1, d) directions. If it has fewer,
+        because the features span no more, NC1 is computed on those; if the features vary outside them, NC1 is
+        undefined (`dependent_means`: two classes have one mean, or the means lie in too small a space).
 
     Source: Papyan, Han and Donoho 2020.
     """
@@ -121,7 +107,7 @@ class CollapsePass:
         present, d = self.means.shape
         _, singular, directions = torch.linalg.svd(self.means, full_matrices=False)
         rounding = max(present, d) * _EPS * float(statistics.means.norm() + statistics.sizes.norm())
-        # Centred means span a direction less than there are classes.
+        # Centred means span one direction less than the number of classes.
         self.expected = min(present - 1, d)
         self.singular, self.directions = singular[: self.expected], directions[: self.expected]
         self.rank = int((self.singular > rounding).sum())
@@ -131,15 +117,15 @@ class CollapsePass:
         self.along, self.scatter, self.differing = torch.zeros_like(self.singular), 0.0, 0
 
     def take(self, position: int, rows: Int[Tensor, " b"], samples: Float[Tensor, "b d"]) -> None:
-        """Samples of one class, by its place among those present, and which samples they are."""
+        """Add samples of one class: its index among the classes present, their rows, and the samples themselves."""
         statistics = self.statistics
         mean = statistics.means[position]
         high = mean.to(self.dtype)
         rest = mean - high.double()
-        # About the class's own mean nothing is lost to cancellation, however far from the origin it lies.
+        # About the class's own mean cancellation loses nothing, however far from the origin the mean lies.
         apart = samples.to(self.dtype) - high
         deviations = (self.narrow @ apart.T).T.double() - rest @ self.directions.T
-        # The means lie in the span of their directions, so that the nearest of them is the nearest within it.
+        # The means lie in the span of their directions, so the nearest mean is the nearest within that span.
         offsets = self.squares - 2 * self.places[position] @ self.places.T
         nearest = torch.addmm(offsets, deviations, self.places.T, alpha=-2).argmin(dim=1)
         self.differing += int((statistics.classes[nearest] != self.predicted[rows]).sum())
@@ -150,7 +136,7 @@ class CollapsePass:
             self.scatter += float(outside.square().sum()) / weight
 
     def finish(self) -> Collapse:
-        """The measures, once every sample was taken."""
+        """Return the measures, once every sample was added."""
         reasons: dict[str, str] = {}
         statistics, means = self.statistics, self.means
         scales = statistics.sizes + statistics.centre.norm()
@@ -176,20 +162,20 @@ class CollapsePass:
         )
 
     def _disagreement(self, reasons: dict[str, str]) -> float | None:
-        """NC4; where all means are the same rounding alone would say which of them is nearest."""
+        """Return NC4; None if all means are equal, as rounding alone would decide which is nearest."""
         if self.rank == 0 and len(self.means) > 1:
             reasons["nc4"] = "equal_means"
             return None
         return self.differing / len(self.predicted)
 
     def _variability(self, reasons: dict[str, str]) -> tuple[float | None, float | None]:
-        """NC1 and the condition number of Sigma_B."""
+        """Return NC1 and the condition number of Sigma_B."""
         if self.rank == 0:
             reason = "one_class" if len(self.means) == 1 else "equal_means"
         elif self.rank < self.expected and math.sqrt(self.scatter) > 1e-12 * float(self.statistics.sizes.max()):
             reason = "dependent_means"
         else:
-            # Sigma_B = M^T M / k, so that its eigenvalues are s^2 / k and NC1's division by k cancels theirs.
+            # Sigma_B = M^T M / k: its eigenvalues are s^2 / k, and NC1's division by k cancels theirs.
             singular, along = self.singular[: self.rank], self.along[: self.rank]
             return float((along / singular.square()).sum()), float(singular[0] / singular[-1]) ** 2
         reasons.update(nc1=reason, nc1_condition=reason)
@@ -202,12 +188,12 @@ def neural_collapse(
     head: Float[Tensor, "c d"],
     predicted: Int[Tensor, " n"],
 ) -> Collapse:
-    """NC1 to NC4 from a pass over the features of their own; see `CollapsePass`.
+    """Return NC1 to NC4 from a separate pass over the features; see `CollapsePass`.
 
     Args:
         features: one sample a row.
         statistics: of these features.
-        head: one row a class, with those of absent classes.
+        head: one row a class, including absent classes.
         predicted: the network's class of each sample.
 
     Returns:
@@ -220,10 +206,24 @@ def neural_collapse(
     return one_pass.finish()
 
 
+def _frame_entropy(counts: Sequence[int], cosine: float) -> float:
+    """Return the entropy of sqrt(p_c p_c') g_cc' with p the class shares, g 1 on the diagonal and `cosine` elsewhere.
+
+    That is (1 - cosine) diag(p) + cosine sqrt(p) sqrt(p)^T: of k classes with equal share p, k - 1 directions have the
+    eigenvalue (1 - cosine) p, and only their mean couples with the other shares.
+    """
+    shares = Counter(counts)
+    sizes = torch.tensor(sorted(shares), dtype=torch.float64) / sum(counts)
+    repeats = torch.tensor([shares[count] for count in sorted(shares)])
+    means = (repeats * sizes).sqrt()
+    coupled = torch.linalg.eigvalsh((1 - cosine) * torch.diag(sizes) + cosine * torch.outer(means, means))
+    return spectrum_entropy(torch.cat([coupled, torch.repeat_interleave((1 - cosine) * sizes, repeats - 1)]))
+
+
 def _equiangular(
     rows: Float64[Tensor, "k d"], scales: Float64[Tensor, " k"], name: str, reasons: dict[str, str]
 ) -> tuple[float | None, float | None, float | None]:
-    """NC2 of centred rows: equinorm, equiangularity and max_angle."""
+    """Return NC2 of centred rows: equinorm, equiangularity and max_angle."""
     k = len(rows)
     fields = [f"nc2_{measure}_{name}" for measure in ("equinorm", "equiangularity", "max_angle")]
     directions, usable = unit_rows(rows, scales)
@@ -235,7 +235,7 @@ def _equiangular(
     if not bool(usable.all()):
         reasons.update(dict.fromkeys(fields[1:], "zero_norm"))
         return equinorm, None, None
-    # Pairs some rows at a time, each twice; a row beside itself is no pair.
+    # Pairs some rows at a time, each pair twice; a row with itself does not count.
     n_pairs, ideal = k * (k - 1), -1 / (k - 1)
     mean = (float(directions.sum(dim=0).square().sum()) - k) / n_pairs
     squares = gaps = 0.0
@@ -254,7 +254,7 @@ def _self_duality(
     row_scales: Float64[Tensor, " k"],
     reasons: dict[str, str],
 ) -> float | None:
-    """NC3 = || W/||W||_F - M/||M||_F ||_F^2."""
+    """Return NC3 = || W/||W||_F - M/||M||_F ||_F^2."""
     matrices = []
     for matrix, scales in ((rows, row_scales), (means, mean_scales)):
         if not bool(unit_rows(matrix, scales)[1].any()):

@@ -1,7 +1,7 @@
-"""What couplings between eigen-directions of different classes are worth, bounded from both sides.
+"""The worth of couplings between eigen-directions of different classes, bounded from both sides.
 
-The joint matrix J is a density matrix, D what a pinching leaves of it, delta = J - D the couplings that were dropped.
-What pinching adds to the entropy is a relative entropy, which is an integral of Stein's loss over shifts of both:
+The joint matrix J is a density matrix, D is J after pinching, delta = J - D are the couplings that were dropped. The
+entropy that pinching adds is a relative entropy, an integral of Stein's loss over shifts of both:
 
     H(D) - H(J) = S(J || D) = int_0^inf tr h(Delta_s) ds,   h(x) = x - log(1 + x),
     Delta_s = (D + s)^-1/2 delta (D + s)^-1/2,
@@ -12,14 +12,15 @@ because -(x + s) log(x + s) + (x + s) is the integral of -log(x + s), and tr del
    probes' own spread is its standard error. A product with delta needs no matrix between rows: J = (R R^T) * g means
    sums over each class, mixed by g.
 2. With y = Delta_s z that is y^T k(Delta_s) y, k(x) = h(x) / x^2 = int_0^1 (1 - t) / (1 + t x)^2 dt. The derivatives of
-   k alternate in sign, so that a Gauss-Radau rule from a few Lanczos steps is below it where the prescribed node lies
-   to the right of the spectrum, and above where it lies to the left.
+   k alternate in sign, so a Gauss-Radau rule from a few Lanczos steps is below it if the prescribed node lies to the
+   right of the spectrum, and above if it lies to the left.
 3. To the left: 1 + Delta_s = (D + s)^-1/2 (J + s) (D + s)^-1/2 is at least s / (max D + s), as J >= 0. To the right: in
    units of D, J is the identity on the part that keeps its couplings and at most the largest eigenvalue of g on the
-   tail; what couples the two is bounded by J >= 0. Delta_s is at most that eigenvalue.
+   tail; the coupling of the two is bounded by J >= 0. Delta_s is at most that eigenvalue.
 4. Shifts begin at s_0, below which the smallest eigenvalues d_i of D still count. As tr Delta_s = 0 the integrand is
-   log det(D + s) - log det(J + s). What their directions add to J + s, a Schur complement, is at least s: that is at
-   most log(1 + d_i / s) of the integrand, and of the integral sum_i d_i log(1 + s_0 / d_i) + s_0 log(1 + d_i / s_0).
+   log det(D + s) - log det(J + s). The part of J + s that their directions add, a Schur complement, is at least s: they
+   contribute at most log(1 + d_i / s) to the integrand, and sum_i d_i log(1 + s_0 / d_i) + s_0 log(1 + d_i / s_0) to
+   the integral.
 
 Source: Hutchinson 1990; Golub and Meurant 1994; Bai, Fahey and Golub 1996 (bounds and confidence intervals for traces).
 """
@@ -34,35 +35,35 @@ from torch import Tensor
 
 from ..clock import Tell, silent
 
-# Lanczos steps for each shift: as many as leave less than this share of the sum between the bounds, or the first of
-# these numbers; up to the second where nothing else will bring the bounds together.
+# Lanczos steps for each shift: until the gap between the bounds is below this share of the sum, or up to the first of
+# these numbers; up to the second if only further steps can close the gap.
 _SETTLED, _STEPS, _MOST_STEPS = 1e-3, 4, 16
-# Shifts are e^this apart: the trapezoid rule in log s is then within 4e-4 of the integral, for which _ROUNDING stands.
+# Shifts are e^this apart: the trapezoid rule in log s is then within 4e-4 of the integral, which _ROUNDING covers.
 _SHIFT_STEP = 2.5
 _ROUNDING = 2e-3
-# Rows with this share of the tail's mass, the smallest, need no shifts of their own; nor do rows that cannot be worth
-# more than this share of what is left between the bounds.
+# The smallest rows, with this share of the tail's mass, need no shifts of their own; nor do rows whose worth is at most
+# this share of the gap between the bounds.
 _NEGLIGIBLE, _UNSEEN = 1e-5, 0.1
-# Couplings among kept rows may cancel in float32 where what is left of them passes for less than this, in nats.
+# Couplings among kept rows may cancel in float32 if the remainder counts for less than this, in nats.
 _ROUNDED = 1e-11
-# Probes at a time, and how many batches there are at most.
+# Number of probes in a batch, and most batches.
 _PROBES, _BATCHES = 16, 4
-# All batches bring an error down by less than this.
+# All batches reduce an error by less than this factor.
 _HOPELESS = 3.0
 # Student's quantiles for odds of 1 in 100,000, by batches: 15, 31, 47 and 63 degrees of freedom.
 _QUANTILES = (6.109, 5.025, 4.742, 4.613)
-# Where in the gap between the bounds the worth likely is: measured 0.01 to 0.08 after the lower one.
+# Likely place of the worth in the gap between the bounds: measured 0.01 to 0.08 above the lower one.
 _LIKELY = 0.1
-# Rows that are not at hand are taken to be worth, by their mass, as much as those that are, times this.
+# Worth of rows that are not in memory, by mass, as a multiple of that of rows in memory.
 _EXTRAPOLATION = 2.0
 
 
 @dataclass(frozen=True)
 class FactorBlock:
-    """Factors R_c of some classes side by side, the rows of each ranked, filled up with zeros.
+    """Factors R_c of some classes side by side, the rows of each ranked, padded with zeros.
 
     Attributes:
-        positions: which classes these are.
+        positions: indices of the classes.
         values: squared lengths of the rows.
         rows: the rows.
     """
@@ -73,8 +74,27 @@ class FactorBlock:
 
 
 @dataclass(frozen=True)
+class KeptPart:
+    """The rows that keep their couplings, and the kept part of the joint matrix.
+
+    Attributes:
+        rows: their indices, by offset of their class and rank in it.
+        matrix: the joint matrix on these rows.
+        eigenvalues: of the matrix.
+        vectors: its eigenvectors, in columns.
+        rest: mass of all other rows, including those that are not in memory.
+    """
+
+    rows: Int[Tensor, " k"]
+    matrix: Float64[Tensor, "k k"]
+    eigenvalues: Float64[Tensor, " k"]
+    vectors: Float64[Tensor, "k k"]
+    rest: float
+
+
+@dataclass(frozen=True)
 class Worth:
-    """By how much H falls when couplings are no longer dropped, in nats: surely, likely, and at most."""
+    """The decrease of H, in nats, when dropped couplings are restored: surely, likely, and at most."""
 
     least: float
     likely: float
@@ -82,11 +102,11 @@ class Worth:
 
 
 def stein_share(x: Float64[Tensor, "*n"], above: Float64[Tensor, "*n"]) -> Float64[Tensor, "*n"]:
-    """k(x) = [x - log(1 + x)] / x^2: 1/2 at 0, falling.
+    """Return k(x) = [x - log(1 + x)] / x^2: 1/2 at 0, falling.
 
     Args:
         x: at least -1.
-        above: 1 + x, which says more near -1.
+        above: 1 + x, which is more precise near -1.
 
     Returns:
         The values.
@@ -104,9 +124,9 @@ class Couplings:
     """All couplings between rows of different classes, as an operator.
 
     Args:
-        blocks: the factors of the classes; a class may lack its last rows, and is in one block.
+        blocks: the factors of the classes, each class in one block; its last rows may be missing.
         head: the head's directions, whose Gram matrix is g.
-        n: what the factors' squares sum up to: J = (R R^T) * g / n.
+        n: sum of the factors' squares: J = (R R^T) * g / n.
     """
 
     def __init__(self, blocks: Sequence[FactorBlock], head: Float64[Tensor, "c d"], n: int) -> None:
@@ -116,52 +136,45 @@ class Couplings:
         n_classes, width = head.shape
         self.largest = max(float(torch.linalg.eigvalsh(head.T @ head if width < n_classes else head @ head.T)[-1]), 1.0)
         directions = head[order] / math.sqrt(n)
-        # Between thousands of classes the sums go through the width of the head: 2 C width in place of C^2.
+        # For thousands of classes the sums go through the width of the head: 2 C width in place of C^2.
         self.directions = directions.float() if 2 * width < n_classes else None
         self.between = None if self.directions is not None else (directions @ directions.T).fill_diagonal_(0).float()
-        #: Of each class that has rows, where its first one stands among all.
+        #: For each class that has rows, the index of its first row among all rows.
         self.offsets: Int[Tensor, " c"] = torch.zeros(len(head), dtype=torch.int64, device=head.device)
         sizes = torch.tensor([rows.shape[1] for rows in self.rows for _ in rows], device=head.device)
         self.offsets[order] = sizes.cumsum(0) - sizes
 
     def worth(
         self,
-        kept: Int[Tensor, " k"],
-        matrix: Float64[Tensor, "k k"],
-        eigenvalues: Float64[Tensor, " k"],
-        vectors: Float64[Tensor, "k k"],
+        kept: KeptPart,
         *,
-        mass: float,
         error: float,
         generator: torch.Generator,
         last: bool = True,
         tell: Tell = silent,
     ) -> Worth:
-        """What all couplings are worth beyond those among some rows.
+        """Return bounds of the worth of all couplings beyond those among some rows.
 
         Args:
-            kept: the rows whose couplings are in `matrix` already, by offset of their class and rank in it.
-            matrix: their part of the joint matrix.
-            eigenvalues: of that.
-            vectors: its eigenvectors, in columns.
-            mass: of all rows beyond those kept, with those that are not at hand.
-            error: probes are added until what is likely left between `least` and the truth is below this, in nats, or
-                no longer due to the probes' number.
+            kept: the rows whose couplings are not dropped.
+            error: probes are added until the likely distance between `least` and the true worth is below this, in nats,
+                or no longer due to the number of probes.
             generator: on the CPU; draws the probes.
-            last: whether there is no larger part to keep. Otherwise no more is done than tells that one is needed.
-            tell: told what share is done, of all batches of probes.
+            last: whether no larger part can be kept. Otherwise the computation stops once it is clear that a larger one
+                is needed.
+            tell: called with the share done, of all batches of probes.
 
         Returns:
-            The bounds. Each holds but for odds of about 1 in 100,000 where many rows share what couplings are worth;
-            `most` judges rows that are not at hand by others.
+            The bounds. Each fails with odds of about 1 in 100,000 if many rows share the worth of the couplings; `most`
+            extrapolates to rows that are not in memory.
 
-        Numerics: products in float32, about 30 of them, at the last up to 150, O((m d + C min(C, 2 d) d + k^2) q) time
-            for each, for m rows at hand and q probes; memory for a few times (m + C d) q numbers.
+        Numerics: products in float32, about 30 of them, up to 150 in the last call, O((m d + C min(C, 2 d) d + k^2) q)
+            time for each, for m rows in memory and q probes; memory for a few times (m + C d) q numbers.
         """
-        operator = _Dropped(self, kept, matrix, eigenvalues, vectors)
+        operator = _Dropped(self, kept)
         shifts = self._shifts(operator)
         total = float(operator.tail.sum())
-        rest = max(mass / total - 1, 0.0) * _EXTRAPOLATION if total > 0 else 0.0
+        rest = max(kept.rest / total - 1, 0.0) * _EXTRAPOLATION if total > 0 else 0.0
         below: list[Float64[Tensor, " q"]] = []
         above: list[Float64[Tensor, " q"]] = []
         for batch, quantile in enumerate(_QUANTILES[:_BATCHES]):
@@ -185,10 +198,45 @@ class Couplings:
         most = float(high.mean() + spread * high.std()) * (1 + _ROUNDING) * (1 + rest)
         return Worth(least, max(likely, least), max(most, likely))
 
-    def _shifts(self, operator: "_Dropped") -> list[tuple[float, float]]:
-        """Where the integrand is taken, evenly in log s, from the largest eigenvalue to the least that matters.
+    def product(self, vectors: Float32[Tensor, "q m"]) -> Float32[Tensor, "q m"]:
+        """Return (J without its blocks of one class) times vectors."""
+        products = _spread(self._mixed(self.by_class(vectors), self.rows), self.rows)
+        return torch.cat([product.flatten(1) for product in products], dim=1)
 
-        Beside each shift, the most that eigenvalues of D too small for it add before it.
+    def product_without(
+        self, vectors: Float32[Tensor, "q m"], kept: Sequence[Bool[Tensor, "_b _r"]], leading: Sequence[int]
+    ) -> Float32[Tensor, "q m"]:
+        """Return (J without its blocks of one class and without all couplings among kept rows) times vectors.
+
+        Nothing is subtracted, so nothing cancels.
+
+        Args:
+            vectors: on all rows.
+            kept: by block, a mask of each class's kept rows.
+            leading: by block, the number of leading rows of a class that include them.
+        """
+        parts = self.by_class(vectors)
+        heads = [rows[:, :count] for rows, count in zip(self.rows, leading, strict=True)]
+        inside = [mask[:, :count] for mask, count in zip(kept, leading, strict=True)]
+        from_kept = self._mixed(
+            [part[..., :count] * mask for part, mask, count in zip(parts, inside, leading, strict=True)], heads
+        )
+        from_tail = self._mixed([part * ~mask for part, mask in zip(parts, kept, strict=True)], self.rows)
+        onto_kept = _spread(from_tail, heads)
+        products = _spread(from_kept.add_(from_tail), self.rows)
+        for product, part, mask, count in zip(products, onto_kept, inside, leading, strict=True):
+            product[..., :count] = torch.where(mask, part, product[..., :count])
+        return torch.cat([product.flatten(1) for product in products], dim=1)
+
+    def by_class(self, vectors: Shaped[Tensor, "q m"]) -> list[Shaped[Tensor, "q _b _r"]]:
+        """Return numbers of rows by block, class and rank."""
+        parts = torch.split(vectors, [rows.shape[0] * rows.shape[1] for rows in self.rows], dim=1)
+        return [part.view(len(part), *rows.shape[:2]) for rows, part in zip(self.rows, parts, strict=True)]
+
+    def _shifts(self, operator: "_Dropped") -> list[tuple[float, float]]:
+        """Return the shifts of the integrand, evenly in log s, from the largest eigenvalue to the least that matters.
+
+        Each shift comes with the most that eigenvalues of D too small for it add below it.
         """
         smallest = operator.tail.sort().values
         summed = smallest.cpu().cumsum(0)
@@ -200,7 +248,7 @@ class Couplings:
         shifts = []
         for index in reversed(range(count)):
             shift = math.exp(start + _SHIFT_STEP * index)
-            # Not the one that the first shift was made for, whatever rounding does.
+            # The factor excludes, in spite of rounding, the eigenvalue from which the first shift is computed.
             few = eigenvalues[(eigenvalues > 0) & (eigenvalues < shift * math.exp(_SHIFT_STEP) * (1 - 1e-9))]
             unseen = few * (shift / few).log1p() + shift * (few / shift).log1p()
             shifts.append((shift, float(unseen.sum())))
@@ -214,15 +262,15 @@ class Couplings:
         error: float,
         tell: Tell,
     ) -> tuple[Float64[Tensor, " q"], Float64[Tensor, " q"]]:
-        """For each probe, a lower and an upper bound of its share in the integral.
+        """Return for each probe a lower and an upper bound of its share in the integral.
 
-        What is left between them at each of about ten shifts is below `error`, a tenth of which is likely missing,
-        unless 16 steps leave more.
+        At each of about ten shifts the gap between them is below `error`, a tenth of which is likely missing, unless 16
+        steps leave more.
         """
         below: list[Float64[Tensor, " q"]] = []
         above: list[Float64[Tensor, " q"]] = []
         settled = between = unseen = 0.0
-        # From the largest down: there Delta_s is small, and one step is enough.
+        # From the largest shift down: Delta_s is small there, and one step is enough.
         for number, (shift, unseen) in enumerate(shifts):
             tell(number / len(shifts))
             start = operator.at(signs, shift)
@@ -242,46 +290,13 @@ class Couplings:
             above.append(high)
             if unseen <= _UNSEEN * between:
                 break
-        # Beyond the last shift s tr h falls like 1/s, before the first like s: less than half a term more at each end.
+        # Above the largest shift s tr h falls like 1/s, below the smallest like s: under half a term at each end.
         return torch.stack(below).sum(dim=0), torch.stack([*above, above[0] / 2, above[-1] / 2]).sum(dim=0) + unseen
-
-    def product(self, vectors: Float32[Tensor, "q m"]) -> Float32[Tensor, "q m"]:
-        """(J less its blocks of one class) times vectors."""
-        products = _spread(self._mixed(self.by_class(vectors), self.rows), self.rows)
-        return torch.cat([product.flatten(1) for product in products], dim=1)
-
-    def product_without(
-        self, vectors: Float32[Tensor, "q m"], kept: Sequence[Bool[Tensor, "_b _r"]], leading: Sequence[int]
-    ) -> Float32[Tensor, "q m"]:
-        """(J less its blocks of one class and all couplings among kept rows) times vectors, nothing subtracted.
-
-        Args:
-            vectors: on all rows.
-            kept: by block, which of each class's rows are kept.
-            leading: by block, how many rows of a class hold them.
-        """
-        parts = self.by_class(vectors)
-        heads = [rows[:, :count] for rows, count in zip(self.rows, leading, strict=True)]
-        inside = [mask[:, :count] for mask, count in zip(kept, leading, strict=True)]
-        from_kept = self._mixed(
-            [part[..., :count] * mask for part, mask, count in zip(parts, inside, leading, strict=True)], heads
-        )
-        from_tail = self._mixed([part * ~mask for part, mask in zip(parts, kept, strict=True)], self.rows)
-        onto_kept = _spread(from_tail, heads)
-        products = _spread(from_kept.add_(from_tail), self.rows)
-        for product, part, mask, count in zip(products, onto_kept, inside, leading, strict=True):
-            product[..., :count] = torch.where(mask, part, product[..., :count])
-        return torch.cat([product.flatten(1) for product in products], dim=1)
-
-    def by_class(self, vectors: Shaped[Tensor, "q m"]) -> list[Shaped[Tensor, "q _b _r"]]:
-        """Numbers of rows by block, class and rank."""
-        parts = torch.split(vectors, [rows.shape[0] * rows.shape[1] for rows in self.rows], dim=1)
-        return [part.view(len(part), *rows.shape[:2]) for rows, part in zip(self.rows, parts, strict=True)]
 
     def _mixed(
         self, parts: Sequence[Float32[Tensor, "q _b _r"]], rows: Sequence[Float32[Tensor, "_b _r d"]]
     ) -> Float32[Tensor, "c q d"]:
-        """g / n, less its diagonal, times what the rows of each class sum up to."""
+        """Return g / n without its diagonal, times the sum of each class's rows."""
         sums = torch.cat([part.transpose(0, 1) @ factor for factor, part in zip(rows, parts, strict=True)])
         flat = sums.flatten(1)
         if self.between is not None:
@@ -294,36 +309,29 @@ class Couplings:
 def _spread(
     mixed: Float32[Tensor, "c q d"], rows: Sequence[Float32[Tensor, "_b _r d"]]
 ) -> list[Float32[Tensor, "q _b _r"]]:
-    """What comes back on each row of a class."""
+    """Return the result on each row of a class."""
     parts = torch.split(mixed, [len(factor) for factor in rows])
     return [(part @ factor.mT).transpose(0, 1) for factor, part in zip(rows, parts, strict=True)]
 
 
 class _Dropped:
-    """delta = J - D, where D keeps the couplings among some rows, and (D + s)^-1/2 beside it."""
+    """delta = J - D, where D keeps the couplings among some rows, and (D + s)^-1/2."""
 
-    def __init__(
-        self,
-        couplings: Couplings,
-        kept: Int[Tensor, " k"],
-        matrix: Float64[Tensor, "k k"],
-        eigenvalues: Float64[Tensor, " k"],
-        vectors: Float64[Tensor, "k k"],
-    ) -> None:
-        self.couplings, self.kept = couplings, kept
-        # Rows of one class are orthogonal, so that nothing but couplings is beside the diagonal.
-        self.within = (matrix - matrix.diagonal().diag()).float()
-        self.eigenvalues, self.vectors = eigenvalues.clamp(min=0), vectors.float()
-        self.tail = couplings.values.index_fill(0, kept, 0.0)
+    def __init__(self, couplings: Couplings, part: KeptPart) -> None:
+        self.couplings, self.kept = couplings, part.rows
+        # Rows of one class are orthogonal, so only couplings are beside the diagonal.
+        self.within = (part.matrix - part.matrix.diagonal().diag()).float()
+        self.eigenvalues, self.vectors = part.eigenvalues.clamp(min=0), part.vectors.float()
+        self.tail = couplings.values.index_fill(0, part.rows, 0.0)
         self.most = max(float(self.eigenvalues[-1]), float(self.tail.max()))
-        inside = torch.zeros_like(self.tail, dtype=torch.bool).index_fill_(0, kept, True)
+        inside = torch.zeros_like(self.tail, dtype=torch.bool).index_fill_(0, part.rows, True)
         self.masks = [mask[0] for mask in couplings.by_class(inside[None])]
-        # Of each class the leading rows are kept, so that few of a block hold them all.
+        # The leading rows of each class are kept, so a few leading rows of a block include all kept ones.
         self.leading = [int(mask.any(dim=0).sum()) for mask in self.masks]
-        self.along = matrix.diagonal() @ vectors.square()
+        self.along = part.matrix.diagonal() @ part.vectors.square()
 
     def at(self, vectors: Float32[Tensor, "q m"], shift: float) -> Float32[Tensor, "q m"]:
-        """Delta_s times vectors."""
+        """Return Delta_s times vectors."""
         whitened = self._whiten(vectors, shift)
         if self._rounding(shift) < _ROUNDED:
             product = self.couplings.product(whitened)
@@ -333,15 +341,16 @@ class _Dropped:
         return self._whiten(product, shift)
 
     def _rounding(self, shift: float) -> float:
-        """What the difference of two float32 products adds to the integrand at a shift, times that.
+        """Return the error that the difference of two float32 products adds to the integrand at a shift, times that.
 
-        It leaves 6e-8 of the lengths of both rows on each pair of kept rows, of random sign, which is divided by D + s:
-        half the squared norm of that.
+        It is 6e-8 of the lengths of both rows on each pair of kept rows, of random sign, divided by D + s; the
+        integrand gets half its squared norm.
         """
         left = 6e-8 * float((self.along / (self.eigenvalues + shift)).sum())
         return shift * _SHIFT_STEP * left**2 / 2
 
     def _whiten(self, vectors: Float32[Tensor, "q m"], shift: float) -> Float32[Tensor, "q m"]:
+        """Return (D + s)^-1/2 times vectors."""
         whitened = vectors * (self.tail + shift).rsqrt().float()
         turned = vectors[:, self.kept] @ self.vectors
         whitened[:, self.kept] = (turned * (self.eigenvalues + shift).rsqrt().float()) @ self.vectors.T
@@ -351,13 +360,13 @@ class _Dropped:
 def _lanczos(
     operator: _Dropped, start: Float32[Tensor, "q m"], shift: float
 ) -> Iterator[tuple[Float64[Tensor, "q p"], Float64[Tensor, "q p"]]]:
-    """Lanczos' matrix of Delta_s, a step larger each time: its diagonal, and the squares beside and below it."""
+    """Yield Lanczos' matrix of Delta_s, a step larger each time: its diagonal, and the squares beside it."""
     following, previous = start, torch.zeros_like(start)
     length = torch.linalg.vector_norm(start, dim=1)
     diagonal: list[Float64[Tensor, " q"]] = []
     beside: list[Float64[Tensor, " q"]] = []
     while True:
-        # Where nothing is left the space is exhausted; zeros then carry no weight.
+        # If nothing is left the space is exhausted; zeros then have no weight.
         current = following * torch.where(length > 0, 1 / length, 0.0)[:, None]
         following = operator.at(current, shift) - (length[:, None] * previous if diagonal else 0.0)
         along = (following * current).sum(dim=1)
@@ -371,7 +380,7 @@ def _lanczos(
 def _radau(
     diagonal: Float64[Tensor, "q p"], beside: Float64[Tensor, "q p"], node: float, least: float
 ) -> Float64[Tensor, " q"]:
-    """y^T k(Delta_s) y / |y|^2 by the Gauss-Radau rule with one node prescribed, for each of q Lanczos matrices."""
+    """Return y^T k(Delta_s) y / |y|^2 by the Gauss-Radau rule with one prescribed node, for q Lanczos matrices."""
     q, p = diagonal.shape
     matrix = torch.diag_embed(torch.nn.functional.pad(diagonal, (0, 1)))
     for index in range(p):

@@ -12,18 +12,33 @@ from torch import Tensor
 
 from ..errors import AnalysisError
 
-# An entropy below this is zero but for rounding, and no ratio is taken over it.
+# An entropy below this is rounding: no ratio is taken over it.
 ZERO_ENTROPY = 1e-12
 
 _EPS = torch.finfo(torch.float64).eps
-# Eigenvalues below so many roundings of the largest count as zero; so do those below so many times the most negative
-# one, which is nothing but rounding. After 50,000 samples of one direction that would pass for 1e-10 of entropy.
+# Eigenvalues below the first factor times a rounding of the largest count as zero; so do those below the second factor
+# times the most negative eigenvalue, which is rounding. For 50,000 samples of one direction they would add 1e-10 to the
+# entropy.
 _SHARE_ZERO, _TIMES_NEGATIVE = 16, 4
 
 
+@dataclass(frozen=True)
+class PairEntropies:
+    """H(K1), H(K2) and H(K1 * K2) of pairs, in nats."""
+
+    features: float
+    head: float
+    joint: float
+
+    @property
+    def information(self) -> float:
+        """Matrix mutual information H(K1) + H(K2) - H(K1 * K2)."""
+        return self.features + self.head - self.joint
+
+
 def check_finite(name: str, tensor: Tensor) -> None:
-    """Raise an AnalysisError of kind `non-finite-values` where a tensor, called `name`, holds NaN or infinity."""
-    # A sum is finite only where every term is; it is ten times as fast as looking at each.
+    """Raise an AnalysisError of kind `non-finite-values` if the tensor called `name` holds NaN or infinity."""
+    # A sum is finite only if every term is; it is ten times as fast as checking each term.
     if math.isfinite(tensor.sum().item()):
         return
     wrong = int((~torch.isfinite(tensor)).sum())
@@ -36,13 +51,13 @@ def check_finite(name: str, tensor: Tensor) -> None:
 
 
 def squarable(vectors: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-    """Vectors over a power of two, where squares of them would overflow or vanish in float64; else as they are.
+    """Divide vectors by a power of two if their squares would overflow or vanish in float64.
 
     Args:
-        vectors: of which only directions and ratios of lengths count.
+        vectors: only directions and ratios of lengths may be used afterwards.
 
     Returns:
-        The vectors, each digit as it was; entries below 1e-150 of the largest may become zeros.
+        The vectors, unchanged but for the power of two; entries below 1e-150 of the largest may become zeros.
 
     >>> squarable(torch.tensor([[3e200, 0.0]], dtype=torch.float64)).max() < 1
     tensor(True)
@@ -64,8 +79,8 @@ def unit_rows(
 
     Args:
         vectors: one vector a row.
-        scale: size of the numbers that a row was computed from, where rows are differences. A row shorter than
-            1e-12 of it is rounding and has no direction. Default: only a row of zeros has none.
+        scale: size of the numbers that a row was computed from, if rows are differences. A row shorter than 1e-12 of it
+            is rounding and has no direction. Default: only a row of zeros has no direction.
 
     Returns:
         The unit rows, with zeros in place of rows without direction, and a mask of the rows that have one.
@@ -85,10 +100,12 @@ def unit_rows(
 
 
 def spectrum_entropy(eigenvalues: Float64[Tensor, " n"], alpha: float = 1.0) -> float:
-    """Entropy of a spectrum that sums to 1: H = - sum_k l_k log l_k, or of order alpha, log(sum_k l_k^a) / (1 - a).
+    """Return the entropy of a spectrum that sums to 1.
+
+    That is H = - sum_k l_k log l_k, or of order alpha, log(sum_k l_k^a) / (1 - a).
 
     Args:
-        eigenvalues: at least 0, but for rounding.
+        eigenvalues: at least 0, up to rounding.
         alpha: order, at least 0; 0 gives the logarithm of the rank, infinity - log of the largest eigenvalue.
 
     Returns:
@@ -97,11 +114,11 @@ def spectrum_entropy(eigenvalues: Float64[Tensor, " n"], alpha: float = 1.0) -> 
     Raises:
         AnalysisError: `invalid-argument` for a negative alpha.
 
-    Numerics: eigenvalues below 16 eps of the largest (n eps for alpha < 1), or not larger than rounding has made others
-        negative, count as zero.
+    Numerics: eigenvalues below 16 eps of the largest (n eps for alpha < 1), or below four times the most negative
+        eigenvalue in size, which is rounding, count as zero.
     """
     if not alpha >= 0:
-        raise AnalysisError("invalid-argument", f"alpha is {alpha}; an order is at least 0", argument="alpha")
+        raise AnalysisError("invalid-argument", f"alpha must be at least 0, not {alpha}.", argument="alpha")
     # Small orders weigh small eigenvalues up: they take the usual cut-off of a numerical rank.
     support = _support(eigenvalues, _SHARE_ZERO if alpha >= 1 else max(_SHARE_ZERO, len(eigenvalues)))
     if alpha == 1:
@@ -114,12 +131,12 @@ def spectrum_entropy(eigenvalues: Float64[Tensor, " n"], alpha: float = 1.0) -> 
 
 @dataclass(frozen=True)
 class Spectral:
-    """What a spectrum that sums to 1 says.
+    """Entropy, rank and rounding error of a spectrum that sums to 1.
 
     Attributes:
         entropy: in nats.
-        rank: how many eigenvalues do not count as zero.
-        rounding: what rounding may account for in the entropy, in nats.
+        rank: number of eigenvalues that do not count as zero.
+        rounding: bound of the entropy's rounding error, in nats.
     """
 
     entropy: float
@@ -128,14 +145,14 @@ class Spectral:
 
 
 def spectral(eigenvalues: Float64[Tensor, " n"]) -> Spectral:
-    """Entropy, rank and rounding of a spectrum that sums to 1.
+    """Return entropy, rank and rounding error of a spectrum that sums to 1.
 
     Args:
-        eigenvalues: at least 0, but for rounding.
+        eigenvalues: at least 0, up to rounding.
 
     Returns:
-        All three. Each eigenvalue is as sure as two roundings of the largest, or as what others fell below 0 by; its
-        l log l then moves by 1 + log l times that.
+        All three. Each eigenvalue is known to two roundings of the largest, or to the size of the most negative one;
+        its l log l then moves by 1 + log l times that.
     """
     support = _support(eigenvalues, _SHARE_ZERO)
     noise = max(2 * _EPS * float(support.max()), -float(eigenvalues.min()))
@@ -144,7 +161,7 @@ def spectral(eigenvalues: Float64[Tensor, " n"]) -> Spectral:
 
 
 def gram_spectrum(weighted: Float64[Tensor, "n d"]) -> Float64[Tensor, " _r"]:
-    """Eigenvalues of the matrix X X^T, all that are not zero, through the smaller of X X^T and X^T X."""
+    """Return the eigenvalues of X X^T, all that are not zero, from the smaller of X X^T and X^T X."""
     n, d = weighted.shape
     eigenvalues: Float64[Tensor, " _r"] = torch.linalg.eigvalsh(
         weighted @ weighted.T if n <= d else weighted.T @ weighted
@@ -153,18 +170,12 @@ def gram_spectrum(weighted: Float64[Tensor, "n d"]) -> Float64[Tensor, " _r"]:
 
 
 def spectrum_rank(eigenvalues: Float64[Tensor, " n"]) -> int:
-    """How many eigenvalues do not count as zero; see `spectrum_entropy`."""
+    """Return the number of eigenvalues that do not count as zero; see `spectrum_entropy`."""
     return len(_support(eigenvalues, _SHARE_ZERO))
 
 
-def _support(eigenvalues: Float64[Tensor, " n"], roundings: int) -> Float64[Tensor, " r"]:
-    """The eigenvalues that do not count as zero."""
-    least, largest = eigenvalues.min(), eigenvalues.max()
-    return eigenvalues[eigenvalues > torch.maximum(roundings * _EPS * largest, -_TIMES_NEGATIVE * least)]
-
-
 def matrix_entropy(gram: Float[Tensor, "n n"], alpha: float = 1.0) -> float:
-    """Matrix entropy H(K) = - sum_k l_k log l_k, with l the eigenvalues of K/n.
+    """Return the matrix entropy H(K) = - sum_k l_k log l_k, with l the eigenvalues of K/n.
 
     Args:
         gram: Gram matrix with unit diagonal.
@@ -176,7 +187,7 @@ def matrix_entropy(gram: Float[Tensor, "n n"], alpha: float = 1.0) -> float:
     Raises:
         AnalysisError: `invalid-argument` for a negative alpha or a matrix of size 0; `non-finite-values`.
 
-    Numerics: float64, O(n^3); orders 1 and others from all eigenvalues, order 2 from the Frobenius norm alone.
+    Numerics: float64, O(n^3); order 2 from the Frobenius norm alone, all other orders from all eigenvalues.
 
     Source: Giraldo, Rao and Principe 2015.
 
@@ -186,7 +197,9 @@ def matrix_entropy(gram: Float[Tensor, "n n"], alpha: float = 1.0) -> float:
     check_finite("gram", gram)
     n = gram.shape[0]
     if n == 0:
-        raise AnalysisError("invalid-argument", "an entropy needs at least one vector", argument="gram")
+        raise AnalysisError(
+            "invalid-argument", "The Gram matrix is empty; an entropy needs at least one vector.", argument="gram"
+        )
     scaled = gram.double() / n
     if alpha == 2:
         return -math.log(float(scaled.square().sum()))
@@ -196,19 +209,21 @@ def matrix_entropy(gram: Float[Tensor, "n n"], alpha: float = 1.0) -> float:
 def matrix_entropy_of_vectors(
     vectors: Float[Tensor, "n d"], alpha: float = 1.0, weights: Float[Tensor, " n"] | None = None
 ) -> float:
-    """Matrix entropy of the Gram matrix of the rows' directions, or of a mixture: l of sum_i w_i z_i z_i^T / sum_i w_i.
+    """Return the matrix entropy of the Gram matrix of the rows' directions, or of a mixture.
+
+    A mixture has l the eigenvalues of sum_i w_i z_i z_i^T / sum_i w_i.
 
     Args:
         vectors: one vector a row, of any length; rows of zeros have no direction and are left out.
         alpha: order, at least 0.
         weights: of the rows, at least 0, with a positive sum over those that have a direction. A weight of 2 counts
-            like the row twice. Default: all the same.
+            like the row twice. Default: equal weights.
 
     Returns:
         The entropy in nats, from 0 to log min(n, d).
 
     Raises:
-        AnalysisError: `invalid-argument` for a negative alpha or weight, or where no row has a direction and a weight;
+        AnalysisError: `invalid-argument` for a negative alpha or weight, or if no row has a direction and a weight;
             `non-finite-values`.
 
     Numerics: float64; Z Z^T / n and Z^T Z / n share their non-zero eigenvalues, the smaller is used.
@@ -241,7 +256,7 @@ def joint_entropy(
     second: Float[Tensor, "n n"],
     alpha: float = 1.0,
 ) -> float:
-    """Joint entropy H(K1 * K2), * the elementwise product of two Gram matrices with unit diagonal, in nats.
+    """Return the joint entropy H(K1 * K2) of two Gram matrices with unit diagonal, * the elementwise product.
 
     Args:
         first: K1.
@@ -257,14 +272,14 @@ def joint_entropy(
 
 
 def mutual_information(first: Float[Tensor, "n n"], second: Float[Tensor, "n n"]) -> float:
-    """Matrix mutual information MI = H(K1) + H(K2) - H(K1 * K2).
+    """Return the matrix mutual information MI = H(K1) + H(K2) - H(K1 * K2).
 
     Args:
         first: K1, with unit diagonal.
         second: K2, with unit diagonal.
 
     Returns:
-        The information in nats, at least 0 but for rounding.
+        The information in nats, at least 0 up to rounding.
 
     Source: Song et al. 2024 (arXiv 2406.03999).
     """
@@ -272,14 +287,14 @@ def mutual_information(first: Float[Tensor, "n n"], second: Float[Tensor, "n n"]
 
 
 def mir(first: Float[Tensor, "n n"], second: Float[Tensor, "n n"]) -> float | None:
-    """Matrix mutual information ratio MIR = MI / min(H(K1), H(K2)).
+    """Return the matrix mutual information ratio MIR = MI / min(H(K1), H(K2)).
 
     Args:
         first: K1, with unit diagonal.
         second: K2, with unit diagonal.
 
     Returns:
-        The ratio, from 0 to 1; None where the minimum is below 1e-12.
+        The ratio, from 0 to 1; None if the minimum is below 1e-12.
 
     Source: Song et al. 2024 (arXiv 2406.03999).
 
@@ -291,14 +306,14 @@ def mir(first: Float[Tensor, "n n"], second: Float[Tensor, "n n"]) -> float | No
 
 
 def hdr(first: Float[Tensor, "n n"], second: Float[Tensor, "n n"]) -> float | None:
-    """Matrix entropy difference ratio HDR = |H(K1) - H(K2)| / max(H(K1), H(K2)).
+    """Return the matrix entropy difference ratio HDR = |H(K1) - H(K2)| / max(H(K1), H(K2)).
 
     Args:
         first: K1, with unit diagonal.
         second: K2, with unit diagonal.
 
     Returns:
-        The ratio, from 0 to 1; None where the maximum is below 1e-12.
+        The ratio, from 0 to 1; None if the maximum is below 1e-12.
 
     Source: Song et al. 2024 (arXiv 2406.03999).
 
@@ -308,3 +323,9 @@ def hdr(first: Float[Tensor, "n n"], second: Float[Tensor, "n n"]) -> float | No
     entropies = matrix_entropy(first), matrix_entropy(second)
     larger = max(entropies)
     return None if larger < ZERO_ENTROPY else abs(entropies[0] - entropies[1]) / larger
+
+
+def _support(eigenvalues: Float64[Tensor, " n"], roundings: int) -> Float64[Tensor, " r"]:
+    """Return the eigenvalues that do not count as zero."""
+    least, largest = eigenvalues.min(), eigenvalues.max()
+    return eigenvalues[eigenvalues > torch.maximum(roundings * _EPS * largest, -_TIMES_NEGATIVE * least)]

@@ -2,8 +2,8 @@
 
 Every metric T is a function of the samples' weights p, all 1/n. The influence of sample i is dT/dp_i, centred within
 its class because samples are drawn within classes; the standard error is sqrt(sum_i influence_i^2) / n (the delta
-method), at the cost of one evaluation in place of hundreds of resamples. `sensitivity.py` has the entropies at sample
-level; everything else here is an average or a function of the class means.
+method), at the cost of one evaluation in place of hundreds of resamples. `sensitivity.py` computes the entropies at
+sample level; everything else here is an average or a function of the class means.
 """
 
 import math
@@ -15,16 +15,18 @@ from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from ..errors import AnalysisError
-from .entropy import ZERO_ENTROPY, unit_rows
+from .entropy import ZERO_ENTROPY, PairEntropies, unit_rows
+from .labels import check_labels
 from .losses import spectral_entropy
 from .predictions import Predictions, calibration_gaps, predictions_of
-from .sensitivity import Entropies, Samples, sample_sensitivity
+from .sensitivity import Samples, sample_sensitivity
 
-# Principal directions whose couplings are kept: an eigendecomposition of half a second on a processor core.
+# Default number of principal directions that keep couplings: half a second of a processor core for their spectrum.
 LARGEST_KEPT = 1024
-_ENTROPIES = ("entropy_features", "entropy_head", "entropy_joint")
+# Names of the three entropies in a metric's path.
+ENTROPIES = ("entropy_features", "entropy_head", "entropy_joint")
 _EPS = torch.finfo(torch.float64).eps
-# A standard deviation or a mean of distances below this is 0 but for rounding, where it has no derivative.
+# A standard deviation or a mean of distances below this is 0 up to rounding, and has no derivative.
 _KINK = 1e-12
 
 
@@ -37,27 +39,27 @@ def influence(
     largest: int = LARGEST_KEPT,
     within_classes: bool = True,
 ) -> dict[str, Float64[Tensor, " n"]]:
-    """dT/dp_i of every metric T for every sample i, at p_i = 1/n and centred within the sample's class.
+    """Return dT/dp_i of every metric T for every sample i, at p_i = 1/n and centred within the sample's class.
 
     Args:
-        features: what the head receives, one row a sample.
+        features: inputs of the head, one row a sample.
         labels: 0 to c - 1.
         head: one row a class.
-        logits: what the network predicts from, with the bias; or what it predicts, where logits are too many to keep.
+        logits: of the network, with the bias; or its predictions, if logits are too many to keep.
         largest: most principal directions whose couplings enter the joint entropy, but at least 4 a class on average;
             with n or c d or more it is exact.
         within_classes: whether influences are centred within the samples' classes, whose sizes are then given, or over
-            all samples, as where sizes come with the draw.
+            all samples, for sizes that are drawn with the samples.
 
     Returns:
         By the metric's path in a split of a report, such as `interplay.sample.global.mir` or `collapse.nc1`. A metric
-        that is not defined, or has no derivative because it sits on its own minimum or a vector has no direction,
-        is not among them. Metrics that no sample moves (the head's) have zeros. The distance to an optimum has the
-        influence of its metric but for the sign, because the class counts are given.
+        is missing if it is undefined, or has no derivative because it is at its own minimum or a vector has no
+        direction. Metrics that no sample moves (those of the head) have zeros. The distance to an optimum has the
+        influence of its metric up to the sign, because the class counts are given.
 
-        The calibration error is taken as an average: into which bin a confidence falls and which sign a bin's gap has
-        do not change with the weights. Its standard error is too small where gaps are of the size of their own error.
-        Of NC4 the influence through the class means is a kernel estimate, since it is an average of steps.
+        The calibration error is treated as an average: the bin of a confidence and the sign of a bin's gap do not
+        change with the weights. Its standard error is too small if gaps are of the size of their own error. The
+        influence of NC4 through the class means is a kernel estimate, since NC4 is an average of steps.
 
     Raises:
         AnalysisError: `invalid-argument` without samples, for labels out of range or a `largest` below 1;
@@ -93,15 +95,15 @@ def influence(
 def standard_errors(
     influences: Mapping[str, Float64[Tensor, " n"]], baseline: Mapping[str, Float64[Tensor, " n"]] | None = None
 ) -> dict[str, float]:
-    """Standard error sqrt(sum_i influence_i^2) / n of each metric, or of its difference from a baseline.
+    """Return the standard error sqrt(sum_i influence_i^2) / n of each metric, or of its difference from a baseline.
 
     Args:
         influences: from `influence`.
-        baseline: from `influence` for another checkpoint on the same samples in the same order: what both share drops
-            out of the difference, as in a paired bootstrap.
+        baseline: from `influence` for another checkpoint on the same samples in the same order: common effects cancel
+            in the difference, as in a paired bootstrap.
 
     Returns:
-        One number a metric, for those that both have: the spread of a bootstrap that resamples within classes.
+        One number for each metric that both have: the spread of a bootstrap that resamples within classes.
 
     >>> standard_errors({"accuracy": torch.tensor([0.5, -0.5, 0.5, -0.5], dtype=torch.float64)})
     {'accuracy': 0.25}
@@ -113,7 +115,7 @@ def standard_errors(
 
 @dataclass(frozen=True)
 class _Pieces:
-    """dT/dp_i of each metric in two parts: with the class means held, and dT/dmu_c for what moves them.
+    """dT/dp_i of each metric in two parts: with the class means fixed, and dT/dmu_c for the effect through the means.
 
     d mu_c / dp_i = (F_i - mu_c) n / n_c for the samples of class c.
     """
@@ -122,7 +124,7 @@ class _Pieces:
     through_means: dict[str, Float64[Tensor, "k d"]]
 
     def resolve(self, samples: Samples, within_classes: bool) -> dict[str, Float64[Tensor, " n"]]:
-        """Both parts together, centred within classes or over all; one pass over the samples for all metrics."""
+        """Return both parts together, centred within classes or over all; one pass over the samples for all metrics."""
         n = len(samples.labels)
         gradients = torch.stack(list(self.through_means.values())) if self.through_means else None
         moved = samples.means.new_zeros(len(self.through_means), n)
@@ -136,7 +138,7 @@ class _Pieces:
         if not within_classes:
             return dict(zip(found, table - table.mean(dim=1, keepdim=True), strict=True))
         counts = torch.bincount(samples.labels, minlength=len(samples.head)).clamp(min=1)
-        # On the processor, class by class in order: a GPU adds in any order, and the last digit differs.
+        # On the processor, class by class in order: a GPU adds in any order, so the last digit would differ.
         totals = torch.zeros(len(table), len(counts), dtype=table.dtype)
         averages = totals.index_add_(1, samples.labels.cpu(), table.cpu()).to(table.device) / counts
         return dict(zip(found, table - averages[:, samples.labels], strict=True))
@@ -149,23 +151,24 @@ def _check(
     logits: Float[Tensor, "n c"] | Predictions,
     largest: int,
 ) -> None:
+    """Check the arguments of `influence`."""
+
     def require(holds: bool, argument: str, detail: str) -> None:
+        """Raise an error about an argument unless the condition holds."""
         if not holds:
             raise AnalysisError("invalid-argument", detail, argument=argument)
 
-    require(largest >= 1, "largest", f"largest is {largest}; at least 1 direction is kept")
-    require(len(labels) > 0, "features", "there are no samples")
-    lowest, highest = int(labels.min()), int(labels.max())
-    fit = f"labels run from {lowest} to {highest}; the head has {len(head)} rows, so 0 to {len(head) - 1} fit"
-    require(lowest >= 0 and highest < len(head), "labels", fit)
+    require(largest >= 1, "largest", f"largest is {largest}; it must be at least 1.")
+    require(len(labels) > 0, "features", "There are no samples.")
+    check_labels(labels, len(head), "invalid-argument")
     numbers = logits.loss if isinstance(logits, Predictions) else logits
     for name, tensor in (("features", features), ("head", head), ("logits", numbers)):
         if not bool(torch.isfinite(tensor).all()):
-            raise AnalysisError("non-finite-values", f"{name} hold NaN or infinity", tensor=name)
+            raise AnalysisError("non-finite-values", f"The {name} hold NaN or infinity.", tensor=name)
 
 
 def _of_predictions(samples: Samples, predictions: Predictions) -> dict[str, Float64[Tensor, " n"]]:
-    """Accuracy and loss are averages over samples; the calibration error is one within each bin."""
+    """Return the parts of accuracy and loss, averages over samples, and of the calibration error, one in each bin."""
     network, certain = predictions.predicted, predictions.confidence
     right = network == samples.labels
     correct, (bins, gaps) = right.double(), calibration_gaps(certain, right)
@@ -177,13 +180,14 @@ def _of_predictions(samples: Samples, predictions: Predictions) -> dict[str, Flo
 
 
 def _nearest_means(samples: Samples, predicted: Int[Tensor, " n"], pieces: _Pieces) -> None:
-    """NC4: the share of samples where the network and the nearest class mean disagree.
+    """Add NC4: the share of samples for which the network and the nearest class mean disagree.
 
-    A mean that moves takes samples across the plane halfway between it and another. How many is the density of samples
-    at that plane, which a kernel estimates from those near it: the smooth part of an average of steps (Powell 1984).
+    A mean that moves takes samples across the plane halfway between it and another. Their number is the density of
+    samples at that plane, estimated by a kernel from those near it: the smooth part of an average of steps (Powell
+        1984).
     """
     n, k = len(samples.labels), len(samples.means)
-    centre = samples.means.mean(dim=0)
+    centre = samples.statistics.centre
     means = samples.means - centre
     order = torch.zeros(n, 2, dtype=torch.int64, device=means.device)
     depth = means.new_full((n,), math.inf)
@@ -199,7 +203,7 @@ def _nearest_means(samples: Samples, predicted: Int[Tensor, " n"], pieces: _Piec
     pieces.direct["collapse.nc4"] = (classes[:, 0] != predicted).double()
     if k == 1:
         return
-    # Steps of one sample: what it adds to NC4 where the second nearest mean becomes the nearest.
+    # Step of each sample: its change of NC4 if the second nearest mean becomes the nearest.
     step = (classes[:, 0] == predicted).double() - (classes[:, 1] == predicted).double()
     scale = min(float(depth.square().mean().sqrt()), float(depth.median()) / 0.6745)
     width = 2.34 * scale * n**-0.2
@@ -209,19 +213,19 @@ def _nearest_means(samples: Samples, predicted: Int[Tensor, " n"], pieces: _Piec
     weights = (weights / (n * (means[first] - means[second]).norm(dim=1)))[:, None]
     rows = samples.features[near].double() - centre
     gradient = torch.zeros_like(means, device="cpu")
-    # A mean that comes nearer to a sample takes it, one that goes farther leaves it. On the processor, in order.
+    # A mean gains the samples that it approaches and loses those that it leaves. On the processor, in a fixed order.
     gradient.index_add_(0, first.cpu(), (-weights * (rows - means[first])).cpu())
     gradient.index_add_(0, second.cpu(), (weights * (rows - means[second])).cpu())
     pieces.through_means["collapse.nc4"] = gradient.to(means.device)
 
 
-def _sample_level(samples: Samples, pieces: _Pieces, centred: bool, largest: int) -> Entropies | None:
-    """Entropies of z_i = F_i beside v_i = W[y_i] and their derivatives; None where no pair is left."""
+def _sample_level(samples: Samples, pieces: _Pieces, centred: bool, largest: int) -> PairEntropies | None:
+    """Return entropies of z_i = F_i paired with v_i = W[y_i], and add their derivatives; None if no pair is left."""
     found = sample_sensitivity(samples, centred=centred, largest=largest)
     if found is None:
         return None
     path = f"interplay.sample.{'global' if centred else 'none'}"
-    for name, by_weight, by_centre in zip(_ENTROPIES, found.by_weight, found.by_centre, strict=True):
+    for name, by_weight, by_centre in zip(ENTROPIES, found.by_weight, found.by_centre, strict=True):
         pieces.direct[f"{path}.{name}"] = by_weight
         if centred:
             # The centre is the mean of the class means.
@@ -229,14 +233,14 @@ def _sample_level(samples: Samples, pieces: _Pieces, centred: bool, largest: int
     return found.entropies
 
 
-def _class_mean_level(samples: Samples, pieces: _Pieces, centred: bool) -> Entropies | None:
-    """Entropies of the class means beside the head's rows and their derivatives; None where no pair is left."""
+def _class_mean_level(samples: Samples, pieces: _Pieces, centred: bool) -> PairEntropies | None:
+    """Return entropies of class means paired with head rows, and add derivatives; None if no pair is left."""
     head, usable = samples.head_directions(centred)
     with torch.enable_grad():
         means = samples.means.clone().requires_grad_()
         centre = means.mean(dim=0) if centred else torch.zeros_like(means[0])
         vectors = means - centre
-        usable = usable & unit_rows(vectors.detach(), samples.sizes + centre.detach().norm())[1]
+        usable = usable & unit_rows(vectors.detach(), samples.statistics.sizes + centre.detach().norm())[1]
         n = int(usable.sum())
         if n == 0:
             return None
@@ -248,20 +252,20 @@ def _class_mean_level(samples: Samples, pieces: _Pieces, centred: bool) -> Entro
     path = f"interplay.class_mean.{'global' if centred else 'none'}"
     pieces.through_means[f"{path}.entropy_features"], pieces.through_means[f"{path}.entropy_joint"] = gradients
     pieces.direct[f"{path}.entropy_head"] = means.new_zeros(len(samples.labels))
-    return Entropies(*(value.item() for value in (of_features, spectral_entropy(head @ head.T / n), of_joint)))
+    return PairEntropies(*(value.item() for value in (of_features, spectral_entropy(head @ head.T / n), of_joint)))
 
 
 def _ratios(
-    path: str, values: Entropies, found: Mapping[str, Float64[Tensor, " n"]]
+    path: str, values: PairEntropies, found: Mapping[str, Float64[Tensor, " n"]]
 ) -> dict[str, Float64[Tensor, " n"]]:
-    """Mutual information, MIR and HDR from their entropies."""
-    of_features, of_head, of_joint = (found[f"{path}.{name}"] for name in _ENTROPIES)
+    """Return mutual information, MIR and HDR from their entropies."""
+    of_features, of_head, of_joint = (found[f"{path}.{name}"] for name in ENTROPIES)
     information = of_features + of_head - of_joint
     ratios = {f"{path}.mutual_information": information}
     ordered = sorted([(values.features, of_features), (values.head, of_head)], key=lambda pair: pair[0])
     (smaller, of_smaller), (larger, of_larger) = ordered
     if smaller >= ZERO_ENTROPY:
-        mir = (values.features + values.head - values.joint) / smaller
+        mir = values.information / smaller
         ratios[f"{path}.mir"] = (information - mir * of_smaller) / smaller
     if larger >= ZERO_ENTROPY:
         # HDR = 1 - smaller / larger
@@ -270,7 +274,7 @@ def _ratios(
 
 
 def _collapse(samples: Samples, pieces: _Pieces) -> None:
-    """NC1 to NC3; NC4 is an average and among the predictions."""
+    """Add NC1 to NC3; NC4 is an average and among the predictions."""
     n = len(samples.labels)
     for measure in ("equinorm", "equiangularity", "max_angle"):
         pieces.direct[f"collapse.nc2_{measure}_head"] = samples.means.new_zeros(n)
@@ -280,13 +284,13 @@ def _collapse(samples: Samples, pieces: _Pieces) -> None:
 
 
 def _geometry(samples: Samples, pieces: _Pieces) -> None:
-    """NC2 of the class means and NC3, which only the means move."""
+    """Add NC2 of the class means and NC3, which only the means move."""
     k = len(samples.classes)
     rows = (samples.head - samples.head.mean(dim=0))[samples.classes]
     with torch.enable_grad():
         means = samples.means.clone().requires_grad_()
         centred = means - means.mean(dim=0)
-        scale = samples.sizes + samples.means.mean(dim=0).norm()
+        scale = samples.statistics.sizes + samples.statistics.centre.norm()
         _, usable = unit_rows(centred.detach(), scale)
         if not bool(usable.all()):
             return
@@ -307,14 +311,14 @@ def _geometry(samples: Samples, pieces: _Pieces) -> None:
 
 
 def _variability(samples: Samples, pieces: _Pieces) -> None:
-    """NC1 = trace(Sigma_W Sigma_B^dagger) / k and the condition number of Sigma_B, both on its r leading directions.
+    """Add NC1 = trace(Sigma_W Sigma_B^dagger) / k and the condition number of Sigma_B, on its r leading directions.
 
     With M = U s V^T the centred means, Sigma_B = M^T M / k: a change of M moves the pseudo-inverse B by
     -B dSigma B + (I - P) dSigma B^2 + B^2 dSigma (I - P), P the projection on its directions (Golub and Pereyra 1973).
     """
     k, d = samples.means.shape
-    u, s, v = torch.linalg.svd(samples.means - samples.means.mean(dim=0), full_matrices=False)
-    rounding = max(k, d) * _EPS * float(samples.means.norm() + samples.sizes.norm())
+    u, s, v = torch.linalg.svd(samples.means - samples.statistics.centre, full_matrices=False)
+    rounding = max(k, d) * _EPS * float(samples.means.norm() + samples.statistics.sizes.norm())
     expected = min(k - 1, d)
     rank = min(int((s > rounding).sum()), expected)
     if rank == 0:
@@ -330,14 +334,14 @@ def _variability(samples: Samples, pieces: _Pieces) -> None:
         # Each class weighs the same, however many samples it has.
         forms[rows] = (squares - squares.mean()) * (len(samples.labels) / (len(rows) * k))
         outside += float((deviations - along @ v).square().sum()) / (len(rows) * k)
-    if rank < expected and math.sqrt(outside) > 1e-12 * float(samples.sizes.max()):
+    if rank < expected and math.sqrt(outside) > 1e-12 * float(samples.statistics.sizes.max()):
         return
     inverse = k / s.square()
     inside = within @ v.T
     product = -inverse[:, None] * inside * inverse @ v + inverse.square()[:, None] * (within - inside @ v)
     gradient = (2 / k**2) * (u * s) @ product
     pieces.direct["collapse.nc1"] = forms
-    # The columns of U sum to 0, so this is the derivative for the means as well as for their differences.
+    # The columns of U sum to 0, so this is the derivative in the means and in their differences.
     pieces.through_means["collapse.nc1"] = gradient
     ends = torch.outer(u[:, 0], v[0]) / s[0] - torch.outer(u[:, -1], v[-1]) / s[-1]
     pieces.through_means["collapse.nc1_condition"] = 2 * (s[0] / s[-1]).square() * ends

@@ -1,4 +1,4 @@
-"""What a network predicts for each sample, and how good that is: loss, confidence, calibration."""
+"""A network's predictions for each sample, and their quality: loss, confidence, calibration."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,16 +8,16 @@ from jaxtyping import Bool, Float, Float64, Int, Int64
 from torch import Tensor
 
 _CALIBRATION_BINS = 15
-# Logits that become float64 at a time: 32 MiB.
+# Most logits converted to float64 at a time: 32 MiB.
 _CHUNK_NUMBERS = 2**22
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """By sample.
+    """Predictions by sample.
 
     Attributes:
-        predicted: the class with the largest logit, of equal ones the first.
+        predicted: the class with the largest logit; of equal ones the first.
         confidence: its probability.
         loss: the cross-entropy of the sample's label.
     """
@@ -27,16 +27,16 @@ class Predictions:
     loss: Float64[Tensor, " n"]
 
     def take(self, rows: Int64[Tensor, " m"]) -> "Predictions":
-        """Those of these samples alone, in their order."""
+        """Return only the predictions of these samples, in their order."""
         return Predictions(self.predicted[rows], self.confidence[rows], self.loss[rows])
 
     def to(self, device: torch.device) -> "Predictions":
-        """The same on a device."""
+        """Return the predictions on a device."""
         return Predictions(self.predicted.to(device), self.confidence.to(device), self.loss.to(device))
 
 
 def predictions_of(logits: Float[Tensor, "n c"], labels: Int[Tensor, " n"]) -> Predictions:
-    """Predictions from logits.
+    """Return the predictions that follow from logits.
 
     Args:
         logits: one sample a row.
@@ -47,7 +47,7 @@ def predictions_of(logits: Float[Tensor, "n c"], labels: Int[Tensor, " n"]) -> P
     parts = []
     size = rows_at_a_time(logits.shape[1])
     for part, target in zip(torch.split(logits, size), torch.split(labels, size), strict=True):
-        # From the logits: their logarithms tie where logits are closer than 1e-16.
+        # From the logits: log-probabilities are equal if logits are closer than 1e-16.
         largest = part.max(dim=1).indices
         logarithms = part.double().log_softmax(dim=1)
         confidence = logarithms.gather(1, largest[:, None])[:, 0].exp()
@@ -56,27 +56,27 @@ def predictions_of(logits: Float[Tensor, "n c"], labels: Int[Tensor, " n"]) -> P
 
 
 def joined(parts: Sequence[Predictions]) -> Predictions:
-    """Predictions of the samples of all parts, in their order."""
+    """Return the predictions of the samples of all parts, in their order."""
     columns = zip(*((part.predicted, part.confidence, part.loss) for part in parts), strict=True)
     return Predictions(*(torch.cat(column) for column in columns))
 
 
 def rows_at_a_time(n_classes: int) -> int:
-    """Rows of so many logits that may be copied at a time."""
+    """Return the number of rows of so many logits that may be copied at a time."""
     return max(_CHUNK_NUMBERS // n_classes, 1)
 
 
 def calibration_gaps(
     confidence: Float64[Tensor, " n"], correct: Bool[Tensor, " n"]
 ) -> tuple[Int64[Tensor, " n"], Float64[Tensor, " bins"]]:
-    """Each sample's bin (k/15, (k+1)/15] of the top probability, and by bin the sum of correct - confidence."""
+    """Return each sample's bin (k/15, (k+1)/15] of the top probability, and by bin the sum of correct - confidence."""
     bins = (confidence * _CALIBRATION_BINS).ceil().long().clamp(1, _CALIBRATION_BINS) - 1
-    # On the processor: a GPU adds to a bin in any order, and the last digit differs from run to run.
+    # On the processor: a GPU adds to a bin in any order, so the last digit would differ from run to run.
     gaps = torch.zeros(_CALIBRATION_BINS, dtype=confidence.dtype)
     gaps.index_add_(0, bins.cpu(), (correct.double() - confidence).cpu())
     return bins, gaps.to(confidence.device)
 
 
 def calibration_error(confidence: Float64[Tensor, " n"], correct: Bool[Tensor, " n"]) -> float:
-    """Expected calibration error: the gaps of all bins, weighted by their samples."""
+    """Return the expected calibration error: the gaps of all bins, weighted by their samples."""
     return float(calibration_gaps(confidence, correct)[1].abs().sum()) / len(confidence)

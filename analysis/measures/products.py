@@ -1,7 +1,8 @@
-"""The joint matrix in the coordinates of z (x) v: the exact route of many samples and classes in few dimensions.
+"""The joint matrix in the coordinates of z (x) v: the exact route for many samples and classes in few dimensions.
 
-K1 * K2 is the Gram matrix of the vectors z_i (x) v_i. In a basis of what the z span, of p vectors, and one of what the
-v span, of r, they have p r coordinates. The non-zero eigenvalues of K1 * K2 / n are so those of the p r x p r matrix
+K1 * K2 is the Gram matrix of the vectors z_i (x) v_i. In a basis of the span of the z, of p vectors, and one of the
+span of the v, of r, they have p r coordinates. The non-zero eigenvalues of K1 * K2 / n are therefore those of the
+p r x p r matrix
 
     sum_i (z_i z_i^T) (x) (v_i v_i^T) / n = sum_c G_c (x) (v_c v_c^T) / n,   G_c the sum of z z^T over class c,
 
@@ -17,26 +18,26 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .entropy import spectrum_rank
 
-# Numbers of class Gram matrices that are held at a time.
+# Most numbers of class Gram matrices held at a time.
 _NUMBERS = 2**22
 
 
 def product_matrix(
     rows: Float64[Tensor, "m d"], sizes: Sequence[int], head: Float64[Tensor, "c d"], n: int
 ) -> Float64[Tensor, "pr pr"]:
-    """The matrix whose non-zero eigenvalues are those of K1 * K2 / n.
+    """Return the matrix whose non-zero eigenvalues are those of K1 * K2 / n.
 
     Args:
-        rows: of all classes, one after the other; of each the z themselves, or any rows with the same sum of z z^T.
-        sizes: how many rows each class has.
-        head: each class's direction.
-        n: how many z there are.
+        rows: of all classes, one after the other: the z of a class, or any rows with the same sum of z z^T.
+        sizes: number of rows of each class.
+        head: direction of each class.
+        n: number of z.
 
     Returns:
-        Its lower triangle, all that `torch.linalg.eigvalsh` reads; what lies above is not set.
+        Its lower triangle, which is all that `torch.linalg.eigvalsh` reads; entries above it are not set.
 
-    Numerics: float64. Directions with less than 16 eps of the largest eigenvalue are no part of a basis. O(m p^2 +
-        c p^2 r^2 / 2) time beside the two bases; memory for the matrix and a quarter of it.
+    Numerics: float64. Directions with less than 16 eps of the largest eigenvalue are not in a basis. O(m p^2 +
+        c p^2 r^2 / 2) time in addition to the two bases; memory for the matrix and a quarter of it.
     """
     first, second = coordinates(rows), coordinates(head)
     p, r = first.shape[1], second.shape[1]
@@ -52,7 +53,7 @@ def product_matrix(
 
 
 def coordinates(vectors: Float64[Tensor, "n d"]) -> Float64[Tensor, "n r"]:
-    """Vectors in an orthonormal basis of what they span; only products between them are kept.
+    """Return vectors in an orthonormal basis of their span; only products between them are preserved.
 
     Args:
         vectors: one a row.
@@ -69,7 +70,7 @@ def coordinates(vectors: Float64[Tensor, "n d"]) -> Float64[Tensor, "n r"]:
 
 
 def pairs_of(coordinates: Float[Tensor, "n r"]) -> Float[Tensor, "n r2"]:
-    """The different entries of each x x^T: products of coordinates i <= j, in the order of `torch.triu_indices`."""
+    """Return the different entries of each x x^T: products of coordinates i <= j, ordered as `torch.triu_indices`."""
     r = coordinates.shape[1]
     first, second = torch.triu_indices(r, r, device=coordinates.device)
     pairs: Float[Tensor, "n r2"] = coordinates[:, first] * coordinates[:, second]
@@ -77,14 +78,14 @@ def pairs_of(coordinates: Float[Tensor, "n r"]) -> Float[Tensor, "n r2"]:
 
 
 def upper_places(r: int, device: torch.device) -> Int[Tensor, " r2"]:
-    """Where those entries stand in a matrix of r x r, flattened."""
+    """Return the indices of those entries in a flattened matrix of r x r."""
     first, second = torch.triu_indices(r, r, device=device)
     places: Int[Tensor, " r2"] = first * r + second
     return places
 
 
 def pair_places(r: int, device: torch.device) -> Int[Tensor, "r r"]:
-    """Where the product of coordinates i and j stands among those of `pairs_of`."""
+    """Return the index of the product of coordinates i and j among those of `pairs_of`."""
     first, second = torch.triu_indices(r, r, device=device)
     places = torch.zeros(r, r, dtype=torch.int64, device=device)
     places[first, second] = places[second, first] = torch.arange(len(first), device=device)
@@ -92,11 +93,11 @@ def pair_places(r: int, device: torch.device) -> Int[Tensor, "r r"]:
 
 
 def assembled(sums: Float[Tensor, "r2 p2"], r: int, p: int) -> Float[Tensor, "pr pr"]:
-    """The lower triangle of a matrix of products from its different entries.
+    """Return the lower triangle of a matrix of products from its different entries.
 
     Args:
-        sums: by pairs of the r coordinates and pairs of the p ones, as `pairs_of` has them.
-        r, p: how many coordinates there are.
+        sums: by pairs of the r coordinates and pairs of the p ones, as from `pairs_of`.
+        r, p: numbers of coordinates.
 
     Returns:
         The matrix, in blocks of the larger number.

@@ -1,4 +1,4 @@
-"""How the entropies of samples and their classes' head rows change with each sample's weight.
+"""The dependence of the entropies of samples and their classes' head rows on each sample's weight.
 
 No derivative of an eigendecomposition is needed. With unit vectors u_i, rho = sum_i p_i u_i u_i^T of trace 1 and
 H = - tr(rho log rho):
@@ -13,7 +13,7 @@ its eigenvalue over n. With M = Y Y^T, the m x m matrix of docs/metrics.md ("The
     z_i (x) v_c = Y^T w,    w = D^(-1/2) E_c z_i on the rows of class c,    <u_i, log(rho) u_i> = w^T (M log M) w:
 
 only the diagonal blocks of M log M are needed, and one product of every sample with its class's principal directions.
-Where the samples are centred they also move the centre, and every z_i turns with it.
+If the samples are centred they also move the centre, and every z_i turns with it.
 """
 
 import itertools
@@ -25,10 +25,11 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
-from .entropy import unit_rows
+from .classes import ClassStatistics, class_statistics, head_directions
+from .entropy import PairEntropies, unit_rows
 
 _EPS = torch.finfo(torch.float64).eps
-# With fewer, classes are coupled by their means alone, and the standard errors of MIR come out up to 40 % too large.
+# With fewer, only the means couple the classes, and the standard errors of MIR are up to 40 % too large.
 _KEPT_A_CLASS = 4
 
 
@@ -37,45 +38,47 @@ class Samples:
     """Features by class.
 
     Attributes:
-        features: one sample a row, as they came.
+        features: one sample a row, unchanged.
         labels: 0 to c - 1.
         head: one row a class.
-        classes: the classes present.
-        members: for each of these, the rows of its samples.
-        means: the mean of its samples.
-        sizes: the mean length of its samples, against which rounding is told from signal.
+        statistics: of the classes present.
     """
 
     features: Float[Tensor, "n d"]
     labels: Int[Tensor, " n"]
     head: Float64[Tensor, "c d"]
-    classes: Int[Tensor, " k"]
-    members: Sequence[Int[Tensor, " _"]]
-    means: Float64[Tensor, "k d"]
-    sizes: Float64[Tensor, " k"]
+    statistics: ClassStatistics
 
     @classmethod
     def of(cls, features: Float[Tensor, "n d"], labels: Int[Tensor, " n"], head: Float[Tensor, "c d"]) -> "Samples":
-        """Sort samples by class and take the means, in float64."""
+        """Sort samples by class and compute the means, in float64."""
         labels = labels.long()
-        counts = torch.bincount(labels, minlength=len(head))
-        classes = counts.nonzero()[:, 0]
-        members = torch.tensor_split(torch.argsort(labels, stable=True), counts[classes].cumsum(0)[:-1].cpu())
-        means, sizes = [], []
-        for rows in members:
-            vectors = features[rows].double()
-            means.append(vectors.mean(dim=0))
-            sizes.append(vectors.norm(dim=1).mean())
-        return cls(features, labels, head.double(), classes, members, torch.stack(means), torch.stack(sizes))
+        statistics = class_statistics(features, labels, len(head), at_once=True)
+        return cls(features, labels, head.double(), statistics)
+
+    @property
+    def classes(self) -> Int[Tensor, " k"]:
+        """The classes present."""
+        return self.statistics.classes
+
+    @property
+    def members(self) -> Sequence[Int[Tensor, " _"]]:
+        """For each class present, the rows of its samples."""
+        return self.statistics.members
+
+    @property
+    def means(self) -> Float64[Tensor, "k d"]:
+        """The mean of each class present."""
+        return self.statistics.means
 
     def deviations(self, position: int) -> Float64[Tensor, "m d"]:
-        """Samples of one class, without its mean."""
+        """Return the samples of one class minus its mean."""
         return self.features[self.members[position]].double() - self.means[position]
 
     def directions(
         self, position: int, centre: Float64[Tensor, " d"]
     ) -> tuple[Int[Tensor, " m"], Float64[Tensor, "m d"], Float64[Tensor, " m"]]:
-        """Of one class: which samples have a direction from the centre, these directions and the distances."""
+        """Return which samples of one class have a direction from the centre, these directions and the distances."""
         rows = self.members[position]
         vectors = self.features[rows].double()
         scale = vectors.norm(dim=1) + centre.norm()
@@ -84,19 +87,8 @@ class Samples:
         return rows[usable], directions[usable], vectors[usable].norm(dim=1)
 
     def head_directions(self, centred: bool) -> tuple[Float64[Tensor, "k d"], Bool[Tensor, " k"]]:
-        """Directions of the head rows of the classes present; all rows, also of absent classes, make the centre."""
-        centre = self.head.mean(dim=0) if centred else torch.zeros_like(self.head[0])
-        rows = self.head[self.classes]
-        return unit_rows(rows - centre, rows.norm(dim=1) + centre.norm())
-
-
-@dataclass(frozen=True)
-class Entropies:
-    """H(K1), H(K2) and H(K1 * K2) in nats."""
-
-    features: float
-    head: float
-    joint: float
+        """Return directions of the head rows of the classes present, and which rows have one."""
+        return head_directions(self.head, self.classes, centred=centred)
 
 
 @dataclass(frozen=True)
@@ -104,42 +96,43 @@ class Sensitivity:
     """The entropies at sample level and their derivatives.
 
     Attributes:
-        entropies: the joint one from above, where not all directions kept their couplings.
-        by_weight: dH/dp_i of H(K1), H(K2) and H(K1 * K2) at p_i = 1/n, the centre held; 0 for samples without a pair.
+        entropies: the joint one is an upper bound if not all directions kept their couplings.
+        by_weight: dH/dp_i of H(K1), H(K2) and H(K1 * K2) at p_i = 1/n, with the centre fixed; 0 for samples without a
+            pair.
         by_centre: dH/dcentre of the same.
     """
 
-    entropies: Entropies
+    entropies: PairEntropies
     by_weight: Float64[Tensor, "3 n"]
     by_centre: Float64[Tensor, "3 d"]
 
 
 def sample_sensitivity(samples: Samples, *, centred: bool, largest: int) -> Sensitivity | None:
-    """Entropies of z_i = F_i beside v_i = W[y_i], and how samples and centre move them.
+    """Return entropies of z_i = F_i paired with v_i = W[y_i], and their derivatives in samples and centre.
 
     Args:
         samples: and the head.
         centred: whether the mean of the class means is subtracted from samples, and the mean row from the head.
         largest: most principal directions whose couplings are kept, but at least 4 a class on average; the others enter
-            as they are (pinched), and the first one of every class is always kept.
+            without couplings (pinched), and the first one of every class is always kept.
 
     Returns:
-        The sensitivity, or None where no pair is left because samples or head rows have no direction.
+        The sensitivity, or None if no pair is left because samples or head rows have no direction.
 
     Numerics: float64. O(n d^2 + c min(n/c, d)^3 + m^3) time with m the directions kept; memory for the principal
-        directions of all classes, at most min(n, c d) x d, and a few matrices of size m x m and d x d. What pinching
-        does to standard errors of MIR (synthetic features): 1.5 % with m = 1,024 at C = 10 and 50, d = 256; with 4
-        directions a class, C = 100 and 200, d = 64, mostly under 6 %, and 15 % too large where nearly collapsed.
+        directions of all classes, at most min(n, c d) x d, and a few matrices of size m x m and d x d. The effect of
+        pinching on standard errors of MIR (synthetic features): 1.5 % with m = 1,024 at C = 10 and 50, d = 256; with 4
+        directions a class, C = 100 and 200, d = 64, mostly under 6 %, and 15 % too large if nearly collapsed.
 
     Source: the derivative of tr f(rho) is tr f'(rho) drho; docs/metrics.md, "The joint spectrum, fast".
     """
-    centre = samples.means.mean(dim=0) if centred else torch.zeros_like(samples.means[0])
+    centre = samples.statistics.centre if centred else torch.zeros_like(samples.means[0])
     spectra = _spectra(samples, centre, centred, largest)
     if spectra is None:
         return None
     n, n_all = spectra.n, len(samples.labels)
     forms, paired = centre.new_zeros(3, n_all), torch.zeros_like(samples.labels, dtype=torch.bool)
-    # By class, the sum of z_j / (n |F_j - centre|), and over all samples the sum of the same times the forms.
+    # By class, the sum of z_j / (n |F_j - centre|); over all samples, the sum of the same times the forms.
     pulls, radial = centre.new_zeros(len(spectra.factors), len(centre)), centre.new_zeros(3, len(centre))
     for block, factor in enumerate(spectra.factors):
         rows, z, distances = samples.directions(factor.position, centre)
@@ -152,7 +145,7 @@ def sample_sensitivity(samples: Samples, *, centred: bool, largest: int) -> Sens
     entropies = spectra.entropies
     values = centre.new_tensor([entropies.features, entropies.head, entropies.joint])
     by_weight = torch.where(paired, -forms - values[:, None], 0.0) * (n_all / n)
-    # z_j turns by -(I - z_j z_j^T) / |F_j - centre| times the step of the centre.
+    # A step of the centre turns z_j by -(I - z_j z_j^T) / |F_j - centre| times that step.
     of_features, of_joint = spectra.feature_pull(pulls.sum(dim=0)) - radial[0], spectra.joint_pull(pulls) - radial[2]
     return Sensitivity(entropies, by_weight, 2 * torch.stack([of_features, torch.zeros_like(centre), of_joint]))
 
@@ -172,17 +165,17 @@ class _Spectra:
     """The spectra of K1, K2 and K1 * K2.
 
     Attributes:
-        n: pairs.
+        n: number of pairs.
         values: D, the non-zero eigenvalues of K1 / n.
-        principal: E, the principal directions that they belong to.
-        factors: the same of the classes that have pairs, their eigenvalues over n too.
+        principal: E, their principal directions.
+        factors: the same of the classes that have pairs, their eigenvalues also over n.
         head_forms: <v_c, log(rho) v_c> of K2 for each of these classes.
-        forms: D^(-1/2) (M log M)_cc D^(-1/2) of the directions of each class whose couplings are kept, its first.
+        forms: for each class, D^(-1/2) (M log M)_cc D^(-1/2) of its leading directions, whose couplings are kept.
         coupled_logarithm: log(M) * g[class, class] of all directions kept.
     """
 
     n: int
-    entropies: Entropies
+    entropies: PairEntropies
     values: Float64[Tensor, " r"]
     principal: Float64[Tensor, "r d"]
     factors: Sequence[_Factor]
@@ -191,22 +184,22 @@ class _Spectra:
     coupled_logarithm: Float64[Tensor, "m m"]
 
     def feature_form(self, z: Float64[Tensor, "m d"]) -> Float64[Tensor, " m"]:
-        """<z, log(rho) z> of K1."""
+        """Return <z, log(rho) z> of K1."""
         return (z @ self.principal.T).square() @ self.values.log()
 
     def joint_form(self, block: int, z: Float64[Tensor, "m d"]) -> Float64[Tensor, " m"]:
-        """<z (x) v, log(rho) z (x) v> of K1 * K2 for samples of one class and its v."""
+        """Return <z (x) v, log(rho) z (x) v> of K1 * K2 for samples of one class and its v."""
         factor, form = self.factors[block], self.forms[block]
         kept, rest = (z @ factor.principal.T).tensor_split([len(form)], dim=1)
         # Directions without couplings: M is diagonal there.
         return (kept @ form * kept).sum(dim=1) + rest.square() @ factor.values[len(form) :].log()
 
     def feature_pull(self, pull: Float64[Tensor, " d"]) -> Float64[Tensor, " d"]:
-        """log(rho) of K1 times a vector."""
+        """Return log(rho) of K1 times a vector."""
         return (self.values.log() * (self.principal @ pull)) @ self.principal
 
     def joint_pull(self, pulls: Float64[Tensor, "b d"]) -> Float64[Tensor, " d"]:
-        """sum_c of log(rho) (pull_c (x) v_c), each contracted with the v of the class: for K1 * K2."""
+        """Return sum_c of log(rho) (pull_c (x) v_c) of K1 * K2, each contracted with the v of the class."""
         total, kept = torch.zeros_like(pulls[0]), []
         for factor, form, pull in zip(self.factors, self.forms, pulls, strict=True):
             along, first = factor.principal @ pull, len(form)
@@ -221,7 +214,10 @@ class _Spectra:
 def _principal(
     product: Float64[Tensor, "m m"], rows: Float64[Tensor, "m d"] | None
 ) -> tuple[Float64[Tensor, " r"], Float64[Tensor, "r d"]]:
-    """Non-zero eigenvalues of Z^T Z, largest first, and unit eigenvectors, from Z^T Z or from Z Z^T and the rows Z."""
+    """Return the non-zero eigenvalues of Z^T Z, largest first, and unit eigenvectors.
+
+    The product is Z^T Z, or Z Z^T if the rows Z are given.
+    """
     values, vectors = torch.linalg.eigh(product)
     values, vectors = values.flip(0), vectors.flip(1)
     rank = int((values > 16 * _EPS * values[0]).sum())
@@ -232,7 +228,7 @@ def _principal(
 def _logarithm(
     matrix: Float64[Tensor, "m m"],
 ) -> tuple[Float64[Tensor, "m m"], Float64[Tensor, "m m"], float]:
-    """log M and M log M on the support of M, and the entropy - tr(M log M)."""
+    """Return log M and M log M on the support of M, and the entropy - tr(M log M)."""
     values, vectors = torch.linalg.eigh(matrix)
     support = values > len(values) * _EPS * values[-1]
     logarithms = torch.where(support, values, 1.0).log()
@@ -243,7 +239,7 @@ def _logarithm(
 def _factors(
     samples: Samples, centre: Float64[Tensor, " d"], usable: Bool[Tensor, " k"]
 ) -> tuple[list[_Factor], Float64[Tensor, " r"], Float64[Tensor, "r d"]]:
-    """Of every class with pairs, and of all pairs together; eigenvalues over the number of pairs."""
+    """Return the factor of every class with pairs, and that of all pairs; eigenvalues over the number of pairs."""
     d = len(centre)
     scatter = centre.new_zeros(d, d) if len(samples.labels) > d else None
     factors, together = [], [centre.new_zeros(0, d)]
@@ -268,7 +264,7 @@ def _factors(
 
 
 def _kept(factors: Sequence[_Factor], largest: int) -> list[int]:
-    """How many directions of each class keep their couplings: the first of each, then from the largest down."""
+    """Return how many directions of each class keep their couplings: the first of each, then the largest."""
     values = torch.cat([factor.values for factor in factors])
     sizes = torch.tensor([len(factor.values) for factor in factors], device=values.device)
     owner = torch.repeat_interleave(torch.arange(len(factors), device=values.device), sizes)
@@ -281,6 +277,7 @@ def _kept(factors: Sequence[_Factor], largest: int) -> list[int]:
 
 
 def _spectra(samples: Samples, centre: Float64[Tensor, " d"], centred: bool, largest: int) -> _Spectra | None:
+    """Return the spectra of samples and head; None if no pair is left."""
     head, usable = samples.head_directions(centred)
     factors, values, principal = _factors(samples, centre, usable)
     if not factors:
@@ -305,6 +302,6 @@ def _spectra(samples: Samples, centre: Float64[Tensor, " d"], centred: bool, lar
         product[end - size : end, end - size : end] / torch.outer(root, root)
         for end, size, root in zip(ends, sizes, roots, strict=True)
     ]
-    entropies = Entropies(float(torch.special.entr(values).sum()), head_entropy, joint)
+    entropies = PairEntropies(float(torch.special.entr(values).sum()), head_entropy, joint)
     head_forms = of_head.diagonal() / shares
     return _Spectra(n, entropies, values, principal, factors, head_forms, forms, logarithm * coupled)

@@ -72,12 +72,6 @@ class Bounded(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
             self.largest = max(self.largest, made.numel())
         return made
 
-    def _look_at(self, constant: Any) -> None:
-        if isinstance(constant, Tensor) and constant.numel() > _MAX_CONSTANT:
-            raise AnalysisError(
-                "invalid-architecture", f"The description asks for a constant of {constant.numel()} elements."
-            )
-
     def check_largest(self, shapes: Mapping[str, Sequence[int]]) -> None:
         """Refuse a network that computes a tensor far larger than any of its weights, such as a mask of positions.
 
@@ -90,6 +84,12 @@ class Bounded(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
         if self.largest > max(_MAX_CONSTANT, *(prod(shape) for shape in shapes.values()), 0):
             raise AnalysisError(
                 "invalid-architecture", f"The description asks for a constant of {self.largest} elements."
+            )
+
+    def _look_at(self, constant: Any) -> None:
+        if isinstance(constant, Tensor) and constant.numel() > _MAX_CONSTANT:
+            raise AnalysisError(
+                "invalid-architecture", f"The description asks for a constant of {constant.numel()} elements."
             )
 
 
@@ -135,13 +135,13 @@ def check_plain(value: Any, *, name: str = "", nesting: int = 0) -> None:
         AnalysisError: `invalid-architecture`.
     """
     if nesting > MAX_NESTING:
-        raise refused(f"A description is nested {MAX_NESTING} deep at most")
+        raise refused(f"The description is nested deeper than {MAX_NESTING} levels")
     match value:
         case None | bool() | str():
             return
         case int() | float():
             if not isfinite(value) or abs(value) > 2**53:
-                raise refused(f"{name} takes a finite number below 2^53, not {value}")
+                raise refused(f"{name} must be a finite number below 2^53, not {value}")
         case list() | tuple():
             if len(value) > MAX_LIST:
                 raise refused(f"{name} has {len(value)} entries; at most {MAX_LIST} are allowed")
@@ -151,15 +151,9 @@ def check_plain(value: Any, *, name: str = "", nesting: int = 0) -> None:
             for key, entry in value.items():
                 check_plain(entry, name=str(key), nesting=nesting + 1)
         case _:
-            raise refused(f"{name} takes a JSON value, not a {type(value).__name__}")
+            raise refused(f"{name} must be a JSON value, not a {type(value).__name__}")
     if DEPTH.search(name) and _sum(value) > MAX_DEPTH:
         raise refused(f"{name} asks for {_sum(value):g} layers; at most {MAX_DEPTH} are allowed")
-
-
-def _sum(value: Any) -> float | int:
-    if isinstance(value, (list, tuple)):
-        return sum(_sum(entry) for entry in value)
-    return abs(value) if isinstance(value, (int, float)) else 0
 
 
 def refused(reason: str) -> AnalysisError:
@@ -174,8 +168,8 @@ def require_classes(n_classes: Any) -> None:
         AnalysisError: `invalid-architecture`.
     """
     if type(n_classes) is not int or not 2 <= n_classes <= MAX_CLASSES:
-        what = "a single output is a regression" if n_classes == 1 else f"not {n_classes!r}"
-        raise refused(f"A classifier has 2 to {MAX_CLASSES} classes; {what}")
+        what = "a single output is a regression" if n_classes == 1 else f"this one has {n_classes!r}"
+        raise refused(f"A classifier must have 2 to {MAX_CLASSES} classes; {what}")
 
 
 def take_one_tensor(network: nn.Module) -> nn.Module:
@@ -186,6 +180,7 @@ def take_one_tensor(network: nn.Module) -> nn.Module:
     """
 
     def single(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Take the one tensor out of a mapping."""
         if not args or not isinstance(args[0], Mapping):
             return None
         if set(args[0]) != {"pixel_values"}:
@@ -206,3 +201,9 @@ def last_linear(network: nn.Module) -> str | None:
     """Return the name of the last linear module, in the order of construction; None without one."""
     names = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
     return names[-1] if names else None
+
+
+def _sum(value: Any) -> float | int:
+    if isinstance(value, (list, tuple)):
+        return sum(_sum(entry) for entry in value)
+    return abs(value) if isinstance(value, (int, float)) else 0

@@ -40,6 +40,23 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 _RESNET_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
 
 
+def create(description: Mapping[str, Any]) -> nn.Module:
+    """Build a network from `{"name": ..., "args": {...}}`, with one of the builders below.
+
+    Raises:
+        AnalysisError: `invalid-architecture`; TypeError for an argument that the builder does not have.
+    """
+    name = description["name"]
+    if name not in BUILDERS:
+        raise AnalysisError("invalid-architecture", f"The name must be one of {', '.join(BUILDERS)}, not {name!r}.")
+    return take_one_tensor(BUILDERS[name](**description["args"]))
+
+
+def head(network: nn.Module, description: Mapping[str, Any]) -> str:
+    """Return the name of the classification head."""
+    return HEADS[description["name"]]
+
+
 class Mlp(nn.Module):
     """Linear layers with a normalisation and an activation between them; inputs are flattened."""
 
@@ -53,6 +70,7 @@ class Mlp(nn.Module):
         self.activation = _ACTIVATIONS[activation]
 
     def forward(self, inputs: Float[Tensor, "n ..."]) -> Float[Tensor, "n classes"]:
+        """Return logits; each sample is flattened."""
         x = inputs.flatten(1) if inputs.ndim > 1 else inputs
         if x.ndim != 2 or x.shape[1] != self.n_inputs:
             raise _refused(f"samples of {self.n_inputs} numbers", inputs)
@@ -75,6 +93,7 @@ class Cnn(nn.Module):
         self.head = nn.Linear(channels[-1], n_classes)
 
     def forward(self, inputs: Float[Tensor, "n ..."]) -> Float[Tensor, "n classes"]:
+        """Return the logits of images."""
         _check_images(inputs, self.in_channels, smallest_side=self.smallest_side)
         x = inputs
         for conv, norm in zip(self.convs, self.norms, strict=True):
@@ -97,6 +116,7 @@ class BasicBlock(nn.Module):
             self.downsample = nn.Sequential(nn.Conv2d(n_in, n_out, 1, stride=stride, bias=False), nn.BatchNorm2d(n_out))
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c2 h2 w2"]:
+        """Return the activated sum of both convolutions and the shortcut."""
         y = torch.relu(self.bn1(self.conv1(x)))
         shortcut: Tensor = self.downsample(x)
         return torch.relu(self.bn2(self.conv2(y)) + shortcut)
@@ -118,6 +138,7 @@ class Resnet(nn.Module):
         _initialise_convolutions(self)
 
     def forward(self, inputs: Float[Tensor, "n ..."]) -> Float[Tensor, "n classes"]:
+        """Return the logits of images."""
         _check_images(inputs, self.in_channels)
         x = torch.relu(self.bn1(self.conv1(inputs)))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
@@ -139,6 +160,7 @@ class PreactivationBlock(nn.Module):
             self.shortcut = nn.Conv2d(n_in, n_out, 1, stride=stride, bias=False)
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c2 h2 w2"]:
+        """Return the sum of both convolutions and the shortcut, without activation."""
         activated = torch.relu(self.bn1(x))
         y = self.conv2(torch.relu(self.bn2(self.conv1(activated))))
         shortcut: Tensor = x if self.shortcut is None else self.shortcut(activated)
@@ -162,27 +184,11 @@ class WideResnet(nn.Module):
         _initialise_convolutions(self)
 
     def forward(self, inputs: Float[Tensor, "n ..."]) -> Float[Tensor, "n classes"]:
+        """Return the logits of images."""
         _check_images(inputs, self.in_channels)
         x = self.block3(self.block2(self.block1(self.conv1(inputs))))
         logits: Tensor = self.fc(torch.relu(self.bn1(x)).mean(dim=(2, 3)))
         return logits
-
-
-def create(description: Mapping[str, Any]) -> nn.Module:
-    """Build a network from `{"name": ..., "args": {...}}`, with one of the builders below.
-
-    Raises:
-        AnalysisError: `invalid-architecture`; TypeError for an argument that the builder does not have.
-    """
-    name = description["name"]
-    if name not in BUILDERS:
-        raise AnalysisError("invalid-architecture", f"The name must be one of {', '.join(BUILDERS)}, not {name!r}.")
-    return take_one_tensor(BUILDERS[name](**description["args"]))
-
-
-def head(network: nn.Module, description: Mapping[str, Any]) -> str:
-    """Return the name of the classification head."""
-    return HEADS[description["name"]]
 
 
 def mlp(*, sizes: Sequence[int], activation: Activation = "relu", norm: Norm = "none") -> nn.Module:
@@ -329,7 +335,7 @@ def _require_positive(**arguments: Sequence[int]) -> None:
     for name, values in arguments.items():
         for value in values:
             # A bool is an int in Python; a width of True is a mistake.
-            _require(type(value) is int and value >= 1, f"{name} takes whole numbers from 1 on, not {value!r}")
+            _require(type(value) is int and value >= 1, f"{name} must be whole numbers of at least 1, not {value!r}")
 
 
 def _check_images(inputs: Float[Tensor, "..."], in_channels: int, *, smallest_side: int = 1) -> None:

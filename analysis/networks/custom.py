@@ -39,7 +39,7 @@ def create(description: Mapping[str, Any]) -> nn.Module:
     check_plain(args)
     network = found[name].load()(**args)
     if not isinstance(network, nn.Module):
-        raise refused(f"{found[name].value} gives {type(network).__name__} and not a torch.nn.Module")
+        raise refused(f"{found[name].value} returns {type(network).__name__}, not a torch.nn.Module")
     return network
 
 

@@ -6,11 +6,7 @@ before a byte of weights is read: the memory that a description can make us allo
 Then it is built again with memory, so that its own constructor makes tensors that no file holds, such as tables of
 positions.
 
-A family is a module with `create(description)`, which builds the network on torch's current default device, and
-`head(network, description)`, the name of its classification head. Optional functions: `stored_names(network)` converts
-names of a file into the network's, `leaves_out(network)` tells which further tensors of a file its library ignores,
-`ties(network)` gives the names that its library makes share a tensor unless a file holds different ones, and
-`predicts_tokens(network)` tells whether it is a causal language model.
+The description's family is a module beside this one; `family` says what it offers.
 """
 
 import importlib
@@ -21,8 +17,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float32, Shaped
@@ -32,12 +27,21 @@ from torch import Tensor, nn
 from ..errors import AnalysisError
 from . import custom
 from .building import Bounded, ConstantsOnCpu, WithoutInitialisation
+from .family import Family, Listed, OwnLoading
 from .naming import Entry, Naming, Same, match_names
 from .ties import Ties
 
 # Each family is the module of this name beside this one. A library's family also has the name of its package, and of
 # the extra that brings it.
 FAMILIES = ("builtin", "transformers", "timm", "torchvision", "custom")
+
+if TYPE_CHECKING:
+    from . import builtin, timm, torchvision, transformers
+
+    # mypy compares each module with its protocol.
+    _MODULES: tuple[Family, ...] = (builtin, custom, timm, torchvision, transformers)
+    _LISTED: tuple[Listed, ...] = (custom, timm, torchvision)
+    _OWN_LOADING: tuple[OwnLoading, ...] = (transformers,)
 
 # Default number of tensors, the most that a file's header has.
 _MOST_TENSORS = 100_000
@@ -83,13 +87,13 @@ class LoadedNetwork:
         bias = self.head.bias
         return bias.detach().float() if isinstance(bias, Tensor) else None
 
-    @cached_property
-    def _keeping(self) -> list[nn.Module]:
-        return parts_that_keep(self.module)
-
     def weights_changed(self) -> None:
         """Clear the values that parts cached from weights for evaluation mode; call it after writing to weights."""
         forget(self._keeping)
+
+    @cached_property
+    def _keeping(self) -> list[nn.Module]:
+        return parts_that_keep(self.module)
 
 
 def parts_that_keep(module: nn.Module) -> list[nn.Module]:
@@ -120,13 +124,13 @@ def names_of(family: str) -> list[str]:
         AnalysisError: `family-unavailable` with the library's own message where it cannot be imported.
     """
     module = _imported(family)
-    if hasattr(module, "try_imports"):
+    if isinstance(module, OwnLoading):
         try:
             module.try_imports()
         except Exception as error:
             _failed[family] = _unavailable(family, error)
             raise _failed[family] from error
-    return list(module.names()) if hasattr(module, "names") else []
+    return list(module.names()) if isinstance(module, Listed) else []
 
 
 def build(
@@ -212,7 +216,7 @@ def load_network(
     ties.tie(network, but_for=untied)
     network.to(device).eval().requires_grad_(False)
     _require_memory(network)
-    predicts_tokens = hasattr(family, "predicts_tokens") and family.predicts_tokens(network)
+    predicts_tokens = isinstance(family, OwnLoading) and family.predicts_tokens(network)
     return LoadedNetwork(network, head_name, predicts_tokens, replace(naming, untied=untied))
 
 
@@ -239,6 +243,14 @@ def build_like(architecture: Mapping[str, Any], like: nn.Module) -> nn.Module | 
     return network.to(next(like.parameters()).device).eval().requires_grad_(False)
 
 
+def words_of(error: BaseException) -> str:
+    """Return type and first line of the root error, which libraries wrap in others."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    said = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {said[0][:500]}" if said else type(error).__name__
+
+
 def _build_on_meta(architecture: Mapping[str, Any], n_tensors: int) -> tuple[nn.Module, Bounded]:
     bounds = Bounded(n_tensors)
     # Our own builders bound their depth themselves; the counter makes torch load its compiler, 1.2 s and 800 modules.
@@ -261,7 +273,7 @@ def _create(
     family = _family(architecture)
     try:
         with torch.device(device), constants or nullcontext():
-            network: nn.Module = family.create(architecture)
+            network = family.create(architecture)
     except AnalysisError:
         raise
     except ImportError as error:
@@ -275,7 +287,7 @@ def _create(
     return network
 
 
-def _family(architecture: Mapping[str, Any]) -> ModuleType:
+def _family(architecture: Mapping[str, Any]) -> Family:
     """Import and return the module of a description's family; most workers never need most families.
 
     Raises:
@@ -289,8 +301,8 @@ def _family(architecture: Mapping[str, Any]) -> ModuleType:
         case _:
             raise AnalysisError(
                 "invalid-architecture",
-                "A description has the members family and name, texts, and args, an object; of the family "
-                "transformers it has family and config, an object.",
+                "A description must have the members family and name, both strings, and args, an object; in the family "
+                "transformers, the members family and config, an object.",
             )
     if family not in FAMILIES or (family == "transformers" and "config" not in architecture):
         raise AnalysisError("invalid-architecture", f"The family must be one of {', '.join(FAMILIES)}, not {family!r}.")
@@ -301,16 +313,18 @@ def _family(architecture: Mapping[str, Any]) -> ModuleType:
 _failed: dict[str, AnalysisError] = {}
 
 
-def _imported(family: str) -> ModuleType:
+def _imported(family: str) -> Family:
     if family in _failed:
         known = _failed[family]
         raise AnalysisError(known.kind, known.detail, **known.members) from known
     try:
-        return importlib.import_module(f".{family}", __package__)
+        module = importlib.import_module(f".{family}", __package__)
     except Exception as error:
         # torchvision raises RuntimeError if torch has another version than it needs; a missing library raises OSError.
         _failed[family] = _unavailable(family, error)
         raise _failed[family] from error
+    assert isinstance(module, Family), "every name of FAMILIES is a module that mypy has compared with Family"
+    return module
 
 
 def _unavailable(family: str, error: Exception) -> AnalysisError:
@@ -328,14 +342,6 @@ def _unavailable(family: str, error: Exception) -> AnalysisError:
         extra=family,
         error=words_of(error),
     )
-
-
-def words_of(error: BaseException) -> str:
-    """Return type and first line of the root error, which libraries wrap in others."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    said = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {said[0][:500]}" if said else type(error).__name__
 
 
 def _head_name(network: nn.Module, architecture: Mapping[str, Any], asked: str | None) -> str:
@@ -369,6 +375,7 @@ def _same(file: Any) -> Same:
     """Return a function that tells whether two tensors of an opened file are equal."""
 
     def same(one: str, other: str) -> bool:
+        """Return whether two tensors of the file have the same type, and equal bytes."""
         # By their bytes: torch cannot compare every type of a file, and NaN equals nothing.
         first, second = file.get_tensor(one), file.get_tensor(other)
         if first.dtype != second.dtype:
@@ -399,8 +406,7 @@ def _read(
     if broken:
         raise AnalysisError(
             "non-finite-values",
-            f"Tensor {broken[0]!r} of the checkpoint holds NaN or infinity (as float32); so do "
-            f"{len(broken) - 1} others.",
+            f"{len(broken)} tensors of the checkpoint hold NaN or infinity as float32, first {broken[0]!r}.",
             tensor=broken[0],
             n_tensors=len(broken),
         )

@@ -15,13 +15,13 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import AnalysisError
+from .family import Family, OwnLoading
 from .ties import Ties
 
 # Names of the module within a wrapper in torch, Lightning, accelerate, DeepSpeed, Opacus and fairscale.
@@ -85,45 +85,9 @@ class Naming:
     n_parameters: int = 0
 
 
-@dataclass
-class _Candidate:
-    """The match of the network's tensors under one prefix.
-
-    Attributes:
-        prefix: the prefix, which is taken off.
-        stored: the file's name of each of the network's tensors found, by the network's own name.
-        others: plain names of other tensors under the prefix, by the file's own; None if torch drops them in loading.
-        twice: pairs of the file's names that would be one tensor; the first of each is in `stored`.
-        infixes: parts of wrappers taken out of the names in `stored`, with the number of names that have each.
-        n_taken: number of parts taken out in total.
-        faults: mismatches by kind, as an error lists them.
-        refusal: the library's own error for a tensor that it would merge or split.
-    """
-
-    prefix: str
-    stored: dict[str, str] = field(default_factory=dict)
-    others: dict[str, str | None] = field(default_factory=dict)
-    twice: list[tuple[str, str]] = field(default_factory=list)
-    infixes: Counter[str] = field(default_factory=Counter)
-    n_taken: int = 0
-    faults: dict[str, list[Any]] = field(default_factory=dict)
-    refusal: AnalysisError | None = None
-
-    @property
-    def fits(self) -> bool:
-        return self.refusal is None and not any(self.faults.values())
-
-    @property
-    def rank(self) -> tuple[int, ...]:
-        """Sort key, best first: most of the network found, most names unchanged, least taken off."""
-        n_exact = sum(full == self.prefix + name for name, full in self.stored.items())
-        n_wrong = len(self.faults["misshaped"]) + len(self.faults["mistyped"])
-        return n_wrong - len(self.stored), -n_exact, self.n_taken, len(self.prefix)
-
-
 def match_names(
     network: nn.Module,
-    family: ModuleType,
+    family: Family,
     header: Mapping[str, Entry],
     ties: Ties,
     *,
@@ -182,10 +146,47 @@ def match_names(
     )
 
 
+@dataclass
+class _Candidate:
+    """The match of the network's tensors under one prefix.
+
+    Attributes:
+        prefix: the prefix, which is taken off.
+        stored: the file's name of each of the network's tensors found, by the network's own name.
+        others: plain names of other tensors under the prefix, by the file's own; None if torch drops them in loading.
+        twice: pairs of the file's names that would be one tensor; the first of each is in `stored`.
+        infixes: parts of wrappers taken out of the names in `stored`, with the number of names that have each.
+        n_taken: number of parts taken out in total.
+        faults: mismatches by kind, as an error lists them.
+        refusal: the library's own error for a tensor that it would merge or split.
+    """
+
+    prefix: str
+    stored: dict[str, str] = field(default_factory=dict)
+    others: dict[str, str | None] = field(default_factory=dict)
+    twice: list[tuple[str, str]] = field(default_factory=list)
+    infixes: Counter[str] = field(default_factory=Counter)
+    n_taken: int = 0
+    faults: dict[str, list[Any]] = field(default_factory=dict)
+    refusal: AnalysisError | None = None
+
+    @property
+    def fits(self) -> bool:
+        """Whether all of the network's tensors are there, with their shapes and types."""
+        return self.refusal is None and not any(self.faults.values())
+
+    @property
+    def rank(self) -> tuple[int, ...]:
+        """Sort key, best first: most of the network found, most names unchanged, least taken off."""
+        n_exact = sum(full == self.prefix + name for name, full in self.stored.items())
+        n_wrong = len(self.faults["misshaped"]) + len(self.faults["mistyped"])
+        return n_wrong - len(self.stored), -n_exact, self.n_taken, len(self.prefix)
+
+
 class _Own:
     """A network's own names, and the conversion of a file's names into them."""
 
-    def __init__(self, network: nn.Module, family: ModuleType, ties: Ties) -> None:
+    def __init__(self, network: nn.Module, family: Family, ties: Ties) -> None:
         self._ties = ties
         self._renaming = [
             (f"{path}." if path else "", module)
@@ -197,10 +198,10 @@ class _Own:
         parts = {part for name in self.state for part in name.split(".")}
         self._wrappers = _WRAPPERS - parts
         self._places = {name.split(".")[0] for name in self.state} | {name for name, _ in network.named_children()}
-        self._rename: Callable[[str], str] = family.stored_names(network) if hasattr(family, "stored_names") else str
-        self._leaves_out: Callable[[str], bool] = (
-            family.leaves_out(network) if hasattr(family, "leaves_out") else lambda _: False
-        )
+        self._rename: Callable[[str], str] = str
+        self._leaves_out: Callable[[str], bool] = lambda _: False
+        if isinstance(family, OwnLoading):
+            self._rename, self._leaves_out = family.stored_names(network), family.leaves_out(network)
         self._computed = {name for name, _ in network.named_buffers()} - set(self.state)
         self.n_required = sum(not self._optional(name) and name not in ties.first for name in self.state)
 
@@ -324,18 +325,18 @@ def _require_one_of_each(chosen: _Candidate, copies: Collection[str], same: Same
         if other not in copies and not same(full, other):
             raise AnalysisError(
                 "checkpoint-mismatch",
-                f"The file's tensors {full!r} and {other!r} would be the same one of the network's, and differ.",
+                f"The file's tensors {full!r} and {other!r} differ, but are the same tensor of the network.",
                 reason="ambiguous",
                 candidates=[full, other],
             )
 
 
 def _ambiguous(prefixes: list[str]) -> AnalysisError:
-    shown = ", ".join(repr(prefix) if prefix else "no prefix at all" for prefix in prefixes[:_MAX_LISTED])
+    shown = ", ".join(repr(prefix) if prefix else "'' (no prefix)" for prefix in prefixes[:_MAX_LISTED])
     return AnalysisError(
         "checkpoint-mismatch",
-        f"The file holds {len(prefixes)} whole sets of the network's tensors, and they differ: behind {shown}. Push it "
-        "again with the one that is meant as its `prefix`.",
+        f"The file holds {len(prefixes)} complete sets of the network's tensors that differ, with prefixes {shown}. "
+        "Push it again with the right one as its `prefix`.",
         reason="ambiguous",
         candidates=prefixes[:_MAX_LISTED],
     )
@@ -343,10 +344,10 @@ def _ambiguous(prefixes: list[str]) -> AnalysisError:
 
 def _mismatch(chosen: _Candidate, own: _Own, header: Mapping[str, Entry]) -> AnalysisError:
     counts = ", ".join(f"{len(entries)} {what}" for what, entries in chosen.faults.items() if entries)
-    behind = f", behind {chosen.prefix!r}" if chosen.prefix else ""
+    behind = f" with the prefix {chosen.prefix!r}" if chosen.prefix else ""
     return AnalysisError(
         "checkpoint-mismatch",
-        f"Of the {len(own.state)} tensors of the architecture and the {len(header)} of the file{behind}: {counts}.",
+        f"The architecture has {len(own.state)} tensors, the file {len(header)}{behind}; they do not match: {counts}.",
         **{what: entries[:_MAX_LISTED] for what, entries in chosen.faults.items()},
         **{f"n_{what}": len(entries) for what, entries in chosen.faults.items()},
     )

@@ -5,13 +5,13 @@ A file may hold the tensor under any of them, or under several. Where these diff
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from ..errors import AnalysisError
+from .family import Family, OwnLoading
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Ties:
     separable: Collection[str]
 
     @classmethod
-    def of(cls, network: nn.Module, family: ModuleType) -> "Ties":
+    def of(cls, network: nn.Module, family: Family) -> "Ties":
         """Return the ties of a network, by its parameters' identity; by its library's table where it has one."""
-        library: Mapping[str, str] = family.ties(network) if hasattr(family, "ties") else {}
+        library: Mapping[str, str] = family.ties(network) if isinstance(family, OwnLoading) else {}
         groups: dict[int, list[str]] = {}
         for name, parameter in network.named_parameters(remove_duplicate=False):
             groups.setdefault(id(parameter), []).append(name)

@@ -68,8 +68,8 @@ def head(network: nn.Module, description: Mapping[str, Any]) -> str | None:
         names = [name_of(network, module) for module in classifier]
         raise AnalysisError(
             "head-not-found",
-            f"{description['name']} has {len(names)} heads ({', '.join(map(str, names))}), whose mean it gives; its "
-            "logits are no one head's.",
+            f"{description['name']} averages the logits of {len(names)} heads ({', '.join(map(str, names))}); a "
+            "network must have one head.",
             candidates=names,
         )
     return name_of(network, classifier) if isinstance(classifier, nn.Module) else None

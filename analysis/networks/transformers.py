@@ -110,6 +110,7 @@ def stored_names(network: nn.Module) -> Callable[[str], str]:
     state, prefix = network.state_dict(), network.base_model_prefix
 
     def rename(stored: str) -> str:
+        """Return the network's name of a stored tensor."""
         name, converter = rename_source_key(stored, renamings, converters, prefix, state)
         if name not in state and stored in state:
             return stored
@@ -138,6 +139,7 @@ def leaves_out(network: nn.Module) -> Callable[[str], bool]:
     layers = {f"{name}." for name, module in network.named_modules() if module._parameters and not module._modules}
 
     def passes_over(name: str) -> bool:
+        """Return whether the library ignores a further tensor of this name."""
         within = any(name[: at + 1] in layers for at, character in enumerate(name) if character == ".")
         return not within or expected.search(name) is not None
 
@@ -191,13 +193,14 @@ def _take_batches(network: nn.Module, single: str) -> None:
     names = [name for name in inspect.signature(network.forward).parameters if name not in ("labels", "kwargs")]
 
     def spread(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Turn the one batch into keyword arguments of the network."""
         if len(args) != 1:
             return args, kwargs
         batch = dict(args[0]) if isinstance(args[0], Mapping) else {single: args[0]}
         if unknown := sorted(set(batch) - set(names)):
             raise AnalysisError(
                 "inputs-refused",
-                f"{type(network).__name__} takes {', '.join(names)}; the probe has {', '.join(unknown)} too.",
+                f"{type(network).__name__} takes {', '.join(names)}; the probe also has {', '.join(unknown)}.",
                 unknown=unknown,
             )
         if "input_ids" in batch:
@@ -232,7 +235,7 @@ def _whole(ids: Tensor) -> Tensor:
     whole = ids.long()
     # A probe's plain `inputs` are float32, in which every id below 2^24 is exact.
     if type(ids) is Tensor and not bool((whole == ids).all()):
-        raise AnalysisError("inputs-refused", "The network takes ids of tokens, which are whole numbers.")
+        raise AnalysisError("inputs-refused", "The inputs must be token ids, which are whole numbers.")
     return whole
 
 
@@ -240,6 +243,7 @@ def _within(name: str) -> Callable[[Any, tuple[Any, ...]], None]:
     """Return a hook that checks indices of an embedding, as an index out of range would end a GPU's whole process."""
 
     def check(module: Any, args: tuple[Any, ...]) -> None:
+        """Raise an error for an index without a row."""
         indices = args[0] if args else None
         # While a network is traced, its tensors have no values.
         if type(indices) is not Tensor or indices.is_meta or indices.numel() == 0:

@@ -33,6 +33,23 @@ _LOOKED_AT = 64
 
 
 @dataclass(frozen=True)
+class PassOptions:
+    """How a probe is passed through a network.
+
+    Attributes:
+        device: of the pass.
+        batch_size: samples at a time; None uses `batching.first_batch_size`.
+        precision: of the forward pass.
+        progress: called with phase `features` after every batch.
+    """
+
+    device: torch.device
+    batch_size: int | None = None
+    precision: Precision = "float32"
+    progress: Progress | None = None
+
+
+@dataclass(frozen=True)
 class Passed:
     """The result of passing one batch.
 
@@ -98,10 +115,7 @@ def extract_features(
         network,
         probe,
         lambda: _Samples(network, len(probe.labels), device, precision),
-        device=device,
-        batch_size=batch_size,
-        precision=precision,
-        progress=progress,
+        PassOptions(device, batch_size, precision, progress),
     )
     features, logits = samples.features, samples.logits
     # A linear head makes non-finite logits of non-finite features; `check_identity` covered any other head.
@@ -115,11 +129,7 @@ def pass_over(
     network: LoadedNetwork,
     probe: Probe,
     begin: Callable[[], CollectorType],
-    *,
-    device: torch.device,
-    batch_size: int | None,
-    precision: Precision,
-    progress: Progress | None,
+    options: PassOptions,
 ) -> tuple[CollectorType, int]:
     """Pass every sample of a probe through a network, in order.
 
@@ -127,10 +137,7 @@ def pass_over(
         network: moved to the device and left in evaluation mode.
         probe: its inputs are passed.
         begin: makes the collector; called again when the pass restarts.
-        device: the device of the pass.
-        batch_size: samples at a time; None uses `batching.first_batch_size`.
-        precision: of the forward pass.
-        progress: called with phase `features` after every batch.
+        options: of the pass.
 
     Returns:
         The collector, and the batch size of the pass: it is halved where memory runs out.
@@ -142,14 +149,14 @@ def pass_over(
     n = len(probe.labels)
     if n == 0:
         raise AnalysisError("invalid-probe", "The probe has no samples.")
-    module = _ready(network.module, device)
+    module = _ready(network.module, options.device)
     # Called in any case: it refuses a network that is random.
-    fitting = first_batch_size(module, probe, device=device, precision=precision)
-    size = min(batch_size or fitting, n)
+    fitting = first_batch_size(module, probe, device=options.device, precision=options.precision)
+    size = min(options.batch_size or fitting, n)
     while True:
         try:
             collector = begin()
-            _pass(module, network, probe, size, device, precision, progress, collector)
+            _pass(network, probe, size, options, collector)
             return collector, size
         except RuntimeError as error:
             if not _is_out_of_memory(error):
@@ -158,56 +165,8 @@ def pass_over(
         if size == 1:
             raise AnalysisError("out-of-memory", "Memory ran out with one input at a time.", batch_size=1)
         size //= 2
-        if device.type == "cuda":
+        if options.device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def _ready(module: nn.Module, device: torch.device) -> nn.Module:
-    """Move a network to the device, and set it to evaluation mode."""
-    # A path passes the same network at every point: setting the state again takes far longer than checking it.
-    training = away = False
-    for part in module.modules():
-        training |= part.training
-        away |= any(t is not None and t.device != device for t in (*part._parameters.values(), *part._buffers.values()))
-    if away:
-        module.to(device)
-    if training:
-        module.eval()
-    return module
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    # The first text is from the processor's allocator, the second from that of pinned memory.
-    told = ("not enough memory", "CUDA error: out of memory")
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in told)
-
-
-def _pass(
-    module: nn.Module,
-    network: LoadedNetwork,
-    probe: Probe,
-    size: int,
-    device: torch.device,
-    precision: Precision,
-    progress: Progress | None,
-    collector: Collector,
-) -> None:
-    n = len(probe.labels)
-    # Not inference mode: its tensors have no version counter, so writes into them go unnoticed.
-    with watching(network) as run, torch.no_grad(), arithmetic(device, precision):
-        done = 0
-        for batch in probe.batches(size, device=device):
-            before = _versions(each_input(batch))
-            passed = run(batch)
-            if _versions(each_input(batch)) != before:
-                raise _writes_into_inputs(batch)
-            rows = slice(done, done + n_samples(batch))
-            collector.take(rows, passed)
-            # Freed before the network computes the next batch.
-            del passed
-            done = rows.stop
-            if progress:
-                progress("features", done, n)
 
 
 @contextmanager
@@ -221,16 +180,19 @@ def watching(network: LoadedNetwork) -> Iterator[Callable[[Inputs], Passed]]:
     copying = False
 
     def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], given: Any) -> None:
+        """Record one call of the head."""
         received = args[0] if args else kwargs["input"]
         versions.extend(_versions((received, given)))
         calls.append((received.clone(), given.clone()) if copying else (received, given))
 
     def once(batch: Inputs) -> Any:
+        """Pass a batch and record the calls of the head."""
         calls.clear()
         versions.clear()
         return forward(network.module, batch)
 
     def run(batch: Inputs) -> Passed:
+        """Pass a batch; a second time with copies where the network writes into the head's tensors."""
         nonlocal copying
         before = _versions(each_input(batch))
         output = once(batch)
@@ -247,11 +209,6 @@ def watching(network: LoadedNetwork) -> Iterator[Callable[[Inputs], Passed]]:
         yield run
     finally:
         handle.remove()
-
-
-def _versions(tensors: Iterable[Any]) -> list[int | None]:
-    """Return how often each tensor was written into; None where this is not counted."""
-    return [t._version if isinstance(t, Tensor) and not t.is_inference() else None for t in tensors]
 
 
 def features_and_logits(
@@ -291,21 +248,6 @@ def features_and_logits(
     return features, logits
 
 
-class _Samples:
-    """Collects features and logits, one row a sample."""
-
-    def __init__(self, network: LoadedNetwork, n: int, device: torch.device, precision: Precision) -> None:
-        n_classes, n_features = network.weight.shape
-        self.features = torch.empty(n, n_features, device=device)
-        self.logits = torch.empty(n, n_classes, device=device)
-        self._network, self._precision = network, precision
-
-    def take(self, rows: slice, passed: Passed) -> None:
-        first = rows.start == 0
-        found = features_and_logits(self._network, passed, self._precision, first=first)
-        self.features[rows], self.logits[rows] = found
-
-
 def gives_as_it_is(network: LoadedNetwork, output: Shaped[Tensor, "..."], given: Shaped[Tensor, "..."]) -> bool:
     """Return whether the logits are the unchanged output of a plain linear module, so that no check is needed."""
     plain = type(network.head) is nn.Linear
@@ -327,12 +269,104 @@ def forward(module: nn.Module, batch: Inputs) -> Any:
         ) from error
 
 
+def check_identity(
+    network: LoadedNetwork, features: Float[Tensor, "n d"], logits: Float[Tensor, "n c"], precision: Precision
+) -> None:
+    """Check that features are finite, and that features and head give the logits.
+
+    Raises:
+        AnalysisError: `non-finite-values`; `head-not-found` with the largest difference.
+    """
+    check_finite("features", features)
+    weight, bias = network.weight, network.bias
+    expected = features @ weight.T
+    lengths = torch.outer(features.norm(dim=1), weight.norm(dim=1))
+    if bias is not None:
+        expected, lengths = expected + bias, lengths + bias.abs()
+    difference = (logits - expected).abs()
+    # Non-finite logits are reported at the end of the pass.
+    wrong = (difference > _SAME_LOGITS[precision] * lengths) & difference.isfinite()
+    if bool(wrong.any()):
+        largest = float(difference[wrong].max())
+        raise not_the_head(
+            network,
+            f"The network's logits are up to {largest:.3g} from features x head + bias. It has a second head, or "
+            "changes the output of its head",
+            difference=largest,
+        )
+
+
+def not_the_head(network: LoadedNetwork, detail: str, **members: Any) -> AnalysisError:
+    """Return the error for a named head that does not give the logits."""
+    return AnalysisError("head-not-found", f"{detail} {network.head_name!r}.", head=network.head_name, **members)
+
+
+def _ready(module: nn.Module, device: torch.device) -> nn.Module:
+    """Move a network to the device, and set it to evaluation mode."""
+    # A path passes the same network at every point: setting the state again takes far longer than checking it.
+    training = away = False
+    for part in module.modules():
+        training |= part.training
+        away |= any(t is not None and t.device != device for t in (*part._parameters.values(), *part._buffers.values()))
+    if away:
+        module.to(device)
+    if training:
+        module.eval()
+    return module
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    # The first text is from the processor's allocator, the second from that of pinned memory.
+    told = ("not enough memory", "CUDA error: out of memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in told)
+
+
+def _pass(network: LoadedNetwork, probe: Probe, size: int, options: PassOptions, collector: Collector) -> None:
+    n = len(probe.labels)
+    # Not inference mode: its tensors have no version counter, so writes into them go unnoticed.
+    with watching(network) as run, torch.no_grad(), arithmetic(options.device, options.precision):
+        done = 0
+        for batch in probe.batches(size, device=options.device):
+            before = _versions(each_input(batch))
+            passed = run(batch)
+            if _versions(each_input(batch)) != before:
+                raise _writes_into_inputs(batch)
+            rows = slice(done, done + n_samples(batch))
+            collector.take(rows, passed)
+            # Freed before the network computes the next batch.
+            del passed
+            done = rows.stop
+            if options.progress:
+                options.progress("features", done, n)
+
+
+def _versions(tensors: Iterable[Any]) -> list[int | None]:
+    """Return how often each tensor was written into; None where this is not counted."""
+    return [t._version if isinstance(t, Tensor) and not t.is_inference() else None for t in tensors]
+
+
+class _Samples:
+    """Collects features and logits, one row a sample."""
+
+    def __init__(self, network: LoadedNetwork, n: int, device: torch.device, precision: Precision) -> None:
+        n_classes, n_features = network.weight.shape
+        self.features = torch.empty(n, n_features, device=device)
+        self.logits = torch.empty(n, n_classes, device=device)
+        self._network, self._precision = network, precision
+
+    def take(self, rows: slice, passed: Passed) -> None:
+        """Take features and logits of one batch."""
+        first = rows.start == 0
+        found = features_and_logits(self._network, passed, self._precision, first=first)
+        self.features[rows], self.logits[rows] = found
+
+
 def _head_call(
     calls: list[tuple[Any, Any]], network: LoadedNetwork, batch: Inputs
 ) -> tuple[Float[Tensor, "n t d"], Float[Tensor, "n t c"]]:
     """Return inputs and outputs of the head, for each token of each sample; most heads see one token."""
     if len(calls) != 1:
-        raise not_the_head(network, f"It ran {len(calls)} times for one batch, expected once, the head")
+        raise not_the_head(network, f"It must run once for a batch, not {len(calls)} times: the head")
     n, (n_classes, n_features) = n_samples(batch), network.weight.shape
     received, given = calls[0]
     if isinstance(received, Tensor) and isinstance(network.head, nn.Conv2d):
@@ -363,7 +397,9 @@ def _tokens_of_logits(
         tokens = _asked_tokens(network, batch, given)
         if tokens is not None and bool(equal.gather(1, tokens[:, None]).all()):
             return tokens
-    raise not_the_head(network, f"For each sample it runs on {given.shape[1]} tokens, none of which gives the logits,")
+    raise not_the_head(
+        network, f"None of the {given.shape[1]} tokens of a sample gives the logits: it must be the last module,"
+    )
 
 
 def _asked_tokens(network: LoadedNetwork, batch: Inputs, given: Float[Tensor, "n t c"]) -> Int64[Tensor, " n"] | None:
@@ -380,45 +416,13 @@ def _asked_tokens(network: LoadedNetwork, batch: Inputs, given: Float[Tensor, "n
     return tokens if known else None
 
 
-def check_identity(
-    network: LoadedNetwork, features: Float[Tensor, "n d"], logits: Float[Tensor, "n c"], precision: Precision
-) -> None:
-    """Check that features are finite, and that features and head give the logits.
-
-    Raises:
-        AnalysisError: `non-finite-values`; `head-not-found` with the largest difference.
-    """
-    check_finite("features", features)
-    weight, bias = network.weight, network.bias
-    expected = features @ weight.T
-    lengths = torch.outer(features.norm(dim=1), weight.norm(dim=1))
-    if bias is not None:
-        expected, lengths = expected + bias, lengths + bias.abs()
-    difference = (logits - expected).abs()
-    # Non-finite logits are reported at the end of the pass.
-    wrong = (difference > _SAME_LOGITS[precision] * lengths) & difference.isfinite()
-    if bool(wrong.any()):
-        largest = float(difference[wrong].max())
-        raise not_the_head(
-            network,
-            f"The network's logits are up to {largest:.3g} from features x head + bias. It has a second head, or does "
-            "something to the output of its head",
-            difference=largest,
-        )
-
-
 def _writes_into_inputs(batch: Inputs) -> AnalysisError:
     return AnalysisError(
         "inputs-refused",
-        f"The network writes into its inputs of shape {_shape(batch)}, which the next pass takes again; expected one "
-        "that leaves them as they are, and works on a copy: x = x.clone().",
+        f"The network writes into its inputs of shape {_shape(batch)}, which the next pass needs unchanged; it must "
+        "work on a copy: x = x.clone().",
         input_shape=_shape(batch),
     )
-
-
-def not_the_head(network: LoadedNetwork, detail: str, **members: Any) -> AnalysisError:
-    """Return the error for a named head that does not give the logits."""
-    return AnalysisError("head-not-found", f"{detail} {network.head_name!r}.", head=network.head_name, **members)
 
 
 def _shape(batch: Inputs) -> Any:

@@ -19,6 +19,7 @@ from ..probes.probe import Probe
 from ..probes.sequences import IGNORED
 from .extraction import (
     Passed,
+    PassOptions,
     Progress,
     check_identity,
     forward,
@@ -69,10 +70,7 @@ def extract_positions(
         network,
         probe,
         lambda: _Collected(network, probe.labels, device, precision),
-        device=device,
-        batch_size=batch_size,
-        precision=precision,
-        progress=progress,
+        PassOptions(device, batch_size, precision, progress),
     )
     check_finite("features", collected.features)
     check_finite("logits", collected.loss)
@@ -106,6 +104,7 @@ class _Collected:
         self._done, self._looked_back = 0, False
 
     def take(self, rows: slice, passed: Passed) -> None:
+        """Take the positions with labels of one batch."""
         output, received, given = passed.output, passed.received, passed.given
         network, n_vocabulary = self._network, len(self._network.weight)
         labels = self._labels[rows].to(received.device)

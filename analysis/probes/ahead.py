@@ -22,6 +22,7 @@ def sent_ahead(parts: Iterable[Inputs], device: torch.device) -> Iterator[Inputs
     computed: deque[torch.cuda.Event] = deque()
 
     def send(part: Inputs) -> tuple[Inputs, torch.cuda.Event]:
+        """Start the copy of a part, and return the event of its end."""
         with torch.cuda.stream(copies):
             return each(part, lambda t: t.pin_memory().to(device, non_blocking=True)), copies.record_event()
 

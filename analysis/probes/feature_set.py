@@ -10,6 +10,22 @@ from torch import Tensor
 from ..measures.entropy import check_finite
 from ..measures.predictions import Predictions, joined, predictions_of, rows_at_a_time
 
+#: Numbers of the splits in a set's `split`.
+SPLITS = {"train": 0, "test": 1}
+
+
+def rows_of_splits(split: Integer[Tensor, " n"] | None, n: int) -> dict[str, Int64[Tensor, " _"]]:
+    """Return the rows of `all` samples and of each split that has samples, in order, on the processor.
+
+    Args:
+        split: numbers of SPLITS, on any device; None for a set without splits.
+        n: number of samples.
+    """
+    rows = {"all": torch.arange(n)}
+    if split is not None:
+        rows |= {name: (split.cpu() == number).nonzero()[:, 0] for name, number in SPLITS.items()}
+    return {name: chosen for name, chosen in rows.items() if len(chosen)}
+
 
 @dataclass(frozen=True)
 class Vocabulary:
@@ -79,12 +95,6 @@ class FeatureSet:
             parts.append(predictions_of(logits, self.labels[part]))
         return joined(parts)
 
-    def _logits(self, rows: slice) -> Float[Tensor, "m c"]:
-        if self.logits is not None:
-            return self.logits[rows]
-        logits = self.features[rows].double() @ self.head.double().T
-        return logits if self.head_bias is None else logits + self.head_bias.double()
-
     def take(self, rows: Int64[Tensor, " m"]) -> "FeatureSet":
         """Return only the samples of these rows, in their order."""
         return replace(
@@ -95,3 +105,9 @@ class FeatureSet:
             split=None if self.split is None else self.split[rows],
             predictions=None if self.predictions is None else self.predictions.take(rows),
         )
+
+    def _logits(self, rows: slice) -> Float[Tensor, "m c"]:
+        if self.logits is not None:
+            return self.logits[rows]
+        logits = self.features[rows].double() @ self.head.double().T
+        return logits if self.head_bias is None else logits + self.head_bias.double()

@@ -208,7 +208,7 @@ def _of_8_bits(image: Image.Image, content: bytes, where: str) -> Image.Image:
     if image.mode in _DEEP_MODES:
         raise AnalysisError(
             "invalid-probe",
-            f"{where} has pixels of 32 bits or with a sign (mode {image.mode}), and nothing says which number is "
+            f"{where} has pixels of 32 bits or with a sign (mode {image.mode}), without a defined value of "
             "white; save it with 8 or 16 bits a channel.",
         )
     if image.mode == "RGBA" and content.startswith(_PNG_START) and content[25] == _PNG_GREY_AND_ALPHA:
@@ -270,7 +270,7 @@ def _differing(where: str, shape: tuple[int, ...], first: tuple[int, ...]) -> An
     return AnalysisError(
         "invalid-probe",
         f"{where} is {size} (channels, height, width); the first image is {expected}. Give the probe or the checkpoint "
-        "a preprocess with resize and crop, and a colour where grey and coloured images meet.",
+        "a preprocess with resize and crop, and a colour if it has both grey and coloured images.",
         expected=list(first),
         found=list(shape),
     )

@@ -38,10 +38,12 @@ def each_input(inputs: Inputs) -> Iterable[Shaped[Tensor, "..."]]:
 
 
 def samples(inputs: Inputs, start: int, stop: int) -> Inputs:
+    """Return the samples from start up to stop."""
     return each(inputs, lambda tensor: tensor[start:stop])
 
 
 def each(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
+    """Return the inputs with each tensor changed."""
     if isinstance(inputs, Tensor):
         return change(inputs)
     return {name: change(tensor) for name, tensor in inputs.items()}

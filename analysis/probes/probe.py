@@ -124,14 +124,6 @@ class Probe:
         return {name: _prepared_as(name, tensor, self.preprocess) for name, tensor in inputs.items()}
 
 
-def _decoded(images: Images) -> UInt8[Tensor, "n c h w"]:
-    pixels = torch.empty(images.shape, dtype=torch.uint8)
-    rows = max(CHUNK_ELEMENTS // prod(images.shape[1:]), 1)
-    for start, batch in zip(range(0, len(pixels), rows), images.batches(rows), strict=True):
-        pixels[start : start + len(batch)] = batch
-    return pixels
-
-
 def stratified_rows(
     labels: Integer[Tensor, " n"],
     split: Integer[Tensor, " n"] | None,
@@ -170,12 +162,23 @@ def stratified_rows(
     rank = torch.arange(len(labels)) - starts
     rows = by_stratum[rank < torch.repeat_interleave(taken, counts)].sort().values
     if len(torch.unique(labels[rows])) < least_classes:
-        raise AnalysisError("invalid-argument", f"{n_samples} samples of this probe are of one class; ask for more.")
+        raise AnalysisError(
+            "invalid-argument", f"The {n_samples} samples drawn from this probe are of one class; request more samples."
+        )
     return rows
 
 
 def prepared_batch(batch: Shaped[Tensor, "n ..."], preprocess: Preprocess | None) -> Float32[Tensor, "n ..."]:
+    """Return a batch in float32, preprocessed if requested."""
     return batch.to(torch.float32) if preprocess is None else preprocess(batch)
+
+
+def _decoded(images: Images) -> UInt8[Tensor, "n c h w"]:
+    pixels = torch.empty(images.shape, dtype=torch.uint8)
+    rows = max(CHUNK_ELEMENTS // prod(images.shape[1:]), 1)
+    for start, batch in zip(range(0, len(pixels), rows), images.batches(rows), strict=True):
+        pixels[start : start + len(batch)] = batch
+    return pixels
 
 
 def _stays_integer(name: str, tensor: Shaped[Tensor, "..."]) -> bool:

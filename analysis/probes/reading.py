@@ -70,7 +70,7 @@ def load_probe(
     if "inputs" in tensors and named:
         raise AnalysisError(kind, f"The file holds inputs and {', '.join(named)}; it must be one or the other.")
     if named and not set(_MAIN_NAMES) & set(named):
-        raise AnalysisError(kind, f"Beside {', '.join(named)} the file needs {' or '.join(_MAIN_NAMES)}.")
+        raise AnalysisError(kind, f"With {', '.join(named)} the file must also hold {' or '.join(_MAIN_NAMES)}.")
     given = named or {"inputs": _required(tensors, "inputs", kind)}
     n = len(next(iter(given.values()))) if all(t.ndim for t in given.values()) else 0
     for name, tensor in given.items():
@@ -90,17 +90,6 @@ def load_probe(
         if tensor.is_floating_point() or scaled is not None:
             _require_finite(name, tensor, partial(prepared_batch, preprocess=scaled))
     return probe
-
-
-def _check_inputs(name: str, tensor: Shaped[Tensor, "..."], n: int) -> None:
-    if tensor.dtype not in (*_FLOATING, *_INTEGER, torch.bool):
-        raise AnalysisError("invalid-probe", f"{name} must be numbers of 8 to 64 bits, not {tensor.dtype}.")
-    if tensor.ndim < 2 or tensor.numel() == 0:
-        raise AnalysisError("invalid-probe", f"{name} must be (N, ...) and not empty, not {list(tensor.shape)}.")
-    if len(tensor) != n:
-        raise AnalysisError("invalid-probe", f"{name} has {len(tensor)} samples; the other inputs have {n}.")
-    if name == "input_ids" and tensor.is_floating_point():
-        raise AnalysisError("invalid-probe", f"input_ids must be integers, not {tensor.dtype}.")
 
 
 def load_feature_set(path: Path) -> FeatureSet:
@@ -149,6 +138,17 @@ def load_feature_set(path: Path) -> FeatureSet:
     )
 
 
+def _check_inputs(name: str, tensor: Shaped[Tensor, "..."], n: int) -> None:
+    if tensor.dtype not in (*_FLOATING, *_INTEGER, torch.bool):
+        raise AnalysisError("invalid-probe", f"{name} must be numbers of 8 to 64 bits, not {tensor.dtype}.")
+    if tensor.ndim < 2 or tensor.numel() == 0:
+        raise AnalysisError("invalid-probe", f"{name} must be (N, ...) and not empty, not {list(tensor.shape)}.")
+    if len(tensor) != n:
+        raise AnalysisError("invalid-probe", f"{name} has {len(tensor)} samples; the other inputs have {n}.")
+    if name == "input_ids" and tensor.is_floating_point():
+        raise AnalysisError("invalid-probe", f"input_ids must be integers, not {tensor.dtype}.")
+
+
 def _read(path: Path, format: str, names: Sequence[str], kind: Kind) -> dict[str, Tensor]:
     """Return those of the named tensors that the file holds."""
     try:
@@ -185,7 +185,7 @@ def _labels(tensors: dict[str, Tensor], n: int, n_classes: int | None, kind: Kin
     if smallest < 0 or largest >= n_classes:
         raise AnalysisError(kind, f"labels must be 0 to {n_classes - 1}, not {smallest} to {largest}.")
     if smallest == largest:
-        raise AnalysisError(kind, f"All {n} samples are of the class {smallest}; two classes are the least.")
+        raise AnalysisError(kind, f"All {n} samples are of the class {smallest}; there must be at least two classes.")
     return labels, n_classes
 
 

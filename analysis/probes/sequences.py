@@ -69,15 +69,15 @@ def next_token_labels(
     if len(tokens) == 0:
         raise AnalysisError(
             "invalid-probe",
-            f"No position of the {len(input_ids)} sequences has a next token: each sequence has one token, is padding "
-            "after it, or has no label there.",
+            f"No position of the {len(input_ids)} sequences has a next token: each has one token, only padding after, "
+            "or no label.",
         )
     lowest, highest = int(tokens.min()), int(tokens.max())
     if lowest < 0 or highest >= n_vocabulary:
         raise AnalysisError(
             "invalid-probe",
-            f"The tokens to be predicted run from {lowest} to {highest}; the network's vocabulary has {n_vocabulary}, "
-            f"so 0 to {n_vocabulary - 1} fit, and {IGNORED} in labels where nothing is to be predicted.",
+            f"The tokens to predict run from {lowest} to {highest}; with the network's vocabulary of {n_vocabulary} "
+            f"they must be 0 to {n_vocabulary - 1}, or {IGNORED} in labels for positions without a prediction.",
             n_vocabulary=n_vocabulary,
             lowest_label=lowest,
             highest_label=highest,
@@ -85,7 +85,7 @@ def next_token_labels(
     if lowest == highest:
         raise AnalysisError(
             "invalid-probe",
-            f"All {len(tokens)} positions are followed by the token {lowest}; two classes are the least.",
+            f"All {len(tokens)} positions are followed by the token {lowest}; there must be at least two classes.",
         )
     labels = torch.full(input_ids.shape, IGNORED, dtype=torch.int32)
     labels[:, :-1][kept] = tokens.int()

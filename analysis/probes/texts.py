@@ -81,7 +81,7 @@ def tokenise(
         if length <= added:
             raise AnalysisError(
                 "invalid-probe",
-                f"{length} tokens of a text are kept and {added} added to it: nothing of it would be left.",
+                f"At most {length} tokens of a text are kept, and {added} special tokens added: nothing is left of it.",
             )
         tokenizer.enable_truncation(length, direction=truncation.get("direction", "right"))
         ids, n_truncated = _encode(tokenizer, texts)
@@ -97,7 +97,8 @@ def tokenise(
     if len(ids) * longest > _MOST_TOKENS:
         raise AnalysisError(
             "invalid-probe",
-            f"{len(ids)} texts padded to {longest} tokens are more than can be held; options.samples takes fewer.",
+            f"{len(ids)} texts padded to {longest} tokens do not fit the limit of {_MOST_TOKENS} tokens; "
+            "options.samples takes fewer texts.",
         )
     pad_id = _pad_id(tokenizer, padding, config, any_padding) if shortest < longest else None
     return Tokens(*_padded(ids, longest, pad_id or 0, padding.get("direction")), length, pad_id, n_truncated)
@@ -121,7 +122,7 @@ def _encode(tokenizer: Tokenizer, texts: Iterable[str]) -> tuple[list[npt.NDArra
     while chunk := list(islice(remaining, _TEXTS_AT_A_TIME)):
         for encoding in tokenizer.encode_batch(chunk):
             if not encoding.ids:
-                raise AnalysisError("invalid-probe", f"The tokenizer makes no token of the text number {len(ids)}.")
+                raise AnalysisError("invalid-probe", f"The tokenizer returns no token for text number {len(ids)}.")
             n_truncated += bool(encoding.overflowing)
             ids.append(np.array(encoding.ids, np.int32))
     if not ids:
@@ -148,5 +149,5 @@ def _pad_id(tokenizer: Tokenizer, padding: Mapping[str, Any], config: Mapping[st
     raise AnalysisError(
         "invalid-probe",
         "Texts differ in length, and neither the network's config (pad_token_id) nor the tokenizer (padding, or a "
-        f"token named {', '.join(_PADDING_TOKENS)}) says what pads them.",
+        f"token named {', '.join(_PADDING_TOKENS)}) defines the token that pads them.",
     )

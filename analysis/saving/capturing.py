@@ -15,15 +15,16 @@ from torch import Tensor, nn
 
 from ..errors import AnalysisError
 from ..measures.entropy import check_finite
+from ..measures.labels import check_labels
 from ..networks.loading import LoadedNetwork
 from ..passes.extraction import features_and_logits, watching
 from ..passes.precision import arithmetic
+from ..probes.feature_set import SPLITS
 from ..probes.inputs import Inputs
 from .checkpoint import unwrapped, write_feature_file
 
 # Keys of the labels in dictionaries from loaders.
 _LABELS = ("labels", "label", "targets", "target")
-_SPLITS = {"train": 0, "test": 1}
 
 
 def capture_features(
@@ -61,14 +62,16 @@ def capture_features(
     place = torch.device(device or ("cpu" if parameter is None else parameter.device))
     network = _network(plain, head)
     loaders: Mapping[str, Iterable[Any]] = loader if isinstance(loader, Mapping) else {"all": loader}
-    if isinstance(loader, Mapping) and not (loader and set(loader) <= set(_SPLITS)):
-        raise AnalysisError("invalid-argument", f"Loaders are named train and test, not {', '.join(loader) or 'none'}.")
+    if isinstance(loader, Mapping) and not (loader and set(loader) <= set(SPLITS)):
+        raise AnalysisError(
+            "invalid-argument", f"Loaders must be named train and test, not {', '.join(loader) or 'none'}."
+        )
     parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     with _evaluating(plain), torch.no_grad(), arithmetic(place):
         for name, batches in loaders.items():
             for batch in batches:
                 features, logits, labels = _of_batch(network, batch, place)
-                parts.append((features, logits, labels, torch.full_like(labels, _SPLITS.get(name, 0))))
+                parts.append((features, logits, labels, torch.full_like(labels, SPLITS.get(name, 0))))
     if not parts:
         raise AnalysisError("invalid-feature-set", "The loader gave no batch.")
     names = ("features", "logits", "labels", "split")
@@ -93,6 +96,7 @@ class _Called(nn.Module):
         self.model = model
 
     def forward(self, batch: Inputs) -> Any:
+        """Return the model's logits, which it may give as an attribute or an entry of its output."""
         output = self.model(batch) if isinstance(batch, Tensor) else self.model(**batch)
         if isinstance(output, Mapping):
             return output.get("logits")
@@ -132,8 +136,8 @@ def _of_batch(
     if labels.shape != (len(features),) or labels.is_floating_point():
         raise AnalysisError(
             "invalid-feature-set",
-            f"Labels are whole numbers, one a sample; these are {labels.dtype} of shape {[*labels.shape]} "
-            f"for {len(features)} samples.",
+            f"Labels must be whole numbers, one for each of {len(features)} samples, not {labels.dtype} of shape "
+            f"{[*labels.shape]}.",
         )
     # Copies: a model may reuse one output tensor for every batch.
     return features.to("cpu", copy=True), logits.to("cpu", copy=True), labels.cpu().long()
@@ -154,7 +158,7 @@ def _taken_apart(batch: Any) -> tuple[Tensor | dict[str, Tensor], Tensor]:
     what = f"a dictionary of {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else type(batch).__name__
     raise AnalysisError(
         "invalid-feature-set",
-        f"A batch is (inputs, labels), or a dictionary with one of {', '.join(_LABELS)}; this one is {what}.",
+        f"A batch must be (inputs, labels), or a dictionary with one of {', '.join(_LABELS)}, not {what}.",
     )
 
 
@@ -173,9 +177,4 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 def _check(tensors: Mapping[str, Tensor]) -> None:
     for name in ("features", "logits", "head"):
         check_finite(name, tensors[name])
-    lowest, highest, n_classes = int(tensors["labels"].min()), int(tensors["labels"].max()), len(tensors["head"])
-    if lowest < 0 or highest >= n_classes:
-        raise AnalysisError(
-            "invalid-feature-set",
-            f"The labels run from {lowest} to {highest}; the head has {n_classes} rows, so 0 to {n_classes - 1} fit.",
-        )
+    check_labels(tensors["labels"], len(tensors["head"]), "invalid-feature-set")

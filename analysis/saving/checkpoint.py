@@ -80,7 +80,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     for name, value in model.state_dict().items():
         if not isinstance(value, Tensor):
             raise ConversionError(
-                f"{name!r} of the model's state is a {type(value).__name__}, and a checkpoint holds tensors alone."
+                f"{name!r} of the model's state is a {type(value).__name__}; a checkpoint holds only tensors."
             )
         if value.is_meta:
             raise ConversionError(f"{name!r} is on the meta device: it has a shape and no values.")

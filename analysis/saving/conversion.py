@@ -91,6 +91,45 @@ def read_weights(path: Path, *, key: str | None = None) -> Weights:
         raise ConversionError(f"{shown(name)} {error}.") from None
 
 
+def write_safetensors(
+    tensors: Mapping[str, Shaped[Tensor, "..."]], path: Path, *, architecture: Mapping[str, Any] | None = None
+) -> None:
+    """Write weights as a checkpoint that the service accepts.
+
+    Args:
+        tensors: by name; tensors that share memory, such as tied weights, are written once each.
+        path: target file.
+        architecture: description of the network; if given it is embedded and need not be sent separately.
+
+    Raises:
+        ConversionError: a tensor has no plain form, being sparse or quantised, or safetensors lacks its type.
+    """
+    for name, tensor in tensors.items():
+        if tensor.layout is not torch.strided or tensor.is_quantized:
+            raise ConversionError(f"{name!r} is sparse or quantised; write it as a plain tensor first.")
+    # Copies, as views into one storage would be refused or include all of it; not on a GPU, which may be full.
+    plain = {
+        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
+    metadata = {"format": "pt"} | ({} if architecture is None else {"architecture": json.dumps(architecture)})
+    part = path.with_name(f"{path.name}.part")
+    try:
+        save_file(plain, part, metadata=metadata)
+        part.replace(path)
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise ConversionError(f"safetensors cannot hold these tensors: {' '.join(str(error).split())}.") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def shown(name: str) -> str:
+    """Return an untrusted name for a message: in quotes, printable, and with its middle cut out if it is long."""
+    if len(name) > _LONGEST_NAME:
+        name = f"{name[: _LONGEST_NAME // 2]}...{name[-_LONGEST_NAME // 4 :]}"
+    return repr(name)
+
+
 def _opened(path: Path, stack: ExitStack) -> tuple[Any, int]:
     """Return the content of a file or folder, and its number of bytes."""
     if not path.is_dir():
@@ -102,7 +141,7 @@ def _opened(path: Path, stack: ExitStack) -> tuple[Any, int]:
     for file in files:
         shard = stack.enter_context(open_torch_file(file))
         if (entries := _entries(shard)) is None:
-            raise NotTorchError(f"has {shown(file.name)}, which holds no names with tensors")
+            raise NotTorchError(f"has {shown(file.name)}, which holds no mapping from names to tensors")
         content |= entries
     return content, sum(file.stat().st_size for file in files)
 
@@ -147,7 +186,7 @@ def _chosen(name: str, content: Any, key: str | None, most_bytes: int) -> Weight
     n_bytes = sum(plan.n_bytes for plan in plans.values())
     if n_bytes > most_bytes:
         raise ConversionError(
-            f"{shown(name)} is damaged: its tensors would have {n_bytes} bytes, far more than it has."
+            f"{shown(name)} is damaged: its tensors would have {n_bytes} bytes, far more than the file."
         )
     tensors = {place: plan.read() for place, plan in plans.items()}
     left_out = {
@@ -158,38 +197,6 @@ def _chosen(name: str, content: Any, key: str | None, most_bytes: int) -> Weight
         entries = _entries(content) or {}
         left_out |= {_key(place): _kind(value) for place, value in entries.items() if place != top}
     return Weights(tensors, key, left_out, [place for place in found if place and place != key])
-
-
-def write_safetensors(
-    tensors: Mapping[str, Shaped[Tensor, "..."]], path: Path, *, architecture: Mapping[str, Any] | None = None
-) -> None:
-    """Write weights as a checkpoint that the service accepts.
-
-    Args:
-        tensors: by name; tensors that share memory, such as tied weights, are written once each.
-        path: target file.
-        architecture: description of the network; if given it is embedded and need not be sent separately.
-
-    Raises:
-        ConversionError: a tensor has no plain form, being sparse or quantised, or safetensors lacks its type.
-    """
-    for name, tensor in tensors.items():
-        if tensor.layout is not torch.strided or tensor.is_quantized:
-            raise ConversionError(f"{name!r} is sparse or quantised; write it as a plain tensor first.")
-    # Copies, as views into one storage would be refused or include all of it; not on a GPU, which may be full.
-    plain = {
-        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        for name, tensor in tensors.items()
-    }
-    metadata = {"format": "pt"} | ({} if architecture is None else {"architecture": json.dumps(architecture)})
-    part = path.with_name(f"{path.name}.part")
-    try:
-        save_file(plain, part, metadata=metadata)
-        part.replace(path)
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise ConversionError(f"safetensors cannot hold these tensors: {' '.join(str(error).split())}.") from None
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _entries(value: Any) -> dict[Any, Any] | None:
@@ -298,10 +305,3 @@ def _key(key: Any) -> str:
 
 def _place(key: Any) -> str:
     return shown(_key(key))
-
-
-def shown(name: str) -> str:
-    """Return an untrusted name for a message: in quotes, printable, and with its middle cut out if it is long."""
-    if len(name) > _LONGEST_NAME:
-        name = f"{name[: _LONGEST_NAME // 2]}...{name[-_LONGEST_NAME // 4 :]}"
-    return repr(name)

@@ -23,17 +23,6 @@ METADATA = ".metadata"
 _MODULE = "torch.distributed.checkpoint.metadata"
 
 
-@dataclass(frozen=True)
-class _Part:
-    """A part of a tensor: its offsets in the tensor, its shape, and the position of its bytes."""
-
-    offsets: tuple[int, ...]
-    shape: tuple[int, ...]
-    file: Path
-    start: int
-    n_bytes: int
-
-
 @contextmanager
 def open_distributed(folder: Path) -> Iterator[dict[str, Any]]:
     """Open a folder of torch.distributed.checkpoint; its tensors can be read inside the block.
@@ -52,7 +41,7 @@ def open_distributed(folder: Path) -> Iterator[dict[str, Any]]:
         raise NotTorchError(f"is damaged: of its {METADATA}, {error}") from None
     entries, places = metadata.get("state_dict_metadata"), metadata.get("storage_data")
     if not isinstance(entries, dict) or not isinstance(places, dict):
-        raise NotTorchError(f"has a {METADATA} that is none of torch.distributed.checkpoint")
+        raise NotTorchError(f"has a {METADATA} that is not from torch.distributed.checkpoint")
     where = _where(folder, places)
     paths = metadata.get("planner_data")
     content: dict[str, Any] = {}
@@ -61,6 +50,17 @@ def open_distributed(folder: Path) -> Iterator[dict[str, Any]]:
             held = _tensor(name, entry, where) if entry.name == f"{_MODULE}.TensorStorageMetadata" else entry
             _put(content, paths.get(name) if isinstance(paths, dict) else None, name, held)
     yield content
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A part of a tensor: its offsets in the tensor, its shape, and the position of its bytes."""
+
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    n_bytes: int
 
 
 def _where(folder: Path, places: dict[Any, Any]) -> dict[tuple[str, tuple[int, ...]], tuple[Path, int, int]]:
@@ -73,7 +73,7 @@ def _where(folder: Path, places: dict[Any, Any]) -> dict[tuple[str, tuple[int, .
         if offset is None or not isinstance(name, str):
             continue
         if not (isinstance(file, str) and isinstance(start, int) and isinstance(n_bytes, int)):
-            raise NotTorchError(f"is damaged: its {METADATA} does not say where a part lies")
+            raise NotTorchError(f"is damaged: its {METADATA} lacks the place of a part")
         if at.get("transform_descriptors"):
             raise NotTorchError("is packed by an extension of torch.distributed.checkpoint; load and save it without")
         if Path(file).name != file:
@@ -86,7 +86,7 @@ def _tensor(name: str, entry: Inert, where: dict[tuple[str, tuple[int, ...]], tu
     state = _state(entry)
     shape, dtype, chunks = sizes_of(state.get("size")), _dtype(state.get("properties")), state.get("chunks")
     if shape is None or dtype is None or not isinstance(chunks, list):
-        raise NotTorchError(f"is damaged: its {METADATA} does not say what {name[:200]!r} is")
+        raise NotTorchError(f"is damaged: its {METADATA} does not describe {name[:200]!r}")
     parts = []
     for chunk in map(_state, chunks):
         offsets, sizes = sizes_of(chunk.get("offsets")), sizes_of(chunk.get("sizes"))
@@ -107,7 +107,7 @@ def _joined(name: str, dtype: torch.dtype, shape: tuple[int, ...], parts: list[_
     for part in parts:
         read = _read(part)
         if not isinstance(read, TensorPlan) or read.shape != part.shape or read.dtype != dtype:
-            raise NotTorchError(f"is damaged: {part.file.name} does not hold the part of {name[:200]!r} that it should")
+            raise NotTorchError(f"is damaged: {part.file.name} holds another part of {name[:200]!r} than expected")
         place = tuple(slice(first, first + size) for first, size in zip(part.offsets, part.shape, strict=True))
         tensor[place] = read.read()
     return tensor

@@ -94,7 +94,7 @@ def read_pickle(file: OpenFile, *, references: list[Reference] | None = None, mo
     except PickleError:
         raise
     except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, MemoryError):
-        raise PickleError("it is no complete pickle") from None
+        raise PickleError("it is not a complete pickle") from None
     return machine.result
 
 
@@ -108,11 +108,13 @@ class _Bounded:
         self._file = file
 
     def read(self, n_bytes: int) -> bytes:
+        """Read bytes; a number beyond the end of the file is an error."""
         if n_bytes > 8 and n_bytes > self._end - self._file.tell():
-            raise PickleError(f"it ends before {n_bytes} bytes that it announces")
+            raise PickleError(f"it announces {n_bytes} bytes and ends before them")
         return self._file.read(n_bytes)
 
     def readline(self) -> bytes:
+        """Read a line of limited length."""
         return self._file.readline(_LINE_BYTES)
 
 
@@ -128,6 +130,7 @@ class _Machine:
         self._left = most_steps
 
     def step(self, name: str, argument: Any) -> None:
+        """Apply one opcode."""
         self._spend(1)
         if name in _VALUES:
             self._stack.append(argument)
@@ -139,13 +142,13 @@ class _Machine:
             self._stack.append(self._memo[argument])
         elif name not in ("PROTO", "FRAME"):
             if name not in self._OPERATIONS:
-                raise PickleError(f"it has the opcode {name}, which files of weights have not")
+                raise PickleError(f"it has the opcode {name}, which no file of weights has")
             self._OPERATIONS[name](self, argument)
 
     def _spend(self, steps: int) -> None:
         self._left -= steps
         if self._left < 0:
-            raise PickleError("it takes more steps than a file of weights does")
+            raise PickleError("it takes more steps than any file of weights")
 
     # --- the stack ---
 
@@ -230,7 +233,7 @@ class _Machine:
     def _stack_global(self, _: Any) -> None:
         name, module = self._stack.pop(), self._stack.pop()
         if not (isinstance(name, str) and isinstance(module, str)):
-            raise PickleError("it names something by what is no text")
+            raise PickleError("it has a name that is not text")
         self._stack.append(Name(f"{module}.{name}"))
 
     def _extension(self, code: int) -> None:

@@ -109,6 +109,17 @@ def read_torch_file(file: OpenFile) -> Any:
     raise NotTorchError(_other_file(start))
 
 
+def sizes_of(value: Any) -> tuple[int, ...] | None:
+    """Return a shape or strides as a tuple; None for any other value."""
+    if isinstance(value, Inert) and value.name == "torch.Size" and value.arguments:
+        value = value.arguments[0]
+    if not isinstance(value, list | tuple) or len(value) > _MOST_RANK:
+        return None
+    if not all(type(size) is int and 0 <= size < 2**48 for size in value):
+        return None
+    return tuple(value)
+
+
 _BEGINNINGS = {
     b"\x89HDF": "is HDF5, as Keras writes it, and not a file of torch.save",
     b"GGUF": "is GGUF, whose weights are quantised for llama.cpp, and not a file of torch.save",
@@ -124,7 +135,7 @@ def _other_file(start: bytes) -> str:
     if start[257:262] == b"ustar":
         return "is a tar: unpack it first; what PyTorch before 0.1.10 wrote such a PyTorch must load and save again"
     found = (words for beginning, words in _BEGINNINGS.items() if start.startswith(beginning))
-    return next(found, "is no file of torch.save, which is a zip or a pickle" if start else "is empty")
+    return next(found, "is not a file of torch.save, which is a zip or a pickle" if start else "is empty")
 
 
 # --- the zip ----------------------------------------------------------------------------------------------------------
@@ -134,7 +145,7 @@ def _read_zip(file: OpenFile) -> Any:
     try:
         archive = zipfile.ZipFile(file)
     except (*_BROKEN_ZIP, OSError):
-        raise NotTorchError("is a zip that is not whole") from None
+        raise NotTorchError("is an incomplete zip") from None
     members = {info.filename: info for info in archive.infolist()}
     pickles = [name for name in members if name == "data.pkl" or name.endswith("/data.pkl")]
     root = min(pickles, key=len).removesuffix("data.pkl") if pickles else ""
@@ -148,7 +159,7 @@ def _read_zip(file: OpenFile) -> Any:
         raise NotTorchError(
             "is an archive of torch.export, a program around its weights: save torch.export.load(FILE).state_dict()"
             if exported
-            else "is a zip, but none of torch.save: it holds no data.pkl"
+            else "is a zip, but not from torch.save: it holds no data.pkl"
         )
     order = "little"
     if (name := f"{root}byteorder") in members:
@@ -159,12 +170,14 @@ def _read_zip(file: OpenFile) -> Any:
     loaded: dict[tuple[str, torch.dtype], bytearray] = {}
 
     def storage(id_: Any) -> Storage | None:
+        """Return the storage of a persistent id; None for other ids."""
         if (found := _announced(id_)) is None:
             return None
         key, dtype, n_numbers = found
         name = f"{root}data/{key}"
 
         def read(dtype: torch.dtype) -> bytearray:
+            """Return the numbers of the storage, as a type."""
             if name not in members:
                 raise NotTorchError(f"lacks the numbers of a tensor ({name[:200]!r} in its zip)")
             if (name, dtype) not in loaded:
@@ -195,7 +208,7 @@ def _member(file: OpenFile, archive: zipfile.ZipFile, info: zipfile.ZipInfo, mos
     except _BROKEN_ZIP:
         raise NotTorchError(f"is damaged: {info.filename[:200]!r} in its zip cannot be read") from None
     if len(content) < info.file_size or not header.startswith(b"PK\x03\x04") or info.flag_bits & 1:
-        raise NotTorchError(f"is damaged: {info.filename[:200]!r} in its zip is not whole")
+        raise NotTorchError(f"is damaged: {info.filename[:200]!r} in its zip is incomplete")
     return content
 
 
@@ -216,7 +229,7 @@ def _read_legacy(file: OpenFile) -> Any:
     """Read magic number, protocol, the machine's description, the content, keys of storages, and these one by one."""
     if (read_pickle(file), read_pickle(file)) != (_MAGIC, _PROTOCOL):
         raise NotTorchError(
-            "is a pickle, but none of torch.save. Where you trust it, load it and save the weights alone: "
+            "is a pickle, but not from torch.save. If you trust it, load it and save the weights alone: "
             "torch.save(state_dict, 'weights.pt')"
         )
     read_pickle(file)
@@ -229,6 +242,7 @@ def _read_legacy(file: OpenFile) -> Any:
     loaded: dict[str, bytearray] = {}
 
     def storage(id_: Any) -> Storage | None:
+        """Return the storage of a persistent id; None for other ids."""
         if (found := _announced(id_)) is None:
             return None
         key, dtype, n_numbers = found
@@ -239,6 +253,7 @@ def _read_legacy(file: OpenFile) -> Any:
                 first, n_numbers = start, size
 
         def read(dtype: torch.dtype) -> bytearray:
+            """Return the numbers of the storage, as a type."""
             if key not in spans:
                 raise NotTorchError("lacks the numbers of a tensor")
             if key not in loaded:
@@ -292,6 +307,7 @@ def _with_tensors(content: Any, storage: Callable[[Any], Storage | None]) -> Any
     made: dict[int, tuple[Inert, Any]] = {}
 
     def tensor(value: Any) -> Any:
+        """Return the plan of a tensor; other values as they are."""
         if isinstance(value, Inert) and value.name in _REBUILD:
             if id(value) not in made:
                 made[id(value)] = value, _rebuilt(value, storage)
@@ -373,7 +389,7 @@ def _plain(value: Inert, storage: Callable[[Any], Storage | None]) -> TensorPlan
             return NoPlainTensor("of an unknown type", sizes)
         of = replace(of, dtype=dtype, n_numbers=of.n_numbers * of.dtype.itemsize // dtype.itemsize)
     if any(isinstance(entry, dict) and any(entry.values()) for entry in rest if _is_marked(entry)):
-        return NoPlainTensor("conjugated or negated by a mark alone", sizes)
+        return NoPlainTensor("conjugated or negated only by a mark", sizes)
     last = first + sum((size - 1) * step for size, step in zip(sizes, steps, strict=True))
     if first < 0 or (0 not in sizes and last >= of.n_numbers):
         return NoPlainTensor("damaged: it reaches beyond its numbers", sizes)
@@ -397,17 +413,6 @@ def _read(of: Storage, first: int, sizes: tuple[int, ...], steps: tuple[int, ...
         return torch.empty(sizes, dtype=of.dtype)
     numbers = torch.frombuffer(content, dtype=of.dtype, count=n_numbers)
     return numbers.as_strided(sizes, steps, first)
-
-
-def sizes_of(value: Any) -> tuple[int, ...] | None:
-    """Return a shape or strides as a tuple; None for any other value."""
-    if isinstance(value, Inert) and value.name == "torch.Size" and value.arguments:
-        value = value.arguments[0]
-    if not isinstance(value, list | tuple) or len(value) > _MOST_RANK:
-        return None
-    if not all(type(size) is int and 0 <= size < 2**48 for size in value):
-        return None
-    return tuple(value)
 
 
 # By the name of torch's function: the kind of tensor that it makes, and the index of the shape argument.

@@ -129,51 +129,6 @@ def weight_matching(
     return Alignment(tuple(permutations), sweeps, gain)
 
 
-def _improve(
-    axes: Sequence[tuple[str, int]], fixed: State, moved: dict[str, Tensor]
-) -> tuple[Int64[Tensor, " n"], float]:
-    """Return the best permutation of one group with all others fixed, applied to `moved`, and its gain."""
-    products = sum((_products(fixed[name], moved[name], dim) for name, dim in axes), start=torch.zeros(()))
-    _, columns = linear_sum_assignment(products.numpy(), maximize=True)
-    found = torch.from_numpy(columns)
-    if torch.equal(found, torch.arange(len(found))):
-        return found, 0.0
-    names = {name for name, _ in axes}
-    before = {name: moved[name] for name in names}
-    # A tensor with the group on two axes makes the objective quadratic: the assignment is then only a guess.
-    after = permuted(before, [PermutationGroup(len(found), tuple(axes))], [found])
-    gain = sum(_gain(fixed[name], before[name], after[name]) for name in names)
-    if gain <= 0:
-        return torch.arange(len(found)), 0.0
-    moved.update(after)
-    return found, gain
-
-
-def _length(tensor: Float[Tensor, "..."]) -> float:
-    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
-
-
-def _products(fixed: Float[Tensor, "..."], moved: Float[Tensor, "..."], dim: int) -> Float64[Tensor, "n n"]:
-    """Return inner products of each unit of one tensor with each of the other, a few parameters of a unit at a time."""
-    fixed, moved = _rows(fixed, dim), _rows(moved, dim)
-    size = len(fixed)
-    found = torch.zeros(size, size, dtype=torch.float64)
-    columns = max(_CHUNK // size, 1)
-    for a, b in zip(torch.split(fixed, columns, dim=1), torch.split(moved, columns, dim=1), strict=True):
-        found.addmm_(a.double(), b.double().T)
-    return found
-
-
-def _gain(fixed: Float[Tensor, "..."], before: Float[Tensor, "..."], after: Float[Tensor, "..."]) -> float:
-    """Return the increase of a tensor's inner product with the other network's."""
-    pieces = zip(*(torch.split(tensor.flatten(), _CHUNK) for tensor in (fixed, before, after)), strict=True)
-    return sum(float(a.double() @ (c.double() - b.double())) for a, b, c in pieces)
-
-
-def _rows(tensor: Float[Tensor, "..."], dim: int) -> Float[Tensor, "n m"]:
-    return tensor.movedim(dim, 0).flatten(1) if tensor.ndim > 1 else tensor[:, None]
-
-
 def permuted(
     state: State, groups: Sequence[PermutationGroup], permutations: Sequence[Int64[Tensor, " _"]]
 ) -> dict[str, Shaped[Tensor, "..."]]:
@@ -232,7 +187,52 @@ def check_same_function(before: Float[Tensor, "... c"], after: Float[Tensor, "..
         raise AnalysisError(
             "alignment-failed",
             f"Permuting hidden units changed the logits by {share:.2g} of the largest; at most {_SAME:g} is rounding. "
-            "The network computes with the order of its units in a way that was not noticed.",
+            "The network depends on the order of its units in a way that the alignment does not detect.",
             change=share,
         )
     return share
+
+
+def _improve(
+    axes: Sequence[tuple[str, int]], fixed: State, moved: dict[str, Tensor]
+) -> tuple[Int64[Tensor, " n"], float]:
+    """Return the best permutation of one group with all others fixed, applied to `moved`, and its gain."""
+    products = sum((_products(fixed[name], moved[name], dim) for name, dim in axes), start=torch.zeros(()))
+    _, columns = linear_sum_assignment(products.numpy(), maximize=True)
+    found = torch.from_numpy(columns)
+    if torch.equal(found, torch.arange(len(found))):
+        return found, 0.0
+    names = {name for name, _ in axes}
+    before = {name: moved[name] for name in names}
+    # A tensor with the group on two axes makes the objective quadratic: the assignment is then only a guess.
+    after = permuted(before, [PermutationGroup(len(found), tuple(axes))], [found])
+    gain = sum(_gain(fixed[name], before[name], after[name]) for name in names)
+    if gain <= 0:
+        return torch.arange(len(found)), 0.0
+    moved.update(after)
+    return found, gain
+
+
+def _length(tensor: Float[Tensor, "..."]) -> float:
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
+
+
+def _products(fixed: Float[Tensor, "..."], moved: Float[Tensor, "..."], dim: int) -> Float64[Tensor, "n n"]:
+    """Return inner products of each unit of one tensor with each of the other, a few parameters of a unit at a time."""
+    fixed, moved = _rows(fixed, dim), _rows(moved, dim)
+    size = len(fixed)
+    found = torch.zeros(size, size, dtype=torch.float64)
+    columns = max(_CHUNK // size, 1)
+    for a, b in zip(torch.split(fixed, columns, dim=1), torch.split(moved, columns, dim=1), strict=True):
+        found.addmm_(a.double(), b.double().T)
+    return found
+
+
+def _gain(fixed: Float[Tensor, "..."], before: Float[Tensor, "..."], after: Float[Tensor, "..."]) -> float:
+    """Return the increase of a tensor's inner product with the other network's."""
+    pieces = zip(*(torch.split(tensor.flatten(), _CHUNK) for tensor in (fixed, before, after)), strict=True)
+    return sum(float(a.double() @ (c.double() - b.double())) for a, b, c in pieces)
+
+
+def _rows(tensor: Float[Tensor, "..."], dim: int) -> Float[Tensor, "n m"]:
+    return tensor.movedim(dim, 0).flatten(1) if tensor.ndim > 1 else tensor[:, None]

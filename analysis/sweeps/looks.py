@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import AnalysisError
 from ..evaluation import EvaluationOptions, capture
+from ..networks.loading import LoadedNetwork
 from ..probes.probe import Probe, stratified_rows
 from ..probes.sequences import IGNORED
 from .paths import LOOKS, Path, next_look, recalibrate
@@ -41,7 +42,6 @@ def look(
     *,
     device: torch.device,
     options: EvaluationOptions,
-    batch_size: int,
     recalibrating: bool,
     progress: Callable[[int, int], None] | None = None,
 ) -> Look:
@@ -51,8 +51,7 @@ def look(
         path: it is moved.
         probe: a part of it is passed, in proportion to classes and splits.
         device: the device of the passes.
-        options: of the following evaluations; `seed` draws the part.
-        batch_size: of these evaluations.
+        options: of the following evaluations, with their batch size; `seed` draws the part.
         recalibrating: whether normalisation statistics are recomputed between the ends, here from the same part.
         progress: called with the number of points done and the total.
 
@@ -65,13 +64,17 @@ def look(
     Numerics: as an evaluation's loss. Cost: at most 290 passes over max(min(batch_size, 512), n / 16, 32) samples, for
         a large probe that of 18 passes over all of it.
     """
-    part = probe.take(_rows(probe, batch_size, options.seed))
+    assert options.batch_size is not None, "evaluations before a look have chosen one"
+    part = probe.take(_rows(probe, options.batch_size, options.seed))
     seen: dict[float, float] = {}
     while (w := next_look(seen)) is not None:
         try:
-            seen[w] = _loss(path, part, w, device, options, batch_size, recalibrating)
+            network = path.move_to(w)
+            if recalibrating and w not in (0.0, 1.0):
+                recalibrate(network, part, device=device, batch_size=options.batch_size, precision=options.precision)
+            seen[w] = _loss(network, part, device, options)
         except AnalysisError as error:
-            raise AnalysisError(error.kind, f"Looked at w {w:.15g}: {error.detail}", **error.members) from error
+            raise AnalysisError(error.kind, f"Loss at w = {w:.15g}: {error.detail}", **error.members) from error
         if progress:
             progress(len(seen), max(LOOKS, len(seen)))
     return Look(seen, len(part.labels))
@@ -90,17 +93,6 @@ def _rows(probe: Probe, batch_size: int, seed: int) -> Int64[Tensor, " m"]:
     return fitting[drawn]
 
 
-def _loss(
-    path: Path,
-    part: Probe,
-    w: float,
-    device: torch.device,
-    options: EvaluationOptions,
-    batch_size: int,
-    recalibrating: bool,
-) -> float:
-    network = path.move_to(w)
-    if recalibrating and w not in (0.0, 1.0):
-        recalibrate(network, part, device=device, batch_size=batch_size, precision=options.precision)
+def _loss(network: LoadedNetwork, part: Probe, device: torch.device, options: EvaluationOptions) -> float:
     feature_set, _ = capture(network, part, device=device, options=options)
     return float(feature_set.to(device).network_predictions().loss.mean())

@@ -109,8 +109,8 @@ def require_variances(network: LoadedNetwork, w: float) -> None:
     if negative:
         raise AnalysisError(
             "invalid-argument",
-            f"Extrapolation makes {negative} of the network's running variances negative, so that it computes nothing. "
-            "Ask with normalisation recalibrate, which takes them anew at each point, or closer to the ends.",
+            f"Extrapolation makes {negative} of the network's running variances negative, so outputs are undefined. "
+            "Use normalisation recalibrate, which recomputes them at each point, or points closer to the ends.",
             argument="extrapolate",
             n_negative=negative,
         )
@@ -148,12 +148,13 @@ def recalibrate(
     if not layers:
         return 0
     if len(probe.labels) < 2:
-        raise AnalysisError("invalid-probe", "Statistics are taken anew from two samples or more; the probe has one.")
+        raise AnalysisError("invalid-probe", "Recalibration needs at least two samples; the probe has one.")
     momenta = [layer.momentum for layer in layers]
     seen = dict.fromkeys(layers, 0)
     n = 0
 
     def weigh(layer: nn.modules.batchnorm._BatchNorm, _: object) -> None:
+        """Set the share of this batch among all samples that the layer has seen."""
         # Counted by layer: a layer that runs twice on a batch has seen it twice.
         seen[layer] += n
         layer.momentum = n / seen[layer]
@@ -174,18 +175,6 @@ def recalibrate(
             layer.momentum = momentum
             layer.eval()
     return len(layers)
-
-
-def _mixed(probe: Probe, batch_size: int, device: torch.device) -> Iterator[Inputs]:
-    """Yield the probe's batches in a fixed random order: files often hold samples class by class, and the variance
-    within batches of one class lacks that between classes. Images that are too large to be kept decoded come in the
-    order of their files, which are read from beginning to end."""
-    if isinstance(probe.inputs, Images):
-        yield from probe.batches(batch_size, device=device)
-        return
-    order = torch.randperm(len(probe.labels), generator=torch.Generator().manual_seed(0)).to(probe.labels.device)
-    for rows in torch.split(order, batch_size):
-        yield from probe.take(rows).batches(batch_size, device=device)
 
 
 @dataclass(frozen=True)
@@ -295,6 +284,46 @@ def next_point(
     return _next(_refine(seen), known)
 
 
+def peaks(losses: Mapping[float, float]) -> list[float]:
+    """Return the highest rises of a loss over its chord: separate rises, at most four, the highest first.
+
+    Args:
+        losses: by w, including 0 and 1.
+
+    Returns:
+        The w of local maxima that are at least half as high as the highest, with a dip to nine tenths of their own
+        height between each and the higher ones; empty if the loss nowhere rises over the chord.
+
+    >>> peaks({0.0: 0.0, 0.25: 3.0, 0.5: 0.0, 0.75: 2.0, 0.9: 1.0, 1.0: 0.0})
+    [0.25, 0.75]
+    """
+    ws = sorted(losses)
+    if len(ws) < 3:
+        return []
+    first, last = losses[0.0], losses[1.0]
+    rises = [losses[w] - ((1 - w) * first + w * last) for w in ws]
+    inner = [i for i in range(1, len(ws) - 1) if rises[i - 1] <= rises[i] >= rises[i + 1] and rises[i] > 0]
+    chosen: list[int] = []
+    for i in sorted(inner, key=lambda i: -rises[i]):
+        if rises[i] < _PEAK_SHARE * rises[(chosen or [i])[0]] or len(chosen) == _MOST_PEAKS:
+            break
+        if all(min(rises[min(i, other) : max(i, other) + 1]) < _DIP * rises[i] for other in chosen):
+            chosen.append(i)
+    return [ws[i] for i in chosen]
+
+
+def _mixed(probe: Probe, batch_size: int, device: torch.device) -> Iterator[Inputs]:
+    """Yield the probe's batches in a fixed random order: files often hold samples class by class, and the variance
+    within batches of one class lacks that between classes. Images that are too large to be kept decoded come in the
+    order of their files, which are read from beginning to end."""
+    if isinstance(probe.inputs, Images):
+        yield from probe.batches(batch_size, device=device)
+        return
+    order = torch.randperm(len(probe.labels), generator=torch.Generator().manual_seed(0)).to(probe.labels.device)
+    for rows in torch.split(order, batch_size):
+        yield from probe.take(rows).batches(batch_size, device=device)
+
+
 def _next(asked: Generator[float, float, None], known: Mapping[float, float]) -> float | None:
     """Return the first requested w that is not known; None when no more are requested."""
     try:
@@ -343,34 +372,6 @@ def _is_resolved(losses: Mapping[float, float]) -> bool:
     up, down = (top - low) / left, (top - high) / right
     slope, bend = (up * right - down * left) / (left + right), (up + down) / (left + right)
     return min(low, high) >= _SAME_RISE * top and slope**2 <= 4 * bend * _SETTLED
-
-
-def peaks(losses: Mapping[float, float]) -> list[float]:
-    """Return the highest rises of a loss over its chord: separate rises, at most four, the highest first.
-
-    Args:
-        losses: by w, including 0 and 1.
-
-    Returns:
-        The w of local maxima that are at least half as high as the highest, with a dip to nine tenths of their own
-        height between each and the higher ones; empty if the loss nowhere rises over the chord.
-
-    >>> peaks({0.0: 0.0, 0.25: 3.0, 0.5: 0.0, 0.75: 2.0, 0.9: 1.0, 1.0: 0.0})
-    [0.25, 0.75]
-    """
-    ws = sorted(losses)
-    if len(ws) < 3:
-        return []
-    first, last = losses[0.0], losses[1.0]
-    rises = [losses[w] - ((1 - w) * first + w * last) for w in ws]
-    inner = [i for i in range(1, len(ws) - 1) if rises[i - 1] <= rises[i] >= rises[i + 1] and rises[i] > 0]
-    chosen: list[int] = []
-    for i in sorted(inner, key=lambda i: -rises[i]):
-        if rises[i] < _PEAK_SHARE * rises[(chosen or [i])[0]] or len(chosen) == _MOST_PEAKS:
-            break
-        if all(min(rises[min(i, other) : max(i, other) + 1]) < _DIP * rises[i] for other in chosen):
-            chosen.append(i)
-    return [ws[i] for i in chosen]
 
 
 def _beside(losses: Mapping[float, float], places: Sequence[float]) -> list[float]:

@@ -64,7 +64,9 @@ class Pruning:
             AnalysisError: `invalid-argument` for another sparsity.
         """
         if not 0 <= sparsity < 1:
-            raise AnalysisError("invalid-argument", f"A sparsity is in [0, 1), not {sparsity}.", argument="sparsity")
+            raise AnalysisError(
+                "invalid-argument", f"A sparsity must be in [0, 1), not {sparsity}.", argument="sparsity"
+            )
         flat = [weight.flatten() for weight in self.originals]
         groups = [torch.cat(flat)] if self.scope == "global" else flat
         pruned = [_without_least(group, _share(sparsity, len(group))) for group in groups]
@@ -73,6 +75,24 @@ class Pruning:
             weight.copy_(part.view_as(weight))
         self.network.weights_changed()
         return sum(_share(sparsity, len(group)) for group in groups)
+
+
+def knee(sparsities: Sequence[float], accuracies: Sequence[float]) -> float:
+    """Return the largest sparsity whose accuracy is within 1 point of that at sparsity 0.
+
+    Args:
+        sparsities: including 0.
+        accuracies: one for each, 0 to 1.
+
+    Returns:
+        The sparsity; accuracies below it may still be lower.
+
+    >>> knee([0.0, 0.5, 0.9], [0.95, 0.945, 0.7])
+    0.5
+    """
+    whole = dict(zip(sparsities, accuracies, strict=True))[0.0]
+    # Rounding of the difference must not matter: 0.95 - 0.94 is a little more than 0.01 in floating point.
+    return max(s for s, accuracy in zip(sparsities, accuracies, strict=True) if whole - accuracy <= _TOLERATED + 1e-12)
 
 
 def _prunable(network: LoadedNetwork, include_head: bool) -> list[Tensor]:
@@ -87,16 +107,16 @@ def _prunable(network: LoadedNetwork, include_head: bool) -> list[Tensor]:
             if weight is None:
                 raise AnalysisError(
                     "invalid-argument",
-                    f"The weight of {name!r} is made anew by each pass (weight_norm, spectral_norm, a mask of "
-                    "torch.nn.utils.prune), so that zeros would not stay. Take the reparametrisation off and save the "
-                    "network again.",
+                    f"The weight of {name!r} is recomputed in each pass (weight_norm, spectral_norm, a mask of "
+                    "torch.nn.utils.prune), so zeros would not stay. Remove the reparametrisation and save the network "
+                    "again.",
                     argument="checkpoint_id",
                     module=name,
                 )
             if include_head or weight is not head:
                 found[id(weight)] = weight.detach()
     if not found:
-        detail = "Beside its head the network has no linear or convolutional weights; include_head prunes the head."
+        detail = "The network has no linear or convolutional weights except its head; include_head prunes the head."
         raise AnalysisError("invalid-argument", detail, argument="include_head")
     return list(found.values())
 
@@ -125,21 +145,3 @@ def _without_least(weights: Tensor, count: int) -> Tensor:
     kept = torch.where(below, 0.0, weights)
     kept[ties] = 0.0
     return kept
-
-
-def knee(sparsities: Sequence[float], accuracies: Sequence[float]) -> float:
-    """Return the largest sparsity whose accuracy is within 1 point of that at sparsity 0.
-
-    Args:
-        sparsities: including 0.
-        accuracies: one for each, 0 to 1.
-
-    Returns:
-        The sparsity; accuracies below it may still be lower.
-
-    >>> knee([0.0, 0.5, 0.9], [0.95, 0.945, 0.7])
-    0.5
-    """
-    whole = dict(zip(sparsities, accuracies, strict=True))[0.0]
-    # Rounding of the difference must not matter: 0.95 - 0.94 is a little more than 0.01 in floating point.
-    return max(s for s, accuracy in zip(sparsities, accuracies, strict=True) if whole - accuracy <= _TOLERATED + 1e-12)

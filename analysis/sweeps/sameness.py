@@ -67,8 +67,8 @@ def require_same_function(
         words = [f"{one['member']} is {one['found']!r} where A has {one['expected']!r}" for one in differing[:5]]
         raise AnalysisError(
             "architectures-differ",
-            f"The two checkpoints are not of one network, and what lies between them would be of neither: "
-            f"{'; '.join(words)}. {len(differing)} differences in all.",
+            f"The two checkpoints are of different networks, so a path between them has no meaning: "
+            f"{'; '.join(words)}. There are {len(differing)} differences in all.",
             differing=differing[:20],
         )
 
@@ -139,7 +139,10 @@ def _are_same(first: nn.Module, second: nn.Module, batch: Inputs) -> bool:
 
 
 def _answer_alike(first: nn.Module, second: nn.Module, state: State, batch: Inputs, renew: Callable[[], None]) -> bool:
+    """Return whether two networks give the same outputs with the same weights."""
+
     def answer(module: nn.Module) -> Tensor | None:
+        """Return a network's output with these weights; None where it fails or gives no tensor."""
         renew()
         try:
             given = functional_call(module, dict(state), (batch,))

@@ -69,6 +69,7 @@ def _traced(module: nn.Module, state: dict[str, Tensor], example: Inputs) -> fx.
     forget(parts_that_keep(shell))
 
     def compute(tensors: dict[str, Tensor], inputs: Inputs) -> Any:
+        """Call the network with these tensors in place of its own."""
         # A tensor with two names is passed twice; its axes are tied below.
         return functional_call(shell, tensors, (inputs,), tie_weights=False)
 
@@ -80,7 +81,7 @@ def _traced(module: nn.Module, state: dict[str, Tensor], example: Inputs) -> fx.
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         raise AnalysisError(
             "alignment-failed",
-            f"The network cannot be traced, which says what units can be permuted: {reason} Ask for alignment none.",
+            f"The network cannot be traced to find the units that can be permuted: {reason} Use alignment none.",
         ) from error
 
 
@@ -92,26 +93,31 @@ class _Axes:
         self._blocked: list[bool] = []
 
     def new(self, count: int, *, blocked: bool = False) -> Axes:
+        """Return new axes, each a set of its own."""
         first = len(self._parents)
         self._parents += range(first, first + count)
         self._blocked += [blocked] * count
         return tuple(range(first, first + count))
 
     def root(self, axis: int) -> int:
+        """Return the representative of an axis's set."""
         while self._parents[axis] != axis:
             self._parents[axis] = axis = self._parents[self._parents[axis]]
         return axis
 
     def tie(self, first: int, second: int) -> None:
+        """Join the sets of two axes."""
         first, second = self.root(first), self.root(second)
         self._parents[second] = first
         self._blocked[first] |= self._blocked[second]
 
     def block(self, several: Sequence[int]) -> None:
+        """Block the sets of these axes."""
         for axis in several:
             self._blocked[self.root(axis)] = True
 
     def is_blocked(self, axis: int) -> bool:
+        """Return whether the axis's set is blocked."""
         return self._blocked[self.root(axis)]
 
 
@@ -125,6 +131,7 @@ class _Call:
         self.value: Any = node.meta.get("val")
 
     def axes(self, position: int) -> Axes:
+        """Return the axes of the tensor at a position."""
         return _flat(self.results[self.args[position]])
 
     def optional(self, position: int) -> Axes:
@@ -133,9 +140,11 @@ class _Call:
         return _flat(self.results[given]) if isinstance(given, fx.Node) else ()
 
     def shape(self, position: int) -> list[int]:
+        """Return the shape of the tensor at a position."""
         return list(self.args[position].meta["val"].shape)
 
     def get(self, position: int, default: Any = None) -> Any:
+        """Return the argument at a position, or the default."""
         return self.args[position] if position < len(self.args) else default
 
 

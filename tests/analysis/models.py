@@ -13,9 +13,14 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from analysis.probes.inputs import Inputs
+from analysis.probes.probe import Probe
+
 transformers.utils.logging.disable_progress_bar()
 
 N_CLASSES = 4
+# Samples of most probes.
+N = 7
 PAD = 1
 
 _IMAGE = {
@@ -127,12 +132,12 @@ TORCHVISION_MODELS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Saved:
-    """A model as its library has it, and what a client would send of it.
+    """A model in its library, and the files that a client would send.
 
     Attributes:
         architecture: the description.
         path: safetensors.
-        library: the library's own forward of a batch by name, its logits.
+        library: returns the library's own logits of a batch by name.
     """
 
     architecture: dict[str, Any]
@@ -141,12 +146,12 @@ class Saved:
 
 
 def images(n: int, side: int = 32) -> dict[str, Tensor]:
-    """Pixels at random."""
+    """Return random pixels."""
     return {"pixel_values": torch.randn(n, 3, side, side, generator=torch.Generator().manual_seed(1))}
 
 
 def texts(n: int) -> dict[str, Tensor]:
-    """Ids of 3 to 9 tokens, an end token and padding, and the mask that says so."""
+    """Return ids of 3 to 9 tokens, an end token and padding, and the mask of them."""
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(3, 50, (n, 10), generator=generator)
     lengths = torch.randint(3, 10, (n,), generator=generator)
@@ -157,7 +162,7 @@ def texts(n: int) -> dict[str, Tensor]:
 
 
 def saved_transformers(name: str, config: Mapping[str, Any], folder: Path, *, change: Any = None) -> Saved:
-    """A classifier with weights at random, saved by `save_pretrained` and loaded again by `from_pretrained`."""
+    """Save a classifier with random weights by `save_pretrained`, and load it again by `from_pretrained`."""
     task = "ImageClassification" if name in IMAGE_MODELS else "SequenceClassification"
     cls: Any = getattr(transformers, f"{name}For{task}")
     return _saved_pretrained(cls, cls.config_class(**config, num_labels=N_CLASSES), folder, change)
@@ -175,19 +180,19 @@ def _saved_pretrained(cls: Any, config: Any, folder: Path, change: Any) -> Saved
 
 
 def saved_language_model(name: str, folder: Path, *, change: Any = None) -> Saved:
-    """A causal language model with weights at random, saved by `save_pretrained` and loaded again."""
+    """Save a causal language model with random weights by `save_pretrained`, and load it again."""
     class_name, config = LANGUAGE_MODELS[name]
     cls: Any = getattr(transformers, class_name)
     return _saved_pretrained(cls, cls.config_class(**config), folder, change)
 
 
 def saved_timm(name: str, args: Mapping[str, Any], folder: Path) -> Saved:
-    """A network of timm with weights at random."""
+    """Save a network of timm with random weights."""
     return _saved("timm", name, args, timm.create_model(name, num_classes=N_CLASSES, **args), folder)
 
 
 def saved_torchvision(name: str, args: Mapping[str, Any], folder: Path) -> Saved:
-    """A network of torchvision with weights at random."""
+    """Save a network of torchvision with random weights."""
     quiet = {"init_weights": False} if name == "googlenet" else {}
     model = torchvision.models.get_model(name, weights=None, num_classes=N_CLASSES, **args, **quiet)
     return _saved("torchvision", name, args, model, folder)
@@ -202,7 +207,7 @@ def _saved(family: str, name: str, args: Mapping[str, Any], model: nn.Module, fo
 
 
 def at_random(model: nn.Module) -> None:
-    """Every parameter and running statistic away from its initial value; a layer neither dies nor explodes."""
+    """Move every parameter and running statistic away from its initial value, without dead or exploding layers."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -215,3 +220,8 @@ def at_random(model: nn.Module) -> None:
             elif name.endswith("running_var"):
                 buffer.copy_(torch.rand(buffer.shape, generator=generator) + 0.5)
     model.eval()
+
+
+def labelled(inputs: Inputs, n: int = N) -> Probe:
+    """Return a probe of n inputs with N_CLASSES classes in turn."""
+    return Probe(inputs, torch.arange(n) % N_CLASSES, None, N_CLASSES, None)

@@ -1,4 +1,4 @@
-"""Every number the naive way: whole N x N Gram matrices, explicit loops, NumPy in float64."""
+"""Every measure computed the naive way: whole N x N Gram matrices, explicit loops, NumPy in float64."""
 
 from dataclasses import dataclass
 
@@ -21,14 +21,14 @@ class Numbers:
 
 
 def entropy(gram: Array) -> float:
-    """- sum l log l over the eigenvalues of K/n."""
+    """Return - sum l log l over the eigenvalues of K/n."""
     eigenvalues = np.linalg.eigvalsh(gram / len(gram))
     positive = eigenvalues[eigenvalues > 1e-15]
     return float(-(positive * np.log(positive)).sum())
 
 
 def numbers(z: Array, v: Array) -> Numbers:
-    """Of pairs of rows, which are divided by their lengths."""
+    """Return entropies, MIR and HDR of pairs of rows, which are divided by their lengths."""
     z = z / np.linalg.norm(z, axis=1, keepdims=True)
     v = v / np.linalg.norm(v, axis=1, keepdims=True)
     first, second = z @ z.T, v @ v.T
@@ -39,13 +39,13 @@ def numbers(z: Array, v: Array) -> Numbers:
 
 
 def class_means(features: Array, labels: Labels) -> tuple[Array, Labels]:
-    """Means of the classes present, and their numbers."""
+    """Return the means of the classes present, and the numbers of these classes."""
     present = np.unique(labels)
     return np.stack([features[labels == c].mean(axis=0) for c in present]), present
 
 
 def interplay(features: Array, labels: Labels, head: Array, level: str, centring: str) -> Numbers:
-    """MIR and HDR at a level and centring, of vectors that all have a direction."""
+    """Return MIR and HDR at a level and centring, of vectors that all have a direction."""
     means, present = class_means(features, labels)
     if centring == "global":
         features, head = features - means.mean(axis=0), head - head.mean(axis=0)
@@ -54,7 +54,7 @@ def interplay(features: Array, labels: Labels, head: Array, level: str, centring
 
 
 def collapse(features: Array, labels: Labels, head: Array, predicted: Labels) -> dict[str, float]:
-    """NC1 to NC4, for d >= C - 1 and means of full rank."""
+    """Return NC1 to NC4, for d >= C - 1 and means of full rank."""
     means, present = class_means(features, labels)
     k = len(present)
     centred, rows = means - means.mean(axis=0), head - head.mean(axis=0)

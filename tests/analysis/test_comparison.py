@@ -1,4 +1,4 @@
-"""Comparisons: values against the evaluations themselves, standard errors against each other, tests by hand."""
+"""Comparisons: values against the evaluations, standard errors of the two methods against each other, tests by hand."""
 
 import doctest
 import math
@@ -22,7 +22,7 @@ QUICK = ComparisonOptions(null_permutations=0)
 
 
 def pair(seed: int, counts: list[int], d: int, *, shared: float = 0.8, split: bool = False) -> list[FeatureSet]:
-    """Two networks' features of the same samples, whose noise has a part in common."""
+    """Return two networks' features of the same samples, with a common part of the noise."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*size: int) -> Tensor:
@@ -42,13 +42,13 @@ def pair(seed: int, counts: list[int], d: int, *, shared: float = 0.8, split: bo
 
 
 def test_doctests() -> None:
-    """The examples in the docstrings hold."""
+    """The examples in the docstrings give the output shown."""
     assert doctest.testmod(module).failed == 0
     assert doctest.testmod(module).attempted > 0
 
 
 def test_values_are_those_of_the_evaluations() -> None:
-    """Both sides and every difference are exactly what two evaluations give, on each split."""
+    """Both sides and every difference equal those of two evaluations, on each split."""
     a, b = pair(0, [40, 30, 50], 6, split=True)
     comparison = compare(a, b, device=CPU)
     for entry, found in ((a, comparison.a), (b, comparison.b)):
@@ -70,7 +70,7 @@ def test_values_are_those_of_the_evaluations() -> None:
 
 
 def test_every_metric_of_a_split_is_compared() -> None:
-    """Every number of a split that is a measure has a difference; a field that is added is not forgotten."""
+    """Every measure of a split has a difference; a new field cannot be forgotten."""
     a, b = pair(0, [20, 30, 25], 5)
     split = compare(a, b, device=CPU, options=QUICK).splits["all"]
 
@@ -88,7 +88,7 @@ def test_every_metric_of_a_split_is_compared() -> None:
 
 
 def _for_given_sizes(a: FeatureSet, b: FeatureSet) -> dict[str, Spread]:
-    """Standard errors of the delta method where sizes of classes are what they are, as in resamples within classes."""
+    """Return standard errors of the delta method for given class sizes, as in resamples within classes."""
     sides = [(evaluate_features(entry, device=CPU, options=QUICK).splits["all"], entry) for entry in (a, b)]
     first, second = ((split, module._metrics(split), module._influences(entry, CPU)) for split, entry in sides)
     sizes = replace(Sizes.of(a.labels, tokens=False), drawn=False, given=True)
@@ -104,7 +104,7 @@ def _for_given_sizes(a: FeatureSet, b: FeatureSet) -> dict[str, Spread]:
     ],
 )
 def test_delta_and_bootstrap_agree(seed: int, counts: list[int], d: int) -> None:
-    """Both methods give the same standard errors within 15 % for the measures that people gate on."""
+    """Both methods give the same standard errors within 15 % for the measures used in gates."""
     a, b = pair(seed, counts, d)
     delta = compare(a, b, device=CPU, options=QUICK).splits["all"].differences
     given = _for_given_sizes(a, b)
@@ -123,7 +123,7 @@ def test_delta_and_bootstrap_agree(seed: int, counts: list[int], d: int) -> None
 
 
 def test_what_both_share_drops_out() -> None:
-    """A network that was moved a little differs far more surely than one that sees noise of its own."""
+    """A slightly changed network has smaller errors of the difference than one with noise of its own."""
     a, b = pair(5, [60, 60, 60], 6, shared=0.0)
     moved = replace(a, features=a.features + 0.05 * (b.features - a.features))
     errors = [
@@ -134,7 +134,7 @@ def test_what_both_share_drops_out() -> None:
 
 
 def test_a_network_beside_itself() -> None:
-    """Nothing differs, and nothing is significant; the mismatch of NC4 that never differs has no interval."""
+    """All differences are 0 and not significant; the mismatch of NC4, which never differs, has no interval."""
     a, _ = pair(0, [30, 20, 40], 5)
     split = compare(a, a, device=CPU, options=QUICK).splits["all"]
     for path, found in split.differences.items():
@@ -155,7 +155,7 @@ def test_a_network_beside_itself() -> None:
 @pytest.mark.parametrize("interval", ["delta", "bootstrap"])
 @pytest.mark.parametrize("dtype", [F64, torch.float32])
 def test_rounding_is_not_significant(dtype: torch.dtype, interval: Literal["delta", "bootstrap"]) -> None:
-    """A network beside itself with its hidden units rotated or in another order: only sums run otherwise."""
+    """A network against itself with rotated or reordered hidden units: only the order of sums differs."""
     a, _ = pair(0, [40] * 5, 12)
     a = replace(a, features=a.features.to(dtype), head=a.head.to(dtype), logits=a.network_logits())
     options = replace(QUICK, interval=interval, resamples=20)
@@ -170,7 +170,7 @@ def test_rounding_is_not_significant(dtype: torch.dtype, interval: Literal["delt
 
 
 def test_what_a_pinched_spectrum_leaves_open_is_not_significant() -> None:
-    """Units in another order draw other probes' signs: MIR moves within what is stated, farther than its interval."""
+    """Reordered units change the probes' signs: MIR moves within the stated error, and beyond its interval."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(3000) % 10
     means = torch.randn(10, 128, generator=generator, dtype=F64)
@@ -190,7 +190,7 @@ def test_what_a_pinched_spectrum_leaves_open_is_not_significant() -> None:
 
 
 def test_the_errors_of_both_spectra_are_what_a_difference_is_held_against() -> None:
-    """The larger of both, in nats for entropies, and rounding in the size of the value."""
+    """The threshold is the larger of both errors, in nats for entropies, plus rounding in the size of the value."""
     a, b = pair(0, [40] * 3, 6)
     found = compare(a, b, device=CPU, options=QUICK)
     loose = {"a": 0.5, "b": 0.2}
@@ -223,7 +223,7 @@ def test_the_errors_of_both_spectra_are_what_a_difference_is_held_against() -> N
 
 
 def test_small_losses_and_collapse_are_told_apart() -> None:
-    """NC1 of 1e-9 beside 4e-9 and a loss of 1e-7 beside another are no rounding."""
+    """Differences between NC1 of 1e-9 and 4e-9, and between losses near 1e-7, are not rounding."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(300) % 3
     means = torch.randn(3, 6, generator=generator, dtype=F64)
@@ -240,7 +240,7 @@ def test_small_losses_and_collapse_are_told_apart() -> None:
 
 
 def test_scales_beyond_squares_are_compared() -> None:
-    """Features of 1e200 differ from others exactly as much as those of 1."""
+    """Features of size 1e200 have the same differences as those of size 1."""
     a, b = pair(1, [30, 30, 40], 5)
     a, b = (replace(entry, logits=entry.network_logits()) for entry in (a, b))
     found = compare(a, b, device=CPU, options=QUICK).splits["all"].differences
@@ -252,7 +252,7 @@ def test_scales_beyond_squares_are_compared() -> None:
 
 
 def test_intervals_near_a_kink() -> None:
-    """Where the entropies of features and head are the same within their error, MIR and HDR may be of either side."""
+    """If the entropies of features and head are equal within their error, MIR and HDR may lie on either side."""
     a, b = pair(7, [50, 50, 50], 4)
     # Features that are their head rows but for noise: H(K1) and H(K2) nearly the same.
     near = replace(a, features=a.head[a.labels] + 0.05 * (a.features - a.features.mean(dim=0)))
@@ -271,7 +271,7 @@ def test_intervals_near_a_kink() -> None:
 
 
 def test_counts_of_predictions() -> None:
-    """The four counts and the agreement, on samples that were made to measure."""
+    """The four counts and the agreement, on constructed samples."""
     labels = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
     of_a = torch.tensor([0, 0, 0, 1, 1, 1, 0, 0])
     of_b = torch.tensor([0, 0, 1, 0, 1, 0, 1, 0])
@@ -294,7 +294,7 @@ def test_counts_of_predictions() -> None:
 
 @pytest.mark.parametrize(("only_a", "only_b"), [(0, 5), (3, 12), (10, 10), (40, 60), (0, 1)])
 def test_mcnemar_by_the_binomial(only_a: int, only_b: int) -> None:
-    """Twice the tail of a fair coin, at most 1."""
+    """The p value is twice the tail of a fair coin, at most 1."""
     n = only_a + only_b
     tail = sum(math.comb(n, k) for k in range(min(only_a, only_b) + 1)) / 2**n
     assert mcnemar_p(only_a, only_b) == pytest.approx(min(1.0, 2 * tail), rel=1e-9)
@@ -302,7 +302,7 @@ def test_mcnemar_by_the_binomial(only_a: int, only_b: int) -> None:
 
 @pytest.mark.parametrize(("discordant", "confidence"), [(6, 0.95), (25, 0.95), (200, 0.99)])
 def test_smallest_difference_is_found_so_often(discordant: int, confidence: float) -> None:
-    """Networks that differ by it are told apart in 8 of 10 probes, in a simulation of McNemar's exact test."""
+    """A simulation of McNemar's exact test finds a difference of this size in 8 of 10 probes."""
     n = 2000
     d = smallest_difference(n, discordant, confidence=confidence)
     assert d is not None
@@ -316,7 +316,7 @@ def test_smallest_difference_is_found_so_often(discordant: int, confidence: floa
 
 @pytest.mark.parametrize("confidence", [0.5, 0.8, 0.95, 0.99])
 def test_smallest_difference_never_contradicts_the_test(confidence: float) -> None:
-    """Measured differences of at least that size are significant; where it is None nothing is, else something."""
+    """Measured differences of at least that size are significant; if it is None, no difference is."""
     for discordant in range(80):
         smallest = smallest_difference(500, discordant, confidence=confidence)
         significant = [
@@ -331,7 +331,7 @@ def test_smallest_difference_never_contradicts_the_test(confidence: float) -> No
 
 
 def _like(a: FeatureSet, only_a: int, only_b: int) -> list[FeatureSet]:
-    """Two networks of the same features, of which each alone is right on so many samples."""
+    """Return two networks with the same features, each of which alone is right on so many samples."""
     right = torch.nn.functional.one_hot(a.labels, len(a.head)).double() * 9
     wrong = right.roll(1, dims=1)
     rows = torch.arange(len(a.labels))[:, None]
@@ -342,7 +342,7 @@ def _like(a: FeatureSet, only_a: int, only_b: int) -> list[FeatureSet]:
 
 @pytest.mark.parametrize(("only_a", "only_b"), [(0, 0), (1, 0), (0, 5), (2, 3)])
 def test_accuracies_that_hardly_differ_have_an_interval(only_a: int, only_b: int) -> None:
-    """It holds the difference and, as McNemar's exact test cannot reject, 0; a gate has its answer."""
+    """It contains the difference and 0, as McNemar's exact test cannot reject; gates can use it."""
     a, _ = pair(0, [30, 20, 40], 5)
     split = compare(*_like(a, only_a, only_b), device=CPU, options=QUICK).splits["all"]
     found = split.differences["accuracy"]
@@ -357,7 +357,7 @@ def test_accuracies_that_hardly_differ_have_an_interval(only_a: int, only_b: int
 
 
 def test_smallest_difference_by_hand() -> None:
-    """Six of six right in one alone is p = 1/32: shown where each goes there with the sixth root of 0.8."""
+    """Six of six discordant samples on one side have p = 1/32; the sixth root of 0.8 is the needed probability."""
     assert smallest_difference(100, 6) == pytest.approx(0.06 * (2 * 0.8 ** (1 / 6) - 1), rel=1e-12)
     assert smallest_difference(100, 5) is None
     assert smallest_difference(100, 0) is None
@@ -367,7 +367,7 @@ def test_smallest_difference_by_hand() -> None:
 
 
 def test_undefined_values_have_reasons() -> None:
-    """With two classes an optimum is not defined, without permutations there is no z: reasons, no numbers."""
+    """Two classes have no optimum, and without permutations there is no z: both have reasons."""
     a, b = pair(0, [20, 20], 4)
     found = compare(a, b, device=CPU, options=QUICK).splits["all"].differences
     assert found["interplay.sample.global.mir_z"].reason == "undefined"
@@ -379,7 +379,7 @@ def test_undefined_values_have_reasons() -> None:
 
 
 def test_intervals_follow_the_confidence() -> None:
-    """Student's quantile of the confidence for as many samples as the error rests on, symmetric where all is smooth."""
+    """The width is Student's quantile for the degrees of freedom of the error; smooth metrics are symmetric."""
     a, b = pair(4, [40, 40, 40], 5)
     for confidence, quantile in ((0.95, 1.959964), (0.5, 0.674490)):
         options = replace(QUICK, confidence=confidence)
@@ -390,7 +390,7 @@ def test_intervals_follow_the_confidence() -> None:
 
 
 def test_few_samples_that_decide_give_no_interval() -> None:
-    """One sample's loss outweighs all others: what its kind does was seen once, and a standard error says nothing."""
+    """If one sample's loss outweighs all others, the spread of such samples is unknown: no standard error."""
     a, b = pair(4, [40, 40, 40], 5)
     logits = b.network_logits()
     logits[3, b.labels[3]] -= 1e5
@@ -401,7 +401,7 @@ def test_few_samples_that_decide_give_no_interval() -> None:
 
 
 def test_class_sizes_that_may_be_drawn() -> None:
-    """Equal sizes are given; of unequal ones an error that hangs on which it is has no interval, others are widened."""
+    """Equal sizes count as given; for unequal sizes the interval is widened, or missing if the error depends on it."""
     generator = torch.Generator().manual_seed(0)
     counts = torch.tensor([60, 20, 40])
     labels = torch.repeat_interleave(torch.arange(3), counts)
@@ -428,7 +428,7 @@ def test_class_sizes_that_may_be_drawn() -> None:
 
 
 def test_bootstrap_is_the_same_again() -> None:
-    """The same seed gives the same numbers, another seed others."""
+    """The same seed gives the same numbers, another seed other numbers."""
     a, b = pair(4, [20, 20, 20], 4)
     options = replace(QUICK, interval="bootstrap", resamples=20)
     first, again, other = (
@@ -439,7 +439,7 @@ def test_bootstrap_is_the_same_again() -> None:
 
 
 def test_progress_counts_resamples() -> None:
-    """Of all splits together, after the metrics of A and of B."""
+    """The resamples of all splits are counted together, after the metrics of A and of B."""
     a, b = pair(4, [20, 20, 20], 4, split=True)
     seen: list[tuple[str, int, int]] = []
     options = replace(QUICK, interval="bootstrap", resamples=20)

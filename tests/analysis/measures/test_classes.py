@@ -1,4 +1,4 @@
-"""Class means and class Gram matrices: whatever the type, the batches and the scale of the features."""
+"""Class means and class Gram matrices, for any type, batches and scale of the features."""
 
 import math
 
@@ -44,7 +44,7 @@ def _numbers(entropies: Entropies | None) -> list[float]:
     centred=st.booleans(),
 )
 def test_batches_give_what_the_whole_gives(seed: int, counts: list[int], d: int, batch: int, centred: bool) -> None:
-    """Features that arrive in batches of any size, fewer and more than d in a class, in float64."""
+    """Features in batches of any size, fewer and more than d in a class, in float64, give the same as all at once."""
     features, labels, head = _case(seed, counts, d)
     whole = _resident(features, labels, head, centred)
     stream = ClassStream(head, whole.centre)
@@ -57,7 +57,7 @@ def test_batches_give_what_the_whole_gives(seed: int, counts: list[int], d: int,
 
 
 def test_a_stream_holds_no_more_than_its_gram_matrices() -> None:
-    """After ten times as many samples as dimensions a class is d x d numbers and no rows."""
+    """After ten times as many samples as dimensions a class holds d x d numbers and no rows."""
     features, labels, head = _case(0, [300, 200], 20)
     stream = ClassStream(head)
     for part, target in zip(torch.split(features.float(), 50), torch.split(labels, 50), strict=True):
@@ -72,7 +72,7 @@ def test_a_stream_holds_no_more_than_its_gram_matrices() -> None:
 def test_narrow_types_are_computed_as_accurately_as_wide_ones(
     dtype: torch.dtype, tolerance: float, centred: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a narrow type holds is taken exactly: float32 products, also far from the origin, against float64."""
+    """Stored numbers of a narrow type are exact: float32 products, also far from the origin, agree with float64."""
     for offset in (0.0, 100.0):
         features, labels, head = _case(1, [700, 500, 20, 1], 60, offset)
         narrow = features.to(dtype)
@@ -86,7 +86,7 @@ def test_narrow_types_are_computed_as_accurately_as_wide_ones(
 
 
 def test_collapsed_float32_features_keep_no_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every sample on one of three directions: rounding of float32 products does not pass for entropy."""
+    """With every sample on one of three directions, rounding of float32 products adds no entropy."""
     monkeypatch.setattr(classes, "_SMALL_SET", 0)
     _, labels, head = _case(2, [3000, 2000, 1000], 100)
     found = sample_entropies(_resident(head.float()[labels], labels, head, False), tolerance=0.0)
@@ -96,7 +96,7 @@ def test_collapsed_float32_features_keep_no_noise(monkeypatch: pytest.MonkeyPatc
 
 
 def test_equal_float32_features_have_no_direction_about_their_centre(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cancellation leaves nothing that could pass for a direction, in float32 as in float64."""
+    """Cancellation leaves no false direction, in float32 as in float64."""
     monkeypatch.setattr(classes, "_SMALL_SET", 0)
     head = torch.eye(3, 16, dtype=torch.float64)
     labelled = _resident(torch.full((4000, 16), 0.1), torch.arange(4000) % 3, head, True)
@@ -105,7 +105,7 @@ def test_equal_float32_features_have_no_direction_about_their_centre(monkeypatch
 
 
 def test_a_narrow_cone_of_float32_features_keeps_its_lengths() -> None:
-    """300 standard deviations from the origin H is 3e-4: lengths of float32 sums would move MIR by 4e-6."""
+    """300 standard deviations from the origin H is 3e-4: lengths summed in float32 would move MIR by 4e-6."""
     generator = torch.Generator().manual_seed(1)
     labels = torch.arange(11_100) % 3
     means, noise, offset, head = (
@@ -125,7 +125,7 @@ def test_a_narrow_cone_of_float32_features_keeps_its_lengths() -> None:
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-18, 1.0, 1e18, 1e30])
 def test_the_scale_of_float32_features_does_not_matter(scale: float) -> None:
-    """Lengths whose squares leave float32's range."""
+    """Lengths may have squares outside of float32's range."""
     features = torch.randn(40, 7, generator=torch.Generator().manual_seed(0))
     directions, usable = unit_directions(features * scale, torch.zeros(7, dtype=torch.float64), torch.float32)
     assert bool(usable.all())
@@ -133,7 +133,7 @@ def test_the_scale_of_float32_features_does_not_matter(scale: float) -> None:
 
 
 def test_many_small_classes_are_reduced_together() -> None:
-    """A thousand classes of some samples each, of uneven size and in a handful of blocks, as one by one."""
+    """A thousand small classes of uneven size, in a few blocks, give the same as one by one."""
     counts = [1 + c % 9 for c in range(1000)]
     features, labels, head = _case(3, counts, 24)
     labelled = _resident(features, labels, head, False)
@@ -153,7 +153,7 @@ def test_many_small_classes_are_reduced_together() -> None:
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10**6), counts=st.lists(st.integers(1, 30), min_size=2, max_size=6), d=st.integers(2, 20))
 def test_order_two_needs_no_eigenvalues(seed: int, counts: list[int], d: int) -> None:
-    """The closed form against the Frobenius norm of the whole joint Gram matrix; classes above and below d."""
+    """The closed form equals the Frobenius norm of the whole joint Gram matrix, for classes above and below d."""
     features, labels, head = _case(seed, counts, d)
     z = unit_rows(features)[0]
     joint = z @ z.T * (head[labels] @ head[labels].T) / len(z)
@@ -164,7 +164,7 @@ def test_order_two_needs_no_eigenvalues(seed: int, counts: list[int], d: int) ->
 
 
 def test_what_does_not_fit_is_named() -> None:
-    """Labels out of range, no samples, values that are not finite."""
+    """Labels out of range, no samples and non-finite values are refused by name."""
     features, head = torch.randn(4, 3), torch.eye(2, 3, dtype=torch.float64)
     for labels in ([0, 1, 2, 0], [0, -1, 0, 0]):
         with pytest.raises(AnalysisError) as caught:

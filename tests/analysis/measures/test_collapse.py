@@ -22,7 +22,7 @@ def _measure(features: Tensor, labels: Tensor, head: Tensor, predicted: Tensor |
 
 
 def _frame(n_classes: int, d: int) -> Tensor:
-    """The vertices of a simplex, of length 1, in the first dimensions of d, turned."""
+    """Return the vertices of a simplex, of length 1, in the first dimensions of d, rotated."""
     rows = torch.eye(n_classes, d, dtype=torch.float64)
     rows[:, :n_classes] -= 1 / n_classes
     turn: Tensor = torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, generator=torch.Generator().manual_seed(d))).Q
@@ -41,7 +41,7 @@ def _frame(n_classes: int, d: int) -> Tensor:
     ],
 )
 def test_the_optimum_has_the_published_values(counts: list[int], expected: float) -> None:
-    """The values in docs/metrics.md; classes without samples take no part."""
+    """The values are those in docs/metrics.md; classes without samples take no part."""
     found = optimum(counts, 128)
     assert found.mir == pytest.approx(expected, abs=2e-12)
     assert found.hdr == 0.0
@@ -49,7 +49,7 @@ def test_the_optimum_has_the_published_values(counts: list[int], expected: float
 
 @pytest.mark.parametrize("counts", [[4, 4, 9, 9, 1], [3, 2, 2, 30], [5, 6, 7, 8]])
 def test_the_optimum_is_the_mir_of_a_repeated_frame(counts: list[int]) -> None:
-    """Vertex c repeated n_c times, with all its samples."""
+    """MIR of vertex c repeated n_c times, with all its samples."""
     labels = np.repeat(np.arange(len(counts)), counts)
     frame = _frame(len(counts), len(counts) + 2).numpy()
     expected = reference.interplay(frame[labels], labels, frame, "sample", "none")
@@ -66,7 +66,7 @@ def test_the_optimum_needs_three_classes_and_room() -> None:
 
 
 def test_the_examples_in_the_docstrings_hold() -> None:
-    """What the docstrings show is what comes out."""
+    """The examples in the docstrings give the output shown."""
     assert doctest.testmod(collapse, optionflags=doctest.ELLIPSIS).failed == 0
 
 
@@ -91,7 +91,7 @@ def test_all_measures_follow_their_definitions(seed: int, counts: list[int], ext
 
 @pytest.mark.parametrize("n_classes", [2, 3, 10])
 def test_a_collapsed_network_has_zeros(n_classes: int) -> None:
-    """Samples on their class means, the means a frame, the head a multiple of it: every measure is 0."""
+    """With samples on their class means, the means a frame and the head a multiple of it, every measure is 0."""
     frame = _frame(n_classes, 16)
     labels = torch.arange(4 * n_classes) % n_classes
     found = _measure(3 * frame[labels] + 7, labels, 0.5 * frame)
@@ -102,7 +102,7 @@ def test_a_collapsed_network_has_zeros(n_classes: int) -> None:
 
 
 def test_nc1_on_badly_scaled_means() -> None:
-    """Diagonal by hand: separations of 1 and 1e-5 each count, which a float32 pseudo-inverse would drop."""
+    """Diagonal by hand: separations of 1 and 1e-5 both count; a float32 pseudo-inverse would drop the second."""
     labels = torch.tensor([0, 0, 1, 1, 2, 2])
     means = torch.tensor([[1.0, 1e-5], [-1.0, 1e-5], [0.0, -2e-5]], dtype=torch.float64)
     spread = torch.tensor([[0.1, 1e-6], [-0.1, -1e-6]], dtype=torch.float64).repeat(3, 1)
@@ -113,7 +113,7 @@ def test_nc1_on_badly_scaled_means() -> None:
 
 
 def test_features_that_never_vary_change_nothing() -> None:
-    """Dead units leave Sigma_B without full rank; NC1 is that of the units that live."""
+    """With dead units Sigma_B has no full rank; NC1 is that of the other units."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(60) % 6
     features = torch.randn(60, 3, dtype=torch.float64, generator=generator) + labels[:, None].double()
@@ -127,7 +127,7 @@ def test_features_that_never_vary_change_nothing() -> None:
 
 
 def test_two_classes_with_one_mean_have_no_nc1() -> None:
-    """Samples vary where the means do not differ: not zero, not infinite, but null beside a reason."""
+    """Samples vary in directions without differences of means: NC1 is null with a reason, not 0 or infinite."""
     spread = torch.tensor([[0.0, 1.0], [0.0, -1.0]], dtype=torch.float64)
     features = torch.cat([spread, spread, spread + torch.tensor([5.0, 0.0])])
     found = _measure(features, torch.tensor([0, 0, 1, 1, 2, 2]), torch.eye(3, 2, dtype=torch.float64))
@@ -138,7 +138,7 @@ def test_two_classes_with_one_mean_have_no_nc1() -> None:
 
 
 def test_means_that_are_all_equal_have_no_geometry() -> None:
-    """No class means to compare; the head is still measured."""
+    """Equal class means have no geometry; the head is still measured."""
     spread = torch.tensor([[0.1, 1.0], [-0.1, -1.0]])
     found = _measure(spread.repeat(3, 1) + 0.3, torch.tensor([0, 0, 1, 1, 2, 2]), torch.eye(3, 2))
     expected = dict.fromkeys(("nc1", "nc1_condition", "nc4"), "equal_means")
@@ -150,14 +150,14 @@ def test_means_that_are_all_equal_have_no_geometry() -> None:
 
 @pytest.mark.parametrize("value", [0.1, 1e6 / 3])
 def test_equal_features_have_no_nearest_mean(value: float) -> None:
-    """All features are the same: which mean is nearest is rounding, and NC4 is null."""
+    """For equal features rounding would decide the nearest mean, so NC4 is null."""
     found = _measure(torch.full((60, 7), value), torch.arange(60) % 4, torch.eye(4, 7))
     assert found.nc4 is None
     assert found.reasons["nc4"] == "equal_means"
 
 
 def test_one_class_has_neither_spread_nor_angles() -> None:
-    """What compares classes is null; NC4 still counts the samples that the network puts elsewhere."""
+    """Measures that compare classes are null; NC4 still counts samples predicted as another class."""
     found = _measure(torch.randn(4, 3), torch.ones(4, dtype=torch.int64), torch.eye(3), torch.tensor([1, 1, 0, 2]))
     assert found.nc4 == 0.5
     assert found.absent_classes == 2
@@ -167,7 +167,7 @@ def test_one_class_has_neither_spread_nor_angles() -> None:
 
 
 def test_a_class_mean_at_the_centre_has_no_angle() -> None:
-    """Its norm counts, its cosines do not exist."""
+    """Its norm counts, its cosines are undefined."""
     features = torch.tensor([[1.0, 0.0], [0.0, 0.0], [-1.0, 0.0]])
     found = _measure(features, torch.arange(3), torch.eye(3, 2))
     assert found.nc2_equinorm_means == pytest.approx(math.sqrt(2) / 2)

@@ -1,4 +1,4 @@
-"""The bounds on what dropped couplings are worth, against relative entropies that are computed whole."""
+"""The bounds of the worth of dropped couplings, against relative entropies of whole matrices."""
 
 import doctest
 import math
@@ -10,18 +10,18 @@ from hypothesis import strategies as st
 from scipy.stats import t as student
 
 from analysis.measures import couplings
-from analysis.measures.couplings import Couplings, FactorBlock, Worth, stein_share
+from analysis.measures.couplings import Couplings, FactorBlock, KeptPart, Worth, stein_share
 from analysis.measures.entropy import spectrum_entropy, unit_rows
 
 
 def test_the_examples_in_the_docstrings_hold() -> None:
-    """What the docstrings show is what comes out."""
+    """The examples in the docstrings give the output shown."""
     assert doctest.testmod(couplings).failed == 0
 
 
 @given(x=st.floats(-0.99, 50))
 def test_the_share_is_the_integral_it_stands_for(x: float) -> None:
-    """int_0^1 (1 - t) / (1 + t x)^2 dt, and what is left of it as x comes near -1."""
+    """k(x) is int_0^1 (1 - t) / (1 + t x)^2 dt, also for x near -1."""
     t = torch.linspace(0, 1, 200_001, dtype=torch.float64)
     expected = float(torch.trapezoid((1 - t) / (1 + t * x) ** 2, t))
     value = torch.tensor([x], dtype=torch.float64)
@@ -29,7 +29,7 @@ def test_the_share_is_the_integral_it_stands_for(x: float) -> None:
 
 
 def test_the_quantiles_are_students() -> None:
-    """Odds of 1 in 100,000 on one side, for the probes of each number of batches."""
+    """They are one-sided odds of 1 in 100,000, for the probes of each number of batches."""
     for batches, quantile in enumerate(couplings._QUANTILES, 1):
         assert quantile == pytest.approx(student.ppf(1 - 1e-5, couplings._PROBES * batches - 1), abs=5e-4)
 
@@ -38,8 +38,9 @@ class Case:
     """Factors of some classes, and the joint matrix of all of their rows, from the largest eigenvalue down."""
 
     def __init__(
-        self, seed: int, n_classes: int, d: int, ranks: int, power: float, *, centred: bool, spread: float = 1.0
+        self, seed: int, sizes: tuple[int, int, int], power: float, *, centred: bool, spread: float = 1.0
     ) -> None:
+        n_classes, d, ranks = sizes
         generator = torch.Generator().manual_seed(seed)
         head = torch.randn(n_classes, d, generator=generator, dtype=torch.float64)
         head = unit_rows(head - head.mean(dim=0) if centred else head)[0]
@@ -68,17 +69,15 @@ class Case:
     def worth(
         self, kept: int, *, error: float = 0.0, mass: float | None = None, last: bool = True
     ) -> tuple[Worth, float]:
-        """The bounds with so many rows kept, and the truth."""
+        """Return the bounds with so many rows kept, and the true worth."""
         eigenvalues, vectors = torch.linalg.eigh(self.joint[:kept, :kept])
         pinched = spectrum_entropy(torch.cat([eigenvalues, self.values[kept:]]))
         lost = pinched - spectrum_entropy(torch.linalg.eigvalsh(self.joint))
         found = Couplings(self.blocks, self.head, 1)
+        rows = found.offsets[self.classes[:kept]] + self.within[:kept]
+        rest = float(self.values[kept:].sum()) if mass is None else mass
         worth = found.worth(
-            found.offsets[self.classes[:kept]] + self.within[:kept],
-            self.joint[:kept, :kept],
-            eigenvalues,
-            vectors,
-            mass=float(self.values[kept:].sum()) if mass is None else mass,
+            KeptPart(rows, self.joint[:kept, :kept], eigenvalues, vectors, rest),
             error=error,
             generator=torch.Generator().manual_seed(0),
             last=last,
@@ -98,8 +97,8 @@ class Case:
 def test_the_bounds_enclose_the_relative_entropy(
     seed: int, n_classes: int, d: int, power: float, centred: bool, share: float
 ) -> None:
-    """Any kept part, flat and steep spectra, heads with and without a direction that is lost by centring."""
-    case = Case(seed, n_classes, d, d, power, centred=centred)
+    """For any kept part, flat and steep spectra, heads with and without a direction lost by centring."""
+    case = Case(seed, (n_classes, d, d), power, centred=centred)
     worth, lost = case.worth(max(1, math.floor(share * len(case.values))))
     assert 0 <= worth.least <= lost + 1e-9
     assert worth.least <= worth.likely <= worth.most
@@ -108,47 +107,47 @@ def test_the_bounds_enclose_the_relative_entropy(
 
 @pytest.mark.parametrize("centred", [False, True])
 def test_many_rows_are_known_to_a_few_percent(centred: bool) -> None:
-    """What is random averages out over rows: 900 of them, half kept, leave less than a tenth open below."""
-    case = Case(0, 6, 150, 150, 1.0, centred=centred)
+    """Randomness averages out over 900 rows, half of them kept: the lower bound misses less than a tenth."""
+    case = Case(0, (6, 150, 150), 1.0, centred=centred)
     worth, lost = case.worth(300)
     assert 0.9 * lost < worth.least <= lost <= worth.most
     assert abs(worth.likely - lost) < 0.08 * lost
 
 
 def test_near_orthogonal_heads_leave_little_between_the_bounds() -> None:
-    """Where J is within a few percent of D the two quadratures meet, and only the probes' noise is left."""
-    case = Case(0, 4, 60, 60, 1.0, centred=False, spread=0.1)
+    """If J is within a few percent of D the two quadratures meet, and only the probes' noise remains."""
+    case = Case(0, (4, 60, 60), 1.0, centred=False, spread=0.1)
     worth, lost = case.worth(80)
     assert 0 < worth.least <= lost <= worth.most
     assert worth.most - worth.least < 0.2 * lost
 
 
 def test_more_probes_are_drawn_where_their_number_is_what_is_lacking() -> None:
-    """A small error asks for all batches, a large one for the first; both hold."""
-    case = Case(1, 5, 40, 40, 0.5, centred=False)
+    """A small error needs all batches, a large one only the first; the bounds hold for both."""
+    case = Case(1, (5, 40, 40), 0.5, centred=False)
     (few, lost), (many, _) = case.worth(60, error=1.0), case.worth(60, error=0.0)
     assert few.least < many.least <= lost <= many.most < few.most
 
 
 @pytest.mark.parametrize("centred", [False, True])
 def test_the_last_part_is_given_more_steps(centred: bool) -> None:
-    """Many classes of a few rows, as tokens are, all couplings of weight: the bounds come closer, and both hold."""
-    case = Case(4, 60, 12, 6, 0.5, centred=centred)
+    """For many classes of a few rows, as tokens are, more steps bring the bounds closer, and both hold."""
+    case = Case(4, (60, 12, 6), 0.5, centred=centred)
     (first, lost), (last, _) = case.worth(80, error=1e-3, last=False), case.worth(80, error=1e-3)
     assert first.least < last.least <= lost <= last.most < first.most
     assert last.most - last.least < 0.6 * (first.most - first.least)
 
 
 def test_no_couplings_are_worth_nothing() -> None:
-    """Orthogonal head rows: all products are zeros, and so are the bounds."""
-    worth, lost = Case(0, 4, 20, 20, 1.0, centred=False, spread=0.0).worth(30)
+    """For orthogonal head rows all products are zero, and so are the bounds."""
+    worth, lost = Case(0, (4, 20, 20), 1.0, centred=False, spread=0.0).worth(30)
     assert abs(lost) < 1e-12
     assert worth.least <= worth.likely <= worth.most < 1e-20
 
 
 def test_rows_that_are_not_at_hand_widen_the_upper_bound() -> None:
-    """Twice the mass in the tail: the lower bound stays, the upper judges the rest by what is at hand."""
-    case = Case(2, 5, 40, 40, 0.5, centred=False)
+    """With twice the mass in the tail the lower bound stays, and the upper one extrapolates."""
+    case = Case(2, (5, 40, 40), 0.5, centred=False)
     whole, _ = case.worth(60)
     part, _ = case.worth(60, mass=2 * float(case.values[60:].sum()))
     assert part.least == pytest.approx(whole.least, rel=0.01)
@@ -157,9 +156,11 @@ def test_rows_that_are_not_at_hand_widen_the_upper_bound() -> None:
 
 @pytest.mark.parametrize("n_classes", [5, 45])
 def test_the_operator_is_the_matrix(n_classes: int) -> None:
-    """Products by sums over classes, few or more than twice the width of the head, are those with the matrix between
-    rows, which is never made."""
-    case = Case(3, n_classes, 20, 12, 0.7, centred=True)
+    """Products by sums over classes equal those with the matrix between rows, which is never computed.
+
+    With fewer classes than twice the width of the head, and with more.
+    """
+    case = Case(3, (n_classes, 20, 12), 0.7, centred=True)
     found = Couplings(case.blocks, case.head, 1)
     places = found.offsets[case.classes] + case.within
     vectors = torch.randn(7, len(found.values), generator=torch.Generator().manual_seed(0))
@@ -171,8 +172,8 @@ def test_the_operator_is_the_matrix(n_classes: int) -> None:
 
 @pytest.mark.parametrize("n_classes", [5, 45])
 def test_couplings_among_kept_rows_take_no_part(n_classes: int) -> None:
-    """Not by cancelling: where the kept rows alone are large, nothing comes back on them."""
-    case = Case(3, n_classes, 20, 12, 0.7, centred=True)
+    """They do not cancel: if only the kept rows are large, the product on them is zero."""
+    case = Case(3, (n_classes, 20, 12), 0.7, centred=True)
     found = Couplings(case.blocks, case.head, 1)
     places = found.offsets[case.classes] + case.within
     kept = 2 * n_classes

@@ -1,4 +1,4 @@
-"""Matrix entropy and what is made of it, against closed forms and the facts in docs/metrics.md."""
+"""Matrix entropy and measures derived from it, against closed forms and the facts in docs/metrics.md."""
 
 import doctest
 import math
@@ -36,7 +36,7 @@ def _gram(seed: int, n: int, d: int) -> Tensor:
 
 
 def test_the_examples_in_the_docstrings_hold() -> None:
-    """What the docstrings show is what comes out."""
+    """The examples in the docstrings give the output shown."""
     assert doctest.testmod(entropy).failed == 0
 
 
@@ -51,7 +51,7 @@ def test_orthogonal_vectors_have_log_n_at_every_order(n: int, alpha: float) -> N
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0, 2.0, math.inf])
 @pytest.mark.parametrize(("n", "d"), [(2, 3), (512, 512), (2000, 300)])
 def test_equal_vectors_have_no_entropy(n: int, d: int, alpha: float) -> None:
-    """One direction, however often and however long."""
+    """Vectors of one direction have entropy 0, whatever their number and lengths."""
     row = _vectors(0, 1, d)
     lengths = torch.linspace(1, 9, n, dtype=torch.float64)[:, None]
     assert matrix_entropy_of_vectors(lengths * row, alpha) == pytest.approx(0, abs=1e-12)
@@ -75,7 +75,7 @@ def test_identity_with_itself_shares_everything() -> None:
 
 
 def test_ratios_over_nothing_are_not_defined() -> None:
-    """No entropy on one side leaves MIR, on both sides HDR undefined."""
+    """Without entropy on one side MIR is undefined, on both sides HDR too."""
     assert mir(torch.eye(3), torch.ones(3, 3)) is None
     assert hdr(torch.eye(3), torch.ones(3, 3)) == 1.0
     assert hdr(torch.ones(3, 3), torch.ones(3, 3)) is None
@@ -83,7 +83,7 @@ def test_ratios_over_nothing_are_not_defined() -> None:
 
 @given(seed=st.integers(0, 10**6), n=st.integers(1, 30), d=st.integers(1, 12), e=st.integers(1, 12))
 def test_joint_entropy_lies_between_its_bounds(seed: int, n: int, d: int, e: int) -> None:
-    """max(H1, H2) <= H12 <= H1 + H2, and so 0 <= MIR <= 1."""
+    """max(H1, H2) <= H12 <= H1 + H2, and therefore 0 <= MIR <= 1."""
     first, second = _gram(seed, n, d), _gram(seed + 1, n, e)
     h1, h2, joint = matrix_entropy(first), matrix_entropy(second), joint_entropy(first, second)
     assert max(h1, h2) - 1e-10 <= joint <= h1 + h2 + 1e-10
@@ -94,7 +94,7 @@ def test_joint_entropy_lies_between_its_bounds(seed: int, n: int, d: int, e: int
 
 @given(seed=st.integers(0, 10**6), n=st.integers(1, 20), d=st.integers(1, 20), scale=st.floats(1e-3, 1e3))
 def test_the_entropy_of_vectors_is_that_of_their_gram_matrix(seed: int, n: int, d: int, scale: float) -> None:
-    """Whichever side is smaller, whatever the lengths, and as NumPy has it."""
+    """For either side smaller and any lengths, it agrees with NumPy."""
     vectors, gram = scale * _vectors(seed, n, d), _gram(seed, n, d)
     expected = reference.entropy(np.asarray(gram))
     assert matrix_entropy(gram) == pytest.approx(expected, abs=1e-11)
@@ -106,7 +106,7 @@ def test_the_entropy_of_vectors_is_that_of_their_gram_matrix(seed: int, n: int, 
     seed=st.integers(0, 10**6), n=st.integers(1, 12), d=st.integers(1, 12), alpha=st.sampled_from([0.5, 1.0, 2.0, 3.0])
 )
 def test_a_weight_counts_like_repeating_the_row(seed: int, n: int, d: int, alpha: float) -> None:
-    """Whole weights repeat, a zero leaves out, a common factor changes nothing."""
+    """Whole weights repeat a row, zero leaves it out, a common factor changes nothing."""
     vectors = _vectors(seed, n, d)
     weights = torch.randint(0, 4, (n,), generator=torch.Generator().manual_seed(seed)).double()
     weights[0] = 2
@@ -117,13 +117,13 @@ def test_a_weight_counts_like_repeating_the_row(seed: int, n: int, d: int, alpha
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_narrow_types_are_widened_before_anything_is_computed(dtype: torch.dtype) -> None:
-    """The entropy of what a narrow type holds, exactly."""
+    """The entropy is exactly that of the stored numbers."""
     vectors = _vectors(0, 40, 9).to(dtype)
     assert matrix_entropy_of_vectors(vectors) == pytest.approx(matrix_entropy_of_vectors(vectors.double()), abs=1e-13)
 
 
 def test_unit_rows_survive_extreme_lengths() -> None:
-    """Squares that overflow or vanish do not spoil a direction; zeros have none."""
+    """Squares that overflow or vanish do not change a direction; rows of zeros have none."""
     rows = torch.tensor([[3e200, 4e200], [3e-200, 4e-200], [0.0, 0.0], [0.0, -5.0]], dtype=torch.float64)
     directions, usable = unit_rows(rows)
     assert usable.tolist() == [True, True, False, True]
@@ -132,13 +132,13 @@ def test_unit_rows_survive_extreme_lengths() -> None:
 
 
 def test_differences_that_are_rounding_have_no_direction() -> None:
-    """Beside a scale of 1 a length of 1e-13 means nothing, one of 1e-9 does."""
+    """At a scale of 1 a length of 1e-13 is rounding, one of 1e-9 is not."""
     _, usable = unit_rows(torch.tensor([[1e-13, 0.0], [1e-9, 0.0]], dtype=torch.float64), torch.ones(2))
     assert usable.tolist() == [False, True]
 
 
 def test_annotations_are_checked() -> None:
-    """The import hook of the tests is in place: a shape that does not fit its annotation does not pass."""
+    """The import hook of the tests is active: a shape that does not fit its annotation is an error."""
     with pytest.raises(TypeCheckError):
         matrix_entropy(torch.zeros(2, 3))
 

@@ -1,4 +1,4 @@
-"""Influence functions against derivatives by weights, and the standard errors from them against a bootstrap."""
+"""Influence functions against derivatives by weights, and their standard errors against a bootstrap."""
 
 import doctest
 import math
@@ -20,7 +20,7 @@ F64 = torch.float64
 
 
 def _data(seed: int, counts: list[int], d: int, spread: float = 1.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Features about one mean a class, labels out of order, a head that fits the means, and its logits."""
+    """Return features around one mean a class, unsorted labels, a head that fits the means, and its logits."""
     generator = torch.Generator().manual_seed(seed)
     c = len(counts)
     means = torch.randn(c, d, dtype=F64, generator=generator)
@@ -39,7 +39,7 @@ def _entropy(gram: Tensor) -> Tensor:
 
 
 def _pairs(z: Tensor, v: Tensor, p: Tensor, path: str) -> dict[str, Tensor]:
-    """The entropies and ratios of pairs with weights: whole matrices sqrt(p_i p_j) k_ij."""
+    """Return entropies and ratios of pairs with weights: whole matrices sqrt(p_i p_j) k_ij."""
     usable = (z.norm(dim=1) > 1e-9) & (v.norm(dim=1) > 1e-9)
     z, v, p = nn.functional.normalize(z[usable]), nn.functional.normalize(v[usable]), p[usable] / p[usable].sum()
     roots = torch.outer(p, p).sqrt()
@@ -56,7 +56,7 @@ def _pairs(z: Tensor, v: Tensor, p: Tensor, path: str) -> dict[str, Tensor]:
 
 
 def _metrics(p: Tensor, features: Tensor, labels: Tensor, head: Tensor, logits: Tensor) -> dict[str, Tensor]:
-    """Every metric as docs/metrics.md defines it, for samples of any weights p."""
+    """Return every metric as docs/metrics.md defines it, for samples with any weights p."""
     classes = torch.unique(labels)
     k = len(classes)
     totals = torch.stack([p[labels == c].sum() for c in classes])
@@ -102,7 +102,7 @@ def _metrics(p: Tensor, features: Tensor, labels: Tensor, head: Tensor, logits: 
 
 
 def _derivatives(arguments: tuple[Tensor, Tensor, Tensor, Tensor], step: float = 1e-5) -> dict[str, Tensor]:
-    """Central differences by every weight, centred within classes."""
+    """Return central differences by every weight, centred within classes."""
     labels = arguments[1]
     n = len(labels)
     columns: list[dict[str, Tensor]] = []
@@ -144,12 +144,12 @@ def _check(arguments: tuple[Tensor, Tensor, Tensor, Tensor], absent: frozenset[s
 )
 @pytest.mark.parametrize("spread", [1.0, 0.05])
 def test_influence_is_the_derivative_by_the_weights(counts: list[int], d: int, spread: float) -> None:
-    """Of every metric of a report, at both levels and centrings."""
+    """For every metric of a report, at both levels and centrings."""
     _check(_data(sum(counts), counts, d, spread))
 
 
 def test_absent_classes_and_vectors_without_direction() -> None:
-    """Samples of zeros and samples of a head row of zeros form no pair; absent classes still make the head's centre."""
+    """Samples of zeros and samples of a zero head row form no pair; absent classes still enter the head's centre."""
     features, labels, head, logits = _data(3, [6, 5, 0, 7], 6)
     features[labels.argmax()] = 0
     head[1] = 0
@@ -157,7 +157,7 @@ def test_absent_classes_and_vectors_without_direction() -> None:
 
 
 def test_a_centre_on_a_sample_leaves_it_out() -> None:
-    """With one class the centre is its mean: centred means have no direction, and only what is left is reported."""
+    """With one class the centre is its mean: centred means have no direction, and only other metrics are reported."""
     features, labels, head, logits = _data(4, [8], 5)
     found = influence(features, labels, head, logits)
     assert "interplay.sample.none.entropy_features" in found
@@ -168,7 +168,7 @@ def test_a_centre_on_a_sample_leaves_it_out() -> None:
 
 
 def test_complete_collapse_has_no_error() -> None:
-    """Equal samples in every class: nothing a resample could change, and where two entropies are equal no NaN."""
+    """Equal samples in every class: no resample differs, and equal entropies give no NaN."""
     frame = torch.eye(4, dtype=F64) - 0.25
     labels = torch.arange(4).repeat(5)
     errors = standard_errors(influence(frame[labels], labels, frame, 9 * frame[labels]))
@@ -180,7 +180,7 @@ def test_complete_collapse_has_no_error() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_features_of_lower_precision(dtype: torch.dtype) -> None:
-    """The same as of these features in float64."""
+    """The influence is that of the same features in float64."""
     arguments = [tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in _data(5, [30, 20, 25], 12)]
     found = influence(*arguments)
     expected = influence(*(tensor.double() if tensor.is_floating_point() else tensor for tensor in arguments))
@@ -192,7 +192,7 @@ def test_features_of_lower_precision(dtype: torch.dtype) -> None:
 @given(seed=st.integers(0, 10**6), c=st.integers(2, 5), d=st.integers(2, 12), n=st.integers(20, 60))
 @settings(max_examples=25, deadline=None)
 def test_facts_that_hold_for_every_probe(seed: int, c: int, d: int, n: int) -> None:
-    """Order, rotation and the classes' numbers do not matter; each class sums to 0; twice the probe, same influence."""
+    """Order, rotation and class numbers do not matter; each class sums to 0; repeating the probe changes nothing."""
     counts = [2 + (n // c) * (i % 2 + 1) // 2 for i in range(c)]
     features, labels, head, logits = _data(seed, counts, d, 0.5)
     found = influence(features, labels, head, logits)
@@ -230,7 +230,7 @@ def test_an_average_has_the_error_of_an_average() -> None:
 
 
 def test_the_difference_of_two_checkpoints_is_paired() -> None:
-    """Of a checkpoint and itself it is 0; of two, that of the difference, not of independent probes."""
+    """It is 0 for a checkpoint and itself; for two, that of the difference, not of independent probes."""
     features, labels, head, logits = _data(8, [30, 30, 30], 8)
     first = influence(features, labels, head, logits)
     second = influence(features + 0.05 * features.flip(1), labels, head, logits + 0.01)
@@ -255,14 +255,14 @@ def test_few_couplings_are_enough_for_an_error(c: int, spread: float) -> None:
 
 
 def _disagreement(features: Tensor, labels: Tensor, predicted: Tensor) -> float:
-    """NC4: the share of samples whose nearest class mean is not what the network predicts."""
+    """Return NC4: the share of samples whose nearest class mean is not the predicted class."""
     means = torch.stack([features[labels == label].mean(dim=0) for label in range(int(labels.max()) + 1)])
     nearest = torch.cdist(features, means, compute_mode="donot_use_mm_for_euclid_dist").argmin(dim=1)
     return float((nearest != predicted).double().mean())
 
 
 def _summary(features: Tensor, labels: Tensor, head: Tensor, logits: Tensor) -> Tensor:
-    """MIR and HDR at both centrings, NC1, accuracy, loss: from all d x C coordinates of the joint vectors."""
+    """Return MIR and HDR at both centrings, NC1, accuracy, loss: from all d x C coordinates of the joint vectors."""
     c = len(head)
     assignment = nn.functional.one_hot(labels, c).double()
     means = (assignment.T @ features) / assignment.sum(dim=0)[:, None]
@@ -318,7 +318,7 @@ def test_standard_errors_are_those_of_a_bootstrap(spread: float) -> None:
 
 
 def test_memory_is_nowhere_near_a_gram_matrix() -> None:
-    """20,000 samples, whose Gram matrix would take 3.2 GB: under 400 MB more than before, in a process of its own."""
+    """20,000 samples, whose Gram matrix would take 3.2 GB, need under 400 MB more, measured in a process of its own."""
     script = """
 import resource, torch
 from analysis.measures.influence import influence
@@ -338,7 +338,7 @@ print(len(found), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) 
 
 
 def test_wrong_arguments_are_named() -> None:
-    """No samples, labels out of range, nothing to keep, NaN."""
+    """No samples, labels out of range, no directions to keep and NaN are refused by name."""
     features, labels, head, logits = _data(0, [4, 4], 3)
     empty = torch.zeros(0, dtype=torch.int64)
     calls: list[tuple[str, Callable[[], object]]] = [
@@ -360,5 +360,5 @@ def test_wrong_arguments_are_named() -> None:
 
 
 def test_the_examples_in_the_docstrings_hold() -> None:
-    """What the docstrings show is what comes out."""
+    """The examples in the docstrings give the output shown."""
     assert doctest.testmod(module).failed == 0

@@ -1,4 +1,4 @@
-"""Intervals near kinks, on the normal variables themselves: how often they hold the mean, and the errors they state."""
+"""Intervals near kinks, on normal variables: their coverage, and their stated errors."""
 
 import math
 
@@ -13,7 +13,7 @@ QUANTILE = 1.959964
 
 
 def _covariance(rho: float) -> NDArray[np.float64]:
-    """Of l, s_a and s_b, the last two as alike as rho says."""
+    """Return the covariance of l, s_a and s_b, the last two with correlation rho."""
     return np.array([[0.25, 0.1, 0.1], [0.1, 1.0, rho], [0.1, rho, 1.0]])
 
 
@@ -32,9 +32,10 @@ def _draws(means: NDArray[np.float64], covariance: NDArray[np.float64], n: int, 
     ],
 )
 def test_intervals_hold_the_mean(means: tuple[float, float, float], rho: float) -> None:
-    """Of D = l + |s_b| - |s_a|, in 92 of 100 draws at least, and the stated error is 0.85 to 1.3 of the true one.
+    """The interval of D = l + |s_b| - |s_a| contains the mean in at least 92 of 100 draws.
 
-    Between two kinks that are both near the profile likelihood is conservative: up to 99.5 of 100.
+    The stated error is 0.85 to 1.3 times the true one. Between two near kinks the profile likelihood is conservative:
+    up to 99.5 of 100.
     """
     place, covariance, signs = np.array(means), _covariance(rho), np.array([-1.0, 1.0])
     many = _draws(place, covariance, 200_000, 0)
@@ -47,7 +48,7 @@ def test_intervals_hold_the_mean(means: tuple[float, float, float], rho: float) 
 
 
 def test_far_from_kinks_nothing_is_folded() -> None:
-    """The interval is the sum -+ q times its standard error, as of any smooth number."""
+    """The interval is the sum -+ q times its standard error, as for any smooth number."""
     covariance, signs = _covariance(0.3), np.array([-1.0, 1.0])
     entry = Folded(np.array([0.5, 30.0, -40.0]), covariance, signs)
     assert not entry.is_near()
@@ -60,7 +61,7 @@ def test_far_from_kinks_nothing_is_folded() -> None:
 
 @pytest.mark.parametrize("seen", [0.0, 0.7, 1.96, 3.0])
 def test_one_absolute_value_is_the_folded_interval(seen: float) -> None:
-    """The mean of |s| is sigma psi(t), and the interval runs from where |s| is nearest to 0 to where it is farthest."""
+    """The mean of |s| is sigma psi(t), and the interval runs from the nearest s to 0 to the farthest."""
 
     def psi(t: float) -> float:
         return float(t * (2 * norm.cdf(t) - 1) + 2 * norm.pdf(t))
@@ -74,7 +75,7 @@ def test_one_absolute_value_is_the_folded_interval(seen: float) -> None:
 
 
 def test_nothing_that_moves_has_no_width() -> None:
-    """Two checkpoints that are one: s_a and s_b move together, and their difference is 0 whatever the draw."""
+    """For equal checkpoints s_a and s_b move together, and their difference is 0 in every draw."""
     covariance = np.array([[0.0, 0.0, 0.0], [0.0, 1.0, 1.0], [0.0, 1.0, 1.0]])
     entry = Folded(np.array([0.0, 0.3, 0.3]), covariance, np.array([-1.0, 1.0]))
     assert entry.interval(QUANTILE) == pytest.approx((0.0, 0.0), abs=1e-7)
@@ -82,7 +83,7 @@ def test_nothing_that_moves_has_no_width() -> None:
 
 
 def test_positive_measures_have_errors_in_proportion() -> None:
-    """The interval of b - a holds the mean in 92 to 98 of 100 draws of two lognormal measures, also of like ones."""
+    """The interval of b - a of two lognormal measures, also correlated ones, contains the mean in 92 to 98 of 100."""
     for rho, gap in ((0.3, 0.4), (0.999, 0.01)):
         covariance = 0.09 * np.array([[1.0, rho], [rho, 1.0]])
         generator = np.random.default_rng(0)
@@ -94,7 +95,7 @@ def test_positive_measures_have_errors_in_proportion() -> None:
 
 
 def test_paired_shares_by_hand() -> None:
-    """Without a discordant sample the ends are -+ z^2 / (n + z^2); exchanging the two turns the interval round."""
+    """Without a discordant sample the ends are -+ z^2 / (n + z^2); exchanging the two mirrors the interval."""
     for n in (10, 90, 5000):
         square = 1.96**2
         low, high = paired_interval(0, 0, n, 1.96)
@@ -106,7 +107,7 @@ def test_paired_shares_by_hand() -> None:
 
 @pytest.mark.parametrize("shares", [(0.002, 0.002), (0.01, 0.005), (0.05, 0.1)])
 def test_paired_intervals_hold_the_truth(shares: tuple[float, float]) -> None:
-    """At least as often as they say, but for what 4,000 draws leave open, for shares of any size."""
+    """The coverage is at least the stated one, within the error of 4,000 draws, for shares of any size."""
     n, draws = 500, 4000
     drawn = np.random.default_rng(0).multinomial(n, [*shares, 1 - sum(shares)], size=draws)
     ends = {(a, b): paired_interval(a, b, n, 1.959964) for a, b in {(int(a), int(b)) for a, b, _ in drawn}}

@@ -1,4 +1,4 @@
-"""MIR and HDR as a loss: the plain definitions, exact and finite gradients on every kind of batch, and training."""
+"""MIR and HDR as a loss: against plain definitions, with exact and finite gradients on any batch, and in training."""
 
 import doctest
 import math
@@ -34,7 +34,7 @@ def _batch(seed: int, n: int, d: int, c: int, dtype: torch.dtype = F64) -> tuple
 
 
 def _plain(features: Tensor, head: Tensor, labels: Tensor, centring: str) -> tuple[float | None, float | None]:
-    """MIR and HDR from whole Gram matrices."""
+    """Return MIR and HDR from whole Gram matrices."""
     features, head = features.detach().double(), head.detach().double()
     if centring == "global":
         features = features - torch.stack([features[labels == c].mean(dim=0) for c in torch.unique(labels)]).mean(dim=0)
@@ -50,14 +50,14 @@ def _gradients(loss: Tensor, *leaves: Tensor) -> list[Tensor]:
 
 
 def test_the_examples_in_the_docstrings_hold() -> None:
-    """What the docstrings show is what comes out."""
+    """The examples in the docstrings give the output shown."""
     assert doctest.testmod(losses).failed == 0
 
 
 @pytest.mark.parametrize("centring", ["none", "global"])
 @pytest.mark.parametrize(("n", "d", "c"), [(2, 5, 4), (12, 30, 4), (40, 6, 3), (60, 3, 2), (50, 4, 9), (30, 1, 3)])
 def test_the_loss_is_that_of_the_plain_definitions(n: int, d: int, c: int, centring: Centring) -> None:
-    """Whichever side of a matrix is smaller: n x n, d x d, or coordinates in what the head spans."""
+    """For n x n, d x d, or coordinates in the span of the head, whichever is smallest."""
     features, head, labels = _batch(n, n, d, c)
     labels[:2] = torch.tensor([0, 1])
     mir, hdr = _plain(features, head, labels, centring)
@@ -71,7 +71,7 @@ def test_the_loss_is_that_of_the_plain_definitions(n: int, d: int, c: int, centr
 @pytest.mark.parametrize("centring", ["none", "global"])
 @pytest.mark.parametrize(("n", "d", "c"), [(6, 9, 3), (12, 5, 4), (14, 3, 2)])
 def test_gradients_are_exact(n: int, d: int, c: int, centring: Centring) -> None:
-    """gradcheck against finite differences; from the second case on there are more samples than dimensions."""
+    """gradcheck agrees with finite differences; from the second case on there are more samples than dimensions."""
     features, head, labels = _batch(n + d, n, d, c)
     labels[:c] = torch.arange(c)
     weights = torch.linspace(0.2, 1, n, dtype=F64)
@@ -83,14 +83,14 @@ def test_gradients_are_exact(n: int, d: int, c: int, centring: Centring) -> None
 
 
 def test_the_derivative_of_a_spectrum_is_exact_where_eigenvalues_meet() -> None:
-    """Of the identity: all eigenvalues are equal, and 1 / (l_i - l_j) would be infinite."""
+    """All eigenvalues of the identity are equal, and 1 / (l_i - l_j) would be infinite."""
     matrix = (torch.eye(5, dtype=F64) / 5).requires_grad_()
     (gradient,) = _gradients(spectral_entropy(matrix), matrix)
     torch.testing.assert_close(gradient, (math.log(5) - 1) * torch.eye(5, dtype=F64), rtol=1e-13, atol=1e-13)
 
 
 def test_gradients_are_exact_on_repeated_samples() -> None:
-    """With every sample three times, a step off the support changes H by no more than its square times a logarithm."""
+    """With every sample three times, a step off the support changes H by at most its square times a logarithm."""
     features, head, labels = _batch(3, 6, 10, 3)
     labels = torch.arange(6).remainder(3).repeat(3)
     repeated = features.detach().repeat(3, 1).requires_grad_()
@@ -164,7 +164,7 @@ DEGENERATE = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", DEGENERATE)
 def test_gradients_are_finite_on_degenerate_batches(name: str, dtype: torch.dtype, centring: Centring) -> None:
-    """Whatever the batch lacks, loss and gradients are numbers and the loss is between 0 and its weights' sum."""
+    """Loss and gradients are finite for any batch, and the loss is between 0 and the sum of its weights."""
     features, head, labels = _degenerate(name, dtype)
     loss = InterplayLoss(1.0, 1.0, centring=centring)(features, head, labels)
     assert loss.dtype == dtype
@@ -175,7 +175,7 @@ def test_gradients_are_finite_on_degenerate_batches(name: str, dtype: torch.dtyp
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", ["collapsed to one point", "one class", "equal head rows", "head of zeros"])
 def test_a_term_that_is_not_defined_is_zero(name: str, dtype: torch.dtype) -> None:
-    """No entropy on one side: the MIR term is exactly 0, and so is its gradient."""
+    """Without entropy on one side the MIR term is exactly 0, and so is its gradient."""
     features, head, labels = _degenerate(name, dtype)
     loss = mir_loss(features, head, labels)
     assert loss.item() == 0
@@ -184,7 +184,7 @@ def test_a_term_that_is_not_defined_is_zero(name: str, dtype: torch.dtype) -> No
 
 
 def test_one_class_alone_has_an_hdr_of_one_without_a_gradient() -> None:
-    """HDR is defined where one entropy is zero, and flat there; where both are zero it is exactly 0."""
+    """HDR is defined and flat if one entropy is zero; if both are zero it is exactly 0."""
     features, head, labels = _degenerate("one class", F64)
     loss = hdr_loss(features, head, labels)
     assert loss.item() == pytest.approx(1, abs=1e-12)
@@ -196,7 +196,7 @@ def test_one_class_alone_has_an_hdr_of_one_without_a_gradient() -> None:
 
 
 def test_collapse_to_a_frame_is_at_the_optimum() -> None:
-    """Features and head on one simplex frame: 1 - MIR* of ten classes, HDR 0, and nothing pulls away from it."""
+    """With features and head on one simplex frame: 1 - MIR* of ten classes, HDR 0, and zero gradient."""
     frame = torch.eye(10, dtype=F64) - 0.1
     features, head = frame.repeat(6, 1).requires_grad_(), frame.clone().requires_grad_()
     labels = torch.arange(10).repeat(6)
@@ -208,7 +208,7 @@ def test_collapse_to_a_frame_is_at_the_optimum() -> None:
 
 @pytest.mark.parametrize("centring", ["none", "global"])
 def test_masked_samples_take_no_part(centring: Centring) -> None:
-    """A mask is the same as leaving samples out, whatever these hold."""
+    """A mask has the effect of leaving samples out, whatever they hold."""
     features, head, labels = _batch(1, 30, 6, 4)
     mask = torch.arange(30) % 3 != 0
     kept = features.detach()[mask].requires_grad_()
@@ -226,7 +226,7 @@ def test_masked_samples_take_no_part(centring: Centring) -> None:
 
 
 def test_rows_without_direction_are_left_out() -> None:
-    """Samples of zeros and samples whose head row is zero: as if the batch did not hold them."""
+    """Samples of zeros and samples with a zero head row have no effect on the batch."""
     features, head, labels = _degenerate("some rows of zeros", F64)
     left = features.detach().any(dim=1) & (labels != 1)
     assert 2 < int(left.sum()) < 16
@@ -239,7 +239,7 @@ def test_rows_without_direction_are_left_out() -> None:
 
 @pytest.mark.parametrize("centring", ["none", "global"])
 def test_a_weight_counts_as_that_many_samples(centring: Centring) -> None:
-    """Weights of 1 and 1/2 are a batch with the first samples twice; no gradient flows into the weights."""
+    """Weights of 1 and 1/2 equal a batch with the first samples twice; no gradient flows into the weights."""
     features, head, labels = _batch(2, 12, 5, 3)
     labels = torch.arange(12) % 3
     first = torch.arange(12) < 5
@@ -253,7 +253,7 @@ def test_a_weight_counts_as_that_many_samples(centring: Centring) -> None:
 
 @pytest.mark.parametrize("n_used", [0, 1])
 def test_fewer_than_two_samples_give_nothing(n_used: int) -> None:
-    """Exactly 0, with a gradient of zeros, also where the samples that are left out hold NaN."""
+    """The loss is exactly 0, with zero gradient, also if left out samples hold NaN."""
     features, head, labels = _batch(0, 8, 4, 3, torch.float32)
     broken = features.detach().clone()
     broken[n_used:] = math.nan
@@ -267,7 +267,7 @@ def test_fewer_than_two_samples_give_nothing(n_used: int) -> None:
 
 
 def test_a_weight_of_zero_leaves_its_term_out() -> None:
-    """Each term alone; both zero is zero."""
+    """Each term alone is computed; both weights zero give zero."""
     features, head, labels = _batch(5, 20, 6, 3)
     assert InterplayLoss(1.0, 0.0)(features, head, labels).item() == mir_loss(features, head, labels).item()
     assert InterplayLoss(0.0, 1.0)(features, head, labels).item() == hdr_loss(features, head, labels).item()
@@ -275,7 +275,7 @@ def test_a_weight_of_zero_leaves_its_term_out() -> None:
 
 
 def test_autocast_does_not_reach_the_spectrum() -> None:
-    """Under autocast the loss of a float32 batch is what it is outside; bfloat16 features get bfloat16 gradients."""
+    """Under autocast the loss of a float32 batch is unchanged; bfloat16 features get bfloat16 gradients."""
     features, head, labels = _batch(4, 32, 12, 4, torch.float32)
     inputs = torch.randn(32, 12, generator=torch.Generator().manual_seed(0))
     outside = InterplayLoss(1.0, 1.0)(features, head, labels)
@@ -297,7 +297,7 @@ def test_autocast_does_not_reach_the_spectrum() -> None:
 
 
 def test_a_second_derivative_is_refused() -> None:
-    """An error instead of a wrong number, through the ratio and through the entropy alone."""
+    """A second derivative raises an error, through the ratio and through the entropy alone."""
     features, head, labels = _batch(4, 8, 5, 3)
     for value in (mir_loss(features, head, labels), spectral_entropy(features @ features.T)):
         (gradient,) = torch.autograd.grad(value, features, create_graph=True)
@@ -308,7 +308,7 @@ def test_a_second_derivative_is_refused() -> None:
 @given(seed=st.integers(0, 10**6), n=st.integers(2, 24), d=st.integers(1, 8), c=st.integers(1, 5))
 @settings(max_examples=60, deadline=None)
 def test_facts_that_hold_for_every_batch(seed: int, n: int, d: int, c: int) -> None:
-    """Bounds; the same for permuted samples, scaled and rotated rows; gradients along a row's own scale are zero."""
+    """Bounds; invariance under permuted samples, scaled and rotated rows; gradients along a row are zero."""
     features, head, labels = _batch(seed, n, d, c)
     loss = InterplayLoss(1.0, 2.0)
     value = loss(features, head, labels)
@@ -327,7 +327,7 @@ def test_facts_that_hold_for_every_batch(seed: int, n: int, d: int, c: int) -> N
 @given(seed=st.integers(0, 10**6), m=st.integers(1, 12), rank=st.integers(1, 12))
 @settings(deadline=None)
 def test_the_differentiable_entropy_is_the_plain_one(seed: int, m: int, rank: int) -> None:
-    """Of Gram matrices of every rank."""
+    """For Gram matrices of every rank."""
     rows = torch.randn(m, rank, dtype=F64, generator=torch.Generator().manual_seed(seed))
     directions = nn.functional.normalize(rows, dim=1)
     gram = directions @ directions.T
@@ -335,7 +335,7 @@ def test_the_differentiable_entropy_is_the_plain_one(seed: int, m: int, rank: in
 
 
 def test_wrong_arguments_are_named() -> None:
-    """Shapes, dtypes, labels and masks that do not fit, as a user meets them, without the checks of annotations."""
+    """Shapes, dtypes, labels and masks that do not fit are refused, without the checks of annotations."""
     features, head, labels = (tensor.detach() for tensor in _batch(0, 6, 4, 3))
     labels = torch.tensor([0, 1, 2, 0, 1, 2])
     loss = InterplayLoss(1.0, 1.0)
@@ -377,7 +377,7 @@ def test_wrong_arguments_are_named() -> None:
     "weight", [pytest.param(0.01, marks=pytest.mark.slow), 0.1, pytest.param(1.0, marks=pytest.mark.slow)]
 )
 def test_a_network_trains_on_five_labels_a_class(weight: float) -> None:
-    """300 steps on the digits: labelled samples, and pseudo-labels where the network is confident of them."""
+    """300 steps on the digits: labelled samples, and confident pseudo-labels."""
     images, targets = load_digits(return_X_y=True)
     inputs, labels = torch.tensor(images, dtype=torch.float32) / 16, torch.tensor(targets)
     labelled = torch.cat([(labels == c).nonzero()[:5, 0] for c in range(10)])

@@ -1,4 +1,4 @@
-"""The permutation baseline: what it permutes, and its estimates against the spectra of the same permutations."""
+"""The permutation baseline: its permutations, and its estimates against the spectra of the same permutations."""
 
 import math
 
@@ -15,7 +15,7 @@ from tests.analysis.measures.test_spectrum import _case, _entropies, _labelled, 
 
 
 def test_the_sample_null_permutes_labels_on_a_stratified_subsample() -> None:
-    """Of 1000 samples 512 in the proportions of the classes; independent labels share little, real ones more."""
+    """It takes 512 of 1000 samples in proportion to the classes; independent labels share little, real ones more."""
     features, labels, head = _case(6, [500, 300, 200], 20, 0.5, 2.0)
     labelled = _labelled(features, labels, head, "none")
     null = sample_null(labelled, permutations=20, generator=torch.Generator().manual_seed(0))
@@ -29,7 +29,7 @@ def test_the_sample_null_permutes_labels_on_a_stratified_subsample() -> None:
 
 
 def test_a_small_probe_is_its_own_subsample() -> None:
-    """Up to 512 samples the observed value is the exact MIR, and the null that of the naive permutation."""
+    """Up to 512 samples the observed value is the exact MIR, and the null is that of naive permutations."""
     features, labels, head = _case(7, [30, 20, 10], 8)
     labelled = _labelled(features, labels, head, "none")
     null = sample_null(labelled, permutations=200, generator=torch.Generator().manual_seed(0))
@@ -48,7 +48,7 @@ def test_a_small_probe_is_its_own_subsample() -> None:
 
 
 def test_at_collapse_every_pairing_is_the_same() -> None:
-    """Class means and head on one simplex frame: the null of the pairing has no spread."""
+    """With class means and head on one simplex frame the null of the pairing has no spread."""
     frame = unit_rows(torch.eye(6, dtype=torch.float64) - 1 / 6)[0]
     null = pair_null(frame, frame, permutations=10, generator=torch.Generator().manual_seed(0))
     assert null is not None
@@ -68,7 +68,7 @@ def test_the_pair_null_is_undefined_without_entropy_and_limited_to_512_pairs() -
 
 
 def _both(features: Tensor, labels: Tensor, head: Tensor, monkeypatch: pytest.MonkeyPatch) -> tuple[Null, Null]:
-    """The baseline as it is, and with the spectra of all permutations."""
+    """Return the baseline as computed, and with the spectra of all permutations."""
     labelled, found = _labelled(features, labels, head, "global"), []
     for small in (null._SMALL, 10**6):
         monkeypatch.setattr(null, "_SMALL", small)
@@ -82,7 +82,7 @@ def _both(features: Tensor, labels: Tensor, head: Tensor, monkeypatch: pytest.Mo
 def test_estimates_stand_for_the_spectra_of_permutations(
     d: int, power: float, separation: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Steep, middling and flat spectra of 600 samples: the same z within a tenth, mean and observed value."""
+    """For steep, middling and flat spectra of 600 samples z, mean and observed value agree, z within a tenth."""
     features, labels, head = _case(12, [60] * 10, d, power, separation)
     found, spectra = _both(features, labels, head, monkeypatch)
     distance = spectra.observed - spectra.mean
@@ -96,7 +96,7 @@ def test_estimates_stand_for_the_spectra_of_permutations(
 def test_a_baseline_near_what_is_observed_rests_on_spectra(
     n_classes: int, d: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Features that know nothing of their classes: the mean is off by no more than a share of the spread."""
+    """For features independent of their classes the error of the mean is at most a share of the spread."""
     features, labels, head = _case(13, [300 // n_classes] * n_classes, d, 0.2, 0.0)
     found, spectra = _both(features, labels, head, monkeypatch)
     assert found.observed == pytest.approx(spectra.observed, abs=1e-4)
@@ -105,7 +105,7 @@ def test_a_baseline_near_what_is_observed_rests_on_spectra(
 
 
 def test_many_pairs_on_one_frame_have_no_spread() -> None:
-    """Where every pairing gives the same Gram matrices estimates must not make up a deviation."""
+    """If every pairing gives the same Gram matrices, estimates have no deviation."""
     frame = unit_rows(torch.eye(150, dtype=torch.float64) - 1 / 150)[0]
     null = pair_null(frame, frame, permutations=10, generator=torch.Generator().manual_seed(0))
     assert null is not None

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,14 +13,11 @@ from torch import Tensor
 from analysis.measures.classes import LabelledFeatures, class_statistics
 from analysis.measures.collapse import CollapsePass, neural_collapse
 from analysis.measures.couplings import Couplings, Worth
-from analysis.measures.entropy import gram_spectrum, spectral, unit_rows
+from analysis.measures.entropy import Spectral, gram_spectrum, spectral, unit_rows
+from analysis.measures.factors import MOST_NUMBERS, Factors
+from analysis.measures.joint import JointSpectrum, Method, joint_entropy
 from analysis.measures.spectrum import (
-    MOST_NUMBERS,
     Entropies,
-    Method,
-    _Factors,
-    _joint_entropy,
-    _JointSpectrum,
     hdr_of,
     mir_of,
     pair_entropies,
@@ -30,7 +28,7 @@ from tests.analysis import reference
 
 
 def _case(seed: int, counts: list[int], d: int, power: float = 0.5, separation: float = 1.0) -> tuple[Tensor, ...]:
-    """Features with a power-law spectrum around class means, shuffled, and a head near the means."""
+    """Return features with a power-law spectrum around class means, shuffled labels, and a head near the means."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     labels = labels[torch.randperm(len(labels), generator=generator)]
@@ -54,20 +52,19 @@ def _entropies(labelled: LabelledFeatures, tolerance: float = 1e-4, largest: int
     return found
 
 
-def _factors(labelled: LabelledFeatures, largest: int, most_numbers: int = MOST_NUMBERS) -> _Factors:
-    factors = _Factors(labelled, largest, most_numbers)
+def _factors(labelled: LabelledFeatures, largest: int, most_numbers: int = MOST_NUMBERS) -> Factors:
+    factors = Factors(labelled, largest, most_numbers)
     for block in labelled.blocks():
         factors.add(block)
     factors.finish()
     return factors
 
 
-def _by_rows(factors: _Factors, tolerance: float, largest: int) -> tuple[float, Method]:
-    """The joint entropy as where features and head have too many directions for the spectrum by their ranks."""
-    spectrum = _JointSpectrum(factors, factors.labelled.head, head_rank=10**6)
+def _by_rows(factors: Factors, tolerance: float, largest: int) -> tuple[float, Method]:
+    """Return the joint entropy as if the ranks of features and head were too large for the spectrum by ranks."""
     head = spectral(gram_spectrum(factors.labelled.head * (factors.counts / factors.n).sqrt()[:, None]))
-    generator = torch.Generator().manual_seed(0)
-    return _joint_entropy(spectrum, factors.spectral, head, tolerance, largest, generator)
+    spectrum = JointSpectrum(factors, replace(head, rank=10**6))
+    return joint_entropy(spectrum, tolerance=tolerance, largest=largest, generator=torch.Generator().manual_seed(0))
 
 
 def _mir(entropies: Entropies) -> float:
@@ -102,9 +99,9 @@ def test_the_exact_spectrum_is_that_of_the_whole_gram_matrix(
 @pytest.mark.parametrize("power", [0.0, 0.5, 1.0, 2.0])
 @pytest.mark.parametrize("separation", [0.0, 0.3, 5.0])
 def test_the_pinched_spectrum_bounds_mir_from_below(power: float, separation: float, centring: str) -> None:
-    """From flat to steep spectra, from loose to tight classes: below the exact value by no more than the estimate.
+    """From flat to steep spectra, from loose to tight classes, MIR is below the exact value by at most the estimate.
 
-    Once as it comes, which for so few rows is exact, and once where less than a third may be kept.
+    With the default limit, exact for so few rows, and with less than a third of the rows kept.
     """
     features, labels, head = _case(1, [60, 200, 150, 40, 250, 90, 10, 30], 100, power, separation)
     labelled = _labelled(features, labels, head, centring)
@@ -122,7 +119,7 @@ def test_the_pinched_spectrum_bounds_mir_from_below(power: float, separation: fl
 
 
 def test_steep_spectra_keep_a_small_part() -> None:
-    """The pinched tail is what makes large probes affordable: here a fifth of the rows is enough."""
+    """The pinched tail makes large probes affordable: a fifth of the rows is enough here."""
     features, labels, head = _case(2, [300] * 10, 128, 1.5, 0.5)
     found = _entropies(_labelled(features, labels, head, "none"))
     assert found.method.name == "pinched"
@@ -132,7 +129,7 @@ def test_steep_spectra_keep_a_small_part() -> None:
 
 
 def test_a_larger_kept_part_never_lowers_mir() -> None:
-    """The error is monotone, also where the limit stops the enlargement, and the estimate covers it."""
+    """The error is monotone, also if the limit stops the growth, and the estimate covers it."""
     features, labels, head = _case(3, [100] * 8, 90, 0.3, 0.4)
     labelled = _labelled(features, labels, head, "global")
     exact = _mir(_entropies(labelled, 0.0))
@@ -148,7 +145,7 @@ def test_a_larger_kept_part_never_lowers_mir() -> None:
 
 
 def test_few_samples_of_many_classes_are_exact() -> None:
-    """As of a language model's tokens: more than `largest`, and no approximation, where three times that is enough."""
+    """With more rows than `largest`, but at most three times as many, the result is exact, as for tokens."""
     counts = [1, 2, 3, 4, 5, 6] * 40
     features, labels, head = _case(5, counts, 24, 0.5, 0.4)
     labelled = _labelled(features, labels, head, "none")
@@ -159,7 +156,7 @@ def test_few_samples_of_many_classes_are_exact() -> None:
 
 
 def test_what_does_not_settle_is_exact_where_that_is_as_cheap() -> None:
-    """Large classes of a flat spectrum: more than a third of 90 x 7 rows would be kept, where so many may be."""
+    """For large classes with a flat spectrum more than a third of 90 x 7 rows would be kept: all are."""
     features, labels, head = _case(3, [100] * 8, 90, 0.3, 0.4)
     labelled = _labelled(features, labels, head, "global")
     assert _entropies(labelled, tolerance=1e-9, largest=209).method.name == "pinched"
@@ -168,7 +165,7 @@ def test_what_does_not_settle_is_exact_where_that_is_as_cheap() -> None:
 
 @pytest.mark.parametrize("seed", range(24))
 def test_error_estimates_hold_on_random_cases(seed: int) -> None:
-    """Sizes, spectra, separations and numbers of classes at random: below the exact value, within the estimate."""
+    """For random sizes, spectra, separations and classes MIR is below the exact value, within the estimate."""
     generator = torch.Generator().manual_seed(seed)
     d, n_classes = int(torch.randint(30, 120, (), generator=generator)), 3 + seed * 2
     counts = torch.randint(1, 1600 // n_classes, (n_classes,), generator=generator).tolist()
@@ -186,7 +183,7 @@ def test_error_estimates_hold_on_random_cases(seed: int) -> None:
 @pytest.mark.parametrize("spread", [1e-3, 1e-4, 1e-5, 1e-6])
 @pytest.mark.parametrize(("n_classes", "d", "each"), [(150, 8, 12), (300, 8, 6), (500, 8, 4)])
 def test_rounding_is_not_taken_for_couplings(n_classes: int, d: int, each: int, spread: float) -> None:
-    """More classes than d^2, nearly collapsed: the kept part vanishes in most directions, and MIR stays below exact."""
+    """More classes than d^2, nearly collapsed: the kept part vanishes in most directions, MIR is not above exact."""
     generator = torch.Generator().manual_seed(0)
     means = torch.randn(n_classes, d, generator=generator, dtype=torch.float64)
     labels = torch.arange(n_classes * each) % n_classes
@@ -200,7 +197,7 @@ def test_rounding_is_not_taken_for_couplings(n_classes: int, d: int, each: int, 
 
 
 def test_couplings_are_not_worth_more_than_they_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever an estimate says: nothing is taken back that the mass of the tail cannot account for."""
+    """Whatever the estimate, nothing is subtracted that exceeds the bound by the mass of the tail."""
     features, labels, head = _case(2, [60] * 10, 64, 1.5, 0.5)
     labelled = _labelled(features, labels, head, "none")
     exact, factors = _entropies(labelled, 0.0), _factors(labelled, 150)
@@ -212,9 +209,9 @@ def test_couplings_are_not_worth_more_than_they_can_be(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize(("mass", "near"), [(1e-4, 0.3), (1e-5, 0.05), (2e-7, 0.05)])
 def test_the_smallest_rows_couplings_are_in_the_estimate(mass: float, near: float) -> None:
-    """Each class has orthogonal directions of its own, and in those that all share so little mass, of equal shares.
+    """Each class has orthogonal directions of its own; directions that all classes share have little mass, equally.
 
-    The joint spectrum is then the own directions' and that of the head for each shared one: a closed form.
+    The joint spectrum is then that of the own directions and, for each shared one, that of the head: a closed form.
     """
     n_classes, each, generator = 10, 110, torch.Generator().manual_seed(0)
     n_own = n_classes * each
@@ -252,7 +249,7 @@ def test_at_collapse_mir_is_the_closed_form(n_classes: int) -> None:
 @pytest.mark.parametrize("largest", [40, 4096])
 @pytest.mark.parametrize("counts", [[900, 700, 500], [300, 40, 7, 260, 1, 90, 33], [12] * 60])
 def test_one_reading_gives_what_two_give(counts: list[int], largest: int) -> None:
-    """Both centrings and the collapse from one pass over large and small classes: bit for bit as each alone."""
+    """Both centrings and the collapse from one pass over large and small classes equal those alone, bit for bit."""
     features, labels, head = _case(11, counts, 64, 0.7, 1.0)
     statistics, predicted = class_statistics(features, labels, len(head)), (features @ head.T).argmax(dim=1)
     sets = [_labelled(features, labels, head, centring) for centring in ("none", "global")]
@@ -267,7 +264,7 @@ def test_one_reading_gives_what_two_give(counts: list[int], largest: int) -> Non
 
 
 def test_rows_that_are_not_kept_are_not_held_and_change_nothing() -> None:
-    """With many classes the factors are pruned on the way; what is kept of them gives what unpruned ones give."""
+    """With many classes factors are pruned while they are added; the kept ones give the same as without pruning."""
     features, labels, head = _case(4, [30] * 40, 50, 1.0, 1.0)
     labelled = _labelled(features, labels, head, "none")
     pruned, whole = _factors(labelled, 100), _factors(labelled, 1200)
@@ -275,13 +272,13 @@ def test_rows_that_are_not_kept_are_not_held_and_change_nothing() -> None:
     assert sum(len(rows) for rows in whole.rows) == 1200
     assert pruned.spectral == whole.spectral
     spectra = [
-        torch.linalg.eigvalsh(_JointSpectrum(factors, labelled.head, 40).matrix(100)) for factors in (pruned, whole)
+        torch.linalg.eigvalsh(JointSpectrum(factors, Spectral(0.0, 40, 0.0)).matrix(100)) for factors in (pruned, whole)
     ]
     torch.testing.assert_close(*spectra, rtol=0, atol=1e-14)
 
 
 def test_couplings_of_the_smallest_rows_may_be_missing() -> None:
-    """Where there are too many numbers to hold, what is left bounds the whole: lower from below, wider from above."""
+    """If there are too many numbers to hold, the bounds of the rest are wider on both sides, and still hold."""
     features, labels, head = _case(4, [30] * 40, 50, 0.7, 1.0)
     labelled = _labelled(features, labels, head, "none")
     exact = _entropies(labelled, 0.0)
@@ -335,7 +332,7 @@ def test_what_leaves_the_numbers_unchanged(seed: int, counts: list[int], d: int,
 
 
 def test_equal_features_share_nothing_and_ratios_are_not_defined() -> None:
-    """All z equal: H(K1) = 0, also after many samples, where rounding adds up."""
+    """For equal z H(K1) = 0, also for many samples, where rounding accumulates."""
     features = torch.full((20_000, 64), 0.1)
     labels = torch.arange(20_000) % 4
     found = _entropies(_labelled(features, labels, torch.eye(4, 64), "none"))
@@ -346,7 +343,7 @@ def test_equal_features_share_nothing_and_ratios_are_not_defined() -> None:
 
 
 def test_orthogonal_features_have_log_n() -> None:
-    """All z orthogonal, each its own class with an orthogonal head row: MIR 1, HDR 0."""
+    """For orthogonal z, each its own class with an orthogonal head row: MIR 1, HDR 0."""
     found = _entropies(_labelled(torch.eye(12), torch.arange(12), torch.eye(12, dtype=torch.float64), "none"))
     assert found.features == pytest.approx(math.log(12), abs=1e-12)
     assert _mir(found) == pytest.approx(1, abs=1e-12)
@@ -386,7 +383,7 @@ def test_pairs_follow_the_definition(n: int) -> None:
 def test_ranks_give_the_exact_spectrum_where_they_are_least(
     centring: str, counts: list[int], d: int, features_rank: int, head_rank: int
 ) -> None:
-    """More classes than d and fewer, heads and features of fewer directions than d: as the whole Gram matrix has it."""
+    """More classes than d and fewer, heads and features of fewer directions than d agree with the whole Gram matrix."""
     features, labels, head = _case(9, counts, d)
     generator = torch.Generator().manual_seed(9)
     features = features @ torch.randn(d, features_rank, generator=generator, dtype=torch.float64)
@@ -403,7 +400,7 @@ def test_ranks_give_the_exact_spectrum_where_they_are_least(
 
 
 def test_ranks_are_used_where_a_third_of_the_rows_would_be_kept() -> None:
-    """More than 1,024 products, many more rows: exact at the cost of the ranks, which no number of classes changes."""
+    """More than 1,024 products and many more rows are exact, at a cost independent of the number of classes."""
     features, labels, head = _case(10, [60] * 60, 40, 0.2, 0.5)
     found = _entropies(_labelled(features, labels, head, "none"))
     assert (found.method.name, found.method.total) == ("exact", 1600)
@@ -413,7 +410,7 @@ def test_ranks_are_used_where_a_third_of_the_rows_would_be_kept() -> None:
 
 
 def test_pairs_of_few_directions_follow_the_definition() -> None:
-    """At class-mean level: more classes than both ranks give when multiplied."""
+    """At class-mean level, with more classes than the product of both ranks."""
     z, v = (unit_rows(torch.randn(150, 7, generator=torch.Generator().manual_seed(seed)))[0] for seed in (1, 2))
     found, expected = pair_entropies(z, v), reference.numbers(z.numpy(), v.numpy())
     assert found.method.total == 49
@@ -423,9 +420,9 @@ def test_pairs_of_few_directions_follow_the_definition() -> None:
 
 @pytest.mark.parametrize(("spread", "defined"), [(4e-7, True), (2.5e-7, True), (1.2e-7, False), (0.0, False)])
 def test_tiny_entropies_are_defined_down_to_the_stated_threshold(spread: float, defined: bool) -> None:
-    """Two directions so little apart that H(K1) is near 1e-12, in closed form; the error of MIR is within the estimate.
+    """For two directions so close that H(K1) is near 1e-12, in closed form, the error of MIR is within the estimate.
 
-    Half of all samples of each class lie at one, half at the other: features and head share nothing, and MIR is 0.
+    Half of the samples of each class lie at one, half at the other: features and head share nothing, and MIR is 0.
     """
     features = torch.tensor([[1.0, spread], [1.0, -spread]], dtype=torch.float64).repeat(200, 1)
     labels = torch.arange(400) // 2 % 4

@@ -1,4 +1,4 @@
-"""Networks of the operator's own: packages that declare them, found without being imported."""
+"""Networks of the operator's own packages, found by their declarations without an import."""
 
 import sys
 from collections.abc import Iterator
@@ -39,7 +39,7 @@ gone = our_networks:Missing
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A package as pip would have installed it, on the path of this test alone."""
+    """Install a package as pip would, on the path of this test alone."""
     site = tmp_path / "site"
     (info := site / "our_networks-1.0.dist-info").mkdir(parents=True)
     (site / "our_networks.py").write_text(CODE)
@@ -51,12 +51,12 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def described(name: str = "scaled", **args: object) -> dict[str, object]:
-    """The description of a network of that package."""
+    """Return the description of a network of that package."""
     return {"family": "custom", "name": name, "args": args}
 
 
 def test_a_declared_network_is_built_and_evaluated(package: Path, tmp_path: Path) -> None:
-    """Weights from a file, a buffer that no file holds from its own constructor, the last linear module as the head."""
+    """Weights come from a file, a buffer without a file from its constructor; the last linear module is the head."""
     assert "custom" in available_families()
     assert "our_networks" not in sys.modules
     torch.manual_seed(0)
@@ -71,7 +71,7 @@ def test_a_declared_network_is_built_and_evaluated(package: Path, tmp_path: Path
 
 
 def test_logits_that_are_not_the_heads_are_noticed(package: Path, tmp_path: Path) -> None:
-    """Whatever the operator's code does after its head, no measure is of something else."""
+    """If the operator's code changes the head's output, the evaluation is refused."""
     state = build(described(width=8), device="cpu").state_dict()
     save_file(state, path := tmp_path / "net.safetensors")
     network = load_network(described(width=8, scale=2.0), path, head=None, device="cpu")
@@ -85,7 +85,7 @@ def test_logits_that_are_not_the_heads_are_noticed(package: Path, tmp_path: Path
     ("description", "words"),
     [
         (described("unknown"), "gone, odd, scaled"),
-        (described("odd"), "gives dict and not a torch.nn.Module"),
+        (described("odd"), "returns dict, not a torch.nn.Module"),
         (described("gone"), "Missing"),
         (described(depth=3), "unexpected keyword argument 'depth'"),
         (described(width=-1), "negative"),
@@ -94,14 +94,14 @@ def test_logits_that_are_not_the_heads_are_noticed(package: Path, tmp_path: Path
 def test_what_cannot_be_built_is_the_descriptions_fault(
     package: Path, description: dict[str, object], words: str
 ) -> None:
-    """An unknown name lists those that there are; errors of the operator's code are given in its words."""
+    """An unknown name lists the known ones; errors of the operator's code are passed on in their words."""
     with pytest.raises(AnalysisError, match=words) as caught:
         build(description)
     assert caught.value.kind == "invalid-architecture"
 
 
 def test_without_packages_there_is_no_such_family() -> None:
-    """And a description of it says that nothing is declared."""
+    """A description of the family says that nothing is declared."""
     assert "custom" not in available_families()
     with pytest.raises(AnalysisError, match="it has none"):
         build(described())

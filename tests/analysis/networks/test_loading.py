@@ -1,4 +1,4 @@
-"""Networks: builders, their mirror in app, and checkpoints read into them."""
+"""Networks: builders, their mirror in app, and loading of checkpoints."""
 
 import inspect
 import json
@@ -42,7 +42,7 @@ SMALL = _builtin("mlp", sizes=[6, 5, 4], norm="batch")
 
 
 def _trained(architecture: Architecture, seed: int = 0) -> nn.Module:
-    """A network whose every tensor, running statistics included, differs from its initial value."""
+    """Return a network whose every tensor, including running statistics, differs from its initial value."""
     generator = torch.Generator().manual_seed(seed)
     network = build(architecture, device="cpu")
     for name, tensor in network.state_dict().items():
@@ -71,7 +71,7 @@ def _error(*args: Any, head: str | None = None) -> AnalysisError:
 
 @pytest.mark.parametrize("name", sorted(builtin.BUILDERS))
 def test_the_mirror_in_app_has_the_same_arguments_and_defaults(name: str) -> None:
-    """What app checks without torch is what the builders take."""
+    """Arguments that app checks without torch are those of the builders."""
     models = {model.model_fields["name"].annotation.__args__[0]: model for model in _models()}
     assert set(models) == set(builtin.BUILDERS) == set(builtin.HEADS)
     fields = models[name].model_fields["args"].annotation.model_fields
@@ -97,7 +97,7 @@ def test_what_app_accepts_can_be_built(key: str) -> None:
 
 @pytest.mark.parametrize("key", NETWORKS)
 def test_the_head_maps_features_to_logits(key: str, tmp_path: Path) -> None:
-    """What the head receives, times its rows, plus its bias, is what the network gives."""
+    """The head's inputs, times its rows, plus its bias, are the network's outputs."""
     architecture, shape = NETWORKS[key]
     path = _saved(_trained(architecture).state_dict(), tmp_path / "checkpoint")
     network = load_network(architecture, path, head=None, device="cpu")
@@ -133,7 +133,7 @@ def test_a_stored_network_comes_back(key: str, dtype: torch.dtype, tmp_path: Pat
 
 
 def test_a_loaded_network_is_ready_to_evaluate(tmp_path: Path) -> None:
-    """It is in evaluation mode, takes no gradients, and shares nothing with the file."""
+    """It is in evaluation mode, has no gradients, and shares no memory with the file."""
     path = _saved(_trained(SMALL).state_dict(), tmp_path / "checkpoint")
     before = path.read_bytes()
     network = load_network(SMALL, path, head=None, device="cpu")
@@ -148,7 +148,7 @@ def test_a_loaded_network_is_ready_to_evaluate(tmp_path: Path) -> None:
 
 
 def test_batch_counters_are_no_matter(tmp_path: Path) -> None:
-    """num_batches_tracked may be missing, or have become a float on the way."""
+    """num_batches_tracked may be missing, or stored as a float."""
     tensors = _trained(SMALL).state_dict()
     counter = "norms.0.num_batches_tracked"
     without = {name: tensor for name, tensor in tensors.items() if name != counter}
@@ -162,7 +162,7 @@ def test_batch_counters_are_no_matter(tmp_path: Path) -> None:
 
 
 def test_another_linear_module_can_be_the_head(tmp_path: Path) -> None:
-    """The head may be named; a name that is no linear module gives the candidates."""
+    """The head may be named; a name without a linear module gives the candidates."""
     path = _saved(_trained(SMALL).state_dict(), tmp_path / "checkpoint")
     network = load_network(SMALL, path, head="layers.0", device="cpu")
     assert network.head_name == "layers.0"
@@ -174,7 +174,7 @@ def test_another_linear_module_can_be_the_head(tmp_path: Path) -> None:
 
 
 def test_a_mismatch_lists_names_and_shapes(tmp_path: Path) -> None:
-    """Missing, unexpected, misshaped and mistyped tensors are all named, beside their numbers."""
+    """Missing, unexpected, misshaped and mistyped tensors are all listed, with their numbers."""
     tensors = _trained(SMALL).state_dict()
     del tensors["head.bias"], tensors["norms.0.running_mean"]
     tensors |= {"extra": torch.zeros(1), "head.weight": torch.zeros(4, 6), "norms.0.bias": torch.zeros(5).long()}
@@ -194,7 +194,7 @@ def test_a_mismatch_lists_names_and_shapes(tmp_path: Path) -> None:
 
 
 def test_a_long_mismatch_lists_twenty_of_each(tmp_path: Path) -> None:
-    """Lists stop at 20 names, numbers do not."""
+    """Lists stop at 20 names; the numbers count all."""
     deep = _builtin("mlp", sizes=[4] * 40)
     tensors = {f"other.{i}": torch.zeros(1) for i in range(30)}
     tensors |= {f"layers.{i}.weight": torch.zeros(4, 5) for i in range(25)}
@@ -207,7 +207,7 @@ def test_a_long_mismatch_lists_twenty_of_each(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_values_that_are_not_finite_are_named(value: float, tmp_path: Path) -> None:
-    """The first such tensor in the network's order is named, and how many there are; buffers count too."""
+    """The error gives the first such tensor in the network's order, and their number; buffers count too."""
     tensors = _trained(SMALL).state_dict()
     tensors["norms.0.running_var"][3] = value
     error = _error(SMALL, _saved(tensors, tmp_path / "one"))
@@ -218,7 +218,7 @@ def test_values_that_are_not_finite_are_named(value: float, tmp_path: Path) -> N
 
 
 def test_a_float64_value_beyond_float32_is_not_finite(tmp_path: Path) -> None:
-    """What float32 cannot hold is not let through as infinity."""
+    """A value too large for float32 is refused, not read as infinity."""
     tensors = {n: t.double() if t.is_floating_point() else t for n, t in _trained(SMALL).state_dict().items()}
     tensors["head.weight"][0, 0] = 1e300
     assert _error(SMALL, _saved(tensors, tmp_path / "checkpoint")).members["tensor"] == "head.weight"
@@ -261,7 +261,7 @@ def test_an_absurd_description_costs_nothing(key: str, tmp_path: Path) -> None:
 
 
 def test_shapes_are_compared_before_a_byte_of_weights_is_read(tmp_path: Path) -> None:
-    """A file whose data would not even be finite is refused for its names first."""
+    """A file with non-finite data is refused for its names first."""
     tensors = {"head.weight": torch.full((4, 5), float("nan"))}
     assert _error(SMALL, _saved(tensors, tmp_path / "checkpoint")).kind == "checkpoint-mismatch"
 
@@ -289,7 +289,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("case", BROKEN)
 def test_a_broken_file_is_told_apart_from_a_bug(case: str, tmp_path: Path) -> None:
-    """What the library refuses is a mismatch with a reason, never a bare exception."""
+    """Errors of the library are a mismatch with a reason, never a bare exception."""
     path = tmp_path / "checkpoint"
     path.write_bytes(BROKEN[case])
     error = _error(SMALL, path)
@@ -299,7 +299,7 @@ def test_a_broken_file_is_told_apart_from_a_bug(case: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("dtype", ["F4", "F6_E2M3", "F8_E8M0", "C64"])
 def test_numbers_that_are_no_weights_are_a_mismatch(dtype: str, tmp_path: Path) -> None:
-    """Types of less than a byte, exponents alone and complex numbers are refused by the header."""
+    """Types of less than a byte, bare exponents and complex numbers are refused by the header."""
     architecture = _builtin("mlp", sizes=[4, 4])
     bits = {"F4": 4, "F6_E2M3": 6, "F8_E8M0": 8, "C64": 64}[dtype]
     n_weight, n_bias = 16 * bits // 8, 4 * bits // 8
@@ -373,7 +373,7 @@ def test_a_description_of_nothing_is_refused(architecture: Architecture) -> None
     ],
 )
 def test_inputs_of_another_shape_are_refused(key: str, shape: tuple[int, ...]) -> None:
-    """A network says which samples it takes, in place of torch's words about matrices."""
+    """The error gives the expected shape of samples instead of torch's words about matrices."""
     network = build(NETWORKS[key][0], device="cpu").eval()
     with pytest.raises(AnalysisError) as caught:
         network(torch.zeros(shape))
@@ -382,7 +382,7 @@ def test_inputs_of_another_shape_are_refused(key: str, shape: tuple[int, ...]) -
 
 
 def test_parameter_counts_are_the_papers() -> None:
-    """ResNet-18 has the 11.2 million parameters known for CIFAR, WRN-28-10 its 36.5 million; WRN-40-4 its 8.9."""
+    """ResNet-18 has the 11.2 million parameters known for CIFAR, WRN-28-10 36.5 million, WRN-40-4 8.9 million."""
 
     def millions(architecture: Architecture) -> float:
         return sum(parameter.numel() for parameter in build(architecture).parameters()) / 1e6
@@ -402,7 +402,7 @@ def test_resnet_names_are_torchvisions() -> None:
 
 
 def test_normalisations_do_what_they_say() -> None:
-    """Layer normalisation acts within a sample, batch normalisation across them, and nothing follows the head."""
+    """Layer normalisation acts within a sample, batch normalisation across samples; no module follows the head."""
     inputs = _inputs((64,), 16)
     for norm, dimension in (("layer", 1), ("batch", 0)):
         network = build(_builtin("mlp", sizes=[64, 32, 10], norm=norm), device="cpu").train()
@@ -419,7 +419,7 @@ def test_normalisations_do_what_they_say() -> None:
 
 
 def test_build_on_a_device_is_seeded_by_torch() -> None:
-    """Building on a real device initialises reproducibly; on meta nothing has memory."""
+    """On a real device the initialisation is reproducible; on meta no tensor has memory."""
     torch.manual_seed(3)
     first = build(SMALL, device="cpu")
     torch.manual_seed(3)
@@ -430,7 +430,7 @@ def test_build_on_a_device_is_seeded_by_torch() -> None:
 
 
 def test_wrappers_are_taken_off_and_tensors_beside_weights_left_out(tmp_path: Path) -> None:
-    """The same network as from plain names, whatever is beside it; tests of names have every wrapper."""
+    """The network is the same as from plain names; the tests of names cover every wrapper."""
     state = build(SMALL, device="cpu").state_dict()
     wrapped = {f"_orig_mod.module.{name}": tensor for name, tensor in state.items()}
     beside = {"optimizer.exp_avg": torch.tensor([torch.nan]), "ema_model.head.bias": torch.ones(2)}

@@ -1,14 +1,10 @@
-"""Names of a file against a network's own: wrappers before and within them, what is beside them, copies, ties."""
+"""Names of a file against a network's own: wrappers before and within them, further tensors, copies, ties."""
 
-import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils.parametrizations import weight_norm
@@ -17,14 +13,15 @@ from torchvision.models.vision_transformer import MLPBlock
 
 from analysis.errors import AnalysisError
 from analysis.networks import builtin
-from analysis.networks.loading import LoadedNetwork, load_network
 from analysis.networks.naming import Entry, Naming, match_names
-from analysis.networks.ties import Ties, untie
-from tests.analysis import models
-from tests.analysis.models import TEXT_MODELS, Saved
+from analysis.networks.ties import Ties
 
 CPU = torch.device("cpu")
+
+
 State = dict[str, Tensor]
+
+
 DTYPES = {torch.float32: "F32", torch.int64: "I64", torch.bool: "BOOL", torch.float16: "F16"}
 
 
@@ -39,7 +36,7 @@ class Plain(nn.Module):
 
 
 class Net(nn.Module):
-    """A part that is called as wrappers call theirs."""
+    """A network with a part named like a wrapper's."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +44,7 @@ class Net(nn.Module):
 
 
 class Named(nn.Module):
-    """Parts that are called like wrappers, copies and what training keeps."""
+    """Parts named like wrappers, copies and training's own tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,7 +68,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {"plain": Plain, "net": Net, "nam
 
 
 def state_of(network: nn.Module, seed: int = 0) -> State:
-    """Its tensors, at random."""
+    """Return the network's tensors with random values."""
     generator = torch.Generator().manual_seed(seed)
     return {
         name: torch.randn(tensor.shape, generator=generator) if tensor.is_floating_point() else tensor.clone()
@@ -80,12 +77,12 @@ def state_of(network: nn.Module, seed: int = 0) -> State:
 
 
 def behind(prefix: str, state: Mapping[str, Tensor]) -> State:
-    """The same tensors with something before each name."""
+    """Return the same tensors with a prefix on each name."""
     return {prefix + name: tensor for name, tensor in state.items()}
 
 
 def within(infix: str, state: Mapping[str, Tensor], depth: int = 1) -> State:
-    """With something after so many parts of each name that has more."""
+    """Return the tensors with an infix after so many parts of each longer name."""
 
     def wrapped(name: str) -> str:
         parts = name.split(".")
@@ -95,7 +92,7 @@ def within(infix: str, state: Mapping[str, Tensor], depth: int = 1) -> State:
 
 
 def matched(network: nn.Module, state: State, prefix: str | None = None) -> tuple[State, Naming]:
-    """The tensors that become the network's, by its own names, and what was found."""
+    """Return the matched tensors by the network's own names, and the naming."""
     with torch.device("meta"):
         template = network.to("meta")
     header = {name: Entry(DTYPES[tensor.dtype], list(tensor.shape)) for name, tensor in state.items()}
@@ -114,6 +111,8 @@ def refused(call: Callable[[], Any]) -> AnalysisError:
 
 
 COUNTER, FLAG, NUMBERS = torch.tensor(5), torch.tensor(True), torch.ones(3)
+
+
 # What torch, Lightning, accelerate, DeepSpeed, ema-pytorch and PEFT make of a state: the prefix, and what is left out.
 WRAPPED: dict[str, tuple[Callable[[State], State], str, dict[str, int]]] = {
     "bare": (dict, "", {}),
@@ -198,7 +197,7 @@ def twice(state: State) -> State:
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("wrapper", WRAPPED)
 def test_wrappers_are_taken_off_by_what_the_network_names(wrapper: str, network: str) -> None:
-    """Any wrapper around any network: its tensors, the prefix, and how many tensors are beside them."""
+    """For any wrapper around any network: its tensors, the prefix, and the number of further tensors."""
     state = state_of(NETWORKS[network]())
     wrap, prefix, ignored = WRAPPED[wrapper]
     found, naming = matched(NETWORKS[network](), wrap(state))
@@ -218,7 +217,7 @@ def test_wrappers_are_taken_off_by_what_the_network_names(wrapper: str, network:
 )
 @pytest.mark.parametrize("prefix", ["", "module.", "model.", "_fsdp_wrapped_module."])
 def test_parts_of_wrappers_within_names_are_taken_out(infix: str, prefix: str) -> None:
-    """Around layers and around the network at once, around some of the layers alone, and nested."""
+    """Around layers and around the network at once, around only some layers, and nested."""
     state = state_of(Plain())
     for depth in (1, 2):
         wrapped = within(infix, state, depth)
@@ -233,7 +232,7 @@ def test_parts_of_wrappers_within_names_are_taken_out(infix: str, prefix: str) -
 
 
 def test_torchs_own_wrappers() -> None:
-    """What DataParallel, torch.compile, AveragedModel and a checkpointed layer themselves name."""
+    """Names from DataParallel, torch.compile, AveragedModel and a checkpointed layer themselves."""
     network = Plain()
     state = network.state_dict()
     averaged = AveragedModel(nn.DataParallel(network))
@@ -255,7 +254,7 @@ def test_torchs_own_wrappers() -> None:
     [("student.", "teacher."), ("model.", "net."), ("", "teacher."), ("online_model.", "ema_model."), ("ema.", "swa.")],
 )
 def test_a_guess_that_is_not_unique_shows_both(network: str, first: str, second: str) -> None:
-    """Two whole sets that differ are a problem, which names both; whoever names one of them gets it."""
+    """Two complete sets that differ are an error that lists both; a given prefix chooses one."""
     state = state_of(NETWORKS[network]())
     both = {**behind(first, state), **behind(second, twice(state))}
     error = refused(lambda: matched(NETWORKS[network](), both))
@@ -270,7 +269,7 @@ def test_a_guess_that_is_not_unique_shows_both(network: str, first: str, second:
 
 
 def test_two_names_of_one_tensor_are_a_problem_where_they_differ() -> None:
-    """With a wrapper in the middle of one of them; equal ones are one tensor."""
+    """One of them has a wrapper in the middle; equal ones are one tensor."""
     state = state_of(Plain())
     state["layers._orig_mod.0.weight"] = state["layers.0.weight"].clone()
     found, naming = matched(Plain(), state)
@@ -286,13 +285,13 @@ def test_two_names_of_one_tensor_are_a_problem_where_they_differ() -> None:
     "extra", ["layers.2.weight", "head.extra", "norm.weight_scale", "fc_norm.weight", "head.lora_A.weight"]
 )
 def test_weights_of_a_larger_network_are_a_mismatch(extra: str, prefix: str) -> None:
-    """What would take part in another network's forward pass is never left out in silence."""
+    """Tensors that would take part in another network's forward pass are never ignored."""
     error = refused(lambda: matched(Plain(), behind(prefix, {**state_of(Plain()), extra: NUMBERS})))
     assert error.members["unexpected"] == [prefix + extra]
 
 
 def test_a_mismatch_is_told_of_the_best_place() -> None:
-    """Behind a prefix that most of the network is behind, what is missing is missing there."""
+    """Missing tensors are listed for the prefix that holds most of the network."""
     state = behind("module.", state_of(Plain()))
     del state["module.head.bias"]
     error = refused(lambda: matched(Plain(), state))
@@ -304,7 +303,7 @@ def test_a_mismatch_is_told_of_the_best_place() -> None:
 
 
 def test_old_names_of_weight_norm_are_taken() -> None:
-    """`weight_g` and `weight_v` become what the parametrisation has, behind any prefix; torch's own loading agrees."""
+    """`weight_g` and `weight_v` become the names of the parametrisation, with any prefix, as in torch's loading."""
     network = nn.Sequential(weight_norm(nn.Linear(3, 4)), nn.ReLU(), nn.Linear(4, 2))
     state = state_of(network)
     old = {
@@ -336,7 +335,7 @@ def test_modules_rename_what_their_earlier_versions_saved() -> None:
 
 
 def test_shared_tensors_that_differ_are_refused_where_no_library_parts_them() -> None:
-    """Of a network that itself uses one tensor twice a file holds it once, or twice and alike."""
+    """For a network that uses one tensor twice, a file holds it once, or twice with equal values."""
     network = Plain()
     network.layers[0] = network.head
     with torch.device("meta"):
@@ -350,7 +349,7 @@ def test_shared_tensors_that_differ_are_refused_where_no_library_parts_them() ->
 
 
 def test_what_is_left_out_is_summed_up() -> None:
-    """By how names begin, numbers as *; of a long list the rest is one number."""
+    """Names are summed up by their beginnings, numbers as *; the rest of a long list is one number."""
     state = state_of(Plain())
     many = {f"beside{n}.weight": NUMBERS for n in range(60)}
     _, naming = matched(Plain(), {**behind("model.", state), **many})
@@ -360,7 +359,7 @@ def test_what_is_left_out_is_summed_up() -> None:
 
 
 def test_names_without_end_cost_seconds() -> None:
-    """Forty thousand names, each a place of its own, and each as deep as may be."""
+    """Forty thousand names, each with its own prefix, and each as deep as allowed."""
     header = {f"{n}." * 20 + "weight": Entry("F32", [2, 3]) for n in range(20_000)}
     header |= {f"{n}.head.weight": Entry("F32", [2, 3]) for n in range(20_000)}
     with torch.device("meta"):
@@ -371,142 +370,3 @@ def test_names_without_end_cost_seconds() -> None:
         )
     )
     assert error.members["n_missing"] > 0
-
-
-def _loaded(saved: Saved, path: Path | None = None, prefix: str | None = None) -> LoadedNetwork:
-    return load_network(saved.architecture, path or saved.path, head=None, device=CPU, prefix=prefix)
-
-
-def _logits(network: LoadedNetwork) -> Tensor:
-    with torch.no_grad():
-        logits: Tensor = network.module(models.texts(5))
-    return logits
-
-
-def _of_the_library(saved: Saved, state: State, folder: Path) -> tuple[LoadedNetwork, Tensor]:
-    """The network from these tensors, and what `from_pretrained` makes of them."""
-    folder.mkdir()
-    path = folder / "model.safetensors"
-    save_file({name: tensor.clone() for name, tensor in state.items()}, path, metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(saved.architecture["config"]))
-    cls = getattr(transformers, saved.architecture["config"]["architectures"][0])
-    library = cls.from_pretrained(folder).eval()
-    with torch.no_grad():
-        return _loaded(saved, path), library(**models.texts(5)).logits
-
-
-@pytest.mark.parametrize(
-    ("name", "more", "ignored"),
-    [
-        (
-            "GPT2",
-            {f"transformer.h.{n}.attn.{buffer}": torch.ones(1, 1, 20, 20) for n in range(2)
-             for buffer in ("bias", "masked_bias")},
-            {"transformer.h.*.attn.bias": 2, "transformer.h.*.attn.masked_bias": 2},
-        ),
-        (
-            "GPTNeo",
-            {f"transformer.h.{n}.attn.attention.{buffer}": torch.ones(1, 1, 20, 20) for n in range(2)
-             for buffer in ("bias", "masked_bias")},
-            {"transformer.h.*.attn.attention.bias": 2, "transformer.h.*.attn.attention.masked_bias": 2},
-        ),
-        (
-            "GPTJ",
-            {f"transformer.h.{n}.attn.{buffer}": torch.ones(1, 1, 20, 20) for n in range(2)
-             for buffer in ("bias", "masked_bias")},
-            {"transformer.h.*.attn.bias": 2, "transformer.h.*.attn.masked_bias": 2},
-        ),
-        (
-            "GPTNeoX",
-            {f"gpt_neox.layers.{n}.attention.{buffer}": torch.ones(2) for n in range(2)
-             for buffer in ("bias", "masked_bias", "rotary_emb.inv_freq")},
-            {
-                "gpt_neox.layers.*.attention.bias": 2,
-                "gpt_neox.layers.*.attention.masked_bias": 2,
-                "gpt_neox.layers.*.attention.rotary_emb.": 2,
-            },
-        ),
-        ("Bert", {"bert.pooler.dense.weight": torch.ones(16, 16), "cls.seq_relationship.weight": torch.ones(2, 16)},
-         {"bert.pooler.": 1, "cls.seq_relationship.": 1}),
-        ("Llama", {"score.weight": torch.ones(2, 16), "v_head.summary.bias": torch.ones(1)},
-         {"score.": 1, "v_head.": 1}),
-    ],
-)  # fmt: skip
-def test_what_from_pretrained_passes_over_is_left_out(
-    name: str, more: State, ignored: dict[str, int], tmp_path: Path
-) -> None:
-    """Buffers of earlier versions and heads of other tasks: the library's logits, and each of them listed."""
-    saved = models.saved_language_model(name, tmp_path / "saved")
-    network, expected = _of_the_library(saved, {**load_file(saved.path), **more}, tmp_path / "more")
-    torch.testing.assert_close(_logits(network), expected, rtol=0, atol=1e-5)
-    assert network.naming.ignored == ignored
-    wrapped = behind("model.", {**load_file(saved.path), **more})
-    save_file({name: tensor.clone() for name, tensor in wrapped.items()}, tmp_path / "wrapped")
-    network = _loaded(saved, tmp_path / "wrapped")
-    torch.testing.assert_close(_logits(network), expected, rtol=0, atol=1e-5)
-    assert network.naming.prefix == "model."
-
-
-def test_a_language_models_head_is_left_out_of_a_classifier(tmp_path: Path) -> None:
-    """BERT's masked language model beside a classifier, as of a checkpoint that was trained for both."""
-    saved = models.saved_transformers("Bert", TEXT_MODELS["Bert"], tmp_path / "saved")
-    more = {"cls.predictions.bias": torch.ones(50), "cls.predictions.transform.dense.weight": torch.ones(16, 16)}
-    network, expected = _of_the_library(saved, {**load_file(saved.path), **more}, tmp_path / "more")
-    torch.testing.assert_close(_logits(network), expected, rtol=0, atol=1e-5)
-    assert network.naming.ignored == {"cls.": 2}
-
-
-@pytest.mark.parametrize("extra", ["lora_A.default.weight", "weight_scale_inv", "weight.absmax"])
-def test_what_changes_a_layer_is_not_left_out(extra: str, tmp_path: Path) -> None:
-    """Adapters that were not merged, and scales of quantised weights, say that the network computes something else."""
-    saved = models.saved_language_model("Llama", tmp_path)
-    layer = "model.layers.0.self_attn.q_proj"
-    save_file({**load_file(saved.path), f"{layer}.{extra}": torch.ones(2, 16)}, tmp_path / "more")
-    error = refused(lambda: _loaded(saved, tmp_path / "more"))
-    assert error.members["unexpected"] == [f"{layer}.{extra}"]
-
-
-@pytest.mark.parametrize("name", ["Llama, tied", "GPT2", "Qwen2", "OPT"])
-def test_tied_tensors_that_differ_stay_apart_as_in_the_library(name: str, tmp_path: Path) -> None:
-    """Both in the file and different: the library's logits, and the name; equal ones are one tensor again."""
-    saved = models.saved_language_model(name, tmp_path / "saved")
-    tied = _loaded(saved)
-    other = torch.randn(tied.weight.shape, generator=torch.Generator().manual_seed(5))
-    network, expected = _of_the_library(saved, {**load_file(saved.path), "lm_head.weight": other}, tmp_path / "differ")
-    torch.testing.assert_close(_logits(network), expected, rtol=0, atol=1e-5)
-    assert not torch.allclose(_logits(tied), expected, atol=1e-3)
-    assert network.naming.untied == ["lm_head.weight"]
-    assert torch.equal(network.weight, other)
-    network, expected = _of_the_library(
-        saved, {**load_file(saved.path), "lm_head.weight": tied.weight}, tmp_path / "equal"
-    )
-    torch.testing.assert_close(_logits(network), expected, rtol=0, atol=1e-5)
-    assert network.naming.untied == []
-    assert network.naming.n_parameters == tied.naming.n_parameters + tied.weight.numel()
-    parameters = [parameter for parameter in network.module.parameters() if parameter.shape == other.shape]
-    assert len(parameters) == 1
-
-
-@pytest.mark.parametrize("differing", [(0, 1), (1, 2), (0, 2), (0, 1, 2)])
-def test_three_names_of_one_table_are_tied_as_in_the_library(differing: tuple[int, ...], tmp_path: Path) -> None:
-    """BART's: of those in the file that differ the library keeps which apart, in an order of its own."""
-    saved = models.saved_transformers("Bart", TEXT_MODELS["Bart"], tmp_path / "saved")
-    names = [f"model.{part}.weight" for part in ("shared", "encoder.embed_tokens", "decoder.embed_tokens")]
-    tensors = load_file(saved.path)
-    [stored] = [name for name in names if name in tensors]
-    table = tensors.pop(stored)
-    state = {**tensors, **{names[n]: table * (1 + n) for n in differing}}
-    network, expected = _of_the_library(saved, state, tmp_path / "differ")
-    torch.testing.assert_close(_logits(network), expected, rtol=0, atol=1e-5)
-    assert len(network.naming.untied) == len(differing) - 1
-
-
-def test_a_network_is_untied_without_a_change(tmp_path: Path) -> None:
-    """The head gets a tensor of its own, equal to the embedding's, as the other end of a path may need."""
-    saved = models.saved_language_model("GPT2", tmp_path)
-    network = _loaded(saved)
-    before = _logits(network)
-    untie(network.module, ["lm_head.weight"])
-    assert torch.equal(_logits(network), before)
-    module: Any = network.module
-    assert module.lm_head.weight is not module.transformer.wte.weight

@@ -1,4 +1,4 @@
-"""How many samples a pass takes at a time: as many as its largest tensor allows."""
+"""The batch size of a pass: the largest that its largest tensor allows."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 class _Counting(nn.Module):
-    """Calls something, and counts how often it was called and with how many samples."""
+    """Calls a function, and counts the calls and their samples."""
 
     def __init__(self, function: Any) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ def _size(module: nn.Module, probe: Probe) -> int:
     [(1, 4096), (2_047, 4096), (2_048, 2048), (2**21, 2), (2**22, 1), (2**23, 1), (2**24, 1)],
 )
 def test_the_largest_tensor_stays_below_32_mib(floats: int, expected: int) -> None:
-    """A block of 32 MiB is one too large; a power of two, 4,096 at most and 1 at least, whatever it takes."""
+    """A block of 32 MiB is too large; the size is a power of two from 1 to 4,096."""
     assert _size(_Counting(lambda batch: batch.repeat(1, floats)[:, :1]), _probe(torch.zeros(3, 1), 3)) == expected
 
 
@@ -56,21 +56,21 @@ def test_what_lies_between_inputs_and_logits_counts() -> None:
 
 
 def test_the_inputs_count_too() -> None:
-    """What a network makes smaller at once has to be given to it all the same, as float32."""
+    """Inputs that the network reduces at once still count, as float32."""
     images = torch.zeros(4, 3, 512, 512, dtype=torch.uint8)
     network = nn.Sequential(nn.AvgPool2d(256), nn.Flatten(), nn.Linear(12, 5))
     assert _size(network, _probe(images, 4)) == 8
 
 
 def test_weights_do_not_count() -> None:
-    """Nor what is made of them for each batch anew: 64 MiB here, beside 32 KiB a sample."""
+    """Nor do tensors computed from weights in each batch: 64 MiB here, against 32 KiB a sample."""
     weight = torch.zeros(2**13, 2**11)
     module = _Counting(lambda batch: batch @ (weight.T.contiguous() - weight.T.mean()))
     assert _size(module, _probe(torch.zeros(3, 2**11), 3)) == 512
 
 
 def test_scores_of_tokens_count() -> None:
-    """Of ids few bytes are stored: what 1,000 tokens of attention are is found by looking, with ids that are there."""
+    """Ids take few bytes: the attention of 1,000 tokens is measured, with ids that exist."""
 
     def attend(batch: dict[str, Tensor]) -> Tensor:
         assert int(batch["input_ids"].min()) == 7
@@ -81,7 +81,7 @@ def test_scores_of_tokens_count() -> None:
 
 
 def test_a_network_and_a_shape_are_looked_at_once() -> None:
-    """With one sample and with two; other inputs, or another precision, are looked at for themselves."""
+    """It is measured once with one and with two samples; other inputs or another precision are measured again."""
     module = _Counting(lambda batch: batch)
     for _ in range(2):
         _size(module, _probe(torch.zeros(3, 4), 3))
@@ -94,14 +94,14 @@ def test_a_network_and_a_shape_are_looked_at_once() -> None:
 
 
 def test_one_sample_is_enough() -> None:
-    """A probe may hold a single one."""
+    """A probe may hold a single sample."""
     module = _Counting(lambda batch: batch)
     assert _size(module, _probe(torch.zeros(1, 4), 1)) == 4096
     assert module.seen == [1, 2, 2]
 
 
 def test_images_in_files_are_not_opened_for_it() -> None:
-    """Black ones of their size tell as much, preprocessed as they would be."""
+    """Black images of their size, preprocessed like them, stand for them."""
 
     def read(rows: Any) -> Any:
         raise AssertionError("nothing is to be read")
@@ -121,7 +121,7 @@ def test_images_in_files_are_not_opened_for_it() -> None:
 
 
 def test_a_network_that_fails_is_the_passes_to_tell() -> None:
-    """Of one that cannot take so few samples the inputs are counted."""
+    """If a network fails on so few samples, only its inputs count; the pass reports the failure."""
 
     def refuse(batch: Tensor) -> Tensor:
         raise ValueError("at least three samples")
@@ -131,7 +131,7 @@ def test_a_network_that_fails_is_the_passes_to_tell() -> None:
 
 @pytest.mark.parametrize("name", ["mlp", "cnn", "resnet"])
 def test_looking_leaves_a_network_as_it_was(name: str) -> None:
-    """Its tensors to the bit, running statistics among them."""
+    """All tensors stay bit for bit, including running statistics."""
     network, probe = network_of(name, 0), probe_of(name)
     before = {key: tensor.clone() for key, tensor in network.module.state_dict().items()}
     _size(network.module, probe)

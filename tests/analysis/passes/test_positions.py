@@ -1,4 +1,4 @@
-"""Causal language models: features, labels and predictions of positions, compared with their library's own forward."""
+"""Causal language models: features, labels and predictions of positions, against their library's own forward pass."""
 
 from collections.abc import Callable
 from functools import partial
@@ -45,7 +45,7 @@ def _error(call: Callable[[], Any]) -> AnalysisError:
 
 
 def _expected(saved: Saved, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """The library's logits at each position with a next token, and that token, position after position."""
+    """Return the library's logits at each position with a next token, and that token, in order."""
     logits, ids, mask = saved.library(batch), batch["input_ids"], batch["attention_mask"]
     rows = [(n, t) for n in range(len(ids)) for t in range(ids.shape[1] - 1) if mask[n, t] and mask[n, t + 1]]
     return torch.stack([logits[n, t] for n, t in rows]), torch.tensor([int(ids[n, t + 1]) for n, t in rows])
@@ -53,7 +53,7 @@ def _expected(saved: Saved, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("name", LANGUAGE_MODELS)
 def test_positions_are_those_of_the_library(name: str, tmp_path: Path) -> None:
-    """Features x output embedding + bias are the library's logits; loss, prediction and confidence follow from them."""
+    """Features x output embedding + bias are the library's logits; loss, prediction and confidence follow."""
     saved, batch = models.saved_language_model(name, tmp_path), models.texts(N)
     network = _loaded(saved)
     assert network.predicts_tokens
@@ -84,7 +84,7 @@ def test_positions_are_those_of_the_library(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["GPT2", "Llama"])
 def test_the_loss_is_the_librarys(name: str, tmp_path: Path) -> None:
-    """`outputs.loss` of the whole batch, with -100 for padding, and for whatever else the probe's labels leave out."""
+    """It is `outputs.loss` of the whole batch, with -100 for padding and other positions without a label."""
     saved, batch = models.saved_language_model(name, tmp_path), models.texts(N)
     class_name, _ = LANGUAGE_MODELS[name]
     library = getattr(transformers, class_name).from_pretrained(tmp_path).eval()
@@ -101,7 +101,7 @@ def test_the_loss_is_the_librarys(name: str, tmp_path: Path) -> None:
 
 
 def test_the_measures_are_those_of_the_tokens_that_occur(tmp_path: Path) -> None:
-    """MIR, HDR and collapse of all positions in the naive way, the head restricted to the classes; by split too."""
+    """MIR, HDR and collapse of all positions the naive way, with the head restricted to the classes; by split too."""
     saved, batch = models.saved_language_model("GPT2", tmp_path), models.texts(N)
     batch["input_ids"] = torch.where(batch["attention_mask"] == 1, batch["input_ids"] % 12 + 4, models.PAD)
     split = torch.arange(N) % 2
@@ -136,7 +136,7 @@ def test_the_measures_are_those_of_the_tokens_that_occur(tmp_path: Path) -> None
 
 
 def test_padding_may_stand_on_the_left(tmp_path: Path) -> None:
-    """A position is counted where it and the one after it are tokens, whichever side the padding is on."""
+    """A position counts if it and the next one are tokens, for padding on either side."""
     saved = models.saved_language_model("Llama", tmp_path)
     batch = models.texts(N)
     turned = {key: tensor.flip(1) for key, tensor in batch.items()}
@@ -149,7 +149,7 @@ def test_padding_may_stand_on_the_left(tmp_path: Path) -> None:
 
 
 def test_a_tied_embedding_is_one_tensor(tmp_path: Path) -> None:
-    """What `save_pretrained` writes lacks it; a path mixes it once, and its end is B; a pruned head prunes it."""
+    """The file of `save_pretrained` lacks it; a path mixes it once, with B at its end; a pruned head prunes it."""
     first = models.saved_language_model("GPT2", tmp_path / "first")
     second = models.saved_language_model("GPT2", tmp_path / "second", change=_doubled)
     assert "lm_head.weight" not in load_file(first.path)
@@ -182,7 +182,7 @@ def _doubled(model: Any) -> None:
 
 @pytest.mark.parametrize("name", ["GPT2", "Llama", "OPT"])
 def test_alignment_undoes_a_permutation_or_leaves_it(name: str, tmp_path: Path) -> None:
-    """Two language models are aligned without a change of their logits, tied embeddings included."""
+    """Two language models are aligned without a change of their logits, including tied embeddings."""
     saved = models.saved_language_model(name, tmp_path)
     first, second = _loaded(saved), _loaded(saved)
     with torch.no_grad():
@@ -195,7 +195,7 @@ def test_alignment_undoes_a_permutation_or_leaves_it(name: str, tmp_path: Path) 
 
 
 def test_a_network_that_sees_what_comes_is_refused(tmp_path: Path) -> None:
-    """An encoder with a language model's head predicts nothing: its logits change with the tokens after them."""
+    """The logits of an encoder with a language model's head change with later tokens."""
     name, config = LANGUAGE_MODELS["Bert"]
     cls: Any = getattr(transformers, name)
     model = cls(cls.config_class(**{**config, "is_decoder": False}))
@@ -210,7 +210,7 @@ def test_a_network_that_sees_what_comes_is_refused(tmp_path: Path) -> None:
 
 
 def test_logits_that_are_not_the_heads_are_refused(tmp_path: Path) -> None:
-    """A network that caps its logits has no features in this sense, and the error says how far off they are."""
+    """A network that caps its logits has no features in this sense; the error gives the difference."""
     cls: Any = transformers.Gemma2ForCausalLM
     config = {**models.TEXT_MODELS["Llama"], "head_dim": 8, "final_logit_softcapping": 1.0}
     model = cls(cls.config_class(**config))
@@ -229,7 +229,7 @@ def test_logits_that_are_not_the_heads_are_refused(tmp_path: Path) -> None:
 
 
 def test_what_is_no_sequence_for_the_network_is_refused(tmp_path: Path) -> None:
-    """More tokens than positions, ids beyond the embedding, one token alone, one next token, labels out of range."""
+    """More tokens than positions, ids beyond the embedding, one token, one next token, labels out of range."""
     network = _loaded(models.saved_language_model("Llama", tmp_path))
     long = torch.arange(42).view(2, 21) % 40 + 4
     error = _error(lambda: extract_positions(network, _probe({"input_ids": long}), device=CPU))
@@ -255,7 +255,7 @@ def test_what_is_no_sequence_for_the_network_is_refused(tmp_path: Path) -> None:
 
 
 def test_memory_that_runs_out_halves_the_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And what was collected before is collected anew."""
+    """Collected results are discarded, and collected again."""
     network, batch = _loaded(models.saved_language_model("GPT2", tmp_path)), models.texts(N)
     whole, _ = extract_positions(network, _probe(batch), device=CPU)
     forward = network.module.forward
@@ -272,7 +272,7 @@ def test_memory_that_runs_out_halves_the_batch(tmp_path: Path, monkeypatch: pyte
 
 
 def test_bfloat16_is_the_same_but_for_rounding(tmp_path: Path) -> None:
-    """The forward pass under autocast; what is checked has its tolerance."""
+    """The forward pass runs under autocast; the checks have its tolerance."""
     network, batch = _loaded(models.saved_language_model("Llama", tmp_path)), models.texts(N)
     wide, narrow = (
         evaluate_network(network, _probe(batch), device=CPU, options=EvaluationOptions(0, precision=precision))
@@ -283,7 +283,7 @@ def test_bfloat16_is_the_same_but_for_rounding(tmp_path: Path) -> None:
 
 
 def test_the_service_tells_language_models_by_the_same_names() -> None:
-    """Without torch, from the description alone."""
+    """Without torch, from the description."""
     assert architectures.CAUSAL_LM.pattern == CAUSAL_LM.pattern
     assert labels._POSITIONS == texts._POSITIONS
     for name in ("GPT2LMHeadModel", "LlamaForCausalLM"):

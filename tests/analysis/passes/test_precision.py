@@ -1,4 +1,4 @@
-"""Feature sets in half precision: everything computed from them is what float64 gives of the same stored numbers."""
+"""Feature sets in half precision: all results are those of the same stored numbers in float64."""
 
 import json
 import subprocess
@@ -21,7 +21,7 @@ EXACT = EvaluationOptions(null_permutations=0, tolerance=0.0)
 
 
 def _features(dtype: torch.dtype, n: int = 1500, d: int = 24, c: int = 8, seed: int = 0) -> FeatureSet:
-    """Classes that overlap, so that a logit's last digits decide some predictions."""
+    """Return overlapping classes, so that a logit's last digits decide some predictions."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(n) % c
     head = torch.randn(c, d, generator=generator)
@@ -39,7 +39,7 @@ def _widened(entry: FeatureSet) -> FeatureSet:
 
 
 def _numbers(value: Any, place: str = "") -> dict[str, float]:
-    """Every number of nested dictionaries by its place."""
+    """Return every number of nested dictionaries by its path."""
     if isinstance(value, dict):
         return {key: n for name, part in value.items() for key, n in _numbers(part, f"{place}.{name}").items()}
     return {place: float(value)} if isinstance(value, (int, float)) else {}
@@ -63,7 +63,7 @@ def test_an_evaluation_is_that_of_the_widened_numbers(dtype: torch.dtype) -> Non
 
 
 def test_a_large_set_is_near_the_widened_numbers() -> None:
-    """Beyond 2^22 numbers directions are float32, and never as narrow as what came."""
+    """Above 2^22 numbers directions are float32, never of the narrower stored type."""
     entry = _features(torch.bfloat16, n=2**17, d=33, c=3)
     options = EvaluationOptions(null_permutations=0)
     narrow, wide = (evaluate_features(part, device=CPU, options=options) for part in (entry, _widened(entry)))
@@ -77,7 +77,7 @@ def test_a_large_set_is_near_the_widened_numbers() -> None:
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_a_comparison_and_its_intervals_are_those_of_the_widened_numbers(dtype: torch.dtype) -> None:
-    """Differences, standard errors and who is right where."""
+    """Differences, standard errors and counts of correct predictions."""
     a = _features(dtype, n=400)
     b = replace(a, head=_features(dtype, seed=1).head)
     options = ComparisonOptions(null_permutations=0, tolerance=0.0)
@@ -91,7 +91,7 @@ def test_a_comparison_and_its_intervals_are_those_of_the_widened_numbers(dtype: 
 
 
 def test_predictions_some_rows_at_a_time_are_those_of_all_at_once() -> None:
-    """With so many classes that a piece holds few rows."""
+    """With many classes, so that a piece holds few rows."""
     entry = _features(torch.bfloat16, n=300, d=8, c=40_000)
     pieces, whole = entry.network_predictions(), predictions_of(entry.network_logits(), entry.labels)
     assert torch.equal(pieces.predicted, whole.predicted)
@@ -110,7 +110,7 @@ print(json.dumps({name: _numbers(asdict(split)) for name, split in found.splits.
 
 
 def test_two_processes_agree() -> None:
-    """Another process with another number of threads adds up in another order: the last bits alone may differ."""
+    """Another process with another number of threads sums in another order: only the last bits may differ."""
     printed = subprocess.run([sys.executable, "-c", _PROCESS], capture_output=True, text=True, check=True).stdout
     here = evaluate_features(_features(torch.bfloat16), device=CPU, options=EXACT)
     for name, there in json.loads(printed).items():

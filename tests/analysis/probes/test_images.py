@@ -1,4 +1,4 @@
-"""Images: decoded, resized and cropped as torchvision does it, in order, in threads, and refused by row."""
+"""Images: decoded, resized and cropped as torchvision does, in order, in threads, and refused by row."""
 
 import io
 import struct
@@ -38,7 +38,7 @@ def _opened(contents: Sequence[bytes], preprocess: Preprocess | None = None, thr
 
 @pytest.mark.parametrize("format", ["PNG", "BMP", "GIF", "TIFF", "WEBP", "JPEG"])
 def test_every_format_is_decoded(format: str) -> None:
-    """The pixels are those that Pillow sees; what is stored without loss is what was saved."""
+    """The pixels are Pillow's; lossless formats give the saved pixels."""
     image = picture(1)
     content = encoded(image, format, **({"lossless": True} if format == "WEBP" else {}))
     expected = np.asarray(Image.open(io.BytesIO(content)).convert("RGB")).transpose(2, 0, 1)
@@ -53,7 +53,7 @@ def test_every_format_is_decoded(format: str) -> None:
      ("L", "rgb", 3), ("RGB", "grey", 1), ("CMYK", "rgb", 3)],
 )  # fmt: skip
 def test_colour(mode: str, colour: str | None, channels: int) -> None:
-    """As it is, grey stays one channel and all else is RGB; asked for, either becomes the other."""
+    """By default grey stays one channel and all else is RGB; on request either is converted."""
     content = encoded(picture(2, mode=mode), "TIFF" if mode == "CMYK" else "PNG")
     found = _pixels(content, Preprocess(colour=colour))  # type: ignore[arg-type]
     assert found.shape == (channels, 32, 40)
@@ -66,7 +66,7 @@ def _levels(channels: int, bits: int) -> np.ndarray:
 
 
 def _png(levels: np.ndarray, colour: int, extra: bytes = b"") -> bytes:
-    """A PNG of 8 or 16 bits a channel, of a colour type in PNG's own numbers."""
+    """Return a PNG of 8 or 16 bits a channel, with a colour type in PNG's numbers."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -79,7 +79,7 @@ def _png(levels: np.ndarray, colour: int, extra: bytes = b"") -> bytes:
 
 
 def _tiff(levels: np.ndarray, interpretation: int, order: Literal["<", ">"] = "<", bits: int | None = None) -> bytes:
-    """A TIFF of one strip; with a fourth or second channel that is alpha. Of 12 bits, levels are bytes as packed."""
+    """Return a TIFF of one strip; a second or fourth channel is alpha. With 12 bits, levels are packed bytes."""
     height, width, channels = levels.shape
     data = levels.astype(levels.dtype.newbyteorder(order)).tobytes()
     width = width * 8 // bits if bits else width
@@ -117,7 +117,7 @@ def test_png_of_any_depth(colour: int, channels: int, bits: int) -> None:
 @pytest.mark.parametrize("bits", [8, 16])
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_tiff_of_any_depth(channels: int, bits: int, order: Literal["<", ">"]) -> None:
-    """As PNG; where zero is white, it is."""
+    """As PNG; also if zero is white."""
     levels = _levels(channels, bits)
     expected = (levels >> (bits - 8)).transpose(2, 0, 1)[: 1 if channels < 3 else 3]
     assert np.array_equal(_pixels(_tiff(levels, 1 if channels < 3 else 2, order)), expected)
@@ -126,7 +126,7 @@ def test_tiff_of_any_depth(channels: int, bits: int, order: Literal["<", ">"]) -
 
 
 def test_tiff_of_12_bits() -> None:
-    """As microscopes write it: the higher 8 of 12."""
+    """As microscopes write it: the higher 8 of 12 bits count."""
     levels = np.random.default_rng(0).integers(0, 2**12, (5, 8))
     first, second = levels[:, 0::2], levels[:, 1::2]
     packed = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], axis=2).astype(np.uint8)
@@ -134,7 +134,7 @@ def test_tiff_of_12_bits() -> None:
 
 
 def test_deep_images_are_turned_upright() -> None:
-    """And resized and cropped as others are."""
+    """They are also resized and cropped like others."""
     levels = _levels(1, 16)[..., 0]
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -147,7 +147,7 @@ def test_deep_images_are_turned_upright() -> None:
 
 
 def test_what_is_transparent_keeps_its_colour() -> None:
-    """Palettes with one transparent place or a byte for each, and grey with a key: alpha is no colour."""
+    """Palettes with one transparent entry or an alpha for each, and grey with a key: alpha is not a colour."""
     palette = picture(2).quantize(5)
     expected = np.asarray(palette.convert("RGB")).transpose(2, 0, 1)
     for transparency in (b"\0\x80\xff", 2):
@@ -178,7 +178,7 @@ def test_resize_and_crop_are_those_of_torchvision(width: int, height: int, resam
 
 
 def test_images_are_turned_upright() -> None:
-    """What a camera notes in EXIF counts."""
+    """EXIF orientation of cameras is applied."""
     image = picture(3)
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -195,7 +195,7 @@ def _error(content: bytes, preprocess: Preprocess | None = None) -> AnalysisErro
 
 
 def test_broken_images_are_named() -> None:
-    """Cut short, not an image, of a format that is not on the list, deeper than a byte: by row and path."""
+    """Truncated files, other files, other formats, and pixels deeper than a byte are refused by row and path."""
     whole = encoded(picture(4), "JPEG")
     assert "cannot be decoded" in _error(whole[: len(whole) // 2]).detail
     assert "none of PNG" in _error(b"text").detail
@@ -207,7 +207,7 @@ def test_broken_images_are_named() -> None:
 
 
 def test_a_billion_pixels_are_refused_before_they_are_decoded() -> None:
-    """The header says it; nothing is allocated."""
+    """The header suffices; nothing is allocated."""
     started = time.monotonic()
     error = _error(png_of_size(40_000, 25_000))
     assert error.members == {"n_pixels": 10**9, "limit_pixels": MOST}
@@ -215,13 +215,13 @@ def test_a_billion_pixels_are_refused_before_they_are_decoded() -> None:
 
 
 def test_a_strip_that_would_be_resized_to_too_much_is_refused() -> None:
-    """One pixel wide and long: its shorter side would make the longer one endless."""
+    """For an image one pixel wide, resizing its shorter side would make the longer one huge."""
     assert "resized" in _error(encoded(Image.new("L", (60_000, 1))), Preprocess(resize=224)).detail
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 7, 100])
 def test_batches_are_in_order(batch_size: int) -> None:
-    """Whatever the threads do, sample i is image i; a second pass gives the same."""
+    """Sample i is image i for any timing of threads; a second pass gives the same."""
     contents = [encoded(picture(seed, 20 + seed % 5, 20)) for seed in range(23)]
     preprocess = Preprocess(resize=16, crop=[16, 16], scale=1 / 255, mean=[0.1, 0.2, 0.3], std=0.5)
     images = _opened(contents, preprocess)
@@ -247,7 +247,7 @@ def test_prepared_images_are_the_same(most_bytes: int) -> None:
 
 
 def test_what_is_decoded_ahead_is_bounded() -> None:
-    """While one batch is out, one more has been read, of small batches as many as have 64 images, and no other."""
+    """While one batch is in use, only one more is read, or small batches up to 64 images."""
     contents = [encoded(picture(seed % 9, 8, 8)) for seed in range(300)]
     read_rows: list[int] = []
 
@@ -277,7 +277,7 @@ def test_what_is_decoded_ahead_is_bounded() -> None:
 
 
 def test_a_batch_is_prepared_while_the_one_before_is_used() -> None:
-    """In a thread, and no other: none is begun for a caller that does not come back, and none outlives one."""
+    """In one thread, which does not start without a caller and does not outlive it."""
     contents = [encoded(picture(seed % 9, 8, 8)) for seed in range(1000)]
     read_rows: list[int] = []
 
@@ -303,7 +303,7 @@ def test_a_batch_is_prepared_while_the_one_before_is_used() -> None:
 
 
 def test_files_that_are_held_are_bounded() -> None:
-    """A batch of large files is read as they are decoded, not before."""
+    """A batch of large files is read while it is decoded, not before."""
     photograph = encoded(Image.new("L", (3000, 3000)), "BMP")
     alive: list[int] = [0]
     most = 0
@@ -325,7 +325,7 @@ def test_files_that_are_held_are_bounded() -> None:
 
 
 def test_images_of_another_size_are_named() -> None:
-    """Without resize and crop all must be as large as the first; the problem says what to give."""
+    """Without resize and crop all must have the size of the first; the error says what to give."""
     contents = [encoded(picture(seed, 20 if seed != 5 else 21, 20)) for seed in range(8)]
     with pytest.raises(AnalysisError) as raised:
         list(_opened(contents).batches(3))
@@ -341,7 +341,7 @@ def test_images_of_another_size_are_named() -> None:
     [{"resize": 0}, {"resize": 5000}, {"resize": [4, 4, 4]}, {"crop": [4]}, {"crop": [4, 0]}],
 )
 def test_preprocessing_out_of_bounds_is_refused(wrong: dict[str, object]) -> None:
-    """Sides that there are not, and pairs that are none."""
+    """Impossible sides, and pairs of another length."""
     with pytest.raises(AnalysisError) as raised:
         Preprocess(**wrong)  # type: ignore[arg-type]
     assert raised.value.kind == "invalid-probe"

@@ -1,4 +1,4 @@
-"""Probes and feature sets: what is read, what is refused, and what comes out in batches."""
+"""Probes and feature sets: accepted files, refused files, and their batches."""
 
 import struct
 import tracemalloc
@@ -80,7 +80,7 @@ def test_a_probe_comes_back_as_stored(format: Format, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_split_is_optional_and_classes_can_be_told(format: Format, tmp_path: Path) -> None:
-    """Without a split there is none; classes that no sample has are counted where the caller knows them."""
+    """A split may be missing; a given number of classes counts classes without samples."""
     tensors = _images()
     del tensors["split"]
     probe = load_probe(_saved(tensors, tmp_path, format), format=format, n_classes=9)
@@ -104,7 +104,7 @@ def test_inputs_of_any_number_become_float32(format: Format, dtype: torch.dtype,
 
 
 def test_bfloat16_and_unsigned_words_are_read(tmp_path: Path) -> None:
-    """Types that NumPy or torch know only half are inputs as well."""
+    """Types that NumPy or torch support only in part are inputs as well."""
     for dtype in (torch.bfloat16, torch.uint16, torch.uint32):
         tensors = _images() | {"inputs": torch.arange(24).reshape(12, 2).to(dtype)}
         probe = load_probe(_saved(tensors, tmp_path), format="safetensors")
@@ -134,7 +134,7 @@ def test_preprocessing_is_scale_then_mean_and_std(batch_size: int, tmp_path: Pat
 
 
 def test_preprocessing_of_rows_runs_along_features() -> None:
-    """For inputs (N, d) the numbers are one for each feature; single numbers are for all."""
+    """For inputs (N, d) there is one number for each feature, or a single number for all."""
     rows = torch.tensor([[1.0, 10.0], [3.0, 30.0]])
     per_feature = Preprocess(scale=2, mean=(2.0, 0.0), std=(1.0, 10.0))
     assert torch.equal(per_feature(rows), torch.tensor([[0.0, 2.0], [4.0, 6.0]]))
@@ -144,7 +144,7 @@ def test_preprocessing_of_rows_runs_along_features() -> None:
 
 @pytest.mark.parametrize("wrong", [{"mean": (0.0, 0.0)}, {"std": (1.0,) * 4}, {"mean": (0.0,)}, {"std": ()}])
 def test_preprocessing_of_another_number_of_channels_is_refused(wrong: dict[str, Any], tmp_path: Path) -> None:
-    """The numbers must be as many as channels; one number in a list is not one for all."""
+    """There must be as many numbers as channels; a list of one number does not stand for all."""
     path = _saved(_images(), tmp_path)
     assert _error(load_probe, path, format="safetensors", preprocess=Preprocess(**wrong)).kind == "invalid-probe"
 
@@ -195,13 +195,13 @@ def _with(tensors: dict[str, Tensor], changes: dict[str, Tensor | None]) -> dict
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("fault", PROBE_FAULTS)
 def test_a_probe_that_does_not_fit_is_refused(fault: str, format: Format, tmp_path: Path) -> None:
-    """What is missing, of the wrong length, type or range has one kind."""
+    """Missing tensors, wrong lengths, types and ranges have one kind."""
     path = _saved(_with(_images(), PROBE_FAULTS[fault]), tmp_path, format)
     assert _error(load_probe, path, format=format).kind == "invalid-probe"
 
 
 def test_a_label_beyond_the_classes_is_refused(tmp_path: Path) -> None:
-    """Where the caller knows the number of classes, labels stay below it; unsigned numbers do not wrap around."""
+    """Labels must be below a given number of classes; unsigned numbers do not wrap around."""
     path = _saved(_images(), tmp_path)
     assert load_probe(path, format="safetensors", n_classes=4).n_classes == 4
     assert _error(load_probe, path, format="safetensors", n_classes=3).kind == "invalid-probe"
@@ -213,7 +213,7 @@ def test_a_label_beyond_the_classes_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])
 def test_inputs_that_are_not_finite_are_refused(value: float, format: Format, tmp_path: Path) -> None:
-    """NaN, infinity and what float32 cannot hold; the error names the row."""
+    """NaN, infinity and values too large for float32; the error gives the row."""
     inputs = torch.zeros(12, 3, dtype=torch.float64)
     inputs[7, 1] = value
     error = _error(load_probe, _saved(_images() | {"inputs": inputs}, tmp_path, format), format=format)
@@ -222,7 +222,7 @@ def test_inputs_that_are_not_finite_are_refused(value: float, format: Format, tm
 
 
 def test_inputs_that_preprocessing_makes_infinite_are_refused(tmp_path: Path) -> None:
-    """Integers are finite, and may not be after their preprocessing."""
+    """Integers are finite, but may not be after preprocessing."""
     path = _saved(_images(), tmp_path)
     error = _error(load_probe, path, format="safetensors", preprocess=Preprocess(scale=3e38))
     assert error.kind == "non-finite-values"
@@ -292,7 +292,7 @@ def test_a_broken_npz_is_told_apart_from_a_bug(write: Callable[[Path], None], tm
 
 @pytest.mark.parametrize("write", [_npy, _text, _empty])
 def test_a_broken_safetensors_is_told_apart_from_a_bug(write: Callable[[Path], None], tmp_path: Path) -> None:
-    """What is no safetensors is refused, as a probe and as a feature set."""
+    """Other files are refused, as a probe and as a feature set."""
     path = tmp_path / "file"
     write(path)
     assert _error(load_probe, path, format="safetensors").kind == "invalid-probe"
@@ -300,7 +300,7 @@ def test_a_broken_safetensors_is_told_apart_from_a_bug(write: Callable[[Path], N
 
 
 def test_a_missing_file_is_not_bad_data(tmp_path: Path) -> None:
-    """That a file is not there is the caller's fault, not the data's."""
+    """A missing file is an error of the caller, not of the data."""
     for format in FORMATS:
         with pytest.raises(FileNotFoundError):
             load_probe(tmp_path / "nothing", format=format)
@@ -315,7 +315,7 @@ def test_batches_need_a_size() -> None:
 
 
 def test_inputs_are_never_float32_as_a_whole(tmp_path: Path) -> None:
-    """Checking and handing out 48 MB of bytes never makes the 192 MB of float32 that they would be."""
+    """Checking and batching 48 MB of bytes never makes all 192 MB of float32."""
     n = 16_000
     path = tmp_path / "probe.npz"
     np.savez(path, inputs=np.zeros((n, 3, 32, 32), dtype=np.uint8), labels=np.arange(n) % 10)
@@ -361,7 +361,7 @@ def test_a_feature_set_has_one_type(tmp_path: Path) -> None:
 
 
 def test_a_feature_set_needs_only_features_labels_and_head(tmp_path: Path) -> None:
-    """The rest is None where it was not uploaded."""
+    """Other members are None if they are missing in the file."""
     tensors = {name: _features()[name] for name in ("features", "labels", "head")}
     loaded = load_feature_set(_saved(tensors, tmp_path))
     assert loaded.head_bias is None
@@ -394,14 +394,14 @@ FEATURE_FAULTS: dict[str, dict[str, Tensor | None]] = {
 
 @pytest.mark.parametrize("fault", FEATURE_FAULTS)
 def test_a_feature_set_that_does_not_fit_is_refused(fault: str, tmp_path: Path) -> None:
-    """What is missing, of the wrong shape, type or range has one kind."""
+    """Missing tensors, wrong shapes, types and ranges have one kind."""
     path = _saved(_with(_features(), FEATURE_FAULTS[fault]), tmp_path)
     assert _error(load_feature_set, path).kind == "invalid-feature-set"
 
 
 @pytest.mark.parametrize("name", ["features", "head", "head_bias", "logits"])
 def test_features_that_are_not_finite_are_refused(name: str, tmp_path: Path) -> None:
-    """Each of the floating-point tensors is looked at."""
+    """Each of the floating-point tensors is checked."""
     tensors = _features()
     tensors[name].view(-1)[-1] = float("inf")
     error = _error(load_feature_set, _saved(tensors, tmp_path))
@@ -410,7 +410,7 @@ def test_features_that_are_not_finite_are_refused(name: str, tmp_path: Path) -> 
 
 
 def test_the_three_are_frozen(tmp_path: Path) -> None:
-    """What was checked stays as it was."""
+    """Checked values cannot change afterwards."""
     feature_set = load_feature_set(_saved(_features(), tmp_path))
     for frozen, name in ((feature_set, "head"), (Preprocess(), "scale")):
         with pytest.raises(AttributeError):
@@ -441,7 +441,7 @@ def test_tensors_may_have_the_names_of_a_network(format: Format, tmp_path: Path)
 
 
 def test_pixel_values_are_preprocessed_as_inputs_are(tmp_path: Path) -> None:
-    """By either name the batches are the same numbers; a mask beside them stays as it is."""
+    """By either name the batches are the same numbers; a mask stays unchanged."""
     images = _images()
     preprocess = Preprocess(scale=1 / 255, mean=(0.1, 0.2, 0.3), std=0.5)
     probe = load_probe(_saved(images, tmp_path), format="safetensors", preprocess=preprocess)
@@ -469,7 +469,7 @@ def test_pixel_values_are_preprocessed_as_inputs_are(tmp_path: Path) -> None:
 def test_named_tensors_that_do_not_fit_are_refused(
     changes: dict[str, Tensor | None], word: str, tmp_path: Path
 ) -> None:
-    """Two kinds of inputs, masks alone, ids that are no integers, shapes that differ."""
+    """Two kinds of inputs, masks alone, ids that are not integers, different shapes."""
     tensors = {name: tensor for name, tensor in {**_texts(), **changes}.items() if tensor is not None}
     error = _error(load_probe, _saved(tensors, tmp_path), format="safetensors")
     assert error.kind == "invalid-probe"
@@ -477,7 +477,7 @@ def test_named_tensors_that_do_not_fit_are_refused(
 
 
 def test_pixel_values_that_are_not_finite_are_named(tmp_path: Path) -> None:
-    """By their own name and row."""
+    """The error gives their name and row."""
     pixels = torch.zeros(12, 3, 2, 2)
     pixels[7, 1] = float("nan")
     error = _error(
@@ -487,7 +487,7 @@ def test_pixel_values_that_are_not_finite_are_named(tmp_path: Path) -> None:
 
 
 def test_app_knows_the_same_names() -> None:
-    """What the API lets through is what is read here."""
+    """The names that the API accepts are those read here."""
     from app.files.probedata import INPUT_NAMES as OF_APP
 
     assert OF_APP == INPUT_NAMES

@@ -1,4 +1,4 @@
-"""Parts of a probe, drawn in proportion."""
+"""Subsets of a probe, drawn in proportion."""
 
 from collections import Counter
 
@@ -18,7 +18,7 @@ from analysis.probes.probe import Probe, stratified_rows
     st.integers(0, 100),
 )
 def test_each_class_of_each_split_has_its_share(rows: list[tuple[int, int]], share: float, seed: int) -> None:
-    """As many as asked for, each stratum within one of its share, no row twice, in rising order."""
+    """The requested number, each stratum within one of its share, no row twice, in rising order."""
     labels, split = torch.tensor(rows).unbind(1)
     n = max(int(share * len(rows)), 2)
     # So many that the smaller of two classes is certain to be drawn from, or all.
@@ -35,7 +35,7 @@ def test_each_class_of_each_split_has_its_share(rows: list[tuple[int, int]], sha
 
 
 def test_another_seed_draws_others_and_all_are_drawn() -> None:
-    """Over many seeds every row has its turn, each as often as its share says."""
+    """Over many seeds every row is drawn, each as often as its share says."""
     labels = torch.arange(40) % 2
     counts = torch.zeros(40)
     for seed in range(400):
@@ -44,7 +44,7 @@ def test_another_seed_draws_others_and_all_are_drawn() -> None:
 
 
 def test_one_class_is_too_few() -> None:
-    """What is left must have two classes."""
+    """The subset must have two classes."""
     labels = torch.tensor([0] * 99 + [1])
     with pytest.raises(AnalysisError) as raised:
         stratified_rows(labels, None, 2, seed=0)

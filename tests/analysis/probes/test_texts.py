@@ -1,4 +1,4 @@
-"""Texts to tokens: padding, truncation and what says how."""
+"""Texts to tokens: padding, truncation and their sources."""
 
 import json
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ def _definition(
 
 
 def _framed(max_length: int | None = None, special_tokens: Sequence[str] = ("[CLS]", "[SEP]")) -> str:
-    """Adds two tokens to each text, whose ids it has or, to its own fright, has not."""
+    """Return a tokenizer that adds two tokens to each text, with or without ids for them."""
     definition = json.loads(_definition(max_length=max_length))
     frame = [{"SpecialToken": {"id": name, "type_id": 0}} for name in ("[CLS]", "[SEP]")]
     definition["post_processor"] = {
@@ -51,7 +51,7 @@ def test_ids_mask_and_padding() -> None:
 
 
 def test_padding_on_the_left() -> None:
-    """Where the tokenizer says so, with its own id."""
+    """If the tokenizer says so, with its own id."""
     tokens = tokenise(TEXTS, _definition({"direction": "left", "pad_id": 1}))
     assert tokens.input_ids.tolist() == [[2, 3, 4], [1, 1, 3], [1, 4, 2]]
     assert tokens.attention_mask.tolist() == [[1, 1, 1], [0, 0, 1], [0, 1, 1]]
@@ -78,13 +78,13 @@ def test_who_says_how_much_is_kept(
 
 
 def test_the_networks_padding_comes_first() -> None:
-    """A network that looks for its last token looks for its own padding."""
+    """A network that searches its last token searches its own padding."""
     tokens = tokenise(TEXTS, _definition({"pad_id": 1}), config={"pad_token_id": 4})
     assert (tokens.pad_id, tokens.input_ids[1].tolist()) == (4, [3, 4, 4])
 
 
 def test_texts_of_one_length_need_no_padding() -> None:
-    """Nothing says what pads, and nothing has to."""
+    """A padding token may be missing if nothing is padded."""
     tokens = tokenise(["a b", "c c"], _definition(pad_token=None))
     assert tokens.pad_id is None
     assert torch.equal(tokens.attention_mask, torch.ones(2, 2, dtype=torch.uint8))
@@ -93,7 +93,7 @@ def test_texts_of_one_length_need_no_padding() -> None:
 @pytest.mark.parametrize(
     ("texts", "definition", "word"),
     [
-        (TEXTS, _framed(max_length=2), "2 tokens of a text are kept and 2 added"),
+        (TEXTS, _framed(max_length=2), "At most 2 tokens of a text are kept, and 2 special"),
         (TEXTS, _framed(special_tokens=()), "cannot be used"),
         (TEXTS, _definition(pad_token=None), "pads them"),
         (TEXTS, json.dumps({"model": {"type": "WordLevel"}}), "cannot be used"),
@@ -111,7 +111,7 @@ def test_what_cannot_be_tokenised(texts: list[str], definition: str, word: str) 
 
 
 def test_any_padding_where_nobody_sees_it() -> None:
-    """Without a token for it 0 pads, on request; what says which comes first, and -1 says nothing."""
+    """Without a padding token 0 pads, on request; a known token comes first, and -1 counts as none."""
     definition = _definition(pad_token=None)
     assert tokenise(TEXTS, definition, any_padding=True).pad_id == 0
     assert tokenise(TEXTS, definition, config={"pad_token_id": -1}, any_padding=True).pad_id == 0

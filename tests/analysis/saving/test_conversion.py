@@ -1,4 +1,4 @@
-"""Pickles of torch.save to safetensors: what is kept, what is named, and what is never run."""
+"""Pickles of torch.save to safetensors: kept tensors, listed rest, and nothing run."""
 
 import argparse
 import gzip
@@ -34,13 +34,13 @@ ARCHITECTURE = {"family": "builtin", "name": "mlp", "args": {"sizes": [4, 8, 3],
 
 
 def saved(content: Any, path: Path, **how: Any) -> Path:
-    """The content as torch.save writes it."""
+    """Return the content as torch.save writes it."""
     torch.save(content, path, **how)
     return path
 
 
 def training_state() -> dict[str, Any]:
-    """What a training script saves beside its weights, after a step."""
+    """Return the content of a training script's file, after a step."""
     network = build(ARCHITECTURE, device="cpu")
     optimizer = torch.optim.AdamW(network.parameters())
     torch.autograd.backward(network(torch.randn(5, 4)).sum())
@@ -67,7 +67,7 @@ def test_a_state_dict_becomes_the_same_checkpoint(tmp_path: Path, legacy: bool) 
 
 
 def test_the_weights_are_found_in_a_training_state(tmp_path: Path) -> None:
-    """Not the optimizer's, not the average; both are named, and the average can be asked for."""
+    """Not the optimizer's, not the average; both are listed, and the average can be requested."""
     content = training_state()
     path = saved(content, tmp_path / "run.ckpt")
     weights = read_weights(path)
@@ -83,7 +83,7 @@ def test_the_weights_are_found_in_a_training_state(tmp_path: Path) -> None:
 
 
 def test_a_nested_key_and_numbers_beside_the_weights(tmp_path: Path) -> None:
-    """Dots lead inwards; what is no tensor stays behind by name."""
+    """Dots separate levels; other values than tensors are listed by name."""
     content = {"student": {"backbone": OrderedDict(w=torch.ones(2, 2), version=7)}, "teacher": {"w": torch.zeros(9)}}
     path = saved(content, tmp_path / "x.pth")
     weights = read_weights(path, key="student.backbone")
@@ -95,7 +95,7 @@ def test_a_nested_key_and_numbers_beside_the_weights(tmp_path: Path) -> None:
 
 
 class Leaves:
-    """Its pickle makes a file when it is opened."""
+    """Its pickle creates a file when it is opened."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -105,7 +105,7 @@ class Leaves:
 
 
 def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:
-    """A pickle that would leave a trace leaves none; the weights beside it are read, and it is named."""
+    """The code of a pickle is not run; the weights are read, and the code is listed."""
     trace = tmp_path / "trace"
     weights = read_weights(saved({"model": {"w": torch.ones(1)}, "x": Leaves(trace)}, tmp_path / "evil.pt"))
     assert weights.tensors["w"].tolist() == [1]
@@ -153,7 +153,7 @@ def test_tensors_are_those_that_torch_reads(tmp_path: Path, legacy: bool, protoc
 
 
 def test_either_byte_order_is_read(tmp_path: Path) -> None:
-    """A file of a machine that has the large end first, as torch itself reads it."""
+    """A big-endian file, as torch itself reads it."""
     saved(STATE, tmp_path / "little.pt")
     with zipfile.ZipFile(tmp_path / "little.pt") as little, zipfile.ZipFile(tmp_path / "big.pt", "w") as big:
         widths = [tensor.dtype.itemsize // (2 if tensor.is_complex() else 1) for tensor in STATE.values()]
@@ -173,7 +173,7 @@ def test_either_byte_order_is_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "bare pickle"])
 def test_what_training_scripts_keep_is_named(tmp_path: Path, legacy: bool) -> None:
-    """Of timm, Lightning and others: arguments, paths, times, scalars, types; a whole network beside the weights."""
+    """Entries of timm, Lightning and others: arguments, paths, times, scalars, types; a whole network."""
     content = {
         "state_dict": {"w": torch.ones(2)},
         "args": argparse.Namespace(lr=0.1, output=Path("out")),
@@ -202,7 +202,7 @@ def test_what_training_scripts_keep_is_named(tmp_path: Path, legacy: bool) -> No
 
 
 def test_tensors_without_plain_numbers(tmp_path: Path) -> None:
-    """A meta tensor has none to lose and is named; a sparse or quantised one has, and nothing is written."""
+    """A meta tensor has no numbers and is listed; a sparse or quantised one has, and nothing is written."""
     state = {"w": torch.ones(2), "m": torch.empty(3, 4, device="meta")}
     weights = read_weights(saved(state, tmp_path / "x.pt"))
     assert (list(weights.tensors), weights.left_out) == (["w"], {"m": "meta tensor [3, 4], which has no numbers"})
@@ -214,7 +214,7 @@ def test_tensors_without_plain_numbers(tmp_path: Path) -> None:
 
 
 def _with_pickle(path: Path, change: Callable[[bytes], bytes]) -> Path:
-    """The same file with another pickle in it."""
+    """Return the same file with another pickle in it."""
     with zipfile.ZipFile(path) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     with zipfile.ZipFile(path, "w") as archive:
@@ -239,7 +239,7 @@ def _with_pickle(path: Path, change: Callable[[bytes], bytes]) -> Path:
     ],
 )
 def test_storages_are_not_read_beyond(tmp_path: Path, old: bytes, new: bytes, words: str) -> None:
-    """Offsets, sizes, strides and storages that the file does not have are refused before anything is read."""
+    """Offsets, sizes, strides and storages outside of the file are refused before reading."""
     path = saved({"w": torch.randn(3, 4)}, tmp_path / "x.pt")
 
     def change(content: bytes) -> bytes:
@@ -251,7 +251,7 @@ def test_storages_are_not_read_beyond(tmp_path: Path, old: bytes, new: bytes, wo
 
 
 def test_numbers_that_repeat_are_bounded(tmp_path: Path) -> None:
-    """A tensor of strides 0 may announce any size; what the file could have written is the bound."""
+    """A tensor of strides 0 may announce any size; the bound follows from the size of the file."""
     path = saved({"w": torch.zeros(1).expand(2**20, 2**20)}, tmp_path / "x.pt")
     with pytest.raises(ConversionError, match="would have 4398046511104 bytes"):
         read_weights(path)
@@ -274,7 +274,7 @@ def test_a_distributed_checkpoint_is_put_together(tmp_path: Path) -> None:
 
 
 def _distributed(folder: Path, parts: Sequence[tuple[int, torch.Tensor]], relative: str = "__{}_0.distcp") -> Path:
-    """A tensor (6, 2) in parts, each in the file of another process, as .metadata describes it."""
+    """Return a tensor (6, 2) in parts, each in the file of another process, as .metadata describes it."""
     folder.mkdir()
     chunks, places = [], {}
     for number, (first, part) in enumerate(parts):
@@ -290,7 +290,7 @@ def _distributed(folder: Path, parts: Sequence[tuple[int, torch.Tensor]], relati
 
 
 def test_parts_of_several_processes(tmp_path: Path) -> None:
-    """Each lies where it says; one that is missing, overlaps or lies elsewhere is refused."""
+    """Each part has its place; missing, overlapping or misplaced parts are refused."""
     whole = torch.arange(12.0).reshape(6, 2)
     good = _distributed(tmp_path / "good", [(0, whole[:2].clone()), (2, whole[2:].clone())])
     assert torch.equal(read_weights(good).tensors["w"], whole)
@@ -305,7 +305,7 @@ def test_parts_of_several_processes(tmp_path: Path) -> None:
 
 
 def test_a_hugging_face_folder_of_pickles(tmp_path: Path) -> None:
-    """pytorch_model.bin, or the shards that its index names; one that is missing is told."""
+    """pytorch_model.bin, or the shards that its index names; a missing one is an error."""
     saved({"w": torch.ones(2)}, tmp_path / "pytorch_model-00001-of-00002.bin")
     saved(OrderedDict(v=torch.zeros(3)), tmp_path / "pytorch_model-00002-of-00002.bin")
     names = {"w": "pytorch_model-00001-of-00002.bin", "v": "pytorch_model-00002-of-00002.bin"}
@@ -325,7 +325,7 @@ def test_a_hugging_face_folder_of_pickles(tmp_path: Path) -> None:
 
 
 def test_programs_and_other_files_get_one_true_sentence(tmp_path: Path) -> None:
-    """TorchScript, torch.export, whole networks, and what is something else; never cut short, without escape codes."""
+    """TorchScript, torch.export, whole networks and other files; never cut short, without escape codes."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.jit.script(torch.nn.Linear(2, 2)).save(str(tmp_path / "script"))  # type: ignore[no-untyped-call]
@@ -364,21 +364,21 @@ def test_programs_and_other_files_get_one_true_sentence(tmp_path: Path) -> None:
     ids=["no tensors", "a list", "nothing", "a tensor"],
 )
 def test_a_file_without_weights_says_what_it_holds(tmp_path: Path, content: Any, words: str) -> None:
-    """The message lists what there is."""
+    """The message lists the content."""
     with pytest.raises(ConversionError, match=words):
         read_weights(saved(content, tmp_path / "x.pt"))
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 cut", b"\x80\x02"])
 def test_a_file_that_is_none_of_ours_is_refused(tmp_path: Path, content: bytes) -> None:
-    """Whatever the bytes, one kind of error."""
+    """Any other bytes give the same kind of error."""
     (path := tmp_path / "x.pt").write_bytes(content)
     with pytest.raises(ConversionError):
         read_weights(path)
 
 
 def test_tied_and_sliced_tensors_are_written_whole(tmp_path: Path) -> None:
-    """Two names of one tensor and a view into a large one: each as it is, and no more bytes than that."""
+    """Two names of one tensor and a view into a large one are written with exactly their own bytes."""
     large = torch.randn(1000, 10)
     tensors = {"a": large[:2], "b": large[:2], "c": large.T[:3]}
     write_safetensors(tensors, out := tmp_path / "x.safetensors")

@@ -1,4 +1,4 @@
-"""Pickles that want something done: nothing of them is looked up or called, and none goes on without end."""
+"""Hostile pickles: nothing is looked up or called, and reading always ends."""
 
 import argparse
 import datetime
@@ -40,7 +40,7 @@ sys.addaudithook(_audit)
 
 @contextmanager
 def nothing_runs() -> Iterator[None]:
-    """Fail where Python's own unpickler looks something up, or a command is run, inside the block."""
+    """Fail if Python's own unpickler looks a name up, or a command is run, inside the block."""
     _watched.seen = []
     try:
         yield
@@ -59,7 +59,7 @@ class Colour(enum.Enum):
 
 
 class State:
-    """An instance with a state, whose class Python would have to know."""
+    """An instance with a state, whose class Python would need."""
 
     def __init__(self) -> None:
         self.rate = 0.5
@@ -70,7 +70,7 @@ class State:
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_data_is_what_it_was(protocol: int) -> None:
-    """Numbers, texts and containers, shared and self-containing ones too, in every protocol."""
+    """Numbers, texts and containers, including shared and self-containing ones, in every protocol."""
     shared = ["x", 2.5, -(2**70), b"\x00\xff", "ä\n", None, True, (), {}]
     content = {"a": shared, "b": shared, 3: (1, 2, 3, 4), "o": OrderedDict(k=1), "c": Counter("aab")}
     content |= {"d": defaultdict(list, z=[1]), "s": {1}, "y": bytearray(b"ab")}
@@ -88,7 +88,7 @@ def test_data_is_what_it_was(protocol: int) -> None:
 
 @pytest.mark.parametrize("protocol", [2, 4, 5])
 def test_objects_are_their_names(protocol: int) -> None:
-    """The objects that training scripts keep, without the classes that they need."""
+    """Objects of training scripts are read without their classes."""
     content = {
         "args": argparse.Namespace(lr=0.1),
         "path": Path("/data"),
@@ -108,7 +108,7 @@ def test_objects_are_their_names(protocol: int) -> None:
 
 
 class Does:
-    """Its pickle calls something."""
+    """Its pickle calls a function."""
 
     def __init__(self, called: Any, *arguments: Any) -> None:
         self.called, self.arguments = called, arguments
@@ -118,7 +118,7 @@ class Does:
 
 
 def hostile(trace: Path) -> dict[str, bytes]:
-    """Pickles that would leave a file, each by another way in."""
+    """Return pickles that would create a file, each by another way."""
     shell, code = f"touch {trace}", f"open({str(trace)!r}, 'w')"
 
     def text(value: str) -> bytes:
@@ -154,7 +154,7 @@ NAMES = [*hostile(Path("x"))]
 
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_is_run(tmp_path: Path, name: str) -> None:
-    """Neither as a bare pickle, nor in either form of torch.save: it is data, or refused."""
+    """As a bare pickle, and in both forms of torch.save: it is read as data, or refused."""
     content = hostile(tmp_path / "trace")[name]
     try:
         found = read(content)
@@ -207,13 +207,13 @@ def _long(opcode: bytes, n_bytes: int, width: str) -> bytes:
     ids=lambda content: repr(content[:12]),
 )
 def test_damaged_pickles_are_refused(content: bytes) -> None:
-    """Whatever they announce, with one kind of error and no memory."""
+    """Any announced size gives one kind of error and takes no memory."""
     with pytest.raises(PickleError):
         read(content)
 
 
 def test_depth_costs_no_recursion() -> None:
-    """Lists within each other, as a value and as a key, and a tuple that doubles a hundred times."""
+    """Nested lists, as a value and as a key, and a tuple that doubles a hundred times."""
     depth = 5_000
     deep = read(b"]" + b"]" * depth + b"a" * depth + b".")
     for _ in range(1000):
@@ -226,7 +226,7 @@ def test_depth_costs_no_recursion() -> None:
 
 
 def test_steps_are_counted() -> None:
-    """Opcodes, and what one of them copies."""
+    """Opcodes count, and entries that one of them copies."""
     with pytest.raises(PickleError, match="more steps"):
         read(b"]" + b"0]" * 1000 + b".", most_steps=1000)
     entries = b"".join(b"K" + bytes([i]) + b"N" for i in range(100))
@@ -238,7 +238,7 @@ def test_steps_are_counted() -> None:
 
 
 def test_references_are_all_told() -> None:
-    """Also those that nothing holds."""
+    """Also those that no object holds."""
     references: list[Reference] = []
     assert read(b"K\x01Q0K\x02QK\x03Q\x86.", references=references)
     assert [reference.id for reference in references] == [1, 2, 3]
@@ -261,7 +261,7 @@ def _mutated(content: bytes, rng: random.Random, opcodes: bytes) -> bytes:
 
 
 def test_files_that_were_changed_at_random(tmp_path: Path) -> None:
-    """Of 200 damaged files each is read or refused with a message that can be printed, and nothing is run."""
+    """Each of 200 damaged files is read, or refused with a printable message, and nothing is run."""
     weights = {"state_dict": {"w": torch.randn(3, 4), "n": torch.tensor(7)}, "args": argparse.Namespace(lr=0.1)}
     torch.save(weights, tmp_path / "zip")
     torch.save(weights, tmp_path / "legacy", _use_new_zipfile_serialization=False)

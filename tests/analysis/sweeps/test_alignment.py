@@ -75,7 +75,7 @@ def _shuffled(module: nn.Module, groups: list[PermutationGroup], seed: int) -> d
 
 @pytest.mark.parametrize("key", NETWORKS)
 def test_groups_are_what_theory_says(key: str) -> None:
-    """Every hidden width and no other: neither inputs nor classes are permuted."""
+    """The groups are the hidden widths: neither inputs nor classes are permuted."""
     module, inputs = _network(key)
     groups = permutation_groups(module, inputs[:2])
     assert sorted(group.size for group in groups) == sorted(NETWORKS[key][2])
@@ -87,7 +87,7 @@ def test_groups_are_what_theory_says(key: str) -> None:
 
 @pytest.mark.parametrize("key", NETWORKS)
 def test_permuting_a_group_changes_no_logit(key: str) -> None:
-    """All groups at once, at random, with the running statistics; the order of sums is all that changes."""
+    """All groups at once, at random, with the running statistics; only the order of sums changes."""
     module, inputs = _network(key)
     groups = permutation_groups(module, inputs[:2])
     before = module(inputs)
@@ -97,7 +97,7 @@ def test_permuting_a_group_changes_no_logit(key: str) -> None:
 
 @pytest.mark.parametrize("key", [key for key in NETWORKS if NETWORKS[key][2]])
 def test_a_permuted_copy_is_recovered(key: str) -> None:
-    """Weight matching finds the permutation back: the copy's tensors become the original's, bit for bit."""
+    """Weight matching finds the inverse permutation: the copy's tensors become the original's, bit for bit."""
     module, inputs = _network(key)
     original, groups = _state(module), permutation_groups(module, inputs[:2])
     shuffled = _shuffled(module, groups, 4)
@@ -113,7 +113,7 @@ def test_a_permuted_copy_is_recovered(key: str) -> None:
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_permuted_copy_has_a_barrier_without_alignment_and_none_with_it(name: str) -> None:
-    """The loss on the way to a permuted copy of the same network, for mlp, cnn and resnet."""
+    """The loss between a network and its permuted copy, for mlp, cnn and resnet."""
     options, probe = EvaluationOptions(null_permutations=0), probe_of(name)
     inputs = next(probe.batches(8, device="cpu"))
     groups = permutation_groups(network_of(name, 0).module, inputs[:2])
@@ -141,7 +141,7 @@ def test_a_permuted_copy_has_a_barrier_without_alignment_and_none_with_it(name: 
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 10**6), key=st.sampled_from(["mlp", "cnn", "wide resnet"]))
 def test_alignment_of_two_networks_never_lowers_the_objective(seed: int, key: str) -> None:
-    """The gain is the difference of the inner products before and after, and the network computes what it did."""
+    """The gain is the difference of the inner products before and after, and the function stays."""
     (first, inputs), (second, _) = _network(key, seed), _network(key, seed + 1)
     names = [name for name, _ in first.named_parameters()]
 
@@ -157,7 +157,7 @@ def test_alignment_of_two_networks_never_lowers_the_objective(seed: int, key: st
 
 
 class _Of(nn.Module):
-    """A network made of a function of its parameters."""
+    """A network defined by a function of its parameters."""
 
     def __init__(self, compute: Any, **shapes: tuple[int, ...]) -> None:
         super().__init__()
@@ -279,7 +279,7 @@ linear, conv2d, functional = nn.functional.linear, nn.functional.conv2d, nn.func
     ],
 )  # fmt: skip
 def test_what_is_tied_and_what_is_fixed(module: nn.Module, shape: tuple[int, ...], sizes: list[int]) -> None:
-    """Operations one by one: the sizes of the groups, and logits that stay whatever is permuted."""
+    """Operations one by one: the sizes of the groups, and logits that stay under any permutation."""
     inputs = torch.randn(5, *shape, generator=torch.Generator().manual_seed(2))
     groups = permutation_groups(module.eval(), inputs[:2])
     assert sorted(group.size for group in groups) == sizes
@@ -289,7 +289,7 @@ def test_what_is_tied_and_what_is_fixed(module: nn.Module, shape: tuple[int, ...
 
 
 def test_a_buffer_that_no_checkpoint_holds_is_fixed() -> None:
-    """It stays where it is, and so does what is multiplied with it."""
+    """Neither the buffer nor the axes multiplied with it are permuted."""
     module = _Of(lambda m, x: linear(torch.relu(linear(x, m.a)) * m.scales, m.b), a=(6, 4), b=(3, 6))
     module.register_buffer("scales", torch.arange(6.0), persistent=False)
     assert permutation_groups(module.eval(), torch.randn(2, 4)) == []
@@ -310,7 +310,7 @@ def test_a_weight_of_two_names_is_one_tensor() -> None:
 
 
 def test_the_gain_counts_a_weight_of_two_names_once() -> None:
-    """It is what the inner product of the two ends' parameters rises by."""
+    """It is the increase of the inner product of the two ends' parameters."""
     inputs = torch.randn(5, 4, generator=torch.Generator().manual_seed(2))
     first, second = (nn.Sequential(*(nn.Linear(*shape) for shape in ((4, 6), (6, 6), (6, 6), (6, 3)))) for _ in "AB")
     for module in (first, second):
@@ -328,7 +328,7 @@ def test_the_gain_counts_a_weight_of_two_names_once() -> None:
 
 
 class _Keeps(nn.Module):
-    """Makes a table at its first call and keeps it; joins an empty tensor of one axis to what it computes."""
+    """Caches a table at its first call; concatenates an empty tensor of one axis."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -344,7 +344,7 @@ class _Keeps(nn.Module):
 
 
 def test_tracing_leaves_nothing_in_the_network() -> None:
-    """What it keeps for its next call are numbers, not the shapes that tracing computes with."""
+    """Cached values are numbers, not the shapes of tracing."""
     torch.manual_seed(0)
     first, second = (_Keeps().eval().requires_grad_(False) for _ in range(2))
     inputs = torch.randn(5, 4)
@@ -356,7 +356,7 @@ def test_tracing_leaves_nothing_in_the_network() -> None:
 
 
 def test_a_network_that_looks_at_values_cannot_be_traced() -> None:
-    """Which says so, and what to do."""
+    """The error says so, and what to do."""
     module = _Of(lambda m, x: linear(torch.relu(x), m.a) if x.max() > 0 else linear(x, m.a), a=(3, 4))
     with pytest.raises(AnalysisError, match=r"cannot be traced.*alignment none") as caught:
         permutation_groups(module.eval(), torch.randn(2, 4))
@@ -366,7 +366,7 @@ def test_a_network_that_looks_at_values_cannot_be_traced() -> None:
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 10**6))
 def test_a_square_weight_never_lowers_the_objective(seed: int) -> None:
-    """Two networks that have nothing in common: what the linear guess would lose is not taken."""
+    """For two unrelated networks a linear guess that would lose is not applied."""
 
     def compute(m: Any, x: Tensor) -> Tensor:
         return linear((h := linear(x, m.a)) + linear(h, m.b), m.c)
@@ -386,7 +386,7 @@ def test_a_square_weight_never_lowers_the_objective(seed: int) -> None:
 
 
 def test_a_square_weight_is_matched_as_far_as_it_goes() -> None:
-    """With one group on both axes the objective is quadratic: the step is a guess, taken only where it gains."""
+    """With one group on both axes the objective is quadratic: a step is applied only if it gains."""
     module = _Of(lambda m, x: linear((h := linear(x, m.a)) + linear(h, m.b), m.c), a=(6, 4), b=(6, 6), c=(3, 6))
     groups = permutation_groups(module.eval(), torch.randn(2, 4))
     original, shuffled = _state(module), _shuffled(module, groups, 7)
@@ -396,7 +396,7 @@ def test_a_square_weight_is_matched_as_far_as_it_goes() -> None:
 
 
 def test_a_network_that_computes_something_else_is_refused() -> None:
-    """The check says by how much the logits moved."""
+    """The error gives the change of the logits."""
     logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
     assert check_same_function(logits, logits.clone()) == 0
     with pytest.raises(AnalysisError, match="of the largest") as caught:
@@ -408,7 +408,7 @@ def test_a_network_that_computes_something_else_is_refused() -> None:
 
 
 def test_an_aligned_network_is_held_once() -> None:
-    """What comes back are the second network's own tensors, so that a path has no fourth copy of the parameters."""
+    """The result are the second network's own tensors, so a path needs no fourth copy of the parameters."""
     (first, inputs), (second, _) = (_network("mlp", seed) for seed in (0, 1))
     state = aligned(first, second, inputs, generator=torch.Generator().manual_seed(0))[0]
     own = second.state_dict()

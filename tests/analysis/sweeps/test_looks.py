@@ -1,4 +1,6 @@
-"""A look along a path: what it sees on a part of a probe, with and without statistics of its own."""
+"""A look along a path: its losses on a part of a probe, with and without recalibration."""
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ OPTIONS = EvaluationOptions(null_permutations=0)
 
 
 def _bump(at: float, width: float) -> Path:
-    """A path on which two hidden units, told by nothing but their bias, make a bump of the first class's logit."""
+    """Return a path on which two hidden units, different only in their bias, make a bump of the first class's logit."""
     torch.manual_seed(0)
     ends: list[nn.Sequential] = []
     for w in (0.0, 1.0):
@@ -41,12 +43,12 @@ def _probe(n: int) -> Probe:
 
 
 def _looked(path: Path, probe: Probe, batch_size: int, recalibrating: bool = False) -> tuple[dict[float, float], int]:
-    found = look(path, probe, device=CPU, options=OPTIONS, batch_size=batch_size, recalibrating=recalibrating)
+    found = look(path, probe, device=CPU, options=replace(OPTIONS, batch_size=batch_size), recalibrating=recalibrating)
     return found.losses, found.n_samples
 
 
 def test_a_look_at_all_samples_has_the_losses_of_evaluations() -> None:
-    """And shows a bump of the width of 0.004 that 17 points, and 65, pass over."""
+    """It shows a bump of width 0.004 that 17 points, and 65, miss."""
     path, probe = _bump(0.9766, 0.004), _probe(60)
     losses, n_samples = _looked(path, probe, 60)
     assert n_samples == 60
@@ -63,14 +65,13 @@ def test_a_look_at_all_samples_has_the_losses_of_evaluations() -> None:
 
 @pytest.mark.parametrize(("n", "batch_size", "looked_at"), [(2000, 1, 125), (100, 1, 32), (600, 2048, 512)])
 def test_a_look_takes_a_part_of_a_large_probe(n: int, batch_size: int, looked_at: int) -> None:
-    """A batch, or a sixteenth of it; classes in proportion, so that the peak is where that of all samples is."""
+    """A batch, or a sixteenth of it, with classes in proportion, so that the peak is that of all samples."""
     seen: list[tuple[int, int]] = []
     found = look(
         _bump(0.3, 0.02),
         _probe(n),
         device=CPU,
-        options=OPTIONS,
-        batch_size=batch_size,
+        options=replace(OPTIONS, batch_size=batch_size),
         recalibrating=False,
         progress=lambda done, total: seen.append((done, total)),
     )
@@ -81,7 +82,7 @@ def test_a_look_takes_a_part_of_a_large_probe(n: int, batch_size: int, looked_at
 
 
 def test_a_look_that_recalibrates_sees_what_the_points_will() -> None:
-    """Between the ends with statistics taken anew, at the ends with their own."""
+    """Between the ends with recomputed statistics, at the ends with their own."""
     probe = probe_of("mlp")
     found = [
         _looked(Path(network_of("mlp", 0), network_of("mlp", 1).module.state_dict()), probe, 60, recalibrating)[0]
@@ -97,17 +98,17 @@ def test_a_look_that_recalibrates_sees_what_the_points_will() -> None:
 
 
 def test_what_a_pass_fails_of_names_its_place() -> None:
-    """A network that overflows between its ends."""
+    """The network overflows between its ends."""
     path = _bump(0.5, 0.1)
     path.second["2.bias"] = path.second["2.bias"] + 3e38
     path.first["2.bias"] = path.first["2.bias"] + 3e38
     path.first["2.weight"], path.second["2.weight"] = (state["2.weight"] * 1e37 for state in (path.first, path.second))
-    with pytest.raises(AnalysisError, match="Looked at w 0"):
+    with pytest.raises(AnalysisError, match="Loss at w = 0"):
         _looked(path, _probe(60), 60)
 
 
 def test_images_in_files_are_taken_by_place() -> None:
-    """The files of these rows are read, and no others."""
+    """Only the files of the drawn rows are read."""
     images = Images(lambda rows: iter(()), [3, 5, 8, 9], Preprocess(), 100, (4, 1, 2, 2), 1)
     taken = Probe(images, torch.arange(4) % 2, None, 2, None).take(torch.tensor([1, 3]))
     assert isinstance(taken.inputs, Images)

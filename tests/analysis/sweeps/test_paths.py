@@ -35,13 +35,13 @@ EXACT = EvaluationOptions(null_permutations=0, tolerance=0.0)
 
 
 def test_the_examples_in_the_docstrings_hold() -> None:
-    """What the docstrings show is what comes out."""
+    """The examples in the docstrings give the output shown."""
     assert doctest.testmod(paths).failed == 0
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_ends_are_the_endpoints_own_evaluations(name: str) -> None:
-    """Bit for bit, also after the path has been elsewhere, and integer buffers as well."""
+    """Bit for bit, also after other points, including integer buffers."""
     probe = probe_of(name)
     own = [evaluate_network(network_of(name, seed), probe, device=CPU, options=EXACT).splits for seed in (0, 1)]
     second = network_of(name, 1).module.state_dict()
@@ -62,7 +62,7 @@ def test_the_ends_are_the_endpoints_own_evaluations(name: str) -> None:
 
 
 def test_bfloat16_checkpoints_are_mixed_in_float32(tmp_path: pathlib.Path) -> None:
-    """Between two stored numbers of 8 bits lie all that float32 has: the mix is not rounded back to their type."""
+    """The mix of two stored numbers of 8 bits is not rounded back to their type."""
     states = [
         {
             key: t.bfloat16() if t.is_floating_point() else t
@@ -100,7 +100,7 @@ def test_a_path_to_itself_is_flat() -> None:
 
 
 def test_the_mix_is_linear_and_the_distances_are_those_of_the_parameters() -> None:
-    """(1 - w) A + w B in float32; lengths over parameters alone, not over running statistics."""
+    """(1 - w) A + w B in float32; lengths of parameters only, without running statistics."""
     network, other = network_of("mlp", 0), network_of("mlp", 1)
     first = {name: tensor.clone().double() for name, tensor in network.module.state_dict().items()}
     second = {name: tensor.double() for name, tensor in other.module.state_dict().items()}
@@ -117,7 +117,7 @@ def test_the_mix_is_linear_and_the_distances_are_those_of_the_parameters() -> No
 
 
 def test_negative_variances_beyond_the_ends_are_named() -> None:
-    """Mixed variances are linear in w, and their roots are not; between the ends there is nothing to look for."""
+    """Mixed variances are linear in w and may become negative outside of the ends; inside they need no check."""
     network, other = network_of("mlp", 0), network_of("mlp", 1).module.state_dict()
     path = Path(network, other)
     for w in (0.0, 0.5, 1.0, 1.001):
@@ -129,7 +129,7 @@ def test_negative_variances_beyond_the_ends_are_named() -> None:
 
 
 def test_ends_of_two_shapes_are_refused() -> None:
-    """The error names what differs."""
+    """The error gives the differing names."""
     with pytest.raises(AnalysisError, match="names or shapes") as caught:
         Path(network_of("mlp", 0), network_of("cnn", 0).module.state_dict())
     assert caught.value.members["argument"] == "other"
@@ -137,7 +137,7 @@ def test_ends_of_two_shapes_are_refused() -> None:
 
 
 def test_recalibration_takes_the_statistics_of_the_probe() -> None:
-    """In one batch they are the activations' own mean and variance; the rest of the network stays as it was."""
+    """In one batch they are the activations' own mean and variance; the rest of the network does not change."""
     network, probe = network_of("mlp", 0), probe_of("mlp")
     before = {name: tensor.clone() for name, tensor in network.module.state_dict().items()}
     assert recalibrate(network, probe, device=CPU, batch_size=60) == 2
@@ -150,7 +150,7 @@ def test_recalibration_takes_the_statistics_of_the_probe() -> None:
 
 
 def test_recalibration_is_deterministic_and_weighs_samples_alike() -> None:
-    """Twice the same, whatever was there before; a mean over batches of different sizes is that of all samples."""
+    """Repeated calls give the same; a mean over batches of different sizes is that of all samples."""
     probe = probe_of("mlp")
     found: list[dict[str, torch.Tensor]] = []
     for seed in (0, 0):
@@ -165,7 +165,7 @@ def test_recalibration_is_deterministic_and_weighs_samples_alike() -> None:
 
 
 def test_recalibration_under_autocast_takes_the_statistics_of_its_activations() -> None:
-    """Of the first layer's output in bfloat16, in float32; a deeper network with images runs through as well."""
+    """Those of the first layer's output in bfloat16, in float32; a deeper network with images runs as well."""
     network, probe = network_of("mlp", 0), probe_of("mlp")
     state = network.module.state_dict()
     recalibrate(network, probe, device=CPU, batch_size=60, precision="bfloat16")
@@ -188,7 +188,7 @@ def test_recalibration_under_autocast_takes_the_statistics_of_its_activations() 
 
 
 def test_recalibration_does_not_depend_on_how_the_samples_lie() -> None:
-    """Class by class, as folders have them, the variance is that of all samples and not that within a class."""
+    """Sorted by class, as in folders, the variance is that of all samples, not that within a class."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(10).repeat_interleave(100)
     inputs = 5 * torch.randn(10, 12, generator=generator)[labels] + torch.randn(1000, 12, generator=generator)
@@ -202,7 +202,7 @@ def test_recalibration_does_not_depend_on_how_the_samples_lie() -> None:
 
 
 def test_a_layer_that_runs_twice_has_the_statistics_of_both() -> None:
-    """Of two batches, on each of which it sees two inputs."""
+    """It sees two inputs in each of two batches."""
 
     class Twice(torch.nn.Module):
         def __init__(self) -> None:
@@ -221,7 +221,7 @@ def test_a_layer_that_runs_twice_has_the_statistics_of_both() -> None:
 
 
 def test_a_last_batch_of_one_sample_is_no_obstacle() -> None:
-    """It has no variance; without statistics to take, nothing is passed at all."""
+    """It has no variance; a network without statistics gets no pass at all."""
     assert recalibrate(network_of("mlp", 0), probe_of("mlp", 61), device=CPU, batch_size=20) == 2
     assert recalibrate(network_of("mlp", 0), probe_of("mlp", 5), device=CPU, batch_size=1) == 2
     with pytest.raises(AnalysisError, match="two samples"):
@@ -236,7 +236,7 @@ def test_a_last_batch_of_one_sample_is_no_obstacle() -> None:
     slope=st.floats(-5, 5),
 )
 def test_a_barrier_does_not_see_a_slope(values: list[float], slope: float) -> None:
-    """Adding a line moves no barrier; from above and from below they are each other's mirror."""
+    """Adding a line changes no barrier; from above and from below they mirror each other."""
     ws = even_grid(len(values))
     tilted = [value + slope * w for w, value in zip(ws, values, strict=True)]
     assert barrier(ws, tilted).value == pytest.approx(barrier(ws, values).value, abs=1e-9)
@@ -247,7 +247,7 @@ def test_a_barrier_does_not_see_a_slope(values: list[float], slope: float) -> No
 
 
 def test_points_beyond_the_ends_do_not_count() -> None:
-    """A path that was extrapolated has the barrier of its inner part."""
+    """An extrapolated path has the barrier of its inner part."""
     ws, values = [-0.5, 0.0, 0.5, 1.0, 1.5], [9.0, 1.0, 2.0, 1.0, 9.0]
     assert barrier(ws, values) == Barrier(1.0, 0.5)
     assert instability(ws, values) == Barrier(1.0, 0.5)
@@ -269,7 +269,7 @@ def _followed(loss: Callable[[float], float], grid: list[float] | None = None) -
 
 
 def _looked_and_followed(loss: Callable[[float], float], on_part: Callable[[float], float] | None = None) -> Known:
-    """The points of an adaptive grid after a look, which may see a part of the samples alone."""
+    """Return the points of an adaptive grid after a look, which may use a part of the samples."""
     seen: Known = {}
     while (w := next_look(seen)) is not None:
         assert w not in seen
@@ -284,7 +284,7 @@ def _looked_and_followed(loss: Callable[[float], float], on_part: Callable[[floa
 
 
 def _bumps(*bumps: tuple[float, float, float], slope: float = 0.5) -> Callable[[float], float]:
-    """A line with bumps of height, place and width."""
+    """Return a line with bumps of given height, place and width."""
     return lambda w: (
         1 + slope * w + sum(height * math.exp(-(((w - at) / width) ** 2) / 2) for height, at, width in bumps)
     )
@@ -310,7 +310,7 @@ BUMPS: dict[str, Callable[[float], float]] = {
 
 @pytest.mark.parametrize("name", BUMPS)
 def test_an_adaptive_grid_finds_what_a_look_shows(name: str) -> None:
-    """The barrier is that of 20,001 points to 2e-3, wherever it lies, with at most 65 points."""
+    """The barrier is that of 20,001 points to 2e-3, anywhere on the path, with at most 65 points."""
     loss = BUMPS[name]
     found = _looked_and_followed(loss)
     assert barrier(list(found), list(found.values())).value == pytest.approx(_dense(loss), abs=2e-3)
@@ -318,7 +318,7 @@ def test_an_adaptive_grid_finds_what_a_look_shows(name: str) -> None:
 
 @pytest.mark.parametrize("name", BUMPS)
 def test_a_look_at_some_of_the_samples_says_where(name: str) -> None:
-    """Heights and places of a part are somewhat off, in level and slope as well."""
+    """Heights and places on a part of the samples differ a little, as do level and slope."""
 
     def on_part(w: float) -> float:
         return 0.3 + 0.8 * BUMPS[name](w + 0.001 * (1 - w) * w) - 0.2 * w
@@ -328,7 +328,7 @@ def test_a_look_at_some_of_the_samples_says_where(name: str) -> None:
 
 
 def test_without_a_look_an_adaptive_grid_begins_more_densely() -> None:
-    """A bump a fiftieth wide is found from 65 points, wherever it lies; of two the higher one."""
+    """A bump of width 1/50 is found from 65 points, anywhere on the path; of two the higher one."""
     for at in (0.03, 0.5473, 0.97, 0.9922):
         found = _followed(loss := _bumps((0.9, at, 0.02)))
         assert barrier(list(found), list(found.values())).value == pytest.approx(_dense(loss), abs=2e-3)
@@ -338,14 +338,14 @@ def test_without_a_look_an_adaptive_grid_begins_more_densely() -> None:
 
 
 def test_an_adaptive_grid_stops_where_there_is_nothing_to_find() -> None:
-    """A straight line takes the first points and two rounds; a barrier without end takes 36 points more."""
+    """A straight line takes the first points and two rounds; an endless barrier takes 36 points more."""
     assert 17 < len(_looked_and_followed(lambda w: 2 - w)) <= 21
     assert 65 < len(_followed(lambda w: 2 - w)) <= 69
     assert len(_followed(lambda w: 0.0 if w in (0, 1) else 1e9 - abs(w - 1 / 3) * 1e9)) <= 101
 
 
 def test_an_adaptive_grid_goes_on_as_it_would_have() -> None:
-    """What it asks for next depends on the values alone, in whatever order they are given back."""
+    """The next point depends only on the values, in any order."""
 
     def loss(w: float) -> float:
         return -((w - 0.3) ** 2)

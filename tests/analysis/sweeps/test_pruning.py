@@ -1,4 +1,4 @@
-"""Magnitude pruning: exactly so many weights, the least of them, in place and from the whole network each time."""
+"""Magnitude pruning: exact numbers of the smallest weights, in place, each time from the original network."""
 
 import doctest
 
@@ -20,7 +20,7 @@ PRUNED = {
 
 
 def test_the_examples_in_the_docstrings_hold() -> None:
-    """What the docstrings show is what comes out."""
+    """The examples in the docstrings give the output shown."""
     assert doctest.testmod(pruning).failed == 0
 
 
@@ -28,7 +28,7 @@ def test_the_examples_in_the_docstrings_hold() -> None:
 @pytest.mark.parametrize("name", PRUNED)
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.9, 0.999])
 def test_exactly_the_least_weights_become_zero(name: str, scope: Scope, sparsity: float) -> None:
-    """Together or layer by layer; biases, normalisation and head stay."""
+    """Globally or layer by layer; biases, normalisation and head stay."""
     network = network_of(name, 0)
     before = {key: tensor.clone() for key, tensor in network.module.state_dict().items()}
     sweep = Pruning(network, scope)
@@ -50,7 +50,7 @@ def test_exactly_the_least_weights_become_zero(name: str, scope: Scope, sparsity
 
 
 def test_the_head_is_pruned_where_asked() -> None:
-    """Then it is one of the prunable weights."""
+    """It is then one of the prunable weights."""
     without, within = (
         Pruning(network_of("mlp", 0), "layerwise"),
         Pruning(network_of("mlp", 0), "layerwise", include_head=True),
@@ -62,7 +62,7 @@ def test_the_head_is_pruned_where_asked() -> None:
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_equal_magnitudes_do_not_change_the_count(name: str) -> None:
-    """Where all weights have one magnitude exactly so many go, not all and not none."""
+    """If all weights have one magnitude, exactly the requested number is pruned."""
     network = network_of(name, 0)
     for parameter in network.module.parameters():
         parameter.copy_(torch.where(torch.arange(parameter.numel()) % 2 == 0, 1.0, -1.0).view_as(parameter))
@@ -72,7 +72,7 @@ def test_equal_magnitudes_do_not_change_the_count(name: str) -> None:
 
 
 def test_what_cannot_be_pruned_is_refused() -> None:
-    """A sparsity of 1 or below 0, and a network that is nothing but a head."""
+    """A sparsity of 1 or below 0, and a network that consists only of a head."""
     sweep = Pruning(network_of("mlp", 0), "global")
     for sparsity in (1.0, -0.1):
         with pytest.raises(AnalysisError, match=r"\[0, 1\)"):
@@ -91,19 +91,19 @@ def test_the_share_is_that_of_the_decimal_number(sparsity: float) -> None:
 
 
 def test_a_weight_that_is_made_anew_is_refused() -> None:
-    """Zeros would not stay in it; a head like that is no matter where it is not pruned."""
+    """Zeros would not stay in a reparametrised weight; in a head that is not pruned it is allowed."""
     module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)).requires_grad_(False)
     parametrizations.weight_norm(module[1])
     assert Pruning(LoadedNetwork(module, "1"), "global").n_prunable == 16
     parametrizations.weight_norm(module[0])
-    with pytest.raises(AnalysisError, match="Take the reparametrisation off") as caught:
+    with pytest.raises(AnalysisError, match="Remove the reparametrisation") as caught:
         Pruning(LoadedNetwork(module, "1"), "global")
     assert caught.value.members["module"] == "0"
 
 
 @pytest.mark.parametrize(("widths", "n_weights"), [({}, 48), ({"kdim": 3, "vdim": 5}, 48)])
 def test_attention_is_pruned_whole(widths: dict[str, int], n_weights: int) -> None:
-    """The weights of its queries, keys and values, in one tensor or in three, beside that of its output."""
+    """The weights of queries, keys and values, in one tensor or in three, and that of the output."""
     module = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2, **widths), "head": nn.Linear(4, 2)})
     module.requires_grad_(False)
     sweep = Pruning(LoadedNetwork(module, "head"), "global")
@@ -113,7 +113,7 @@ def test_attention_is_pruned_whole(widths: dict[str, int], n_weights: int) -> No
 
 
 def test_a_weight_that_the_head_shares_stays_with_it() -> None:
-    """Under whatever name it is met, the head is pruned only where asked."""
+    """Under any of its names it is pruned only if the head is."""
     module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).requires_grad_(False)
     module[0].weight = module[1].weight
     with pytest.raises(AnalysisError, match="include_head prunes the head"):
@@ -122,7 +122,7 @@ def test_a_weight_that_the_head_shares_stays_with_it() -> None:
 
 
 def test_the_knee_is_within_a_point() -> None:
-    """A difference of exactly a point counts, whatever its rounding; later recoveries count as well."""
+    """A difference of exactly one point counts, in spite of rounding; later recoveries count as well."""
     assert knee([0.0, 0.2, 0.5, 0.9], [0.95, 0.94, 0.93, 0.2]) == 0.2
     assert knee([0.0, 0.2, 0.5], [0.5, 0.4, 0.6]) == 0.5
     assert knee([0.0, 0.5], [1.0, 0.0]) == 0.0

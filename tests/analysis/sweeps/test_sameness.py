@@ -1,4 +1,4 @@
-"""What makes two networks one function of their weights: not what their descriptions write, but what they compute."""
+"""Two networks are the same function of their weights: descriptions may differ, outputs may not."""
 
 import copy
 from collections.abc import Mapping
@@ -94,14 +94,14 @@ SEEN: list[tuple[str, dict[str, Any], list[str]]] = [
 
 @pytest.mark.parametrize(("family", "changed"), UNSEEN, ids=str)
 def test_what_evaluation_does_not_see_does_not_count(family: str, changed: dict[str, Any]) -> None:
-    """Dropout, ids of tokens, initialisation, a default written or left out, names beside LABEL_n."""
+    """Dropout, ids of tokens, initialisation, a default spelled out or not, names other than LABEL_n."""
     _check(_description(family), _description(family, **changed), family)
     _check(_description(family, **changed), _description(family), family)
 
 
 @pytest.mark.parametrize(("family", "changed", "members"), SEEN, ids=str)
 def test_a_real_difference_is_refused_by_name(family: str, changed: dict[str, Any], members: list[str]) -> None:
-    """By the members that make it, and not by what else the two write differently."""
+    """Only the members that make the difference are listed, not other differences of the descriptions."""
     ours, theirs = _description(family), _description(family, **changed)
     with pytest.raises(AnalysisError) as caught:
         _check(ours, theirs, family)
@@ -116,7 +116,7 @@ def test_a_real_difference_is_refused_by_name(family: str, changed: dict[str, An
 
 
 def test_a_dropout_of_timm_and_torchvision_does_not_count() -> None:
-    """Where timm builds other modules for it, too; what its forward computes with does."""
+    """Also if timm builds other modules for it; values used in forward do count."""
     for family, changed in (
         ("timm", {"drop_rate": 0.1, "attn_drop_rate": 0.1}),
         ("timm", {"drop_path_rate": 0.2}),
@@ -130,7 +130,7 @@ def test_a_dropout_of_timm_and_torchvision_does_not_count() -> None:
 
 
 def test_a_head_of_zeros_hides_nothing() -> None:
-    """An activation under it is told by random weights; weights that clip, by large ones."""
+    """Random weights reveal an activation before it; large ones reveal weights that clip."""
     ours, theirs = _description("mlp"), _description("mlp", activation="gelu")
     first, second = _network(ours), _network(theirs, 1)
     for network in (first, second):
@@ -148,7 +148,7 @@ def test_a_head_of_zeros_hides_nothing() -> None:
 
 
 def test_two_heads_are_named() -> None:
-    """Also where one description names the head that is the other's default."""
+    """Also if one description names the head that is the other's default."""
     description = _description("mlp")
     first, second = _network(description), _network(description, 1)
     require_same_function(first, second, (description, description), _batch("mlp"))

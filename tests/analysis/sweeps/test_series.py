@@ -12,7 +12,7 @@ from analysis.sweeps.series import Generalisation, generalisation, spearman
 
 
 def test_the_examples_in_the_docstrings_hold() -> None:
-    """What the docstrings show is what comes out."""
+    """The examples in the docstrings give the output shown."""
     assert doctest.testmod(series).failed == 0
 
 
@@ -32,13 +32,13 @@ def test_spearman_is_pearson_of_mean_ranks(pairs: list[tuple[int, int]]) -> None
 
 
 def test_spearman_passes_over_what_is_not_defined() -> None:
-    """Places where either value is None take no part; fewer than three are no correlation."""
+    """Places with a None take no part; fewer than three places have no correlation."""
     assert spearman([1.0, None, 2.0, 3.0], [3.0, 9.0, 2.0, 1.0]) == -1.0
     assert spearman([1.0, None, 2.0], [3.0, 9.0, 2.0]) is None
 
 
 def test_delayed_generalisation() -> None:
-    """First x of each, and the difference; None where an accuracy is never reached."""
+    """The first x of each, and the difference; None if an accuracy is never reached."""
     axis = [0.0, 100.0, 200.0, 800.0]
     assert generalisation(axis, [0.1, 0.99, 1.0, 1.0], [0.1, 0.1, 0.2, 0.995]) == Generalisation(100.0, 800.0, 700.0)
     assert generalisation(axis, [0.1, 0.5, 1.0, 1.0], [0.1] * 4) == Generalisation(200.0, None, None)

@@ -1,7 +1,7 @@
 """Evaluate points of the line between two checkpoints, and combine them into a report."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import Literal
@@ -182,14 +182,12 @@ def _looked(look: Look | None) -> dict[float, float] | None:
 
 def _look(task: PathTask, context: Context, loaded: _LoadedPath, evaluation: Evaluation, clock: Clock) -> Look:
     """Take a look along a path; it is recorded with the first point, for a worker that takes over."""
-    assert evaluation.batch_size is not None, "a network was passed"
     with clock.phase("look"):
         found = look(
             loaded.path,
             loaded.probe.probe,
             device=context.device,
-            options=options_of(EvaluationOptions, task),
-            batch_size=evaluation.batch_size,
+            options=replace(options_of(EvaluationOptions, task), batch_size=evaluation.batch_size),
             recalibrating=task.options.normalisation == "recalibrate",
             progress=lambda done, total: context.on_progress("looking along the path", done, total),
         )

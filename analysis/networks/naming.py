@@ -243,8 +243,9 @@ class _Own:
             else:
                 found.stored[name] = full
         self._ties.fill(found.stored)
-        for full in set(found.stored.values()):
-            found.infixes.update(f"{part}." for part in set(taken[full]))
+        # In the file's order, so that a report lists them alike in every process.
+        for full in dict.fromkeys(found.stored.values()):
+            found.infixes.update(f"{part}." for part in dict.fromkeys(taken[full]))
             found.n_taken += len(taken[full])
         found.faults = self._faults(found.stored, header)
         return found

@@ -75,8 +75,8 @@ def load_probe(
     n = len(next(iter(given.values()))) if all(t.ndim for t in given.values()) else 0
     for name, tensor in given.items():
         _check_inputs(name, tensor, n)
-    for name in set(named) & {"attention_mask", "token_type_ids", "position_ids"} if "input_ids" in named else ():
-        if named[name].shape != (shape := named["input_ids"].shape):
+    for name in ("attention_mask", "token_type_ids", "position_ids") if "input_ids" in named else ():
+        if name in named and named[name].shape != (shape := named["input_ids"].shape):
             raise AnalysisError(kind, f"{name} must be {list(shape)} as input_ids, not {list(named[name].shape)}.")
     if next_tokens:
         assert n_classes is not None, "a language model's vocabulary is known"

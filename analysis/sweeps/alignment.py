@@ -109,7 +109,8 @@ def weight_matching(
 
     Source: Ainsworth, Hayase, Srinivasa 2022, "Git Re-Basin", algorithm 1.
     """
-    names = {name for group in groups for name, _ in group.axes if name in reference}
+    # In the order of the groups, not of a set, which is another in each process: sums round by their order.
+    names = dict.fromkeys(name for group in groups for name, _ in group.axes if name in reference)
     fixed = {name: reference[name].detach().cpu() for name in names}
     moved = {name: state[name].detach().cpu() for name in names}
     permutations = [torch.arange(group.size) for group in groups]
@@ -202,7 +203,7 @@ def _improve(
     found = torch.from_numpy(columns)
     if torch.equal(found, torch.arange(len(found))):
         return found, 0.0
-    names = {name for name, _ in axes}
+    names = dict.fromkeys(name for name, _ in axes)
     before = {name: moved[name] for name in names}
     # A tensor with the group on two axes makes the objective quadratic: the assignment is then only a guess.
     after = permuted(before, [PermutationGroup(len(found), tuple(axes))], [found])

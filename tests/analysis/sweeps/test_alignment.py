@@ -413,3 +413,17 @@ def test_an_aligned_network_is_held_once() -> None:
     state = aligned(first, second, inputs, generator=torch.Generator().manual_seed(0))[0]
     own = second.state_dict()
     assert all(tensor.data_ptr() == own[name].data_ptr() for name, tensor in state.items())
+
+
+def test_the_gain_does_not_depend_on_what_tensors_are_called() -> None:
+    """Names are hashed differently in each process; the last bit of a sum must not follow them."""
+    generator = torch.Generator().manual_seed(0)
+    first, second = ([torch.randn(6, generator=generator) for _ in range(12)] for _ in range(2))
+
+    def gain(prefix: str) -> float:
+        names = [f"{prefix}{number}" for number in range(12)]
+        group = PermutationGroup(6, tuple((name, 0) for name in names))
+        ends = (dict(zip(names, tensors, strict=True)) for tensors in (first, second))
+        return weight_matching([group], *ends, generator=torch.Generator().manual_seed(0)).gain
+
+    assert len({gain(prefix) for prefix in "abcdefghijklmnopqrst"}) == 1

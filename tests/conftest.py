@@ -16,9 +16,10 @@ import tests.operators.sitecustomize  # noqa: F401  this process too may import 
 from analysis.networks.loading import build
 from tests import services
 from tests.databases import fresh_database, postgres_server
+from tests.shapes import without_shape_checks  # noqa: F401
 
 # Their tests take minutes: begun last, one of them would run alone at the end beside an idle core.
-_LONGEST = ("tests/workers/test_kills.py", "tests/analysis/test_coverage.py")
+_LONGEST = ("tests/workers/test_kills.py", "tests/workers/test_outages.py", "tests/packages/test_pythons.py")
 
 
 def pytest_configure() -> None:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,8 +20,6 @@ T = TypeVar("T")
 OPERATORS = Path(__file__).parent / "operators"
 # Nothing here is slow; a shared machine may be.
 PATIENCE_SECONDS = 90.0
-# Of services that were started so far.
-_FOLDERS: list[Path] = []
 
 
 @dataclass
@@ -145,13 +143,15 @@ def running(
 
 
 def _share_what_was_found(folder: Path) -> None:
-    """A worker keeps which libraries it could import, under a name of all that is installed: once is enough for all."""
-    for known in _FOLDERS:
-        for file in known.glob("networks-*.json") if known != folder else ():
-            shutil.copy(file, folder)
-    # A service that starts again in its folder has its own.
-    if folder not in _FOLDERS:
-        _FOLDERS.append(folder)
+    """A worker keeps which libraries it could import, under a name of all that is installed: once is enough for all.
+
+    Also for those of pytest's other processes, which have their folders beside each other.
+    """
+    run = next((above for above in folder.parents if above.name.startswith("pytest-")), folder)
+    for known in [*run.glob("*/data/workers/networks-*.json"), *run.glob("*/*/data/workers/networks-*.json")]:
+        if known.parent != folder and not (folder / known.name).exists():
+            with suppress(FileNotFoundError):  # removed meanwhile
+                shutil.copy(known, folder)
 
 
 @contextmanager

@@ -14,7 +14,10 @@ DELTA = ComparisonOptions(null_permutations=0)
 BOOTSTRAP = ComparisonOptions(null_permutations=0, interval="bootstrap", resamples=10)
 
 
-@pytest.mark.parametrize("name", ["imbalanced", "near_zero", "near_identical"])
+@pytest.mark.usefixtures("without_shape_checks")
+@pytest.mark.parametrize(
+    "name", ["imbalanced", *(pytest.param(name, marks=pytest.mark.slow) for name in ("near_zero", "near_identical"))]
+)
 def test_intervals_hold_the_truth(name: str) -> None:
     """Intervals from influence functions, for each metric that has one in most replicates."""
     for path, found in coverage(DESIGNS[name], DELTA, replicates=40, processes=1).items():
@@ -27,6 +30,7 @@ def test_intervals_hold_the_truth(name: str) -> None:
             assert 0.7 < found.ratio < 1.5, (path, str(found))
 
 
+@pytest.mark.slow
 def test_bootstrap_intervals_hold_the_truth() -> None:
     """Intervals of smooth metrics from resamples, which hold samples twice and so disturb class means near a kink."""
     found = coverage(DESIGNS["three_classes"], BOOTSTRAP, replicates=40, processes=1)

@@ -243,7 +243,7 @@ def test_head_rows_of_zeros_are_left_out_with_their_samples() -> None:
 @pytest.mark.parametrize("far", [0.0, 1e3, 1e4])
 def test_two_pairs_have_one_pairing(far: float) -> None:
     """Both pairings of two class means, near each other seen from the origin, are equal, whatever the rounding."""
-    for seed in range(60):
+    for seed in range(20):
         generator = torch.Generator().manual_seed(seed)
         means, noise, offset, head = (
             torch.randn(rows, 8, dtype=torch.float64, generator=generator) for rows in (2, 40, 1, 2)

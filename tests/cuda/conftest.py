@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import tests.operators.sitecustomize  # noqa: F401  torchvision may be imported beside a CPU build of torch
+from tests.shapes import without_shape_checks  # noqa: F401
 
 
 @pytest.fixture(scope="session")

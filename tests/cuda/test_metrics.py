@@ -90,6 +90,7 @@ def test_evaluation_of_a_feature_set(dtype: torch.dtype, device: torch.device) -
         assert there[path] == pytest.approx(value, rel=near, abs=near), path
 
 
+@pytest.mark.usefixtures("without_shape_checks")
 @pytest.mark.parametrize("interval", ["delta", "bootstrap"])
 def test_comparison_of_two_feature_sets(interval: Any, device: torch.device) -> None:
     """The same differences, standard errors and intervals."""
@@ -106,6 +107,7 @@ def test_comparison_of_two_feature_sets(interval: Any, device: torch.device) -> 
         assert there[path] == pytest.approx(value, rel=1e-5, abs=1e-8), path
 
 
+@pytest.mark.usefixtures("without_shape_checks")
 @pytest.mark.parametrize("interval", ["delta", "bootstrap"])
 @pytest.mark.parametrize("which", ["A", "B"])
 def test_comparison_of_sets_that_lie_apart(interval: Any, which: str, device: torch.device) -> None:

@@ -36,9 +36,10 @@ def test_client(
     here = found == Path(sys.executable)
     python = wheels.environment(tmp_path / "environment", found, has=wheels.needed(built[0]) if here else ())
     pins: list[str | Path] = [] if here else ["--constraint", wheels.ROOT / "requirements.lock"]
-    installed = wheels.run([python, "-m", "pip", "install", *pins, built[0]], isolated=here)
+    pip: list[str | Path] = [sys.executable, "-m", "pip", "--python", python]
+    installed = wheels.run([*pip, "install", "--no-compile", *pins, built[0]], isolated=here)
     assert installed.returncode == 0, installed.stdout + installed.stderr
-    checked = wheels.run([python, "-m", "pip", "check"])
+    checked = wheels.run([*pip, "check"])
     assert checked.returncode == 0, checked.stdout
     (package,) = (tmp_path / "environment").glob("lib/python*/site-packages/interplay")
     compiled = wheels.run([python, "-W", "error", "-m", "compileall", "-q", "-f", package])

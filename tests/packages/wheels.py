@@ -89,7 +89,7 @@ def index(folder: Path, *wheels: Path) -> str:
 
 
 def environment(folder: Path, python: Path = Path(sys.executable), *, has: Iterable[Distribution] = ()) -> Path:
-    """Make an environment with pip, and give its Python.
+    """Make an environment, with pip if it has other packages, and give its Python.
 
     Args:
         folder: where it will be.
@@ -98,7 +98,7 @@ def environment(folder: Path, python: Path = Path(sys.executable), *, has: Itera
     """
     linked = [*has]
     # Bringing pip along takes seconds, which that of this environment saves.
-    made = run([python, "-m", "venv", *(["--without-pip"] if linked else []), folder])
+    made = run([python, "-m", "venv", "--without-pip", folder])
     assert made.returncode == 0, made.stdout + made.stderr
     (site,) = folder.glob("lib/python*/site-packages")
     for distribution in [*linked, importlib.metadata.distribution("pip")] if linked else []:

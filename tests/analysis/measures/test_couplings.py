@@ -85,6 +85,7 @@ class Case:
         return worth, lost
 
 
+@pytest.mark.usefixtures("without_shape_checks")
 @settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 10**6),

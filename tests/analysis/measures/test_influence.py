@@ -295,6 +295,7 @@ SUMMARY = [
 ]
 
 
+@pytest.mark.usefixtures("without_shape_checks")
 @pytest.mark.parametrize(
     "spread", [pytest.param(1.2, marks=pytest.mark.slow), 0.5, pytest.param(0.15, marks=pytest.mark.slow)]
 )

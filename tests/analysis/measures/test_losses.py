@@ -373,6 +373,7 @@ def test_wrong_arguments_are_named() -> None:
         assert (caught.value.kind, caught.value.members["tensor"]) == ("non-finite-values", name)
 
 
+@pytest.mark.usefixtures("without_shape_checks")
 @pytest.mark.parametrize(
     "weight", [pytest.param(0.01, marks=pytest.mark.slow), 0.1, pytest.param(1.0, marks=pytest.mark.slow)]
 )

@@ -309,7 +309,7 @@ def test_problems_are_documented() -> None:
     for source in sources:
         kinds |= set(re.findall(r'problem\(\s*"([a-z-]+)"', source.read_text()))
     kinds |= {"method-not-allowed"}
-    assert set(re.findall(r"^\| `([a-z-]+)`", text, flags=re.MULTILINE)) == kinds
+    assert set(re.findall(r"^- `([a-z-]+)`", text, flags=re.MULTILINE)) == kinds
 
 
 def test_api_never_loads_torch(tmp_path: Path) -> None:

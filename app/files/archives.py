@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Protocol, cast
 
 from app.errors import InvalidFile, first_line
-from app.files import tensorfile
+from app.files import names, tensorfile
 from app.files.foreign import is_adapter_config, refuse_foreign_folder
 from app.files.tensorfile import Header
 from app.files.zips import BROKEN_ZIP, bound_directory
@@ -378,8 +378,8 @@ def _collected(members: Iterable[tuple[str, Member | None]], max_bytes: int) -> 
     unpacked = 0
     for number, (name, member) in enumerate(members, 1):
         path = PurePosixPath(name)
-        if not name or path.is_absolute() or ".." in path.parts or "\\" in name or not name.isprintable():
-            raise _refused(name, "leads out of the archive or is no plain path")
+        if fault := names.unsafe(name):
+            raise _refused(name, fault)
         if number > MAX_MEMBERS:
             raise InvalidFile(f"The archive has more than {MAX_MEMBERS} members.")
         if member is None:

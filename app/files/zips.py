@@ -9,10 +9,11 @@ import struct
 import zipfile
 import zlib
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from unicodedata import normalize
 
 from app.errors import InvalidFile
+from app.files import names
 
 # Exceptions of zipfile for broken files and for unknown compression methods.
 BROKEN_ZIP = (
@@ -21,7 +22,6 @@ BROKEN_ZIP = (
 )  # fmt: skip
 # For each file in the list: its entry, a name of some length, additions of some archivers.
 _DIRECTORY_BYTES = 256
-_MAX_NAME_BYTES = 1024
 _UTF_8, _UNICODE_PATH = 0x800, 0x7075
 _END, _END_64, _LOCATOR_64 = b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07"
 
@@ -149,11 +149,8 @@ def _unicode_path(extra: bytes, raw: bytes) -> str | None:
 def _check(member: Member) -> None:
     name, info = member.name, member.info
     mode = info.external_attr >> 16
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in path.parts[:1]:
-        raise InvalidFile(f"The zip's entry {name[:200]!r} leads out of its folder.")
-    if not name.isprintable() or not 0 < len(name.encode(errors="replace")) <= _MAX_NAME_BYTES:
-        raise InvalidFile(f"The zip's entry {name[:200]!r} must be printable and of 1 to {_MAX_NAME_BYTES} bytes.")
+    if fault := names.unsafe(name):
+        raise InvalidFile(f"The zip's entry {name[:200]!r} {fault}.")
     if stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR):
         raise InvalidFile(f"The zip's entry {name[:200]!r} is a link or a device; only files and folders are allowed.")
     if info.flag_bits & 1:

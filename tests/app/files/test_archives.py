@@ -196,12 +196,12 @@ def test_what_does_not_fit_together_is_named(
 
 
 @pytest.mark.parametrize(
-    "name", ["../evil.safetensors", "/etc/evil.safetensors", "a/../../b.safetensors", "a\\b", "a\nb"]
+    "name", ["../evil.safetensors", "/etc/evil.safetensors", "a/../../b.safetensors", "a\\b", "C:b", "a\nb"]
 )
 @pytest.mark.parametrize("pack", [tarred, zipped])
 def test_paths_that_climb_out_are_refused(tmp_path: Path, name: str, pack: Packer) -> None:
     """Also beside a good folder, and by name."""
-    with pytest.raises(InvalidFile, match="leads out of the archive") as caught:
+    with pytest.raises(InvalidFile, match=r"leads out of its folder|must be printable") as caught:
         merged(pack({**sharded()[0], name: b"x"}, tmp_path / "x"), tmp_path / "out")
     assert caught.value.members["member"] == name
 
@@ -210,7 +210,7 @@ def test_a_member_without_a_name_is_refused(tmp_path: Path) -> None:
     """Which no archiver writes."""
     path = zipped({**sharded()[0], "x": b"x"}, tmp_path / "x")
     path.write_bytes(nameless(path.read_bytes()))
-    with pytest.raises(InvalidFile, match="is no plain path"):
+    with pytest.raises(InvalidFile, match="must be printable"):
         merged(path, tmp_path / "out")
 
 

@@ -75,6 +75,7 @@ GOOD_ZIP = {"cat/1.png": IMAGE, "dog/1.png": IMAGE}
 BAD_ZIPS: dict[str, tuple[Callable[[], bytes], str]] = {
     "climbs out": (lambda: zipped({**GOOD_ZIP, "../../evil.png": IMAGE}), "leads out"),
     "climbs out in the middle": (lambda: zipped({**GOOD_ZIP, "cat/../../evil.png": IMAGE}), "leads out"),
+    "another drive": (lambda: zipped({**GOOD_ZIP, "C:1.png": IMAGE}), "leads out"),
     "absolute": (lambda: zipped({**GOOD_ZIP, "/etc/cat/1.png": IMAGE}), "leads out"),
     "of Windows": (lambda: zipped({**GOOD_ZIP, "cat\\..\\1.png": IMAGE}), "leads out"),
     "a link": (lambda: _with_mode("dog/1.png", stat.S_IFLNK | 0o777), "a link"),

@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: every row of the table, printed and written as JSON."""
+"""Run all benchmarks: `python -m benchmarks` prints every row of the table and writes the rows as JSON."""
 
 import argparse
 import json
@@ -23,7 +23,7 @@ PARTS = {
 
 
 def main() -> None:
-    # Both sides of every ratio run as the service's compute processes do; what is read at the start needs a new one.
+    # Both sides of every ratio run as the service's compute processes do; settings read at start need a new one.
     if any(name not in os.environ for name in ARITHMETIC):
         os.execve(sys.executable, [sys.executable, "-m", "benchmarks", *sys.argv[1:]], {**ARITHMETIC, **os.environ})
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)

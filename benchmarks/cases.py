@@ -1,4 +1,4 @@
-"""What is measured: synthetic features with a power-law spectrum, random small cases, a trained network's features."""
+"""The measured cases: synthetic features of a power-law spectrum, random small cases, features of a trained network."""
 
 import math
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class Case:
 
 
 def power_law(n: int, d: int, n_classes: int, separation: float, *, exponent: float = 2.0, seed: int = 0) -> Case:
-    """Features around random class means, class covariances with eigenvalues near k^-exponent, a head near the means.
+    """Draw features around random class means, with covariance eigenvalues near k^-exponent and a head near the means.
 
     Half of each class's covariance is in directions that all classes share, half in its own.
     """
@@ -41,9 +41,9 @@ def power_law(n: int, d: int, n_classes: int, separation: float, *, exponent: fl
 
 
 def tokens(n: int, d: int, vocabulary: int, *, seed: int = 0) -> Case:
-    """As of a language model: tokens by Zipf's law, many of which come once, and only those that come are classes.
+    """Draw features like a language model's: tokens by Zipf's law, many occurring once; classes are occurring tokens.
 
-    Features are midway between their token's direction and a state that has nothing to do with it.
+    Features are midway between their token's direction and an unrelated state.
     """
     generator = torch.Generator().manual_seed(seed)
     frequencies = 1 / torch.arange(1, vocabulary + 1).float()
@@ -58,7 +58,7 @@ def tokens(n: int, d: int, vocabulary: int, *, seed: int = 0) -> Case:
 
 
 def random_case(seed: int) -> Case:
-    """One of the random cases on which error estimates are checked: 1,000 to 3,000 samples, in float64."""
+    """Draw one of the random cases on which error estimates are checked: 1,000 to 3,000 samples, in float64."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(low: float, high: float) -> float:
@@ -71,7 +71,7 @@ def random_case(seed: int) -> Case:
 
 
 def trained_network(n: int, d: int, epochs: int = 15) -> Case:
-    """Features of a perceptron of the demo's kind, 64 - d - d - 10, trained on the digits, of n jittered digits.
+    """Train a perceptron of the demo's kind, 64 - d - d - 10, on the digits; return its features of n jittered digits.
 
     The demo's own networks have at most 64 features, for which the exact spectrum is small.
     """

@@ -1,7 +1,8 @@
-"""`python -m benchmarks.cuda`: everything that a GPU changes, on a machine that has a GPU and an image's own packages.
+"""`python -m benchmarks.cuda`: measure everything that a GPU changes, on a GPU machine with its image's own packages.
 
-Tests first (tests/cuda), then rows of the other parts that a device changes, networks of real size, and features of
-ImageNet's size. Nothing of the service is imported. `--device cpu` runs it where there is no GPU, with smaller cases.
+The tests (tests/cuda) run first, then the rows of the other benchmarks that depend on the device, networks of real
+size, and features of ImageNet's size. Nothing of the service is imported. `--device cpu` runs it without a GPU, with
+smaller cases.
 """
 
 import argparse
@@ -32,17 +33,17 @@ from benchmarks import losses, paths, spectra
 from benchmarks.paths import seconds_of
 
 Row = dict[str, Any]
-# timm's names, and the samples that go through each: enough for a second or more of an H100.
+# timm's names, and the number of samples that go through each: enough for a second or more on an H100.
 NETWORKS = {"resnet50": 4096, "vit_base_patch16_224": 2048, "convnext_base": 2048}
 FEW = 32
-# An ImageNet of features: 1,281,167 training samples of ResNet-50's 2,048 features, 1,000 classes.
+# Features of ImageNet's size: 1,281,167 training samples of ResNet-50's 2,048 features, 1,000 classes.
 IMAGENET = (1_281_167, 2048, 1000)
 SMALL = (2_000, 32, 10)
 COPIES = 3.05
 
 
 def main() -> None:
-    """Run the parts that were asked for, print one table, and write it where `--output` says."""
+    """Run the requested parts, print one table, and write it to the path that `--output` gives."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cuda", description=__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
@@ -69,7 +70,7 @@ def main() -> None:
 
 
 def _kept_going(part: Callable[[torch.device], Iterable[Row]], device: torch.device) -> Iterable[Row]:
-    """The rows of a part, and one row more where it fails: the parts after it are wanted all the same."""
+    """Yield the rows of a part, and a row with the error if the part fails; the parts after it run nevertheless."""
     try:
         yield from part(device)
     except Exception as error:  # noqa: BLE001  whatever it is, the table says so
@@ -77,7 +78,7 @@ def _kept_going(part: Callable[[torch.device], Iterable[Row]], device: torch.dev
 
 
 def _line(row: Row) -> str:
-    """A row of the table; figures that have no `seen` of their own are listed."""
+    """Return a row of the table; figures without their own `seen` are listed."""
     left_out = ("part", "case", "must", "reached", "against", "seen")
     figures = ", ".join(f"{key} {_short(value)}" for key, value in row.items() if key not in left_out)
     state = "reached" if row["reached"] else "MISSED"
@@ -89,7 +90,7 @@ def _short(value: object) -> str:
 
 
 def _tests(device: torch.device) -> Iterable[Row]:
-    """All of tests/cuda, in a process of its own; tests/conftest.py, which starts services, is left out."""
+    """Run all of tests/cuda in a separate process; leave out tests/conftest.py, which starts services."""
     command = [sys.executable, "-m", "pytest", "tests/cuda", "--confcutdir=tests/cuda", "-p", "no:cacheprovider", "-q"]
     environment = {**os.environ, "DEVICE": str(device)}
     ran = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
@@ -106,7 +107,7 @@ def _spectra(device: torch.device) -> Iterable[Row]:
 
 
 def _networks(device: torch.device) -> Iterable[Row]:
-    """Networks of real size: features of uint8 images that lie in the processor's memory, against a bare loop."""
+    """Measure networks of real size: features of uint8 images in the processor's memory, against a bare loop."""
     import timm
 
     for name, samples in NETWORKS.items():
@@ -153,7 +154,7 @@ def _pass_row(name: str, network: LoadedNetwork, probe: Probe, precision: Precis
 
 
 def _imagenet(device: torch.device) -> Iterable[Row]:
-    """An evaluation with everything, of features as many as ImageNet has training samples."""
+    """Measure a full evaluation of as many features as ImageNet has training samples."""
     n, d, c = IMAGENET if device.type == "cuda" else SMALL
     generator = torch.Generator(device).manual_seed(0)
     scales = torch.arange(1, d + 1, device=device).float().pow(-0.5)
@@ -186,7 +187,7 @@ def _imagenet(device: torch.device) -> Iterable[Row]:
 
 
 def _memory(device: torch.device) -> Iterable[Row]:
-    """Copies of the parameters that a path holds on the device at its highest."""
+    """Measure the peak number of parameter copies that a path holds on the device."""
     architecture = {"family": "builtin", "name": "mlp", "args": {"sizes": [64, *[2048] * 25, 10], "norm": "none"}}
     probe = Probe(torch.randn(64, 64), torch.arange(64) % 10, None, 10, None)
     if device.type != "cuda":
@@ -219,7 +220,7 @@ def _peak(device: torch.device) -> int:
 
 
 def _same_bits(device: torch.device) -> Iterable[Row]:
-    """Whether a repeated pass and evaluation are equal in every digit, for networks of real size."""
+    """Check that a repeated pass and evaluation are equal in every digit, for networks of real size."""
     import timm
 
     name = "resnet50" if device.type == "cuda" else "resnet18"

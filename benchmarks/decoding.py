@@ -1,4 +1,4 @@
-"""Images: decoding alone, and a pass with decoding beside the bare loop over tensors that are in memory already."""
+"""Images: decoding alone, and a pass with decoding beside the bare loop over tensors that are already in memory."""
 
 import io
 import time
@@ -18,7 +18,7 @@ from analysis.probes.probe import Probe
 
 Row = dict[str, object]
 
-# As the images of ImageNet's validation set mostly are.
+# The usual form of the images in ImageNet's validation set.
 _WIDTH, _HEIGHT, _N = 500, 375, 512
 _IMAGENET = Preprocess(
     resize=256, crop=[224, 224], colour="rgb", scale=1 / 255, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225]
@@ -27,13 +27,13 @@ _BATCH_SIZE = 16
 
 
 def rows(device: torch.device | str = "cpu") -> list[Row]:
-    """Images a second: of decoding by threads, and of passes against their two parts.
+    """Measure images per second: decoding by threads, and passes against their two parts.
 
     Args:
         device: where the network runs.
 
     Returns:
-        A row for each number of threads and each network: what was measured, what it must reach, and whether it does.
+        A row for each number of threads and each network: the measurement, its target, and whether it is reached.
     """
     device = torch.device(device)
     files = _files()
@@ -64,13 +64,13 @@ def _pass(name: str, network: LoadedNetwork, files: Sequence[bytes], device: tor
     def whole() -> None:
         extract_features(network, probe, device=device, batch_size=_BATCH_SIZE)
 
-    # In turns, so that what else the machine does falls on all of them.
+    # In turns, so that other load on the machine affects all of them.
     rounds = [
         (_rate(whole, device), _rate(lambda: _bare(network.module, in_memory), device), _rate(lambda: _drain(images)))
         for _ in range(3)
     ]
     both, bare, alone = (max(rates) for rates in zip(*rounds, strict=True))
-    # On one processor the two share cores: there no more can be asked than the sum of both, a core each.
+    # On one processor the two share cores: no more can be required there than the sum of both, with one core each.
     possible = min(bare, alone)
     return {
         "case": f"pass over {_N} JPEG, {name}",
@@ -122,7 +122,7 @@ def _cnn(device: torch.device) -> LoadedNetwork:
 
 
 class _Elsewhere(nn.Module):
-    """Takes its time without this processor, as a network on an accelerator does."""
+    """Sleep for the network's time without using the processor, as if the network ran on an accelerator."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__()
@@ -147,7 +147,7 @@ def _bare(module: nn.Module, batches: Sequence[Tensor]) -> None:
 
 
 def _rate(run: Callable[[], object], device: torch.device | None = None) -> float:
-    """Images a second."""
+    """Return images per second."""
     start = time.perf_counter()
     run()
     if device is not None and device.type == "cuda":

@@ -1,9 +1,9 @@
-"""How often the intervals of a comparison hold the truth: `python -m benchmarks.intervals`, by hand.
+"""Measure how often the intervals of a comparison hold the truth: `python -m benchmarks.intervals`, by hand.
 
 A design fixes class centres, two heads and two linear maps (two checkpoints that see the same samples), then draws the
-samples anew for each replicate. The truth of a difference is its mean over the replicates. Each row says how many
-replicates had an interval, which share of these held the truth, the mean of the stated standard errors over the true
-one, and the reason that most of the others gave.
+samples anew for each replicate. The truth of a difference is its mean over the replicates. Each row gives the number
+of replicates with an interval, the share of these that held the truth, the mean of the stated standard errors over the
+true one, and the most frequent reason for a missing interval.
 """
 
 import argparse
@@ -38,10 +38,10 @@ METRICS = (
 
 @dataclass(frozen=True)
 class Design:
-    """Classes and width, samples of each class (None: drawn), noise, and how far both checkpoints are apart.
+    """Classes and width, samples of each class (None: drawn), noise, and the distance between both checkpoints.
 
-    `heads` and `maps` are by how much each checkpoint's head and map were moved at random. With `step` the second is
-    the first, moved by that much more: two checkpoints that hardly differ.
+    `heads` and `maps` are the sizes of the random changes to each checkpoint's head and map. With `step` the second
+    checkpoint is the first, moved by that much more: two checkpoints that hardly differ.
     """
 
     n_classes: int
@@ -73,7 +73,7 @@ DESIGNS = {
 
 
 def replicate(design: Design, number: int) -> list[FeatureSet]:
-    """What both checkpoints make of one draw of the samples."""
+    """Evaluate both checkpoints on one draw of the samples."""
     fixed, drawn = np.random.default_rng(77), np.random.default_rng(10_000 + number)
     c, d = design.n_classes, design.width
     centres = fixed.normal(size=(c, d))
@@ -113,7 +113,7 @@ def differences(design: Design, options: ComparisonOptions, number: int) -> dict
 
 @dataclass(frozen=True)
 class Coverage:
-    """Of one metric: replicates, those with an interval, and the reason that most of the others gave.
+    """The coverage of one metric: replicates, those with an interval, and the most frequent reason among the others.
 
     `held` is the share of intervals that hold the truth, `ratio` the mean stated standard error over the true one;
     both are NaN with fewer than two intervals.
@@ -131,8 +131,8 @@ class Coverage:
 
 
 def coverage(design: Design, options: ComparisonOptions, *, replicates: int, processes: int) -> dict[str, Coverage]:
-    """Compare so many replicates of a design; return the coverage of each metric."""
-    # Each process imports anew: the checks of array types that the tests switch on take longer than the numbers.
+    """Compare the given number of replicates of a design; return the coverage of each metric."""
+    # Each process imports anew: the array type checks that the tests switch on take longer than the computation.
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         found = list(pool.map(partial(differences, design, options), range(replicates), chunksize=5))
     return {path: _coverage([entry[path] for entry in found]) for path in METRICS}

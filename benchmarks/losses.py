@@ -1,7 +1,7 @@
-"""What MIR and HDR as a loss cost beside a training step: batch 256, d = 128, ten classes, on a WRN-28-2 of 32 x 32.
+"""Time MIR and HDR as a loss beside a training step: batch 256, d = 128, ten classes, a WRN-28-2 on 32 x 32 images.
 
 `python -m benchmarks.losses` prints the rows. Both sides run in one process, on the same threads and the same device,
-in turns, so that their ratio holds whatever else the machine is doing.
+in turns, so that their ratio is independent of other load on the machine.
 """
 
 import json
@@ -21,10 +21,10 @@ WIDE_RESNET = {
     "name": "wide_resnet",
     "args": {"depth": 28, "widen_factor": 2, "n_classes": N_CLASSES, "in_channels": 3},
 }
-# The loss takes milliseconds where the network takes seconds: more repeats cost nothing and steady the median.
+# The loss takes milliseconds and the network seconds: more repeats cost little and steady the median.
 STEPS, LOSSES_A_STEP = 3, 5
 LARGEST_SHARE = 0.25
-# Several hundred small kernels and three eigenproblems of 128 x 128, each waited for: on a GPU a time, not a share.
+# Several hundred small kernels and three eigenproblems of 128 x 128, each with a wait: on a GPU a time, not a share.
 MOST_SECONDS_ON_GPU = 0.02
 
 
@@ -35,7 +35,7 @@ def rows(device: torch.device | str = "cpu") -> list[dict[str, object]]:
         device: where both run.
 
     Returns:
-        One row: medians in seconds, their ratio, what it must stay under, and whether it does.
+        One row: medians in seconds, their ratio, its upper bound, and whether it is kept.
     """
     device = torch.device(device)
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""Peak memory of a path in copies of its parameters, from the checkpoints' files on, in a process of its own."""
+"""Measure a path's peak memory in copies of its parameters, from the checkpoint files on, in a separate process."""
 
 import json
 import os
@@ -31,7 +31,7 @@ from workers.tasks import (
 )
 
 Row = dict[str, object]
-# 100 million parameters, beside which a batch, its activations and what is measured on them are next to nothing.
+# 100 million parameters; a batch, its activations and the measurements on them are negligible beside these.
 _SIZES = [64, *[2048] * 25, 10]
 _SAMPLES = 64
 _GRID = [0.0, 1.0, 0.5]
@@ -40,16 +40,16 @@ _BESIDE = 0.05
 
 
 def rows(device: torch.device | str = "cpu") -> list[Row]:
-    """Peak memory of a path between two checkpoints, as the worker computes it.
+    """Measure the peak memory of a path between two checkpoints, as the worker computes it.
 
     Args:
-        device: whose memory is measured: on a processor the process's resident set, mapped files included, beyond what
-            it was before; on a GPU what tensors held.
+        device: the device whose memory is measured: on a processor the growth of the process's resident set, mapped
+            files included; on a GPU the memory held by tensors.
 
     Returns:
-        One row: what was measured, what it must reach, and whether it does.
+        One row: the measurement, its target, and whether it is reached.
     """
-    # A C library that keeps what was freed for later would be measured with it.
+    # Otherwise memory that the C library keeps after a free would be counted.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
     with tempfile.TemporaryDirectory() as folder:
         environment["INTERPLAY_DATA_DIR"] = folder
@@ -73,11 +73,11 @@ def rows(device: torch.device | str = "cpu") -> list[Row]:
 
 
 def _step(sizes: list[int], folder: Path, prefix: str) -> tuple[Work, int]:
-    """A path's first step as the worker hands it to its child, and the bytes of one checkpoint's parameters."""
+    """Return a path's first step as the worker hands it to its child, and the bytes of one checkpoint's parameters."""
     architecture: Json = {"family": "builtin", "name": "mlp", "args": {"sizes": [*sizes], "norm": "none"}}
     checkpoints, paths, n_bytes = [], {}, 0
     for name in ("a", "b"):
-        # torch's own initialisation, from another state of its generator for each.
+        # torch's own initialisation, from a different generator state for each.
         state = build(architecture, device="cpu").state_dict()
         n_bytes = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
         paths[name] = folder / f"{prefix}-{name}.safetensors"
@@ -144,13 +144,13 @@ def _walk(work: Work, device: torch.device) -> None:
 
 
 def _resident_bytes(field: str) -> int:
-    """VmRSS or, at its highest, VmHWM of this process."""
+    """Return VmRSS or VmHWM (the peak) of this process."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status[field].split()[0]) * 1024
 
 
 def main() -> None:
-    """The process that is measured: a small path first, so that what is loaded but once is there before."""
+    """Run the measured process: a small path first, so that one-time loading precedes the measurement."""
     small, large = (Work.model_validate_json(text) for text in json.load(sys.stdin))
     device = torch.device(sys.argv[1])
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Points of a path and feature extraction, each beside the bare loop of PyTorch that it cannot do without."""
+"""Points of a path and feature extraction, each beside the bare PyTorch loop that is the least possible work."""
 
 import math
 import time
@@ -14,8 +14,8 @@ from analysis.probes.probe import Probe
 from analysis.sweeps.paths import Path, even_grid
 
 Row = dict[str, object]
-# The demo's network, and one whose pass takes seconds: of that a few points, each the same work. The last two numbers
-# are points of a path and how often each is taken: of a shared machine the least is what nothing has disturbed.
+# The demo's network, and one whose pass takes seconds: only a few of its points, each the same work. The last two
+# numbers are the points of a path and the repeats of each: on a shared machine the minimum is the undisturbed time.
 CASES = {
     "the demo's network": (
         {"name": "mlp", "args": {"sizes": [64, 512, 512, 64, 10], "norm": "batch"}}, "head", (64,), 1797, 25, 8,
@@ -28,13 +28,13 @@ CASES = {
 
 
 def rows(device: torch.device | str = "cpu") -> list[Row]:
-    """Time of a path's points, and of features alone, against bare loops over the same batches.
+    """Time a path's points, and features alone, against bare loops over the same batches.
 
     Args:
         device: where both sides run.
 
     Returns:
-        Two rows a network: what was measured, what it must reach, and whether it does.
+        Two rows a network: the measurement, its target, and whether it is reached.
     """
     device = torch.device(device)
     return [row for name in CASES for row in _case(name, device)]
@@ -59,13 +59,13 @@ def _case(name: str, device: torch.device) -> list[Row]:
     batches = list(probe.batches(size, device=device))
     path = Path(first, second.module.state_dict())
     own, bare, metrics = _walk(path, probe, even_grid(points), rounds, loop, device)
-    # In turns, so that what else the machine does falls on both sides.
+    # In turns, so that other load on the machine affects both sides.
     turns = [
         (seconds_of(extract, device), seconds_of(loop, device))
         for _ in range(points * rounds if points > 3 else rounds)
     ]
     extracted, alone = (min(times) for times in zip(*turns, strict=True))
-    # A GPU is done with these networks while the processor still launches: what is fixed in a pass counts there.
+    # A GPU finishes these networks while the processor still launches kernels: a pass's fixed costs matter there.
     on_gpu = device.type == "cuda"
     return [
         {
@@ -94,10 +94,10 @@ def _case(name: str, device: torch.device) -> list[Row]:
 def _walk(
     path: Path, probe: Probe, grid: Sequence[float], rounds: int, loop: Callable[[], None], device: torch.device
 ) -> tuple[float, float, float]:
-    """Seconds of a path beside its metrics, of as many loops, and of the metrics: the sum over points of each's least.
+    """Return seconds of a path without its metrics, of as many loops, and of the metrics: sums of each point's minimum.
 
-    What a point takes beside its metrics is all of it less the evaluation's phases other than `features`; time that is
-    in no phase is the path's. The loops find the caches full of what they need, points do not.
+    A point's time without its metrics is its total less the evaluation's phases other than `features`; time in no phase
+    is the path's. The loops find their data in the caches, points do not.
     """
     options = EvaluationOptions(null_permutations=0)
     own, bare, metrics = ([math.inf] * len(grid) for _ in range(3))
@@ -111,7 +111,7 @@ def _walk(
 
             whole = seconds_of(point, device)
             of_metrics = sum(seconds for phase, seconds in phases.items() if phase != "features")
-            # A pass that takes seconds fills the caches by itself.
+            # A pass of seconds fills the caches by itself.
             if len(grid) > 3:
                 loop()
             own[index] = min(own[index], whole - of_metrics)
@@ -128,7 +128,7 @@ def _network(architecture: dict[str, object], head_name: str, seed: int, device:
 
 
 def seconds_of(run: Callable[[], object], device: torch.device) -> float:
-    """Wall time of a call, with what it leaves a GPU to do."""
+    """Return the wall time of a call, including the work that it leaves to a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()

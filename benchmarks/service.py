@@ -1,6 +1,6 @@
 """The HTTP service: answers beside those of a bare application, starting, uploads, analyses and charts.
 
-Both sides of a ratio take turns within one run, on kept connections of one client and then of 32.
+Both sides of a ratio take turns within one run, on kept-alive connections of one client and then of 32.
 """
 
 import asyncio
@@ -34,13 +34,13 @@ _CHARTS = 30
 
 
 def rows(device: torch.device | str = "cpu") -> list[Row]:
-    """Latencies, ratios and memory of a service that this starts, with one worker on this device.
+    """Measure latencies, ratios and memory of a new service with one worker on this device.
 
     Args:
         device: of the worker.
 
     Returns:
-        A row for each number: what was measured, what it must reach, and whether it does.
+        A row for each number: the measurement, its target, and whether it is reached.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -53,7 +53,7 @@ def rows(device: torch.device | str = "cpu") -> list[Row]:
 
 @dataclass(frozen=True)
 class _Server:
-    """A process on a port of loopback."""
+    """A process that listens on a loopback port."""
 
     port: int
     pid: int
@@ -61,7 +61,7 @@ class _Server:
 
 @contextmanager
 def _serving(data_dir: Path, device: str) -> Iterator[_Server]:
-    """`interplay serve`, once an analysis would run."""
+    """Run `interplay serve`; yield once an analysis would run."""
     with _started(data_dir, device) as (server, _):
         asyncio.run(_until_ok(server, "/readyz"))
         yield server
@@ -69,7 +69,7 @@ def _serving(data_dir: Path, device: str) -> Iterator[_Server]:
 
 @contextmanager
 def _started(data_dir: Path, device: str) -> Iterator[tuple[_Server, float]]:
-    """`interplay serve` once it says where it listens, and when it was started."""
+    """Start `interplay serve` and wait for its address; return the server and its start time."""
     settings = {"DATA_DIR": str(data_dir), "DEVICE": device, "THREADS": "1"}
     environment = {**os.environ, **{f"INTERPLAY_{name}": value for name, value in settings.items()}}
     began = time.perf_counter()
@@ -87,7 +87,7 @@ def _started(data_dir: Path, device: str) -> Iterator[tuple[_Server, float]]:
 
 @contextmanager
 def _bare(data_dir: Path) -> Iterator[_Server]:
-    """An application that does nothing but read a report's row of the same database."""
+    """Run an application whose only work is to read a report's row of the same database."""
     command = [sys.executable, "-m", "benchmarks.service", str(data_dir / "interplay.db")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -100,7 +100,7 @@ def _bare(data_dir: Path) -> Iterator[_Server]:
 
 
 def main() -> None:
-    """The process of the bare application: its database is the argument, its port what it prints."""
+    """Run the bare application: its argument is the database; it prints its port."""
     engine = sa.create_engine(f"sqlite:///{sys.argv[1]}")
     app = FastAPI()
 
@@ -120,7 +120,7 @@ def main() -> None:
 
 
 class _Connection:
-    """A kept connection that costs the client's side little: no more of HTTP than these answers need."""
+    """A kept-alive connection with little cost on the client's side: the minimum of HTTP that these answers need."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
@@ -132,7 +132,7 @@ class _Connection:
     async def call(
         self, method: str, path: str, body: bytes = b"", kind: str = "application/json"
     ) -> tuple[int, bytes]:
-        """The status and the body of an answer."""
+        """Send a request; return the status and the body of the answer."""
         lines = (
             f"{method} {path} HTTP/1.1",
             "Host: 127.0.0.1",
@@ -150,7 +150,7 @@ class _Connection:
         return json.loads(answer)
 
     async def push(self, path: str, spec: dict[str, Any], file: bytes) -> str:
-        """Upload a small file; the id of what it became."""
+        """Upload a small file; return the id of the new resource."""
         parts = (("spec", json.dumps(spec).encode()), ("file", file))
         form = b"".join(
             b'--b\r\nContent-Disposition: form-data; name="%s"\r\n\r\n%s\r\n' % (name.encode(), content)
@@ -172,7 +172,7 @@ async def _until_ok(server: _Server, path: str) -> None:
 
 
 def _starts(folder: Path, device: str) -> list[Row]:
-    """From the command to an answer of /healthz and to a /readyz of 200, each time with a new folder."""
+    """Time the command's start to an answer of /healthz and to a 200 of /readyz, each time with a new folder."""
     healthy: list[float] = []
     ready: list[float] = []
     for number in range(3):
@@ -208,7 +208,7 @@ async def _calls(service: _Server, bare: _Server) -> list[Row]:
 
 
 async def _analyses(connection: _Connection, request: dict[str, Any]) -> tuple[list[str], list[Row]]:
-    """25 evaluations one after the other: the ids of their reports, and how long they took to start and to end."""
+    """Run 25 evaluations in sequence; return the ids of their reports, and rows of the times to their start and end."""
     report_ids, started, ended = [], [], []
     for _ in range(25):
         sent, wall = time.perf_counter(), time.time()
@@ -220,7 +220,7 @@ async def _analyses(connection: _Connection, request: dict[str, Any]) -> tuple[l
         ended.append(time.perf_counter() - sent)
         started.append(datetime.fromisoformat(analysis["started_at"]).timestamp() - wall)
         report_ids.append(analysis["report_id"])
-        # Idle, and not in step with the worker's looks at the queue.
+        # The worker is idle, and requests are not in step with its polling of the queue.
         await asyncio.sleep(0.2 + 0.1 * torch.rand(()).item())
     return report_ids, [
         _at_most(
@@ -243,7 +243,7 @@ async def _reports(service: _Server, bare: _Server, path: str, clients: int) -> 
     others: list[float] = []
     for server in (service, bare):
         await _timed(server, path, clients, 20)
-    # In turns, so that what else the machine does falls on both sides.
+    # In turns, so that other load on the machine affects both sides.
     for _ in range(_ROUNDS):
         for server, times in ((service, own), (bare, others)):
             times += await _timed(server, path, clients, max(600 // clients, 40))
@@ -263,7 +263,7 @@ async def _reports(service: _Server, bare: _Server, path: str, clients: int) -> 
 
 
 async def _charts(service: _Server, report_ids: list[str], path: str) -> Row:
-    """Reads beside charts that are asked for all at once, none of which was drawn before."""
+    """Time reads while many charts, none of them cached, are requested at once."""
     wanted = [
         f"/v1/reports/{id_}/charts/{name}.{format}"
         for id_ in report_ids
@@ -283,7 +283,7 @@ async def _charts(service: _Server, report_ids: list[str], path: str) -> Row:
     assert all(task.result()[0] == 200 for task in drawing)
     for connection in connections:
         connection.close()
-    # A fresh one: the service has closed those that were idle since their chart came.
+    # A fresh connection: the service has closed those that were idle since their chart came.
     connection = await _Connection.open(service)
     again = [await _seconds(partial(connection.call, "GET", chart)) for chart in wanted]
     connection.close()
@@ -300,13 +300,13 @@ async def _charts(service: _Server, report_ids: list[str], path: str) -> Row:
 
 
 def _uploads(service: _Server, folder: Path) -> list[Row]:
-    """A large checkpoint, against what copying and hashing it takes, and what it costs the API of memory."""
+    """Upload a large checkpoint; compare with copying and hashing it, and measure the memory that it costs the API."""
     file, copy = folder / "large.safetensors", folder / "copy"
     save_file({"0.weight": torch.randn(_UPLOAD_MIB * _MIB // 4096, 1024)}, file)
     command = f"cp {file} {copy} && sha256sum {copy} && sync {copy}"
     own, others, grown = [], [], []
     for _ in range(3):
-        # Other bytes each time: what is stored already takes the place of itself.
+        # Different bytes each time: a stored blob would be reused for the same bytes.
         with file.open("r+b") as content:
             content.seek(-4096, os.SEEK_END)
             content.write(secrets.token_bytes(4096))
@@ -335,7 +335,7 @@ def _uploads(service: _Server, folder: Path) -> list[Row]:
 async def _send(service: _Server, file: Path) -> None:
     architecture = {"family": "builtin", "name": "mlp", "args": {"sizes": [1024, 16, 10]}}
     spec = json.dumps({"name": "large", "architecture": architecture}).encode()
-    # As long as those of clients are: a short one takes longer to look for.
+    # As long as the boundaries of clients: a short boundary takes longer to search for.
     boundary = secrets.token_hex(16)
     head = f'--{boundary}\r\nContent-Disposition: form-data; name="spec"\r\n\r\n'.encode() + spec
     head += f'\r\n--{boundary}\r\nContent-Disposition: form-data; name="file"; filename="f"\r\n\r\n'.encode()
@@ -354,7 +354,7 @@ async def _send(service: _Server, file: Path) -> None:
 
 
 async def _timed(server: _Server, path: str, clients: int, calls: int) -> list[float]:
-    """Seconds of each of so many calls of each client, all clients at once."""
+    """Return seconds of each call; every client makes the given number of calls, all clients at once."""
 
     async def one(connection: _Connection) -> list[float]:
         times = []
@@ -396,7 +396,7 @@ def _features(n: int, d: int) -> bytes:
 
 
 def _resident_mib(pid: int, *, forget: bool = False) -> float:
-    """The most memory that a process has held, since it was last asked to `forget`."""
+    """Return the peak memory of a process since it was last asked to `forget`."""
     if forget:
         Path(f"/proc/{pid}/clear_refs").write_text("5")
     status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())

@@ -1,7 +1,7 @@
-"""Time, memory and error of the joint spectrum and of whole evaluations, each beside what it is compared with.
+"""Time, memory and error of the joint spectrum and of whole evaluations, each beside its reference.
 
-Both sides of a ratio run in one process, on the same threads, in turns; times are the least of some repeats, because
-what else a machine does only ever adds.
+Both sides of a ratio run in one process, on the same threads, in turns; times are the minimum of some repeats, because
+other load on the machine only ever adds time.
 """
 
 import ctypes
@@ -36,13 +36,13 @@ T = TypeVar("T")
 
 
 def rows(device: torch.device | str = "cpu") -> list[Row]:
-    """All rows of the table but the loss's.
+    """Measure all rows of the table except the loss's.
 
     Args:
         device: where both sides run.
 
     Returns:
-        One row a case: what was measured, what it must reach, and whether it does.
+        One row a case: the measurement, its target, and whether it is reached.
     """
     device = torch.device(device)
     return [row for part in PARTS.values() for row in part(device)]
@@ -58,7 +58,7 @@ def _against_naive(device: torch.device) -> list[Row]:
                 labelled = _labelled(case, device, centred)
                 seconds, entropies = _least(partial(_entropies, labelled), device)
                 naive_seconds, joint = _once(partial(_naive_joint, labelled), device)
-                # The same two entropies on both sides: they are exact.
+                # Both sides use the same two entropies: they are exact.
                 error = (entropies.joint - joint) / min(entropies.features, entropies.head)
                 # The naive MIR takes the spectra of K1, K2 and K1 * K2, each N x N.
                 ratio = 3 * naive_seconds / seconds
@@ -80,7 +80,7 @@ def _against_naive(device: torch.device) -> list[Row]:
 
 def _against_gram(device: torch.device) -> list[Row]:
     found = []
-    # There the product takes less than a millisecond, and each of ten eigenproblems of 512 x 512 several.
+    # On a GPU the product takes less than a millisecond, and each of ten eigenproblems of 512 x 512 several.
     on_gpu = device.type == "cuda"
     for case in _large_cases():
         features = case.features.to(device)
@@ -111,7 +111,7 @@ def _large_cases() -> list[Case]:
 
 def _whole_evaluation(device: torch.device) -> list[Row]:
     found = []
-    # One reading of the features pays for the rest on a processor; on a GPU reading is next to nothing.
+    # On a processor one pass over the features pays for the rest; on a GPU reading costs almost nothing.
     most = 2.5 if device.type == "cuda" else 2.0
     for case in _large_cases():
         features, labels = case.features.to(device), case.labels.to(device)
@@ -137,7 +137,7 @@ def _whole_evaluation(device: torch.device) -> list[Row]:
             sample_entropies_of_all(sets, generators=generators, observe=collapse.take)
             collapse.finish()
 
-        # In turns, so that what else the machine does falls on both sides.
+        # In turns, so that other load on the machine affects both sides.
         rounds = [
             [_once(everything, device)[0], *(_once(partial(single, centred), device)[0] for centred in (False, True))]
             for _ in range(6)
@@ -180,7 +180,7 @@ def _null(device: torch.device) -> list[Row]:
 
 
 def _by_ranks(device: torch.device) -> list[Row]:
-    """Many classes of few features: exact, by the ranks of features and head, in no more time than it takes to look."""
+    """Measure many classes of few features: exact, by the ranks of features and head, within a bound on the time."""
     found = []
     for n, n_classes, d in ((4_000, 400, 16), (6_000, 500, 16), (20_000, 1_000, 32)):
         case = power_law(n, d, n_classes, COLLAPSE["loose"])
@@ -198,11 +198,11 @@ def _by_ranks(device: torch.device) -> list[Row]:
 
 
 def _small_evaluation(device: torch.device) -> list[Row]:
-    """The whole evaluation of a small feature set, and what of it are the spectra and their nulls."""
+    """Measure the whole evaluation of a small feature set, and the share of the spectra and their nulls."""
     found = []
     for n, d, separation in ((500, 16, 1.0), (500, 16, 0.0), (1_797, 64, 3.0)):
         case = power_law(n, d, 10, separation, exponent=1.0)
-        # Means that are all zero give a head of no direction: one that has nothing to do with the features.
+        # Means that are all zero give a head without a direction: use one that is independent of the features.
         generator = torch.Generator().manual_seed(1)
         head = torch.randn(case.head.shape, generator=generator) if separation == 0 else case.head
         data = FeatureSet(case.features, case.labels, head, None, None, None)
@@ -312,7 +312,7 @@ def _entropies(labelled: LabelledFeatures, largest: int = LARGEST_KEPT) -> Entro
 
 
 def _naive_joint(labelled: LabelledFeatures) -> float:
-    """H(K1 * K2) from all eigenvalues of the N x N matrix."""
+    """Return H(K1 * K2) from all eigenvalues of the N x N matrix."""
     z = torch.cat([labelled.directions(rows) for rows in labelled.members])
     v = torch.repeat_interleave(labelled.head, torch.tensor([len(r) for r in labelled.members]).to(z.device), dim=0)
     joint = z @ z.T
@@ -361,13 +361,13 @@ def _wait(device: torch.device) -> None:
 
 
 def _peak_mib(run: Callable[[], object], device: torch.device) -> float:
-    """Most memory in use while something runs, above that before."""
+    """Return the peak memory of a call, above the memory in use before it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         run()
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    # What was freed before goes back, so that it is not used again uncounted; then the peak is forgotten.
+    # Return freed memory first, so that its reuse is counted; then reset the peak.
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = _status_kib("VmRSS")

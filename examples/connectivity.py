@@ -16,7 +16,7 @@ from examples.experiment import Body, Experiment, interplay_of, main, show
 from examples.training import Recipe, Training, load
 
 ARCHITECTURE = {"family": "builtin", "name": "mlp", "args": {"sizes": [64, *[64] * 8, 10], "norm": "batch"}}
-# High enough that two orders of the same samples part early in training.
+# High enough that two orders of the same samples diverge early in training.
 LEARNING_RATE, WEIGHT_DECAY, BATCH_SIZE = 0.5, 1e-4, 32
 EPOCHS, SHARED, POINTS = 30, (0, 1, 2, 3, 5, 10, 20), 25
 FIRST, OTHER = "first run", "other start"
@@ -53,7 +53,7 @@ def run(experiment: Experiment) -> None:
 
 
 def train(experiment: Experiment, epochs: int, shared: tuple[int, ...]) -> dict[str, str]:
-    """Checkpoints' ids: of the first run, of those that share k of its epochs, and of one from another start."""
+    """Return checkpoint ids: the first run's, those of runs that share k of its epochs, and one from another start."""
     digits = load()
 
     def training(*, seed: int = 0, order: int = 0) -> Training:
@@ -76,7 +76,7 @@ def train(experiment: Experiment, epochs: int, shared: tuple[int, ...]) -> dict[
 
 
 def show_paths_as_they_are(reports: Reports, ends: list[str]) -> None:
-    """Barriers of each path, then its first end and its middle."""
+    """Show the barriers of each path, then its first end and its middle."""
     barriers, middles = [], []
     for end in ends:
         report = reports[end, "as it is"]
@@ -100,13 +100,13 @@ def show_paths_as_they_are(reports: Reports, ends: list[str]) -> None:
 
 
 def barrier(report: Body, measure: str) -> float | None:
-    """How far the path rises over what it is compared with (MIR: falls under it), on the train split."""
+    """Return how far the path rises over its reference (MIR: falls under it), on the train split."""
     found = report["summary"]["splits"]["train"][f"{measure}_barrier"]
     return None if found is None else float(found["value"])
 
 
 def barriers_chart(reports: Reports, shared: list[str]) -> alt.Chart:
-    """The barrier of the error against k."""
+    """Draw the barrier of the error against k."""
     rows = [
         {"k": int(k), "barrier": barrier(reports[k, variant], "error"), "path": variant}
         for k in shared

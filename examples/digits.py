@@ -2,8 +2,8 @@
 
     python -m examples.digits [--keep] [--epochs 200] [--data-dir DIR]      (or: make demo ARGS=--keep)
 
-Starts a service of its own, trains a multilayer perceptron on 1,437 scans of digits, pushes a checkpoint of about ten
-epochs over HTTP as training goes on, has each analysed, prints what came back and stops what it started.
+Starts its own service, trains a multilayer perceptron on 1,437 scans of digits, pushes a checkpoint of about ten
+epochs over HTTP during training, has each analysed, prints the results and stops the service.
 """
 
 import argparse
@@ -40,7 +40,7 @@ each report."""
 
 
 def main() -> int:
-    """Run the example; the exit code is 0 where every checkpoint has its report."""
+    """Run the example; return exit code 0 if every checkpoint has its report."""
     parser = argparse.ArgumentParser(prog="python -m examples.digits", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--keep", action="store_true", help="leave the service up until Ctrl-C")
     parser.add_argument("--epochs", type=int, default=200, help="length of the training (default: 200)")
@@ -54,7 +54,7 @@ def main() -> int:
 
 
 def run(data_dir: Path, epochs: int, *, keep: bool) -> None:
-    """Service up, training and analyses, table, service down."""
+    """Start the service, train and analyse, print the table, stop the service."""
     started = time.monotonic()
     files = data_dir / "demo"
     files.mkdir(parents=True, exist_ok=True)
@@ -73,12 +73,12 @@ def run(data_dir: Path, epochs: int, *, keep: bool) -> None:
 
 
 def checkpoint_epochs(epochs: int) -> list[int]:
-    """Epochs after which a checkpoint is saved: close together at first, where most happens, and the last one."""
+    """Return the epochs after which a checkpoint is saved: close together at first, where most happens, and last."""
     return sorted({epoch for epoch in CHECKPOINT_EPOCHS if epoch < epochs} | {epochs})
 
 
 def train(digits: Digits, epochs: int) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """Train from a fixed seed; yields after each epoch, and before the first, with the network's state."""
+    """Train from a fixed seed; yield the network's state before the first epoch and after each one."""
     training = Training(digits, ARCHITECTURE, Recipe(epochs))
     yield 0, training.network.state_dict()
     for epoch in range(1, epochs + 1):
@@ -89,7 +89,7 @@ def train(digits: Digits, epochs: int) -> Iterator[tuple[int, dict[str, Tensor]]
 def train_and_analyse(
     client: Client, digits: Digits, probe_file: Path, epochs: int
 ) -> list[tuple[int, EvaluationReport]]:
-    """Push checkpoints while training goes on, queue an analysis of each; the epochs and their reports."""
+    """Push checkpoints during training, queue an analysis of each; return the epochs and their reports."""
     class_names = [str(digit) for digit in range(10)]
     probe = client.push_probe(probe_file, name="digits", class_names=class_names, preprocess=digits.preprocess)
     wanted = checkpoint_epochs(epochs)
@@ -118,7 +118,7 @@ def train_and_analyse(
 
 
 def results_table(reports: list[tuple[int, EvaluationReport]]) -> Table:
-    """One row an epoch."""
+    """Return the table of results, one row an epoch."""
     table = Table(box=SIMPLE_HEAD)
     for column in ("epoch", "train acc", "test acc", "MIR", "to optimum", "HDR", "NC1"):
         table.add_column(column, justify="right")
@@ -143,7 +143,7 @@ def results_table(reports: list[tuple[int, EvaluationReport]]) -> Table:
 
 
 def keep_up(running: Service, report: EvaluationReport) -> None:
-    """Say what to try next, and wait for Ctrl-C."""
+    """Print suggestions of what to try next, and wait for Ctrl-C."""
     interplay = Path(sys.executable).with_name("interplay")
     command = interplay.relative_to(Path.cwd()) if interplay.is_relative_to(Path.cwd()) else interplay
     console.print(

@@ -15,7 +15,7 @@ NAMES = ("accuracy", "MIR", "HDR", "raw MIR", "raw HDR")
 
 
 def run(experiment: Experiment) -> None:
-    """Train, push as training goes on, analyse the series, show it."""
+    """Train, push checkpoints during training, analyse the series, show it."""
     digits, epochs = load(), 3 if experiment.quick else 200
     probe_id = experiment.push_digits(digits)
     training, checkpoints = Training(digits, ARCHITECTURE, Recipe(epochs)), {}

@@ -1,4 +1,4 @@
-"""What the phenomena share: a service to ask, reports to wait for, tables and pictures to show."""
+"""Shared parts of the experiments: requests to the service, waiting for reports, tables and pictures."""
 
 import argparse
 import json
@@ -30,10 +30,10 @@ class Experiment:
     """One run of an example.
 
     Attributes:
-        client: of the service that computes.
-        files: a folder for what is uploaded.
-        output: where pictures go; None for none.
-        quick: whether only to see that everything runs: few epochs, one seed, no figure worth reading.
+        client: client of the computing service.
+        files: folder for the uploaded files.
+        output: folder for pictures; None for none.
+        quick: only check that everything runs: few epochs, one seed, no meaningful figures.
     """
 
     client: Client
@@ -42,21 +42,21 @@ class Experiment:
     quick: bool
 
     def push_digits(self, digits: Digits) -> str:
-        """The probe's id."""
+        """Upload the digits; return the probe's id."""
         path = save_probe(digits, self.files / "digits.safetensors")
         names = [str(digit) for digit in range(10)]
         probe = self.client.push_probe(path, name="digits", class_names=names, preprocess=digits.preprocess)
         return str(probe["id"])
 
     def push_checkpoint(self, network: nn.Module, architecture: Mapping[str, Any], name: str) -> str:
-        """The checkpoint's id."""
+        """Upload a checkpoint; return its id."""
         check_signals()
         path = self.files / "checkpoint.safetensors"
         safetensors.torch.save_file(network.state_dict(), path, metadata={"architecture": json.dumps(architecture)})
         return str(self.client.push_checkpoint(path, name=name)["id"])
 
     def reports(self, analyses: Sequence[Analysis]) -> list[Body]:
-        """Wait for all of them; their reports in the same order."""
+        """Wait for all analyses; return their reports in the same order."""
         columns = (TextColumn("{task.description:24}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
         found: list[Any] = []
         with Progress(*columns, TimeElapsedColumn(), console=console) as bars:
@@ -70,18 +70,18 @@ class Experiment:
         return found
 
     def save_chart(self, report: Body, name: str) -> None:
-        """The service's own picture of a report, as NAME.svg in the output folder."""
+        """Save the service's own picture of a report as NAME.svg in the output folder."""
         if self.output is not None:
             (self.output / f"{name}.svg").write_bytes(self.client.get_chart(report["id"]))
 
     def draw(self, chart: alt.TopLevelMixin, name: str) -> None:
-        """A picture of our own beside them."""
+        """Draw an additional picture in the output folder."""
         if self.output is not None:
             (self.output / f"{name}.svg").write_text(vl_convert.vegalite_to_svg(chart.to_dict()))
 
 
 def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[str | float | None]]) -> None:
-    """A table, aligned for people and valid Markdown; numbers with four decimals, what is not defined as a dash."""
+    """Show a table, aligned for people and valid Markdown; numbers have four decimals, undefined values are a dash."""
     cells = [[_cell(value) for value in row] for row in rows]
     widths = [max(len(text) for text in column) for column in zip(columns, *cells, strict=True)]
     console.print(f"\n{title}\n")
@@ -92,7 +92,7 @@ def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[str | float
 
 
 def mean_and_error(values: Sequence[float]) -> str:
-    """The mean and, from two values on, its standard error.
+    """Return the mean and, from two values on, its standard error.
 
     >>> mean_and_error([0.9, 0.95, 1.0])
     '0.9500 ± 0.0289'
@@ -104,13 +104,13 @@ def mean_and_error(values: Sequence[float]) -> str:
 
 
 def interplay_of(split: Body, centring: Literal["global", "none"] = "global") -> Body:
-    """MIR, HDR and their like at sample level; "raw" in a table's title means without centring, as the paper has it."""
+    """Return MIR, HDR and related values at sample level; "raw" in a table's title means uncentred, as in the paper."""
     measured: Body = split["interplay"]["sample"][centring]
     return measured
 
 
 def main(name: str, description: str | None, body: Callable[[Experiment], None]) -> int:
-    """Read the options, start a service, run the body, stop the service; the exit code."""
+    """Read the options, start a service, run the body, stop the service; return the exit code."""
     parser = argparse.ArgumentParser(
         prog=f"python -m examples.{name}", description=(description or "").partition("\n")[0]
     )

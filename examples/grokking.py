@@ -1,10 +1,10 @@
-"""Grokking: MIR and HDR while a network memorises modular addition and, much later, understands it.
+"""Grokking: MIR and HDR while a network memorises modular addition and, much later, generalises.
 
     python -m examples.grokking [--output DIR]
 
 Learns (a + b) mod 59 from half of the pairs, full batch, AdamW with strong weight decay. Embeddings of a and b and the
-hidden layer are trained apart; nothing bends between them, so the checkpoint holds their product, a network of the
-family `builtin` that computes the same from one-hot inputs.
+hidden layer are trained separately; there is no nonlinearity between them, so the checkpoint holds their product, a
+network of the family `builtin` that computes the same from one-hot inputs.
 """
 
 import sys
@@ -22,7 +22,7 @@ from examples.service import check_signals
 P, EMBEDDING, HIDDEN = 59, 64, 256
 LEARNING_RATE, WEIGHT_DECAY = 3e-3, 3.0
 STEPS = (0, 10, 20, 30, 40, 50, 75, *range(100, 1000, 50), *range(1000, 1501, 100))
-# 59 classes of vectors that fill 256 dimensions: the exact spectra would take five times as long.
+# 59 classes whose vectors fill 256 dimensions: the exact spectra would take five times as long.
 OPTIONS = {"tolerance": 1e-3}
 ARCHITECTURE = {"family": "builtin", "name": "mlp", "args": {"sizes": [2 * P, HIDDEN, P]}}
 
@@ -37,12 +37,12 @@ class Addition(nn.Module):
         self.head = nn.Linear(HIDDEN, P)
 
     def forward(self, pairs: Tensor) -> Tensor:
-        """Logits (n, P) of pairs (n, 2)."""
+        """Return logits (n, P) of pairs (n, 2)."""
         logits: Tensor = self.head(torch.relu(self.hidden(self.embedding(pairs).flatten(1))))
         return logits
 
     def merged(self) -> nn.Module:
-        """The same function of the two summands' one-hot codes side by side."""
+        """Return the same function as a network of the two summands' one-hot codes side by side."""
         network = loading.build(ARCHITECTURE, device="cpu")
         halves = torch.split(self.hidden.weight.double(), EMBEDDING, dim=1)
         weight = torch.cat([half @ self.embedding.weight.double().T for half in halves], dim=1)
@@ -66,7 +66,7 @@ class Sums:
 
 
 def sums() -> Sums:
-    """All P x P pairs, half of them for training, chosen by a fixed seed."""
+    """Return all P x P pairs, half of them for training, chosen by a fixed seed."""
     pairs = torch.cartesian_prod(torch.arange(P), torch.arange(P))
     split = torch.zeros(len(pairs), dtype=torch.uint8)
     split[torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))[len(pairs) // 2 :]] = 1
@@ -74,7 +74,7 @@ def sums() -> Sums:
 
 
 def run(experiment: Experiment) -> None:
-    """Train, push as training goes on, analyse the series, show it."""
+    """Train, push checkpoints during training, analyse the series, show it."""
     data, steps = sums(), STEPS[:2] if experiment.quick else STEPS
     path = experiment.files / "sums.safetensors"
     one_hot = nn.functional.one_hot(data.pairs, P).flatten(1).to(torch.uint8)
@@ -122,7 +122,7 @@ def run(experiment: Experiment) -> None:
 
 
 def train(experiment: Experiment, data: Sums, steps: tuple[int, ...]) -> dict[int, str]:
-    """Checkpoints' ids by step."""
+    """Train; return checkpoint ids by step."""
     torch.set_num_threads(1)
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Pruning: what magnitude pruning takes from a trained network, sparsity by sparsity.
+"""Pruning: the effect of magnitude pruning on a trained network, sparsity by sparsity.
 
     python -m examples.pruning [--output DIR]
 
@@ -16,7 +16,7 @@ SPARSITIES = [0.0, 0.3, 0.5, 0.6, 0.7, 0.75, 0.8, 0.825, 0.85, 0.875, 0.9, 0.925
 
 
 def run(experiment: Experiment) -> None:
-    """Train, sweep, show."""
+    """Train, run the sweeps, show the results."""
     digits, epochs = load(), 2 if experiment.quick else EPOCHS
     probe_id = experiment.push_digits(digits)
     training = Training(digits, ARCHITECTURE, Recipe(epochs))

@@ -2,8 +2,8 @@
 
     python -m examples.semisupervised [--output DIR]
 
-Supervised on the labelled samples alone, and with pseudo-labels on the rest: what the network is sure of on a sample
-that is hardly changed is what it shall say of the sample shifted and blurred (FixMatch). Five seeds each; a seed sets
+Supervised on the labelled samples alone, and with pseudo-labels on the rest: a confident prediction on a weakly
+augmented sample is the target for the same sample shifted and blurred (FixMatch). Five seeds each; a seed sets
 labelled samples, initialisation and batches, the same without and with the loss.
 """
 
@@ -24,7 +24,7 @@ ARCHITECTURE = {"family": "builtin", "name": "mlp", "args": {"sizes": [64, 128, 
 LABELS, SEEDS, STEPS = (2, 4, 8), 5, 400
 LEARNING_RATE, WEIGHT_DECAY = 0.05, 5e-4
 LABELLED_BATCH, UNLABELLED_BATCH, SURE = 64, 192, 0.95
-# Chosen beforehand, not by what they do to the test split.
+# Chosen beforehand, independently of their effect on the test split.
 MIR_WEIGHT = HDR_WEIGHT = 0.1
 METHODS = tuple(product(("supervised", "pseudo-labels"), ("without", "with")))
 
@@ -67,7 +67,7 @@ def run(experiment: Experiment) -> None:
 
 
 def train(digits: Digits, per_class: int, seed: int, steps: int, *, pseudo: bool, interplay: bool) -> nn.Module:
-    """One network; all randomness is the seed's."""
+    """Train one network; all randomness comes from the seed."""
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(seed)
     labelled = choose(digits.train_labels, per_class, generator)
@@ -113,23 +113,23 @@ def train(digits: Digits, per_class: int, seed: int, steps: int, *, pseudo: bool
 
 
 def choose(labels: Tensor, per_class: int, generator: torch.Generator) -> Tensor:
-    """So many rows of each class."""
+    """Return the given number of rows of each class."""
     rows = [torch.nonzero(labels == digit).flatten() for digit in range(10)]
     return torch.cat([of[torch.randperm(len(of), generator=generator)[:per_class]] for of in rows])
 
 
 def pick(rows: Tensor, most: int, generator: torch.Generator) -> Tensor:
-    """At most so many of the rows, in another order."""
+    """Return at most the given number of the rows, in random order."""
     return rows[torch.randperm(len(rows), generator=generator)[:most]]
 
 
 def hardly_changed(images: Tensor, generator: torch.Generator) -> Tensor:
-    """A little noise."""
+    """Add a little noise."""
     return images + 0.1 * torch.randn(images.shape, generator=generator)
 
 
 def much_changed(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Shifted by up to a pixel each way, and more noise."""
+    """Shift by up to a pixel each way, and add more noise."""
     padded = pad(images.view(-1, 8, 8), (1, 1, 1, 1), value=float(images.min()))
     shifts = torch.randint(0, 3, (len(images), 2), generator=generator)
     rows = shifts[:, :1] + torch.arange(8)

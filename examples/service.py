@@ -1,4 +1,4 @@
-"""A service for an example: started on a free port, asked, and stopped at the end, whatever happened."""
+"""Run a service for an example: started on a free port and always stopped at the end."""
 
 import os
 import re
@@ -20,20 +20,20 @@ START_SECONDS, STOP_SECONDS = 60.0, 15.0
 
 console = Console(highlight=False)
 
-# The signals that came; `check_signals` looks at them between two steps.
+# The received signals; `check_signals` checks them between two steps.
 _received: list[int] = []
 
 
 class Stopped(Exception):
-    """Ctrl-C, or another signal that asks for the end."""
+    """Raised after Ctrl-C or another termination signal."""
 
 
 class ServiceFailed(Exception):
-    """The service did not start, or ended by itself."""
+    """Raised if the service did not start, or ended by itself."""
 
 
 def run_example(name: str, body: Callable[[], None]) -> int:
-    """Run the body to its end or to a signal; the exit code is 0, 130 where it was stopped, 1 where it failed."""
+    """Run the body to its end or to a signal; return exit code 0, 130 if it was stopped, 1 if it failed."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _note_signal)
     try:
@@ -57,13 +57,13 @@ class Service:
 
 @contextmanager
 def service(data_dir: Path) -> Iterator[Service]:
-    """A service on a free port, SQLite and a local folder, one worker; its output goes beside its data."""
-    # An example's service must not end up in a database or a bucket that the shell is configured for.
+    """Run a service on a free port, SQLite and a local folder, with one worker; its log goes beside its data."""
+    # An example's service must not use a database or a bucket that the shell is configured for.
     kept = ("INTERPLAY_DEVICE", "INTERPLAY_THREADS")
     environment = {key: value for key, value in os.environ.items() if key in kept or not key.startswith("INTERPLAY_")}
     environment["INTERPLAY_DATA_DIR"] = str(data_dir)
-    # Matrices this small gain nothing from a second thread, and where cores are shared two that wait for each other
-    # lose much: 27 s with one, 151 s with two, beside other work on two cores.
+    # Matrices this small gain nothing from a second thread. On shared cores two threads that wait for each other lose
+    # much: 27 s with one, 151 s with two, beside other work on two cores.
     environment.setdefault("INTERPLAY_THREADS", "1")
     output, log = (data_dir / name for name in ("service.out", "service.log"))
     with output.open("wb") as stdout, log.open("wb") as stderr:
@@ -73,7 +73,7 @@ def service(data_dir: Path) -> Iterator[Service]:
             stdin=subprocess.DEVNULL,
             stdout=stdout,
             stderr=stderr,
-            start_new_session=True,  # Ctrl-C reaches us alone, and we stop it after our last request
+            start_new_session=True,  # Ctrl-C reaches only this process, which stops the service after its last request
         )
     try:
         yield Service(_wait_for_url(process, output), process)
@@ -85,7 +85,7 @@ def service(data_dir: Path) -> Iterator[Service]:
 
 
 def check_signals() -> None:
-    """End here if a signal came.
+    """Raise if a signal was received.
 
     The handler itself does not raise: an exception in the middle of an import or a destructor may be swallowed.
     """
@@ -94,7 +94,7 @@ def check_signals() -> None:
 
 
 def _wait_for_url(process: subprocess.Popen[bytes], output: Path) -> str:
-    """The URL that the service's first line names."""
+    """Return the URL in the service's first line."""
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         check_signals()
@@ -112,7 +112,7 @@ def _wait_for_url(process: subprocess.Popen[bytes], output: Path) -> str:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End the service and its worker: asked first, then, after a while, killed."""
+    """Stop the service and its worker: ask first, kill after a timeout."""
     process.terminate()
     try:
         process.wait(STOP_SECONDS)
@@ -122,6 +122,6 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def _note_signal(number: int, frame: FrameType | None) -> None:
-    if _received:  # somebody insists
+    if _received:  # a second signal arrived
         raise KeyboardInterrupt
     _received.append(number)

@@ -1,4 +1,4 @@
-"""Real data and a training to repeat: scikit-learn's digits, and networks on them from fixed seeds."""
+"""Real data and reproducible training: scikit-learn's digits, and networks trained on them from fixed seeds."""
 
 from collections.abc import Mapping
 from copy import deepcopy
@@ -22,7 +22,7 @@ MOMENTUM = 0.9
 
 @dataclass(frozen=True)
 class Digits:
-    """8 x 8 scans as rows of 64 grey levels, 0 to 16, and what makes them inputs of mean 0 and deviation 1."""
+    """8 x 8 scans as rows of 64 grey levels, 0 to 16, and the shift and scale to inputs of mean 0 and deviation 1."""
 
     pixels: Tensor
     labels: Tensor
@@ -31,24 +31,24 @@ class Digits:
 
     @property
     def train_inputs(self) -> Tensor:
-        """What the network sees of the training samples: the same arithmetic as the service's."""
+        """The network's inputs for the training samples: the same arithmetic as the service's."""
         scaled = self.pixels[self.split == 0].float() * self.preprocess["scale"]
         return (scaled - self.preprocess["mean"]) / self.preprocess["std"]
 
     @property
     def train_labels(self) -> Tensor:
-        """Their digits."""
+        """The labels of the training samples."""
         return self.labels[self.split == 0]
 
 
 def load() -> Digits:
-    """scikit-learn's digits, 1,437 to train on and 360 to test on, each class in proportion."""
+    """Load scikit-learn's digits, 1,437 to train on and 360 to test on, each class in proportion."""
     pixels, labels = load_digits(return_X_y=True)
     _, test = train_test_split(np.arange(len(labels)), test_size=N_TEST, stratify=labels, random_state=0)
     split = torch.zeros(len(labels), dtype=torch.uint8)
     split[test] = 1
     grey = torch.from_numpy(pixels).to(torch.uint8)
-    # One mean and deviation for all pixels: those at the rim never change, so some have no deviation of their own.
+    # One mean and deviation for all pixels: pixels at the rim never change, so some have a deviation of zero.
     scaled = grey[split == 0].double() / 16
     preprocess = {"scale": 1 / 16, "mean": scaled.mean().item(), "std": scaled.std().item()}
     return Digits(grey, torch.from_numpy(labels), split, preprocess)
@@ -63,14 +63,14 @@ def save_probe(digits: Digits, path: Path) -> Path:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a network is trained.
+    """The hyperparameters of a training.
 
     Attributes:
         epochs: length of the schedule.
-        learning_rate: at its start.
+        learning_rate: initial learning rate.
         weight_decay: of all parameters.
         batch_size: samples a step.
-        label_smoothing: share of the target that goes to all classes evenly.
+        label_smoothing: share of the target that is spread evenly over all classes.
     """
 
     epochs: int
@@ -84,9 +84,9 @@ class Training:
     """SGD with momentum and a cosine schedule, on the training digits, on one thread, from fixed seeds.
 
     Args:
-        digits: what to learn.
+        digits: the data.
         architecture: as `loading.build` takes it.
-        recipe: how.
+        recipe: the hyperparameters.
         seed: of the initialisation.
         order: seed of the order of the samples.
     """
@@ -94,7 +94,7 @@ class Training:
     def __init__(
         self, digits: Digits, architecture: Mapping[str, Any], recipe: Recipe, *, seed: int = 0, order: int = 0
     ) -> None:
-        torch.set_num_threads(1)  # layers this small gain nothing from a second core, and the service has work for it
+        torch.set_num_threads(1)  # layers this small gain nothing from a second core, and the service needs it
         self._inputs, self._labels = digits.train_inputs, digits.train_labels
         self._recipe = recipe
         with torch.random.fork_rng():
@@ -108,7 +108,7 @@ class Training:
         self._shuffling = torch.Generator().manual_seed(order)
 
     def run_epoch(self) -> None:
-        """Once through the training samples, shuffled."""
+        """Train once through the training samples, shuffled."""
         self.network.train()
         for batch in torch.split(torch.randperm(len(self._inputs), generator=self._shuffling), self._recipe.batch_size):
             self._optimizer.zero_grad()
@@ -119,9 +119,9 @@ class Training:
             self._schedule.step()
 
     def take_over(self, other: Self) -> Self:
-        """Go on from where another training of the same network and schedule is, in this one's own order."""
+        """Continue from the state of another training of the same network and schedule, in this one's own order."""
         self.network.load_state_dict(other.network.state_dict())
-        # Loading would share the momentum, and each step of one run would push the other.
+        # Loading would share the momentum, and each step of one run would change the other.
         self._optimizer.load_state_dict(deepcopy(other._optimizer.state_dict()))
         self._schedule.load_state_dict(other._schedule.state_dict())
         return self

@@ -8,7 +8,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 
 
 class Alignment(TypedDict):
-    """How B's hidden units were permuted before the path; its last point is then the permuted B."""
+    """The permutation of B's hidden units before the path, whose last point is then the permuted B."""
 
     n_groups: int
     sweeps: int
@@ -17,7 +17,7 @@ class Alignment(TypedDict):
 
 
 class Axis(TypedDict):
-    """What a series runs along: a name, and for each checkpoint a number, rising."""
+    """The axis of a series: a name, and a rising number for each checkpoint."""
 
     name: str
     values: list[float]
@@ -50,7 +50,7 @@ class Analysis(TypedDict):
 
 
 class Barrier(TypedDict):
-    """How far a value on the path exceeds what it is compared with, and at which w it does so most."""
+    """The largest excess of a value on the path over its reference, and the w at which it occurs."""
 
     value: float
     at: float
@@ -65,7 +65,7 @@ class BarrierForms(TypedDict):
 
 
 class Baseline(TypedDict):
-    """A name for what candidates are compared with."""
+    """A named report that candidates are compared with."""
 
     name: str
     report_id: str
@@ -77,7 +77,7 @@ class Baseline(TypedDict):
 
 
 class BaselineMove(TypedDict):
-    """A move that was asked for; not `done` where the baseline was no longer where the caller had seen it."""
+    """A requested move; `done` is false if the baseline no longer pointed at the report that the caller expected."""
 
     id: str
     report_id: str
@@ -88,7 +88,7 @@ class BaselineMove(TypedDict):
 
 
 class BaselineReference(TypedDict):
-    """What the report was compared with; in a comparison its own A. Null members: there is none yet."""
+    """The baseline of a report; for a comparison its own A. Null members: no baseline exists yet."""
 
     name: str | None
     report_id: str | None
@@ -122,7 +122,7 @@ class Null(TypedDict):
 
 
 class Optimum(TypedDict):
-    """MIR and HDR where neural collapse leads, for these class counts; `reachable` where d >= C - 1."""
+    """MIR and HDR at neural collapse, for these class counts; `reachable` if d >= C - 1."""
 
     mir: float | None
     hdr: float | None
@@ -130,7 +130,7 @@ class Optimum(TypedDict):
 
 
 class Interplay(TypedDict):
-    """MIR and HDR at one level and centring, with everything needed to read them. Entropies are in nats."""
+    """MIR and HDR at one level and centring, with everything needed to interpret them. Entropies are in nats."""
 
     mir: float | None
     hdr: float | None
@@ -152,7 +152,7 @@ Centrings = TypedDict("Centrings", {"none": Interplay, "global": Interplay})
 
 
 class Charts(TypedDict):
-    """What GET /v1/reports/{id}/charts/{name}.{format} draws."""
+    """The names and formats that GET /v1/reports/{id}/charts/{name}.{format} accepts."""
 
     names: list[str]
     formats: list[str]
@@ -176,7 +176,7 @@ class Check(TypedDict):
 
 
 class Interval(TypedDict):
-    """Of the change; `method` is how its ends were found: the comparison's own, or normal from its standard error."""
+    """Interval of the change; its ends, by `method`: the comparison's own, or normal from its standard error."""
 
     low: float
     high: float
@@ -185,9 +185,9 @@ class Interval(TypedDict):
 
 
 class CheckResult(TypedDict):
-    """What became of one check. `undefined` counts as a failure of the gate that no number caused; `skip` is an
-    undefined number that the check lets pass. `decided_by` names the number that was held against the bounds, null
-    where there was none."""
+    """The result of one check. `undefined` counts as a failure of the gate that no number caused; `skip` is an
+    undefined number that the check lets pass. `decided_by` names the number that was compared with the bounds, null if
+    there was none."""
 
     label: str
     name: str | None
@@ -207,8 +207,8 @@ class CheckResult(TypedDict):
 
 
 class Preprocess(TypedDict):
-    """What happens to inputs before the network sees them: x * scale, then (x - mean) / std; of images resize, centre
-    crop and colour first, in grey levels 0 to 255."""
+    """Preprocessing of inputs: x * scale, then (x - mean) / std; for images resize, centre crop and colour come first,
+    in grey levels 0 to 255."""
 
     scale: NotRequired[float | None]
     mean: NotRequired[float | list[float]]
@@ -270,7 +270,7 @@ class Difference(TypedDict):
 
 
 class Predictions(TypedDict):
-    """Where the two networks' predicted classes agree, and whether their accuracies differ by more than chance."""
+    """Agreement of the two networks' predicted classes, and whether their accuracies differ by more than chance."""
 
     agreement: float
     both_correct: int
@@ -307,7 +307,7 @@ class ComparedSplit(TypedDict):
 
 
 class ComparisonOptions(TypedDict):
-    """How two checkpoints are compared, and where the intervals of the differences come from."""
+    """How two checkpoints are compared, and how the intervals of the differences are computed."""
 
     null_permutations: NotRequired[int]
     seed: NotRequired[int]
@@ -321,7 +321,7 @@ class ComparisonOptions(TypedDict):
 
 
 class LabelMap(TypedDict):
-    """How the probe's labels became the checkpoint's."""
+    """The mapping of the probe's labels to the checkpoint's."""
 
     matched: Literal["order", "name", "name_ignoring_case"]
     reordered: bool
@@ -346,7 +346,7 @@ class Samples(TypedDict):
 
 
 class Tokenizer(TypedDict):
-    """How texts became tokens."""
+    """The tokenization of texts."""
 
     sha256: str
     source: Literal["probe", "checkpoint"]
@@ -356,7 +356,7 @@ class Tokenizer(TypedDict):
 
 
 class ProbeSubject(TypedDict):
-    """The data; of a feature set, its own. Reports of earlier versions lack what has a default."""
+    """The probe, or a feature set's own data. Reports of earlier versions lack the members with a default."""
 
     kind: Literal["probe", "feature_set"]
     id: str
@@ -396,7 +396,7 @@ class ProvenanceComparisonOptions(TypedDict):
 
 
 class Subject(TypedDict):
-    """What was looked at, so that the report is readable after its deletion."""
+    """The analysed checkpoint or feature set, described so that the report is readable after its deletion."""
 
     kind: Literal["checkpoint", "feature_set"]
     id: str
@@ -475,7 +475,7 @@ class EvaluationReport(TypedDict):
 
 
 class EvenGrid(TypedDict):
-    """So many points evenly from 0 to 1, both ends among them."""
+    """The number of points, evenly from 0 to 1, both ends included."""
 
     points: int
 
@@ -527,7 +527,7 @@ class GateSummary(TypedDict):
 
 
 class Generalisation(TypedDict):
-    """First x with a train accuracy of 0.99, first with a test accuracy of 0.99, and how much later that came."""
+    """The first x with a train accuracy of 0.99, the first with a test accuracy of 0.99, and their difference."""
 
     train_at: float | None
     test_at: float | None
@@ -536,20 +536,20 @@ class Generalisation(TypedDict):
 
 
 class Measured(TypedDict):
-    """Which MIR and HDR a summary is of."""
+    """The level and centring of a summary's MIR and HDR."""
 
     level: Literal["sample", "class_mean"]
     centring: Literal["none", "global"]
 
 
 class NamedGrid(TypedDict):
-    """These points; both ends are added where they are not named, as barriers are measured from them."""
+    """The given points; missing ends are added, as barriers are measured from them."""
 
     values: list[float]
 
 
 class PathLook(TypedDict):
-    """What an adaptive grid saw before it evaluated: the loss alone, at many points, on a part of the probe."""
+    """An adaptive grid's pass before its evaluations: the loss alone, at many points, on a part of the probe."""
 
     n_points: int
     n_samples: int
@@ -557,7 +557,7 @@ class PathLook(TypedDict):
 
 
 class PathOptions(TypedDict):
-    """Which points of a path, and what happens to the networks there. Each point is a full evaluation."""
+    """The points of a path, and the treatment of the networks there. Each point is a full evaluation."""
 
     null_permutations: NotRequired[int]
     seed: NotRequired[int]
@@ -577,7 +577,7 @@ class PathPoint(TypedDict):
 
 
 class PathSplit(TypedDict):
-    """Of one split. MIR's barrier is how far it falls under the chord, HDR's how far it rises over it."""
+    """Barriers of one split. MIR's barrier is how far it falls under the chord, HDR's how far it rises over it."""
 
     loss_barrier: Barrier | None
     error_barrier: Barrier | None
@@ -658,7 +658,7 @@ class Probe(TypedDict):
 
 
 class PruningOptions(TypedDict):
-    """How much is pruned, and of what. Each sparsity is a full evaluation."""
+    """The amount and scope of pruning. Each sparsity is a full evaluation."""
 
     null_permutations: NotRequired[int]
     seed: NotRequired[int]
@@ -804,7 +804,7 @@ class SucceededAnalysis(TypedDict):
 
 
 class Verdict(TypedDict):
-    """`fail` where a check of that severity failed, else `undefined` where a number was missing, `warn`, `pass`."""
+    """`fail` if a check of that severity failed, else `undefined` if a number was missing, else `warn` or `pass`."""
 
     status: Literal["pass", "warn", "fail", "undefined"]
     report_id: str

@@ -1,8 +1,8 @@
 """Alembic migrations of the service's own tables, run without an alembic.ini.
 
-The queue keeps tables of its own beside ours (in the same SQLite file, in the schema `dbos` of PostgreSQL); nothing
-here looks at them. Alembic loads where something is to be migrated: which revision a database is at, and which one is
-wanted, is known without it.
+The queue keeps its tables beside ours (in the same SQLite file, in the schema `dbos` of PostgreSQL); nothing here
+touches them. Alembic is imported only to run a migration: the database's revision and the required one are read
+without it.
 """
 
 from collections.abc import Iterator
@@ -15,25 +15,25 @@ import sqlalchemy as sa
 
 from app.models import Base
 
-# Any fixed number serves, as long as nothing else on the same database takes it.
+# An arbitrary fixed number that nothing else on the same database uses.
 _ADVISORY_LOCK = 0x696E746572706C61
-# Alembic keeps what it is working on in module globals: one migration at a time in a process, whatever the database.
+# Alembic keeps its state in module globals: one migration at a time in a process, whatever the database.
 _alembic = Lock()
-# Where alembic notes what a database is at.
+# The table in which alembic records the database's revision.
 _VERSION = sa.table("alembic_version", sa.column("version_num", sa.String))
 
 
 class OtherTables(Exception):
-    """The database's tables are not those of this version; the words say what to do."""
+    """The database's tables belong to another version; the message says what to do."""
 
 
 def upgrade(engine: sa.Engine, revision: str = "head") -> None:
-    """Bring the tables to `revision`, in one transaction: all of it happens or nothing.
+    """Bring the tables to `revision` in one transaction: either every change takes effect or none.
 
     Processes that start together may all call it; the first does the work, the others wait and find it done.
 
     Raises:
-        OtherTables: a newer version has made them.
+        OtherTables: a newer version has made the tables.
     """
     found = current(engine)
     if found is not None and found not in _revisions():
@@ -43,12 +43,12 @@ def upgrade(engine: sa.Engine, revision: str = "head") -> None:
 
 
 def downgrade(engine: sa.Engine, revision: str) -> None:
-    """Take the tables back to `revision`, or with `base` to none; alembic's own table stays, empty."""
+    """Take the tables back to `revision`; `base` removes them all, and alembic's own table stays, empty."""
     _migrate(engine, "downgrade", revision)
 
 
 def current(engine: sa.Engine) -> str | None:
-    """The revision that the database is at, None before the first upgrade."""
+    """Return the database's revision, None before the first upgrade."""
     with engine.connect() as connection:
         if not sa.inspect(connection).has_table(_VERSION.name):
             return None
@@ -56,17 +56,17 @@ def current(engine: sa.Engine) -> str | None:
 
 
 def head() -> str | None:
-    """The revision that this version of the code needs."""
+    """Return the revision that this version of the code needs."""
     return max(_revisions(), default=None)
 
 
 def _revisions() -> set[str]:
-    """A migration's file is named after its revision, and revisions are numbered as they follow each other."""
+    """Return the revisions: a migration's file is named after its revision, and revisions are numbered in order."""
     return {path.name.split("_")[0] for path in Path(__file__).parent.glob("versions/[0-9]*.py")}
 
 
 def lacking(engine: sa.Engine) -> str | None:
-    """What is wrong with the database's tables, and what to do about it; None where they are those of this version."""
+    """Return what is wrong with the database's tables and what to do, None if they match this version."""
     found, wanted = current(engine), head()
     if found == wanted:
         return None
@@ -79,7 +79,7 @@ def lacking(engine: sa.Engine) -> str | None:
 
 
 def check(engine: sa.Engine) -> list[Any]:
-    """How the database's tables differ from app.models, in alembic's words; empty where they agree."""
+    """Return the differences between the database's tables and app.models, in alembic's words; empty if they agree."""
     from alembic.autogenerate import compare_metadata
     from alembic.runtime.migration import MigrationContext
 
@@ -89,7 +89,7 @@ def check(engine: sa.Engine) -> list[Any]:
 
 
 def is_ours(name: str | None, kind: str, _parents: Any) -> bool:
-    """Whether alembic should compare what it found in the database under this name."""
+    """Return whether alembic should compare the database object of this name."""
     return kind != "table" or name in Base.metadata.tables
 
 
@@ -98,7 +98,7 @@ def _migrate(engine: sa.Engine, step: Literal["upgrade", "downgrade"], revision:
     from alembic.config import Config
 
     config = Config()
-    # The configuration file's syntax, which this goes through, reads % as the start of an interpolation.
+    # In the syntax of the configuration file, which parses this value, % starts an interpolation.
     config.set_main_option("script_location", str(Path(__file__).parent).replace("%", "%%"))
     with _alembic, _exclusively(engine) as connection:
         config.attributes["connection"] = connection
@@ -107,7 +107,7 @@ def _migrate(engine: sa.Engine, step: Literal["upgrade", "downgrade"], revision:
 
 @contextmanager
 def _exclusively(engine: sa.Engine) -> Iterator[sa.Connection]:
-    """A transaction that no other migration runs beside."""
+    """Open a transaction that excludes every other migration."""
     if engine.dialect.name == "sqlite":
         with _exclusively_on_sqlite(engine) as connection:
             yield connection
@@ -120,8 +120,8 @@ def _exclusively(engine: sa.Engine) -> Iterator[sa.Connection]:
 @contextmanager
 def _exclusively_on_sqlite(engine: sa.Engine) -> Iterator[sa.Connection]:
     with engine.connect() as connection:
-        # SQLite alters a table by copying and dropping it, and a drop counts as deleting every row; so foreign keys
-        # are not enforced meanwhile but checked as a whole at the end. The pragma does nothing inside a transaction.
+        # SQLite alters a table by copying and dropping it, and a drop counts as deleting every row. So foreign keys are
+        # not enforced meanwhile but checked at the end. The pragma does nothing inside a transaction.
         connection.exec_driver_sql("PRAGMA foreign_keys=OFF")
         try:
             connection.exec_driver_sql("BEGIN IMMEDIATE")

@@ -1,4 +1,4 @@
-"""What alembic runs: on the connection of `migrations.upgrade`, or by its own command on the database of Settings."""
+"""Alembic's entry point: on the connection of `migrations.upgrade`, or as a command on the database of Settings."""
 
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ from migrations import is_ours
 
 
 def _render(kind: str, item: Any, _context: Any) -> str | Literal[False]:
-    """Our own column types as SQLAlchemy's, so that an old migration does not move with app.models."""
+    """Render our own column types as SQLAlchemy's, so that an old migration is independent of later app.models."""
     return "sa.DateTime(timezone=True)" if kind == "type" and isinstance(item, UTCDateTime) else False
 
 

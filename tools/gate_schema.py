@@ -1,4 +1,4 @@
-"""The JSON Schema of a gate's file, for editors: `python -m tools.gate_schema` writes docs/gate.schema.json."""
+"""Write the JSON Schema of a gate's file, for editors: `python -m tools.gate_schema` writes docs/gate.schema.json."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ FILE = Path(__file__).parents[1] / "docs" / "gate.schema.json"
 
 
 def main() -> None:
-    """Write the schema of the present service."""
+    """Write the schema of this version of the service."""
     FILE.write_text(json.dumps(file_schema(), indent=1) + "\n")
 
 

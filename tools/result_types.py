@@ -1,6 +1,6 @@
-"""What the service answers, as the TypedDicts of interplay/results.py: `python -m tools.result_types` writes them.
+"""Write the service's answers as the TypedDicts of interplay/results.py: `python -m tools.result_types`.
 
-They are made of the models that the OpenAPI document names, so that a test can say that neither has drifted.
+They are generated from the models that the OpenAPI document names, so that a test can detect drift in either.
 """
 
 import keyword
@@ -31,7 +31,7 @@ _PLAIN = {"string": "str", "integer": "int", "number": "float", "boolean": "bool
 
 
 def results_module() -> str:
-    """The text of interplay/results.py."""
+    """Return the text of interplay/results.py."""
     _, document = models_json_schema([(model, "validation") for model in _models()], by_alias=True)
     schemas = {_name(key): schema for key, schema in document["$defs"].items()}
     schemas["SucceededAnalysis"] = _succeeded(schemas["Analysis"])
@@ -43,7 +43,7 @@ def results_module() -> str:
 
 
 def _succeeded(analysis: dict[str, Any]) -> dict[str, Any]:
-    """Of an analysis that is known to have succeeded: it has a report."""
+    """Return the schema of an analysis that is known to have succeeded: it has a report."""
     known = {"status": {"const": "succeeded"}, "report_id": {"type": "string"}}
     return {**analysis, "properties": {**analysis["properties"], **known}, "description": "It has a report."}
 
@@ -54,7 +54,7 @@ def _report_kinds() -> tuple[type[BaseModel], ...]:
 
 
 def _models() -> list[type[BaseModel]]:
-    """What the OpenAPI document says that successes are; of a page, what is on it."""
+    """Return the models of successful answers in the OpenAPI document; for a page, the model of its items."""
     with tempfile.TemporaryDirectory() as folder:
         document = create_app(Settings(data_dir=Path(folder))).openapi()
     schemas = document["components"]["schemas"]
@@ -77,7 +77,7 @@ def _subclasses(model: type[BaseModel]) -> list[type[BaseModel]]:
 
 
 def _in_order(schemas: dict[str, Any]) -> list[tuple[str, Any]]:
-    """Each after those that it names."""
+    """Return the schemas in an order in which each follows those that it refers to."""
     done: dict[str, Any] = {}
 
     def add(name: str) -> None:
@@ -102,7 +102,7 @@ def _references(schema: Any) -> set[str]:
 
 
 def _name(key: str) -> str:
-    # Of a generic model pydantic makes Provenance_PathOptions_.
+    # pydantic names an instance of a generic model like Provenance_PathOptions_.
     return "".join(key.split("_"))
 
 

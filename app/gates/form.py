@@ -26,9 +26,12 @@ class Check(Strict):
     """Bounds of one number: of its value, of its change, or of its relative change against a baseline."""
 
     metric: str = Field(
-        min_length=1, max_length=500, pattern=PLAIN_TEXT, description="Path in the report, as splits.test.accuracy."
+        min_length=1,
+        max_length=500,
+        pattern=PLAIN_TEXT,
+        description="Path in the report, such as splits.test.accuracy.",
     )
-    name: Name | None = Field(default=None, description="What people see; default: metric and bounds.")
+    name: Name | None = Field(default=None, description="Displayed name; default: metric and bounds.")
     min: Number | None = Field(default=None, description="The value is at least this.")
     max: Number | None = Field(default=None, description="The value is at most this.")
     min_change: Number | None = Field(default=None, description="Value minus the baseline's is at least this.")
@@ -39,10 +42,10 @@ class Check(Strict):
     max_relative_change: Number | None = Field(
         default=None, description="The change as a share of the baseline's value is at most this."
     )
-    severity: Literal["fail", "warn"] = Field(default="fail", description="What a number beyond its bounds means.")
+    severity: Literal["fail", "warn"] = Field(default="fail", description="Outcome of a number beyond its bounds.")
     significance: Annotated[FiniteFloat, Field(strict=True, ge=0.5, le=0.9999)] | None = Field(
         default=None,
-        description="Confidence, as 0.95, of the interval of the change that decides in place of the change itself.",
+        description="Confidence, such as 0.95, of the change's interval, which decides instead of the change itself.",
     )
     proof: Literal["within", "beyond"] = Field(
         default="within",
@@ -50,7 +53,7 @@ class Check(Strict):
         "(non-inferiority). beyond: fails only where it shows the change to be beyond one (proven regression).",
     )
     when_undefined: Literal["fail", "warn", "pass"] | None = Field(
-        default=None, description="What an undefined number or a missing baseline means; default: as severity."
+        default=None, description="Outcome of an undefined number or a missing baseline; default: severity."
     )
 
     @model_validator(mode="after")
@@ -106,7 +109,7 @@ class Check(Strict):
 
 
 def _known_kind(kind: Any) -> Any:
-    """Check for a kind of report before the type does, whose message would not say what the kinds are of."""
+    """Check the kind before its type does: the type's message would not say that the kinds are those of reports."""
     if kind not in [*KINDS]:
         raise ValueError(f"reports are of kind {', '.join(KINDS)}")
     return kind
@@ -129,10 +132,10 @@ class GateSpec(Strict):
 
     model_config = ConfigDict(title="Interplay gate", json_schema_extra=_with_paths)
 
-    name: Slug = Field(description="Letters, digits, dots, dashes and underscores; the same name is a new version.")
+    name: Slug = Field(description="Letters, digits, dots, dashes, underscores; an existing name gets a new version.")
     description: str | None = Field(default=None, max_length=2000)
     kind: Annotated[Kind, BeforeValidator(_known_kind)] = Field(
-        default="evaluation", description="Of the reports that it judges. evaluation: of comparisons too, their B."
+        default="evaluation", description="Kind of the judged reports. evaluation: also B of comparisons."
     )
     checks: list[Check] = Field(min_length=1, max_length=10_000)
 

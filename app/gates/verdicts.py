@@ -30,7 +30,7 @@ _NO_BASELINE = "no baseline was given, and the check is of a change against one"
 
 
 class Interval(Strict):
-    """Of the change; `method` is how its ends were found: the comparison's own, or normal from its standard error."""
+    """Interval of the change; its ends, by `method`: the comparison's own, or normal from its standard error."""
 
     low: float
     high: float
@@ -39,13 +39,13 @@ class Interval(Strict):
 
 
 class CheckResult(Strict):
-    """What became of one check.
+    """The result of one check.
 
     `undefined` counts as a failure of the gate that no number caused; `skip` is an undefined number that the check lets
-    pass. `decided_by` names the number that was held against the bounds, null where there was none.
+    pass. `decided_by` names the number that was compared with the bounds, null if there was none.
     """
 
-    label: str = Field(description="The check's name, else its metric and bounds; of one gate no two are alike.")
+    label: str = Field(description="The check's name, else its metric and bounds; unique within a gate.")
     name: str | None
     metric: str
     severity: Literal["fail", "warn"]
@@ -55,7 +55,7 @@ class CheckResult(Strict):
     max: float | None
     value: float | None
     baseline: float | None
-    change: float | None = Field(description="Against the baseline; relative where the bounds are.")
+    change: float | None = Field(description="Change against the baseline; relative if the bounds are.")
     interval: Interval | None
     decided_by: DecidedBy | None
     why: str
@@ -69,7 +69,7 @@ class GateReference(Strict):
 
 
 class BaselineReference(Strict):
-    """What the report was compared with; in a comparison its own A. Null members: there is none yet."""
+    """The baseline of a report; for a comparison its own A. Null members: no baseline exists yet."""
 
     name: str | None
     report_id: str | None
@@ -77,7 +77,7 @@ class BaselineReference(Strict):
 
 
 class Verdict(Strict):
-    """`fail` where a check of that severity failed, else `undefined` where a number was missing, `warn`, `pass`."""
+    """`fail` if a check of that severity failed, else `undefined` if a number was missing, else `warn` or `pass`."""
 
     status: Literal["pass", "warn", "fail", "undefined"]
     report_id: str

@@ -1,4 +1,4 @@
-"""What goes over the wire: requests and resources, as pydantic models that make up the OpenAPI document."""
+"""Requests and resources as pydantic models, which make up the OpenAPI document."""
 
 from app.schemas.base import (
     PLAIN_TEXT,

@@ -12,7 +12,7 @@ class Strict(BaseModel):
 
 
 def metadata_text(value: Any) -> str:
-    """A metadata value as filters compare it: `epoch=10`, `final=true`, `run=a`."""
+    """Return a metadata value as filters compare it: `epoch=10`, `final=true`, `run=a`."""
     if isinstance(value, bool):
         return "true" if value else "false"
     return "null" if value is None else str(value)
@@ -38,18 +38,18 @@ def _check_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
     return metadata
 
 
-# Not NUL, which PostgreSQL refuses, and not half of a surrogate pair, which is no text.
+# Excludes NUL, which PostgreSQL refuses, and half of a surrogate pair, which is not text.
 STORABLE = re.compile(r"\A[^\x00\ud800-\udfff]*\Z")
-# The most that a probe, a feature set or a description may have.
+# Upper bound on the classes of a probe, a feature set or a description.
 MAX_CLASSES = 100_000
 PLAIN_TEXT = r"^[^\x00-\x1f]*$"
 Name = Annotated[str, Field(min_length=1, max_length=200, pattern=PLAIN_TEXT)]
-# What becomes part of a URL, of a file's name and of a hidden comment.
+# Used in URLs, file names and hidden comments.
 Slug = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 Id = Annotated[str, Field(min_length=1, max_length=36, pattern=PLAIN_TEXT)]
 Metadata = Annotated[dict[str, Any], AfterValidator(_check_metadata)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 PositiveFloat = Annotated[FiniteFloat, Field(gt=0)]
-# A place on an axis: neither true nor "0.5", which a plain float would take for one.
+# A place on an axis: strict, as a plain float would accept true and "0.5".
 Number = Annotated[FiniteFloat, Field(strict=True)]
 Kind = Literal["evaluation", "comparison", "path", "pruning", "series"]

@@ -8,43 +8,41 @@ from app.schemas.base import PLAIN_TEXT, Id, Slug, Strict
 
 
 class GateRequest(Strict):
-    """Which gate judges a report, and against what."""
+    """The gate that judges a report, and the baseline to compare with."""
 
     gate_id: Id
-    baseline: Slug | None = Field(
-        default=None, description="Name of a baseline; one that is not there yet is no error."
-    )
+    baseline: Slug | None = Field(default=None, description="Name of a baseline; a missing baseline is not an error.")
     baseline_report_id: Id | None = Field(
         default=None,
-        description="A report in place of where the baseline points now; `baseline` is then its name alone.",
+        description="Report to use instead of the baseline's current one; `baseline` then only names it.",
     )
 
 
 class BaselinePut(Strict):
-    """Where a baseline shall point."""
+    """The new report of a baseline."""
 
     report_id: Id
     expected_report_id: Id | None = Field(
         default=None,
-        description="Move it only from here, null: only where there is none yet. Left out: wherever it is.",
+        description="Move only if the baseline points at this report; null: only if there is none; omitted: always.",
     )
-    note: str | None = Field(default=None, max_length=500, pattern=PLAIN_TEXT, description="Why, for the history.")
+    note: str | None = Field(default=None, max_length=500, pattern=PLAIN_TEXT, description="Reason, for the history.")
 
 
 class Baseline(Strict):
-    """A name for what candidates are compared with."""
+    """A named report that candidates are compared with."""
 
     name: str
     report_id: str
     report_kind: str
-    checkpoint_id: str | None = Field(description="That an evaluation looked at; of a comparison B.")
+    checkpoint_id: str | None = Field(description="The checkpoint of an evaluation; B of a comparison.")
     probe_id: str | None
     created_at: datetime
     moved_at: datetime
 
 
 class BaselineMove(Strict):
-    """A move that was asked for; not `done` where the baseline was no longer where the caller had seen it."""
+    """A requested move; `done` is false if the baseline no longer pointed at the report that the caller expected."""
 
     id: str
     report_id: str

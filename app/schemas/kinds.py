@@ -1,4 +1,4 @@
-"""The kinds of analysis as requests, reports, charts and gates know them: one table, which they all read."""
+"""The kinds of analysis: one table that requests, reports, charts and gates read."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from app.schemas.requests import (
 
 @dataclass(frozen=True)
 class KindOfAnalysis:
-    """What distinguishes a kind of analysis.
+    """The properties of a kind of analysis.
 
     Attributes:
         request: model of the request.

@@ -19,7 +19,7 @@ SplitName = Literal["all", "train", "test"]
 
 
 class Optimum(Strict):
-    """MIR and HDR where neural collapse leads, for these class counts; `reachable` where d >= C - 1."""
+    """MIR and HDR at neural collapse, for these class counts; `reachable` if d >= C - 1."""
 
     mir: FiniteFloat | None
     hdr: FiniteFloat | None
@@ -39,7 +39,7 @@ class Null(Strict):
     n: int
     n_samples: int
     observed: FiniteFloat
-    # Of a report from before there were estimates it was exact.
+    # Reports older than the estimates are exact.
     method: Literal["exact", "estimated"] = "exact"
 
 
@@ -54,7 +54,7 @@ class Method(Strict):
 
 
 class Interplay(Strict):
-    """MIR and HDR at one level and centring, with everything needed to read them. Entropies are in nats."""
+    """MIR and HDR at one level and centring, with everything needed to interpret them. Entropies are in nats."""
 
     mir: FiniteFloat | None
     hdr: FiniteFloat | None
@@ -110,7 +110,7 @@ class SplitEvaluation(Strict):
 
 
 class Subject(Strict):
-    """What was looked at, so that the report is readable after its deletion."""
+    """The analysed checkpoint or feature set, described so that the report is readable after its deletion."""
 
     kind: Literal["checkpoint", "feature_set"]
     id: str
@@ -120,16 +120,17 @@ class Subject(Strict):
     n_parameters: int | None
     architecture: dict[str, Any] | None
     head: str | None
-    prefix: str | None = Field(default=None, description="Before the network's own names in the file.")
+    prefix: str | None = Field(default=None, description="Prefix of the network's own names in the file.")
     ignored: dict[str, int] | None = Field(
-        default=None, description="Tensors of the file that are none of the network's, by how their names begin."
+        default=None, description="Tensors of the file that are not the network's, counted by the start of their names."
     )
     infixes: dict[str, int] | None = Field(
-        default=None, description="Parts of wrappers within names, which were taken out: in how many names."
+        default=None, description="Parts of wrappers that were removed from within names, and the number of names."
     )
     untied: list[str] | None = Field(
         default=None,
-        description="Tensors that the configuration ties to others; in the file they differ, and were kept apart.",
+        description="Tensors that the configuration ties to others but that differ in the file; they were kept "
+        "separate.",
     )
     n_features: int
     n_classes: int
@@ -137,7 +138,7 @@ class Subject(Strict):
 
 
 class Tokenizer(Strict):
-    """How texts became tokens."""
+    """The tokenization of texts."""
 
     sha256: str
     source: Literal["probe", "checkpoint"]
@@ -147,10 +148,10 @@ class Tokenizer(Strict):
 
 
 class LabelMap(Strict):
-    """How the probe's labels became the checkpoint's."""
+    """The mapping of the probe's labels to the checkpoint's."""
 
     matched: Literal["order", "name", "name_ignoring_case"]
-    reordered: bool = Field(description="Class counts of the splits are then in the checkpoint's order.")
+    reordered: bool = Field(description="If true, class counts of the splits are in the checkpoint's order.")
 
 
 class Samples(Strict):
@@ -164,21 +165,21 @@ class Samples(Strict):
 class NextTokens(Strict):
     """How sequences became samples of a causal language model: each position that has a next token is one."""
 
-    ignored_labels: bool = Field(description="The probe's labels are of whole samples: they took no part.")
-    n_sequences: dict[str, int] = Field(description="By split: those with a position that counts.")
-    n_positions: dict[str, int] = Field(description="By split: its samples.")
-    n_vocabulary: int = Field(description="Tokens that the network knows: accuracy and loss are over all of them.")
-    token_ids: list[int] = Field(description="Those that occur as labels: the classes, in the order of class_counts.")
+    ignored_labels: bool = Field(description="True if the probe's labels were unused, as they are of whole samples.")
+    n_sequences: dict[str, int] = Field(description="By split: sequences with a position that counts.")
+    n_positions: dict[str, int] = Field(description="By split: positions that count, the samples.")
+    n_vocabulary: int = Field(description="Size of the network's vocabulary; accuracy and loss are over all of it.")
+    token_ids: list[int] = Field(description="Tokens that occur as labels: the classes, in the order of class_counts.")
 
 
 class ProbeSubject(Strict):
-    """The data; of a feature set, its own. Reports of earlier versions lack what has a default."""
+    """The probe, or a feature set's own data. Reports of earlier versions lack the members with a default."""
 
     kind: Literal["probe", "feature_set"]
     id: str
     name: str
     sha256: str
-    data_sha256: str | None = Field(default=None, description="Of the data, whatever file they came in.")
+    data_sha256: str | None = Field(default=None, description="Hash of the data, independent of the file.")
     n_samples: int
     n_classes: int
     class_counts: list[int]
@@ -186,12 +187,12 @@ class ProbeSubject(Strict):
     format: str | None = None
     content: str | None = None
     input_shape: list[int] | None
-    preprocess: Preprocess | None = Field(description="That was applied.")
+    preprocess: Preprocess | None = Field(description="The preprocessing that was applied.")
     preprocess_source: Literal["probe", "checkpoint", "timm"] | None = None
     tokenizer: Tokenizer | None = None
     label_map: LabelMap | None = None
     samples: Samples | None = None
-    next_tokens: NextTokens | None = Field(default=None, description="Of a causal language model.")
+    next_tokens: NextTokens | None = Field(default=None, description="Null except for causal language models.")
 
 
 Options = TypeVar("Options", bound=EvaluationOptions)
@@ -202,18 +203,18 @@ class Provenance(Strict, Generic[Options]):
     code_sha256: str
     torch_version: str
     numpy_version: str
-    library: str | None = Field(default=None, description="What built the network, such as `timm 1.0.31`.")
+    library: str | None = Field(default=None, description="The library that built the network, such as `timm 1.0.31`.")
     python_version: str
     device: str
     threads: int
     feature_dtype: str
     spectrum_dtype: str
     precision: Literal["float32", "bfloat16"] | None = Field(
-        default=None, description="Of the network's forward pass; null for a feature set."
+        default=None, description="Precision of the network's forward pass; null for a feature set."
     )
     batch_size: int | None
     features_reused: bool = Field(
-        default=False, description="Features and logits are those that an earlier analysis computed."
+        default=False, description="Whether features and logits are those of an earlier analysis."
     )
     options: Options
 
@@ -241,29 +242,32 @@ class Difference(Strict):
     a: FiniteFloat | None
     b: FiniteFloat | None
     difference: FiniteFloat | None
-    standard_error: FiniteFloat | None = Field(description="Over draws of the samples within classes, paired.")
-    low: FiniteFloat | None = Field(description="Of the interval of the difference, at `options.confidence`.")
+    standard_error: FiniteFloat | None = Field(
+        description="Standard error over paired draws of the samples within classes."
+    )
+    low: FiniteFloat | None = Field(description="Lower end of the interval, at `options.confidence`.")
     high: FiniteFloat | None
     significant: bool | None = Field(
         description="Whether 0 lies outside of the interval by more than rounding and stated errors."
     )
-    bias: FiniteFloat | None = Field(description="Of the difference, as the bootstrap estimates it; not taken off.")
+    bias: FiniteFloat | None = Field(description="Bias of the difference, by the bootstrap; not subtracted.")
     bias_a: FiniteFloat | None
     bias_b: FiniteFloat | None
     reason: str | None
 
 
 class Predictions(Strict):
-    """Where the two networks' predicted classes agree, and whether their accuracies differ by more than chance."""
+    """Agreement of the two networks' predicted classes, and whether their accuracies differ by more than chance."""
 
     agreement: FiniteFloat
     both_correct: int
     only_a_correct: int
     only_b_correct: int
     neither_correct: int
-    mcnemar_p: FiniteFloat = Field(description="Of McNemar's exact test, two-sided.")
+    mcnemar_p: FiniteFloat = Field(description="Two-sided p-value of McNemar's exact test.")
     smallest_difference: FiniteFloat | None = Field(
-        description="Of accuracy, that McNemar's test shows with probability 0.8 at `options.confidence`."
+        description="Smallest difference of accuracy that McNemar's test shows with probability 0.8 at "
+        "`options.confidence`."
     )
     reason: str | None
 
@@ -295,7 +299,7 @@ class ComparisonReport(_Report):
 
 
 class Barrier(Strict):
-    """How far a value on the path exceeds what it is compared with, and at which w it does so most."""
+    """The largest excess of a value on the path over its reference, and the w at which it occurs."""
 
     value: FiniteFloat
     at: FiniteFloat
@@ -310,7 +314,7 @@ class BarrierForms(Strict):
 
 
 class PathSplit(Strict):
-    """Of one split. MIR's barrier is how far it falls under the chord, HDR's how far it rises over it."""
+    """Barriers of one split. MIR's barrier is how far it falls under the chord, HDR's how far it rises over it."""
 
     loss_barrier: Barrier | None
     error_barrier: Barrier | None
@@ -323,43 +327,47 @@ class PathSplit(Strict):
 
 
 class Measured(Strict):
-    """Which MIR and HDR a summary is of."""
+    """The level and centring of a summary's MIR and HDR."""
 
     level: Literal["sample", "class_mean"]
     centring: Literal["none", "global"]
 
 
 class Alignment(Strict):
-    """How B's hidden units were permuted before the path; its last point is then the permuted B."""
+    """The permutation of B's hidden units before the path, whose last point is then the permuted B."""
 
-    n_groups: int = Field(description="Sets of axes that were permuted, each by one permutation.")
+    n_groups: int = Field(description="Sets of axes that share one permutation each.")
     sweeps: int
     gain: FiniteFloat = Field(description="Rise of the inner product of the two ends' parameters.")
-    change_of_logits: FiniteFloat = Field(description="Of B on a batch of the probe, as a share of the largest.")
+    change_of_logits: FiniteFloat = Field(
+        description="Change of B's logits on a batch of the probe, as a share of the largest logit."
+    )
 
 
 class PathLook(Strict):
-    """What an adaptive grid saw before it evaluated: the loss alone, at many points, on a part of the probe."""
+    """An adaptive grid's pass before its evaluations: the loss alone, at many points, on a part of the probe."""
 
     n_points: int
-    n_samples: int = Field(description="Of the probe, in proportion to classes and splits; of texts, sequences.")
-    loss_barrier: Barrier = Field(description="On these samples.")
+    n_samples: int = Field(
+        description="Drawn from the probe, in proportion to classes and splits; sequences for texts."
+    )
+    loss_barrier: Barrier = Field(description="Barrier of the loss on these samples.")
 
 
 class PathSummary(Strict):
     splits: dict[SplitName, PathSplit]
     measured: Measured
     l2_distance: FiniteFloat = Field(description="Euclidean distance of the two ends' parameters.")
-    cosine: FiniteFloat | None = Field(description="Of the two ends' parameters.")
+    cosine: FiniteFloat | None = Field(description="Cosine of the angle between the two ends' parameters.")
     reasons: Reasons = Field(default_factory=dict)
     alignment: Alignment | None
-    recalibrated_layers: int | None = Field(description="Normalisation layers with statistics taken anew.")
+    recalibrated_layers: int | None = Field(description="Normalisation layers with recomputed statistics.")
     resolution: FiniteFloat | None = Field(
         default=None,
         description="Largest distance in w between neighbouring places, from 0 to 1, at which the loss was taken: a "
-        "barrier that is narrower may have been missed.",
+        "narrower barrier may have been missed.",
     )
-    look: PathLook | None = Field(default=None, description="Of an adaptive grid.")
+    look: PathLook | None = Field(default=None, description="Null except for adaptive grids.")
 
 
 class PathPoint(Strict):
@@ -404,7 +412,7 @@ class PruningReport(_Report):
 class SeriesPoint(Strict):
     x: FiniteFloat
     checkpoint_id: str
-    reused_report_id: str | None = Field(description="The report of an evaluation that there was already.")
+    reused_report_id: str | None = Field(description="The report of a reused evaluation.")
     splits: dict[SplitName, SplitEvaluation]
 
 
@@ -419,7 +427,7 @@ class SeriesSplit(Strict):
 
 
 class Generalisation(Strict):
-    """First x with a train accuracy of 0.99, first with a test accuracy of 0.99, and how much later that came."""
+    """The first x with a train accuracy of 0.99, the first with a test accuracy of 0.99, and their difference."""
 
     train_at: FiniteFloat | None
     test_at: FiniteFloat | None
@@ -430,7 +438,7 @@ class Generalisation(Strict):
 class SeriesSummary(Strict):
     splits: dict[SplitName, SeriesSplit]
     measured: Measured
-    generalisation: Generalisation | None = Field(description="Null where the probe has not both splits.")
+    generalisation: Generalisation | None = Field(description="Null unless the probe has both splits.")
 
 
 class SeriesReport(_Report):

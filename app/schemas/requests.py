@@ -1,4 +1,4 @@
-"""What an analysis is asked for: its kind, its subjects and its options."""
+"""Requests for analyses: kind, subjects and options."""
 
 from itertools import pairwise
 from typing import Annotated, Any, Literal
@@ -14,43 +14,44 @@ class EvaluationOptions(Strict):
     null_permutations: int = Field(default=10, ge=0, le=1000, description="Permutations of the null baseline.")
     seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of the permutations and of their subsample.")
     tolerance: float = Field(default=1e-4, ge=0, le=0.1, description="Largest change of MIR that counts as settled.")
-    batch_size: int | None = Field(default=None, ge=1, le=1_000_000, description="Inputs at a time; default: chosen.")
+    batch_size: int | None = Field(default=None, ge=1, le=1_000_000, description="Inputs per batch; default: chosen.")
     precision: Literal["float32", "bfloat16"] = Field(
         default="float32",
-        description="Of the network's forward pass; `bfloat16` runs it under autocast. A feature set has none.",
+        description="Precision of the network's forward pass; `bfloat16` uses autocast. Unused for feature sets.",
     )
     samples: int | None = Field(
         default=None,
         ge=2,
-        description="So many of the probe's, drawn in proportion to classes and splits; of sequences to splits.",
+        description="Number of samples to draw from the probe, in proportion to classes and splits; of sequences, in "
+        "proportion to splits.",
     )
 
 
 class ComparisonOptions(EvaluationOptions):
-    """How two checkpoints are compared, and where the intervals of the differences come from."""
+    """How two checkpoints are compared, and how the intervals of the differences are computed."""
 
     interval: Literal["delta", "bootstrap"] = Field(
         default="delta",
         description="`delta` takes standard errors from influence functions, `bootstrap` from paired resamples.",
     )
-    resamples: int = Field(default=200, ge=10, le=10_000, description="Of the bootstrap, each two evaluations.")
-    confidence: float = Field(default=0.95, ge=0.5, le=0.9999, description="Of the intervals.")
+    resamples: int = Field(default=200, ge=10, le=10_000, description="Bootstrap resamples, each two evaluations.")
+    confidence: float = Field(default=0.95, ge=0.5, le=0.9999, description="Confidence of the intervals.")
 
 
 class EvenGrid(Strict):
-    """So many points evenly from 0 to 1, both ends among them."""
+    """The number of points, evenly from 0 to 1, both ends included."""
 
     points: int = Field(ge=2, le=1001)
 
 
 class NamedGrid(Strict):
-    """These points; both ends are added where they are not named, as barriers are measured from them."""
+    """The given points; missing ends are added, as barriers are measured from them."""
 
     values: list[Number] = Field(min_length=1, max_length=1000)
 
 
 def _of_one_form(grid: Any, validate: ValidatorFunctionWrapHandler) -> Any:
-    """A grid, held against the form that was given alone: nobody wants to hear what the other two would need."""
+    """Validate a grid against the given form alone: errors about the other forms would not help."""
     if isinstance(grid, dict) and ("points" in grid) != ("values" in grid):
         return (EvenGrid if "points" in grid else NamedGrid).model_validate(grid)
     if isinstance(grid, EvenGrid | NamedGrid) or grid == "adaptive":
@@ -59,14 +60,14 @@ def _of_one_form(grid: Any, validate: ValidatorFunctionWrapHandler) -> Any:
 
 
 class PathOptions(EvaluationOptions):
-    """Which points of a path, and what happens to the networks there. Each point is a full evaluation."""
+    """The points of a path, and the treatment of the networks there. Each point is a full evaluation."""
 
     grid: Annotated[EvenGrid | NamedGrid | Literal["adaptive"], WrapValidator(_of_one_form)] = Field(
         default=EvenGrid(points=25), description="`adaptive` looks for peaks of the loss, then refines them."
     )
     normalisation: Literal["interpolate", "recalibrate"] = Field(
         default="interpolate",
-        description="`recalibrate` takes running statistics anew at each point between the ends, from the probe.",
+        description="`recalibrate` recomputes running statistics at each point between the ends, from the probe.",
     )
     alignment: Literal["none", "weight_matching"] = Field(
         default="none", description="`weight_matching` permutes B's hidden units to match A's before the path."
@@ -90,7 +91,7 @@ def _check_sparsities(values: list[float]) -> list[float]:
 
 
 class PruningOptions(EvaluationOptions):
-    """How much is pruned, and of what. Each sparsity is a full evaluation."""
+    """The amount and scope of pruning. Each sparsity is a full evaluation."""
 
     sparsities: Annotated[
         list[Annotated[Number, Field(ge=0, lt=1)]],
@@ -98,7 +99,7 @@ class PruningOptions(EvaluationOptions):
         AfterValidator(_check_sparsities),
     ] = Field(
         default=[0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99],
-        description="Shares of the prunable weights; 0 is added where it is not named.",
+        description="Shares of the prunable weights; 0 is added if missing.",
     )
     scope: Literal["global", "layerwise"] = Field(
         default="global", description="One threshold for all prunable weights, or the same share of each layer."
@@ -107,7 +108,7 @@ class PruningOptions(EvaluationOptions):
 
 
 class Axis(Strict):
-    """What a series runs along: a name, and for each checkpoint a number, rising."""
+    """The axis of a series: a name, and a rising number for each checkpoint."""
 
     name: str = Field(min_length=1, max_length=100, pattern=PLAIN_TEXT, description="Such as `epoch` or `step`.")
     values: list[Number] = Field(min_length=2, max_length=1000)
@@ -120,7 +121,7 @@ class Axis(Strict):
 
 
 class SeriesAxis(Axis):
-    """What a series that is asked for runs along: the difference of any two of its values is a number too."""
+    """The axis of a requested series, bounded so that the difference of any two values is finite."""
 
     values: list[Annotated[Number, Field(ge=-1e15, le=1e15)]] = Field(min_length=2, max_length=1000)
 

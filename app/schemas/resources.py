@@ -1,4 +1,4 @@
-"""What the service answers with: resources, pages of them, and problems."""
+"""Answers of the service: resources, pages of resources, and problems."""
 
 from datetime import datetime
 from typing import Any, Generic, Literal, TypeVar
@@ -18,13 +18,13 @@ class Checkpoint(Strict):
     n_parameters: int
     architecture: dict[str, Any]
     head: str | None
-    prefix: str = Field(description="Before the network's own names in the file, such as `module.`.")
+    prefix: str = Field(description="Prefix of the network's own names in the file, such as `module.`.")
     ignored: dict[str, int] = Field(
-        description="Tensors that are none of the network's, by how their names begin (* for a number): how many."
+        description="Tensors that are not the network's, counted by the start of their names (* for a number)."
     )
     names_checked: bool = Field(
         description="Whether a worker has built the network and compared names. Before that `prefix`, `ignored` and "
-        "`n_parameters` are told by the file's names alone, and decide nothing."
+        "`n_parameters` come from the file's names alone, and decide nothing."
     )
     preprocess: Preprocess | None
     tokenizer_sha256: str | None
@@ -37,17 +37,17 @@ class Probe(Strict):
     name: str
     sha256: str
     data_sha256: str | None = Field(
-        description="Of the data, the same whatever file they came in; null of uploads of before there was one."
+        description="Hash of the data, independent of the file; null for uploads older than this member."
     )
     size_bytes: int
     format: Literal["safetensors", "npz", "parquet", "imagefolder", "csv", "jsonl"]
     content: Literal["tensors", "images", "texts"]
     columns: dict[str, str | None] | None
     n_samples: int
-    n_classes: int = Field(description="0 where samples have no labels, as sequences for language models need none.")
+    n_classes: int = Field(description="0 if samples have no labels; sequences for language models need none.")
     class_counts: list[int]
     class_names: list[str] | None
-    input_shape: list[int] | None = Field(description="Of tensors; images and texts differ.")
+    input_shape: list[int] | None = Field(description="Shape of tensors; images and texts have no common shape.")
     splits: dict[str, int]
     preprocess: Preprocess | None
     tokenizer_sha256: str | None
@@ -61,7 +61,7 @@ class FeatureSet(Strict):
     name: str
     sha256: str
     data_sha256: str | None = Field(
-        description="Of the data, the same whatever file they came in; null of uploads of before there was one."
+        description="Hash of the data, independent of the file; null for uploads older than this member."
     )
     size_bytes: int
     n_samples: int
@@ -74,7 +74,7 @@ class FeatureSet(Strict):
 
 
 class Problem(BaseModel):
-    """RFC 9457; further members by type, see docs/problems.md."""
+    """A problem of RFC 9457; further members depend on the type, see docs/problems.md."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -99,8 +99,8 @@ class Analysis(Strict):
     name: str
     status: Status
     progress: Progress
-    checkpoint_id: str | None = Field(description="Where it looks at one checkpoint.")
-    checkpoint_ids: list[str] = Field(description="All that it looks at, in order: of a path A and B.")
+    checkpoint_id: str | None = Field(description="Set if the analysis has exactly one checkpoint.")
+    checkpoint_ids: list[str] = Field(description="All checkpoints of the analysis, in order: A and B of a path.")
     probe_id: str | None
     feature_set_id: str | None
     axis: Axis | None
@@ -131,14 +131,14 @@ Item = TypeVar("Item")
 
 
 class Page(Strict, Generic[Item]):
-    """Newest first. Pass `next_cursor` as `cursor` for what follows; null at the end."""
+    """A page, newest first. Pass `next_cursor` as `cursor` for the next page; null at the end."""
 
     items: list[Item]
     next_cursor: str | None
 
 
 class Charts(Strict):
-    """What GET /v1/reports/{id}/charts/{name}.{format} draws."""
+    """The names and formats that GET /v1/reports/{id}/charts/{name}.{format} accepts."""
 
     names: list[str]
     formats: list[str]
@@ -157,9 +157,11 @@ class WorkerVersion(Strict):
     id: str
     device: str | None
     torch_version: str | None
-    families: list[str] | None = Field(description="Of networks, those whose libraries it has imported.")
-    untried: list[str] = Field(description="Installed, and still to be tried: a worker begins with it when it starts.")
-    unavailable: dict[str, str] = Field(description="Installed, and not to be imported: the library's own words.")
+    families: list[str] | None = Field(description="Families of networks whose libraries the worker has imported.")
+    untried: list[str] = Field(description="Installed families not tried yet; a worker tries them when it starts.")
+    unavailable: dict[str, str] = Field(
+        description="Installed families that fail to import, with the library's own message."
+    )
 
 
 class Version(Strict):

@@ -26,14 +26,14 @@ class CheckpointSpec(Strict):
     )
     prefix: Prefix | None = Field(
         default=None,
-        description="What stands before the weights' names, such as `ema_model.`, where the file holds several copies.",
+        description="Prefix of the weights' names, such as `ema_model.`, if the file holds several copies.",
     )
     preprocess: dict[str, Any] | None = Field(
-        default=None, description="Of images, where a probe gives none: as of a probe, or a preprocessor_config.json."
+        default=None, description="For images of a probe without one: in a probe's form, or a preprocessor_config.json."
     )
     tokenizer: dict[str, Any] | None = Field(default=None, description="Content of a tokenizer.json, for texts.")
     metadata: Metadata = Field(default={})
-    sha256: Sha256 | None = Field(default=None, description="Instead of a file: a blob that the service holds.")
+    sha256: Sha256 | None = Field(default=None, description="Instead of a file: hash of a stored blob.")
 
 
 Side = Annotated[int, Field(ge=1, le=4096)]
@@ -41,10 +41,10 @@ Sides = Annotated[list[Side], Field(min_length=2, max_length=2)]
 
 
 class Preprocess(Strict):
-    """What happens to inputs before the network sees them: x * scale, then (x - mean) / std; of images resize, centre
-    crop and colour first, in grey levels 0 to 255."""
+    """Preprocessing of inputs: x * scale, then (x - mean) / std; for images resize, centre crop and colour come
+    first, in grey levels 0 to 255."""
 
-    scale: FiniteFloat | None = Field(default=None, description="Default: 1; 1/255 of images that are decoded.")
+    scale: FiniteFloat | None = Field(default=None, description="Default: 1; 1/255 for decoded images.")
     mean: FiniteFloat | list[FiniteFloat] = 0.0
     std: PositiveFloat | list[PositiveFloat] = 1.0
     resize: Side | Sides | None = Field(default=None, description="Shorter side, or [height, width], in pixels.")
@@ -53,26 +53,27 @@ class Preprocess(Strict):
     )
     crop: Side | Sides | None = Field(default=None, description="Side, or [height, width], about the centre.")
     crop_offset: Literal["rounded", "floored"] = Field(
-        default="rounded", description="Half of an odd number of pixels: as torchvision, or as transformers has it."
+        default="rounded",
+        description="Half of an odd number of pixels: as torchvision (rounded) or transformers (floored).",
     )
     pad_offset: Literal["floored", "ceiled"] = Field(
         default="floored",
-        description="Half of an odd number of pixels that the image lacks, before it: as torchvision, or as the Pillow "
-        "backend of transformers has it.",
+        description="Padding before the image, half of an odd number of pixels: `floored` as torchvision, `ceiled` as "
+        "the Pillow backend of transformers.",
     )
-    colour: Literal["rgb", "grey"] | None = Field(default=None, description="null: grey stays grey, all else is RGB.")
+    colour: Literal["rgb", "grey"] | None = Field(default=None, description="null: grey stays grey, others become RGB.")
 
     def for_images(self) -> "Preprocess":
-        """All of it said, of images that are decoded."""
+        """Return the preprocessing of decoded images, with defaults filled in."""
         crop = [self.crop, self.crop] if isinstance(self.crop, int) else self.crop
         return self.model_copy(update={"scale": 1 / 255 if self.scale is None else self.scale, "crop": crop})
 
     def for_tensors(self) -> "Preprocess":
-        """All of it said, of tensors, which are not resized."""
+        """Return the preprocessing of tensors, which are not resized, with defaults filled in."""
         return self.model_copy(update={"scale": 1.0 if self.scale is None else self.scale})
 
 
-# Compared with names from elsewhere: composed, as Unicode has it (NFC), however it was typed.
+# Compared with names from other sources, so composed (NFC) however it was typed.
 ClassName = Annotated[str, Field(max_length=200, pattern=PLAIN_TEXT), AfterValidator(partial(normalize, "NFC"))]
 ColumnName = Annotated[str, Field(min_length=1, max_length=200)]
 
@@ -83,12 +84,12 @@ class Columns(Strict):
     image: ColumnName | None = Field(default=None, description="Default: image, img.")
     text: ColumnName | None = Field(default=None, description="Default: text, sentence, content.")
     label: ColumnName | None = Field(
-        default=None, description="Default: label, labels, fine_label. null, where it is given: texts without labels."
+        default=None, description="Default: label, labels, fine_label. An explicit null: texts without labels."
     )
-    split: ColumnName | None = Field(default=None, description="Default: split, where there is one.")
+    split: ColumnName | None = Field(default=None, description="Default: split, if present.")
 
     def named(self) -> dict[str, str | None]:
-        """Names by role; of labels null where somebody says that there are none."""
+        """Return names by role; an explicit null for `label` means that there are no labels."""
         said = self.model_dump(exclude_unset=True)
         return {role: name for role, name in said.items() if name is not None or role == "label"}
 
@@ -101,13 +102,13 @@ class ProbeSpec(Strict):
         default=None,
         min_length=2,
         max_length=MAX_CLASSES,
-        description="In the order of the labels; of a file that has names itself, the order or other names for them.",
+        description="In the order of the labels; for a file with its own names, their order or other names.",
     )
     preprocess: Preprocess | None = None
-    columns: Columns | None = Field(default=None, description="Of Parquet, CSV and JSON lines.")
+    columns: Columns | None = Field(default=None, description="Columns of Parquet, CSV and JSON lines.")
     tokenizer: dict[str, Any] | None = Field(default=None, description="Content of a tokenizer.json, for texts.")
     max_length: int | None = Field(
-        default=None, ge=1, le=100_000, description="Tokens of a text that are kept; default: see docs/report.md."
+        default=None, ge=1, le=100_000, description="Most tokens kept of a text; default: see docs/report.md."
     )
     metadata: Metadata = Field(default={})
     sha256: Sha256 | None = None

@@ -1,4 +1,4 @@
-"""An analysis may look at several checkpoints, in order, and may have an axis.
+"""An analysis may have several checkpoints, in order, and may have an axis.
 
 Revision ID: 0002
 Revises: 0001
@@ -45,7 +45,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Downgrade schema; of several checkpoints none is kept, as the older tables have room for one."""
+    """Downgrade schema; drop the checkpoints of analyses with several, as the older tables have room for one."""
     with op.batch_alter_table("analyses") as batch:
         batch.drop_column("axis")
     for table in ("analyses", "reports"):

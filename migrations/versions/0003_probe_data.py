@@ -1,4 +1,4 @@
-"""Probes of images and texts; checkpoints that bring a preprocessing, a tokenizer, and names as training leaves them.
+"""Probes of images and texts; preprocessing, tokenizer and stored names of a checkpoint.
 
 Revision ID: 0003
 Revises: 0002
@@ -19,7 +19,7 @@ _PROBES = sa.table("probes", sa.column("content"), sa.column("input_shape", sa.J
 
 
 def upgrade() -> None:
-    """Upgrade schema; what there is holds tensors."""
+    """Upgrade schema; existing probes hold tensors."""
     with op.batch_alter_table("checkpoints") as batch:
         batch.add_column(sa.Column("prefix", sa.String(200), nullable=False, server_default=""))
         batch.add_column(sa.Column("ignored", sa.JSON(), nullable=False, server_default="{}"))
@@ -34,7 +34,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Downgrade schema; images and texts, which the older code cannot read, are left with no shape."""
+    """Downgrade schema; images and texts, which the older code cannot read, are left without a shape."""
     op.execute(sa.update(_PROBES).where(_PROBES.c.content != "tensors").values(input_shape=[]))
     with op.batch_alter_table("probes") as batch:
         _drop_tokenizer(batch, "probes")

@@ -1,4 +1,4 @@
-"""Gates, each version a row, and baselines with the moves that were asked for.
+"""Gates, each version a row, and baselines with their requested moves.
 
 Revision ID: 0004
 Revises: 0003
@@ -61,7 +61,7 @@ def downgrade() -> None:
 
 
 def _create(table: str, *parts: Any) -> None:
-    """A table of resources: with an id, a time, and their order for pages."""
+    """Create a table of resources: with an id, a time, and an index of their order for pages."""
     op.create_table(
         table,
         sa.Column("id", sa.String(36), nullable=False),

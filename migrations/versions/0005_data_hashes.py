@@ -1,4 +1,4 @@
-"""Hashes of the data of probes and feature sets, whatever file they came in.
+"""Hashes of the data of probes and feature sets, independent of the file format.
 
 Revision ID: 0005
 Revises: 0004
@@ -18,7 +18,7 @@ _TABLES = ("probes", "feature_sets")
 
 
 def upgrade() -> None:
-    """Upgrade schema; what there is has no hash until it is pushed again."""
+    """Upgrade schema; existing rows have no hash until they are pushed again."""
     for table in _TABLES:
         with op.batch_alter_table(table) as batch:
             batch.add_column(sa.Column("data_sha256", sa.String(64), nullable=True))

@@ -1,4 +1,4 @@
-"""Checkpoints whose prefix somebody has named, and whose names a worker has compared with the network's.
+"""The requested prefix of a checkpoint, and whether a worker has compared its names with the network's.
 
 Revision ID: 0006
 Revises: 0005
@@ -16,7 +16,7 @@ depends_on: str | None = None
 
 
 def upgrade() -> None:
-    """Upgrade schema; of the checkpoints that there are, names are compared when they are next analysed."""
+    """Upgrade schema; names of existing checkpoints are compared at their next analysis."""
     with op.batch_alter_table("checkpoints") as batch:
         batch.add_column(sa.Column("asked_prefix", sa.String(200), nullable=True))
         batch.add_column(sa.Column("names_checked", sa.Boolean(), nullable=False, server_default=sa.false()))

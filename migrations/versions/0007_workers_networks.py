@@ -1,4 +1,4 @@
-"""What a worker has tried to import, why some of it cannot be, and the names of the networks that it builds.
+"""The libraries that a worker has tried to import, the reasons for failures, and the names of its networks.
 
 Revision ID: 0007
 Revises: 0006

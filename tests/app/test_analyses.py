@@ -1,4 +1,4 @@
-"""Analyses and reports over HTTP: asked for once, cancelled, read, and refused where the input is bad."""
+"""Analyses and reports over HTTP: idempotent requests, cancellation, reading, and refusal of invalid input."""
 
 import base64
 import json
@@ -26,7 +26,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 def pair(service: Service, checkpoint: Path | bytes, probe: Path | bytes, **spec: Any) -> dict[str, str]:
-    """A checkpoint and a probe, uploaded; their ids."""
+    """Upload a checkpoint and a probe; return their ids."""
     made = service.post("/v1/checkpoints", {"name": "net", **spec}, checkpoint)
     assert made.status_code == 201, made.text
     data = service.post("/v1/probes", {"name": "data", "preprocess": {"scale": 0.0625}}, probe)
@@ -35,14 +35,14 @@ def pair(service: Service, checkpoint: Path | bytes, probe: Path | bytes, **spec
 
 
 def without_identity(report: dict[str, Any]) -> dict[str, Any]:
-    """A report but for what differs between two runs of the same analysis, of which the second reuses features."""
+    """Return a report without members that differ between two runs of an analysis, the second with cached features."""
     kept = {key: report[key] for key in ("kind", "provenance", "splits", "schema_version", "definitions_version")}
     kept["provenance"] = {key: value for key, value in report["provenance"].items() if key != "features_reused"}
     return kept
 
 
 def test_evaluation_of_a_checkpoint(any_service: Service, mlp_checkpoint_file: Path, digits_probe_file: Path) -> None:
-    """A trained network and real data go in; a report with every value of the schema comes out."""
+    """A trained network and real data give a report with every value of the schema."""
     ids = pair(any_service, mlp_checkpoint_file, digits_probe_file, metadata={"epoch": 30})
     queued = any_service.analyze(**ids)
     assert queued["status"] in ("queued", "running")
@@ -70,7 +70,7 @@ def test_evaluation_of_a_checkpoint(any_service: Service, mlp_checkpoint_file: P
 def test_report_is_immutable_and_cacheable(
     any_service: Service, mlp_checkpoint_file: Path, digits_probe_file: Path
 ) -> None:
-    """A report has an ETag, caches for ever, and answers 304 to who holds it."""
+    """A report has an ETag, is cacheable for ever, and answers 304 for a matching tag."""
     analysis = any_service.wait(any_service.analyze(**pair(any_service, mlp_checkpoint_file, digits_probe_file))["id"])
     url = f"/v1/reports/{analysis['report_id']}"
     first = any_service.client.get(url)
@@ -84,7 +84,7 @@ def test_report_is_immutable_and_cacheable(
 def test_feature_set_gives_the_same_numbers(
     service: Service, mlp_checkpoint_file: Path, digits_probe_file: Path
 ) -> None:
-    """Features that their owner extracted give the values that the service finds for the network itself."""
+    """Features that a user extracted give the same values as the network itself."""
     weights, data = load_file(mlp_checkpoint_file), load_arrays(digits_probe_file)
     inputs = torch.from_numpy(data["inputs"]) * 0.0625
     features = torch.relu(inputs @ weights["layers.0.weight"].T + weights["layers.0.bias"])
@@ -135,7 +135,7 @@ def test_idempotency_key(any_service: Service, mlp_checkpoint_file: Path, digits
 
 
 def test_cancel(any_service: Service, slow_ids: Callable[[Service], dict[str, str]]) -> None:
-    """What runs and what waits behind it can be cancelled; the worker then does other work; what has ended cannot."""
+    """A running and a queued analysis can be cancelled; the worker then continues; an ended one cannot be cancelled."""
     ids = slow_ids(any_service)
     running, waiting = (any_service.analyze(**ids, options=SLOW) for _ in range(2))
 
@@ -174,7 +174,7 @@ def slow_ids(mlp_checkpoint_file: Path, digits_probe_file: Path) -> Callable[[Se
 def test_lists_of_analyses_and_reports(
     any_service: Service, mlp_checkpoint_file: Path, digits_probe_file: Path
 ) -> None:
-    """Analyses and reports are found by status, kind, subject and their subject's metadata."""
+    """Analyses and reports can be filtered by status, kind, subject and their subject's metadata."""
     mark = uuid4().hex
     ids = pair(any_service, mlp_checkpoint_file, digits_probe_file, metadata={"mark": mark})
     done = any_service.wait(any_service.analyze(**ids)["id"])
@@ -211,7 +211,7 @@ BAD_REQUESTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("case", BAD_REQUESTS)
 def test_bad_request_is_refused(service: Service, case: str) -> None:
-    """A request that names no one thing to do is a problem that says where."""
+    """An ambiguous or incomplete request is a problem that names the place."""
     body = problem(service.client.post("/v1/analyses", json=BAD_REQUESTS[case]), 422, "invalid-request")
     assert body["errors"]
 
@@ -227,7 +227,7 @@ def test_body_that_is_no_json_is_refused(service: Service) -> None:
 
 
 def test_text_that_no_database_takes_is_refused(any_service: Service) -> None:
-    """NUL, half characters and years out of range are problems or unknown, never faults, on both databases."""
+    """NUL, lone surrogates and years out of range are problems or unknown, never faults, on both databases."""
     client = any_service.client
     for path in ("/v1/probes?name=%00", "/v1/probes/%00", "/v1/reports/%00", "/v1/analyses?kind=%00"):
         problem(client.get(path), 422, "invalid-request")
@@ -243,7 +243,7 @@ def test_text_that_no_database_takes_is_refused(any_service: Service) -> None:
 
 @pytest.mark.parametrize("kind", get_args(Kind))
 def test_kinds_are_known_to_requests_errors_and_filters(service: Service, kind: str) -> None:
-    """A filter takes each kind, and errors of a request of each kind name places of its body, not the kind."""
+    """A filter accepts each kind, and errors of a request of each kind name places of its body, not the kind."""
     for collection in ("analyses", "reports"):
         assert service.client.get(f"/v1/{collection}", params={"kind": kind}).status_code == 200
     answer = service.client.post("/v1/analyses", json={"kind": kind, "options": {"tolerance": 1}})
@@ -253,13 +253,13 @@ def test_kinds_are_known_to_requests_errors_and_filters(service: Service, kind: 
 
 
 def test_kinds_are_those_of_requests() -> None:
-    """What filters and errors know are the kinds that can be asked for."""
+    """The kinds of filters and errors are those of requests."""
     requests = get_args(get_args(AnalysisRequest)[0])
     assert [*get_args(Kind)] == [get_args(request.model_fields["kind"].annotation)[0] for request in requests]
 
 
 def test_unknown_kind_is_no_filter(service: Service) -> None:
-    """A mistyped kind must not read as a kind of which there is nothing yet."""
+    """A mistyped kind is refused instead of giving an empty list."""
     for path in ("/v1/reports?kind=paths", "/v1/analyses?kind=paths", "/v1/analyses?kind="):
         (error,) = problem(service.client.get(path), 422, "invalid-request")["errors"]
         assert error["loc"] == ["query", "kind"]
@@ -289,7 +289,7 @@ NO_NUMBER = "Input should be a valid number"
     ids=str,
 )
 def test_a_grid_is_held_against_its_own_form(service: Service, grid: Any, place: str, message: str) -> None:
-    """An error is of the form that was given, at its place in the body; of no form it names all three."""
+    """An error of a grid refers to its given form, at its place in the body; without a form it names all three."""
     answer = service.client.post("/v1/analyses", json={**PATH, "options": {"grid": grid}})
     loc = ["body", "options", "grid", *filter(None, place.split("."))]
     assert problem(answer, 422, "invalid-request")["errors"] == [{"loc": loc, "message": message}]
@@ -297,7 +297,7 @@ def test_a_grid_is_held_against_its_own_form(service: Service, grid: Any, place:
 
 @pytest.mark.parametrize("grid", [{"points": 5}, {"values": [0, 0.5]}, {"values": [1]}, "adaptive"], ids=str)
 def test_grids_that_are_taken(service: Service, grid: Any) -> None:
-    """Each form is taken; whole numbers are numbers."""
+    """Each form is accepted; integers are accepted as numbers."""
     answer = service.client.post("/v1/analyses", json={**PATH, "options": {"grid": grid}})
     problem(answer, 404, "not-found")
 
@@ -312,7 +312,7 @@ def test_grids_that_are_taken(service: Service, grid: Any) -> None:
     ],
 )
 def test_places_are_numbers(service: Service, request_: dict[str, Any], place: str) -> None:
-    """Neither true nor a text is read as a sparsity or a number of an axis."""
+    """Neither true nor a text is accepted as a sparsity or an axis value."""
     body = problem(service.client.post("/v1/analyses", json=request_), 422, "invalid-request")
     assert body["errors"] == [{"loc": ["body", *place.split(".")], "message": NO_NUMBER}]
 
@@ -322,7 +322,7 @@ def test_places_are_numbers(service: Service, request_: dict[str, Any], place: s
     [([-1.7e308, 1.7e308], 0, "greater than or equal to -1"), ([0, 1.0001e15], 1, "less than or equal to 1")],
 )
 def test_an_axis_has_bounds(service: Service, values: list[float], index: int, bound: str) -> None:
-    """Numbers whose difference is none are refused before anything is computed; those at the bounds are taken."""
+    """Axis values beyond 1e15, whose difference could overflow, are refused at once; the bounds are accepted."""
     answer = service.client.post("/v1/analyses", json={**SERIES, "axis": {"name": "x", "values": values}})
     error = problem(answer, 422, "invalid-request")["errors"][0]
     assert error["loc"] == ["body", "axis", "values", str(index)]
@@ -332,7 +332,7 @@ def test_an_axis_has_bounds(service: Service, values: list[float], index: int, b
 
 
 def test_messages_are_in_words(service: Service) -> None:
-    """Neither the library's prefix nor a pattern that stands for control characters is shown."""
+    """Messages contain neither the library's prefix nor a regular expression for control characters."""
     answer = service.client.post("/v1/analyses", json={**SERIES, "axis": {"name": "a\nb", "values": [1, 2]}})
     body = problem(answer, 422, "invalid-request")
     assert body["errors"] == [{"loc": ["body", "axis", "name"], "message": "must not have control characters"}]
@@ -345,7 +345,7 @@ def test_messages_are_in_words(service: Service) -> None:
 
 
 def test_unknown_filter_is_refused(service: Service) -> None:
-    """A filter that a collection does not have is a problem: it must not answer with everything."""
+    """An unknown filter of a collection is a problem; otherwise it would return everything."""
     for path in ("/v1/reports?status=failed", "/v1/probes?kind=evaluation", "/v1/analyses?checkpoint=x"):
         problem(service.client.get(path), 422, "invalid-request")
 
@@ -390,7 +390,7 @@ BAD_CHECKPOINTS: dict[str, tuple[Callable[[Tensors], Tensors], dict[str, Any], s
 def test_bad_checkpoint_fails_with_a_problem(
     service: Service, case: str, mlp_checkpoint_file: Path, digits_probe_file: Path
 ) -> None:
-    """Weights that do not fit, or are not numbers, fail their analysis with what was wrong; the worker lives."""
+    """Weights that do not fit or are not numbers fail their analysis with the reason; the worker lives."""
     change, spec, kind = BAD_CHECKPOINTS[case]
     content = save_tensors(change(load_file(mlp_checkpoint_file)), metadata={"architecture": json.dumps(MLP)})
     worker = service.worker()
@@ -434,7 +434,7 @@ BAD_PROBES: dict[str, tuple[Callable[[], bytes], str]] = {
 
 @pytest.mark.parametrize("case", BAD_PROBES)
 def test_probe_that_does_not_fit_fails_with_a_problem(service: Service, case: str, mlp_checkpoint_file: Path) -> None:
-    """A probe that the network cannot take fails the analysis with what was wrong."""
+    """A probe that the network cannot take fails the analysis with the reason."""
     content, kind = BAD_PROBES[case]
     analysis = service.wait(service.analyze(**pair(service, mlp_checkpoint_file, content()))["id"])
     assert analysis["status"] == "failed", analysis

@@ -1,4 +1,4 @@
-"""Comparisons over HTTP and from the command: values, intervals, what is reused and what is refused."""
+"""Comparisons over HTTP and from the command line: values, intervals, reuse and refusals."""
 
 import json
 import subprocess
@@ -22,14 +22,14 @@ def probe_id(any_service: Service, digits_probe_file: Path) -> str:
 
 @pytest.fixture
 def pair(any_service: Service, mlp_checkpoint_file: Path) -> dict[str, str]:
-    """A trained network, and the same with noise."""
+    """Upload a trained network, and the same with noise."""
     first = _checkpoint(any_service, mlp_checkpoint_file, name="trained", metadata={"run": "a"})
     second = _checkpoint(any_service, _noisy(mlp_checkpoint_file, 0.1), name="noisy", metadata={"run": "b"})
     return {"checkpoint_a_id": first, "checkpoint_b_id": second}
 
 
 def test_a_comparison_of_two_checkpoints(any_service: Service, pair: dict[str, str], probe_id: str) -> None:
-    """Both sides are the checkpoints' own evaluations to the last digit, and the noise is found."""
+    """Both sides equal the checkpoints' own evaluations to the last digit, and the effect of the noise is detected."""
     own = [_report(any_service, checkpoint_id=id_, probe_id=probe_id, options=FEW) for id_ in pair.values()]
     report = _report(any_service, kind="comparison", **pair, probe_id=probe_id, options=FEW)
     ComparisonReport.model_validate(report)
@@ -56,7 +56,7 @@ def test_a_comparison_of_two_checkpoints(any_service: Service, pair: dict[str, s
 
 
 def test_networks_of_different_architectures(any_service: Service, mlp_checkpoint_file: Path, probe_id: str) -> None:
-    """A wider network beside a narrow one: what cannot lie on a path can be compared."""
+    """Networks of different widths, which cannot lie on a path, can be compared."""
     ids = {
         "checkpoint_a_id": _checkpoint(any_service, mlp_checkpoint_file),
         "checkpoint_b_id": _checkpoint(
@@ -76,7 +76,7 @@ def test_networks_of_different_architectures(any_service: Service, mlp_checkpoin
 
 
 def test_what_is_refused(any_service: Service, pair: dict[str, str], probe_id: str) -> None:
-    """Options out of range, one checkpoint alone, and a checkpoint that is not there."""
+    """Options out of range, a single checkpoint and an unknown checkpoint are refused."""
     request = {"kind": "comparison", **pair, "probe_id": probe_id}
     for options in ({"resamples": 5}, {"confidence": 1}, {"interval": "guess"}, {"grid": "adaptive"}):
         problem(any_service.client.post("/v1/analyses", json={**request, "options": options}), 422, "invalid-request")

@@ -1,4 +1,4 @@
-"""What processes that read strangers' files get of the environment."""
+"""The environment of processes that read untrusted files."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ GIVEN = {
 
 
 def test_no_key_and_no_password_is_passed_on() -> None:
-    """What computing needs is; what is named like a secret is not, whatever else its name begins with."""
+    """Variables needed for computing are passed on; secrets by name are not, whatever else the name begins with."""
     found = plain_environment(Settings(), given=GIVEN, storage=True)
     assert "secret" not in " ".join(found.values())
     kept = {"PATH", "LC_ALL", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "PYTHONPATH", "INTERPLAY_DEVICE"}
@@ -38,7 +38,7 @@ def test_no_key_and_no_password_is_passed_on() -> None:
 
 
 def test_what_is_named_is_passed_on() -> None:
-    """A network of the operator's own may need more."""
+    """Variables named in the settings are passed on, as an operator's own network may need more."""
     found = plain_environment(Settings(child_environment="SOMETHING,MISSING"), given=GIVEN)
     assert found["SOMETHING"] == "else"
     assert "MISSING" not in found
@@ -46,7 +46,7 @@ def test_what_is_named_is_passed_on() -> None:
 
 @pytest.mark.parametrize(("storage", "passed"), [(True, True), (False, False)])
 def test_a_remote_storage_is_opened_by_whoever_reaches_it(storage: bool, passed: bool) -> None:
-    """Its credentials, and no other store's."""
+    """Processes that access a remote storage get its credentials, and those of no other store."""
     given = {**GIVEN, "GOOGLE_SERVICE_ACCOUNT_KEY": "secret"}
     found = plain_environment(Settings(storage_url="s3://bucket/x"), given=given, storage=storage)
     assert ("AWS_SECRET_ACCESS_KEY" in found) is passed
@@ -54,7 +54,7 @@ def test_a_remote_storage_is_opened_by_whoever_reaches_it(storage: bool, passed:
 
 
 def test_the_compute_process_has_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a service with a key: its worker has it, as it was given, the process that computes has not."""
+    """In a service with a key, the worker has the key unchanged and the compute process does not have it."""
     monkeypatch.setenv("A_PASSWORD", "hidden")
     with services.running(tmp_path / "data", api_key="a-long-key-for-tests") as service:
         environment = psutil.Process(service.compute_child().pid).environ()

@@ -38,7 +38,7 @@ def _evaluated(service: Service, saved: Saved, batch: dict[str, Tensor], **spec:
 
 
 def _check_report(report: dict[str, Any], saved: Saved, batch: dict[str, Tensor], head: str) -> None:
-    """The accuracy is the library's own, and the report names the head."""
+    """Check that the accuracy is the library's own, and that the report names the head."""
     labels = torch.arange(N) % N_CLASSES
     accuracy = float((saved.library(batch).argmax(dim=1) == labels).float().mean())
     family = saved.architecture["family"]
@@ -51,20 +51,20 @@ def _check_report(report: dict[str, Any], saved: Saved, batch: dict[str, Tensor]
 
 @pytest.mark.parametrize(("name", "head"), [("ViT", "classifier"), ("Swin", "classifier")])
 def test_image_classifier_of_transformers(service: Service, tmp_path: Path, name: str, head: str) -> None:
-    """The files of `save_pretrained` go in as they are; the probe has `pixel_values`."""
+    """The files of `save_pretrained` are accepted unchanged; the probe has `pixel_values`."""
     saved, batch = models.saved_transformers(name, IMAGE_MODELS[name], tmp_path), models.images(N)
     _check_report(service.report(_evaluated(service, saved, batch)), saved, batch, head)
 
 
 @pytest.mark.parametrize(("name", "head"), [("Roberta", "classifier.out_proj"), ("GPT2", "score")])
 def test_text_classifier_of_transformers(service: Service, tmp_path: Path, name: str, head: str) -> None:
-    """The probe has `input_ids` and `attention_mask`, which stay the integers that they are."""
+    """The probe has `input_ids` and `attention_mask`, which stay integers."""
     saved, batch = models.saved_transformers(name, TEXT_MODELS[name], tmp_path), models.texts(N)
     _check_report(service.report(_evaluated(service, saved, batch)), saved, batch, head)
 
 
 def test_networks_of_timm_and_torchvision(service: Service, tmp_path: Path) -> None:
-    """By name and arguments."""
+    """Networks of timm and torchvision are analysed by name and arguments."""
     batch = models.images(N, 64)
     timm = models.saved_timm("resnet18", {}, tmp_path)
     _check_report(service.report(_evaluated(service, timm, batch)), timm, batch, "fc")
@@ -73,7 +73,7 @@ def test_networks_of_timm_and_torchvision(service: Service, tmp_path: Path) -> N
 
 
 def test_path_between_two_text_classifiers(service: Service, tmp_path: Path) -> None:
-    """What varies works on several tensors of inputs as on one; who saved a configuration is no difference."""
+    """A path works with several input tensors as with one; the version that saved a configuration is ignored."""
     ids = []
     for number in (0, 1):
         saved = models.saved_transformers("Bert", TEXT_MODELS["Bert"], tmp_path / str(number))
@@ -90,7 +90,7 @@ def test_path_between_two_text_classifiers(service: Service, tmp_path: Path) -> 
 
 
 def test_two_heads_fail_with_their_names(service: Service, tmp_path: Path) -> None:
-    """A distilled network's logits are no one head's: the analysis says so in place of a number."""
+    """A distilled network's logits come from two heads: the analysis fails with their names."""
     saved = models.saved_timm("deit_tiny_distilled_patch16_224", {"img_size": 64, "depth": 1}, tmp_path)
     for spec in ({}, {"head": "head"}):
         failed = _evaluated(service, saved, models.images(N, 64), **spec)
@@ -99,7 +99,7 @@ def test_two_heads_fail_with_their_names(service: Service, tmp_path: Path) -> No
 
 
 def _worker(service: Service) -> dict[str, Any]:
-    """The one worker, once it has tried all that is installed."""
+    """Return the only worker, once it has tried all installed libraries."""
 
     def tried() -> dict[str, Any] | None:
         [worker] = service.client.get("/v1/version").json()["workers"]
@@ -109,7 +109,7 @@ def _worker(service: Service) -> dict[str, Any]:
 
 
 def test_version_lists_the_families(service: Service) -> None:
-    """GET /v1/version says what each worker can build: what it has imported."""
+    """GET /v1/version lists the families that each worker can build, as it has imported them."""
     worker = _worker(service)
     assert worker["families"] == ["builtin", "transformers", "timm", "torchvision"]
     assert worker["unavailable"] == {}
@@ -130,7 +130,7 @@ def test_version_lists_the_families(service: Service) -> None:
 def test_an_impossible_name_is_refused_at_the_push(
     service: Service, family: str, name: str, nearest: str | None
 ) -> None:
-    """By what the workers build, with the nearest name that they do; the API loads no library for it."""
+    """An impossible name is refused with the nearest one that the workers build; the API loads no library for it."""
     _worker(service)
     architecture = {"family": family, "name": name, "args": {"num_classes": 3}}
     answer = service.post("/v1/checkpoints", {"name": "a", "architecture": architecture}, save({"a": torch.zeros(2)}))
@@ -143,7 +143,7 @@ def test_an_impossible_name_is_refused_at_the_push(
     "name", ["resnet18", "resnet18.a1_in1k", "vit_tiny_patch16_224_in21k", "vit_small_patch16_224.dino"]
 )
 def test_names_that_timm_takes_are_taken(service: Service, name: str) -> None:
-    """With the tags of its weights, and deprecated ones."""
+    """Names with the tags of weights and deprecated names are accepted, as timm accepts them."""
     _worker(service)
     architecture = {"family": "timm", "name": name, "args": {"num_classes": 3}}
     answer = service.post("/v1/checkpoints", {"name": "a", "architecture": architecture}, save({"a": torch.zeros(2)}))
@@ -167,7 +167,7 @@ sys.meta_path = [Without if finder is PathFinder else finder for finder in sys.m
 
 @pytest.fixture
 def without_timm(tmp_path: Path) -> Iterator[Service]:
-    """A service whose processes find no timm."""
+    """Run a service whose processes cannot import timm."""
     site = tmp_path / "site"
     site.mkdir()
     operators = (services.OPERATORS / "sitecustomize.py").read_text()
@@ -191,13 +191,13 @@ def test_a_worker_without_the_family_says_what_to_install(without_timm: Service,
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA, as PyPI's torchvision wants")
 def test_what_is_installed_and_does_not_import_is_not_announced(tmp_path: Path) -> None:
-    """PyPI's torchvision beside a CPU build of torch: three families less, and the library's own words for it."""
+    """PyPI's torchvision beside a CPU build of torch removes three families, with the library's own message."""
     own = "operator torchvision::nms does not exist"
     site = tmp_path / "site"
     site.mkdir()
     with services.running(tmp_path / "data", site=site) as service:
         worker = _worker(service)
-        # What transformers imports for its networks imports torchvision where that is installed.
+        # For its networks transformers imports torchvision if that is installed.
         assert worker["families"] == ["builtin"]
         assert set(worker["unavailable"]) == {"transformers", "timm", "torchvision"}
         assert all(own in words for words in worker["unavailable"].values())
@@ -207,7 +207,7 @@ def test_what_is_installed_and_does_not_import_is_not_announced(tmp_path: Path) 
             assert failed["problem"]["type"] == "urn:interplay:problem:family-unavailable"
             assert own in failed["problem"]["detail"]
             assert "pip install" not in failed["problem"]["detail"]
-    # Beside what the tests share of other environments.
+    # A cache of its own, beside the one that the tests share.
     kept = [json.loads(file.read_text()) for file in (tmp_path / "data" / "workers").glob("networks-*.json")]
     assert any(own in found["unavailable"].get("timm", "") for found in kept)
 
@@ -234,7 +234,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_descriptions_are_refused_when_they_come(service: Service, tmp_path: Path, case: str) -> None:
-    """The API refuses by form, without torch, in the spec and in the file's own metadata alike."""
+    """The API refuses invalid descriptions without torch, in the spec and in the file's metadata alike."""
     architecture, word = REFUSED[case]
     path = tmp_path / "checkpoint"
     save_file({"weight": torch.zeros(2)}, path, metadata={"architecture": json.dumps(architecture)})
@@ -246,7 +246,7 @@ def test_descriptions_are_refused_when_they_come(service: Service, tmp_path: Pat
 
 
 def test_probes_with_names_are_described(service: Service) -> None:
-    """The shape is that of the pixels or the ids."""
+    """The shape of a probe with named inputs is that of the pixels or the ids."""
     assert _probe(service, models.texts(N))["input_shape"] == [10]
     assert _probe(service, models.images(N), preprocess={"mean": [0.5] * 3})["input_shape"] == [3, 32, 32]
 
@@ -262,12 +262,12 @@ def test_probes_with_names_are_described(service: Service) -> None:
     ],
 )
 def test_probes_that_do_not_fit_are_refused(service: Service, tensors: dict[str, Tensor], word: str) -> None:
-    """Masks alone, two kinds of inputs, ids that are no integers, other numbers of samples, unknown names."""
+    """Masks alone, two types of inputs, non-integer ids, unequal numbers of samples and unknown names are refused."""
     content = save({**tensors, "labels": torch.arange(N) % N_CLASSES})
     assert word in problem(service.post("/v1/probes", {"name": "a"}, content), 422, "invalid-file")["detail"]
 
 
 def test_preprocessing_of_ids_is_refused(service: Service) -> None:
-    """Numbers to scale pixels with mean nothing for texts."""
+    """Numbers to scale pixels are refused for texts."""
     content = save({**models.texts(N), "labels": torch.arange(N) % N_CLASSES})
     problem(service.post("/v1/probes", {"name": "a", "preprocess": {"scale": 0.5}}, content), 422, "invalid-request")

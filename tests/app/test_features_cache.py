@@ -1,4 +1,4 @@
-"""Features that are kept: the same numbers without the network, bounded, whole or not there, gone with their origin."""
+"""Cached features: the same numbers without the network, bounded, intact or ignored, deleted with their origin."""
 
 import os
 import resource
@@ -32,7 +32,7 @@ PARQUET = parquet({"image": [encoded(picture(seed, 16, 16)) for seed in range(12
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """A service whose storage no other test fills."""
+    """Run a service whose storage no other test fills."""
     with services.running(tmp_path_factory.mktemp("own") / "data") as service:
         yield service
 
@@ -53,7 +53,7 @@ def _report(service: Service, checkpoint: dict[str, Any], probe: dict[str, Any],
 
 
 def test_a_second_evaluation_does_not_run_the_network(own: Service, tmp_path: Path) -> None:
-    """Other permutations reuse the features, to the last digit; other inputs do not; deletion removes them."""
+    """Other permutations reuse the features, to the last digit; other inputs do not; deletion removes the features."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         save_file(build(CNN, device="cpu").state_dict(), tmp_path / "cnn")
@@ -91,7 +91,7 @@ def test_a_second_evaluation_does_not_run_the_network(own: Service, tmp_path: Pa
 
 
 def test_points_and_uploaded_features_reuse_nothing(own: Service, tmp_path: Path) -> None:
-    """What is pruned is another network each time."""
+    """Points, whose network differs each time when pruned, and uploaded features reuse no cached features."""
     save_file(build(MLP, device="cpu").state_dict(), tmp_path / "mlp")
     checkpoint = _posted(own, "checkpoints", {"architecture": MLP}, tmp_path / "mlp")
     save_file({"inputs": torch.randn(20, 64), "labels": torch.arange(20) % 10}, tmp_path / "probe")
@@ -122,7 +122,7 @@ def _name(number: int) -> str:
 
 
 def test_what_is_kept_is_found_again(tmp_path: Path) -> None:
-    """Tensors, the head's name, the batch size and what was found out of the probe."""
+    """A cached entry gives back tensors, the head's name, the batch size and the findings about the probe."""
     _, cache = _cache(tmp_path, 10**6)
     entry = _entry(1)
     assert cache.find(_name(1)) is None
@@ -139,7 +139,7 @@ def test_what_is_kept_is_found_again(tmp_path: Path) -> None:
 
 
 def test_the_oldest_goes_first(tmp_path: Path) -> None:
-    """Never more than the bound; what is larger than half of it is not kept; 0 keeps and finds nothing."""
+    """The cache never exceeds its bound: the oldest goes first, more than half of it is not cached, 0 disables it."""
     storage, cache = _cache(tmp_path, 20_000)
     for number in range(6):
         cache.keep(_name(number), _entry(number))
@@ -165,7 +165,7 @@ def _emptied(path: Path) -> None:
 
 
 def _turned(path: Path) -> None:
-    """One bit of a tensor, as a disk turns it: the file is valid safetensors still."""
+    """Flip one bit of a tensor, as a disk may: the file is still valid safetensors."""
     content = bytearray(path.read_bytes())
     content[-3] ^= 1
     path.write_bytes(content)
@@ -173,7 +173,7 @@ def _turned(path: Path) -> None:
 
 @pytest.mark.parametrize("break_", [_cut, _without_logits, _emptied, _turned])
 def test_broken_entries_are_computed_anew(tmp_path: Path, break_: Callable[[Path], None]) -> None:
-    """Cut short, empty, without what belongs to it: as if there were none, and what is kept next is found again."""
+    """Truncated, empty, incomplete or damaged entries count as missing, and the next entry is found again."""
     storage, cache = _cache(tmp_path, 10**6)
     cache.keep(_name(1), _entry(1))
     break_(tmp_path / "blobs" / "features" / _name(1))
@@ -186,7 +186,7 @@ def test_broken_entries_are_computed_anew(tmp_path: Path, break_: Callable[[Path
 
 
 def test_a_kill_leaves_no_entry(tmp_path: Path) -> None:
-    """What is written half has no name yet; a disk that is full keeps nothing and fails nothing."""
+    """A half-written entry has no name yet; a full disk caches nothing and fails nothing."""
     storage, cache = _cache(tmp_path, 10**9)
     with storage.stage() as staged:
         staged.write(b"half")
@@ -203,7 +203,7 @@ def test_a_kill_leaves_no_entry(tmp_path: Path) -> None:
 
 
 def test_features_are_written_without_a_copy_in_memory(tmp_path: Path) -> None:
-    """They may be several GB."""
+    """Features are written without a copy in memory, as they may be several GB."""
     _, cache = _cache(tmp_path, 10**9)
     entry = _entry(1, 10)
     large = replace(entry.feature_set, features=torch.zeros(10, 10**6), head=torch.zeros(2, 10**6))

@@ -1,4 +1,4 @@
-"""Probes of images over HTTP, decoded by a real worker: what the network sees is what its own library shows it."""
+"""Probes of images over HTTP, decoded by a real worker: network inputs equal those of the network's own library."""
 
 import io
 import json
@@ -65,7 +65,7 @@ def vit(tmp_path_factory: pytest.TempPathFactory) -> Saved:
 
 
 def test_parquet_and_the_configuration_that_a_checkpoint_brings(service: Service, vit: Saved) -> None:
-    """A dataset of Hugging Face and a preprocessor_config.json: the loss is that of the library's own pipeline."""
+    """With a dataset of Hugging Face and a preprocessor_config.json the loss is that of the library's own pipeline."""
     probe = _posted(service, "probes", {}, PARQUET)
     assert (probe["format"], probe["content"], probe["input_shape"]) == ("parquet", "images", None)
     assert probe["columns"] == {"image": "image", "label": "label"}
@@ -80,7 +80,7 @@ def test_parquet_and_the_configuration_that_a_checkpoint_brings(service: Service
 
 
 def test_what_the_probe_says_comes_first(service: Service, vit: Saved) -> None:
-    """A probe's own preprocess is applied, and the report says that it is the probe's."""
+    """A probe's own preprocess takes precedence, and the report says that it is the probe's."""
     probe = _posted(service, "probes", {"preprocess": OURS}, PARQUET)
     assert probe["preprocess"]["crop"] == [32, 32]
     assert probe["preprocess"]["scale"] == pytest.approx(1 / 255)
@@ -89,7 +89,7 @@ def test_what_the_probe_says_comes_first(service: Service, vit: Saved) -> None:
 
 
 def test_class_folders_and_what_timm_says_of_its_network(service: Service, tmp_path: Path) -> None:
-    """With no preprocess anywhere, a network of timm is shown what timm shows it; folders give classes and splits."""
+    """Without a preprocess anywhere, a network of timm gets timm's; folders give classes and splits."""
     saved = models.saved_timm("resnet18", {}, tmp_path)
     names = [f"{'val' if i % 8 > 5 else 'train'}/{'abcd'[label]}/{i:02}.jpg" for i, label in enumerate(LABELS)]
     probe = _posted(service, "probes", {}, zipped(dict(zip(names, CONTENTS, strict=True))))
@@ -117,7 +117,7 @@ def _with(row: int, content: bytes) -> bytes:
 
 
 def test_bad_images_fail_by_row_and_path(service: Service, vit: Saved) -> None:
-    """A corrupt image in row 17 and one of 10^9 pixels; images of several sizes with no preprocess anywhere."""
+    """A corrupt image and one of 10^9 pixels fail by row and path, several sizes without a preprocess fail too."""
     corrupt = CONTENTS[17][:200] + bytes(50)
     assert _failure(service, vit, _with(17, corrupt), preprocess=OURS)["detail"].startswith("Row 17 (17.jpg)")
     huge = _failure(service, vit, _with(3, png_of_size(40_000, 25_000)), preprocess=OURS)
@@ -126,7 +126,7 @@ def test_bad_images_fail_by_row_and_path(service: Service, vit: Saved) -> None:
 
 
 def test_a_file_that_ends_the_process_that_reads_it(service: Service) -> None:
-    """A column that is said never to be null, with statistics of one that is: pyarrow ends its process."""
+    """A file that crashes pyarrow's process is refused: a column declared never null, with statistics of a null."""
     whole = parquet({"text": ["a", "b"] * 50, "label": ["x", "y"] * 50})
     nullable = b"\x25\x02\x18\x05label"
     assert whole.count(nullable) == 1
@@ -139,7 +139,7 @@ def test_a_file_that_ends_the_process_that_reads_it(service: Service) -> None:
 
 
 def test_a_dictionary_that_leads_out_of_itself(service: Service) -> None:
-    """A place beyond its values, as a flipped byte makes one: 422, and not a fault of the service."""
+    """An index beyond a dictionary's values, as a flipped byte makes one, is a 422, not a fault of the service."""
     whole = parquet({"text": ["a"] * 4, "label": ["x", "y", "z", "y"]}, compression="none", write_statistics=False)
     # Four places of two bits, bit-packed: the last becomes the fourth value of three.
     places = bytes((0x02, 0x03, 0b01100100))
@@ -153,7 +153,7 @@ def test_a_dictionary_that_leads_out_of_itself(service: Service) -> None:
 
 
 def test_what_makes_no_sense_for_images_is_refused(service: Service, vit: Saved) -> None:
-    """A tokenizer, columns of a zip, sizes of tensors, and configurations that we cannot follow."""
+    """A tokenizer, columns of a zip, sizes of tensors and unsupported configurations are refused for images."""
     cases: list[tuple[dict[str, Any], bytes, str]] = [
         ({"tokenizer": {"model": {}}}, PARQUET, "invalid-request"),
         ({"columns": {"image": "photo"}}, PARQUET, "invalid-file"),
@@ -168,14 +168,14 @@ def test_what_makes_no_sense_for_images_is_refused(service: Service, vit: Saved)
 
 
 def test_tensors_are_not_resized(service: Service) -> None:
-    """A checkpoint's preprocessing and sizes are for images that are decoded here; tensors are what they are."""
+    """A resize of tensors is refused: sizes are only for images that are decoded here."""
     content = save({"inputs": np.zeros((4, 3, 8, 8), np.uint8), "labels": np.arange(4) % 2})
     answer = service.post("/v1/probes", {"name": "a", "preprocess": {"resize": 4}}, content)
     assert "resize" in problem(answer, 422, "invalid-request")["detail"]
 
 
 def test_samples_are_drawn_from_each_class_and_split(service: Service, vit: Saved) -> None:
-    """The report says how many of how many, and the same seed draws the same."""
+    """The report says how many of how many samples were drawn, and the same seed draws the same."""
     split = ["train" if i < 16 else "test" for i in range(N)]
     content = parquet({"image": CONTENTS, "label": LABELS, "split": split})
     probe = _posted(service, "probes", {"preprocess": OURS}, content)
@@ -191,7 +191,7 @@ def test_samples_are_drawn_from_each_class_and_split(service: Service, vit: Save
 
 
 def test_points_are_evaluated_on_images(service: Service, vit: Saved) -> None:
-    """Paths, pruning and series decode the probe as an evaluation does, and say so."""
+    """Paths, pruning and series decode the probe as an evaluation does, and report it."""
     probe = _posted(service, "probes", {}, PARQUET)
     checkpoint = _checkpoint(service, vit, preprocess=VIT)
     evaluation = service.report(_ended(service, checkpoint, probe, samples=16))
@@ -205,14 +205,14 @@ def test_points_are_evaluated_on_images(service: Service, vit: Saved) -> None:
 
 
 def test_checkpoints_that_bring_different_preprocessings(service: Service, vit: Saved) -> None:
-    """What is compared must see the same inputs: the probe has to say how."""
+    """Compared checkpoints must see the same inputs: with different preprocessing, the probe has to define it."""
     ids = [_checkpoint(service, vit, preprocess=given) for given in (VIT, OURS)]
     probe = _posted(service, "probes", {}, PARQUET)
     body = {"kind": "path", "checkpoint_a_id": ids[0], "checkpoint_b_id": ids[1], "probe_id": probe["id"]}
     answer = service.client.post("/v1/analyses", json={**body, "options": {"grid": {"points": 2}}})
     failed = service.wait(answer.json()["id"])
     assert "different preprocessings" in failed["problem"]["detail"]
-    # Nor are evaluations that there are put together to a series, each with its own.
+    # Nor do existing evaluations, each with its own, make a series.
     for identifier in ids:
         assert _ended(service, identifier, probe)["status"] == "succeeded"
     axis = {"name": "epoch", "values": [1, 2]}
@@ -229,7 +229,7 @@ def test_checkpoints_that_bring_different_preprocessings(service: Service, vit: 
 
 
 def test_class_names_are_matched_with_the_checkpoints(service: Service, vit: Saved) -> None:
-    """Sorted folders meet a head in another order: the accuracy is that of the right classes."""
+    """Sorted folders meet a head in another order: the accuracy is that of the matching classes."""
     order = ["eel", "Cat", "dog", "ant"]
     config = {**vit.architecture["config"], "id2label": {str(i): name for i, name in enumerate(order)}}
     checkpoint = _checkpoint(service, vit, preprocess=VIT, architecture={"family": "transformers", "config": config})

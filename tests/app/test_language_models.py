@@ -1,4 +1,4 @@
-"""Causal language models over HTTP, looked at by a real worker: each position that has a next token is a sample."""
+"""Causal language models over HTTP, analysed by a real worker: each position with a next token is a sample."""
 
 import json
 from pathlib import Path
@@ -50,7 +50,7 @@ def _asked(service: Service, checkpoint: dict[str, Any], probe: dict[str, Any]) 
 
 
 def _expected(saved: Saved, batch: dict[str, Tensor]) -> dict[str, Any]:
-    """Loss, accuracy and tokens by the library's own forward pass."""
+    """Return loss, accuracy and tokens by the library's own forward pass."""
     logits, mask = saved.library(batch), batch["attention_mask"].bool()
     kept, following = mask[:, :-1] & mask[:, 1:], batch["input_ids"][:, 1:]
     chosen, targets = logits[:, :-1][kept].double(), following[kept]
@@ -65,7 +65,7 @@ def _expected(saved: Saved, batch: dict[str, Tensor]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", LANGUAGE_MODELS)
 def test_tensors_without_labels(service: Service, tmp_path: Path, name: str) -> None:
-    """Input ids and mask are enough; numbers are the library's, the vocabulary and what occurs of it are said."""
+    """Input ids and mask are enough; numbers are the library's; the report gives the vocabulary and the used part."""
     saved, batch = models.saved_language_model(name, tmp_path), models.texts(N)
     probe = _tensors(service, **batch, split=SPLIT)
     assert (probe["n_classes"], probe["class_counts"], probe["input_shape"]) == (0, [], [10])
@@ -84,7 +84,7 @@ def test_tensors_without_labels(service: Service, tmp_path: Path, name: str) -> 
 
 
 def test_labels_of_tokens_leave_positions_out(service: Service, tmp_path: Path) -> None:
-    """Labels in the convention of transformers, -100 where nothing is predicted; features are kept."""
+    """Labels follow the convention of transformers, -100 for positions to leave out; features are cached."""
     saved, batch = models.saved_language_model("Llama, tied", tmp_path), models.texts(N)
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     labels[:, :4] = -100
@@ -105,7 +105,7 @@ def test_labels_of_tokens_leave_positions_out(service: Service, tmp_path: Path) 
 
 @pytest.mark.parametrize("format", ["csv", "jsonl", "parquet"])
 def test_texts_without_labels(service: Service, tmp_path: Path, format: str) -> None:
-    """A column of texts alone, tokenised by the probe's tokenizer or the checkpoint's."""
+    """A column of texts alone is tokenised by the probe's tokenizer or the checkpoint's."""
     content = {
         "csv": "\n".join(["text", *TEXTS]).encode(),
         "jsonl": "\n".join(json.dumps({"text": text}) for text in TEXTS).encode(),
@@ -124,7 +124,7 @@ def test_texts_without_labels(service: Service, tmp_path: Path, format: str) -> 
 
 
 def _tokenised(texts: list[str]) -> dict[str, Tensor]:
-    """As the tokenizer of these tests does: <s>, words, </s>, padding."""
+    """Tokenise as the tokenizer of these tests does: <s>, words, </s>, padding."""
     rows = [[0, *(4 + int(word[1:]) for word in text.split()), 2] for text in texts]
     longest = max(map(len, rows))
     ids = torch.tensor([row + [PAD] * (longest - len(row)) for row in rows])
@@ -133,7 +133,7 @@ def _tokenised(texts: list[str]) -> dict[str, Tensor]:
 
 
 def test_a_network_without_padding(service: Service, tmp_path: Path) -> None:
-    """Where neither network nor tokenizer has a token that pads, as with GPT-2, texts of any length go in a batch."""
+    """Without a padding token in network and tokenizer, as in GPT-2, texts of any length go in a batch."""
     saved = models.saved_language_model("GPT2", tmp_path)
     config = {key: value for key, value in saved.architecture["config"].items() if key != "pad_token_id"}
     definition = tokenizer()
@@ -147,7 +147,7 @@ def test_a_network_without_padding(service: Service, tmp_path: Path) -> None:
 
 
 def test_labels_of_whole_texts_take_no_part(service: Service, tmp_path: Path) -> None:
-    """A probe made for classifiers serves a language model too, with or without id2label, and the report says so."""
+    """A probe for classifiers works for a language model too, with or without id2label, and the report says so."""
     saved = models.saved_language_model("GPT2", tmp_path)
     named = Saved(
         {"family": "transformers", "config": {**saved.architecture["config"], "id2label": {"0": "other"}}},
@@ -164,7 +164,7 @@ def test_labels_of_whole_texts_take_no_part(service: Service, tmp_path: Path) ->
 
 
 def test_a_part_of_the_sequences(service: Service, tmp_path: Path) -> None:
-    """Sequences are drawn, each split in its share; the same seed draws the same, of tensors and texts alike."""
+    """Sequences are drawn, from each split in proportion; the same seed draws the same, of tensors and texts alike."""
     saved = models.saved_language_model("GPT2", tmp_path)
     checkpoint, tensors = _checkpoint(service, saved), _tensors(service, **models.texts(N), split=SPLIT)
     texts = _posted(service, "probes", {"tokenizer": tokenizer()}, parquet({"text": TEXTS, "split": SPLIT.tolist()}))
@@ -177,7 +177,7 @@ def test_a_part_of_the_sequences(service: Service, tmp_path: Path) -> None:
 
 
 def test_what_varies(service: Service, tmp_path: Path) -> None:
-    """A path, aligned or not, a pruning and a series of networks with tied embeddings."""
+    """A path, aligned or not, a pruning and a series work for networks with tied embeddings."""
     first = models.saved_language_model("GPT2", tmp_path / "0")
     second = models.saved_language_model("GPT2", tmp_path / "1", change=_changed)
     ids = [_checkpoint(service, saved)["id"] for saved in (first, second)]
@@ -207,7 +207,7 @@ def test_what_varies(service: Service, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("interval", ["delta", "bootstrap"])
 def test_two_language_models_are_compared(service: Service, tmp_path: Path, interval: str) -> None:
-    """Each side is what the library computes, and differences have standard errors."""
+    """Each side equals the library's results, and differences have standard errors."""
     first = models.saved_language_model("GPT2", tmp_path / "0")
     second = models.saved_language_model("GPT2", tmp_path / "1", change=_changed)
     ids = [_checkpoint(service, saved)["id"] for saved in (first, second)]
@@ -230,7 +230,7 @@ def test_two_language_models_are_compared(service: Service, tmp_path: Path, inte
 
 
 def test_other_classes_are_not_compared(service: Service, tmp_path: Path) -> None:
-    """A language model beside a classifier: their samples are not the same."""
+    """A language model and a classifier are not compared: their samples differ."""
     language = _checkpoint(service, models.saved_language_model("GPT2", tmp_path / "language"))
     classifier = _checkpoint(service, models.saved_transformers("GPT2", TEXT_MODELS["GPT2"], tmp_path / "classifier"))
     probe = _tensors(service, **models.texts(N), labels=torch.arange(N) % 4)
@@ -248,7 +248,7 @@ def _changed(model: Any) -> None:
 
 
 def test_probes_that_do_not_suit_are_refused_when_asked_for(service: Service, tmp_path: Path) -> None:
-    """No labels for a classifier; images and too many tokens for a language model: before anything is queued."""
+    """A classifier without labels, and images or too many tokens for a language model, are refused before queueing."""
     language = _checkpoint(service, models.saved_language_model("Llama", tmp_path / "language"))
     classifier = _checkpoint(service, models.saved_transformers("GPT2", TEXT_MODELS["GPT2"], tmp_path / "classifier"))
     ids = _tensors(service, **models.texts(N))
@@ -267,7 +267,7 @@ def test_probes_that_do_not_suit_are_refused_when_asked_for(service: Service, tm
 
 
 def test_what_only_the_worker_sees_fails_with_words(service: Service, tmp_path: Path) -> None:
-    """Ids beyond the vocabulary, labels out of it, texts longer than the network, texts of one token, plain inputs."""
+    """Ids or labels out of the vocabulary, too long texts, texts of one token and plain inputs fail with a reason."""
     checkpoint = _checkpoint(service, models.saved_language_model("Llama", tmp_path))
     ids = torch.arange(N * 5).view(N, 5)
     word = tokenizer()
@@ -311,19 +311,19 @@ def test_what_only_the_worker_sees_fails_with_words(service: Service, tmp_path: 
 def test_uploads_that_cannot_have_next_tokens_are_refused(
     service: Service, tensors: dict[str, Tensor], spec: dict[str, Any], kind: str, word: str
 ) -> None:
-    """One token alone, other dimensions, inputs that need labels, labels of another shape or type, names of nothing."""
+    """A single token, other dimensions, inputs that need labels, labels of another shape or type, names are refused."""
     answer = service.post("/v1/probes", {"name": "a", **spec}, save(tensors))
     assert word in problem(answer, 422, kind)["detail"]
 
 
 def test_class_names_of_texts_without_labels_are_refused(service: Service) -> None:
-    """There is nothing that they could name."""
+    """Class names of texts without labels are refused: they name nothing."""
     answer = service.post("/v1/probes", {"name": "a", "class_names": ["a", "b"]}, parquet({"text": TEXTS}))
     problem(answer, 422, "invalid-request")
 
 
 def _llama(service: Service, seed: int, **changed: Any) -> dict[str, Any]:
-    """A small Llama whose config says something else here and there; None leaves a member out."""
+    """Return a small Llama with these changes to its config; None removes a member."""
     import transformers
 
     torch.manual_seed(seed)
@@ -339,7 +339,7 @@ def _llama(service: Service, seed: int, **changed: Any) -> dict[str, Any]:
 
 
 def test_a_path_needs_one_network_and_not_one_config(service: Service) -> None:
-    """What evaluation does not see may differ; what it sees is refused by name, at once or by the worker."""
+    """Configs may differ without effect on an evaluation; others are refused by name, at once or by the worker."""
     probe = _tensors(service, input_ids=torch.randint(3, 40, (12, 10), generator=torch.Generator().manual_seed(0)))
     first = _llama(service, 0)
 
@@ -355,7 +355,7 @@ def test_a_path_needs_one_network_and_not_one_config(service: Service) -> None:
     assert [point["w"] for point in report["points"]] == [0, 0.5, 1]
     refused = problem(asked(_llama(service, 1, rms_norm_eps=1e-5)), 422, "architectures-differ")
     assert [one["member"] for one in refused["differing"]] == ["architecture.config.rms_norm_eps"]
-    # Nothing in the two descriptions is certain to be another network here; the built ones tell.
+    # From the two descriptions alone a different network is not certain; the built networks decide.
     other = _llama(service, 1, rope_parameters={"rope_type": "default", "rope_theta": 500.0}, attention_dropout=0.1)
     failed = service.wait(asked(other).json()["id"])["problem"]
     assert failed["type"].endswith(":architectures-differ")

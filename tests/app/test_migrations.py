@@ -43,7 +43,7 @@ def _tables(engine: sa.Engine) -> set[str]:
 
 
 def test_upgrade_from_empty_makes_what_the_models_say(engine: sa.Engine) -> None:
-    """An empty database, once upgraded, differs from app.models in nothing; before that in every table."""
+    """An empty database, once upgraded, does not differ from app.models; before that every table is missing."""
     assert {difference[1].name for difference in migrations.check(engine) if difference[0] == "add_table"} == OURS
     assert migrations.current(engine) is None
     migrations.upgrade(engine)
@@ -106,7 +106,7 @@ def test_tables_of_others_are_left_alone(engine: sa.Engine, table: str) -> None:
     ],
 )
 def test_check_sees_a_difference(engine: sa.Engine, change: str) -> None:
-    """A missing index, column or table, or one too many, is reported."""
+    """A missing or additional index, column or table is reported."""
     migrations.upgrade(engine)
     with engine.begin() as connection:
         connection.exec_driver_sql(change)
@@ -114,7 +114,7 @@ def test_check_sees_a_difference(engine: sa.Engine, change: str) -> None:
 
 
 def test_upgrades_at_the_same_time_are_safe(settings: Settings) -> None:
-    """Four engines that upgrade one empty database together all succeed, and the tables are there once."""
+    """Four engines that upgrade one empty database at the same time all succeed, and the tables are there once."""
     barrier = Barrier(4)
 
     def upgrade(_: int) -> str | None:
@@ -131,7 +131,7 @@ def test_upgrades_at_the_same_time_are_safe(settings: Settings) -> None:
 
 
 def test_processes_that_upgrade_at_the_same_time_are_safe(settings: Settings, engine: sa.Engine) -> None:
-    """The same from three processes, as when machines start at once."""
+    """Three processes that upgrade at the same time all succeed, as when machines start at once."""
     code = (
         "import sys, migrations\n"
         "from app.database import make_engine\n"
@@ -146,7 +146,7 @@ def test_processes_that_upgrade_at_the_same_time_are_safe(settings: Settings, en
 
 
 def test_a_failed_upgrade_leaves_nothing_behind(engine: sa.Engine) -> None:
-    """A table in the way of the last step takes back every step before it."""
+    """If a table blocks the last step, every step before it is rolled back."""
     with engine.begin() as connection:
         connection.exec_driver_sql("CREATE TABLE workers (id INTEGER PRIMARY KEY)")
     with pytest.raises(sa.exc.DBAPIError, match="workers"):
@@ -156,7 +156,7 @@ def test_a_failed_upgrade_leaves_nothing_behind(engine: sa.Engine) -> None:
 
 
 def test_foreign_keys_are_enforced_after_an_upgrade(engine: sa.Engine) -> None:
-    """The connection on which the upgrade ran goes back to the pool with foreign keys enforced."""
+    """The connection that ran the upgrade returns to the pool with foreign keys enforced."""
     migrations.upgrade(engine)
     reports = Base.metadata.tables["reports"]
     row = {column.name: "x" for column in reports.columns} | {"created_at": None}
@@ -165,7 +165,7 @@ def test_foreign_keys_are_enforced_after_an_upgrade(engine: sa.Engine) -> None:
 
 
 def test_what_an_analysis_looked_at_survives_the_second_migration(engine: sa.Engine) -> None:
-    """Its checkpoint moves to the table of places and, going back, returns; what had none has none."""
+    """An analysis' checkpoint moves to the table of places, and back on downgrade; an analysis without one has none."""
     migrations.upgrade(engine, "0001")
     now = sa.func.current_timestamp()
     before = sa.MetaData()

@@ -1,4 +1,4 @@
-"""Paths, pruning sweeps and series over HTTP: points, summaries, what is reused, and what is refused."""
+"""Paths, pruning sweeps and series over HTTP: points, summaries, reuse and refusals."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ def _checkpoint(service: Service, content: bytes | Path, **spec: Any) -> str:
 
 
 def _normed(seed: int) -> bytes:
-    """A network with batch normalisation, at random."""
+    """Return a network with batch normalisation, at random."""
     generator = torch.Generator().manual_seed(seed)
     shapes = {"layers.0.weight": (16, 64), "layers.0.bias": (16,), "head.weight": (10, 16), "head.bias": (10,)}
     shapes |= {f"norms.0.{name}": (16,) for name in ("weight", "bias", "running_mean")}
@@ -37,7 +37,7 @@ def _normed(seed: int) -> bytes:
 
 
 def _noisy(path: Path, amount: float) -> bytes:
-    """The trained network, with noise on its weights."""
+    """Return the trained network, with noise on its weights."""
     generator = torch.Generator().manual_seed(0)
     tensors = load_file(path)
     for tensor in tensors.values():
@@ -53,7 +53,7 @@ def probe_id(any_service: Service, digits_probe_file: Path) -> str:
 
 @pytest.fixture
 def ends(any_service: Service, mlp_checkpoint_file: Path) -> tuple[str, str]:
-    """A trained network, and the same with noise."""
+    """Upload a trained network, and the same with noise."""
     first = _checkpoint(any_service, mlp_checkpoint_file, name="trained", metadata={"run": "a", "epoch": 30})
     return first, _checkpoint(any_service, _noisy(mlp_checkpoint_file, 0.3), name="noisy", metadata={"run": "b"})
 
@@ -63,7 +63,7 @@ def _report(service: Service, **body: Any) -> dict[str, Any]:
 
 
 def test_a_path_between_two_checkpoints(any_service: Service, ends: tuple[str, str], probe_id: str) -> None:
-    """Its ends are the checkpoints' own evaluations to the last digit; barriers are those of its points."""
+    """A path's ends equal the checkpoints' own evaluations to the last digit; barriers are those of its points."""
     first, second = ends
     own = [_report(any_service, checkpoint_id=id_, probe_id=probe_id, options=FEW) for id_ in ends]
     request = {"kind": "path", "checkpoint_a_id": first, "checkpoint_b_id": second, "probe_id": probe_id}
@@ -93,7 +93,7 @@ def test_a_path_between_two_checkpoints(any_service: Service, ends: tuple[str, s
 
 
 def test_a_path_finds_its_own_points(any_service: Service, ends: tuple[str, str], probe_id: str) -> None:
-    """Named points get both ends and come in order; beyond the ends they must be allowed; adaptive takes over 17."""
+    """Named points get both ends and are sorted; points beyond them need permission; adaptive takes over 17 points."""
     first, second = ends
     request = {"kind": "path", "checkpoint_a_id": first, "checkpoint_b_id": second, "probe_id": probe_id}
     named = {"grid": {"values": [0.7, -0.5, 0.2]}, "extrapolate": True}
@@ -105,7 +105,7 @@ def test_a_path_finds_its_own_points(any_service: Service, ends: tuple[str, str]
 
 
 def _bumpy(w: float) -> dict[str, torch.Tensor]:
-    """One end of a path on which two hidden units make narrow bumps of the first logit, the higher one at 0.97."""
+    """Return an end of a path on which two hidden units make narrow bumps of the first logit, the higher at 0.97."""
     generator = torch.Generator().manual_seed(0)
     tensors = {
         name: torch.randn(shape, generator=generator) / 8
@@ -121,7 +121,7 @@ def _bumpy(w: float) -> dict[str, torch.Tensor]:
 
 
 def test_an_adaptive_path_looks_before_it_evaluates(service: Service, digits_probe_file: Path) -> None:
-    """Two bumps between the first 17 points: the higher is found, and the report says how closely was looked."""
+    """Of two bumps between the first 17 points the higher is found, and the report gives the resolution."""
     architecture = {"family": "builtin", "name": "mlp", "args": {"sizes": [64, 16, 10], "activation": "tanh"}}
     first, second = (_checkpoint(service, save_tensors(_bumpy(w)), architecture=architecture) for w in (0.0, 1.0))
     made = service.post("/v1/probes", {"name": "data", "preprocess": {"scale": 0.0625}}, digits_probe_file)
@@ -139,7 +139,7 @@ def test_an_adaptive_path_looks_before_it_evaluates(service: Service, digits_pro
     assert summary["look"]["loss_barrier"]["value"] == pytest.approx(rows["value"], rel=0.1)
     assert 17 < len(report["points"]) <= 65
     assert report["timings_seconds"]["look"] > 0
-    # As torch itself has it, on the samples that were not drawn as well.
+    # The same as torch itself computes, on the samples that were not drawn as well.
     probe = load_file(digits_probe_file)
     inputs, labels = probe["inputs"].float() / 16, probe["labels"].long()
     losses = []
@@ -152,7 +152,7 @@ def test_an_adaptive_path_looks_before_it_evaluates(service: Service, digits_pro
 
 
 def test_recalibration_changes_what_lies_between_the_ends(any_service: Service, probe_id: str) -> None:
-    """Statistics are taken anew between the ends and only there, twice the same; the report counts the layers."""
+    """Statistics are recomputed only between the ends, reproducibly; the report counts the layers."""
     ids = [_checkpoint(any_service, _normed(seed), architecture=NORMED) for seed in (0, 1)]
     request = {"kind": "path", "checkpoint_a_id": ids[0], "checkpoint_b_id": ids[1], "probe_id": probe_id}
     options = {**FEW, "grid": {"points": 3}}
@@ -189,7 +189,7 @@ def test_alignment_takes_a_permutation_out_of_a_path(
 
 
 def test_a_pruning_sweep(any_service: Service, ends: tuple[str, str], probe_id: str) -> None:
-    """At 0 it is the checkpoint's own evaluation; the knee is the last sparsity within a point of it."""
+    """At sparsity 0 a sweep equals the checkpoint's own evaluation; the knee is the last sparsity within a point."""
     own = _report(any_service, checkpoint_id=ends[0], probe_id=probe_id, options=FEW)
     options = {**FEW, "sparsities": [0.5, 0.9, 0.99], "scope": "layerwise"}
     report = _report(any_service, kind="pruning", checkpoint_id=ends[0], probe_id=probe_id, options=options)
@@ -209,7 +209,7 @@ def test_a_pruning_sweep(any_service: Service, ends: tuple[str, str], probe_id: 
 def test_a_series_reuses_evaluations_that_there_are(
     any_service: Service, ends: tuple[str, str], probe_id: str, mlp_checkpoint_file: Path
 ) -> None:
-    """The same checkpoint, probe and options are not computed again; other options are."""
+    """An evaluation of the same checkpoint, probe and options is reused; one of other options is not."""
     third = _checkpoint(any_service, _noisy(mlp_checkpoint_file, 1.0), name="lost")
     own = _report(any_service, checkpoint_id=ends[1], probe_id=probe_id, options=FEW)
     request = {
@@ -242,7 +242,7 @@ def test_a_series_reuses_evaluations_that_there_are(
 def test_precision_is_named_and_takes_part_in_what_is_reused(
     any_service: Service, ends: tuple[str, str], probe_id: str
 ) -> None:
-    """Points in bfloat16 are those of evaluations in it, near those in float32; a series reuses none of another."""
+    """Points in bfloat16 equal evaluations in it, near those in float32; a series reuses only its own precision."""
     narrow = {**FEW, "precision": "bfloat16"}
     wide = _report(any_service, checkpoint_id=ends[0], probe_id=probe_id, options=FEW)
     assert (wide["provenance"]["precision"], wide["provenance"]["options"]["precision"]) == ("float32", "float32")
@@ -270,7 +270,7 @@ def test_precision_is_named_and_takes_part_in_what_is_reused(
 
 
 def test_reports_from_before_an_option_are_reused(any_service: Service, ends: tuple[str, str], probe_id: str) -> None:
-    """An evaluation whose report does not name the precision was one in float32."""
+    """An evaluation whose report does not name the precision counts as float32."""
     own = _report(any_service, checkpoint_id=ends[0], probe_id=probe_id, options=FEW)
     older = json.loads(json.dumps(own))
     del older["provenance"]["precision"], older["provenance"]["options"]["precision"]
@@ -289,7 +289,7 @@ def test_reports_from_before_an_option_are_reused(any_service: Service, ends: tu
 def test_analyses_of_several_checkpoints_are_found_by_each(
     any_service: Service, ends: tuple[str, str], probe_id: str
 ) -> None:
-    """By either end's id and metadata, analyses and reports; none of the two can be deleted meanwhile."""
+    """Analyses and reports are found by either end's id and metadata; meanwhile neither checkpoint can be deleted."""
     first, second = ends
     request = {"kind": "path", "checkpoint_a_id": first, "checkpoint_b_id": second, "probe_id": probe_id}
     queued = any_service.analyze(**request, options={**FEW, "grid": {"points": 201}})
@@ -310,7 +310,7 @@ def test_analyses_of_several_checkpoints_are_found_by_each(
 def test_checkpoints_of_two_architectures_are_refused(
     any_service: Service, ends: tuple[str, str], probe_id: str
 ) -> None:
-    """The problem says which differ, in what, and how."""
+    """The problem names the checkpoints and how they differ."""
     other = _checkpoint(any_service, _normed(0), name="other", architecture=NORMED)
     path = {"kind": "path", "checkpoint_a_id": ends[0], "checkpoint_b_id": other}
     answer = any_service.client.post("/v1/analyses", json={**path, "probe_id": probe_id})
@@ -323,7 +323,7 @@ def test_checkpoints_of_two_architectures_are_refused(
 
 
 def test_a_series_compares_networks_of_any_kind(service: Service, ends_of_two_kinds: tuple[str, str]) -> None:
-    """It mixes no weights: widths and norms may differ, and each point is what its own evaluation says."""
+    """A series mixes no weights: widths and norms may differ, and each point equals its own evaluation."""
     made = service.post("/v1/probes", {"name": "data"}, _pixels())
     request = {"kind": "series", "axis": {"name": "x", "values": [1, 2]}, "checkpoint_ids": ends_of_two_kinds}
     report = _report(service, **request, probe_id=made.json()["id"], options=FEW)
@@ -333,7 +333,7 @@ def test_a_series_compares_networks_of_any_kind(service: Service, ends_of_two_ki
 
 
 def test_a_series_of_other_classes_is_refused(service: Service, ends_of_two_kinds: tuple[str, str]) -> None:
-    """At once where the descriptions say so, else at the point where it shows; the numbers would be of other things."""
+    """A series of other classes is refused at once if descriptions show it, otherwise at the point where it shows."""
     sizes = {"family": "builtin", "name": "mlp", "args": {"sizes": [64, 8, 12]}}
     tensors = {"layers.0.weight": (8, 64), "layers.0.bias": (8,), "head.weight": (12, 8), "head.bias": (12,)}
     more = _checkpoint(
@@ -352,14 +352,14 @@ def _pixels() -> bytes:
 
 @pytest.fixture
 def ends_of_two_kinds(service: Service, mlp_checkpoint_file: Path) -> tuple[str, str]:
-    """A plain network, and a narrower one with batch normalisation."""
+    """Upload a plain network, and a narrower one with batch normalisation."""
     return _checkpoint(service, mlp_checkpoint_file), _checkpoint(service, _normed(0), architecture=NORMED)
 
 
 def test_a_point_that_fails_is_named(
     any_service: Service, ends: tuple[str, str], probe_id: str, mlp_checkpoint_file: Path
 ) -> None:
-    """A checkpoint that holds NaN fails the series at its place, and says so."""
+    """A checkpoint that holds NaN fails the series, and the problem names its place."""
     tensors = load_file(mlp_checkpoint_file)
     tensors["head.bias"][3] = float("nan")
     broken = _checkpoint(any_service, save_tensors(tensors), architecture=MLP)
@@ -390,7 +390,7 @@ def test_a_point_that_fails_is_named(
     ],
 )
 def test_a_request_that_is_not_valid_says_where(service: Service, body: dict[str, Any], place: list[str]) -> None:
-    """Places are those of the body that came, whatever the kind."""
+    """Errors of an invalid request name places of the sent body, whatever the kind."""
     given = {"checkpoint_a_id": "a", "checkpoint_b_id": "b"} if body["kind"] == "path" and "options" in body else {}
     answer = service.client.post("/v1/analyses", json={"probe_id": "x", **given, **body})
     assert place in [error["loc"] for error in problem(answer, 422, "invalid-request")["errors"]], answer.text

@@ -1,4 +1,4 @@
-"""What we rely on of the queue's library, on both databases: a contract that a new version of it must keep."""
+"""Properties of the queue's library that we rely on, on both databases: a new version must keep them."""
 
 import base64
 import pickle
@@ -19,7 +19,7 @@ from tests.databases import fresh_database
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[sa.Engine]:
-    """An engine on a database that has the queue's tables."""
+    """Return an engine on a database that has the queue's tables."""
     with ExitStack() as stack:
         url = ""
         if request.param == "postgresql":
@@ -38,7 +38,7 @@ def client(engine: sa.Engine) -> Iterator[DBOSClient]:
 
 
 def test_enqueueing_commits_and_rolls_back_with_our_transaction(engine: sa.Engine, client: DBOSClient) -> None:
-    """A run exists once the transaction that queued it commits, and never where it rolls back."""
+    """A run exists once the transaction that queued it commits, and does not after a rollback."""
     kept, dropped = str(uuid4()), str(uuid4())
     with write(engine) as session:
         queue.enqueue(client, session, kept)
@@ -53,7 +53,7 @@ def test_enqueueing_commits_and_rolls_back_with_our_transaction(engine: sa.Engin
 
 
 def test_status_is_readable_in_sql(engine: sa.Engine, client: DBOSClient) -> None:
-    """The queue's table and words are the ones that our queries name."""
+    """The queue's table and status words are those of our queries."""
     run = str(uuid4())
     with write(engine) as session:
         queue.enqueue(client, session, run)
@@ -72,7 +72,7 @@ def test_status_is_readable_in_sql(engine: sa.Engine, client: DBOSClient) -> Non
 
 
 def test_pickled_rows_are_never_opened(engine: sa.Engine, client: DBOSClient, tmp_path: Path) -> None:
-    """A row that says of itself that it is pickled does not run its code, not even when it is listed."""
+    """A row that is marked as pickled does not run its code, not even when it is listed."""
     run, trap = str(uuid4()), tmp_path / "sprung"
 
     class Trap:

@@ -17,7 +17,7 @@ from tests.services import Service
 
 
 def probe_bytes(seed: int, n: int = 12) -> bytes:
-    """A small probe; another seed gives another file."""
+    """Return a small probe; another seed gives another file."""
     inputs = np.random.default_rng(seed).normal(size=(n, 3)).astype(np.float32)
     return save({"inputs": inputs, "labels": np.arange(n) % 3})
 
@@ -27,7 +27,7 @@ def unique(prefix: str) -> str:
 
 
 def test_checkpoint_is_described(any_service: Service, mlp_checkpoint_file: Path) -> None:
-    """A checkpoint answers with what was sent and what its header says, and can be fetched at its Location."""
+    """A checkpoint's answer holds the sent values and those of its header, and its Location can be fetched."""
     metadata = {"run": "a", "epoch": 3, "tags": ["x", "y"], "final": True}
     spec = {"name": "mlp", "architecture": MLP, "metadata": metadata}
     response = any_service.post("/v1/checkpoints", spec, mlp_checkpoint_file)
@@ -82,7 +82,7 @@ def test_npz_probe_is_accepted(any_service: Service, tmp_path: Path) -> None:
 
 
 def test_blob_is_reused_by_its_hash(any_service: Service) -> None:
-    """`spec.sha256` in place of a file takes the blob that the service holds; an unknown one is a 404."""
+    """`spec.sha256` instead of a file uses the stored blob; an unknown one is a 404."""
     first = any_service.post("/v1/probes", {"name": "first"}, probe_bytes(1)).json()
     second = any_service.post("/v1/probes", {"name": "second", "sha256": first["sha256"]})
     assert second.status_code == 201, second.text
@@ -92,13 +92,13 @@ def test_blob_is_reused_by_its_hash(any_service: Service) -> None:
 
 
 def test_hash_beside_a_file_must_be_its_own(any_service: Service) -> None:
-    """A file whose hash the spec states is refused where it came with another one."""
+    """A file with another hash than its spec states is refused."""
     response = any_service.post("/v1/probes", {"name": "a", "sha256": "0" * 64}, probe_bytes(2))
     assert "sha256" in problem(response, 422, "invalid-file")["detail"]
 
 
 def test_unknown_ids_are_404(any_service: Service) -> None:
-    """An id that names nothing is a problem on every route that takes one."""
+    """An unknown id is a problem on every route that takes one."""
     client = any_service.client
     for collection in ("checkpoints", "probes", "feature-sets"):
         problem(client.get(f"/v1/{collection}/nothing"), 404, "not-found")
@@ -111,7 +111,7 @@ def test_unknown_ids_are_404(any_service: Service) -> None:
 
 
 def test_blob_goes_when_nothing_refers_to_it(any_service: Service) -> None:
-    """Deleting the last of two resources that share a file removes the file, deleting the first does not."""
+    """Deleting the last of two resources that share a file removes the file; deleting the first does not."""
     content = probe_bytes(3)
     sha256 = hashlib.sha256(content).hexdigest()
     first, second = (any_service.post("/v1/probes", {"name": "shared"}, content).json() for _ in range(2))
@@ -125,7 +125,7 @@ def test_blob_goes_when_nothing_refers_to_it(any_service: Service) -> None:
 
 
 def test_uploads_and_deletions_of_one_file_do_not_meet(any_service: Service) -> None:
-    """While one file is uploaded and deleted over and over by several clients, what exists always has its file."""
+    """While several clients upload and delete one file repeatedly, existing resources always have their file."""
     content = probe_bytes(4)
 
     def churn(_: int) -> None:
@@ -144,7 +144,7 @@ def test_uploads_and_deletions_of_one_file_do_not_meet(any_service: Service) -> 
 
 
 def test_lists_are_filtered(any_service: Service) -> None:
-    """Collections filter by name, metadata (lists match any entry, several filters match together) and time."""
+    """Collections filter by name, metadata (lists match any entry, several filters combine) and time."""
     name = unique("filtered")
     specs = [{"epoch": 1, "tags": ["a", "b"]}, {"epoch": 2, "tags": ["b"]}, {"epoch": 2, "best": True}]
     made = [
@@ -170,7 +170,7 @@ def test_lists_are_filtered(any_service: Service) -> None:
 
 
 def test_deleted_metadata_is_not_found(any_service: Service) -> None:
-    """Metadata goes with its resource."""
+    """Metadata is deleted with its resource."""
     value = unique("value")
     made = any_service.post("/v1/probes", {"name": "m", "metadata": {"key": value}}, probe_bytes(6)).json()
     any_service.client.delete(f"/v1/probes/{made['id']}")

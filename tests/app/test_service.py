@@ -33,7 +33,7 @@ KEY = "a key that nobody guesses"
 
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """A service with an API key, bound to all addresses."""
+    """Run a service with an API key, bound to all addresses."""
     data_dir = tmp_path_factory.mktemp("guarded") / "data"
     with services.running(data_dir, ready=False, api_key=KEY, host="0.0.0.0") as service:
         url = service.url.replace("0.0.0.0", "127.0.0.1")
@@ -43,7 +43,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 
 def test_key_is_needed_on_every_v1_call(guarded: Service) -> None:
-    """Where a key is set, /v1 answers 401 without it, with another, and with another scheme; health does not."""
+    """With a key set, /v1 answers 401 without it, with another, and with another scheme; health does not."""
     paths = [path for path in guarded.client.get("/openapi.json").json()["paths"] if path.startswith("/v1")]
     assert len(paths) >= 12
     for path in paths:
@@ -59,7 +59,7 @@ def test_key_is_needed_on_every_v1_call(guarded: Service) -> None:
 
 
 def test_upload_without_the_key_is_refused_and_not_kept(guarded: Service) -> None:
-    """An upload of some size hears that the key is missing rather than a closed connection."""
+    """A larger upload without the key receives the problem rather than a closed connection."""
     problem(guarded.post("/v1/checkpoints", {"name": "a"}, bytes(5_000_000)), 401, "unauthorized")
 
 
@@ -72,7 +72,7 @@ def run(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("command", ["serve", "api"])
 def test_open_address_without_a_key_is_refused(tmp_path: Path, command: str) -> None:
-    """Any address but loopback is refused while no key is set, and the message says what to do."""
+    """Any address except loopback is refused without a key, and the message says what to do."""
     done = run(command, "--host", "0.0.0.0", data_dir=str(tmp_path))
     assert done.returncode == 2
     assert "INTERPLAY_API_KEY" in done.stderr
@@ -102,7 +102,7 @@ def test_port_in_use_is_said(tmp_path: Path) -> None:
     ],
 )
 def test_bad_setting_is_said(tmp_path: Path, name: str, value: str) -> None:
-    """A setting that is not valid ends the command with its name, status 2 and no traceback."""
+    """An invalid setting ends the command with its name, status 2 and no traceback."""
     done = run("migrate", **{"data_dir": str(tmp_path), name: value})
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
@@ -111,7 +111,7 @@ def test_bad_setting_is_said(tmp_path: Path, name: str, value: str) -> None:
 
 
 def test_migrate_twice(tmp_path: Path) -> None:
-    """`migrate` makes the tables, and a second time changes nothing."""
+    """`migrate` creates the tables, and a second time changes nothing."""
     for _ in range(2):
         done = run("migrate", data_dir=str(tmp_path))
         assert done.returncode == 0, done.stderr
@@ -121,7 +121,7 @@ def test_migrate_twice(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_serve_stops_within_seconds(tmp_path: Path, number: int) -> None:
-    """Ctrl-C and SIGTERM stop API, worker and compute process within seconds, with status 0 and in silence."""
+    """Ctrl-C and SIGTERM stop API, worker and compute process within seconds, with status 0 and no output."""
     with services.running(tmp_path / "data") as service:
         child = service.compute_child()
         family = [psutil.Process(service.process.pid), service.worker(), child]
@@ -133,7 +133,7 @@ def test_serve_stops_within_seconds(tmp_path: Path, number: int) -> None:
 
 
 def test_worker_is_started_again(tmp_path: Path) -> None:
-    """A worker that dies is replaced, and readiness says in between that there is none only if it takes long."""
+    """A dead worker is replaced, and readiness reports its absence only if that takes long."""
     with services.running(tmp_path / "data", worker_restart_max_seconds="0.2") as service:
         first = service.worker()
         first.kill()
@@ -145,7 +145,7 @@ def test_worker_is_started_again(tmp_path: Path) -> None:
 
 
 def test_worker_dies_with_its_service(tmp_path: Path) -> None:
-    """A service that is killed leaves no worker and no compute process behind."""
+    """A killed service leaves no worker and no compute process behind."""
     with services.running(tmp_path / "data") as service:
         family = [service.compute_child(), service.worker()]
         service.process.kill()
@@ -155,7 +155,7 @@ def test_worker_dies_with_its_service(tmp_path: Path) -> None:
 
 
 def test_readiness_names_what_is_missing(tmp_path: Path) -> None:
-    """Without tables the database is named, without a worker the worker; the process itself stays healthy."""
+    """Without tables readiness names the database, without a worker the worker; the process itself stays healthy."""
     with services.running(tmp_path / "data", command="api") as service:
         answer = service.client.get("/readyz")
         assert answer.status_code == 503
@@ -183,7 +183,7 @@ def test_readiness_names_what_is_missing(tmp_path: Path) -> None:
 
 
 def test_storage_that_is_gone_is_named(tmp_path: Path) -> None:
-    """A storage folder that cannot be used is what readiness names."""
+    """Readiness names a storage folder that cannot be used."""
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
     with services.running(tmp_path / "data", ready=False) as service:
@@ -200,14 +200,14 @@ def test_storage_that_is_gone_is_named(tmp_path: Path) -> None:
 
 
 def test_key_is_asked_for_before_a_body_is_read(guarded: Service) -> None:
-    """Without the key a body is neither parsed nor kept, whatever it says of its type."""
+    """Without the key a body is neither parsed nor stored, whatever its declared type."""
     for content_type in ("application/json", "multipart/x"):
         answer = guarded.client.post("/v1/analyses", content=b"{bad", headers={"Content-Type": content_type})
         problem(answer, 401, "unauthorized")
 
 
 def test_other_sites_have_no_way_in_through_a_browser(service: Service) -> None:
-    """Without a key only this machine's own names are answered, and no page from elsewhere."""
+    """Without a key only the machine's own host names are answered, and no page of another origin."""
     for headers in ({"Host": "evil.example"}, {"Origin": "https://evil.example"}, {"Origin": "null"}):
         problem(service.client.get("/v1/probes", headers=headers), 403, "forbidden")
     port = service.url.rpartition(":")[2]
@@ -216,7 +216,7 @@ def test_other_sites_have_no_way_in_through_a_browser(service: Service) -> None:
 
 
 def test_worker_without_its_device_does_not_count(tmp_path: Path) -> None:
-    """A worker whose device does not exist says so, takes no work and leaves the service not ready."""
+    """A worker with a missing device reports it, takes no work and leaves the service not ready."""
     if torch.cuda.device_count() > 99:
         pytest.fail("this test needs a device that does not exist")
     with services.running(tmp_path / "data", ready=False, device="cuda:99") as service:
@@ -227,25 +227,25 @@ def test_worker_without_its_device_does_not_count(tmp_path: Path) -> None:
 
 
 def test_answers_on_a_kept_connection_do_not_wait(service: Service) -> None:
-    """No answer waits for an acknowledgement that the other end delays, by 40 ms at least, to send it along."""
+    """No answer waits for the other end's delayed acknowledgement, which takes at least 40 ms."""
     service.client.get("/openapi.json")
     taken = []
     for _ in range(30):
         start = time.perf_counter()
         service.client.get("/healthz")
         taken.append(time.perf_counter() - start)
-    # The least of many: a busy machine delays some, the fault delayed all but the first of a connection.
+    # The minimum of many: a busy machine delays some, the fault delayed all but the first of a connection.
     assert sorted(taken)[3] < 0.035
 
 
 def test_unknown_routes_and_methods_are_problems(service: Service) -> None:
-    """What does not exist is a problem as well, with the status that HTTP gives it."""
+    """Unknown routes and methods are problems, with the status that HTTP gives them."""
     problem(service.client.get("/v2/nothing"), 404, "not-found")
     problem(service.client.put("/v1/probes"), 405, "method-not-allowed")
 
 
 def test_documents_of_the_api(service: Service) -> None:
-    """/docs is a page and /openapi.json names every call of version 1 with the report's full schema."""
+    """/docs is a page, and /openapi.json names every call of version 1 with the report's full schema."""
     document = service.client.get("/openapi.json").json()
     calls = {(method.upper(), path) for path, methods in document["paths"].items() for method in methods}
     for collection in ("checkpoints", "probes", "feature-sets"):
@@ -257,7 +257,7 @@ def test_documents_of_the_api(service: Service) -> None:
 
 @pytest.mark.parametrize("page", ["/docs", "/redoc"])
 def test_pages_of_the_api_load_nothing_from_elsewhere(service: Service, page: str) -> None:
-    """What a page names is of this service and is there, and its policy lets a browser load nothing else."""
+    """The pages refer only to existing files of this service, and their policy lets a browser load nothing else."""
     answer = service.client.get(page)
     assert answer.headers["content-type"].startswith("text/html")
     named = re.findall(r"""(?:src|href|spec-url)=["']([^"']*)["']""", answer.text)
@@ -320,7 +320,7 @@ def test_api_never_loads_torch(tmp_path: Path) -> None:
 
 
 def test_other_requests_are_quick_during_an_upload(service: Service) -> None:
-    """While large files come in, the service answers others: nothing of an upload holds the event loop."""
+    """While large files arrive, the service answers other requests: an upload never blocks the event loop."""
 
     async def upload(client: httpx.AsyncClient) -> int:
         async def body() -> AsyncIterator[bytes]:

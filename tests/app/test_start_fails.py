@@ -1,4 +1,4 @@
-"""A start that fails says why in one sentence, with status 2 and without a traceback."""
+"""A failed start gives the reason in one sentence, with status 2 and without a traceback."""
 
 import contextlib
 import os
@@ -32,7 +32,7 @@ def _not_a_folder(folder: Path) -> Variables:
 
 
 def _not_writable(folder: Path) -> Variables:
-    # Of a kernel's own file system, as root may write anywhere else.
+    # On a kernel's own file system, as root may write anywhere else.
     return {"INTERPLAY_DATA_DIR": "/proc/interplay"}
 
 
@@ -64,7 +64,7 @@ CASES: dict[str, tuple[Callable[[Path], Variables], str]] = {
 )
 @pytest.mark.parametrize("case", CASES)
 def test_one_sentence_and_status_2(case: str, command: list[str], tmp_path: Path) -> None:
-    """Whichever process it is; what is said names the place and never a password."""
+    """Every process fails with one sentence and status 2; the sentence names the place and never a password."""
     prepare, expected = CASES[case]
     environment = {**os.environ, "INTERPLAY_DATA_DIR": str(tmp_path), **prepare(tmp_path)}
     ran = subprocess.run(
@@ -85,13 +85,13 @@ def test_one_sentence_and_status_2(case: str, command: list[str], tmp_path: Path
     [((3, 11), (3, 40, 1), True), ((3, 12), (3, 42, 0), True), ((3, 12), (3, 41, 2), False), ((3, 13), (3, 9), False)],
 )
 def test_an_sqlite_that_the_queue_cannot_use(python: tuple[int, ...], sqlite: tuple[int, ...], fits: bool) -> None:
-    """It is refused, as the queue's tables would take no row; which one is there depends on the build of Python."""
+    """An old SQLite is refused: the queue's tables would accept no row; its version depends on the build of Python."""
     with contextlib.nullcontext() if fits else pytest.raises(CannotStart, match=r"needs SQLite 3\.42 .* has 3\.\d"):
         _require_recent_sqlite(python, sqlite)
 
 
 def test_a_worker_whose_compute_process_ends_says_so(tmp_path: Path) -> None:
-    """With a status of its own and not by an abort of the interpreter, while it still reads its input."""
+    """A worker whose compute process ends exits with its own status, not by an abort, while it still reads input."""
     engine = make_engine(Settings(data_dir=tmp_path))
     migrations.upgrade(engine)
     engine.dispose()

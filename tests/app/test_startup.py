@@ -1,4 +1,4 @@
-"""What a service does beside its first requests."""
+"""The service during its start."""
 
 import asyncio
 import subprocess
@@ -16,7 +16,7 @@ from app.settings import Settings
 
 
 def test_calls_wait_for_the_tables(tmp_path: Path) -> None:
-    """While tables are made, health is answered and calls of /v1 wait; then they are answered as any other."""
+    """While tables are created, health is answered and calls of /v1 wait; then they are answered normally."""
 
     async def scenario() -> None:
         settings, tables = Settings(data_dir=tmp_path), Future[None]()
@@ -40,7 +40,7 @@ def test_calls_wait_for_the_tables(tmp_path: Path) -> None:
 
 
 def test_a_call_that_gives_up_takes_the_tables_from_nobody(tmp_path: Path) -> None:
-    """A client that goes away while it waits leaves the others waiting."""
+    """A client that disconnects while it waits does not affect the other waiting clients."""
 
     async def scenario() -> None:
         tables = Future[None]()
@@ -60,7 +60,7 @@ def test_a_call_that_gives_up_takes_the_tables_from_nobody(tmp_path: Path) -> No
 
 
 def test_nothing_large_is_loaded_before_it_is_needed(tmp_path: Path) -> None:
-    """The API listens, and the compute process is ready, without what only some requests and analyses need."""
+    """The API listens, and the compute process is ready, without modules that only some requests and analyses need."""
     for module, unloaded in (
         ("app.main", ("dbos", "alembic", "psycopg", "numpy", "pyarrow", "altair", "vl_convert")),
         ("interplay.server", ("httpx", "cyclopts", "rich")),

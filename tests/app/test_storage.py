@@ -19,12 +19,12 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 @pytest.fixture(params=["local", "remote"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
-    """An empty storage; the remote one speaks to its store as to a bucket, which lives in memory."""
+    """Return an empty storage; the remote one uses an in-memory store in place of a bucket."""
     return Storage(Settings(data_dir=tmp_path, storage_url="memory:///" if request.param == "remote" else ""))
 
 
 def test_blob_is_kept_under_its_hash(storage: Storage) -> None:
-    """What was staged can be read under its sha256, as often as wanted, until it is deleted."""
+    """A staged blob can be read under its sha256 repeatedly until it is deleted."""
     assert not storage.has(SHA256)
     for _ in range(2):
         with storage.stage() as staged:
@@ -45,13 +45,13 @@ def test_blob_is_kept_under_its_hash(storage: Storage) -> None:
 
 
 def test_missing_blob_is_an_error(storage: Storage) -> None:
-    """A blob that does not exist cannot be read."""
+    """Reading a missing blob is an error."""
     with pytest.raises(FileNotFoundError), storage.local_copy(SHA256):
         pass
 
 
 def test_other_bytes_under_a_hash_are_not_taken_for_the_blob(tmp_path: Path) -> None:
-    """A store that answers with other bytes is not believed, and nothing of it stays in the cache."""
+    """Other bytes from a store are refused, and nothing of them stays in the cache."""
     storage = Storage(Settings(data_dir=tmp_path, storage_url="memory:///"))
     obstore.put(storage._store, f"{SHA256[:2]}/{SHA256}", b"something else")
     with pytest.raises(BlobDamaged, match=SHA256), storage.local_copy(SHA256):
@@ -67,7 +67,7 @@ def _put(storage: Storage, content: bytes) -> str:
 
 
 def _damage(path: Path, *, quietly: bool) -> None:
-    """Turn one bit; quietly as a disk does it, which changes no time."""
+    """Flip one bit without a change of the file's time, as a disk may."""
     before = path.stat()
     with path.open("r+b") as file:
         file.seek(1_000_000)
@@ -80,11 +80,11 @@ def _damage(path: Path, *, quietly: bool) -> None:
 
 @pytest.mark.parametrize("quietly", [False, True])
 def test_a_turned_bit_is_found_at_first_use(storage: Storage, tmp_path: Path, quietly: bool) -> None:
-    """Also in what a machine has cached; after that the same file, sent again, takes its place."""
+    """A flipped bit is found at first use, also in a machine's cache; the same file, sent again, replaces it."""
     _put(storage, CONTENT)
     with storage.local_copy(SHA256) as path:
         _damage(path, quietly=quietly)
-    # Another process: whoever fetched the file has hashed it.
+    # Another process: the one that fetched the file has hashed it.
     other = Storage(Settings(data_dir=tmp_path, storage_url="")) if storage._folder else storage
     other._verified.clear()
     with pytest.raises(BlobDamaged) as caught, other.verified_copy(SHA256):
@@ -97,7 +97,7 @@ def test_a_turned_bit_is_found_at_first_use(storage: Storage, tmp_path: Path, qu
 
 
 def test_a_file_is_hashed_again_once_it_was_written(storage: Storage) -> None:
-    """What a process has verified it verifies no second time, unless the file changed meanwhile."""
+    """A process verifies a file once, and again only if the file has changed."""
     _put(storage, CONTENT)
     with storage.verified_copy(SHA256) as path:
         verified = dict(storage._verified)
@@ -109,7 +109,7 @@ def test_a_file_is_hashed_again_once_it_was_written(storage: Storage) -> None:
 
 
 def test_what_lies_in_the_store_can_be_hashed_and_set_aside(storage: Storage) -> None:
-    """The hash is of what lies there now; what was set aside is no blob any more, and the same file can come again."""
+    """The hash is of the present bytes; a file set aside is no longer a blob, and can be uploaded again."""
     _put(storage, CONTENT)
     assert storage.sha256_of(SHA256) == SHA256
     obstore.put(storage._store, f"{SHA256[:2]}/{SHA256}", CONTENT[:-1])
@@ -123,7 +123,7 @@ def test_what_lies_in_the_store_can_be_hashed_and_set_aside(storage: Storage) ->
 
 
 def test_the_cache_keeps_what_was_used_last(tmp_path: Path) -> None:
-    """Beyond its limit the least recently used goes, and never what somebody reads."""
+    """Beyond its limit the cache drops the least recently used blob, and never one being read."""
     storage = Storage(Settings(data_dir=tmp_path, storage_url="memory:///", cache_bytes=3_000))
     first, second, third, fourth = (_put(storage, bytes([number]) * 1_000) for number in range(4))
 
@@ -145,7 +145,7 @@ def test_the_cache_keeps_what_was_used_last(tmp_path: Path) -> None:
 
 
 def test_upload_that_is_not_put_leaves_nothing(storage: Storage, tmp_path: Path) -> None:
-    """A staged file that nobody keeps is gone at the end of its block."""
+    """A staged file that is not stored is gone at the end of its block."""
     with storage.stage() as staged:
         staged.write(CONTENT)
         assert staged.path.exists()
@@ -153,7 +153,7 @@ def test_upload_that_is_not_put_leaves_nothing(storage: Storage, tmp_path: Path)
 
 
 def test_only_abandoned_files_are_swept(tmp_path: Path) -> None:
-    """The sweep takes the staged file of a process that was killed and leaves that of a running one."""
+    """The sweep removes a killed process's staged file and keeps that of a running one."""
     script = (
         "import sys, time; from pathlib import Path\n"
         "from app.storage import Storage; from app.settings import Settings\n"

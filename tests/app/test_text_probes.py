@@ -1,4 +1,4 @@
-"""Probes of texts over HTTP, tokenised by a real worker: what the network sees is what its own library shows it."""
+"""Probes of texts over HTTP, tokenised by a real worker: network inputs equal those of the network's own library."""
 
 import csv
 import io
@@ -27,7 +27,7 @@ LABELS = [i % N_CLASSES for i in range(24)]
 
 
 def tokenizer(extra: int = 0) -> dict[str, Any]:
-    """A tokenizer.json of 43 words and as many more as asked for, which are the last of the vocabulary."""
+    """Return a tokenizer.json of 43 words and as many extra ones as requested, which are the last of the vocabulary."""
     vocabulary = {"<s>": 0, "<pad>": PAD, "</s>": 2, "<unk>": 3}
     vocabulary |= {word: 4 + number for number, word in enumerate(WORDS)}
     vocabulary |= {f"x{number}": 44 + number for number in range(extra)}
@@ -57,7 +57,7 @@ def _ended(service: Service, saved: Saved, probe: dict[str, Any], **spec: Any) -
 
 
 def _loss(saved: Saved, max_length: int) -> float:
-    """Of the library's own pipeline."""
+    """Return the loss of the library's own pipeline."""
     fast = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(tokenizer())), pad_token="<pad>", unk_token="<unk>"
     )
@@ -84,7 +84,7 @@ def test_texts_of_csv_with_the_probes_tokenizer(service: Service, tmp_path: Path
 
 
 def test_texts_of_parquet_with_the_checkpoints_tokenizer(service: Service, tmp_path: Path) -> None:
-    """What the probe lacks the checkpoint brings; texts are cut off where the probe says; names are matched."""
+    """The checkpoint's tokenizer is used if the probe has none; the probe's length cuts texts; names are matched."""
     saved = models.saved_transformers("Bert", TEXT_MODELS["Bert"], tmp_path)
     order = [2, 0, 3, 1]
     config = {**saved.architecture["config"], "id2label": {str(order[i]): NAMES[i] for i in range(N_CLASSES)}}
@@ -103,7 +103,7 @@ def test_texts_of_parquet_with_the_checkpoints_tokenizer(service: Service, tmp_p
 
 
 def test_class_names_give_the_order_or_other_words(service: Service, tmp_path: Path) -> None:
-    """A file's own names are sorted; a network without names has another order, one with names other words."""
+    """A file's names are sorted; a spec gives the order for a network without names, other words for one with them."""
     saved = models.saved_transformers("Bert", TEXT_MODELS["Bert"], tmp_path)
     order = ["wild", "calm", "sad", "glad"]
     file = parquet({"text": TEXTS[:-4], "label": [order[label] for label in LABELS[:-4]]})
@@ -128,7 +128,7 @@ def _failure(service: Service, saved: Saved, probe: dict[str, Any]) -> dict[str,
 
 
 def test_texts_that_cannot_be_tokenised_fail(service: Service, tmp_path: Path) -> None:
-    """No tokenizer anywhere; one that is none; ids beyond the embedding, with both numbers."""
+    """A missing or invalid tokenizer, or ids beyond the embedding (with both numbers), fail the analysis."""
     saved = models.saved_transformers("Bert", TEXT_MODELS["Bert"], tmp_path)
     bare = _failure(service, saved, _posted(service, "probes", {}, _csv()))
     assert bare["type"].endswith("invalid-probe")
@@ -143,7 +143,7 @@ def test_texts_that_cannot_be_tokenised_fail(service: Service, tmp_path: Path) -
 
 
 def test_bad_specs_of_texts_are_refused(service: Service, mlp_checkpoint_file: Path) -> None:
-    """A preprocess, a tokenizer without a model, one over the limit of its size, a spec that is too large without."""
+    """A preprocess, a tokenizer without a model or over its size limit, and a spec too large without it are refused."""
     for spec, status, kind in (
         ({"preprocess": {"scale": 2}}, 422, "invalid-request"),
         ({"tokenizer": {"version": "1.0"}}, 422, "invalid-request"),
@@ -158,7 +158,7 @@ def test_bad_specs_of_texts_are_refused(service: Service, mlp_checkpoint_file: P
 
 
 def test_tokenizers_are_blobs_that_probes_and_checkpoints_share(service: Service, tmp_path: Path) -> None:
-    """One file for two rows; it goes with the last of them."""
+    """Two rows share one tokenizer file; it goes with the last of them."""
     saved = models.saved_transformers("Bert", TEXT_MODELS["Bert"], tmp_path)
     before = blobs(service)
     definition = tokenizer(7)

@@ -1,4 +1,4 @@
-"""Damaged files: an analysis of one fails, and `interplay verify` says what rests on it."""
+"""Damaged files: an analysis fails, and `interplay verify` lists the affected reports."""
 
 import json
 import subprocess
@@ -14,9 +14,9 @@ def _verify(service: Service, *arguments: str) -> subprocess.CompletedProcess[st
 
 
 def test_a_damaged_checkpoint(any_service: Service, mlp_checkpoint_file: Path, digits_probe_file: Path) -> None:
-    """It fails the next analysis and is named with the reports on it; set aside, it can be sent again."""
+    """A damaged checkpoint fails its next analysis and is listed with its reports; set aside, it can be sent again."""
     service = any_service
-    # A file of its own, so that no other test's checkpoint is damaged.
+    # A separate file, so that no other test's checkpoint is damaged.
     content = bytearray(mlp_checkpoint_file.read_bytes())
     content[-1] ^= 1
     checkpoint = service.post("/v1/checkpoints", {"name": "rotten"}, bytes(content)).json()
@@ -28,7 +28,7 @@ def test_a_damaged_checkpoint(any_service: Service, mlp_checkpoint_file: Path, d
 
     path = service.data_dir / "blobs" / checkpoint["sha256"][:2] / checkpoint["sha256"]
     path.write_bytes(bytes(content[:-1]) + bytes([content[-1] ^ 2]))
-    # Another batch size: kept features would not need the file.
+    # Another batch size: cached features would not need the file.
     failed = service.wait(service.analyze(**ids, options={**options, "batch_size": 7})["id"])
     assert failed["problem"]["type"] == "urn:interplay:problem:blob-damaged"
     assert failed["problem"]["sha256"] == checkpoint["sha256"]

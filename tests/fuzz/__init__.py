@@ -1,1 +1,1 @@
-"""Whatever comes in, no fault of the service comes out: `python -m tests.fuzz`."""
+"""Fuzz tests: no input may cause a fault of the service. `python -m tests.fuzz` runs them."""

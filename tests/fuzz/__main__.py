@@ -1,4 +1,4 @@
-"""`make fuzz`: damaged files for the readers, then schemathesis against a service with one of everything in it."""
+"""`make fuzz`: damaged files for the readers, then schemathesis against a service with one resource of every type."""
 
 import argparse
 import sys
@@ -15,12 +15,12 @@ from tests import services
 from tests.fuzz import headers
 from tests.services import Service
 
-# What a schema cannot say (labels that fit a head, a metric that a report has) is refused as well.
+# Conditions that a schema cannot express (labels that fit a head, a metric that a report has) are refused as well.
 _CHECKS_THAT_DO_NOT_HOLD = "positive_data_acceptance"
 
 
 def main() -> int:
-    """Run both for about half of the time each; 1 where a fault was found."""
+    """Run both for about half of the time each; return 1 if a fault was found."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=main.__doc__)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=120.0, help="of both together, beside starting the service")
@@ -58,7 +58,7 @@ def _calls(folder: Path, seed: int, seconds: float) -> int:
 
 
 def _fill(service: Service) -> None:
-    """One of everything, and the document, which takes a moment to be made."""
+    """Create one resource of every type, and request the OpenAPI document, which takes a moment to build."""
     chance = np.random.default_rng(0)
     arrays: dict[str, Any] = {name: chance.normal(size=(12, 3)).astype(np.float32) for name in ("features", "head")}
     file = save({**arrays, "head": arrays["head"][:3], "labels": np.arange(12) % 3})

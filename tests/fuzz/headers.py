@@ -1,4 +1,4 @@
-"""Files with damaged headers, read by the functions that uploads go through: taken or refused, and nothing else."""
+"""Files with damaged headers for the functions that read uploads: each file must be accepted or refused."""
 
 import io
 import json
@@ -23,7 +23,7 @@ from app.settings import Settings
 from tests.datafiles import encoded, picture, zipped
 
 SETTINGS = Settings(max_npz_bytes=2**26, max_unpacked_bytes=2**26, max_upload_bytes=2**26)
-# What damage puts in: ends of ranges, signs of other formats, texts that parsers stumble over.
+# Inserted by the damage: ends of ranges, signatures of other formats, texts that trip parsers.
 _PIECES = (
     *(
         value.to_bytes(size, "little")
@@ -37,7 +37,7 @@ _PIECES = (
 
 @dataclass(frozen=True)
 class Fault:
-    """An error that an upload would have been answered with 500 for."""
+    """An error that an upload would have answered with 500."""
 
     seed: int
     kind: str
@@ -46,7 +46,7 @@ class Fault:
 
 
 def originals() -> dict[str, bytes]:
-    """Small files that are right, by kind."""
+    """Return small valid files, by kind."""
     arrays: dict[str, Any] = {
         "inputs": np.zeros((4, 3), np.float32),
         "labels": np.array([0, 1, 0, 1]),
@@ -76,10 +76,10 @@ def originals() -> dict[str, bytes]:
 
 
 def damaged(content: bytes, chance: random.Random) -> bytes:
-    """The content with some of it changed, left out, put in, or said twice."""
+    """Return the content with parts changed, removed, inserted or repeated."""
     changed = bytearray(content)
     for _ in range(chance.choice((1, 1, 1, 2, 3, 8))):
-        # Most of what a file says of itself stands at one of its ends.
+        # Most of a file's metadata stands at one of its ends.
         near = chance.choice((16, 64, 512, len(changed) + 1))
         at = min(chance.randrange(near), max(len(changed) - 1, 0))
         at = at if chance.random() < 0.6 else max(len(changed) - 1 - at, 0)
@@ -107,7 +107,7 @@ def _as_checkpoint(path: Path) -> None:
 
 
 def _as_probe(path: Path) -> None:
-    # Parquet is read by another process, whatever it dies of.
+    # Another process reads Parquet, as a file may crash it.
     if datafile.detect(path, datafile.Limits.of(SETTINGS)) != "parquet":
         probedata.describe(path, schemas.ProbeSpec(name="a"), SETTINGS)
 
@@ -116,7 +116,7 @@ DOORS: dict[str, Callable[[Path], None]] = {"checkpoint": _as_checkpoint, "probe
 
 
 def campaign(folder: Path, seed: int, *, count: int, seconds: float = float("inf")) -> tuple[int, list[Fault]]:
-    """Send damaged files through every door; how many, and what went wrong, each kind of fault once."""
+    """Pass damaged files to every reader; return their number and the faults, each kind of fault once."""
     kinds = originals()
     path = folder / "file"
     deadline = time.monotonic() + seconds

@@ -1,1 +1,1 @@
-"""Both packages as other machines get them: their wheels, what is in them, and where they run."""
+"""Both packages as other machines install them: their wheels, the content of the wheels, and where they run."""

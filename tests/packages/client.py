@@ -1,8 +1,8 @@
-"""The client's tests on another machine: plain Python that knows the installed package and a service, nothing of ours.
+"""The client's tests on another machine: plain Python that needs only the installed package and a service.
 
     INTERPLAY_URL=... python client.py CHECKPOINT PROBE FOLDER
 
-Asserts fail the run; at the end it prints the versions that it ran with.
+A failed assertion fails the run; at the end it prints the versions that it ran with.
 """
 
 import csv
@@ -30,7 +30,7 @@ checks:
 
 
 def command(*arguments: object, code: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run `interplay` as pip installed it, and expect its exit code."""
+    """Run the `interplay` command that pip installed, and check its exit code."""
     program = Path(sysconfig.get_path("scripts")) / "interplay"
     ran = subprocess.run(
         [str(program), *map(str, arguments)],
@@ -46,7 +46,7 @@ def command(*arguments: object, code: int = 0, **environment: str) -> subprocess
 
 
 def by_command() -> None:
-    """Push, analyse, wait, show, list, export and judge, as they are typed."""
+    """Push, analyse, wait, show, list, export and judge on the command line."""
     version = importlib.metadata.version("interplay")
     assert command("--version").stdout == f"interplay {version}\n"
     described = ("--name", NAME, "--metadata", "epoch=10", "--json")
@@ -78,7 +78,7 @@ def by_command() -> None:
 
 
 def by_client() -> None:
-    """The same from Python, and the errors that callers catch."""
+    """Do the same from Python, and check the errors that callers catch."""
     with Client() as client:
         checkpoint = client.push_checkpoint(CHECKPOINT, name=NAME, metadata={"epoch": 11})
         probe = client.push_probe(PROBE, name=NAME, preprocess={"scale": 0.0625})
@@ -108,7 +108,7 @@ def by_client() -> None:
 
 
 def without_the_rest() -> None:
-    """What the client alone lacks is named, with the package that brings it."""
+    """Check that errors name the parts that the client alone lacks and the package that provides them."""
     assert "pip install 'interplay-server[worker]'" in command("serve", code=2).stderr
     assert "pip install 'interplay-server'" in command("api", code=2).stderr
     command("list", "probes", code=3, INTERPLAY_URL="http://127.0.0.1:9", INTERPLAY_RETRY_SECONDS="0")

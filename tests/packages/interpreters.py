@@ -1,4 +1,4 @@
-"""Pythons of this machine that the client must run with; `python -m tests.packages.interpreters` names the others."""
+"""The Pythons that the client must run with; `python -m tests.packages.interpreters` lists the missing ones."""
 
 import functools
 import os
@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 
 SUPPORTED = ("3.11", "3.12", "3.13", "3.14")
-# Debian has Pythons without the modules that make an environment; those cannot be tested with.
+# Some Debian Pythons lack the modules that create an environment; they cannot be tested.
 _VERSION = "import ensurepip, sys, venv; print('%d.%d' % sys.version_info[:2])"
 
 
 @functools.cache
 def interpreter(version: str) -> Path | None:
-    """A Python of that version: this one, one on the path, or one of pyenv, whose shims run only what is chosen."""
+    """Return a Python of that version: this one, one on the path, or one of pyenv (shims run only selected ones)."""
     name = f"python{version}"
     folders = [Path(folder) for folder in os.environ.get("PATH", "").split(os.pathsep) if folder]
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
@@ -23,7 +23,7 @@ def interpreter(version: str) -> Path | None:
 
 
 def missing() -> list[str]:
-    """The supported versions that this machine does not have."""
+    """Return the supported versions that this machine lacks."""
     return [version for version in SUPPORTED if interpreter(version) is None]
 
 

@@ -1,4 +1,4 @@
-"""The client on every Python that it supports and this machine has, and as the examples for pipelines install it."""
+"""The client on every supported Python of this machine, and installed as in the examples for pipelines."""
 
 import shutil
 import sys
@@ -26,9 +26,10 @@ def test_client(
     built: tuple[Path, Path],
     tmp_path: Path,
 ) -> None:
-    """The wheel installs with what it needs, compiles without a warning, and does a client's whole work.
+    """The wheel installs with its requirements, compiles without a warning, and passes the client's whole test.
 
-    Another Python than this needs other builds, and gets all but the client from pip's index, as the lock pins it.
+    A Python other than this one needs other builds; there everything but the client comes from pip's index, as the lock
+    pins it.
     """
     found = interpreter(version)
     if found is None:
@@ -55,7 +56,7 @@ def test_client(
 
 
 def install_step(example: str, **given: str) -> tuple[str, dict[str, str]]:
-    """The step of an example that installs, and its variables as somebody gives them."""
+    """Return the install step of an example, and its variables as a user sets them."""
     loaded: Any = YAML(typ="safe", pure=True).load((CI / example).read_text())
     if example.startswith("github"):
         (step,) = [step for step in loaded["runs"]["steps"] if step["name"] == "Install"]
@@ -69,7 +70,7 @@ def install_step(example: str, **given: str) -> tuple[str, dict[str, str]]:
 
 @pytest.mark.parametrize("example", ["github/action.yml", "gitlab/.gitlab-ci.yml"])
 def test_examples_install_from_a_path_or_a_given_index(example: str, built: tuple[Path, Path], tmp_path: Path) -> None:
-    """Never by the bare name from a runner's own index, where another `interplay` lies in wait."""
+    """Examples never install by bare name from a runner's own index, where another `interplay` may exist."""
     other = tmp_path / "interplay-9.0.0-py3-none-any.whl"
     shutil.copy(built[0], other)
     public, own = wheels.index(tmp_path / "public", other), wheels.index(tmp_path / "own", built[0])

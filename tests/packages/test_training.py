@@ -1,4 +1,4 @@
-"""A training script in a project whose own packages have the names of the server's."""
+"""A training script in a project whose packages have the same names as the server's."""
 
 import shutil
 from pathlib import Path
@@ -11,13 +11,13 @@ OWN = ("analysis", "app", "migrations", "workers")
 
 
 def test_a_project_with_packages_of_the_same_names(built: tuple[Path, Path], tmp_path: Path) -> None:
-    """It trains with InterplayLoss and saves checkpoint and features: the wheel and its extra `train` are enough."""
+    """The script trains with InterplayLoss and saves checkpoint and features with the wheel and its extra `train`."""
     project, environment = tmp_path / "project", tmp_path / "environment"
     for name in OWN:
         (project / name).mkdir(parents=True)
         (project / name / "__init__.py").write_text('"""The project\'s."""\n')
     shutil.copy(Path(__file__).with_name("training.py"), project / "train.py")
-    # The torch that is there: what the extra leads to, and no other package.
+    # The torch of this environment: the extra's requirements, and no other package.
     python = wheels.environment(environment, has=wheels.needed(built[0], extras=["train"]))
     installed = wheels.run([python, "-m", "pip", "install", built[0]])
     assert installed.returncode == 0, installed.stderr

@@ -1,4 +1,4 @@
-"""What each wheel installs, and what it says of itself."""
+"""The installed content of each wheel, and its metadata."""
 
 import importlib.metadata
 import re
@@ -17,7 +17,7 @@ from tests.packages import wheels
 from tests.packages.interpreters import SUPPORTED
 from tests.packages.wheels import ROOT
 
-# By package: its folder, and where each folder of the repository goes.
+# By package: its folder, and the destination of each folder of the repository.
 CONTENTS = {
     "interplay": {"interplay": "interplay", "analysis": "interplay/_analysis"},
     "interplay-server": {name: name for name in ("analysis", "app", "migrations", "workers")},
@@ -41,7 +41,7 @@ def project(package: str) -> dict[str, Any]:
 
 
 def files_below(folder: Path) -> list[Path]:
-    """A package's own files, without compiled ones and without what lies behind links."""
+    """Return a package's own files, without compiled ones and without targets of links."""
     return [
         path.relative_to(folder)
         for path in folder.rglob("*")
@@ -51,7 +51,7 @@ def files_below(folder: Path) -> list[Path]:
 
 @pytest.mark.parametrize("package", PROJECTS)
 def test_wheel_holds_its_packages_and_nothing_else(package: str, built: tuple[Path, Path]) -> None:
-    """Every file of its folders, as a file of its own, each folder typed; interplay installs one name."""
+    """Each wheel holds every file of its folders as its own file, each folder typed; interplay installs one name."""
     expected = {
         f"{place}/{file.as_posix()}" for name, place in CONTENTS[package].items() for file in files_below(ROOT / name)
     }
@@ -68,7 +68,7 @@ def test_wheel_holds_its_packages_and_nothing_else(package: str, built: tuple[Pa
 
 @pytest.mark.parametrize("package", PROJECTS)
 def test_sdist_builds_the_same_wheel(package: str, built: tuple[Path, Path], tmp_path: Path) -> None:
-    """To the byte, without the repository around it, which the links lead to."""
+    """The sdist builds the same wheel to the byte, without the repository around it, which the links point to."""
     project_folder = PROJECTS[package].parent
     command = [sys.executable, "-m", "hatchling", "build", "--target", "sdist", "--directory", str(tmp_path)]
     done = wheels.run(command, folder=project_folder)
@@ -81,7 +81,7 @@ def test_sdist_builds_the_same_wheel(package: str, built: tuple[Path, Path], tmp
 
 @pytest.mark.parametrize("package", PROJECTS)
 def test_metadata(package: str, built: tuple[Path, Path]) -> None:
-    """License, author, link, and the Pythons that the classifiers name are those that pip lets through."""
+    """The metadata name license, author and link; pip accepts exactly the Pythons that the classifiers name."""
     metadata = metadata_of(package, built)
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Author"]
@@ -96,7 +96,7 @@ def test_metadata(package: str, built: tuple[Path, Path]) -> None:
 
 
 def test_one_version() -> None:
-    """Both packages have it, the server asks for exactly its client, and the changelog begins with it."""
+    """Both packages have one version, the server requires exactly its client, and the changelog begins with it."""
     versions = {project(package)["version"] for package in PROJECTS}
     assert len(versions) == 1
     (version,) = versions
@@ -112,7 +112,7 @@ def test_one_version() -> None:
 
 @pytest.mark.parametrize("package", PROJECTS)
 def test_ranges_hold_what_the_lock_pins(package: str) -> None:
-    """Every requirement has a lower bound and no pin, and the tests run with a version within it."""
+    """Every requirement has a lower bound and no pin, and the tests run with a version within the range."""
     lines = [*(ROOT / "requirements.lock").read_text().split(), *(ROOT / "requirements-vision.txt").read_text().split()]
     pins = {
         canonicalize_name(name): version for name, _, version in (line.partition("==") for line in lines) if version
@@ -132,7 +132,7 @@ def test_ranges_hold_what_the_lock_pins(package: str) -> None:
 
 
 def test_client_takes_the_torch_that_is_there() -> None:
-    """The base asks for no torch, and the extra `train` sets it no upper bound."""
+    """The base requires no torch, and the extra `train` sets no upper bound for it."""
     described = project("interplay")
     assert not [text for text in described["dependencies"] if text.startswith(("torch", "numpy"))]
     (torch,) = [Requirement(text) for text in described["optional-dependencies"]["train"] if text.startswith("torch")]

@@ -1,4 +1,4 @@
-"""A project's training script, which uses packages of its own and what it installed as `interplay`."""
+"""A project's training script, which uses packages of its own and the installed `interplay`."""
 
 import sys
 from pathlib import Path
@@ -17,7 +17,7 @@ FOLDER = Path(sys.argv[1])
 
 
 class Network(nn.Module):
-    """What the family `builtin` calls `mlp`, of sizes 8, 16 and 3."""
+    """The network that the family `builtin` calls `mlp`, of sizes 8, 16 and 3."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
 """Wheels of both packages, built from this repository, and environments to install them into.
 
-For the Python that runs the tests nothing is fetched: pip finds that what is installed here keeps the ranges.
+For the Python that runs the tests nothing is downloaded: pip finds that the installed packages satisfy the ranges.
 """
 
 import fcntl
@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
-# Whatever pip is configured with on this machine must not decide a test.
+# pip's configuration on this machine must not affect a test.
 ISOLATED = {"PIP_CONFIG_FILE": os.devnull, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INDEX": "1"}
 
 
@@ -46,9 +46,9 @@ def run(
     folder: Path = Path("/"),
     isolated: bool = True,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a program without Python's variables and ours and, unless `isolated` is false, without pip's configuration.
+    """Run a program without Python's and our variables and, unless `isolated` is false, without pip's configuration.
 
-    It runs in `folder`, by default away from this repository.
+    It runs in `folder`, by default outside this repository.
     """
     hidden = ("INTERPLAY_", "PYTHON", *(["PIP_"] if isolated else []))
     given = {key: value for key, value in os.environ.items() if not key.startswith(hidden)}
@@ -57,7 +57,7 @@ def run(
 
 
 def needed(wheel: Path, *, extras: Iterable[str] = ()) -> list[Distribution]:
-    """The installed distributions that a wheel's requirements lead to."""
+    """Return the installed distributions that a wheel's requirements lead to, directly or indirectly."""
     (of_wheel,) = importlib.metadata.distributions(path=[str(wheel)])
     found: dict[str, Distribution] = {}
     left = _wanted(of_wheel, extras)
@@ -72,14 +72,14 @@ def needed(wheel: Path, *, extras: Iterable[str] = ()) -> list[Distribution]:
 
 
 def _wanted(distribution: Distribution, extras: Iterable[str]) -> list[Requirement]:
-    """Its requirements with these extras, on this Python."""
+    """Return a distribution's requirements with these extras, on this Python."""
     parsed = [Requirement(text) for text in distribution.requires or ()]
     holds = [{"extra": extra} for extra in ("", *extras)]
     return [one for one in parsed if one.marker is None or any(one.marker.evaluate(place) for place in holds)]
 
 
 def index(folder: Path, *wheels: Path) -> str:
-    """Lay out an index of packages as pip reads one, and give its address."""
+    """Lay out an index of packages as pip reads one; return its address."""
     folder.mkdir()
     for wheel in wheels:
         page = folder / canonicalize_name(wheel.name.split("-")[0]) / "index.html"
@@ -89,15 +89,15 @@ def index(folder: Path, *wheels: Path) -> str:
 
 
 def environment(folder: Path, python: Path = Path(sys.executable), *, has: Iterable[Distribution] = ()) -> Path:
-    """Make an environment, with pip if it has other packages, and give its Python.
+    """Create an environment, with pip if it has other packages; return its Python.
 
     Args:
-        folder: where it will be.
-        python: what it is made of.
-        has: distributions installed here, which can be imported in it as well; no other can.
+        folder: the location of the environment.
+        python: the base interpreter.
+        has: distributions installed here that can also be imported in it; no others can.
     """
     linked = [*has]
-    # Bringing pip along takes seconds, which that of this environment saves.
+    # Installing pip takes seconds; using the pip of this environment saves them.
     made = run([python, "-m", "venv", "--without-pip", folder])
     assert made.returncode == 0, made.stdout + made.stderr
     (site,) = folder.glob("lib/python*/site-packages")

@@ -61,7 +61,7 @@ Splits = dict[SplitName, SplitEvaluation]
 
 
 def checkpoint(name: str) -> Checkpoint:
-    """A checkpoint of a small network."""
+    """Return a checkpoint of a small network."""
     return Checkpoint(
         id=name,
         name=name,
@@ -80,7 +80,7 @@ def checkpoint(name: str) -> Checkpoint:
 
 
 def split(accuracy: float, distance: float | None = 0.1) -> SplitEvaluation:
-    """What was measured of a split: with this accuracy, and this far from the optimum."""
+    """Return a split's evaluation with this accuracy and this distance to the optimum."""
     interplay = Interplay(
         mir=0.9,
         hdr=0.1,
@@ -113,23 +113,23 @@ def split(accuracy: float, distance: float | None = 0.1) -> SplitEvaluation:
 
 
 def known(n_classes: int = 2, n_features: int = 2, probe: ProbeSubject | None = ABOUT) -> Known:
-    """The facts of a point."""
+    """Return the facts of a point."""
     return Known(head="head", n_features=n_features, n_classes=n_classes, batch_size=4, probe=probe)
 
 
 def path_task() -> PathTask:
-    """A path between two checkpoints."""
+    """Return a path between two checkpoints."""
     return PathTask(analysis_id="a", options=PathOptions(), checkpoints=(checkpoint("a"), checkpoint("b")), probe=PROBE)
 
 
 def pruning_task() -> PruningTask:
-    """A sweep of two sparsities."""
+    """Return a sweep of two sparsities."""
     options = PruningOptions(sparsities=[0.0, 0.5])
     return PruningTask(analysis_id="a", options=options, checkpoints=(checkpoint("a"),), probe=PROBE)
 
 
 def series_task(*values: float) -> SeriesTask:
-    """A series along epochs."""
+    """Return a series along epochs."""
     return SeriesTask(
         analysis_id="a",
         options=EvaluationOptions(),
@@ -140,20 +140,20 @@ def series_task(*values: float) -> SeriesTask:
 
 
 def path_answer(w: float, splits: Splits, *, cosine: float | None = 0.5, last: bool = False) -> PathAnswer:
-    """A point of a path; with distances, as the last one has them."""
+    """Return a point of a path; with distances if it is the last one."""
     found = KnownOfPath(**dict(known()), w=w, loss=1.0, l2_distance=1.0, cosine=cosine)
     point = PathPoint(w=w, splits=splits)
     return PathAnswer(point=point, known=found, timings_seconds={"features": 0.5}, last=last, total=3)
 
 
 def pruning_answer(sparsity: float, splits: Splits, *, last: bool = False) -> PruningAnswer:
-    """A point of a pruning sweep."""
+    """Return a point of a pruning sweep."""
     found = KnownOfPruning(**dict(known()), n_prunable=2)
     point = PruningPoint(sparsity=sparsity, n_pruned=0, splits=splits)
     return PruningAnswer(point=point, known=found, timings_seconds={}, last=last, total=2)
 
 
 def series_answer(x: float, splits: Splits, *, last: bool = False) -> SeriesAnswer:
-    """A point of a series."""
+    """Return a point of a series."""
     point = SeriesPoint(x=x, checkpoint_id=f"{x:g}", reused_report_id=None, splits=splits)
     return SeriesAnswer(point=point, known=known(), timings_seconds={}, last=last, total=2)

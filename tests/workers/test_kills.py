@@ -1,4 +1,4 @@
-"""Workers and compute processes that die in the middle of an analysis: nothing is lost, or there twice."""
+"""Workers and compute processes that die during an analysis: no result is lost or duplicated."""
 
 import random
 import time
@@ -16,13 +16,13 @@ from tests.app.test_analyses import pair, without_identity
 from tests.databases import fresh_database
 from tests.services import Service, until
 
-# Long enough to be killed in the middle of, short enough to be repeated.
+# Long enough to be killed during the computation, short enough to be repeated.
 OPTIONS = {"null_permutations": 300}
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def restless(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Service]:
-    """A service of its own, whose worker may be killed and is started again at once."""
+    """Run a separate service, whose worker may be killed and is restarted at once."""
     with ExitStack() as stack:
         url = ""
         if request.param == "postgresql":
@@ -33,7 +33,7 @@ def restless(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Service
 
 
 def reports_of(service: Service, analysis: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every report that the service holds of an analysis."""
+    """Return every report that the service holds of an analysis."""
     page = service.client.get("/v1/reports", params={"checkpoint_id": analysis["checkpoint_id"], "limit": 200}).json()
     assert page["next_cursor"] is None
     return [item for item in page["items"] if item["analysis_id"] == analysis["id"]]
@@ -44,7 +44,7 @@ def status(service: Service, analysis: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_worker_killed_at_its_moments(restless: Service, mlp_checkpoint_file: Path, digits_probe_file: Path) -> None:
-    """Kill -9 as soon as an attempt begins, and while it computes: the report is that without a kill, once."""
+    """Kill -9 at the start of an attempt and during computation: one report, equal to the one without a kill."""
     ids = pair(restless, mlp_checkpoint_file, digits_probe_file)
     options = {"null_permutations": 60}
     undisturbed = restless.wait(restless.analyze(**ids, options=options)["id"])
@@ -63,7 +63,7 @@ def test_worker_killed_at_its_moments(restless: Service, mlp_checkpoint_file: Pa
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_worker_killed_many_times(restless: Service, mlp_checkpoint_file: Path, digits_probe_file: Path) -> None:
-    """Kill -9 at 20 random moments of analyses: each ends with the report it has without a kill, once."""
+    """Kill -9 at 20 random moments of analyses: each ends with one report, equal to the one without a kill."""
     ids = pair(restless, mlp_checkpoint_file, digits_probe_file)
     undisturbed = restless.wait(restless.analyze(**ids, options=OPTIONS)["id"])
     expected = without_identity(restless.report(undisturbed))
@@ -80,7 +80,7 @@ def test_worker_killed_many_times(restless: Service, mlp_checkpoint_file: Path, 
 
 
 def killed_until_it_ended(service: Service, analysis: dict[str, Any], moments: random.Random, *, at_most: int) -> int:
-    """Kill the worker at a random moment of each attempt; how often, before the analysis ended all the same."""
+    """Kill the worker at a random moment of each attempt; return the number of kills before the analysis ended."""
     kills = 0
     while kills < at_most:
         until(partial(has_begun_or_ended, service, analysis, kills + 1))
@@ -109,7 +109,7 @@ def has_ended(service: Service, analysis: dict[str, Any]) -> bool:
 
 
 def test_compute_child_killed(any_service: Service, mlp_checkpoint_file: Path, digits_probe_file: Path) -> None:
-    """One death of the compute process is made good by a fresh one; two on one task fail it, and the worker lives."""
+    """After one death of the compute process a new one takes over; two on one task fail it, and the worker lives."""
     ids = pair(any_service, mlp_checkpoint_file, digits_probe_file)
     worker = any_service.worker()
 
@@ -140,7 +140,7 @@ def test_compute_child_killed(any_service: Service, mlp_checkpoint_file: Path, d
 def test_cancel_survives_the_death_of_the_worker(
     tmp_path: Path, mlp_checkpoint_file: Path, digits_probe_file: Path
 ) -> None:
-    """A cancel that nobody was there to heed ends the analysis when a worker comes back."""
+    """A cancel requested while no worker runs ends the analysis when a worker comes back."""
     with services.running(tmp_path / "data", worker_restart_max_seconds="2") as service:
         analysis = service.analyze(**pair(service, mlp_checkpoint_file, digits_probe_file), options=OPTIONS)
         until(lambda: status(service, analysis)["status"] == "running")
@@ -152,7 +152,7 @@ def test_cancel_survives_the_death_of_the_worker(
 
 
 def test_attempts_are_limited(tmp_path: Path, mlp_checkpoint_file: Path, digits_probe_file: Path) -> None:
-    """An analysis whose worker dies in every attempt is given up with a problem."""
+    """An analysis whose worker dies in every attempt fails with a problem."""
     with services.running(tmp_path / "data", max_attempts="2", worker_restart_max_seconds="0.2") as service:
         analysis = service.analyze(
             **pair(service, mlp_checkpoint_file, digits_probe_file), options={"null_permutations": 1000}
@@ -166,7 +166,7 @@ def test_attempts_are_limited(tmp_path: Path, mlp_checkpoint_file: Path, digits_
 
 
 def test_timeout_fails_the_analysis(tmp_path: Path, mlp_checkpoint_file: Path, digits_probe_file: Path) -> None:
-    """What computes for longer than the operator allows is stopped with a problem, and the worker goes on."""
+    """A computation beyond the operator's time limit is stopped with a problem, and the worker goes on."""
     with services.running(tmp_path / "data", analysis_timeout_seconds="4") as service:
         ids = pair(service, mlp_checkpoint_file, digits_probe_file)
         failed = service.wait(service.analyze(**ids, options={"null_permutations": 1000})["id"])
@@ -175,7 +175,7 @@ def test_timeout_fails_the_analysis(tmp_path: Path, mlp_checkpoint_file: Path, d
 
 
 def test_missing_blob_fails_the_analysis(service: Service, mlp_checkpoint_file: Path, digits_probe_file: Path) -> None:
-    """A file that somebody removed from the storage is a problem that names it."""
+    """A file missing from the storage fails the analysis with a problem that names it."""
     ids = pair(service, mlp_checkpoint_file, digits_probe_file, name="lost")
     sha256 = service.client.get(f"/v1/checkpoints/{ids['checkpoint_id']}").json()["sha256"]
     path = service.data_dir / "blobs" / sha256[:2] / sha256
@@ -191,7 +191,7 @@ def test_missing_blob_fails_the_analysis(service: Service, mlp_checkpoint_file: 
 
 
 def test_two_workers_share_the_work(restless: Service, mlp_checkpoint_file: Path, digits_probe_file: Path) -> None:
-    """A second worker takes over what the first one leaves when it is killed and not started again."""
+    """A second worker takes over the work of a worker that is killed and not restarted."""
     ids = pair(restless, mlp_checkpoint_file, digits_probe_file)
     with services.worker(restless) as first, services.worker(restless) as second:
         until(lambda: len(restless.client.get("/v1/version").json()["workers"]) == 3)
@@ -209,8 +209,9 @@ def test_two_workers_share_the_work(restless: Service, mlp_checkpoint_file: Path
 def test_worker_killed_in_the_middle_of_a_path(
     restless: Service, mlp_checkpoint_file: Path, digits_probe_file: Path, kills: tuple[int, ...]
 ) -> None:
-    """Kill -9 at these of 25 points: the path has the points that it has without a kill, and points that were done are
-    not computed again."""
+    """Kill -9 at these of 25 points: the path has the same points as without a kill, and finished points are not
+    computed again.
+    """
     ids = pair(restless, mlp_checkpoint_file, digits_probe_file)
     other = restless.post("/v1/checkpoints", {"name": "other"}, mlp_checkpoint_file).json()["id"]
     path = {
@@ -236,7 +237,7 @@ def test_worker_killed_in_the_middle_of_a_path(
     done = restless.wait(analysis["id"])
     assert done["attempts"] == len(kills) + 1
     assert restless.report(done)["points"] == expected["points"]
-    # The step at work when the worker died is the only one that may run again.
+    # Only the step in progress when the worker died may run again.
     assert lowest[len(kills) + 1] >= done_before[-1] - 1
 
 

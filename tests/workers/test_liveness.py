@@ -1,4 +1,4 @@
-"""The rounds of a worker's liveness, on both databases: what is lost in the queue does not stay lost."""
+"""The liveness rounds of a worker, on both databases: lost runs of the queue are recovered."""
 
 import threading
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ DESCRIPTION = Hello(device="cpu", torch_version="2", families=["builtin"], untri
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def settings(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Settings]:
-    """Settings of a database that has all tables."""
+    """Return settings of a database that has all tables."""
     with ExitStack() as stack:
         url = ""
         if request.param == "postgresql":
@@ -55,7 +55,7 @@ def client(engine: sa.Engine) -> Iterator[DBOSClient]:
 
 @contextmanager
 def present(settings: Settings, engine: sa.Engine, worker_id: str, active: set[str]) -> Iterator[threading.Thread]:
-    """A worker's liveness without the worker."""
+    """Return a worker's liveness without the worker."""
     presence = Presence(settings, engine, worker_id, active)
     presence.register(DESCRIPTION)
     stopping = threading.Event()
@@ -71,7 +71,7 @@ def present(settings: Settings, engine: sa.Engine, worker_id: str, active: set[s
 
 
 def queued(engine: sa.Engine, client: DBOSClient, *, age: timedelta = timedelta(0)) -> str:
-    """The id of an analysis that waits in the queue."""
+    """Queue an analysis; return its id."""
     with write(engine) as session:
         row = Analysis(
             kind="evaluation", name="a", options={}, request_sha256="0" * 64, created_at=now() - age, id=str(uuid4())
@@ -83,7 +83,7 @@ def queued(engine: sa.Engine, client: DBOSClient, *, age: timedelta = timedelta(
 
 
 def claim(engine: sa.Engine, analysis_id: str, worker_id: str) -> None:
-    """What the queue's table looks like while a worker holds a run."""
+    """Set the queue's row as it is while a worker holds a run."""
     table = "workflow_status" if engine.dialect.name == "sqlite" else "dbos.workflow_status"
     with write(engine) as session:
         session.execute(
@@ -97,7 +97,7 @@ def status_of(client: DBOSClient, analysis_id: str) -> str:
 
 
 def test_a_run_that_nobody_runs_is_queued_again(settings: Settings, engine: sa.Engine, client: DBOSClient) -> None:
-    """A run that is pending under a living worker, and not active in it, is resumed; an active one is left alone."""
+    """A pending run of a living worker that is not active in it is resumed; an active one is left alone."""
     me = str(uuid4())
     stranded, active = queued(engine, client), queued(engine, client)
     claim(engine, stranded, me)
@@ -121,7 +121,7 @@ def test_the_work_of_a_dead_worker_is_queued_again(settings: Settings, engine: s
 
 
 def test_a_living_worker_is_left_alone(settings: Settings, engine: sa.Engine, client: DBOSClient) -> None:
-    """Two workers that live do not take each other's work, however often they look."""
+    """Two living workers never take each other's work, however often they poll."""
     first, second = str(uuid4()), str(uuid4())
     held = queued(engine, client)
     claim(engine, held, first)
@@ -135,7 +135,7 @@ def test_a_living_worker_is_left_alone(settings: Settings, engine: sa.Engine, cl
 def test_a_worker_whose_clock_is_ahead_takes_nobody_for_dead(
     settings: Settings, engine: sa.Engine, client: DBOSClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its clock is three minutes ahead: neither its judgement of others nor theirs of it hangs on that."""
+    """A clock three minutes ahead affects neither a worker's judgement of others nor theirs of it."""
     ahead: set[threading.Thread] = set()
 
     def crooked() -> datetime:
@@ -143,7 +143,7 @@ def test_a_worker_whose_clock_is_ahead_takes_nobody_for_dead(
 
     for module in ("app.models", "workers.liveness"):
         monkeypatch.setattr(f"{module}.now", crooked)
-    # The time for which a worker must have been silent before others act: a minute would be long for a test.
+    # The silence after which other workers act: a minute would be long for a test.
     monkeypatch.setattr("workers.liveness._HUNG_AFTER", timedelta(seconds=4))
     good, wrong = str(uuid4()), str(uuid4())
     held = queued(engine, client)
@@ -160,7 +160,7 @@ def test_a_worker_whose_clock_is_ahead_takes_nobody_for_dead(
 
 
 def test_a_worker_that_was_marked_as_ended_stops(settings: Settings, engine: sa.Engine) -> None:
-    """A worker that others have taken for dead notices at its next round."""
+    """A worker that others have marked as dead notices at its next round and stops."""
     me = str(uuid4())
     with present(settings, engine, me, set()) as thread:
         with write(engine) as session:
@@ -172,7 +172,7 @@ def test_a_worker_that_was_marked_as_ended_stops(settings: Settings, engine: sa.
 def test_a_run_that_ended_without_an_outcome_fails_its_analysis(
     settings: Settings, engine: sa.Engine, client: DBOSClient
 ) -> None:
-    """An analysis whose run is over in the queue does not wait for ever; one that is queued does."""
+    """An analysis whose run ended in the queue without an outcome fails; a queued one keeps waiting."""
     lost = queued(engine, client, age=timedelta(minutes=1))
     waiting = queued(engine, client, age=timedelta(minutes=1))
     client.cancel_workflow(lost)
@@ -187,7 +187,7 @@ def test_a_run_that_ended_without_an_outcome_fails_its_analysis(
 
 
 def test_runs_that_ended_long_ago_are_forgotten(settings: Settings, engine: sa.Engine, client: DBOSClient) -> None:
-    """The queue's record of a run goes a day after its end; the analysis stays."""
+    """The queue's record of a run is deleted a day after its end; the analysis stays."""
     old, recent = queued(engine, client), queued(engine, client)
     for run in (old, recent):
         client.cancel_workflow(run)

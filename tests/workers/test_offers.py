@@ -1,4 +1,4 @@
-"""What a worker finds out about its libraries: results one by one, a library that ends its process, the next start."""
+"""A worker's checks of its libraries: results one by one, a library that crashes its process, the next start."""
 
 from copy import deepcopy
 from pathlib import Path
@@ -28,12 +28,12 @@ sys.meta_path.insert(0, Ends())
 
 
 def test_the_families_are_those_of_the_networks() -> None:
-    """In their order, which a worker knows without torch."""
+    """The families are in the order of the networks' table, and are known without torch."""
     assert tuple(FAMILIES) == offers._FAMILIES
 
 
 def test_a_library_that_ends_its_process_costs_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The others are tried all the same, each is announced, and the next start takes what was found."""
+    """A library that crashes its process costs one process: the others are still tried, and results are cached."""
     site = tmp_path / "site"
     site.mkdir()
     (site / "sitecustomize.py").write_text(ENDS)
@@ -55,7 +55,7 @@ def test_a_library_that_ends_its_process_costs_a_process(tmp_path: Path, monkeyp
 
 
 def test_what_cannot_be_read_is_found_out_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file that was cut off, of another form, or of other families."""
+    """A cache file that is truncated, of another format or of other families is ignored: libraries are tried again."""
     tried: list[list[str]] = []
 
     def attempt(found: Offers, announce: object) -> None:

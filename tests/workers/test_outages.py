@@ -1,4 +1,4 @@
-"""Databases that go away under work, and workers that hang: nothing is lost, or there twice."""
+"""Databases that become unavailable during work, and workers that hang: no result is lost or duplicated."""
 
 import random
 import sqlite3
@@ -44,7 +44,7 @@ def test_postgres_restarted_under_queued_work(
 def test_workers_outlive_an_outage_of_the_database(
     tmp_path: Path, mlp_checkpoint_file: Path, digits_probe_file: Path
 ) -> None:
-    """PostgreSQL is away for longer than a worker may be silent: no worker takes another for dead, and work goes on."""
+    """PostgreSQL is down for longer than a worker may be silent: no worker marks another as dead, and work goes on."""
     with (
         postgres_server() as server,
         fresh_database(server.url) as url,
@@ -69,7 +69,7 @@ def test_workers_outlive_an_outage_of_the_database(
 
 @pytest.mark.timeout(600)
 def test_hung_worker_is_replaced(tmp_path: Path, mlp_checkpoint_file: Path, digits_probe_file: Path) -> None:
-    """A worker that hangs for a minute loses its work to another; when it wakes, it notices and ends."""
+    """A worker that hangs for a minute loses its work to another; when it resumes, it notices and ends."""
     with services.running(tmp_path / "data", worker_restart_max_seconds="0.2") as service:
         ids = pair(service, mlp_checkpoint_file, digits_probe_file)
         analysis = service.analyze(**ids, options={"null_permutations": 100})
@@ -88,14 +88,14 @@ def test_hung_worker_is_replaced(tmp_path: Path, mlp_checkpoint_file: Path, digi
                 until(lambda: service.worker().pid != hung.pid)
                 assert len(reports_of(service, analysis)) == 1
         finally:
-            # Whatever fails above, no stopped process stays behind.
+            # Whatever fails above, no suspended process stays behind.
             for process in (child, hung):
                 with suppress(psutil.NoSuchProcess):
                     process.resume()
 
 
 def _suspended_outside_transactions(service: Service, worker: psutil.Process) -> bool:
-    """Suspend a worker; where it holds the lock of SQLite, which nobody can take from it, let it go on."""
+    """Suspend a worker; if it holds the lock of SQLite, which cannot be taken from it, resume it and try again."""
     worker.suspend()
     with closing(sqlite3.connect(service.data_dir / "interplay.db", timeout=0, isolation_level=None)) as connection:
         try:

@@ -1,4 +1,4 @@
-"""Tasks and answers as they cross between processes."""
+"""Tasks and answers as they are passed between processes."""
 
 import json
 
@@ -28,7 +28,7 @@ CASES: list[tuple[PointsTask, list[Answer]]] = [
 
 @pytest.mark.parametrize(("task", "answers"), CASES, ids=["path", "pruning", "series"])
 def test_steps_and_answers_arrive_as_they_were_sent(task: PointsTask, answers: list[Answer]) -> None:
-    """Of each kind with points: the first point, the next and the report."""
+    """Steps and answers arrive unchanged, for each kind with points: the first point, the next and the report."""
     for step in (point_step(task, []), point_step(task, answers[:1]), report_step(task, answers)):
         work = Work(step=step, files=FILES)
         assert Work.model_validate_json(work.model_dump_json(by_alias=True)) == work
@@ -37,7 +37,7 @@ def test_steps_and_answers_arrive_as_they_were_sent(task: PointsTask, answers: l
 
 
 def test_a_point_of_another_version_is_read() -> None:
-    """An analysis goes on after an upgrade: what a version lacks has a default, and what it had besides is dropped."""
+    """An analysis goes on after an upgrade: missing members of a point get defaults, unknown ones are dropped."""
     [task, [answer, _]] = CASES[0]
     body = answer.model_dump(mode="json", by_alias=True)
     for name in ("look", "ends", "probe", "untied"):
@@ -48,7 +48,7 @@ def test_a_point_of_another_version_is_read() -> None:
 
 @pytest.mark.parametrize("broken", [{"loss": float("nan")}, {"w": None}])
 def test_a_broken_answer_is_refused(broken: dict[str, float | None]) -> None:
-    """A number that JSON cannot hold, and a missing one."""
+    """An answer with a number that JSON cannot hold, or without a required number, is refused."""
     [task, [answer, _]] = CASES[0]
     body = answer.model_dump(mode="json", by_alias=True)
     body["known"] |= broken

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent.parent
 def test_a_toy_kind_is_requested_computed_drawn_and_judged(
     tmp_path: Path, mlp_checkpoint_file: Path, digits_probe_file: Path
 ) -> None:
-    """Its points are those of the mathematics: a scaled head keeps accuracy and MIR, and changes the loss."""
+    """A new kind can be requested, computed, drawn and judged: a scaled head keeps accuracy and MIR, not the loss."""
     tree = tmp_path / "tree"
     for package in ("analysis", "app", "migrations", "workers"):
         shutil.copytree(ROOT / package, tree / package)
@@ -42,7 +42,7 @@ def test_a_toy_kind_is_requested_computed_drawn_and_judged(
 
 
 def test_the_documentation_lists_these_files() -> None:
-    """In the section on adding a kind."""
+    """The section on adding a kind lists these files."""
     text = (ROOT / "docs" / "architecture.md").read_text()
     section = text.split("\n### A kind of analysis\n")[1].split("\n### ")[0]
     listed = set(re.findall(r"`((?:app|workers)/[\w/]+\.py)`", section))

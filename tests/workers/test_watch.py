@@ -1,4 +1,4 @@
-"""Whether a compute process does something: told by its messages and by the processor time that it uses."""
+"""The check for stalled compute processes, by their messages and the processor time that they use."""
 
 import os
 import signal
@@ -28,9 +28,9 @@ def _process(code: str) -> Iterator[int]:
 
 
 def test_a_process_that_sleeps_is_stalled() -> None:
-    """Not before its patience is over, and anew after it has told something."""
+    """A sleeping process is stalled only once the patience is over; a message starts the wait again."""
     with _process("import time; time.sleep(60)") as process_id:
-        time.sleep(1)  # what Python itself computes to start
+        time.sleep(1)  # Python itself uses processor time to start
         watch = _Watch(process_id, PATIENCE_SECONDS)
         assert not watch.is_stalled()
         until(watch.is_stalled, seconds=20)
@@ -39,7 +39,7 @@ def test_a_process_that_sleeps_is_stalled() -> None:
 
 
 def test_a_process_that_computes_is_not_stalled() -> None:
-    """However long it tells nothing."""
+    """A process that computes is never stalled, however long it sends no message."""
     with _process("while True: pass") as process_id:
         watch = _Watch(process_id, PATIENCE_SECONDS)
         end = time.monotonic() + 4 * PATIENCE_SECONDS
@@ -51,7 +51,7 @@ def test_a_process_that_computes_is_not_stalled() -> None:
 def test_an_analysis_whose_process_hangs_is_computed_by_another(
     tmp_path: Path, mlp_checkpoint_file: Path, digits_probe_file: Path
 ) -> None:
-    """A stopped process does nothing for ever: it is replaced, and the analysis succeeds."""
+    """A stopped compute process is replaced, and the analysis succeeds."""
     with services.running(tmp_path / "data", stall_seconds="3") as service:
         checkpoint = service.post("/v1/checkpoints", {"name": "net"}, mlp_checkpoint_file).json()["id"]
         probe = service.post("/v1/probes", {"name": "digits"}, digits_probe_file).json()["id"]

@@ -1,4 +1,4 @@
-"""The routes of version 1, and what each of them is given."""
+"""The routes of version 1, and their shared dependencies."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -18,7 +18,7 @@ from app.storage import Storage
 
 @dataclass(frozen=True)
 class Service:
-    """What a route works with; one for the whole process."""
+    """Dependencies of the routes; one instance for the whole process."""
 
     settings: Settings
     engine: sa.Engine
@@ -29,7 +29,7 @@ class Service:
     drawings: Drawings
 
 
-# Async, as all dependencies of routes: FastAPI gives each other one a turn of its own in a thread.
+# Async, as all dependencies of routes: FastAPI runs each synchronous one in a thread.
 async def _service(request: Request) -> Service:
     service: Service = request.app.state.service
     return service
@@ -41,7 +41,7 @@ _IdFilter = Annotated[str | None, Query(max_length=36, pattern=PLAIN_TEXT)]
 
 @dataclass(frozen=True)
 class SubjectFilters:
-    """Filters of analyses and reports by kind and subject; None lets all pass."""
+    """Filters of analyses and reports by kind and subject; None does not filter."""
 
     kind: Kind | None
     checkpoint_id: str | None
@@ -66,5 +66,5 @@ SubjectFiltersDep = Annotated[SubjectFilters, Depends(_subject_filters)]
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The OpenAPI entries of a route's own problems; app/api/openapi.py adds those that all have."""
+    """Return the OpenAPI entries of a route's own problems; app/api/openapi.py adds those that all routes have."""
     return {status: problem_response() for status in statuses}

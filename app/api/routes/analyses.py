@@ -15,7 +15,7 @@ AnalysisListing = Annotated[
 ]
 IdempotencyKey = Annotated[str | None, Header(min_length=1, max_length=255, pattern=schemas.PLAIN_TEXT)]
 LastEventId = Annotated[str | None, Header(max_length=100, pattern=schemas.PLAIN_TEXT)]
-# An event as OpenAPI describes one of a stream.
+# The OpenAPI schema of one event in a stream.
 _ANALYSIS = {"type": "string", "contentMediaType": "application/json", "contentSchema": reference(schemas.Analysis)}
 _EVENT = {
     "type": "object",
@@ -40,7 +40,7 @@ def create_analysis(
     service: ServiceDep,
     idempotency_key: IdempotencyKey = None,
 ) -> schemas.Analysis:
-    """Queue an analysis. The same `Idempotency-Key` and body give the same analysis again."""
+    """Queue an analysis. The same `Idempotency-Key` and body return the same analysis again."""
     analysis = analyses.create(service.engine, service.queue, body, idempotency_key)
     response.headers["Location"] = f"{request.url.path}/{analysis.id}"
     return analysis
@@ -73,14 +73,14 @@ def get_analysis(id: schemas.Id, service: ServiceDep) -> schemas.Analysis:
     },
 )
 async def listen_to_analysis(id: schemas.Id, service: ServiceDep, last_event_id: LastEventId = None) -> Response:
-    """An analysis as it goes on: `event: status`, `progress` and, last, `final`, `data` being the analysis each time.
+    """An analysis as a stream of events `status`, `progress` and, last, `final`; `data` is the analysis each time.
 
-    Whoever connects again gets its present state, unless `Last-Event-ID` names it. Comments come every few seconds.
+    A reconnecting client gets the current state, unless `Last-Event-ID` names it. Comments come every few seconds.
     """
     return await service.events.listen(id, last_event_id)
 
 
 @router.post("/analyses/{id}/cancel", responses=problems(404, 409))
 def cancel_analysis(id: schemas.Id, service: ServiceDep) -> schemas.Analysis:
-    """Ask for its end: at once where it is queued, at its worker's next look where it runs."""
+    """Cancel an analysis: at once if it is queued, at its worker's next poll if it runs."""
     return analyses.cancel(service.engine, id)

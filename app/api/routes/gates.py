@@ -20,7 +20,7 @@ BaselineName = Annotated[schemas.Slug, Path(description="Letters, digits, dots, 
     responses={200: {"model": form.Gate, "description": "The current version is the same"}, **problems(413, 422)},
 )
 def create_gate(body: form.GateSpec, request: Request, response: Response, service: ServiceDep) -> form.Gate:
-    """Keep a gate as the next version of its name. The same content as the current version gives that one, with 200."""
+    """Store a gate as the next version of its name. The content of the current version returns that one, with 200."""
     gate, new = versions.create(service.engine, body)
     response.status_code = 201 if new else 200
     response.headers["Location"] = f"{request.url.path}/{gate.id}"
@@ -46,7 +46,7 @@ def get_gate(id: schemas.Id, service: ServiceDep) -> form.Gate:
 
 @router.post("/reports/{id}/gate", responses=problems(404, 422))
 def judge_report(id: schemas.Id, body: schemas.GateRequest, service: ServiceDep) -> verdicts.Verdict:
-    """What a gate says of a report: the verdict, and each check with one sentence why."""
+    """The verdict of a gate on a report, and each check with a one-sentence reason."""
     return judging.judge(service.engine, id, body)
 
 
@@ -62,7 +62,7 @@ def get_baseline(baseline: BaselineName, service: ServiceDep) -> schemas.Baselin
 
 @router.put("/baselines/{baseline}", responses=problems(404, 409, 422))
 def set_baseline(baseline: BaselineName, body: schemas.BaselinePut, service: ServiceDep) -> schemas.Baseline:
-    """Let a baseline point at a report; with `expected_report_id` only if nobody has moved it meanwhile."""
+    """Point a baseline at a report; with `expected_report_id` only if the baseline has not moved meanwhile."""
     return baselines.put(service.engine, baseline, body)
 
 
@@ -70,5 +70,5 @@ def set_baseline(baseline: BaselineName, body: schemas.BaselinePut, service: Ser
 def list_baseline_moves(
     baseline: BaselineName, service: ServiceDep, listing: ListingDep
 ) -> schemas.Page[schemas.BaselineMove]:
-    """What was asked of a baseline, refused moves included, newest first."""
+    """The requested moves of a baseline, refused ones included, newest first."""
     return baselines.list_moves(service.engine, baseline, listing)

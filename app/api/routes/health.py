@@ -1,4 +1,4 @@
-"""Is it up, can it work, what is it."""
+"""Health, readiness and version of the service."""
 
 import asyncio
 import importlib.metadata
@@ -17,19 +17,19 @@ from app.schemas import reports
 health = APIRouter(tags=["health"])
 router = APIRouter(tags=["health"])
 
-# How long a worker that has just started is waited for, which tries its libraries: seconds where nothing else runs.
+# Timeout for a worker that has just started and tries its libraries, which takes seconds on an idle machine.
 _TRYING, _ROUND_SECONDS = timedelta(seconds=20), 0.25
 
 
 @health.get("/healthz")
 async def healthz() -> dict[str, str]:
-    """The process answers. It needs no thread, no database and no storage for that."""
+    """Whether the process answers. Needs no thread, no database and no storage."""
     return {"status": "ok"}
 
 
 @health.get("/readyz", responses={503: {"model": schemas.Readiness}})
 async def readyz(service: ServiceDep, request: Request, response: Response) -> schemas.Readiness:
-    """An analysis that is sent now would run; where not, which part is missing. Whoever sends the key hears why.
+    """Whether an analysis that is sent now would run, and if not, which part is missing. The reason needs the key.
 
     The answer comes within two seconds, and may be one second old.
     """
@@ -46,9 +46,9 @@ async def readyz(service: ServiceDep, request: Request, response: Response) -> s
 
 @router.get("/version", responses=problems(503))
 async def version(service: ServiceDep) -> schemas.Version:
-    """Versions of the service and of what its living workers offer.
+    """Versions of the service, and the families and libraries of its living workers.
 
-    The answer waits for a worker that has just started and is still trying which families it can import, for a while.
+    The answer waits for a limited time for a worker that has just started and is still trying to import families.
     """
     deadline = time.monotonic() + _TRYING.total_seconds()
     while True:

@@ -18,7 +18,7 @@ from app.schemas import reports
 router = APIRouter(tags=["reports"])
 ReportListing = Annotated[Listing, Depends(listing_with("kind", "checkpoint_id", "probe_id", "feature_set_id"))]
 IfNoneMatch = Annotated[str | None, Header(max_length=1000)]
-# Built once: SQLAlchemy takes longer to build one than SQLite to answer it.
+# Built once: SQLAlchemy takes longer to build a statement than SQLite to execute it.
 _ONE = Report.id == sa.bindparam("id")
 T = TypeVar("T")
 _KIND = sa.select(Report.kind, Report.sha256).where(_ONE)
@@ -29,7 +29,7 @@ _MEDIA_TYPES: dict[drawing.Format, str] = {
     "png": "image/png",
     "json": "application/vnd.vegalite+json",
 }
-# Names in a picture are a stranger's: a browser that opens it as a page guesses no type, and runs and loads nothing.
+# Names in a picture are untrusted: a browser that opens it as a page guesses no type, and runs and loads nothing.
 _INERT = {
     "X-Content-Type-Options": "nosniff",
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; sandbox",
@@ -88,7 +88,7 @@ def _summary(row: Report) -> schemas.ReportSummary:
 
 @router.get("/reports/{id}/charts", responses=problems(404))
 def list_charts(id: schemas.Id, service: ServiceDep) -> schemas.Charts:
-    """The pictures of a report; the first shows the whole of it."""
+    """The charts of a report; the first is an overview."""
     kind, _ = _kind(service, id)
     return schemas.Charts(names=drawing.names(kind), formats=list(_MEDIA_TYPES))
 
@@ -109,7 +109,7 @@ async def get_chart(
     service: ServiceDep,
     if_none_match: IfNoneMatch = None,
 ) -> Response:
-    """A picture of a report: SVG, PNG, or as json its Vega-Lite specification, which browsers draw themselves.
+    """A chart of a report: SVG, PNG, or its Vega-Lite specification as json, which browsers draw themselves.
 
     It is drawn once and never changes.
     """
@@ -125,7 +125,7 @@ async def get_chart(
 
 
 def _unchanging(tag: str) -> dict[str, str]:
-    """Headers of what never changes: whoever holds it need not ask again."""
+    """Return the headers of an immutable answer: clients that hold it need not ask again."""
     return {"ETag": f'"{tag}"', "Cache-Control": "private, max-age=31536000, immutable"}
 
 
@@ -145,7 +145,7 @@ def _content(service: Service, id_: str) -> tuple[str, str]:
 
 
 def _of_report(service: Service, id_: str, statement: sa.Select[T, str]) -> tuple[T, str]:
-    # On the connection itself: a session takes longer than all else that reading one row does.
+    # On the connection itself: a session takes longer than reading the row.
     with service.engine.connect() as connection:
         found = connection.execute(statement, {"id": id_}).one_or_none()
     if found is None:

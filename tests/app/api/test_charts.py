@@ -1,4 +1,4 @@
-"""Pictures of real reports: each kind, each format, what they show, and what there is not."""
+"""Charts of real reports: each kind, each format, their content, and charts that do not exist."""
 
 import asyncio
 import copy
@@ -52,7 +52,7 @@ def reports(service: Service, mlp_checkpoint_file: Path, digits_probe_file: Path
 
 @pytest.mark.parametrize("kind", NAMES)
 def test_every_chart_is_drawn_in_every_format(service: Service, reports: dict[str, Any], kind: str) -> None:
-    """SVG that is XML and says what it is of, PNG of a size to read, and the specification that both came from."""
+    """Each chart exists as valid SVG with a description, as PNG of a legible size, and as the specification of both."""
     url = f"/v1/reports/{reports[kind]['id']}/charts"
     listed = service.client.get(url).json()
     assert listed == {"names": NAMES[kind], "formats": ["svg", "png", "json"]}
@@ -75,7 +75,7 @@ def test_every_chart_is_drawn_in_every_format(service: Service, reports: dict[st
 
 
 def test_a_chart_shows_the_numbers_of_the_report(reports: dict[str, Any]) -> None:
-    """Points, the optimum of a series, the knee of a sweep, and where a barrier is: all from the report."""
+    """A chart shows the report's numbers: points, the optimum of a series, the knee of a sweep, places of barriers."""
     specification = charts.describe(reports["series"], "mir")
     text = json.dumps(specification)
     for point in reports["series"]["points"]:
@@ -93,7 +93,7 @@ def test_a_chart_shows_the_numbers_of_the_report(reports: dict[str, Any]) -> Non
 
 
 def test_every_chart_says_what_its_marks_mean(reports: dict[str, Any]) -> None:
-    """A key of the marks that are drawn, in the overview and beside each measure, and none of those that are not."""
+    """The overview and each measure have a legend of the drawn marks, and of no others."""
     path = _with_barriers(reports["path"])
     keys = {
         "chord": "dashed: chord between the ends",
@@ -126,7 +126,7 @@ def test_every_chart_says_what_its_marks_mean(reports: dict[str, Any]) -> None:
 
 
 def test_a_barrier_reaches_from_its_line_to_the_value(reports: dict[str, Any]) -> None:
-    """The error's barrier stands on the mean of the ends, which is drawn; the loss's on the chord between them."""
+    """The error's barrier starts at the mean of the ends, which is drawn, and the loss's at the chord between them."""
     path = copy.deepcopy(reports["path"])
     for point, accuracy, loss in zip(path["points"], (0.75, 0.25, 0.25), (1.0, 4.0, 3.0), strict=True):
         point["splits"]["test"] |= {"accuracy": accuracy, "loss": loss}
@@ -139,10 +139,10 @@ def test_a_barrier_reaches_from_its_line_to_the_value(reports: dict[str, Any]) -
 
 
 def test_bars_and_knees_of_all_splits_are_seen(reports: dict[str, Any]) -> None:
-    """At one place, and at places a few pixels apart, there is room between the bars of any two splits."""
+    """Bars and knees of all splits are visible, whether at one place or a few pixels apart."""
     path = _with_barriers(reports["path"])
     assert sorted(_upright(charts.describe(path, "loss")).values()) == [157, 160, 163]
-    # 6 pixels to the right: what a fixed place for each split would put onto the bar of another one.
+    # 6 pixels to the right: a fixed offset for each split would cover the bar of another one.
     for point in path["points"][1:2]:
         point["w"] = 0.5 + 6 / 320
         path["points"].insert(1, copy.deepcopy(reports["path"]["points"][1]))
@@ -158,7 +158,7 @@ def test_bars_and_knees_of_all_splits_are_seen(reports: dict[str, Any]) -> None:
 
 
 def test_a_panel_without_a_value_says_why(reports: dict[str, Any]) -> None:
-    """A measure that is not defined anywhere, for a split, or at a point has its reason in words in the picture."""
+    """A measure that is undefined everywhere, for a split or at a point has its reason in words in the picture."""
     path = copy.deepcopy(reports["path"])
     _undefine(path["points"][1]["splits"]["test"], "zero_entropy")
     assert "not defined for test at 1 of 3 points: all directions coincide" in _words(charts.describe(path, "mir"))
@@ -185,7 +185,7 @@ def test_a_panel_without_a_value_says_why(reports: dict[str, Any]) -> None:
 
 
 def test_the_optimum_of_a_single_sparsity_is_drawn(reports: dict[str, Any]) -> None:
-    """A sweep of one point has the dotted lines of its optima across the whole panel, a split's in another's gaps."""
+    """A sweep of one point shows the dotted lines of its optima across the panel, one split's in another's gaps."""
     pruning = copy.deepcopy(reports["pruning"])
     del pruning["points"][1:]
     dotted = [line for line in _lines(charts.describe(pruning, "mir")) if line.get("stroke-dasharray") == "2,10"]
@@ -195,7 +195,7 @@ def test_the_optimum_of_a_single_sparsity_is_drawn(reports: dict[str, Any]) -> N
 
 
 def test_values_that_are_all_the_same_have_a_scale_to_read(reports: dict[str, Any]) -> None:
-    """Rounding errors do not fill a panel, and no tick has sixteen digits; shares stay between 0 and 1."""
+    """Equal values have a readable scale: rounding errors fill no panel, ticks are short, shares stay in 0 to 1."""
     series = copy.deepcopy(reports["series"])
     for point, error in zip(series["points"], (0, 4e-16), strict=True):
         for split in point["splits"].values():
@@ -212,7 +212,7 @@ def test_values_that_are_all_the_same_have_a_scale_to_read(reports: dict[str, An
 
 
 def test_long_names_do_not_widen_a_picture(reports: dict[str, Any]) -> None:
-    """Names of 200 wide characters, and an axis of 100, keep their ends and the size that pictures have."""
+    """Names of 200 wide characters and an axis name of 100 are cut in the middle, and pictures keep their size."""
     for kind in NAMES:
         report = copy.deepcopy(reports[kind])
         for subject in report.get("subjects") or [report["subject"]]:
@@ -231,7 +231,7 @@ def test_long_names_do_not_widen_a_picture(reports: dict[str, Any]) -> None:
 
 
 def test_an_axis_may_have_huge_and_tiny_values(reports: dict[str, Any]) -> None:
-    """Up to 1e15 on both sides, next to each other out there, or far below 1: ticks are numbers that differ."""
+    """Axis values up to 1e15 on both sides, close together out there, or far below 1, have distinct ticks."""
     series = copy.deepcopy(reports["series"])
     for values, tick in (((-1e15, 1e15), "1e+15"), ((1e15, 1e15 + 5), "1000000000000005"), ((0, 1e-15), "1e-15")):
         series["axis"]["values"] = list(values)
@@ -243,7 +243,7 @@ def test_an_axis_may_have_huge_and_tiny_values(reports: dict[str, Any]) -> None:
 
 
 def test_what_is_not_defined_is_left_out(reports: dict[str, Any]) -> None:
-    """A null is no zero: its point is missing, and the rest is drawn."""
+    """A null is not zero: its point is left out, and the others are drawn."""
     series = copy.deepcopy(reports["series"])
     for split in series["points"][0]["splits"].values():
         split["interplay"]["sample"]["global"]["mir"] = None
@@ -254,7 +254,7 @@ def test_what_is_not_defined_is_left_out(reports: dict[str, Any]) -> None:
     for name, split in path["points"][1]["splits"].items():
         split["interplay"]["sample"]["global"]["mir"] = None
         path["summary"]["splits"][name]["mir_barrier"] = None
-    # Over the gap in the middle only the chord is left, from end to end.
+    # Across the gap in the middle only the chord remains, from end to end.
     assert (_longest_line(whole), _longest_line(charts.svg(charts.describe(path, "mir")))) == (3, 2)
     evaluation = copy.deepcopy(reports["evaluation"])
     for split in evaluation["splits"].values():
@@ -263,13 +263,13 @@ def test_what_is_not_defined_is_left_out(reports: dict[str, Any]) -> None:
 
 
 def _drawing_processes() -> list[psutil.Process]:
-    """Those of this process, not of a service that it started."""
+    """Return the drawing processes of this process, not of a service that it started."""
     children = psutil.Process().children()
     return [child for child in children if child.status() != "zombie" and "app.api.charts" in child.cmdline()]
 
 
 def _with_barriers(report: dict[str, Any]) -> dict[str, Any]:
-    """A path of three points whose loss is one higher in the middle."""
+    """Return a path of three points whose loss is one higher in the middle."""
     path = copy.deepcopy(report)
     for name, split in path["points"][1]["splits"].items():
         split["loss"] += 1
@@ -283,12 +283,12 @@ def _undefine(split: dict[str, Any], reason: str) -> None:
 
 
 def _rows(specification: dict[str, Any]) -> list[dict[str, Any]]:
-    """All rows of data of a specification."""
+    """Return all rows of data of a specification."""
     return [row for rows in specification["datasets"].values() for row in rows]
 
 
 def _span(specification: dict[str, Any]) -> list[float]:
-    """Ends of the scale of the measure, in a chart of one panel."""
+    """Return the ends of the measure's scale, in a chart of one panel."""
     scales = [layer["encoding"].get("y", {}).get("scale") for layer in specification["concat"][0]["layer"]]
     found: list[float] = next(scale["domain"] for scale in scales if scale)
     return found
@@ -298,12 +298,12 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 
 def _words(specification: dict[str, Any]) -> str:
-    """All text of the picture; lines that were wrapped are whole again."""
+    """Return all text of the picture, with wrapped lines joined."""
     return " ".join(" ".join(ET.fromstring(charts.svg(specification)).itertext()).split())
 
 
 def _tick_labels(specification: dict[str, Any]) -> list[str]:
-    """Those that are shown: where they would overlap, some are not."""
+    """Return the visible tick labels: overlapping ones are hidden."""
     groups = ET.fromstring(charts.svg(specification)).iter(f"{SVG}g")
     labels = [label for group in groups if "role-axis-label" in group.get("class", "") for label in group]
     return ["".join(label.itertext()) for label in labels if label.get("opacity") != "0"]
@@ -314,7 +314,7 @@ def _lines(specification: dict[str, Any]) -> list[ET.Element]:
 
 
 def _upright(specification: dict[str, Any]) -> dict[str, float]:
-    """Where the upright rules of the splits are, by colour, of a chart without level ones."""
+    """Return the positions of the splits' upright rules, by colour, of a chart without level ones."""
     found = {}
     for line in _lines(specification):
         if line.get("stroke") in ("#0072B2", "#D55E00", "#7F7F7F"):
@@ -323,14 +323,14 @@ def _upright(specification: dict[str, Any]) -> dict[str, float]:
 
 
 def _longest_line(picture: str) -> int:
-    """Points that the longest unbroken line over the points of a report joins."""
+    """Return the number of points that the longest unbroken line over a report's points joins."""
     drawn = [path.get("d", "") for path in ET.fromstring(picture).iter("{http://www.w3.org/2000/svg}path")]
     lines = [part.count("L") + 1 for d in drawn if "Z" not in d and "A" not in d for part in d.split("M")[1:]]
     return max(lines)
 
 
 def test_a_chart_never_changes_and_is_inert(service: Service, reports: dict[str, Any]) -> None:
-    """Whoever holds a chart is told so by its tag, the same bytes come again, and a browser runs nothing of them."""
+    """A chart's ETag gives 304, the same bytes come again, and the headers let a browser run nothing of it."""
     url = f"/v1/reports/{reports['series']['id']}/charts"
     tags = set()
     for format in ("svg", "png", "json"):
@@ -355,7 +355,7 @@ def test_a_chart_never_changes_and_is_inert(service: Service, reports: dict[str,
 
 
 def test_many_who_ask_for_one_chart_have_it_drawn_once(tmp_path: Path, reports: dict[str, Any]) -> None:
-    """All at once, one after the other, and from another process's folder: the report is read for drawing but once."""
+    """A chart requested by many at once, in sequence, and from another process's folder is drawn only once."""
     text, read = json.dumps(reports["series"]), []
     chart = drawing.Chart("of this report", "mir", "svg")
 
@@ -376,7 +376,7 @@ def test_many_who_ask_for_one_chart_have_it_drawn_once(tmp_path: Path, reports: 
     assert len(read) == 1
     assert asyncio.run(ask(1)) == {first}
     assert len(read) == 1
-    # One that a crash has cut short is no chart.
+    # A file that a crash has truncated is not served.
     (kept,) = (tmp_path / "charts").iterdir()
     kept.write_bytes(kept.read_bytes()[:-1])
     assert asyncio.run(ask(1)) == {first}
@@ -384,9 +384,9 @@ def test_many_who_ask_for_one_chart_have_it_drawn_once(tmp_path: Path, reports: 
 
 
 def test_kept_charts_have_a_limit(tmp_path: Path) -> None:
-    """Beyond it the longest unused go, and one that is larger than all of it is not kept."""
+    """Beyond the limit the least recently used charts are deleted; a chart larger than the limit is not cached."""
     kept = drawing.KeptCharts(tmp_path / "charts", most_bytes=400)
-    # Each is 132 bytes: a hash before it.
+    # Each is 132 bytes: its hash comes first.
     for name in "abc":
         kept.write(name, name.encode() * 100)
         time.sleep(0.01)
@@ -403,7 +403,7 @@ def test_kept_charts_have_a_limit(tmp_path: Path) -> None:
 
 
 def test_a_drawing_process_that_dies_is_replaced(tmp_path: Path, reports: dict[str, Any]) -> None:
-    """What kills it once costs one chart a second try; a report that cannot be drawn is an error and no more."""
+    """A drawing process that dies is replaced and the chart retried once; a report that cannot be drawn is an error."""
     text = json.dumps(reports["evaluation"])
 
     async def scenario() -> None:
@@ -424,7 +424,7 @@ def test_a_drawing_process_that_dies_is_replaced(tmp_path: Path, reports: dict[s
 
 
 def test_charts_that_there_are_not(service: Service, reports: dict[str, Any]) -> None:
-    """An unknown name lists those that there are; an unknown format and an unknown report say so."""
+    """An unknown chart name lists the existing ones; an unknown format and an unknown report are problems."""
     url = f"/v1/reports/{reports['path']['id']}/charts"
     assert problem(service.client.get(f"{url}/nonsense.svg"), 404, "not-found")["charts"] == NAMES["path"]
     problem(service.client.get(f"{url}/loss.gif"), 422, "invalid-request")

@@ -1,4 +1,4 @@
-"""Server-sent events of analyses: many listeners, ends, limits, keys, and a service that stops under them."""
+"""Server-sent events of analyses: many listeners, ends, limits, keys, and a service that stops during them."""
 
 import asyncio
 import json
@@ -22,7 +22,7 @@ Event = dict[str, Any]
 
 
 def events(lines: Iterator[str]) -> Iterator[Event]:
-    """The events of a stream: name, id and data."""
+    """Yield the events of a stream: name, id and data."""
     event: Event = {}
     for line in lines:
         field, _, value = line.partition(": ")
@@ -34,7 +34,7 @@ def events(lines: Iterator[str]) -> Iterator[Event]:
 
 
 def heard(service: Service, analysis_id: str, **headers: str) -> list[Event]:
-    """Every event of an analysis, to its end."""
+    """Return every event of an analysis, to its end."""
     with service.client.stream("GET", f"/v1/analyses/{analysis_id}/events", headers=headers) as stream:
         assert stream.status_code == 200, stream.read()
         assert stream.headers["content-type"].startswith("text/event-stream")
@@ -44,12 +44,12 @@ def heard(service: Service, analysis_id: str, **headers: str) -> list[Event]:
 
 @pytest.fixture(scope="session")
 def ids(mlp_checkpoint_file: Path, digits_probe_file: Path) -> Callable[[Service], dict[str, str]]:
-    """What an analysis can look at, uploaded to a service."""
+    """Upload a checkpoint and a probe; return their ids."""
     return lambda service: pair(service, mlp_checkpoint_file, digits_probe_file)
 
 
 def test_events_of_an_analysis(any_service: Service, ids: Callable[[Service], dict[str, str]]) -> None:
-    """From queued to the report every event is the whole analysis; the last one is `final` and ends the stream."""
+    """Each event, from queued to the report, holds the whole analysis; the last one is `final` and ends the stream."""
     queued = any_service.analyze(**ids(any_service))
     found = heard(any_service, queued["id"])
     assert found[0]["event"] in ("status", "final")
@@ -64,7 +64,7 @@ def test_events_of_an_analysis(any_service: Service, ids: Callable[[Service], di
 
 
 def test_analysis_that_has_ended(any_service: Service, ids: Callable[[Service], dict[str, str]]) -> None:
-    """One event, at once, and the end; also for who has that event already."""
+    """An ended analysis sends one event at once and ends, also for a listener that already has that event."""
     ended = any_service.wait(any_service.analyze(**ids(any_service))["id"])
     started = time.monotonic()
     (event,) = heard(any_service, ended["id"])
@@ -76,7 +76,7 @@ def test_analysis_that_has_ended(any_service: Service, ids: Callable[[Service], 
 def test_state_that_the_listener_has_is_not_sent_again(
     service: Service, ids: Callable[[Service], dict[str, str]]
 ) -> None:
-    """With the id of the last event the stream begins with what came after it."""
+    """With the id of the last event the stream begins with the next state."""
     first, second = (service.analyze(**ids(service), options=SLOW) for _ in range(2))
     path = f"/v1/analyses/{second['id']}/events"
     with service.client.stream("GET", path) as stream:
@@ -90,7 +90,7 @@ def test_state_that_the_listener_has_is_not_sent_again(
 
 
 def test_unknown_analysis(any_service: Service) -> None:
-    """What does not exist is a problem, not an empty stream."""
+    """An unknown analysis is a problem, not an empty stream."""
     problem(any_service.client.get("/v1/analyses/no-such/events"), 404, "not-found")
 
 
@@ -115,8 +115,8 @@ def test_key_and_limit(tmp_path: Path, ids: Callable[[Service], dict[str, str]])
 
 
 def test_many_listeners_leave_room_for_others(any_service: Service, ids: Callable[[Service], dict[str, str]]) -> None:
-    """While a hundred listen, other requests are quick, and each of the hundred hears the end."""
-    # A thousand evaluations: on a busy machine a hundred listeners take seconds to come.
+    """With a hundred listeners, other requests are quick, and each listener receives the end."""
+    # A thousand evaluations: on a busy machine a hundred listeners take seconds to connect.
     sparsities = [number / 1000 for number in range(1000)]
     queued = any_service.analyze(kind="pruning", **ids(any_service), options={"sparsities": sparsities})
     path = f"/v1/analyses/{queued['id']}"
@@ -156,7 +156,7 @@ def test_many_listeners_leave_room_for_others(any_service: Service, ids: Callabl
 
 
 def test_database_that_is_away_for_a_while(tmp_path: Path, ids: Callable[[Service], dict[str, str]]) -> None:
-    """A stream outlives a restart of the database, and then tells the end."""
+    """A stream outlives a restart of the database, and then sends the end."""
     with (
         postgres_server() as server,
         fresh_database(server.url) as url,
@@ -177,7 +177,7 @@ def test_database_that_is_away_for_a_while(tmp_path: Path, ids: Callable[[Servic
 def test_open_streams_do_not_hold_up_the_end(
     tmp_path: Path, ids: Callable[[Service], dict[str, str]], number: int
 ) -> None:
-    """A service with listeners stops as quickly as one without, in silence, and their streams end in order."""
+    """A service with listeners stops as quickly as one without, logs nothing, and their streams end in order."""
     with services.running(tmp_path / "data") as service:
         queued = service.analyze(**ids(service), options=SLOW)
         with service.client.stream("GET", f"/v1/analyses/{queued['id']}/events") as stream:

@@ -1,4 +1,4 @@
-"""A disk that is truly full: a small file system in memory, which this test mounts and takes away again."""
+"""A disk that is really full: a small file system in memory, which this test mounts and unmounts."""
 
 import subprocess
 from collections.abc import Iterator
@@ -44,7 +44,7 @@ def _left(disk: Path) -> list[str]:
 
 
 def _fill(disk: Path) -> Path:
-    """Take all room that is left, with what the service did not write."""
+    """Fill the remaining space with a file that the service did not write."""
     filler = disk / "filler"
     with filler.open("wb", buffering=0) as file:
         for size in (_MEBIBYTE, 4096):
@@ -57,14 +57,14 @@ def _fill(disk: Path) -> Path:
 
 
 def test_uploads_and_rows_that_find_no_room_are_507(small_disk: Path) -> None:
-    """Nothing of them stays, reading goes on, and once there is room again so does writing."""
+    """Uploads and rows without space are 507 and leave nothing; reads go on, and writes once there is space again."""
     with services.running(small_disk / "data") as service:
         small, large = _features(1), _features(20)
         first = service.post("/v1/feature-sets", {"name": "first"}, small)
         assert first.status_code == 201, first.text
         _requires_507(service, large)
         assert _left(small_disk) == []
-        # One that nearly fits.
+        # A file that nearly fits.
         _requires_507(service, _features(14))
         assert _left(small_disk) == []
 

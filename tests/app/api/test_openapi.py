@@ -1,4 +1,4 @@
-"""The OpenAPI document, and that the service does what it says: methods, media types, and no fault for odd requests."""
+"""The OpenAPI document, and the service's conformity to it: methods, media types, and no fault for odd requests."""
 
 import re
 from pathlib import Path
@@ -27,7 +27,7 @@ def test_every_reference_leads_somewhere(service: Service, document: dict[str, A
 
 
 def test_every_error_is_a_problem(document: dict[str, Any]) -> None:
-    """Each status from 400 on is application/problem+json, but readiness, which has an answer of its own."""
+    """Each status from 400 on is application/problem+json, except readiness, which has its own answer."""
     for path, operations in document["paths"].items():
         for operation in operations.values():
             errors = {status for status in operation["responses"] if status >= "400"}
@@ -77,7 +77,7 @@ def test_head_is_answered_where_get_is(service: Service, document: dict[str, Any
 
 
 def test_allow_lists_all_methods(service: Service, document: dict[str, Any]) -> None:
-    """A method that a path lacks is answered with all those that it has."""
+    """An unsupported method is answered with all methods of the path in Allow."""
     for path, operations in document["paths"].items():
         answer = service.client.request("PATCH", re.sub(r"{\w+}", "none", path))
         problem(answer, 405, "method-not-allowed")
@@ -105,7 +105,7 @@ ODD_BODIES = {
 @pytest.mark.parametrize("case", ODD_BODIES)
 @pytest.mark.parametrize("path", ["/v1/analyses", "/v1/gates", "/v1/baselines/a", "/v1/reports/a/gate"])
 def test_odd_body_is_a_problem(service: Service, case: str, path: str) -> None:
-    """JSON that is nested too deeply, cannot be decoded or means nothing is an invalid request, whatever the route."""
+    """JSON that is nested too deeply, cannot be decoded or is meaningless is an invalid request, whatever the route."""
     method = "PUT" if "baselines" in path else "POST"
     headers = {"Content-Type": "application/json"}
     answer = service.client.request(method, path, content=ODD_BODIES[case], headers=headers)
@@ -114,21 +114,21 @@ def test_odd_body_is_a_problem(service: Service, case: str, path: str) -> None:
 
 @pytest.mark.parametrize("value", ["0.5", "1767225600", "2026-01-31", "2026-01-31T12:00:00", "2026-01-31T12:00Z", ""])
 def test_instant_is_what_the_document_says(service: Service, value: str) -> None:
-    """A filter by time takes a date-time of RFC 3339, and nothing that pydantic takes for one."""
+    """A filter by time accepts a date-time of RFC 3339, and none of pydantic's other forms."""
     for name in ("created_before", "created_after"):
         problem(service.client.get("/v1/reports", params={name: value}), 422, "invalid-request")
         assert service.client.get("/v1/reports", params={name: "2026-01-31T12:00:00.5+01:00"}).status_code == 200
 
 
 def test_damaged_headers_are_taken_or_refused(tmp_path: Path) -> None:
-    """Files whose headers are damaged at random, by a seed, are no fault of any reader."""
+    """Files whose headers are damaged at random, by a seed, cause no fault in any reader."""
     done, faults = headers.campaign(tmp_path, 0, count=400)
     assert done == 400
     assert not faults, faults[0].traceback
 
 
 def test_campaign_finds_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An error that is no problem is reported, with the seed that gives it again."""
+    """The campaign reports an error that is not a problem, with the seed that reproduces it."""
 
     def fail(_: Path) -> None:
         raise KeyError("a fault")
@@ -140,7 +140,7 @@ def test_campaign_finds_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_unreadable_detail_is_still_told(service: Service) -> None:
-    """A problem that quotes half of a surrogate pair can be written down."""
+    """A problem that quotes half of a surrogate pair can be written as JSON."""
     body = b'{"name": "a", "checks": [{"metric": "\\ud83d", "min": 0}]}'
     headers = {"Content-Type": "application/json"}
     answer: httpx.Response = service.client.post("/v1/gates", content=body, headers=headers)

@@ -1,4 +1,4 @@
-"""The service under pressure: dependencies that accept and never answer, clients that trickle, too many of them."""
+"""The service under pressure: dependencies that accept and never answer, slow clients, too many clients."""
 
 import asyncio
 import logging
@@ -30,7 +30,7 @@ AUTHORISED = {"Authorization": f"Bearer {KEY}"}
 
 @contextmanager
 def silent_server(backend: str | None = None) -> Iterator[tuple[int, threading.Event]]:
-    """A port that accepts and never answers; with a `backend` (a Unix socket) it passes on until the event is set."""
+    """Open a port that accepts and never answers; with a `backend` (a Unix socket) forward until the event is set."""
     silent = threading.Event()
     if backend is None:
         silent.set()
@@ -71,7 +71,7 @@ def silent_server(backend: str | None = None) -> Iterator[tuple[int, threading.E
 
 
 def pressed(service: Service, request: dict[str, Any], *, quick: list[str]) -> list[httpx.Response]:
-    """Send a request 45 times at once; while none is answered, healthz is quick, readyz says no, and `quick` answer."""
+    """Send a request 45 times at once; meanwhile healthz is quick, readyz fails, and `quick` are answered."""
 
     async def scenario() -> list[httpx.Response]:
         limits = httpx.Limits(max_connections=100)
@@ -86,7 +86,7 @@ def pressed(service: Service, request: dict[str, Any], *, quick: list[str]) -> l
                 asked = time.monotonic()
                 assert (await client.get("/healthz")).status_code == 200
                 took.append(time.monotonic() - asked)
-            # The median: of a machine that is busy with other things, single answers are late as well.
+            # The median: on a busy machine single answers are slow as well.
             assert sorted(took)[10] < 0.1
             asked = time.monotonic()
             assert (await client.get("/readyz")).status_code == 503
@@ -103,7 +103,7 @@ def pressed(service: Service, request: dict[str, Any], *, quick: list[str]) -> l
 
 
 def test_silent_database_leaves_the_service_alive(tmp_path: Path) -> None:
-    """With 45 calls waiting for a database that accepts and is silent, healthz takes under 100 ms; all of them end."""
+    """With 45 calls blocked on a silent database, healthz takes under 100 ms; all calls end."""
     with silent_server() as (port, _):
         url = f"postgresql://secret-user@127.0.0.1:{port}/secret-name"
         with services.running(
@@ -122,7 +122,7 @@ def test_silent_database_leaves_the_service_alive(tmp_path: Path) -> None:
 
 
 def test_database_that_falls_silent_is_given_up(tmp_path: Path, postgres: str) -> None:
-    """A connection that is open while its server falls silent ends at its deadline, and the next one works."""
+    """A connection whose server falls silent ends at its deadline, and the next one works."""
     with fresh_database(postgres) as database:
         url = sa.make_url(database)
         with silent_server(f"{url.query['host']}/.s.PGSQL.5432") as (port, silent):
@@ -144,7 +144,7 @@ def test_database_that_falls_silent_is_given_up(tmp_path: Path, postgres: str) -
 
 
 def test_silent_storage_leaves_the_service_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With 45 calls waiting for a storage that accepts and is silent, whoever needs none of it is answered."""
+    """With 45 calls blocked on a silent storage, requests that do not need it are answered."""
     with silent_server() as (port, _):
         for name, value in {
             "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
@@ -177,7 +177,7 @@ def test_silent_storage_leaves_the_service_alive(tmp_path: Path, monkeypatch: py
 
 @pytest.fixture(scope="module")
 def tight(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """A service with room for 40 connections and deadlines of a few seconds."""
+    """Run a service with room for 40 connections and deadlines of a few seconds."""
     with services.running(
         tmp_path_factory.mktemp("tight") / "data",
         command="api",
@@ -192,7 +192,7 @@ def tight(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 @contextmanager
 def connections(service: Service, number: int, begun: bytes) -> Iterator[list[socket.socket]]:
-    """So many connections that have sent the beginning of a request."""
+    """Open the given number of connections, each with the beginning of a request."""
     with ExitStack() as stack:
         opened = []
         for _ in range(number):
@@ -203,12 +203,12 @@ def connections(service: Service, number: int, begun: bytes) -> Iterator[list[so
 
 
 def told(connection: socket.socket) -> bytes:
-    """All that a connection says until it is closed."""
+    """Return everything that a connection sends until it is closed."""
     return b"".join(iter(lambda: connection.recv(65536), b""))
 
 
 def statuses(opened: list[socket.socket]) -> set[bytes]:
-    """The statuses of connections that are closed with a problem each."""
+    """Return the statuses of connections that are closed with a problem each."""
     answers = [told(connection) for connection in opened]
     assert all(b"application/problem+json" in answer for answer in answers)
     return {answer.split(b" ")[1] for answer in answers}
@@ -221,7 +221,7 @@ HALF_A_HEAD = b"GET /healthz HTTP/1.1\r\nHost: localh"
 
 
 def test_half_heads_do_not_shut_others_out(tight: Service) -> None:
-    """Connections with half a header make room for whoever comes, hear 503 or 408, and cost the log a line."""
+    """Connections with half a header make room for new ones, receive 503 or 408, and cost the log a line."""
     log = tight.data_dir / "stderr.txt"
     before = len(log.read_text().splitlines())
     with connections(tight, 100, HALF_A_HEAD) as opened:
@@ -234,7 +234,7 @@ def test_half_heads_do_not_shut_others_out(tight: Service) -> None:
 
 
 def test_head_that_trickles_is_ended(tight: Service) -> None:
-    """A header that comes byte by byte ends at the deadline, on a new connection and on a kept one."""
+    """A header sent byte by byte ends at the deadline, on a new connection and on a kept-alive one."""
     with connections(tight, 1, b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n") as (kept,):
         answer = b""
         while b'"ok"}' not in answer:
@@ -263,7 +263,7 @@ def test_what_is_no_http_is_a_problem(tight: Service) -> None:
 
 
 def test_busy_connections_are_kept_and_others_refused(tight: Service) -> None:
-    """Where all connections are busy with a request, a new one hears 503, with when to try again."""
+    """If all connections are busy with a request, a new one receives 503 with a Retry-After."""
     continued = POST_JSON.replace(b"Host", b"Expect: 100-continue\r\nHost")
     with connections(tight, 40, continued) as busy:
         for connection in busy:
@@ -294,7 +294,7 @@ def test_body_that_trickles_is_ended(tight: Service) -> None:
 
 
 def test_upload_that_trickles_is_ended(tight: Service) -> None:
-    """An upload below the least rate is dropped, though it never pauses; at the rate it may last."""
+    """An upload below the minimum rate is dropped, though it never pauses; at the minimum rate it may last."""
     spec = b'--b\r\nContent-Disposition: form-data; name="spec"\r\n\r\n{}\r\n'
     file = b'--b\r\nContent-Disposition: form-data; name="file"; filename="f"\r\n\r\n'
     before = set((tight.data_dir / "blobs").rglob("*.part"))
@@ -316,7 +316,7 @@ def test_upload_that_trickles_is_ended(tight: Service) -> None:
 
 
 def test_repeated_lines_are_counted_rather_than_written() -> None:
-    """Of lines that differ in their arguments alone the log has one in ten seconds, and how many were left out."""
+    """Lines that differ only in their arguments are logged once in ten seconds, with the number left out."""
     repeated, written = settings._Repeated(), []
 
     def log(text: str, at: float) -> None:

@@ -1,4 +1,4 @@
-"""Uploads over HTTP: what is kept, and that bad or broken ones leave nothing behind."""
+"""Uploads over HTTP: stored content, and no trace of invalid or broken uploads."""
 
 import io
 import json
@@ -24,12 +24,12 @@ from tests.services import Service, until
 
 
 def blobs(service: Service) -> set[Path]:
-    """Every file of the service's storage, staged ones included."""
+    """Return every file of the service's storage, staged ones included."""
     return {path for path in (service.data_dir / "blobs").rglob("*") if path.is_file()}
 
 
 def problem(response: Any, status: int, kind: str) -> dict[str, Any]:
-    """The body of a problem of this kind."""
+    """Check for a problem of this kind; return its body."""
     assert response.status_code == status, response.text
     assert response.headers["content-type"] == "application/problem+json"
     body = dict(response.json())
@@ -88,7 +88,7 @@ HEADER_ATTACKS: dict[str, Callable[[], bytes]] = {
 
 @pytest.mark.parametrize("attack", HEADER_ATTACKS)
 def test_hostile_file_is_refused(service: Service, attack: str) -> None:
-    """A file that is not well-formed safetensors is a problem, in good time, and leaves nothing behind."""
+    """A malformed safetensors file is a problem, within a time limit, and leaves nothing behind."""
     before = blobs(service)
     started = time.monotonic()
     response = service.post("/v1/checkpoints", {"name": "bad", "architecture": MLP}, HEADER_ATTACKS[attack]())
@@ -112,7 +112,7 @@ INPUTS = np.ones((4, 3), np.float32)
 
 
 def npz_with_header(header: bytes, version: bytes = b"\x01\x00") -> bytes:
-    """An npz whose array `inputs` has this npy header."""
+    """Return an npz whose array `inputs` has this npy header."""
     buffer = io.BytesIO()
     length = struct.pack("<H" if version == b"\x01\x00" else "<I", len(header))
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -121,7 +121,7 @@ def npz_with_header(header: bytes, version: bytes = b"\x01\x00") -> bytes:
 
 
 def npz_with_twins() -> bytes:
-    """An npz with two members that numpy reads as one array."""
+    """Return an npz with two members that numpy reads as one array."""
     buffer = io.BytesIO(npz(inputs=INPUTS, labels=labels(0, 1, 0, 1)))
     with zipfile.ZipFile(buffer, "a") as archive:
         archive.writestr("labels", b"")
@@ -204,18 +204,18 @@ BAD_FEATURE_SETS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("case", BAD_FEATURE_SETS)
 def test_bad_feature_set_is_refused(service: Service, case: str) -> None:
-    """Features, labels and head that do not fit each other are a problem at their upload."""
+    """Features, labels and head that do not match each other are a problem at their upload."""
     response = service.post("/v1/feature-sets", {"name": "bad"}, save(BAD_FEATURE_SETS[case]))
     problem(response, 422, "invalid-file")
 
 
-# Two bytes that stand at the start of a pickle of each protocol, of a zip, of a gzip and of Zstandard.
+# The two bytes at the start of a pickle of each protocol, of a zip, of a gzip and of Zstandard.
 MARKS = [0x0280, 0x0380, 0x0480, 0x0580, int.from_bytes(b"PK", "little"), 0x8B1F, 0xB528]
 
 
 @pytest.mark.parametrize("length", MARKS)
 def test_header_of_any_length_is_safetensors(service: Service, length: int, mlp_checkpoint_file: Path) -> None:
-    """Its length is a file's first bytes, and may read like the mark of a pickle or an archive."""
+    """The header's length is a file's first bytes, and may equal the magic number of a pickle or an archive."""
     fitting = save({"inputs": INPUTS, "labels": labels(0, 1, 0, 1)})
     features = save({"features": INPUTS, "labels": labels(0, 1, 0, 1), "head": np.ones((2, 3), np.float32)})
     files = {
@@ -226,7 +226,7 @@ def test_header_of_any_length_is_safetensors(service: Service, length: int, mlp_
     for collection, (spec, content) in files.items():
         n_bytes = int.from_bytes(content[:8], "little")
         padded = content[8 : 8 + n_bytes].rstrip(b" ").ljust(length, b" ")
-        # The mark and more: a checkpoint's header alone is longer than the shortest of them.
+        # The magic number and more: a checkpoint's header alone is longer than the shortest of them.
         padded = padded.ljust(length + 2**16 * (len(padded) > length), b" ")
         assert len(padded) % 2**16 == length
         response = service.post(
@@ -284,7 +284,7 @@ BAD_SPECS: dict[str, tuple[str, dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("case", BAD_SPECS)
 def test_bad_spec_is_refused(service: Service, case: str, mlp_checkpoint_file: Path) -> None:
-    """A spec that is not right is a problem that names the place."""
+    """An invalid spec is a problem that names the place."""
     path, spec, place = BAD_SPECS[case]
     file = mlp_checkpoint_file.read_bytes()
     if path == "probes":
@@ -320,7 +320,7 @@ BAD_FORMS: dict[str, tuple[bytes, int, str]] = {
 
 @pytest.mark.parametrize("case", BAD_FORMS)
 def test_bad_form_is_refused(service: Service, case: str) -> None:
-    """A form that lacks a part, has one too many or does not end is a problem."""
+    """A form with a missing or extra part or without an end is a problem."""
     body, status, kind = BAD_FORMS[case]
     headers = {"Content-Type": "multipart/form-data; boundary=b"}
     problem(service.client.post("/v1/probes", content=body, headers=headers), status, kind)
@@ -335,14 +335,14 @@ def test_another_media_type_is_refused(service: Service) -> None:
 
 @pytest.fixture(scope="module")
 def small_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """A service that accepts files up to 100,000 bytes, and waits half a second for more of a body."""
+    """Run a service that accepts files up to 100,000 bytes, and waits half a second for more of a body."""
     data_dir = tmp_path_factory.mktemp("small") / "data"
     with services.running(data_dir, ready=False, max_upload_bytes="100000", upload_idle_seconds="0.5") as service:
         yield service
 
 
 def test_file_over_the_limit_is_counted_while_it_streams(small_service: Service) -> None:
-    """Without a Content-Length the limit holds as well, and the body is not read to its end first."""
+    """Without a Content-Length the limit applies as well, and the body is not read to its end first."""
     sent = 0
 
     def endless() -> Iterator[bytes]:
@@ -360,7 +360,7 @@ def test_file_over_the_limit_is_counted_while_it_streams(small_service: Service)
 
 
 def test_file_over_the_limit_is_refused_by_its_announced_size(small_service: Service) -> None:
-    """A body that announces its size is refused for it; the same service then takes a file of the limit's size."""
+    """A body with a Content-Length over the limit is refused; the service then accepts a file of the limit's size."""
     problem(small_service.post("/v1/checkpoints", {"name": "a"}, bytes(2_000_000)), 413, "too-large")
     header = json.dumps({"a": tensor([24_900], 0, 99_600)}).encode().ljust(400 - 8)
     exact = safetensors_bytes(header, bytes(99_600))
@@ -398,7 +398,7 @@ def test_upload_cut_off_half_way_leaves_nothing(any_service: Service) -> None:
 
 
 def test_upload_that_stalls_is_dropped(small_service: Service) -> None:
-    """A client that sends nothing for the idle limit is answered with a problem, and nothing is kept."""
+    """A client that sends nothing until the idle timeout receives a problem, and nothing is stored."""
     before = blobs(small_service)
     body = form("b", ("spec", b"{}"), ("file", bytes(50_000)))
     with raw_connection(small_service) as connection:
@@ -410,7 +410,7 @@ def test_upload_that_stalls_is_dropped(small_service: Service) -> None:
 
 
 def test_early_refusal_reaches_a_client_that_asks_to_continue(small_service: Service) -> None:
-    """A client that waits for `100 Continue` hears that its file is too large before it sends one byte of it."""
+    """A client that waits for `100 Continue` is told that its file is too large before it sends any byte."""
     with raw_connection(small_service) as connection:
         connection.sendall(
             b"POST /v1/checkpoints HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=b\r\n"
@@ -422,7 +422,7 @@ def test_early_refusal_reaches_a_client_that_asks_to_continue(small_service: Ser
 
 
 def test_length_and_chunks_together_are_refused(service: Service) -> None:
-    """Content-Length beside Transfer-Encoding, the way to smuggle requests, is not accepted."""
+    """Content-Length beside Transfer-Encoding, a way to smuggle requests, is refused."""
     with raw_connection(service) as connection:
         connection.sendall(
             b"POST /v1/probes HTTP/1.1\r\nHost: localhost\r\n"
@@ -446,7 +446,7 @@ def test_npz_with_flipped_bytes_is_a_probe_or_a_problem(service: Service) -> Non
 
 
 def test_media_type_may_be_written_in_any_case(service: Service) -> None:
-    """`Multipart/Form-Data` is the same type, also for a file that is larger than any JSON may be."""
+    """`Multipart/Form-Data` is the same type, also for a file over the size limit of JSON."""
     content = save({"inputs": np.zeros((40, 20_000), np.float32), "labels": np.arange(40) % 4})
     body = form("b", ("spec", b'{"name": "case"}'), ("file", content))
     headers = {"Content-Type": "Multipart/Form-Data; boundary=b"}

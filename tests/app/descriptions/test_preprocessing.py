@@ -1,4 +1,4 @@
-"""Preprocessing of other libraries: what comes out is what they themselves make of an image."""
+"""Preprocessing of other libraries: the results equal those of the libraries themselves."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -29,7 +29,7 @@ def _ours(image: Image.Image, preprocess: dict[str, Any]) -> torch.Tensor:
 
 
 def _differences(ours: torch.Tensor, theirs: torch.Tensor, std: float | Sequence[float], scale: float) -> torch.Tensor:
-    """In grey levels."""
+    """Return the differences in grey levels."""
     assert ours.shape == theirs.shape
     return (ours - theirs).abs() / scale * torch.as_tensor(std).reshape(-1, 1, 1)
 
@@ -54,9 +54,9 @@ PROCESSORS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("case", PROCESSORS)
 def test_processors_of_transformers(case: str) -> None:
-    """From what `save_pretrained` writes: the backend that the class names, Pillow's to the last grey level.
+    """Results equal those of `save_pretrained` processors: the class names the backend; Pillow's match to the level.
 
-    The two pad an odd number of pixels differently. The default resizes with torch, which rounds elsewhere: there one
+    The two pad an odd number of pixels differently. The default resizes with torch, which rounds differently: there one
     pixel in 2,000 may be more than one level off.
     """
     name = case.split()[0]
@@ -77,7 +77,7 @@ def test_processors_of_transformers(case: str) -> None:
 
 
 def test_configurations_of_early_versions() -> None:
-    """One number is a square of ViT, and the shorter side of ConvNeXT and CLIP."""
+    """A single number is a square for ViT, and the shorter side for ConvNeXT and CLIP."""
     numbers = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_normalize": True, "do_resize": True}
     vit = from_preprocessor_config({**numbers, "size": 224, "feature_extractor_type": "ViTFeatureExtractor"})
     assert (vit["resize"], vit["crop"], vit["resample"], vit["colour"]) == ([224, 224], None, "bilinear", "rgb")
@@ -113,7 +113,7 @@ _VIT = {"image_processor_type": "ViTImageProcessor", "size": {"height": 8, "widt
     ],
 )
 def test_what_cannot_be_expressed_is_refused(config: dict[str, Any], word: str) -> None:
-    """By the member that says it."""
+    """A setting that cannot be expressed is refused, and the problem names it."""
     with pytest.raises(InvalidRequest) as raised:
         given_preprocess(config)
     assert word in raised.value.detail
@@ -130,7 +130,7 @@ def test_what_cannot_be_expressed_is_refused(config: dict[str, Any], word: str) 
     ],
 )
 def test_data_configurations_of_timm(name: str, args: dict[str, Any]) -> None:
-    """What timm's own evaluation makes of an image, to the last grey level."""
+    """The result equals timm's own evaluation transform, to the last grey level."""
     description = {"family": "timm", "name": name, "args": args}
     config = data_config(build(description), description)
     assert config["input_size"][1] == args.get("img_size", config["input_size"][1])
@@ -142,7 +142,7 @@ def test_data_configurations_of_timm(name: str, args: dict[str, Any]) -> None:
 
 
 def test_squashed_images_of_timm() -> None:
-    """Mode `squash` resizes both sides; sides that differ are allowed there."""
+    """Mode `squash` resizes both sides, which may differ."""
     config = {**timm.data.resolve_data_config({}, model=timm.create_model("resnet18")), "crop_mode": "squash"}
     config |= {"input_size": (3, 96, 120), "crop_pct": 0.9}
     transform = create_transform(**config, is_training=False)
@@ -174,7 +174,7 @@ def test_crops_of_timm_that_are_larger_than_the_image() -> None:
     ],
 )
 def test_what_timm_says_and_we_cannot_is_refused(change: dict[str, Any], word: str) -> None:
-    """Padded borders, oblong crops, drawn filters, channels without numbers."""
+    """Padded borders, oblong crops, random filters and channels without numbers are refused."""
     config = {"input_size": (3, 96, 96), "interpolation": "bicubic", "mean": (0.5,) * 3, "std": (0.5,) * 3}
     assert from_timm({**config, "crop_pct": 0.95, "crop_mode": "center"})["resize"] == 101
     with pytest.raises(InvalidRequest) as raised:
@@ -183,7 +183,7 @@ def test_what_timm_says_and_we_cannot_is_refused(change: dict[str, Any], word: s
 
 
 def test_what_a_folder_of_timm_says_of_images() -> None:
-    """Its own numbers, where they differ from the registered ones; the network's arguments go before."""
+    """A folder's own numbers override the registered ones; the network's arguments override both."""
     numbers: dict[str, Any] = {
         "input_size": [3, 224, 224],
         "interpolation": "bilinear",

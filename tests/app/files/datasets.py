@@ -1,4 +1,4 @@
-"""What tests of datasets share: files that are opened, refused and read."""
+"""Shared helpers of tests of datasets: opening, refusal and reading of files."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,7 +26,7 @@ def opened(
 
 
 def refused(content: bytes, folder: Path, limits: Limits = LIMITS, **columns: str | None) -> InvalidFile:
-    """Why a file is refused, when it is opened or when it is read."""
+    """Return why a file is refused when it is opened or read."""
 
     def read() -> None:
         dataset = opened(content, folder, limits, columns or None)

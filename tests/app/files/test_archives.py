@@ -1,4 +1,4 @@
-"""Hugging Face folders in archives: whole weights out of shards, and what is not let in."""
+"""Hugging Face folders in archives: weights merged from shards, and archives that are refused."""
 
 import io
 import json
@@ -25,7 +25,7 @@ Packer = Callable[[Files, Path], Path]
 
 
 def tarred(files: Files, path: Path, mode: str = "w") -> Path:
-    """The files as a tar."""
+    """Return the files as a tar."""
     with tarfile.open(path, mode) as archive:  # type: ignore[call-overload]
         for name, content in files.items():
             info = tarfile.TarInfo(name)
@@ -35,12 +35,12 @@ def tarred(files: Files, path: Path, mode: str = "w") -> Path:
 
 
 def gzipped(files: Files, path: Path) -> Path:
-    """The files as a compressed tar."""
+    """Return the files as a compressed tar."""
     return tarred(files, path, "w:gz")
 
 
 def zipped(files: Files, path: Path) -> Path:
-    """The files as a compressed zip."""
+    """Return the files as a compressed zip."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in files.items():
             archive.writestr(name, content)
@@ -48,7 +48,7 @@ def zipped(files: Files, path: Path) -> Path:
 
 
 def sharded() -> tuple[dict[str, bytes], dict[str, torch.Tensor]]:
-    """A folder of two shards of several types, its index and descriptions, and all tensors."""
+    """Return a folder of two shards of several types, its index and descriptions, and all tensors."""
     generator = torch.Generator().manual_seed(0)
     first = {"a.weight": torch.randn(7, 5, generator=generator), "a.bias": torch.randn(7, generator=generator).half()}
     second = {
@@ -71,7 +71,7 @@ def sharded() -> tuple[dict[str, bytes], dict[str, torch.Tensor]]:
 
 
 def merged(path: Path, target: Path) -> Path:
-    """The weights of an archive, written anew."""
+    """Return the weights of an archive, written anew."""
     assert is_archive(path)
     with open_folder(path, max_bytes=LIMIT) as folder, target.open("wb") as file:
         write_weights(folder, file)
@@ -80,7 +80,7 @@ def merged(path: Path, target: Path) -> Path:
 
 @pytest.mark.parametrize("pack", [tarred, gzipped, zipped])
 def test_shards_become_one_file(tmp_path: Path, pack: Packer) -> None:
-    """Every tensor bit for bit, whatever the archive; the same weights give the same file."""
+    """Merged shards keep every tensor bit for bit, whatever the archive; the same weights give the same file."""
     files, tensors = sharded()
     out = merged(pack(files, tmp_path / "net"), tmp_path / "out.safetensors")
     assert tensorfile.inspect_safetensors(out).tensors.keys() == tensors.keys()
@@ -93,7 +93,7 @@ def test_shards_become_one_file(tmp_path: Path, pack: Packer) -> None:
 
 
 def test_descriptions_are_those_of_the_outermost_folder(tmp_path: Path) -> None:
-    """A copy of another network further in is not taken for it."""
+    """The descriptions of the outermost folder are used, not those of another network in a subfolder."""
     with open_folder(tarred(sharded()[0], tmp_path / "x.tar"), max_bytes=LIMIT) as folder:
         assert folder.config == {"model_type": "vit"}
         assert folder.preprocessor == {"do_resize": True}
@@ -101,7 +101,7 @@ def test_descriptions_are_those_of_the_outermost_folder(tmp_path: Path) -> None:
 
 
 def test_one_file_needs_no_index(tmp_path: Path) -> None:
-    """`model.safetensors` is the network, also beside an optimizer's and an index of shards; it stays as it is."""
+    """`model.safetensors` is used unchanged, also beside an optimizer's file and an index of shards."""
     weights = save({"w": torch.ones(3)}, metadata={"architecture": "{}"})
     files = {"net/config.json": b"{}", "net/model.safetensors": weights, "net/optimizer.safetensors": b"x"}
     for name, more in (("alone", {}), ("with shards", sharded()[0])):
@@ -110,7 +110,7 @@ def test_one_file_needs_no_index(tmp_path: Path) -> None:
 
 
 def test_checkpoints_side_by_side_are_refused(tmp_path: Path) -> None:
-    """None of two is taken for the one that was meant; of several indexes the usual one is."""
+    """Two checkpoints side by side are refused as ambiguous; of several indexes the usual one is used."""
     folder = {"config.json": b"{}", "model.safetensors": save({"w": torch.ones(3)})}
     both = {f"{place}/{name}": content for place in ("a", "b") for name, content in folder.items()}
     with pytest.raises(InvalidFile, match="side by side, a, b") as caught:
@@ -122,19 +122,19 @@ def test_checkpoints_side_by_side_are_refused(tmp_path: Path) -> None:
 
 
 def without(name: str) -> Files:
-    """The folder lacks a file."""
+    """Return the folder without a file."""
     files, _ = sharded()
     return {key: content for key, content in files.items() if not key.endswith(name)}
 
 
 def changed(name: str, content: bytes) -> Files:
-    """A file of the folder holds something else."""
+    """Return the folder with another content of a file."""
     files, _ = sharded()
     return {**files, f"net/{name}": content}
 
 
 def cut(name: str, left: int) -> Files:
-    """A file of the folder ends early."""
+    """Return the folder with a file cut off after `left` bytes."""
     files, _ = sharded()
     return {**files, f"net/{name}": files[f"net/{name}"][:left]}
 
@@ -143,7 +143,7 @@ SECOND = "model-00002-of-00002.safetensors"
 
 
 def in_both(more: Mapping[str, torch.Tensor]) -> Files:
-    """The folder's two shards hold these tensors too, which the index does not name anew."""
+    """Return the folder with these tensors in both shards, and the index unchanged."""
     files, tensors = sharded()
     shards = {}
     for shard, beginning in ((SECOND.replace("00002-", "00001-"), "a."), (SECOND, "b.")):
@@ -157,7 +157,7 @@ def in_both(more: Mapping[str, torch.Tensor]) -> Files:
     "doubled", [["a.bias"], ["a.weight"], ["b.steps"], ["b.scale"], ["a.bias", "b.weight", "b.scale"]]
 )
 def test_the_index_says_whose_tensor_is_meant(tmp_path: Path, pack: Packer, doubled: list[str]) -> None:
-    """Where both shards hold a name with other numbers, at the begin, in the middle or at the end of their data."""
+    """If both shards hold a name with different numbers, the index decides, wherever the tensor stands."""
     tensors = sharded()[1]
     files = in_both({name: torch.full((3, 3), 9.0) for name in doubled})
     out = merged(pack(files, tmp_path / "net"), tmp_path / "out.safetensors")
@@ -188,7 +188,7 @@ def test_the_index_says_whose_tensor_is_meant(tmp_path: Path, pack: Packer, doub
 def test_what_does_not_fit_together_is_named(
     tmp_path: Path, files: Files, words: str, members: dict[str, Any], pack: Packer
 ) -> None:
-    """Shards that are missing, doubled, cut or of another network; descriptions that are none."""
+    """Missing, duplicated, truncated or foreign shards and invalid descriptions are refused by name."""
     with pytest.raises(InvalidFile) as caught:
         merged(pack(files, tmp_path / "x"), tmp_path / "out")
     assert words in caught.value.detail
@@ -200,14 +200,14 @@ def test_what_does_not_fit_together_is_named(
 )
 @pytest.mark.parametrize("pack", [tarred, zipped])
 def test_paths_that_climb_out_are_refused(tmp_path: Path, name: str, pack: Packer) -> None:
-    """Also beside a good folder, and by name."""
+    """Paths that leave the archive are refused, also beside a valid folder, and named."""
     with pytest.raises(InvalidFile, match=r"leads out of its folder|must be printable") as caught:
         merged(pack({**sharded()[0], name: b"x"}, tmp_path / "x"), tmp_path / "out")
     assert caught.value.members["member"] == name
 
 
 def test_a_member_without_a_name_is_refused(tmp_path: Path) -> None:
-    """Which no archiver writes."""
+    """A member without a name, which no archiver writes, is refused."""
     path = zipped({**sharded()[0], "x": b"x"}, tmp_path / "x")
     path.write_bytes(nameless(path.read_bytes()))
     with pytest.raises(InvalidFile, match="must be printable"):
@@ -216,7 +216,7 @@ def test_a_member_without_a_name_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE])
 def test_links_and_devices_in_a_tar_are_refused(tmp_path: Path, kind: bytes) -> None:
-    """Whatever they point at."""
+    """Links and devices are refused whatever their target."""
     path = tarred(sharded()[0], tmp_path / "x.tar")
     with tarfile.open(path, "a") as archive:
         info = tarfile.TarInfo("net/model.safetensors")
@@ -227,7 +227,7 @@ def test_links_and_devices_in_a_tar_are_refused(tmp_path: Path, kind: bytes) -> 
 
 
 def test_links_in_a_zip_are_refused(tmp_path: Path) -> None:
-    """A zip tells them by the mode of a file on Unix."""
+    """Links are refused; a zip marks them by the Unix mode of a file."""
     path = zipped(sharded()[0], tmp_path / "x.zip")
     with zipfile.ZipFile(path, "a") as archive:
         info = zipfile.ZipInfo("net/model.safetensors")
@@ -239,7 +239,7 @@ def test_links_in_a_zip_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("pack", [gzipped, zipped])
 def test_bombs_are_refused_before_they_unpack(tmp_path: Path, pack: Packer) -> None:
-    """64 MiB of zeros in a few kilobytes; nothing is left of them."""
+    """64 MiB of zeros in a few kilobytes are refused, and nothing of them is left."""
     path = pack({**sharded()[0], "net/zeros": bytes(2**26)}, tmp_path / "x")
     assert path.stat().st_size < 2**20
     with pytest.raises(InvalidFile, match="would unpack to more than"):
@@ -250,7 +250,7 @@ def test_bombs_are_refused_before_they_unpack(tmp_path: Path, pack: Packer) -> N
 @pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME])
 @pytest.mark.parametrize("size", [2**32, -512])
 def test_headers_of_a_tar_are_bounded(tmp_path: Path, kind: bytes, size: int) -> None:
-    """A long name of 4 GiB, or of less than nothing, would be read into memory."""
+    """A long name of 4 GiB, or of negative length, is refused before it is read into memory."""
     info = tarfile.TarInfo("net/model.safetensors")
     info.type, info.size = kind, size
     header = info.tobuf(tarfile.GNU_FORMAT)
@@ -260,7 +260,7 @@ def test_headers_of_a_tar_are_bounded(tmp_path: Path, kind: bytes, size: int) ->
 
 
 def test_members_are_counted_as_they_come(tmp_path: Path) -> None:
-    """Folders too; a zip says how many it lists, and is believed."""
+    """The limit counts members as they come, folders included; for a zip it uses the listed number."""
     with tarfile.open(tmp_path / "x.tar.gz", "w:gz") as archive:
         for number in range(10_001):
             info = tarfile.TarInfo(f"f{number}")
@@ -278,7 +278,7 @@ def test_members_are_counted_as_they_come(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["w:gz", "w:bz2", "w:xz"])
 def test_compressed_tars_that_are_broken_are_refused(tmp_path: Path, mode: str) -> None:
-    """In the middle of their bytes, whatever packed them."""
+    """Compressed tars with damaged bytes in the middle are refused, whatever the compression."""
     path = tarred(sharded()[0], tmp_path / "x", mode)
     assert merged(path, tmp_path / "out").stat().st_size > 0
     content = bytearray(path.read_bytes())
@@ -291,7 +291,7 @@ def test_compressed_tars_that_are_broken_are_refused(tmp_path: Path, mode: str) 
 
 @pytest.mark.parametrize("pack", [tarred, gzipped, zipped])
 def test_archives_that_are_cut_are_refused(tmp_path: Path, pack: Packer) -> None:
-    """Wherever they end, one kind of error or another kind of file."""
+    """A truncated archive is refused by one kind of error, or as another kind of file."""
     whole = pack(sharded()[0], tmp_path / "x").read_bytes()
     for share in (0.1, 0.3, 0.5):  # the rest of the tar holds nothing that is needed
         (path := tmp_path / "cut").write_bytes(whole[: int(len(whole) * share)])
@@ -300,12 +300,12 @@ def test_archives_that_are_cut_are_refused(tmp_path: Path, pack: Packer) -> None
 
 
 def test_other_files_are_no_archives(tmp_path: Path) -> None:
-    """Safetensors of any header, a file of torch.save, nothing at all."""
+    """Safetensors of any header, a file of torch.save and an empty file are not archives."""
     (path := tmp_path / "x").write_bytes(save({"w": torch.ones(3)}))
     assert not is_archive(path)
     path.write_bytes(b"")
     assert not is_archive(path)
-    # A header whose length begins like gzip's mark, and zeros, which tar would take for its own end.
+    # A header whose length begins like gzip's magic number, and zeros, which tar would take for its end.
     path.write_bytes((0x8B1F).to_bytes(8, "little") + b"{" + b" " * 0x8B1E)
     assert not is_archive(path)
     path.write_bytes(bytes(2**20))
@@ -315,7 +315,7 @@ def test_other_files_are_no_archives(tmp_path: Path) -> None:
 
 
 def _adapter() -> dict[str, bytes]:
-    """What PEFT's save_pretrained writes."""
+    """Return the files that PEFT's save_pretrained writes."""
     names = [f"base_model.model.model.layers.0.self_attn.q_proj.lora_{part}.weight" for part in "AB"]
     config = {"peft_type": "LORA", "base_model_name_or_path": "meta/llama", "r": 4}
     weights = save({name: torch.zeros(4, 4) for name in names})
@@ -325,7 +325,7 @@ def _adapter() -> dict[str, bytes]:
 @pytest.mark.parametrize("pack", [zipped, tarred])
 @pytest.mark.parametrize("place", ["", "run/"])
 def test_an_adapter_is_refused_as_what_it_is(pack: Packer, place: str, tmp_path: Path) -> None:
-    """With the network that it belongs to, also where its weights are pickled; beside a whole network it may lie."""
+    """An adapter is refused with its base network's name, also with pickled weights; beside a network it is ignored."""
     files = {place + name: content for name, content in _adapter().items()}
     pickled = {**files, place + "adapter_model.bin": b"PK"}
     del pickled[place + "adapter_model.safetensors"]
@@ -338,7 +338,7 @@ def test_an_adapter_is_refused_as_what_it_is(pack: Packer, place: str, tmp_path:
 
 
 def test_a_folder_of_gguf_files_is_refused_as_what_it_is(tmp_path: Path) -> None:
-    """Not as one that lacks safetensors."""
+    """A folder of GGUF files is refused as GGUF, not as one without safetensors."""
     with pytest.raises(InvalidFile, match=r"GGUF file .*'net-q4\.gguf'"):
         _opened(zipped({"net-q4.gguf": b"GGUF", "config.json": b"{}"}, tmp_path / "archive"))
 
@@ -361,7 +361,7 @@ def _opened(path: Path) -> list[str]:
     ],
 )
 def test_a_file_that_is_no_checkpoint_is_refused_at_the_push(service: Service, content: bytes, words: str) -> None:
-    """By its first bytes, or by the names of all its tensors."""
+    """A file that is not a checkpoint is refused at the push by its first bytes, or by the names of all its tensors."""
     spec = {
         "name": "a",
         "architecture": {"family": "transformers", "config": {"model_type": "a", "architectures": ["A"]}},
@@ -370,7 +370,7 @@ def test_a_file_that_is_no_checkpoint_is_refused_at_the_push(service: Service, c
 
 
 def test_a_network_with_such_parts_of_its_own_is_taken(service: Service) -> None:
-    """Where other tensors stand beside them."""
+    """A network with parts of these names is accepted if it has other tensors too."""
     content = save({"a.lora_A.weight": torch.zeros(2), "a.lora_B.weight": torch.zeros(2), "a.weight": torch.zeros(2)})
     spec = {"name": "a", "architecture": {"family": "custom", "name": "a", "args": {}}}
     assert service.post("/v1/checkpoints", spec, content).status_code == 201

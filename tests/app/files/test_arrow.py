@@ -45,7 +45,7 @@ def _extension(storage: pa.Array) -> pa.Array:
     return pa.ExtensionArray.from_storage(pa.opaque(storage.type, "word", "somebody"), storage)
 
 
-# How three words, of which the first and the third are the same, are written.
+# The forms of three words, of which the first and the third are the same.
 TEXTS: dict[str, Callable[[list[str]], pa.Array]] = {
     "string": partial(_as, pa.string()),
     "large string": partial(_as, pa.large_string()),
@@ -67,7 +67,7 @@ TEXTS: dict[str, Callable[[list[str]], pa.Array]] = {
 
 @pytest.mark.parametrize("form", TEXTS)
 def test_labels_splits_and_texts_in_every_form(form: str, tmp_path: Path) -> None:
-    """A name is a name, as Polars, DataFusion, arrow-rs, Spark and pandas write it."""
+    """A name is read alike from Polars, DataFusion, arrow-rs, Spark and pandas."""
     write = TEXTS[form]
     dataset = _opened(parquet({"text": write(NAMES), "label": write(NAMES)}), tmp_path)
     assert dataset.labels is not None
@@ -104,7 +104,7 @@ def test_images_in_every_form(form: str, nested: bool, tmp_path: Path) -> None:
 
 
 def test_images_in_dictionaries_and_of_one_length(tmp_path: Path) -> None:
-    """Each image once in the file, alone or in a struct; signed bytes; padded to one length."""
+    """Images may be stored once each, alone or in a struct, as signed bytes, or padded to one length."""
     signed = pa.array([[byte - 256 if byte > 127 else byte for byte in image] for image in IMAGES], pa.list_(pa.int8()))
     padded = [image.ljust(SAME_LENGTH, b"\0") for image in IMAGES]
     for column, expected in (
@@ -118,7 +118,7 @@ def test_images_in_dictionaries_and_of_one_length(tmp_path: Path) -> None:
 
 
 def _claiming(table: pa.Table, claimed: pa.Schema) -> bytes:
-    """A file whose schema, as Arrow's readers see it, another writer has left."""
+    """Return a file whose Arrow schema another writer has left."""
     buffer = io.BytesIO()
     schema = base64.b64encode(claimed.serialize().to_pybytes())
     pq.write_table(table.replace_schema_metadata({"ARROW:schema": schema}), buffer, store_schema=False)
@@ -137,7 +137,7 @@ def _claiming(table: pa.Table, claimed: pa.Schema) -> bytes:
     ids=str,
 )
 def test_forms_that_pyarrow_reads_and_does_not_write(claimed: pa.DataType, tmp_path: Path) -> None:
-    """A schema of arrow-rs or Polars says more than the columns: the values are the same."""
+    """A schema of arrow-rs or Polars that declares more than the columns gives the same values."""
     content = _claiming(pa.table({"text": NAMES, "label": NAMES}), pa.schema({"text": claimed, "label": claimed}))
     dataset = _opened(content, tmp_path)
     assert dataset.class_names == ["cat", "dog"]
@@ -146,7 +146,7 @@ def test_forms_that_pyarrow_reads_and_does_not_write(claimed: pa.DataType, tmp_p
 
 @pytest.mark.parametrize("index", [pa.int16(), pa.int32(), pa.int64()])
 def test_runs_are_taken_apart(index: pa.DataType) -> None:
-    """Arrays of runs, of whatever is in them, are what their rows are."""
+    """Run-end encoded arrays of any type expand to their rows."""
     for values, expected in ((_as(pa.string()), NAMES), (_as(pa.binary()), [name.encode() for name in NAMES])):
         places, found = arrow.distinct(pc.run_end_encode(values, run_end_type=index))
         assert [found[place] for place in places] == expected
@@ -155,7 +155,7 @@ def test_runs_are_taken_apart(index: pa.DataType) -> None:
 
 
 def test_files_of_one_dataset_may_have_other_forms(tmp_path: Path) -> None:
-    """Strings here, a dictionary there, numbers of other widths: what they hold is the same."""
+    """Files of one dataset may differ in form: strings, dictionaries, numbers of other widths hold equal values."""
     forms: list[tuple[pa.Array, pa.Array]] = [
         (_as(pa.string_view()), pa.array([0, 1, 0], pa.int8())),
         (_in_dictionary(_as(pa.string())), pa.array([0.0, 1.0, 0.0])),
@@ -185,7 +185,7 @@ def test_files_of_one_dataset_may_have_other_forms(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("role", ["label", "split"])
 def test_what_is_neither_is_refused(column: pa.Array, word: str, role: str, tmp_path: Path) -> None:
-    """By its type, before a row is read."""
+    """A column of another type is refused by its type, before a row is read."""
     columns: dict[str, Any] = {"text": NAMES, "label": NAMES, role: column}
     with pytest.raises(InvalidFile) as raised:
         _opened(parquet(columns), tmp_path)
@@ -196,7 +196,7 @@ def test_what_is_neither_is_refused(column: pa.Array, word: str, role: str, tmp_
 
 
 def test_more_memory_than_there_is(tmp_path: Path) -> None:
-    """The process that looks into a file has a bound of its own, and says so where a file takes more."""
+    """The process that inspects a file has its own memory limit, and reports a file that exceeds it."""
     columns = {"text": pa.array(["a"]).take(pa.array([0] * 10**6)), "label": pa.array(range(10**6))}
     path = saved(parquet(columns), tmp_path)
     task = {"path": str(path), "spec": {"name": "a"}, "limits": asdict(Limits.of(Settings()))}
@@ -210,7 +210,7 @@ def test_more_memory_than_there_is(tmp_path: Path) -> None:
 
 
 def test_an_error_that_nobody_knows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Is a problem of the file, and its traceback is in the log; here the file is a folder."""
+    """An unknown error is a problem of the file, with its traceback in the log; here the file is a folder."""
     with pytest.raises(InvalidFile, match="an error that Parquet's reader does not know"):
         probedata._in_another_process(tmp_path, ProbeSpec(name="a"), Limits.of(Settings()))
     assert "IsADirectoryError" in caplog.text

@@ -1,4 +1,4 @@
-"""Checkpoints as people have them, over HTTP: folders, shards, wrapped names, tensors beside the weights."""
+"""Realistic checkpoints over HTTP: folders, shards, wrapped names, tensors beside the weights."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ PREPROCESSOR = {
 
 @pytest.fixture(scope="module")
 def vit(tmp_path_factory: pytest.TempPathFactory) -> tuple[Saved, Path]:
-    """A classifier as its library saved it, and the same in a folder of several shards."""
+    """Return a classifier as its library saved it, and the same in a folder of several shards."""
     folder = tmp_path_factory.mktemp("vit")
     saved = models.saved_transformers("ViT", IMAGE_MODELS["ViT"], folder / "whole")
     model = transformers.ViTForImageClassification.from_pretrained(folder / "whole")
@@ -39,13 +39,13 @@ def vit(tmp_path_factory: pytest.TempPathFactory) -> tuple[Saved, Path]:
 
 
 def evaluated(service: Service, checkpoint_id: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """The report of a checkpoint on these tensors."""
+    """Return the report of a checkpoint of these tensors."""
     probe = service.post("/v1/probes", {"name": "probe"}, save(tensors)).json()
     return service.report(service.wait(service.analyze(checkpoint_id=checkpoint_id, probe_id=probe["id"])["id"]))
 
 
 def test_a_folder_of_shards_is_one_call(service: Service, vit: tuple[Saved, Path]) -> None:
-    """Pushed as a folder: the library's own accuracy, its preprocessing, one blob; the same folder is the same blob."""
+    """A pushed folder gives the library's own accuracy and preprocessing, and one blob, equal for an equal folder."""
     saved, folder = vit
     assert len(list(folder.glob("*.safetensors"))) >= 2
     with Client(service.url) as client:
@@ -63,7 +63,7 @@ def test_a_folder_of_shards_is_one_call(service: Service, vit: tuple[Saved, Path
 
 
 def test_a_folder_from_the_command_line(service: Service, vit: tuple[Saved, Path], tmp_path: Path) -> None:
-    """Named after itself; without weights it can send, it says what it holds."""
+    """A pushed folder is named after itself; without usable weights the error lists its content."""
     pushed = interplay("push", "checkpoint", vit[1], "--json", url=service.url)
     assert json.loads(pushed.stdout)["name"] == "shards"
     shutil.copy(vit[1] / "config.json", tmp_path)
@@ -74,7 +74,7 @@ def test_a_folder_from_the_command_line(service: Service, vit: tuple[Saved, Path
 
 
 def test_a_folder_that_timm_wrote(service: Service, tmp_path: Path) -> None:
-    """Its config.json names the network, the number of its classes and what images must become."""
+    """A config.json of timm gives the network, its number of classes and the preprocessing of images."""
     saved = models.saved_timm("resnet10t", {}, tmp_path)
     numbers = {
         "input_size": [3, 32, 32],
@@ -96,7 +96,7 @@ def test_a_folder_that_timm_wrote(service: Service, tmp_path: Path) -> None:
 def test_names_as_training_leaves_them(
     service: Service, mlp_checkpoint_file: Path, digits_probe_file: Path, tmp_path: Path
 ) -> None:
-    """Wrappers are taken off, an optimizer's tensors left out; response and report say so, and nothing else differs."""
+    """Wrappers are removed and an optimizer's tensors ignored; response and report say so, and nothing else differs."""
     state = load_file(mlp_checkpoint_file)
     beside = {"optimizer.state.0.exp_avg": torch.ones(9), "ema_model.head.bias": torch.full((10,), torch.nan)}
     wrapped = {**{f"_orig_mod.module.{name}": tensor for name, tensor in state.items()}, **beside}
@@ -120,7 +120,7 @@ def test_names_as_training_leaves_them(
 def test_what_a_guess_gets_wrong_a_worker_finds(
     service: Service, mlp_checkpoint_file: Path, digits_probe_file: Path, tmp_path: Path
 ) -> None:
-    """Names decide at the upload as far as they can; once analysed, the checkpoint says what the network told."""
+    """At the upload names alone decide; after an analysis the checkpoint shows what the network's names give."""
     state = load_file(mlp_checkpoint_file)
     plain = service.post("/v1/checkpoints", {"name": "plain"}, mlp_checkpoint_file).json()
     assert plain["names_checked"] is False
@@ -139,7 +139,7 @@ def test_what_a_guess_gets_wrong_a_worker_finds(
     told["n_parameters"] = plain["n_parameters"]
     assert told.items() <= report["subject"].items()
     assert after == {**found, **told, "names_checked": True}
-    # What was kept of the first evaluation tells the second the same.
+    # The cached features of the first evaluation give the second the same names.
     report = service.report(service.wait(service.analyze(checkpoint_id=found["id"], probe_id=probe["id"])["id"]))
     assert report["provenance"]["features_reused"] is True
     assert told.items() <= report["subject"].items()
@@ -148,7 +148,7 @@ def test_what_a_guess_gets_wrong_a_worker_finds(
 def test_a_file_of_two_copies_needs_a_prefix(
     service: Service, mlp_checkpoint_file: Path, digits_probe_file: Path, tmp_path: Path
 ) -> None:
-    """Without one the analysis fails and shows both; with one the copy that it names is analysed, in a path as well."""
+    """A file of two copies fails and shows both; with a prefix the named copy is analysed, in a path as well."""
     state = load_file(mlp_checkpoint_file)
     doubled = {name: 2 * tensor if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     both = {f"{copy}.{name}": tensor for copy, one in (("student", state), ("teacher", doubled))
@@ -182,7 +182,7 @@ def test_a_file_of_two_copies_needs_a_prefix(
 
 
 def test_one_end_of_a_path_is_untied(service: Service, tmp_path: Path) -> None:
-    """Its head differs from its embeddings: each end of the path is its own checkpoint, and the report says so."""
+    """With a head that differs from the embeddings, each path end equals its own checkpoint, and the report says so."""
     saved = models.saved_language_model("GPT2", tmp_path)
     state = load_file(saved.path)
     head = torch.randn(50, 16, generator=torch.Generator().manual_seed(7))
@@ -214,7 +214,7 @@ def test_one_end_of_a_path_is_untied(service: Service, tmp_path: Path) -> None:
 def test_a_config_whose_sizes_are_not_the_files_fails(
     service: Service, vit: tuple[Saved, Path], tmp_path: Path
 ) -> None:
-    """The analysis names the tensors and both shapes."""
+    """A config whose sizes differ from the file's fails the analysis, which names the tensors and both shapes."""
     saved, _ = vit
     config = {**saved.architecture["config"], "intermediate_size": 99}
     files = {"config.json": json.dumps(config).encode(), "model.safetensors": saved.path.read_bytes()}
@@ -228,7 +228,7 @@ def test_a_config_whose_sizes_are_not_the_files_fails(
 
 
 def test_an_archive_that_does_not_fit_together_is_refused(service: Service, tmp_path: Path) -> None:
-    """With the shard that is missing; a configuration of no family we know needs an architecture in the spec."""
+    """An incomplete archive is refused with the missing shard; an unknown config.json needs an architecture."""
     response = service.post("/v1/checkpoints", {"name": "x"}, tarred(without(SECOND), tmp_path / "a.tar"))
     assert problem(response, 422, "invalid-file")["missing"] == [SECOND]
     zeros = {**sharded()[0], "net/zeros": bytes(2**25)}

@@ -1,4 +1,4 @@
-"""Zips of class folders from strangers: what is read of them, and what is refused."""
+"""Untrusted zips of class folders: valid content and refusals."""
 
 import io
 import stat
@@ -18,7 +18,7 @@ from tests.datafiles import nameless, saved, zipped
 
 @pytest.mark.parametrize("prefix", ["", "pets/", "a/b/"])
 def test_class_folders(tmp_path: Path, prefix: str) -> None:
-    """Folders are the classes, in sorted order; what holds them all, and what file managers leave, is no class."""
+    """Folders are the classes, in sorted order; a common parent and files of file managers are ignored."""
     names = ["dog/2.png", "cat/1.jpg", "dog/1.PNG", ".DS_Store", "__MACOSX/cat/._1.jpg", "cat/Thumbs.db"]
     content = zipped({**{prefix + name: IMAGE for name in names}, "README.txt": b"", prefix + "cat/": b""})
     dataset = opened(content, tmp_path)
@@ -58,7 +58,7 @@ def _overwritten(content: bytes, at: int, new: bytes) -> bytes:
 
 
 def _zip64(content: bytes, members: int, before: int | None = None) -> bytes:
-    """With large numbers at the end; `before` is what stands where Python looks, where that is another record."""
+    """Return a zip with ZIP64 numbers at the end; `before` stands where Python looks, if that is another record."""
     end = content.rindex(b"PK\x05\x06")
     size, offset = struct.unpack_from("<LL", content, end + 12)
 
@@ -106,13 +106,13 @@ BAD_ZIPS: dict[str, tuple[Callable[[], bytes], str]] = {
 
 @pytest.mark.parametrize("case", BAD_ZIPS)
 def test_bad_zip_is_refused(tmp_path: Path, case: str) -> None:
-    """Paths that climb out, links, bombs, classes without images: each says what it is."""
+    """Paths that leave the zip, links, bombs and classes without images are refused with their reason."""
     make, word = BAD_ZIPS[case]
     assert word in refused(make(), tmp_path).detail
 
 
 def test_zips_over_the_limits_are_refused(tmp_path: Path) -> None:
-    """Files, bytes and rows."""
+    """Zips over the limits of files, bytes and rows are refused."""
     content = zipped(GOOD_ZIP)
     assert "at most 1 are allowed" in refused(content, tmp_path, replace(LIMITS, members=1)).detail
     assert "unpack" in refused(content, tmp_path, replace(LIMITS, unpacked_bytes=10)).detail
@@ -120,7 +120,7 @@ def test_zips_over_the_limits_are_refused(tmp_path: Path) -> None:
 
 
 def test_zips_of_large_numbers_are_read(tmp_path: Path) -> None:
-    """As archivers write them for more than 65,535 files."""
+    """Zips in the form that archivers use for more than 65,535 files are read."""
     assert contents_of(opened(_zip64(zipped(GOOD_ZIP), 2), tmp_path)) == [IMAGE, IMAGE]
 
 

@@ -1,4 +1,4 @@
-"""Memory of the API where many files with large headers come at once."""
+"""Memory of the API while many files with large headers arrive at once."""
 
 import threading
 import time
@@ -25,7 +25,7 @@ def _peak_kib(service: Service) -> int:
 
 
 def test_many_large_headers_take_the_memory_of_one(tmp_path: Path) -> None:
-    """Six at once after one: what the first one took is used again."""
+    """Six uploads at once after one take no more memory: they reuse the memory of the first."""
     content = _file(N_TENSORS)
     architecture = {"family": "builtin", "name": "mlp", "args": {"sizes": [2, 2]}}
     with services.running(tmp_path / "data") as service:
@@ -52,7 +52,7 @@ def test_many_large_headers_take_the_memory_of_one(tmp_path: Path) -> None:
 
 
 def test_who_would_wait_for_long_is_told(tmp_path: Path) -> None:
-    """Those beyond the few that may wait are refused at once; a small header never waits."""
+    """Uploads beyond the few that may wait are refused at once; a small header never waits."""
     large, small = tmp_path / "large", tmp_path / "small"
     large.write_bytes(_file(5_000))
     small.write_bytes(_file(1))
@@ -83,7 +83,7 @@ def test_who_would_wait_for_long_is_told(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"", b"x", b"\x00" * 9])
 def test_what_is_no_safetensors_waits_for_nothing(content: bytes, tmp_path: Path) -> None:
-    """However short it is."""
+    """A file that is not safetensors never waits, however short it is."""
     path = tmp_path / "file"
     path.write_bytes(content)
     with tensorfile.in_turn(path):

@@ -1,4 +1,4 @@
-"""Data are the same whatever file they came in: what their hash is made of, and what goes by it."""
+"""Data have one identity whatever their file: the content of the hash, and its uses."""
 
 import hashlib
 import io
@@ -36,32 +36,32 @@ TENSORS: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """A service whose storage no other test fills."""
+    """Run a service whose storage no other test fills."""
     with services.running(tmp_path_factory.mktemp("own") / "data") as service:
         yield service
 
 
 def npz(tensors: dict[str, Any], *, compressed: bool = False) -> bytes:
-    """The arrays as numpy saves them."""
+    """Return the arrays as numpy saves them."""
     buffer = io.BytesIO()
     (np.savez_compressed if compressed else np.savez)(buffer, **tensors)
     return buffer.getvalue()
 
 
 def of_npz(content: bytes, folder: Path) -> str:
-    """The identity of an npz."""
+    """Return the identity of an npz."""
     (folder / "x.npz").write_bytes(content)
     return identity.hash_tensors(folder / "x.npz", inspect_npz(folder / "x.npz", max_bytes=10**9, max_ratio=1000))
 
 
 def of_safetensors(tensors: dict[str, Any], folder: Path) -> str:
-    """The identity of a safetensors file."""
+    """Return the identity of a safetensors file."""
     save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, folder / "x.safetensors")
     return identity.hash_tensors(folder / "x.safetensors", inspect_safetensors(folder / "x.safetensors"))
 
 
 def test_the_hash_is_what_the_documentation_says(tmp_path: Path) -> None:
-    """Made by hand: a sorted JSON text of names, types, shapes and hashes of bytes."""
+    """The hash equals one computed by hand: a sorted JSON text of names, types, shapes and hashes of bytes."""
     words = {"inputs": "F32", "labels": "I64", "split": "U8"}
     tensors = {
         name: {"dtype": words[name], "sha256": hashlib.sha256(array.tobytes()).hexdigest(), "shape": list(array.shape)}
@@ -72,7 +72,7 @@ def test_the_hash_is_what_the_documentation_says(tmp_path: Path) -> None:
 
 
 def test_arrays_are_the_same_in_every_container(tmp_path: Path) -> None:
-    """Order of members and of memory, order of bytes and compression are the file's, not the data's."""
+    """Order of members, memory order, byte order and compression belong to the file and do not change the identity."""
     expected = of_safetensors(TENSORS, tmp_path)
     assert of_npz(npz(TENSORS), tmp_path) == expected
     assert of_npz(npz(TENSORS, compressed=True), tmp_path) == expected
@@ -85,7 +85,7 @@ def test_arrays_are_the_same_in_every_container(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shape", [(3, 2**19), (2**19, 3), (5, 3, 2**17), (2, 2, 2, 2**18), (1, 2**20), (2**20, 1)])
 def test_large_arrays_in_the_other_order(tmp_path: Path, shape: tuple[int, ...]) -> None:
-    """Walked through in parts, whichever dimension is long."""
+    """Large arrays in the other memory order are hashed in parts, whichever dimension is long."""
     array = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
     assert of_npz(npz({"x": np.asfortranarray(array)}), tmp_path) == of_safetensors({"x": array}, tmp_path)
 
@@ -104,12 +104,12 @@ def test_large_arrays_in_the_other_order(tmp_path: Path, shape: tuple[int, ...])
     ids=["values", "type", "shape", "labels", "labels' type", "split", "a name"],
 )
 def test_other_arrays_are_other_data(tmp_path: Path, change: dict[str, Any]) -> None:
-    """Whatever a network or a report would see."""
+    """A difference that a network or a report would see changes the identity."""
     assert of_npz(npz({**TENSORS, **change}), tmp_path) != of_npz(npz(TENSORS), tmp_path)
 
 
 def of_dataset(content: bytes, folder: Path, *, class_names: list[str] | None = None, **columns: str | None) -> str:
-    """The identity of images or texts, with the labels that a probe of them has."""
+    """Return the identity of images or texts, with the labels that a probe of them has."""
     (folder / "dataset").write_bytes(content)
     limits = Limits.of(Settings(data_dir=folder))
     format = detect(folder / "dataset", limits)
@@ -122,7 +122,7 @@ def of_dataset(content: bytes, folder: Path, *, class_names: list[str] | None = 
 
 
 def test_images_are_the_same_in_every_container(tmp_path: Path) -> None:
-    """A zip of folders and Parquet of either layout; another order, content, label, split or name is another."""
+    """A zip of folders and both Parquet layouts agree; another order, content, label, split or name differs."""
     contents = [encoded(picture(seed, 8, 8)) for seed in range(4)]
     names = {"label": ["cat", "dog"]}
     columns = {"image": image_column(contents), "label": [0, 0, 1, 1], "split": ["train", "test"] * 2}
@@ -146,7 +146,7 @@ def test_images_are_the_same_in_every_container(tmp_path: Path) -> None:
 
 
 def test_texts_are_the_same_in_every_container(tmp_path: Path) -> None:
-    """CSV, JSON lines, Parquet; with and without labels, and of another column, they are others."""
+    """CSV, JSON lines and Parquet agree, with and without labels; labels or another column change the identity."""
     texts, labels = ["good", "bad, very", "ä"], ["pos", "neg", "pos"]
     lines = "".join(json.dumps({"text": t, "label": n}) + "\n" for t, n in zip(texts, labels, strict=True)).encode()
     table = parquet({"sentence": texts, "other": texts[::-1], "label": labels})
@@ -157,20 +157,20 @@ def test_texts_are_the_same_in_every_container(tmp_path: Path) -> None:
 
 
 def pushed(service: Service, content: bytes, **spec: Any) -> dict[str, Any]:
-    """A probe as the service describes it."""
+    """Push a probe; return the service's description of it."""
     response = service.post("/v1/probes", {"name": "p", **spec}, content)
     assert response.status_code == 201, response.text
     return dict(response.json())
 
 
 def test_a_probe_of_parquet_has_the_hash_of_its_texts(service: Service, tmp_path: Path) -> None:
-    """Also where another process looks into the file."""
+    """A probe of Parquet has the hash of its texts, also if another process inspects the file."""
     content = parquet({"text": ["a", "b"], "label": [0, 1]})
     assert pushed(service, content)["data_sha256"] == of_dataset(content, tmp_path)
 
 
 def test_a_damaged_npz_is_refused_at_the_upload(service: Service) -> None:
-    """All of it is read, so that what its headers do not tell is found."""
+    """All of an npz is read at the upload, so damage that its headers do not show is refused."""
     large = np.arange(30 * 2**12, dtype=np.float32).reshape(30, -1)
     content = bytearray(npz({**TENSORS, "inputs": large}))
     content[content.index(large[29].tobytes())] ^= 255
@@ -179,7 +179,7 @@ def test_a_damaged_npz_is_refused_at_the_upload(service: Service) -> None:
 
 
 def test_reports_and_kept_features_go_by_the_data(own: Service, tmp_path: Path) -> None:
-    """A baseline on an npz is one for the same arrays as safetensors; features are reused, and go with the last."""
+    """An npz and safetensors of equal arrays share baselines and cached features, which go with the last probe."""
     torch.manual_seed(0)
     torch_state = build(MLP, device="cpu").state_dict()
     save_file({name: tensor.numpy() for name, tensor in torch_state.items()}, tmp_path / "net")
@@ -214,7 +214,7 @@ def test_reports_and_kept_features_go_by_the_data(own: Service, tmp_path: Path) 
 
 
 def test_what_was_there_before_has_no_hash(own: Service, tmp_path: Path) -> None:
-    """Its file is its identity, for reports and for kept features, until it is pushed again."""
+    """A probe without a hash is identified by its file, for reports and cached features, until it is pushed again."""
     torch_state = build(MLP, device="cpu").state_dict()
     save_file({name: tensor.numpy() for name, tensor in torch_state.items()}, tmp_path / "net")
     checkpoint = own.post("/v1/checkpoints", {"name": "n", "architecture": MLP}, tmp_path / "net").json()

@@ -1,4 +1,4 @@
-"""CSV and JSON lines from strangers: what is read of them, and what is refused."""
+"""Untrusted CSV and JSON lines: valid content and refusals."""
 
 import csv
 import io
@@ -48,7 +48,7 @@ def test_lines_of_texts(tmp_path: Path, content: bytes, format: str) -> None:
 
 
 def _texts_of(content: bytes, folder: Path, columns: Mapping[str, str | None] | None = None) -> list[str]:
-    """Texts as the API finds them, and as a worker does by the columns that the API found."""
+    """Return texts as the API finds them, and as a worker reads them with the columns that the API found."""
     dataset = opened(content, folder, columns=columns)
     again = opened(content, folder, columns=dataset.columns)
     assert (again.columns, contents_of(again)) == (dataset.columns, contents_of(dataset))
@@ -78,27 +78,27 @@ def _texts_of(content: bytes, folder: Path, columns: Mapping[str, str | None] | 
 def test_fields_are_told_apart_as_csv_has_it(
     tmp_path: Path, content: bytes, columns: dict[str, str | None] | None, texts: list[str]
 ) -> None:
-    """Delimiters and line breaks in quotes, in the header too, are none; white space after one may be nothing."""
+    """Delimiters and line breaks in quotes are content, in the header too; white space after one may be nothing."""
     assert _texts_of(content, tmp_path, columns) == texts
 
 
 @pytest.mark.parametrize("delimiter", [",", "\t", ";", "|"])
 def test_a_long_file_of_any_delimiter(tmp_path: Path, delimiter: str) -> None:
-    """More than is looked at to find the delimiter, with all of them in names and texts."""
+    """The delimiter is found in a file longer than the inspected part, with every delimiter in names and texts."""
     texts = [f"{i}, a; b\t|c{'x' * 500}\n" for i in range(1000)]
     rows = [["a,b;c\td|e", "text", "label"], *([str(i), text, str(i % 2)] for i, text in enumerate(texts))]
     assert [text.replace("\r\n", "\n") for text in _texts_of(_csv(rows, delimiter), tmp_path)] == texts
 
 
 def test_labels_that_are_integers(tmp_path: Path) -> None:
-    """In JSON as numbers, in CSV as the texts of numbers."""
+    """Integer labels are numbers in JSON, and texts of numbers in CSV."""
     assert labels_of(opened(_jsonl({"text": "a", "label": 2}, {"text": "b", "label": 0}), tmp_path)) == [2, 0]
     dataset = opened(_csv([["sentence", "labels"], ["a", "2"], ["b", "0"]]), tmp_path)
     assert (labels_of(dataset), dataset.class_names) == ([2, 0], None)
 
 
 def test_white_space_is_no_part_of_a_label(tmp_path: Path) -> None:
-    """Or 10 would come before 2, and a class would be there twice."""
+    """White space is not part of a label: otherwise 10 would come before 2, and a class would be there twice."""
     rows = "".join(f"t, {number}\n" for number in range(12))
     dataset = opened(f"text,label\n{rows}".encode(), tmp_path)
     assert (labels_of(dataset), dataset.class_names) == (list(range(12)), None)
@@ -157,13 +157,13 @@ BAD_LINES: dict[str, tuple[bytes, str]] = {
 
 @pytest.mark.parametrize("case", BAD_LINES)
 def test_bad_lines_are_refused(tmp_path: Path, case: str) -> None:
-    """By row, counted from 0, and by line where that is another number."""
+    """Invalid lines are refused by row, counted from 0, and by line if that is another number."""
     content, word = BAD_LINES[case]
     assert word in refused(content, tmp_path).detail
 
 
 def test_lines_over_the_limits_are_refused(tmp_path: Path) -> None:
-    """Rows, and bytes of the file."""
+    """Files over the limits of rows and bytes are refused."""
     assert "rows" in refused(_jsonl(A, B), tmp_path, replace(LIMITS, rows=1)).detail
     assert "bytes" in refused(_jsonl(A, B), tmp_path, replace(LIMITS, text_bytes=10)).detail
 
@@ -178,7 +178,7 @@ def _jsonl_of(columns: Mapping[str, list[str]]) -> bytes:
 
 @pytest.mark.parametrize("write", [_csv_of, _jsonl_of, parquet])
 def test_texts_without_labels(write: Callable[[dict[str, list[str]]], bytes], tmp_path: Path) -> None:
-    """Where nothing beside texts and splits is there, or null says that nothing of it is a label; read again alike."""
+    """Texts have no labels if only texts and splits exist, or null says so; reading them again gives the same."""
     texts = ["a b", "c"]
     for content, named in (
         (write({"text": texts}), None),
@@ -199,6 +199,6 @@ def test_texts_without_labels(write: Callable[[dict[str, list[str]]], bytes], tm
 
 
 def test_images_need_labels(tmp_path: Path) -> None:
-    """Null names no column for them."""
+    """Images need labels: null is refused as the name of their column."""
     content = parquet({"image": image_column([IMAGE]), "label": [0]})
     assert "no column of labels" in refused(content, tmp_path, label=None, image="image").detail

@@ -1,4 +1,4 @@
-"""Parquet from strangers, in one file and in several: what is read of it, and what is refused."""
+"""Untrusted Parquet, in one file and in several: valid content and refusals."""
 
 import io
 import struct
@@ -20,7 +20,7 @@ from tests.datafiles import image_column, parquet, zipped
 
 @pytest.mark.parametrize("rows_a_group", [1, 2, 100])
 def test_parquet_of_hugging_face(tmp_path: Path, rows_a_group: int) -> None:
-    """Images in a struct, classes named by the schema, a column of splits; any rows can be read, in rising order."""
+    """Images in a struct, class names in the schema and a column of splits are read; any rows, in rising order."""
     content = parquet(
         {
             "img": image_column(PICTURES, [f"{i}.png" for i in range(6)]),
@@ -56,7 +56,7 @@ def test_parquet_of_hugging_face(tmp_path: Path, rows_a_group: int) -> None:
     ],
 )
 def test_labels_of_parquet(tmp_path: Path, labels: pa.Array, expected: list[int], names: list[str] | None) -> None:
-    """Names become their places in sorted order, names that are integers those integers."""
+    """Names become their places in sorted order; names that are integers become those integers."""
     dataset = opened(parquet({"text": ["a", "b", "c"], "label": labels}), tmp_path)
     assert labels_of(dataset) == expected
     assert dataset.class_names == names
@@ -64,7 +64,7 @@ def test_labels_of_parquet(tmp_path: Path, labels: pa.Array, expected: list[int]
 
 
 def test_columns_can_be_named(tmp_path: Path) -> None:
-    """Plain bytes are images too; of images and texts in one file the spec chooses."""
+    """Plain bytes are images too; with images and texts in one file the spec chooses."""
     content = parquet({"photo": PICTURES, "caption": list("abcdef"), "species": [0, 1] * 3})
     dataset = opened(content, tmp_path, columns={"image": "photo", "label": "species"})
     assert (dataset.content, contents_of(dataset)) == ("images", PICTURES)
@@ -117,20 +117,20 @@ BAD_PARQUET: dict[str, tuple[Callable[[], bytes], str]] = {
 
 @pytest.mark.parametrize("case", BAD_PARQUET)
 def test_bad_parquet_is_refused(tmp_path: Path, case: str) -> None:
-    """What is missing is named, by column or row; the columns that there are are listed."""
+    """A missing value is named by column or row, and a missing column with the existing ones."""
     make, word = BAD_PARQUET[case]
     assert word in refused(make(), tmp_path).detail
 
 
 def test_a_named_column_that_is_not_there(tmp_path: Path) -> None:
-    """The problem lists the columns."""
+    """A missing column in the spec is a problem that lists the columns."""
     error = refused(parquet({"photo": PICTURES[:2], "label": [0, 1]}), tmp_path, image="foto")
     assert error.members["columns"] == ["photo", "label"]
     assert "'foto'" in error.detail
 
 
 def test_parquet_over_the_limits_is_refused(tmp_path: Path) -> None:
-    """Rows, bytes and ratio are looked at in the footer; one text repeated a million times is one."""
+    """Rows, bytes and ratio are checked from the footer; one text repeated a million times is stored once."""
     small = parquet(TWO)
     assert "2 rows" in refused(small, tmp_path, replace(LIMITS, rows=1)).detail
     assert "unpack" in refused(small, tmp_path, replace(LIMITS, unpacked_bytes=100)).detail
@@ -140,7 +140,7 @@ def test_parquet_over_the_limits_is_refused(tmp_path: Path) -> None:
 
 
 def test_rows_are_counted_where_they_are_read_by(tmp_path: Path) -> None:
-    """A footer that says 3 in place of 50,000: what the row groups announce is what would be read."""
+    """Rows are counted by the row groups: a footer that says 3 instead of 50,000 does not bypass the limit."""
     content = parquet({"text": ["a"] * 50_000, "label": [0, 1] * 25_000})
     footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
     # Twice the number in groups of 7 bits: the first such one in the footer is its own.
@@ -151,7 +151,7 @@ def test_rows_are_counted_where_they_are_read_by(tmp_path: Path) -> None:
 
 
 def test_a_long_split_is_unpacked_once(tmp_path: Path) -> None:
-    """Its name is in the file once, for all rows: 6.5 GB if each of them had a copy."""
+    """A split's name, stored once in the file, is decoded once for all rows: copies for each would be 6.5 GB."""
     n = 65_536
     split = pa.DictionaryArray.from_arrays(pa.array(np.zeros(n, np.int32)), pa.array(["x" * 100_000]))
     content = parquet({"text": ["a"] * n, "label": np.arange(n) % 2, "split": split}, store_schema=False)
@@ -162,7 +162,7 @@ def test_a_long_split_is_unpacked_once(tmp_path: Path) -> None:
 
 
 def test_names_with_dots(tmp_path: Path) -> None:
-    """Are columns as others are, with bytes that count."""
+    """Names with dots are columns like others, and their bytes count."""
     content = parquet({"label.raw": [5, 6], "label": [1, 0], "my.text": ["a" * 1000, "b" * 1000]}, compression="none")
     columns = {"text": "my.text"}
     assert labels_of(opened(content, tmp_path, columns=columns)) == [1, 0]
@@ -178,7 +178,7 @@ def _shard(first: int, labels: Sequence[Any], names: list[str] | None = None, **
 
 @pytest.mark.parametrize("prefix", ["", "data/", "pets/plain/"])
 def test_shards_are_one_dataset(tmp_path: Path, prefix: str) -> None:
-    """As Hugging Face's `datasets` lays them out: in the order of their names, which also say what the splits are."""
+    """Shards as Hugging Face's `datasets` writes them are read in the order of their names, which give the splits."""
     files = {
         "train-00001-of-00002.parquet": _shard(2, ["dog", "ant"], row_group_size=1),
         "validation-00000-of-00001.parquet": _shard(4, ["cat", "ant"]),
@@ -204,7 +204,7 @@ def test_shards_are_one_dataset(tmp_path: Path, prefix: str) -> None:
     ],
 )
 def test_names_of_shards_say_the_split(tmp_path: Path, names: tuple[str, str], split: list[int] | None) -> None:
-    """Or its folder does; where nothing does there is none, and a column goes before names."""
+    """A shard's name or its folder gives the split; otherwise there is none, and a column precedes names."""
     dataset = opened(zipped({name: _shard(0, [0, 1], ["a", "b"]) for name in names}), tmp_path)
     assert (dataset.split if dataset.split is None else dataset.split.tolist()) == split
     column = parquet({"text": ["a", "b"], "label": [0, 1], "split": ["test", "train"]})
@@ -251,13 +251,13 @@ def _overwritten_list(content: bytes) -> bytes:
 
 @pytest.mark.parametrize("case", BAD_SHARDS)
 def test_bad_shards_are_refused(tmp_path: Path, case: str) -> None:
-    """What differs is named by file; rows are counted through all of them."""
+    """Shards that differ are refused by file; rows are counted through all of them."""
     make, word = BAD_SHARDS[case]
     assert word in refused(make(), tmp_path).detail
 
 
 def test_shards_over_the_limits_are_refused(tmp_path: Path) -> None:
-    """All of them together."""
+    """The limits apply to the sum of all shards."""
     content = zipped(SHARDS)
     assert "4 rows" in refused(content, tmp_path, replace(LIMITS, rows=3)).detail
     assert "unpack" in refused(content, tmp_path, replace(LIMITS, unpacked_bytes=1000)).detail

@@ -1,4 +1,4 @@
-"""Names that a Mac has decomposed and Linux has not: the same names, wherever they are sorted, compared or counted."""
+"""Decomposed names of a Mac and composed names of Linux are the same names in sorting, comparisons and counts."""
 
 import json
 import struct
@@ -43,7 +43,7 @@ def _counts(dataset: Dataset) -> list[int]:
 @pytest.mark.parametrize("test", FORMS)
 @pytest.mark.parametrize("prefix", ["", "Größe/"])
 def test_class_folders_of_two_splits(train: Form, test: Form, prefix: str, tmp_path: Path) -> None:
-    """Three classes are three, in one order, however each split's folders are written."""
+    """Three classes stay three, in one order, whichever form each split's folders have."""
     files = {normalize(train, f"{prefix}train/{name}/{i}.png"): IMAGE for name in NAMES for i in range(2)}
     files |= {normalize(test, f"{prefix}test/{name}/{i}.png"): IMAGE for name in NAMES for i in range(2)}
     files |= {normalize(test, f"{prefix}train/{name}/"): b"" for name in NAMES}
@@ -55,7 +55,7 @@ def test_class_folders_of_two_splits(train: Form, test: Form, prefix: str, tmp_p
 
 
 def test_two_folders_of_one_class(tmp_path: Path) -> None:
-    """Within a split they are one class, unless two of their files would have one name."""
+    """Within a split two forms of a folder are one class, unless two of their files have the same name."""
     files = {f"fox/{i}.png": IMAGE for i in range(2)}
     files |= {normalize(form, f"épée/{i}.png"): IMAGE for i, form in enumerate(FORMS)}
     dataset = _opened(zipped(files), tmp_path)
@@ -67,7 +67,7 @@ def test_two_folders_of_one_class(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["flag", "no flag", "extra field"])
 def test_names_of_zips_are_what_was_meant(kind: str, tmp_path: Path) -> None:
-    """With the flag of UTF-8, without it, and with Info-ZIP's field beside another encoding."""
+    """Names are decoded with the UTF-8 flag, without it, and with Info-ZIP's field beside another encoding."""
     names = {f"{name}/{i}.png": IMAGE for name in NAMES for i in range(2)}
     content = zipped(names)
     if kind != "flag":
@@ -78,7 +78,7 @@ def test_names_of_zips_are_what_was_meant(kind: str, tmp_path: Path) -> None:
 
 
 def test_names_of_dos_stay_what_they_are(tmp_path: Path) -> None:
-    """What is not UTF-8 and not said to be is cp437."""
+    """Names that are neither valid UTF-8 nor marked as UTF-8 are decoded as cp437."""
     files = {"fox/1.png": IMAGE, "épée/1.png": IMAGE}
     raw = {name: name.encode("cp437") for name in files}
     dataset = _opened(_with_raw_names(files, raw, {}), tmp_path)
@@ -95,7 +95,7 @@ def _unflagged(files: dict[str, bytes], *, extra: bool) -> bytes:
 
 
 def _with_raw_names(files: dict[str, bytes], raw: dict[str, bytes], extra: dict[str, bytes]) -> bytes:
-    """A stored zip with these bytes as names and without the flag that says that they are UTF-8."""
+    """Return a stored zip with these bytes as names and without the UTF-8 flag."""
     body, listed = b"", b""
     for name, content in files.items():
         field = extra.get(name, b"")
@@ -109,7 +109,7 @@ def _with_raw_names(files: dict[str, bytes], raw: dict[str, bytes], extra: dict[
 
 
 def test_labels_in_tables_and_lines(tmp_path: Path) -> None:
-    """A class that is written in two ways in one column is one; so is a column, and a ClassLabel."""
+    """A class in two forms in one column is one class; so are a column's name and a ClassLabel."""
     labels = [normalize(form, name) for name in NAMES for form in FORMS]
     column = normalize("NFD", "Größe")
     rows = [{"text": f"t{i}", (column if i % 2 else "Größe"): label} for i, label in enumerate(labels)]
@@ -136,7 +136,7 @@ def test_labels_in_tables_and_lines(tmp_path: Path) -> None:
 
 
 def test_one_name_twice_is_refused(tmp_path: Path) -> None:
-    """Two columns, or two classes of a schema, that only their bytes tell apart."""
+    """Two columns, or two classes of a schema, that differ only in their bytes are refused."""
     twice: dict[str, list[Any]] = {"text": ["a", "b"], **{normalize(form, "é"): [0, 1] for form in FORMS}}
     row = json.dumps({name: values[0] for name, values in twice.items()})
     header = ",".join(twice)
@@ -149,7 +149,7 @@ def test_one_name_twice_is_refused(tmp_path: Path) -> None:
 
 
 def test_class_names_and_those_of_a_checkpoint() -> None:
-    """A spec's, a file's and an id2label's are the same names in either form, in whatever case."""
+    """Names of a spec, a file and an id2label match in either form and any case."""
     decomposed = [normalize("NFD", name) for name in NAMES]
     assert ProbeSpec(name="a", class_names=decomposed).class_names == NAMES
 
@@ -163,7 +163,7 @@ def test_class_names_and_those_of_a_checkpoint() -> None:
         assert match_labels(mine, architecture(upper)) == LabelMap("name_ignoring_case", None)
         assert name_classes(mine, theirs) is None
         assert name_classes(mine, theirs[::-1]) == [2, 1, 0]
-    # Of a probe that was kept before names were composed: its order stays.
+    # A probe stored before names were composed keeps its order.
     kept = [normalize("NFD", name) for name in NAMES]
     labels, names = named_labels(np.array([0, 1, 2]), SORTED, kept)
     assert (labels.tolist(), names) == ([1, 2, 0], kept)
@@ -172,7 +172,7 @@ def test_class_names_and_those_of_a_checkpoint() -> None:
 
 
 def test_a_folder_is_sent_with_composed_names(tmp_path: Path) -> None:
-    """In their order: the same folder of a Mac and of Linux has the same list."""
+    """A folder is sent with composed names in sorted order: the same list from a Mac and from Linux."""
     lists = []
     for form in FORMS:
         for name in (*NAMES, "empty é"):

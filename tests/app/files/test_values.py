@@ -1,4 +1,4 @@
-"""What labels and splits may be: the same in every container, by upload and in the worker."""
+"""Valid labels and splits: the same in every container, at the upload and in the worker."""
 
 import csv
 import io
@@ -76,7 +76,7 @@ DTYPES = [torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float6
 
 
 def _described(content: bytes, folder: Path) -> dict[str, Any]:
-    """What an upload finds, without the process that looks into Parquet."""
+    """Describe a file as an upload does, without the process that inspects Parquet."""
     path, limits = saved(content, folder), Limits.of(Settings())
     format = detect(path, limits)
     if format is None:
@@ -94,7 +94,7 @@ def _described(content: bytes, folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("container", CONTAINERS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_whole_numbers_are_labels_and_splits(container: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    """Booleans and whole floats are the numbers that they are, whatever the file; the worker reads the same."""
+    """Booleans and whole floats are accepted as integers in any file, and the worker reads the same."""
     labels = CLASSES.to(dtype)
     if dtype.is_floating_point:
         labels[0] = -0.0
@@ -122,7 +122,7 @@ WRONG: dict[str, tuple[torch.Tensor, Sequence[str]]] = {
 @pytest.mark.parametrize("case", WRONG)
 @pytest.mark.parametrize("name", ["labels", "split"])
 def test_what_is_no_whole_number_is_refused_at_the_upload(container: str, case: str, name: str, tmp_path: Path) -> None:
-    """In every container, with the number; what an upload takes the worker takes."""
+    """A value that is no integer is refused at the upload, with the number; the worker takes what an upload takes."""
     values, words = WRONG[case]
     columns = {"labels": CLASSES, "split": SPLIT, name: values}
     content = CONTAINERS[container](columns)
@@ -138,7 +138,7 @@ def test_what_is_no_whole_number_is_refused_at_the_upload(container: str, case: 
 
 
 def test_unsigned_numbers_do_not_wrap_around(tmp_path: Path) -> None:
-    """2^64 - 1 is no -1: the row and the number are told."""
+    """2^64 - 1 is not read as -1: the problem names the row and the number."""
     for content in (
         _safetensors({"labels": torch.from_numpy(np.array([0, 2**64 - 1] * 6, np.uint64))}),
         parquet({"text": ["a", "b"], "label": pa.array([0, 2**64 - 1], pa.uint64())}),
@@ -164,7 +164,7 @@ def test_unsigned_numbers_do_not_wrap_around(tmp_path: Path) -> None:
 def test_texts_that_spell_numbers(
     given: list[str], expected: list[int], names: list[str] | None, tmp_path: Path
 ) -> None:
-    """Are these numbers where all do, in CSV, JSON lines and Parquet alike; else names, sorted."""
+    """Texts are integers if all spell integers, in CSV, JSON lines and Parquet alike; otherwise sorted names."""
     rows = [{"text": f"t{row}", "label": label} for row, label in enumerate(given)]
     lines = "text,label\n" + "".join(f"{row['text']},{row['label']}\n" for row in rows)
     counts = np.bincount(expected).tolist()
@@ -178,7 +178,7 @@ def test_texts_that_spell_numbers(
 
 
 def test_decimals_are_numbers(tmp_path: Path) -> None:
-    """As databases write them."""
+    """Whole decimals, as databases write them, are numbers."""
     for scale in (0, 2):
         labels = pa.array([0, 1]).cast(pa.decimal128(30, scale))
         found = _described(parquet({"text": ["a", "b"], "label": labels, "split": labels}), tmp_path)
@@ -186,7 +186,7 @@ def test_decimals_are_numbers(tmp_path: Path) -> None:
 
 
 def test_a_split_of_truth_can_be_analysed(service: Service) -> None:
-    """What is taken is analysed: a probe and a feature set whose splits are booleans and whose labels are floats."""
+    """An accepted probe and feature set with boolean splits and float labels can be analysed."""
     torch.manual_seed(0)
     weight, inputs = torch.randn(3, 8), torch.randn(60, 8)
     labels, split = (torch.arange(60) % 3).float(), torch.arange(60) >= 40

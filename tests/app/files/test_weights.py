@@ -1,4 +1,4 @@
-"""Wrappers before names and tensors beside weights, told by names."""
+"""Wrapper prefixes of names and tensors beside weights, recognised by their names."""
 
 import doctest
 
@@ -9,7 +9,7 @@ from app.files.weights import weight_names
 
 
 def test_the_example_in_the_docstring_holds() -> None:
-    """What it shows is what comes out."""
+    """The example in the docstring holds."""
     assert doctest.testmod(weights).failed == 0
 
 
@@ -35,6 +35,6 @@ def test_the_example_in_the_docstring_holds() -> None:
     ],
 )
 def test_names_as_training_leaves_them(names: list[str], prefix: str, ignored: dict[str, int]) -> None:
-    """A prefix is only what all weights share; what is beside them is listed, unless nothing else is there."""
+    """A prefix is one that all weights share; other tensors are listed as ignored, unless there are no others."""
     found = weight_names(names)
     assert (found.prefix, found.ignored) == (prefix, ignored)

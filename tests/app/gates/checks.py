@@ -1,4 +1,4 @@
-"""What tests of gates share: gates of single checks, and what becomes of them."""
+"""Shared helpers of tests of gates: gates of single checks, and their results."""
 
 import math
 from typing import Any
@@ -12,7 +12,7 @@ MIR = "splits.all.interplay.sample.global.mir"
 
 
 def gate(*checks: dict[str, Any], **members: Any) -> GateSpec:
-    """A gate of these checks, as its file would have them; its paths are real."""
+    """Return a gate of these checks, in the form of its file; its paths are valid."""
     spec = GateSpec.model_validate(
         {"name": "g", "checks": [{"metric": ACCURACY, **check} for check in checks], **members}
     )
@@ -29,7 +29,7 @@ def with_accuracy(value: float | None) -> dict[str, Any]:
 def result(
     check: dict[str, Any], report: dict[str, Any], baseline: dict[str, Any] | None = None
 ) -> verdicts.CheckResult:
-    """What becomes of one check."""
+    """Return the result of one check."""
     spec = gate(check)
     (found,) = verdicts.judge(spec, verdicts.sides(spec, report, baseline))
     return found

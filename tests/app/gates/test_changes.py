@@ -1,4 +1,4 @@
-"""Changes against a baseline: intervals, and what is not comparable."""
+"""Changes against a baseline: intervals, and values that are not comparable."""
 
 import copy
 from statistics import NormalDist
@@ -14,7 +14,7 @@ from tests.interplay.reports import comparison_report, difference, evaluation_re
 
 
 def judged(check: dict[str, Any], found: dict[str, Any], **options: Any) -> verdicts.CheckResult:
-    """A check of the test accuracy on a comparison with this difference."""
+    """Return the result of a check of the test accuracy on a comparison with this difference."""
     return result({"metric": "splits.test.accuracy", **check}, comparison_report({"accuracy": found}, **options))
 
 
@@ -40,7 +40,7 @@ WORSE, BETTER = difference(0.9, 0.86, 0.005), difference(0.9, 0.94, 0.005)
 def test_which_end_of_the_interval_decides(
     bounds: dict[str, float], found: dict[str, Any], within: tuple[str, str], beyond: tuple[str, str]
 ) -> None:
-    """Within: all of the interval keeps the bounds. Beyond: it fails only where none of it does."""
+    """Within: passes only if the whole interval is in bounds. Beyond: fails only if none of it is."""
     for proof, expected in (("within", within), ("beyond", beyond)):
         check = judged({**bounds, "significance": 0.95, "proof": proof}, found)
         assert (check.status, check.decided_by) == expected, check.why
@@ -48,7 +48,7 @@ def test_which_end_of_the_interval_decides(
 
 
 def test_the_end_of_an_interval_at_its_bound_passes() -> None:
-    """As a change does; beyond, an upper end at the lower bound does not show anything."""
+    """An end at its bound passes, as a change does; for beyond, an upper end at the lower bound shows nothing."""
     at = difference(0.9, 0.896, 0.005, low=-0.01, high=0.002)
     assert judged({"min_change": -0.01, "significance": 0.95}, at).status == "pass"
     at["low"] = -0.0101
@@ -60,7 +60,7 @@ def test_the_end_of_an_interval_at_its_bound_passes() -> None:
 
 
 def test_sentences_of_intervals_say_which_end_decided_and_what_it_shows() -> None:
-    """All outcomes; of what is not within, whether that is known or the probe too small."""
+    """Each outcome has its sentence; a failure of within says whether it is certain or the probe is too small."""
     told = "0.896 after 0.9, a change of -0.004, 95 % interval"
     lower = "its lower end is {} min_change -0.01, so the change is {} to be within."
     check = {"min_change": -0.01, "significance": 0.95}
@@ -82,7 +82,7 @@ def test_sentences_of_intervals_say_which_end_decided_and_what_it_shows() -> Non
 
 
 def test_the_interval_is_the_comparisons_own_at_its_confidence_and_normal_at_another() -> None:
-    """A bootstrap's ends are taken as they are; at another confidence they come from the standard error."""
+    """At its own confidence a bootstrap's interval is used as it is; at another it comes from the standard error."""
     found = difference(0.9, 0.896, 0.005, low=-0.02, high=0.001)
     own = judged({"min_change": -1, "significance": 0.95}, found, interval="bootstrap").interval
     assert own is not None
@@ -99,7 +99,7 @@ def test_the_interval_is_the_comparisons_own_at_its_confidence_and_normal_at_ano
     [difference(0.9, 0.896, None), difference(0.9, 0.896, None, low=0.1, high=None)],
 )
 def test_a_change_without_an_interval_is_undefined(found: dict[str, Any]) -> None:
-    """Significance was asked for, so the point does not decide in its place."""
+    """A change without an interval is undefined: significance was requested, so the point value does not decide."""
     check = judged({"min_change": -1, "significance": 0.95}, found)
     assert check.status == "undefined"
     assert check.change == pytest.approx(-0.004)
@@ -107,7 +107,7 @@ def test_a_change_without_an_interval_is_undefined(found: dict[str, Any]) -> Non
 
 
 def test_numbers_that_a_comparison_has_no_difference_of() -> None:
-    """They have a change, but no interval."""
+    """Numbers without a difference in the comparison have a change, but no interval."""
     metric = {"metric": "splits.test.collapse.nc1", "max_change": 0.1}
     report = comparison_report({"accuracy": WIDE})
     assert result(metric, report).status == "pass"
@@ -123,7 +123,7 @@ def test_numbers_that_a_comparison_has_no_difference_of() -> None:
 
 
 def test_a_comparison_is_judged_as_its_b_against_its_a() -> None:
-    """Values are B's, the baseline is A's, of nested paths too."""
+    """Values are B's and the baseline is A's, for nested paths too."""
     report = comparison_report({"interplay.sample.global.mir": difference(0.8, 0.85, 0.01)})
     path = "splits.test.interplay.sample.global.mir"
     check = result({"metric": path, "min": 0.85, "max": 0.85}, report)
@@ -133,7 +133,7 @@ def test_a_comparison_is_judged_as_its_b_against_its_a() -> None:
 
 
 def test_a_gate_of_kind_comparison_bounds_any_number_of_one() -> None:
-    """Paths may hold the path of a metric, which has dots itself."""
+    """A gate of kind comparison bounds any of its numbers; paths may contain the path of a metric, which has dots."""
     report = comparison_report({"interplay.sample.global.mir": difference(0.8, 0.85, 0.01)})
     path = "splits.test.differences.interplay.sample.global.mir.low"
     spec = gate(
@@ -165,7 +165,7 @@ def changed(member: str, value: Any) -> dict[str, Any]:
     ],
 )
 def test_a_baseline_of_other_circumstances_is_refused(member: str, value: Any) -> None:
-    """Another probe, a part of it, another precision or definition: such values differ for other reasons."""
+    """A baseline of another probe or part, precision or definition is refused: values differ for other reasons."""
     spec = gate({"min_change": 0})
     with pytest.raises(NotComparable) as caught:
         verdicts.sides(spec, evaluation_report(), changed(member, value))
@@ -173,7 +173,7 @@ def test_a_baseline_of_other_circumstances_is_refused(member: str, value: Any) -
 
 
 def test_preprocessing_is_the_datas_or_the_checkpoints() -> None:
-    """What the probe says must be the same; what a checkpoint brings is part of what is compared."""
+    """A probe's preprocessing must be equal; a checkpoint's own is part of the comparison."""
     spec = gate({"min_change": 0})
     report = changed("probe.preprocess", {"scale": 0.5, "mean": 0.0, "std": 1.0})
     report["probe"]["preprocess_source"] = "checkpoint"
@@ -187,7 +187,7 @@ def test_preprocessing_is_the_datas_or_the_checkpoints() -> None:
 
 
 def test_another_draw_of_samples_is_another_probe() -> None:
-    """So many of so many, drawn with another seed, are other samples."""
+    """The same number of samples drawn with another seed is another probe."""
     report, baseline = (changed("probe.samples", {"used": 100, "of": 1797, "seed": seed}) for seed in (0, 1))
     verdicts.sides(gate({"min_change": 0}), report, report)
     with pytest.raises(NotComparable, match=r"probe\.samples\.seed"):
@@ -195,7 +195,7 @@ def test_another_draw_of_samples_is_another_probe() -> None:
 
 
 def test_a_tokenizer_is_the_datas_or_the_checkpoints() -> None:
-    """As a preprocessing is."""
+    """A probe's tokenizer must be equal; a checkpoint's own is part of the comparison."""
     tokenizer = {"sha256": "4" * 64, "source": "checkpoint", "max_length": 9, "pad_id": 0, "n_truncated": 0}
     report = changed("probe.tokenizer", tokenizer)
     verdicts.sides(gate({"min_change": 0}), report, evaluation_report())
@@ -205,12 +205,12 @@ def test_a_tokenizer_is_the_datas_or_the_checkpoints() -> None:
 
 
 def test_precision_of_before_the_option_is_float32() -> None:
-    """Reports of earlier versions stay comparable."""
+    """Reports older than the precision option are float32 and stay comparable."""
     verdicts.sides(gate({"min_change": 0}), changed("provenance.precision", "float32"), evaluation_report())
 
 
 def _points(kind: str, places: list[float], subjects: int = 2, **options: Any) -> dict[str, Any]:
-    """A report of points, each with an accuracy of 1 less its number."""
+    """Return a report of points, each with an accuracy of 1 less its number."""
     report = {**evaluation_report(), "kind": kind}
     name = {"path": "w", "pruning": "sparsity", "series": "x"}[kind]
     split = evaluation_report()["splits"]["all"]
@@ -241,7 +241,7 @@ def _points(kind: str, places: list[float], subjects: int = 2, **options: Any) -
 def test_points_that_were_found_in_another_way_are_refused(
     report: dict[str, Any], baseline: dict[str, Any], member: str
 ) -> None:
-    """Barriers of another grid, knees of another scope: such values differ for other reasons."""
+    """Barriers of another grid and knees of another scope are refused: values differ for other reasons."""
     spec = gate({"metric": "points.0.splits.all.accuracy", "min_change": 0}, kind=report["kind"])
     with pytest.raises(NotComparable) as caught:
         verdicts.sides(spec, report, baseline)
@@ -250,7 +250,7 @@ def test_points_that_were_found_in_another_way_are_refused(
 
 
 def test_a_grid_is_the_same_however_it_was_asked_for() -> None:
-    """Three even points, and their values written out."""
+    """Three even points equal their values written out."""
     report = _points("path", [0.0, 0.5, 1.0])
     spelled = _points("path", [0.0, 0.5, 1.0], grid={"values": [0.5]})
     spec = gate({"metric": "points.1.splits.all.accuracy", "max_change": 0}, kind="path")
@@ -259,7 +259,7 @@ def test_a_grid_is_the_same_however_it_was_asked_for() -> None:
 
 
 def test_a_change_is_of_one_place() -> None:
-    """Where an adaptive grid or a series went elsewhere there is no change at that point; of a series the last is."""
+    """A point that the baseline lacks, in an adaptive grid or a series, has no change; a series' last point has one."""
     adaptive = [_points("path", ws, grid="adaptive") for ws in ([0.0, 0.5, 1.0], [0.0, 0.25, 1.0])]
     runs = [_points("series", xs) for xs in ([1.0, 2.0], [1.0, 2.0, 3.0])]
     cases = [
@@ -278,13 +278,13 @@ def test_a_change_is_of_one_place() -> None:
 
 
 def test_a_path_is_named_by_both_ends() -> None:
-    """A path is of two checkpoints, a series ends at its last."""
+    """A path's subject is both checkpoints, a series' its last."""
     assert verdicts.subject_name(_points("path", [0.0, 1.0])) == "net-0 to net-1"
     assert verdicts.subject_name(_points("series", [0.0, 1.0, 2.0], subjects=3)) == "net-2"
 
 
 def test_reasons_are_found_under_the_path_from_where_they_stand() -> None:
-    """Those of `distance_to_optimum.mir` stand two levels above it, those of a list's entries under the list's name."""
+    """Reasons of `distance_to_optimum.mir` are found two levels above, those of list entries under the list's name."""
     report = evaluation_report()
     place = report["splits"]["all"]["interplay"]["sample"]["global"]
     place["distance_to_optimum"] = {"mir": None, "hdr": 0.1}
@@ -299,7 +299,7 @@ def test_reasons_are_found_under_the_path_from_where_they_stand() -> None:
 
 
 def test_kinds_that_do_not_belong_together_are_refused() -> None:
-    """A gate of paths judges no evaluation, an evaluation is not compared with a path."""
+    """A gate of paths judges no evaluation, and an evaluation is not compared with a path."""
     spec = GateSpec.model_validate(
         {"name": "g", "kind": "path", "checks": [{"metric": "summary.l2_distance", "max": 1}]}
     )
@@ -310,7 +310,7 @@ def test_kinds_that_do_not_belong_together_are_refused() -> None:
 
 
 def test_a_baseline_that_is_a_comparison_is_its_b() -> None:
-    """What was promoted was the candidate."""
+    """A baseline that is a comparison stands for its B, the promoted candidate."""
     baseline = comparison_report({"accuracy": difference(0.5, 0.9, 0.01)})
     report = evaluation_report()
     report["splits"]["test"] = {**report["splits"]["all"], "accuracy": 0.95}
@@ -319,7 +319,7 @@ def test_a_baseline_that_is_a_comparison_is_its_b() -> None:
 
 
 def test_a_comparison_with_another_checkpoint_than_the_baselines_is_refused() -> None:
-    """Its A must be what the baseline stands for: an evaluation's subject, a comparison's B."""
+    """A comparison's A must be the baseline's subject: the subject of an evaluation, B of a comparison."""
     spec = gate({"metric": "splits.test.accuracy", "min_change": -1})
     report = comparison_report({"accuracy": WIDE})
     verdicts.sides(spec, report, evaluation_report())

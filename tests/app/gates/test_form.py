@@ -1,4 +1,4 @@
-"""The form of a gate: what cannot be meant is refused."""
+"""The form of a gate: meaningless checks are refused."""
 
 import math
 from typing import Any
@@ -38,14 +38,14 @@ from tests.interplay.reports import evaluation_report
     ids=str,
 )
 def test_checks_that_cannot_be_meant_are_refused(check: dict[str, Any]) -> None:
-    """One quantity, numbers that are numbers, significance with a change alone, no member that does not exist."""
+    """A check has one quantity, valid numbers, significance only with a change, and no unknown member."""
     with pytest.raises(ValidationError):
         gate(check)
 
 
 @pytest.mark.parametrize("name", ["", "a b", "-a", "a/b", "a-->b", "ä", "a" * 101])
 def test_names_of_gates_fit_into_urls_and_comments(name: str) -> None:
-    """Letters, digits, dots, dashes, underscores."""
+    """Names of gates consist of letters, digits, dots, dashes and underscores."""
     with pytest.raises(ValidationError):
         gate({"min": 0}, name=name)
 
@@ -69,14 +69,14 @@ def test_names_of_gates_fit_into_urls_and_comments(name: str) -> None:
     ],
 )
 def test_an_unknown_path_is_refused_with_the_nearest_real_one(kind: Kind, path: str, nearest: str) -> None:
-    """Whether a name is mistyped, left out or of another kind of report."""
+    """An unknown path is refused with the nearest existing one, whether mistyped, incomplete or of another kind."""
     with pytest.raises(UnknownPath, match="is no path") as caught:
         require_number(kind, path)
     assert f"nearest is '{nearest}" in str(caught.value)
 
 
 def test_a_path_of_another_kind_of_report_is_told() -> None:
-    """Then it is the gate's kind that is missing."""
+    """For a path of another kind of report the problem says that the gate's kind is missing."""
     with pytest.raises(UnknownPath, match="no path of a report of kind evaluation, but of kind path"):
         require_number("evaluation", "summary.splits.test.loss_barrier.value")
 
@@ -91,13 +91,13 @@ def test_a_path_of_another_kind_of_report_is_told() -> None:
     ],
 )
 def test_a_path_to_what_is_no_number_is_refused(kind: Kind, path: str, noun: str) -> None:
-    """A check holds a number against its bounds, nothing else."""
+    """A path to a value that is not a number is refused."""
     with pytest.raises(UnknownPath, match=f"is {noun} in a report of kind {kind}, not a number"):
         require_number(kind, path)
 
 
 def test_every_number_of_the_report_models_has_a_path() -> None:
-    """What is enumerated can be followed, for every kind, and what an evaluation holds is found under it."""
+    """Every enumerated path can be followed, for every kind, and every number of an evaluation has a path."""
     for kind in KINDS:
         paths = number_paths(kind)
         assert len(paths) > 300
@@ -124,7 +124,7 @@ def test_every_number_of_the_report_models_has_a_path() -> None:
 
 
 def test_a_gate_names_all_its_errors_by_place() -> None:
-    """Up to twenty, each with the check and member that it is about."""
+    """A gate's problem lists up to twenty errors, each with its check and member."""
     checks = [{"metric": "splits.test.acuracy", "min": 0, "name": f"{n}"} for n in range(30)]
     with pytest.raises(InvalidRequest) as caught:
         gate(*checks)

@@ -34,7 +34,7 @@ def make_gate(service: Service, *listed: dict[str, Any], name: str | None = None
 def all_reports(
     service: Service, service_on_postgres: Service, mlp_checkpoint_file: Path, digits_probe_file: Path
 ) -> dict[str, Reports]:
-    """Three evaluations on each database: two on one probe with other seeds, one on another probe."""
+    """Return three evaluations on each database: two on one probe with other seeds, one on another probe."""
     return {one.url: evaluations(one, mlp_checkpoint_file, digits_probe_file) for one in (service, service_on_postgres)}
 
 
@@ -64,7 +64,7 @@ def judge(service: Service, report: dict[str, Any], **request: Any) -> dict[str,
 
 
 def test_a_gate_is_versioned_and_never_changes(any_service: Service) -> None:
-    """Another content is the next version; the same is the current one again, with 200; going back is a new version."""
+    """New content is the next version; the current content is the same version, with 200; reverting is a new one."""
     name = named("gate")
     bodies = [{"name": name, "checks": checks(min=bound)} for bound in (0.9, 0.9, 0.95, 0.9)]
     answers = [any_service.client.post("/v1/gates", json=body) for body in bodies]
@@ -79,7 +79,7 @@ def test_a_gate_is_versioned_and_never_changes(any_service: Service) -> None:
 
 
 def test_defaults_that_are_spelled_out_are_the_same_gate(any_service: Service) -> None:
-    """What is compared is what a gate means."""
+    """A gate with its defaults written out is the same gate."""
     name = named("gate")
     first = make_gate(any_service, *checks(min=0.9), name=name)
     again = make_gate(any_service, *checks(min=0.9, severity="fail", when_undefined=None), name=name, kind="evaluation")
@@ -87,7 +87,7 @@ def test_defaults_that_are_spelled_out_are_the_same_gate(any_service: Service) -
 
 
 def test_gates_that_come_at_once_are_versions_of_their_own(any_service: Service) -> None:
-    """Eight requests at the same moment: four times the same content is one version, four others are four."""
+    """Of eight simultaneous requests, four with the same content make one version, four others make four."""
     name = named("gate")
     bounds = [0.5, 0.5, 0.5, 0.5, 0.6, 0.7, 0.8, 0.9]
     barrier = threading.Barrier(len(bounds))
@@ -104,7 +104,7 @@ def test_gates_that_come_at_once_are_versions_of_their_own(any_service: Service)
 
 
 def test_a_gate_of_paths_that_do_not_exist_is_refused(any_service: Service) -> None:
-    """A 422 names the check, the member and the nearest real path."""
+    """A 422 names the check, the member and the nearest existing path."""
     body = {"name": "g", "checks": [*checks(min=0.9), {"metric": "splits.test.acuracy", "min": 0.9}]}
     found = problem(any_service.client.post("/v1/gates", json=body), 422, "invalid-request")
     (error,) = found["errors"]
@@ -116,7 +116,7 @@ def test_a_gate_of_paths_that_do_not_exist_is_refused(any_service: Service) -> N
 
 
 def test_the_published_schema_is_the_one_of_the_code(service: Service) -> None:
-    """What the service publishes for editors; tests/interplay compares the copy in the repository."""
+    """The published schema for editors is the code's; tests/interplay compares the copy in the repository."""
     answer = service.client.get("/v1/gates/schema")
     assert answer.status_code == 200
     assert answer.json() == file_schema()
@@ -126,7 +126,7 @@ def test_the_published_schema_is_the_one_of_the_code(service: Service) -> None:
 
 
 def test_a_verdict_has_every_check_with_its_reason(any_service: Service, reports: Reports) -> None:
-    """Value, bounds, status and sentence of each, what was judged and by which version, and the counts."""
+    """A verdict has each check's value, bounds, status and sentence, the report, the gate's version and the counts."""
     gate = make_gate(
         any_service,
         *checks(min=0.5),
@@ -147,7 +147,7 @@ def test_a_verdict_has_every_check_with_its_reason(any_service: Service, reports
 
 
 def test_a_change_is_judged_against_the_report_of_the_baseline(any_service: Service, reports: Reports) -> None:
-    """By its name, or by the report that a caller has seen it at."""
+    """A change is judged against the baseline's report, or against the report at which a caller has seen it."""
     name = named("main")
     gate = make_gate(any_service, *checks(min_change=0), {"metric": "splits.all.loss", "max_relative_change": 0})
     any_service.client.put(f"/v1/baselines/{name}", json={"report_id": reports[0]["id"]}).raise_for_status()
@@ -160,7 +160,7 @@ def test_a_change_is_judged_against_the_report_of_the_baseline(any_service: Serv
 
 
 def test_a_baseline_of_another_probe_is_refused(any_service: Service, reports: Reports) -> None:
-    """The problem names what differs; here the same file with another preprocessing."""
+    """A baseline of another probe is refused with the difference; here the same file with another preprocessing."""
     gate = make_gate(any_service, *checks(min_change=0))
     request = {"gate_id": gate["id"], "baseline_report_id": reports[2]["id"]}
     answer = any_service.client.post(f"/v1/reports/{reports[0]['id']}/gate", json=request)
@@ -169,7 +169,7 @@ def test_a_baseline_of_another_probe_is_refused(any_service: Service, reports: R
 
 
 def test_a_baseline_that_is_not_there_yet_is_undefined_not_an_error(any_service: Service, reports: Reports) -> None:
-    """So that the first run of a pipeline has a verdict, which the gate may let pass."""
+    """A missing baseline is undefined, so that a pipeline's first run has a verdict, which the gate may let pass."""
     name = named("first")
     gate = make_gate(any_service, *checks(min_change=0), *checks(min_change=0, when_undefined="pass", name="lenient"))
     verdict = judge(any_service, reports[0], gate_id=gate["id"], baseline=name)
@@ -180,7 +180,7 @@ def test_a_baseline_that_is_not_there_yet_is_undefined_not_an_error(any_service:
 
 
 def test_unknown_names_are_404(any_service: Service, reports: Reports) -> None:
-    """Of a report, a gate, a baseline's report, a baseline."""
+    """An unknown report, gate, baseline report or baseline is 404."""
     client, gate = any_service.client, make_gate(any_service, *checks(min=0))
     here = f"/v1/reports/{reports[0]['id']}/gate"
     problem(client.post("/v1/reports/nothing/gate", json={"gate_id": gate["id"]}), 404, "not-found")
@@ -203,7 +203,7 @@ def history(service: Service, name: str) -> list[dict[str, Any]]:
 
 
 def test_a_baseline_points_where_it_was_put_and_keeps_its_history(any_service: Service, reports: Reports) -> None:
-    """Newest first, each with where it was before and why it moved."""
+    """A baseline points at its last report; its history is newest first, with the previous report and the note."""
     name, client = named("main"), any_service.client
     first = client.put(f"/v1/baselines/{name}", json={"report_id": reports[0]["id"], "note": "by hand"})
     assert first.status_code == 200
@@ -221,7 +221,7 @@ def test_a_baseline_points_where_it_was_put_and_keeps_its_history(any_service: S
 
 
 def test_a_baseline_moves_only_from_where_it_was_seen(any_service: Service, reports: Reports) -> None:
-    """With `expected_report_id`, null for none yet; a refusal says where it is, and stays in the history."""
+    """With a stale `expected_report_id`, null for none yet, a move is refused with the current report, and recorded."""
     name, client = named("main"), any_service.client
     ids = [report["id"] for report in reports]
 
@@ -243,7 +243,7 @@ def test_a_baseline_moves_only_from_where_it_was_seen(any_service: Service, repo
 def test_of_promotions_at_once_one_wins_and_the_history_shows_all(
     any_service: Service, reports: Reports, start: str
 ) -> None:
-    """Eight callers saw the same baseline, or none: one moves it, seven hear that it has moved."""
+    """Of eight simultaneous promotions from the same state, one succeeds, seven are refused; the history shows all."""
     name, seen = named("race"), None
     if start == "old":
         seen = reports[2]["id"]

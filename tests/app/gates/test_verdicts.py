@@ -1,4 +1,4 @@
-"""Verdicts, judged without a service: thresholds at their boundary, and what is undefined."""
+"""Verdicts, judged without a service: thresholds at their boundary, and undefined values."""
 
 import math
 from typing import Any
@@ -32,7 +32,7 @@ from tests.interplay.reports import evaluation_report
 def test_a_value_at_its_bound_passes_and_the_next_number_beyond_does_not(
     bounds: dict[str, float], value: float, status: str
 ) -> None:
-    """Bounds belong to what they allow, to the last bit."""
+    """A value equal to its bound passes, to the last bit, and the next float beyond does not."""
     found = result(bounds, with_accuracy(value))
     assert (found.status, found.value, found.decided_by) == (status, value, "value")
 
@@ -57,13 +57,13 @@ def test_a_value_at_its_bound_passes_and_the_next_number_beyond_does_not(
 def test_a_change_at_its_bound_passes_whatever_the_subtraction_rounds(
     bounds: dict[str, float], baseline: float, value: float, status: str
 ) -> None:
-    """0.89 - 0.90 is below -0.01 in binary; a person who reads both numbers would not say so."""
+    """0.89 - 0.90 is below -0.01 in binary, but a change at its bound passes."""
     found = result(bounds, with_accuracy(value), with_accuracy(baseline))
     assert (found.status, found.baseline) == (status, baseline)
 
 
 def test_a_relative_change_is_a_share_of_the_size_of_the_baseline() -> None:
-    """Of a negative baseline, too, more is more."""
+    """A relative change is a share of the baseline's size: an increase is positive for a negative baseline too."""
     report, baseline = evaluation_report(), evaluation_report()
     path = "splits.all.interplay.sample.global.mir_z"
     for one, value in ((report, -1.0), (baseline, -2.0)):
@@ -75,7 +75,7 @@ def test_a_relative_change_is_a_share_of_the_size_of_the_baseline() -> None:
 def test_a_wider_bound_never_fails_what_a_narrower_one_passed(
     value: float, baseline: float, bound: float, margin: float
 ) -> None:
-    """Status follows the bound monotonically, and is that of the numbers where they are well apart."""
+    """Status follows the bound monotonically, and equals exact comparison if numbers are well apart."""
     narrow = result({"min_change": bound}, with_accuracy(value), with_accuracy(baseline))
     wide = result({"min_change": bound - margin}, with_accuracy(value), with_accuracy(baseline))
     assert (narrow.status, wide.status) != ("pass", "fail")
@@ -109,7 +109,7 @@ def test_severity_is_what_a_number_beyond_its_bounds_means() -> None:
     ],
 )
 def test_what_an_undefined_number_means(options: dict[str, str], status: str) -> None:
-    """As the check says, else as severe as the check itself; nothing was decided, and no value is given."""
+    """An undefined number has the outcome of `when_undefined`, else the severity; value and `decided_by` are null."""
     found = result({"metric": "splits.all.collapse.nc3", "max": 1, **options}, evaluation_report())
     assert (found.status, found.value, found.decided_by) == (status, None, None)
     assert found.why == "Undefined: splits.all.collapse.nc3 is null in the report (head_is_zero)."
@@ -117,7 +117,7 @@ def test_what_an_undefined_number_means(options: dict[str, str], status: str) ->
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, True, "0.9"], ids=str)
 def test_what_is_no_finite_number_is_undefined(value: Any) -> None:
-    """Reports hold no such thing; were there one, no check would pass by it."""
+    """A value that is not finite is undefined and passes no check, though reports hold no such value."""
     found = result({"max": 2}, with_accuracy(value))
     assert (found.status, found.value) == ("undefined", None)
 
@@ -139,14 +139,14 @@ def test_what_is_no_finite_number_is_undefined(value: Any) -> None:
 def test_why_something_is_undefined(
     check: dict[str, Any], report: dict[str, Any], baseline: dict[str, Any] | None, why: str
 ) -> None:
-    """The sentence says what was missing."""
+    """The sentence names what is missing."""
     found = result(check, report, baseline)
     assert found.status == ("undefined" if why else "fail")
     assert why in found.why
 
 
 def test_sentences() -> None:
-    """Each says the number, the bound and how they lie; what would read alike is told to the last digit."""
+    """Each sentence gives number, bound and relation; numbers that would read alike are given to the last digit."""
     report, baseline = with_accuracy(0.9627), with_accuracy(0.975)
     assert result({"min": 0.95}, report).why == "0.9627 is at least min 0.95."
     assert result({"min": 0.97}, report).why == "0.9627 is below min 0.97."

@@ -1,4 +1,4 @@
-"""A kind of analysis that is added to a copy of the tree, file by file as docs/architecture.md lists them.
+"""A kind of analysis that is added to a copy of the tree, in the files that docs/architecture.md lists.
 
 `scaling` multiplies the weight of the classification head by each of several factors, and evaluates the network.
 """
@@ -6,7 +6,7 @@
 from pathlib import Path
 
 HERE = Path(__file__).parent
-# By file: text that is there once, and what goes before it.
+# By file: an anchor text that occurs once, and the text inserted before it.
 INSERTED = {
     "app/schemas/base.py": [('"series"]\n', '"scaling", ')],
     "app/schemas/requests.py": [

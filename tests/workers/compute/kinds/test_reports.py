@@ -1,4 +1,4 @@
-"""Reports of points: what is within rounding of a bound, and why something is not defined."""
+"""Reports of points: values within rounding of a bound, and reasons for undefined values."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,7 +37,7 @@ def _body(context: Context, task: PointsTask, answers: Sequence[Answer]) -> dict
 
 @pytest.mark.parametrize("n", [50, 100, 200, 500, 1_000, 10_000])
 def test_an_error_barrier_of_two_in_a_hundred_is_connected(context: Context, n: int) -> None:
-    """At most 0.02, however the subtractions round; one sample more is not."""
+    """An error barrier of at most 0.02 is connected, however the subtractions round; one sample more is not."""
     for wrong in range(0, n - n // 50, max(n // 50, 1)):
         for more, connected in ((n // 50, True), (n // 50 + 1, False)):
             ends, middle = 1 - wrong / n, 1 - (wrong + more) / n
@@ -46,7 +46,7 @@ def test_an_error_barrier_of_two_in_a_hundred_is_connected(context: Context, n: 
 
 
 def test_missing_members_of_a_path_have_a_reason(context: Context) -> None:
-    """Without a point at 1/2 there is no midpoint, without length no angle."""
+    """Missing members of a path have a reason: no midpoint without a point at 1/2, no angle without length."""
     summary = _path(context, {0.0: 1.0, 1.0: 1.0}, cosine=None)
     assert summary.reasons == {"cosine": "zero_length"}
     assert summary.splits["all"].reasons == {
@@ -58,14 +58,14 @@ def test_missing_members_of_a_path_have_a_reason(context: Context) -> None:
 
 
 def test_points_of_a_path_are_in_the_order_of_w(context: Context) -> None:
-    """Computed ends first; timings are those of all points."""
+    """Points of a path are in the order of w, though ends are computed first; timings are the sums over all points."""
     body = _body(context, path_task(), [path_answer(w, {"all": split(1.0)}, last=w == 0.5) for w in (0.0, 1.0, 0.5)])
     assert [point["w"] for point in body["points"]] == [0.0, 0.5, 1.0]
     assert body["timings_seconds"] == {"features": 1.5}
 
 
 def test_missing_members_of_a_series_have_a_reason(context: Context) -> None:
-    """A distance that a point lacks, an accuracy that none reaches."""
+    """Missing members of a series have a reason: a distance that a point lacks, an accuracy that no point reaches."""
     answers = [
         series_answer(x, {"train": split(train, distance), "test": split(0.5)}, last=x == 2.0)
         for x, train, distance in ((1.0, 0.5, 0.1), (2.0, 1.0, None))

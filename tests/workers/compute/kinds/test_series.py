@@ -1,4 +1,4 @@
-"""What the points of a series must share."""
+"""Conditions that the points of a series must share."""
 
 import pytest
 
@@ -43,7 +43,7 @@ def _tokenizer(sha256: str, max_length: int, n_truncated: int, pad_id: int = 0) 
     ],
 )
 def test_points_of_the_same_classes_and_inputs_are_compared(points: list[Known]) -> None:
-    """Other widths, other vocabularies around the same tokens, lengths that cut nothing off; reports of long ago."""
+    """Points may differ in width, in vocabulary around the same tokens, in lengths that truncate nothing, in age."""
     require_comparable(points)
 
 
@@ -57,7 +57,7 @@ def test_points_of_the_same_classes_and_inputs_are_compared(points: list[Known])
     ],
 )
 def test_points_of_others_are_refused(point: Known, kind: str, word: str) -> None:
-    """By the last point, whatever lies between."""
+    """A series refuses a last point of other classes or inputs, whatever points lie between."""
     first = _point(tokenizer=_tokenizer("a", 64, 0)) if word == "tokenizer" else _point()
     with pytest.raises(AnalysisError, match=word) as caught:
         require_comparable([first, first, point])

@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float32, Shaped
@@ -34,14 +34,6 @@ from .ties import Ties
 # Each family is the module of this name beside this one. A library's family also has the name of its package, and of
 # the extra that brings it.
 FAMILIES = ("builtin", "transformers", "timm", "torchvision", "custom")
-
-if TYPE_CHECKING:
-    from . import builtin, timm, torchvision, transformers
-
-    # mypy compares each module with its protocol.
-    _MODULES: tuple[Family, ...] = (builtin, custom, timm, torchvision, transformers)
-    _LISTED: tuple[Listed, ...] = (custom, timm, torchvision)
-    _OWN_LOADING: tuple[OwnLoading, ...] = (transformers,)
 
 # Default number of tensors, the most that a file's header has.
 _MOST_TENSORS = 100_000
@@ -406,7 +398,9 @@ def _read(
     if broken:
         raise AnalysisError(
             "non-finite-values",
-            f"{len(broken)} tensors of the checkpoint hold NaN or infinity as float32, first {broken[0]!r}.",
+            f"The checkpoint holds NaN or infinity, as float32, in {broken[0]!r} and {len(broken) - 1} other tensors."
+            if len(broken) > 1
+            else f"The checkpoint holds NaN or infinity, as float32, in {broken[0]!r}.",
             tensor=broken[0],
             n_tensors=len(broken),
         )

@@ -273,8 +273,8 @@ def test_what_only_the_worker_sees_fails_with_words(service: Service, tmp_path: 
     word = tokenizer()
     word["post_processor"] = None
     for probe, kind, words in (
-        (_tensors(service, input_ids=ids), "invalid-probe", "so 0 to 49 fit"),
-        (_tensors(service, input_ids=ids % 50, labels=ids), "invalid-probe", "so 0 to 49 fit"),
+        (_tensors(service, input_ids=ids), "invalid-probe", "must be 0 to 49"),
+        (_tensors(service, input_ids=ids % 50, labels=ids), "invalid-probe", "must be 0 to 49"),
         (_tensors(service, input_ids=ids % 50, labels=torch.full((N, 5), -100)), "invalid-probe", "has a next token"),
         (_tensors(service, inputs=ids % 50, labels=torch.arange(N) % 4), "invalid-probe", "takes input_ids"),
         (

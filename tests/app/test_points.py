@@ -368,7 +368,9 @@ def test_a_point_that_fails_is_named(
     failed = any_service.wait(queued["id"])
     assert failed["status"] == "failed"
     assert failed["problem"]["type"].endswith(":non-finite-values")
-    assert failed["problem"]["detail"].startswith("Point 2, at x 2: Tensor 'head.bias'")
+    assert failed["problem"]["detail"].startswith(
+        "Point 2, at x 2: The checkpoint holds NaN or infinity, as float32, in 'head.bias'."
+    )
     assert (failed["problem"]["point"], failed["problem"]["at"]) == (2, 2)
 
 

@@ -93,7 +93,8 @@ def test_hostile_file_is_refused(service: Service, attack: str) -> None:
     started = time.monotonic()
     response = service.post("/v1/checkpoints", {"name": "bad", "architecture": MLP}, HEADER_ATTACKS[attack]())
     problem(response, 422, "invalid-file")
-    assert time.monotonic() - started < 10
+    # A guard against reading for ever, not a measurement: other tests run beside this one.
+    assert time.monotonic() - started < 60
     assert blobs(service) == before
     assert service.client.get("/v1/checkpoints", params={"name": "bad"}).json()["items"] == []
 

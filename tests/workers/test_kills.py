@@ -20,16 +20,15 @@ from tests.services import Service, until
 OPTIONS = {"null_permutations": 300}
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def restless(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Service]:
-    """Run a separate service, whose worker may be killed and is restarted at once."""
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+def restless(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A service for these tests, whose worker may be killed and is started again at once."""
     with ExitStack() as stack:
         url = ""
         if request.param == "postgresql":
             url = stack.enter_context(fresh_database(request.getfixturevalue("postgres")))
-        yield stack.enter_context(
-            services.running(tmp_path / "data", worker_restart_max_seconds="0.2", database_url=url)
-        )
+        data_dir = tmp_path_factory.mktemp("restless") / "data"
+        yield stack.enter_context(services.running(data_dir, worker_restart_max_seconds="0.2", database_url=url))
 
 
 def reports_of(service: Service, analysis: dict[str, Any]) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from uuid import uuid4
 
 import sqlalchemy as sa
-from pydantic import JsonValue, TypeAdapter
+from pydantic import JsonValue, TypeAdapter, ValidationError
 from sqlalchemy.orm import Session
 
 from app.database import read, write
@@ -55,8 +55,12 @@ def evaluation_of(engine: sa.Engine, task: tasks.SeriesTask, checkpoint: tasks.C
     )
     with read(engine) as session:
         for content in session.scalars(reports):
-            # The schema gives a report that is older than an option the option's default, as it was computed.
-            report = EvaluationReport.model_validate_json(content)
+            try:
+                # The schema gives a report that is older than an option the option's default, as it was computed.
+                report = EvaluationReport.model_validate_json(content)
+            except ValidationError:
+                # Of another version, with members that this one does not have or without some that it needs.
+                continue
             if report.provenance.options == task.options and report.definitions_version == DEFINITIONS_VERSION:
                 return report
     return None

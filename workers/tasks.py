@@ -218,7 +218,7 @@ class Answer(Frozen):
 
     Attributes:
         known: facts that later points and the report need.
-        timings_seconds: processor time by phase.
+        timings_seconds: elapsed time by phase.
         last: whether no point follows.
         total: points that the analysis will have, as far as is known.
     """

@@ -1,17 +1,10 @@
-"""The kinds of analysis: one table that requests, reports, charts and gates read."""
+"""The kinds of analysis: one table that charts, gates and baselines read."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from app.schemas.base import Kind, Strict
 from app.schemas.reports import ComparisonReport, EvaluationReport, PathReport, PruningReport, SeriesReport
-from app.schemas.requests import (
-    ComparisonRequest,
-    EvaluationRequest,
-    PathRequest,
-    PruningRequest,
-    SeriesRequest,
-)
 
 
 @dataclass(frozen=True)
@@ -19,7 +12,6 @@ class KindOfAnalysis:
     """The properties of a kind of analysis.
 
     Attributes:
-        request: model of the request.
         report: model of the report.
         measures: measures that its charts show, in order.
         place: member of a point that holds its place on the axis; None for a kind without points.
@@ -30,7 +22,6 @@ class KindOfAnalysis:
         also_judged_as: another kind whose gates judge its reports too, beside gates of its own kind.
     """
 
-    request: type[Strict]
     report: type[Strict]
     measures: tuple[str, ...]
     place: str | None = None
@@ -42,12 +33,9 @@ class KindOfAnalysis:
 
 _OF_MODEL = ("loss", "accuracy", "mir", "hdr")
 KINDS: Mapping[Kind, KindOfAnalysis] = {
-    "evaluation": KindOfAnalysis(EvaluationRequest, EvaluationReport, ("mir", "hdr")),
-    "comparison": KindOfAnalysis(
-        ComparisonRequest, ComparisonReport, ("accuracy", "loss", "mir", "hdr"), also_judged_as="evaluation"
-    ),
+    "evaluation": KindOfAnalysis(EvaluationReport, ("mir", "hdr")),
+    "comparison": KindOfAnalysis(ComparisonReport, ("accuracy", "loss", "mir", "hdr"), also_judged_as="evaluation"),
     "path": KindOfAnalysis(
-        PathRequest,
         PathReport,
         ("loss", "error", "mir", "hdr"),
         place="w",
@@ -55,12 +43,11 @@ KINDS: Mapping[Kind, KindOfAnalysis] = {
         choices=("options.grid", "options.normalisation", "options.alignment"),
     ),
     "pruning": KindOfAnalysis(
-        PruningRequest,
         PruningReport,
         _OF_MODEL,
         place="sparsity",
         axis="sparsity",
         choices=("options.sparsities", "options.scope", "options.include_head"),
     ),
-    "series": KindOfAnalysis(SeriesRequest, SeriesReport, _OF_MODEL, place="x", grows=True, choices=("axis.name",)),
+    "series": KindOfAnalysis(SeriesReport, _OF_MODEL, place="x", grows=True, choices=("axis.name",)),
 }

@@ -270,20 +270,26 @@ def test_precision_is_named_and_takes_part_in_what_is_reused(
 
 
 def test_reports_from_before_an_option_are_reused(any_service: Service, ends: tuple[str, str], probe_id: str) -> None:
-    """An evaluation whose report does not name the precision counts as float32."""
+    """An evaluation whose report does not name the precision counts as float32; one of another form is passed over."""
     own = _report(any_service, checkpoint_id=ends[0], probe_id=probe_id, options=FEW)
     older = json.loads(json.dumps(own))
     del older["provenance"]["precision"], older["provenance"]["options"]["precision"]
     place = any_service.environment
     url = place.get("INTERPLAY_DATABASE_URL", "")
     engine = make_engine(Settings(data_dir=Path(place["INTERPLAY_DATA_DIR"]), database_url=url))
-    with write(engine) as session:
-        session.get_one(Report, own["id"]).content = json.dumps(older)
-    engine.dispose()
+
+    def store(content: dict[str, Any]) -> None:
+        with write(engine) as session:
+            session.get_one(Report, own["id"]).content = json.dumps(content)
+
+    store(older)
     request = {"kind": "series", "axis": {"name": "x", "values": [0, 1]}, "checkpoint_ids": ends, "probe_id": probe_id}
     for options, reused in ((FEW, own["id"]), ({**FEW, "precision": "bfloat16"}, None)):
         report = _report(any_service, **request, options=options)
         assert report["points"][0]["reused_report_id"] == reused
+    store({**own, "definitions_version": "0", "splits": {"all": {"accuracy": 1.0}}})
+    assert _report(any_service, **request, options=FEW)["points"][0]["reused_report_id"] != own["id"]
+    engine.dispose()
 
 
 def test_analyses_of_several_checkpoints_are_found_by_each(

@@ -52,11 +52,11 @@ class ScalingReport(_Report):
     "app/schemas/kinds.py": [
         (
             '    "series": KindOfAnalysis(',
-            '    "scaling": KindOfAnalysis(ScalingRequest, ScalingReport, _OF_MODEL, place="factor", axis="factor"),\n',
+            '    "scaling": KindOfAnalysis(ScalingReport, _OF_MODEL, place="factor", axis="factor"),\n',
         ),
         (
             "_OF_MODEL = (",
-            "from app.schemas.reports import ScalingReport\nfrom app.schemas.requests import ScalingRequest\n\n",
+            "from app.schemas.reports import ScalingReport\n\n",
         ),
     ],
     "workers/tasks.py": [

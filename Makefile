@@ -4,9 +4,11 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 ARGS   ?=
-# Most tests wait for processes: three at a time keep two cores busy. A file's tests stay together, as they share services;
-# files come in the order of tests/conftest.py, the longest first.
-TESTS  ?= -n 3 --dist loadfile --no-loadscope-reorder
+# Most tests wait for processes: three at a time keep two cores busy. tests/conftest.py says which stay together, as they
+# share services, and which come first.
+TESTS  ?= -n 3 --dist loadgroup --no-loadscope-reorder
+# Written bytecode saves each of the tests' many processes from compiling this repository again.
+test test-all fuzz: export PYTHONDONTWRITEBYTECODE =
 
 .PHONY: setup demo phenomena test test-all fuzz bench cuda check format types wheels lock clean
 .DEFAULT_GOAL := setup

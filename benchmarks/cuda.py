@@ -92,6 +92,7 @@ def _short(value: object) -> str:
 def _tests(device: torch.device) -> Iterable[Row]:
     """Run all of tests/cuda in a separate process; leave out tests/conftest.py, which starts services."""
     command = [sys.executable, "-m", "pytest", "tests/cuda", "--confcutdir=tests/cuda", "-p", "no:cacheprovider", "-q"]
+    command += ["-m", "slow or not slow"]
     environment = {**os.environ, "DEVICE": str(device)}
     ran = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     if ran.returncode:

@@ -4,13 +4,13 @@ import json
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import save_file as save_tensors
-from sklearn.datasets import load_digits
 
 import tests.operators.sitecustomize  # noqa: F401  this process too may import torchvision
 from analysis.networks.loading import build
@@ -28,8 +28,14 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the longest files first; keep the order of all others."""
+    """Run the longest files first; tell xdist which tests belong together, as they share services.
+
+    These are the tests of a file, and all tests of whatever file that run on PostgreSQL, of which one process has one.
+    """
     items.sort(key=lambda item: not item.nodeid.startswith(_LONGEST))
+    for item in items:
+        on_postgres = isinstance(item, pytest.Function) and item.name.endswith("]") and "postgresql" in item.name
+        item.add_marker(pytest.mark.xdist_group("postgresql" if on_postgres else item.nodeid.partition("::")[0]))
 
 
 MLP = {"family": "builtin", "name": "mlp", "args": {"sizes": [64, 32, 10], "activation": "relu", "norm": "none"}}
@@ -44,16 +50,19 @@ def postgres() -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[services.Service]:
-    """Run a service with one worker, on SQLite."""
-    with services.running(tmp_path_factory.mktemp("service") / "data") as service:
+    """Run a service with one worker, on SQLite; tests may kill the worker, which is started again at once."""
+    with services.running(tmp_path_factory.mktemp("service") / "data", worker_restart_max_seconds="0.2") as service:
         yield service
 
 
 @pytest.fixture(scope="session")
 def service_on_postgres(postgres: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[services.Service]:
-    """Run a service with one worker, on PostgreSQL."""
+    """Run the same on PostgreSQL."""
     data_dir = tmp_path_factory.mktemp("service-on-postgres") / "data"
-    with fresh_database(postgres) as url, services.running(data_dir, database_url=url) as service:
+    with (
+        fresh_database(postgres) as url,
+        services.running(data_dir, database_url=url, worker_restart_max_seconds="0.2") as service,
+    ):
         yield service
 
 
@@ -65,10 +74,17 @@ def any_service(request: pytest.FixtureRequest) -> services.Service:
     return running
 
 
+def _digits() -> tuple[Any, Any]:
+    from sklearn.datasets import load_digits  # takes seconds, which not every process of the tests needs
+
+    digits: tuple[Any, Any] = load_digits(return_X_y=True)
+    return digits
+
+
 @pytest.fixture(scope="session")
 def digits_probe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Save scikit-learn's digits as a probe: 1,797 scans of 8 x 8 pixels, every fifth one for testing."""
-    images, labels = load_digits(return_X_y=True)
+    images, labels = _digits()
     path = tmp_path_factory.mktemp("files") / "digits.safetensors"
     split = (np.arange(len(labels)) % 5 == 0).astype(np.uint8)
     arrays = {"inputs": images.astype(np.float32), "labels": labels.astype(np.int64), "split": split}
@@ -80,7 +96,7 @@ def digits_probe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def mlp_checkpoint_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Save a small network, trained briefly on the digits, with its architecture in the file."""
     path = tmp_path_factory.mktemp("files") / "mlp.safetensors"
-    images, labels = load_digits(return_X_y=True)
+    images, labels = _digits()
     inputs, targets = torch.tensor(images, dtype=torch.float32) / 16, torch.tensor(labels)
     generator = torch.Generator().manual_seed(0)
     network = build(MLP, device="cpu")

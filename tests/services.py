@@ -15,6 +15,11 @@ from typing import Any, TypeVar
 import httpx
 import psutil
 
+import migrations
+from app import queue
+from app.database import make_engine
+from app.settings import Settings
+
 T = TypeVar("T")
 # Makes torchvision importable beside a CPU build of torch, in every process of a service.
 OPERATORS = Path(__file__).parent / "operators"
@@ -87,27 +92,30 @@ def running(
     data_dir: Path,
     *,
     command: str = "serve",
-    ready: bool = True,
+    tables: bool = True,
     site: Path = OPERATORS,
     tree: Path | None = None,
     **settings: str,
 ) -> Iterator[Service]:
     """Run a service in its own folder; at the end it must stop by itself, with every process that it started.
 
-    With `ready` the block begins once an analysis would run. `site` has the sitecustomize of its processes, `tree` the
-    service's packages if they are not these.
+    `serve` has a worker, and the block begins once an analysis would run. `api` has none and starts in a third of the
+    time; it creates no tables, which are made here if `tables` says so. `site` has the sitecustomize of its processes,
+    `tree` the service's packages if they are not these.
     """
     environment = {
         **{key: value for key, value in os.environ.items() if not key.startswith("INTERPLAY_")},
         "PYTHONPATH": os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")])),
         "INTERPLAY_DATA_DIR": str(data_dir),
         "INTERPLAY_THREADS": "1",
-        # Several services run at the same time; an idle worker takes half as much of a core as with the default.
-        "INTERPLAY_QUEUE_POLLING_SECONDS": "0.3",
+        # Several services run at the same time; an idle worker takes a third as much of a core as with the default.
+        "INTERPLAY_QUEUE_POLLING_SECONDS": "0.5",
         **{f"INTERPLAY_{key.upper()}": value for key, value in settings.items()},
     }
     (data_dir / "workers").mkdir(parents=True, exist_ok=True)
     _share_what_was_found(data_dir / "workers")
+    if command == "api" and tables:
+        _make_tables(data_dir)
     with (data_dir / "stderr.txt").open("a") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "app", command, "--port", "0"],
@@ -125,7 +133,7 @@ def running(
         url = line.split()[-1]
         with httpx.Client(base_url=url, timeout=30, trust_env=False) as client:
             service = Service(url, data_dir, process, environment, client)
-            if ready and command == "serve":
+            if command == "serve":
                 until(lambda: client.get("/readyz").status_code == 200)
             yield service
             if process.poll() is None:
@@ -142,13 +150,30 @@ def running(
         assert not alive, f"left running: {alive}"
 
 
+def _make_tables(data_dir: Path) -> None:
+    engine = make_engine(Settings(data_dir=data_dir))
+    migrations.upgrade(engine)
+    queue.migrate(engine)
+    engine.dispose()
+
+
 def _share_what_was_found(folder: Path) -> None:
     """Share the worker's cache of importable libraries, named by the installed packages: one import is enough for all.
 
     It is also shared with pytest's other processes, whose folders lie beside each other.
     """
     run = next((above for above in folder.parents if above.name.startswith("pytest-")), folder)
-    for known in [*run.glob("*/data/workers/networks-*.json"), *run.glob("*/*/data/workers/networks-*.json")]:
+
+    def found() -> list[Path]:
+        return [*run.glob("*/data/workers/networks-*.json"), *run.glob("*/*/data/workers/networks-*.json")]
+
+    try:
+        (run / "first-service").mkdir()
+    except FileExistsError:
+        # The first service of a run imports the libraries; others that begin meanwhile would do the same.
+        with suppress(AssertionError):
+            until(found, seconds=30)
+    for known in found():
         if known.parent != folder and not (folder / known.name).exists():
             with suppress(FileNotFoundError):  # removed meanwhile
                 shutil.copy(known, folder)
@@ -180,6 +205,7 @@ def worker(service: Service, **settings: str) -> Iterator[subprocess.Popen[bytes
 
 def _child_running(parent: psutil.Process, module: str) -> psutil.Process | None:
     for child in parent.children():
-        if module in child.cmdline():
-            return child
+        with suppress(psutil.NoSuchProcess):  # another child may end meanwhile
+            if module in child.cmdline():
+                return child
     return None

@@ -6,17 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-import torchvision
-import transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from analysis.probes.inputs import Inputs
 from analysis.probes.probe import Probe
-
-transformers.utils.logging.disable_progress_bar()
 
 N_CLASSES = 4
 # Samples of most probes.
@@ -164,8 +159,16 @@ def texts(n: int) -> dict[str, Tensor]:
 def saved_transformers(name: str, config: Mapping[str, Any], folder: Path, *, change: Any = None) -> Saved:
     """Save a classifier with random weights by `save_pretrained`, and load it again by `from_pretrained`."""
     task = "ImageClassification" if name in IMAGE_MODELS else "SequenceClassification"
-    cls: Any = getattr(transformers, f"{name}For{task}")
+    cls = _class_of_transformers(f"{name}For{task}")
     return _saved_pretrained(cls, cls.config_class(**config, num_labels=N_CLASSES), folder, change)
+
+
+# The libraries take seconds to import: each process of the tests imports only those that its tests use.
+def _class_of_transformers(name: str) -> Any:
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    return getattr(transformers, name)
 
 
 def _saved_pretrained(cls: Any, config: Any, folder: Path, change: Any) -> Saved:
@@ -182,17 +185,21 @@ def _saved_pretrained(cls: Any, config: Any, folder: Path, change: Any) -> Saved
 def saved_language_model(name: str, folder: Path, *, change: Any = None) -> Saved:
     """Save a causal language model with random weights by `save_pretrained`, and load it again."""
     class_name, config = LANGUAGE_MODELS[name]
-    cls: Any = getattr(transformers, class_name)
+    cls = _class_of_transformers(class_name)
     return _saved_pretrained(cls, cls.config_class(**config), folder, change)
 
 
 def saved_timm(name: str, args: Mapping[str, Any], folder: Path) -> Saved:
     """Save a network of timm with random weights."""
+    import timm
+
     return _saved("timm", name, args, timm.create_model(name, num_classes=N_CLASSES, **args), folder)
 
 
 def saved_torchvision(name: str, args: Mapping[str, Any], folder: Path) -> Saved:
     """Save a network of torchvision with random weights."""
+    import torchvision
+
     quiet = {"init_weights": False} if name == "googlenet" else {}
     model = torchvision.models.get_model(name, weights=None, num_classes=N_CLASSES, **args, **quiet)
     return _saved("torchvision", name, args, model, folder)

@@ -8,6 +8,7 @@ import pytest
 
 from analysis.comparison import ComparisonOptions
 from benchmarks.intervals import DESIGNS, coverage
+from tests.campaigns import campaign
 
 DELTA = ComparisonOptions(null_permutations=0)
 # Few resamples, as each is two evaluations: Student's quantile makes up for them.
@@ -15,9 +16,7 @@ BOOTSTRAP = ComparisonOptions(null_permutations=0, interval="bootstrap", resampl
 
 
 @pytest.mark.usefixtures("without_shape_checks")
-@pytest.mark.parametrize(
-    "name", ["imbalanced", *(pytest.param(name, marks=pytest.mark.slow) for name in ("near_zero", "near_identical"))]
-)
+@pytest.mark.parametrize("name", campaign(["imbalanced", "near_zero", "near_identical"], often=[]))
 def test_intervals_hold_the_truth(name: str) -> None:
     """Intervals from influence functions, for each metric that has one in most replicates."""
     for path, found in coverage(DESIGNS[name], DELTA, replicates=40, processes=1).items():

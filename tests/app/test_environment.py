@@ -1,13 +1,9 @@
 """The environment of processes that read untrusted files."""
 
-from pathlib import Path
-
-import psutil
 import pytest
 
 from app.environment import plain_environment
 from app.settings import Settings
-from tests import services
 
 GIVEN = {
     "PATH": "/bin",
@@ -51,14 +47,3 @@ def test_a_remote_storage_is_opened_by_whoever_reaches_it(storage: bool, passed:
     found = plain_environment(Settings(storage_url="s3://bucket/x"), given=given, storage=storage)
     assert ("AWS_SECRET_ACCESS_KEY" in found) is passed
     assert not found.keys() & {"GOOGLE_SERVICE_ACCOUNT_KEY", "INTERPLAY_API_KEY", "HF_TOKEN"}
-
-
-def test_the_compute_process_has_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a service with a key, the worker has the key unchanged and the compute process does not have it."""
-    monkeypatch.setenv("A_PASSWORD", "hidden")
-    with services.running(tmp_path / "data", api_key="a-long-key-for-tests") as service:
-        environment = psutil.Process(service.compute_child().pid).environ()
-    assert "A_PASSWORD" not in environment
-    assert "INTERPLAY_API_KEY" not in environment
-    assert environment["HF_HUB_OFFLINE"] == "1"
-    assert environment["INTERPLAY_DATA_DIR"] == str(tmp_path / "data")

@@ -99,11 +99,11 @@ def test_two_heads_fail_with_their_names(service: Service, tmp_path: Path) -> No
 
 
 def _worker(service: Service) -> dict[str, Any]:
-    """Return the only worker, once it has tried all installed libraries."""
+    """Return the newest worker, once it has tried all installed libraries and one that was killed is forgotten."""
 
     def tried() -> dict[str, Any] | None:
-        [worker] = service.client.get("/v1/version").json()["workers"]
-        return None if worker["untried"] else dict(worker)
+        workers = service.client.get("/v1/version").json()["workers"]
+        return None if len(workers) != 1 or workers[0]["untried"] else dict(workers[0])
 
     return services.until(tried, seconds=240)
 

@@ -4,7 +4,7 @@ import os
 import resource
 import time
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,13 +30,6 @@ CNN = {"family": "builtin", "name": "cnn", "args": {"n_classes": 3, "channels": 
 PARQUET = parquet({"image": [encoded(picture(seed, 16, 16)) for seed in range(12)], "label": [0, 1, 2] * 4})
 
 
-@pytest.fixture(scope="module")
-def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """Run a service whose storage no other test fills."""
-    with services.running(tmp_path_factory.mktemp("own") / "data") as service:
-        yield service
-
-
 def _kept(service: Service) -> set[str]:
     return {path.name for path in (service.data_dir / "blobs" / "features").glob("*")}
 
@@ -52,16 +45,17 @@ def _report(service: Service, checkpoint: dict[str, Any], probe: dict[str, Any],
     return service.report(service.wait(service.analyze(**body)["id"]))
 
 
-def test_a_second_evaluation_does_not_run_the_network(own: Service, tmp_path: Path) -> None:
+def test_a_second_evaluation_does_not_run_the_network(service: Service, tmp_path: Path) -> None:
     """Other permutations reuse the features, to the last digit; other inputs do not; deletion removes the features."""
+    before = _kept(service)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         save_file(build(CNN, device="cpu").state_dict(), tmp_path / "cnn")
-    checkpoint = _posted(own, "checkpoints", {"architecture": CNN}, tmp_path / "cnn")
-    probe = _posted(own, "probes", {}, PARQUET)
-    first = _report(own, checkpoint, probe, null_permutations=0)
+    checkpoint = _posted(service, "checkpoints", {"architecture": CNN}, tmp_path / "cnn")
+    probe = _posted(service, "probes", {}, PARQUET)
+    first = _report(service, checkpoint, probe, null_permutations=0)
     assert first["provenance"]["features_reused"] is False
-    second = _report(own, checkpoint, probe, null_permutations=3)
+    second = _report(service, checkpoint, probe, null_permutations=3)
     assert second["provenance"]["features_reused"] is True
     assert second["provenance"]["batch_size"] == first["provenance"]["batch_size"]
     assert second["subject"] == first["subject"]
@@ -71,10 +65,10 @@ def test_a_second_evaluation_does_not_run_the_network(own: Service, tmp_path: Pa
             del centring["null"], centring["mir_z"], centring["reasons"]
         del split["splits"]["all"]["interplay"]["class_mean"]
     assert second["splits"] == first["splits"]
-    same_file = _posted(own, "probes", {}, PARQUET)
-    again = _report(own, checkpoint, same_file, null_permutations=0)
+    same_file = _posted(service, "probes", {}, PARQUET)
+    again = _report(service, checkpoint, same_file, null_permutations=0)
     assert (again["provenance"]["features_reused"], again["probe"]["id"]) == (True, same_file["id"])
-    darker = _posted(own, "probes", {"preprocess": {"scale": 0.001}}, PARQUET)
+    darker = _posted(service, "probes", {"preprocess": {"scale": 0.001}}, PARQUET)
     others: list[tuple[dict[str, Any], dict[str, int]]] = [
         (darker, {}),
         (probe, {"samples": 6}),
@@ -82,27 +76,31 @@ def test_a_second_evaluation_does_not_run_the_network(own: Service, tmp_path: Pa
         (probe, {"batch_size": 5}),
     ]
     for other, options in others:
-        assert _report(own, checkpoint, other, null_permutations=0, **options)["provenance"]["features_reused"] is False
-    assert len(_kept(own)) == 5
-    own.client.delete(f"/v1/probes/{darker['id']}")
-    assert len(_kept(own)) == 5, "the file is still of another probe"
-    own.client.delete(f"/v1/checkpoints/{checkpoint['id']}")
-    assert _kept(own) == set()
+        assert (
+            _report(service, checkpoint, other, null_permutations=0, **options)["provenance"]["features_reused"]
+            is False
+        )
+    assert len(_kept(service) - before) == 5
+    service.client.delete(f"/v1/probes/{darker['id']}")
+    assert len(_kept(service) - before) == 5, "the file is still of another probe"
+    service.client.delete(f"/v1/checkpoints/{checkpoint['id']}")
+    assert _kept(service) <= before
 
 
-def test_points_and_uploaded_features_reuse_nothing(own: Service, tmp_path: Path) -> None:
+def test_points_and_uploaded_features_reuse_nothing(service: Service, tmp_path: Path) -> None:
     """Points, whose network differs each time when pruned, and uploaded features reuse no cached features."""
+    before = _kept(service)
     save_file(build(MLP, device="cpu").state_dict(), tmp_path / "mlp")
-    checkpoint = _posted(own, "checkpoints", {"architecture": MLP}, tmp_path / "mlp")
+    checkpoint = _posted(service, "checkpoints", {"architecture": MLP}, tmp_path / "mlp")
     save_file({"inputs": torch.randn(20, 64), "labels": torch.arange(20) % 10}, tmp_path / "probe")
-    probe = _posted(own, "probes", {}, tmp_path / "probe")
+    probe = _posted(service, "probes", {}, tmp_path / "probe")
     body = {"kind": "pruning", "checkpoint_id": checkpoint["id"], "probe_id": probe["id"]}
     options = {"sparsities": [0.5], "null_permutations": 0}
     for _ in range(2):
-        answer = own.client.post("/v1/analyses", json={**body, "options": options})
-        report = own.report(own.wait(answer.json()["id"]))
+        answer = service.client.post("/v1/analyses", json={**body, "options": options})
+        report = service.report(service.wait(answer.json()["id"]))
         assert report["provenance"]["features_reused"] is False
-    assert _kept(own) == set()
+    assert _kept(service) <= before
 
 
 def _cache(folder: Path, max_bytes: int) -> tuple[Storage, FeatureCache]:
@@ -219,7 +217,7 @@ def test_the_sweep_removes_what_is_of_nothing(tmp_path: Path) -> None:
     """A start of the service removes features whose checkpoint or probe is gone."""
     _, cache = _cache(tmp_path / "data", 10**6)
     cache.keep(_name(1), _entry(1))
-    with services.running(tmp_path / "data") as service:
+    with services.running(tmp_path / "data", command="api") as service:
         deadline = time.monotonic() + 30
         while _kept(service) and time.monotonic() < deadline:
             time.sleep(0.05)

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+import torch
 
 import migrations
 from app.database import make_engine
 from app.refusals import CannotStart, _require_recent_sqlite
 from app.settings import Settings
+from tests import services
 
 Variables = dict[str, str]
 
@@ -59,10 +61,23 @@ CASES: dict[str, tuple[Callable[[Path], Variables], str]] = {
 }
 
 
+COMMANDS: dict[str, tuple[list[str], set[str]]] = {
+    "serve": (["app", "serve", "--port", "0"], set(CASES)),
+    "migrate": (["app", "migrate"], {"a file that is no database", "tables of a newer version"}),
+    "worker": (["workers"], {"a database that nobody listens at", "tables of a newer version"}),
+    "verify": (["app", "verify"], {"a data folder that is a file", "a file that is no database"}),
+}
+"""The arguments of every process, and the cases in which `make test` starts it; `make test-all` does so in all."""
+
+
 @pytest.mark.parametrize(
-    "command", [["app", "serve", "--port", "0"], ["app", "migrate"], ["workers"], ["app", "verify"]]
+    ("case", "command"),
+    [
+        pytest.param(case, command, marks=() if case in often else pytest.mark.slow, id=f"{name}: {case}")
+        for name, (command, often) in COMMANDS.items()
+        for case in CASES
+    ],
 )
-@pytest.mark.parametrize("case", CASES)
 def test_one_sentence_and_status_2(case: str, command: list[str], tmp_path: Path) -> None:
     """Every process fails with one sentence and status 2; the sentence names the place and never a password."""
     prepare, expected = CASES[case]
@@ -90,18 +105,21 @@ def test_an_sqlite_that_the_queue_cannot_use(python: tuple[int, ...], sqlite: tu
         _require_recent_sqlite(python, sqlite)
 
 
-def test_a_worker_whose_compute_process_ends_says_so(tmp_path: Path) -> None:
-    """A worker whose compute process ends exits with its own status, not by an abort, while it still reads input."""
-    engine = make_engine(Settings(data_dir=tmp_path))
-    migrations.upgrade(engine)
-    engine.dispose()
-    environment = {**os.environ, "INTERPLAY_DATA_DIR": str(tmp_path), "INTERPLAY_DEVICE": "cuda:99"}
-    command = [sys.executable, "-m", "workers", "--stop-at-end-of-input"]
-    with subprocess.Popen(
-        command, env=environment, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stderr is not None
-        said = process.stderr.read()
-        assert process.wait(60) == 1, said
-    assert "cuda:99" in said
-    assert "Fatal Python error" not in said
+def test_a_worker_without_its_device_says_so_and_does_not_count(tmp_path: Path) -> None:
+    """A worker whose device is missing exits with its own status, not by an abort, and the service is not ready."""
+    if torch.cuda.device_count() > 99:
+        pytest.fail("this test needs a device that does not exist")
+    with services.running(tmp_path / "data", command="api") as service:
+        command = [sys.executable, "-m", "workers", "--stop-at-end-of-input"]
+        environment = {**service.environment, "INTERPLAY_DEVICE": "cuda:99"}
+        with subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stderr is not None
+            said = process.stderr.read()
+            assert process.wait(60) == 1, said
+        assert "cuda:99" in said
+        assert "Fatal Python error" not in said
+        answer = service.client.get("/readyz")
+        assert answer.status_code == 503
+        assert answer.json()["worker"] != "ok"

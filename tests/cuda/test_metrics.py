@@ -1,5 +1,6 @@
 """Metrics, intervals and the loss of given features: on the device what they are on the processor."""
 
+import itertools
 import math
 from dataclasses import asdict, replace
 from typing import Any
@@ -16,6 +17,7 @@ from analysis.measures.influence import influence
 from analysis.measures.losses import InterplayLoss
 from analysis.measures.spectrum import Entropies, sample_entropies
 from analysis.probes.feature_set import FeatureSet
+from tests.campaigns import campaign
 
 CPU = torch.device("cpu")
 COUNTS, D = [400, 300, 200, 100, 30], 150
@@ -108,8 +110,10 @@ def test_comparison_of_two_feature_sets(interval: Any, device: torch.device) -> 
 
 
 @pytest.mark.usefixtures("without_shape_checks")
-@pytest.mark.parametrize("interval", ["delta", "bootstrap"])
-@pytest.mark.parametrize("which", ["A", "B"])
+@pytest.mark.parametrize(
+    ("interval", "which"),
+    campaign(itertools.product(["delta", "bootstrap"], "AB"), often=[("delta", "A"), ("delta", "B")]),
+)
 def test_comparison_of_sets_that_lie_apart(interval: Any, which: str, device: torch.device) -> None:
     """One that was kept, on the processor, and one that a network on the device has just given: the same numbers."""
     sets = [feature_set(0), replace(feature_set(0), features=feature_set(0).features.flip(1))]

@@ -1,5 +1,6 @@
 """Paths, recalibration, alignment and pruning: on the device what they are on the processor."""
 
+import itertools
 from dataclasses import asdict
 
 import pytest
@@ -10,14 +11,17 @@ from analysis.sweeps.alignment import aligned, permutation_groups, permuted
 from analysis.sweeps.paths import Path, recalibrate
 from analysis.sweeps.pruning import Pruning
 from tests.analysis.tiny import ARCHITECTURES, network_of, probe_of
+from tests.campaigns import campaign
 from tests.cuda.test_metrics import numbers
 
 CPU = torch.device("cpu")
 EXACT = EvaluationOptions(null_permutations=0, tolerance=0.0)
 
 
-@pytest.mark.parametrize("key", ARCHITECTURES)
-@pytest.mark.parametrize("recalibrated", [False, True])
+@pytest.mark.parametrize(
+    ("key", "recalibrated"),
+    campaign(itertools.product(ARCHITECTURES, [False, True]), often=[("mlp", False), ("cnn", True)]),
+)
 def test_points_of_a_path(key: str, recalibrated: bool, device: torch.device) -> None:
     """Every number of the ends and of points between, with statistics interpolated or counted anew."""
     probe, found = probe_of(key), {}

@@ -150,7 +150,7 @@ def test_demo_shows_collapse_and_keeps_the_service_up(tmp_path: Path) -> None:
     assert (mir_0 < 0.5, mir_5 > 0.7, hdr_0 > 0.2, hdr_5 < 0.15, nc1_5 < nc1_0 / 3) == (True,) * 5
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_interrupted_demo_stops_what_it_started(tmp_path: Path, number: signal.Signals) -> None:
     """A signal in the middle of the training leaves no service behind."""
     with demo(tmp_path, "--epochs", "5000") as process:

@@ -7,19 +7,27 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet
 import pytest
-from mlflow import MlflowClient
 
 from interplay import Client, export
-from tests.interplay.command.test_command import interplay
+from tests.interplay.command.running import interplay
 from tests.interplay.reports import comparison_report, difference, evaluation_report, series_report
 from tests.interplay.scripted import answer, scripted
 from tests.interplay.test_client import closed_port
 from tests.mlflow import mlflow_server
 from tests.services import Service
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+
+def client_of(url: str) -> "MlflowClient":
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=url)
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +224,7 @@ def test_evaluation_as_a_run(mlflow: str, tmp_path: Path) -> None:
     assert ran.returncode == 0, ran.stderr
     said = json.loads(ran.stdout)["mlflow"]
     assert again.stdout.startswith("MLflow run ")
-    client = MlflowClient(tracking_uri=mlflow)
+    client = client_of(mlflow)
     experiment = client.get_experiment_by_name("digits")
     assert experiment is not None
     assert experiment.experiment_id == said["experiment_id"]
@@ -238,7 +246,7 @@ def test_evaluation_as_a_run(mlflow: str, tmp_path: Path) -> None:
 
 def test_points_are_steps(mlflow: str, reports: dict[str, Any]) -> None:
     """A series over whole epochs uses them as steps, a path the index of its points; places are metrics too."""
-    client = MlflowClient(tracking_uri=mlflow)
+    client = client_of(mlflow)
     for kind, place, steps in (("path", "w", [0, 1, 2]), ("series", "x", [10, 20])):
         report = reports[kind]
         run = export.log_to_mlflow(report, mlflow)
@@ -258,14 +266,14 @@ def test_names_that_mlflow_does_not_take(mlflow: str) -> None:
     report = evaluation_report()
     report["subject"]["metadata"] = {"learning rate (%)": 1, "größe": "x" * 10_000, "a/../b": 2}
     run = export.log_to_mlflow(report, mlflow)
-    params = MlflowClient(tracking_uri=mlflow).get_run(run.run_id).data.params
+    params = client_of(mlflow).get_run(run.run_id).data.params
     assert params["subject.metadata.learning rate ___"] == "1"
     assert len(params["subject.metadata.gr__e"]) == 5000
 
 
 def test_run_that_could_not_be_completed_is_marked(mlflow: str) -> None:
     """A run whose artifacts cannot be stored is marked as failed."""
-    client = MlflowClient(tracking_uri=mlflow)
+    client = client_of(mlflow)
     experiment = client.create_experiment("broken", artifact_location="file:///dev/null/nowhere")
     with pytest.raises(export.ExportFailed, match="did not accept"):
         export.log_to_mlflow(evaluation_report(), mlflow, experiment="broken")

@@ -13,7 +13,7 @@ from interplay.folders import packed_checkpoint, zipped_folder
 from tests.analysis import models
 from tests.analysis.models import IMAGE_MODELS
 from tests.datafiles import encoded, parquet, picture, saved
-from tests.interplay.command.test_command import interplay
+from tests.interplay.command.running import interplay
 from tests.services import Service
 
 

@@ -3,7 +3,6 @@
 import random
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,22 +12,12 @@ import pytest
 
 from tests import services
 from tests.app.test_analyses import pair, without_identity
-from tests.databases import fresh_database
+from tests.campaigns import campaign
 from tests.services import Service, until
 
 # Long enough to be killed during the computation, short enough to be repeated.
 OPTIONS = {"null_permutations": 300}
-
-
-@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
-def restless(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """A service for these tests, whose worker may be killed and is started again at once."""
-    with ExitStack() as stack:
-        url = ""
-        if request.param == "postgresql":
-            url = stack.enter_context(fresh_database(request.getfixturevalue("postgres")))
-        data_dir = tmp_path_factory.mktemp("restless") / "data"
-        yield stack.enter_context(services.running(data_dir, worker_restart_max_seconds="0.2", database_url=url))
+DATABASES = ["sqlite", "postgresql"]
 
 
 def reports_of(service: Service, analysis: dict[str, Any]) -> list[dict[str, Any]]:
@@ -42,40 +31,43 @@ def status(service: Service, analysis: dict[str, Any]) -> dict[str, Any]:
     return dict(service.client.get(f"/v1/analyses/{analysis['id']}").json())
 
 
-def test_worker_killed_at_its_moments(restless: Service, mlp_checkpoint_file: Path, digits_probe_file: Path) -> None:
+@pytest.mark.parametrize("any_service", campaign(DATABASES, often=["sqlite"]), indirect=True)
+def test_worker_killed_at_its_moments(any_service: Service, mlp_checkpoint_file: Path, digits_probe_file: Path) -> None:
     """Kill -9 at the start of an attempt and during computation: one report, equal to the one without a kill."""
-    ids = pair(restless, mlp_checkpoint_file, digits_probe_file)
+    ids = pair(any_service, mlp_checkpoint_file, digits_probe_file)
     options = {"null_permutations": 60}
-    undisturbed = restless.wait(restless.analyze(**ids, options=options)["id"])
-    expected = without_identity(restless.report(undisturbed))
-    analysis = restless.analyze(**ids, options=options)
-    until(lambda: status(restless, analysis)["attempts"] == 1)
-    killed(restless.worker())
-    until(lambda: status(restless, analysis)["attempts"] == 2 and status(restless, analysis)["progress"]["done"] > 0)
-    killed(restless.worker())
-    done = restless.wait(analysis["id"])
+    undisturbed = any_service.wait(any_service.analyze(**ids, options=options)["id"])
+    expected = without_identity(any_service.report(undisturbed))
+    analysis = any_service.analyze(**ids, options=options)
+    until(lambda: status(any_service, analysis)["attempts"] == 1)
+    killed(any_service.worker())
+    until(
+        lambda: status(any_service, analysis)["attempts"] == 2 and status(any_service, analysis)["progress"]["done"] > 0
+    )
+    killed(any_service.worker())
+    done = any_service.wait(analysis["id"])
     assert done["attempts"] == 3
-    assert without_identity(restless.report(done)) == expected
-    assert [report["id"] for report in reports_of(restless, analysis)] == [done["report_id"]]
+    assert without_identity(any_service.report(done)) == expected
+    assert [report["id"] for report in reports_of(any_service, analysis)] == [done["report_id"]]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_worker_killed_many_times(restless: Service, mlp_checkpoint_file: Path, digits_probe_file: Path) -> None:
+def test_worker_killed_many_times(any_service: Service, mlp_checkpoint_file: Path, digits_probe_file: Path) -> None:
     """Kill -9 at 20 random moments of analyses: each ends with one report, equal to the one without a kill."""
-    ids = pair(restless, mlp_checkpoint_file, digits_probe_file)
-    undisturbed = restless.wait(restless.analyze(**ids, options=OPTIONS)["id"])
-    expected = without_identity(restless.report(undisturbed))
+    ids = pair(any_service, mlp_checkpoint_file, digits_probe_file)
+    undisturbed = any_service.wait(any_service.analyze(**ids, options=OPTIONS)["id"])
+    expected = without_identity(any_service.report(undisturbed))
     moments, kills = random.Random(0), 0
     analyses: list[dict[str, Any]] = []
     while kills < 20:
-        analyses.append(restless.analyze(**ids, options=OPTIONS))
-        kills += killed_until_it_ended(restless, analyses[-1], moments, at_most=20 - kills)
+        analyses.append(any_service.analyze(**ids, options=OPTIONS))
+        kills += killed_until_it_ended(any_service, analyses[-1], moments, at_most=20 - kills)
     for one in analyses:
-        done = restless.wait(one["id"])
-        assert without_identity(restless.report(done)) == expected
-        assert [report["id"] for report in reports_of(restless, one)] == [done["report_id"]]
-    assert sum(status(restless, one)["attempts"] for one in analyses) >= kills
+        done = any_service.wait(one["id"])
+        assert without_identity(any_service.report(done)) == expected
+        assert [report["id"] for report in reports_of(any_service, one)] == [done["report_id"]]
+    assert sum(status(any_service, one)["attempts"] for one in analyses) >= kills
 
 
 def killed_until_it_ended(service: Service, analysis: dict[str, Any], moments: random.Random, *, at_most: int) -> int:
@@ -107,6 +99,7 @@ def has_ended(service: Service, analysis: dict[str, Any]) -> bool:
     return status(service, analysis)["status"] in ("succeeded", "failed", "cancelled")
 
 
+@pytest.mark.parametrize("any_service", campaign(DATABASES, often=["sqlite"]), indirect=True)
 def test_compute_child_killed(any_service: Service, mlp_checkpoint_file: Path, digits_probe_file: Path) -> None:
     """After one death of the compute process a new one takes over; two on one task fail it, and the worker lives."""
     ids = pair(any_service, mlp_checkpoint_file, digits_probe_file)
@@ -136,32 +129,50 @@ def test_compute_child_killed(any_service: Service, mlp_checkpoint_file: Path, d
     assert any_service.wait(any_service.analyze(**ids)["id"])["status"] == "succeeded"
 
 
+@pytest.fixture(scope="module")
+def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """Run a service that allows two attempts, three seconds of silence, and is without a worker for two seconds."""
+    data_dir = tmp_path_factory.mktemp("strict") / "data"
+    with services.running(data_dir, worker_restart_max_seconds="2", max_attempts="2", stall_seconds="3") as service:
+        yield service
+
+
 def test_cancel_survives_the_death_of_the_worker(
-    tmp_path: Path, mlp_checkpoint_file: Path, digits_probe_file: Path
+    strict: Service, mlp_checkpoint_file: Path, digits_probe_file: Path
 ) -> None:
     """A cancel requested while no worker runs ends the analysis when a worker comes back."""
-    with services.running(tmp_path / "data", worker_restart_max_seconds="2") as service:
-        analysis = service.analyze(**pair(service, mlp_checkpoint_file, digits_probe_file), options=OPTIONS)
-        until(lambda: status(service, analysis)["status"] == "running")
-        service.worker().kill()
-        assert service.client.post(f"/v1/analyses/{analysis['id']}/cancel").status_code == 200
-        done = service.wait(analysis["id"])
-        assert done["status"] == "cancelled"
-        assert reports_of(service, analysis) == []
+    analysis = strict.analyze(**pair(strict, mlp_checkpoint_file, digits_probe_file), options=OPTIONS)
+    until(lambda: status(strict, analysis)["status"] == "running")
+    strict.worker().kill()
+    assert strict.client.post(f"/v1/analyses/{analysis['id']}/cancel").status_code == 200
+    done = strict.wait(analysis["id"])
+    assert done["status"] == "cancelled"
+    assert reports_of(strict, analysis) == []
 
 
-def test_attempts_are_limited(tmp_path: Path, mlp_checkpoint_file: Path, digits_probe_file: Path) -> None:
+def test_attempts_are_limited(strict: Service, mlp_checkpoint_file: Path, digits_probe_file: Path) -> None:
     """An analysis whose worker dies in every attempt fails with a problem."""
-    with services.running(tmp_path / "data", max_attempts="2", worker_restart_max_seconds="0.2") as service:
-        analysis = service.analyze(
-            **pair(service, mlp_checkpoint_file, digits_probe_file), options={"null_permutations": 1000}
-        )
-        for attempt in (1, 2):
-            until(partial(has_begun_or_ended, service, analysis, attempt))
-            service.worker().kill()
-        failed = service.wait(analysis["id"])
-        assert failed["status"] == "failed"
-        assert failed["problem"]["type"] == "urn:interplay:problem:too-many-attempts"
+    ids = pair(strict, mlp_checkpoint_file, digits_probe_file)
+    analysis = strict.analyze(**ids, options={"null_permutations": 1000})
+    for attempt in (1, 2):
+        until(partial(has_begun_or_ended, strict, analysis, attempt))
+        strict.worker().kill()
+    failed = strict.wait(analysis["id"])
+    assert failed["status"] == "failed"
+    assert failed["problem"]["type"] == "urn:interplay:problem:too-many-attempts"
+
+
+def test_an_analysis_whose_process_hangs_is_computed_by_another(
+    strict: Service, mlp_checkpoint_file: Path, digits_probe_file: Path
+) -> None:
+    """A stopped compute process is replaced, and the analysis succeeds."""
+    ids = pair(strict, mlp_checkpoint_file, digits_probe_file)
+    child = strict.compute_child()
+    child.suspend()
+    analysis = strict.analyze(**ids, options={"null_permutations": 0})
+    assert strict.wait(analysis["id"])["status"] == "succeeded"
+    assert strict.compute_child().pid != child.pid
+    assert not child.is_running()
 
 
 def test_timeout_fails_the_analysis(tmp_path: Path, mlp_checkpoint_file: Path, digits_probe_file: Path) -> None:
@@ -189,30 +200,32 @@ def test_missing_blob_fails_the_analysis(service: Service, mlp_checkpoint_file: 
     assert sha256 in failed["problem"]["detail"]
 
 
-def test_two_workers_share_the_work(restless: Service, mlp_checkpoint_file: Path, digits_probe_file: Path) -> None:
+@pytest.mark.parametrize("any_service", campaign(DATABASES, often=["postgresql"]), indirect=True)
+def test_two_workers_share_the_work(any_service: Service, mlp_checkpoint_file: Path, digits_probe_file: Path) -> None:
     """A second worker takes over the work of a worker that is killed and not restarted."""
-    ids = pair(restless, mlp_checkpoint_file, digits_probe_file)
-    with services.worker(restless) as first, services.worker(restless) as second:
-        until(lambda: len(restless.client.get("/v1/version").json()["workers"]) == 3)
-        analyses = [restless.analyze(**ids, options={"null_permutations": 60}) for _ in range(4)]
-        until(lambda: sum(status(restless, one)["status"] == "running" for one in analyses) == 3)
+    ids = pair(any_service, mlp_checkpoint_file, digits_probe_file)
+    with services.worker(any_service) as first, services.worker(any_service) as second:
+        until(lambda: len(any_service.client.get("/v1/version").json()["workers"]) >= 3)
+        analyses = [any_service.analyze(**ids, options={"null_permutations": 60}) for _ in range(4)]
+        until(lambda: sum(status(any_service, one)["status"] == "running" for one in analyses) == 3)
         first.kill()
         second.terminate()
         for one in analyses:
-            assert restless.wait(one["id"])["status"] == "succeeded"
-            assert len(reports_of(restless, one)) == 1
+            assert any_service.wait(one["id"])["status"] == "succeeded"
+            assert len(reports_of(any_service, one)) == 1
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("kills", [(10,), pytest.param((4, 10, 17), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", campaign([[10], [4, 10, 17]], often=[[10]]))
+@pytest.mark.parametrize("any_service", campaign(DATABASES, often=["postgresql"]), indirect=True)
 def test_worker_killed_in_the_middle_of_a_path(
-    restless: Service, mlp_checkpoint_file: Path, digits_probe_file: Path, kills: tuple[int, ...]
+    any_service: Service, mlp_checkpoint_file: Path, digits_probe_file: Path, kills: list[int]
 ) -> None:
     """Kill -9 at these of 25 points: the path has the same points as without a kill, and finished points are not
     computed again.
     """
-    ids = pair(restless, mlp_checkpoint_file, digits_probe_file)
-    other = restless.post("/v1/checkpoints", {"name": "other"}, mlp_checkpoint_file).json()["id"]
+    ids = pair(any_service, mlp_checkpoint_file, digits_probe_file)
+    other = any_service.post("/v1/checkpoints", {"name": "other"}, mlp_checkpoint_file).json()["id"]
     path = {
         "kind": "path",
         "checkpoint_a_id": ids["checkpoint_id"],
@@ -220,22 +233,22 @@ def test_worker_killed_in_the_middle_of_a_path(
         "probe_id": ids["probe_id"],
         "options": {"null_permutations": 5, "grid": {"points": 25}},
     }
-    expected = restless.report(restless.wait(restless.analyze(**path)["id"]))
-    analysis = restless.analyze(**path)
+    expected = any_service.report(any_service.wait(any_service.analyze(**path)["id"]))
+    analysis = any_service.analyze(**path)
     done_before: list[int] = []
     for kill, wanted in enumerate(kills, start=1):
-        until(partial(_at_point, restless, analysis, attempt=kill, point=wanted))
-        done_before.append(status(restless, analysis)["progress"]["done"])
-        killed(restless.worker())
+        until(partial(_at_point, any_service, analysis, attempt=kill, point=wanted))
+        done_before.append(status(any_service, analysis)["progress"]["done"])
+        killed(any_service.worker())
     lowest: dict[int, int] = {}
-    while not has_ended(restless, analysis):
-        now = status(restless, analysis)
+    while not has_ended(any_service, analysis):
+        now = status(any_service, analysis)
         if now["progress"]["total"] == 25:
             lowest[now["attempts"]] = min(lowest.get(now["attempts"], 25), now["progress"]["done"])
         time.sleep(0.02)
-    done = restless.wait(analysis["id"])
+    done = any_service.wait(analysis["id"])
     assert done["attempts"] == len(kills) + 1
-    assert restless.report(done)["points"] == expected["points"]
+    assert any_service.report(done)["points"] == expected["points"]
     # Only the step in progress when the worker died may run again.
     assert lowest[len(kills) + 1] >= done_before[-1] - 1
 

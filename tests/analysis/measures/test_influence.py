@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from analysis.errors import AnalysisError
 from analysis.measures import influence as module
 from analysis.measures.influence import influence, standard_errors
+from tests.campaigns import campaign
 
 F64 = torch.float64
 
@@ -296,11 +297,9 @@ SUMMARY = [
 
 
 @pytest.mark.usefixtures("without_shape_checks")
-@pytest.mark.parametrize(
-    "spread", [pytest.param(1.2, marks=pytest.mark.slow), 0.5, pytest.param(0.15, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("spread", campaign([1.2, 0.5, 0.15], often=[0.5]))
 def test_standard_errors_are_those_of_a_bootstrap(spread: float) -> None:
-    """400 resamples within classes at N = 600, d = 32, C = 10: within 15 %."""
+    """250 resamples within classes at N = 600, d = 32, C = 10: within 15 %."""
     features, labels, head, logits = _data(11, [60] * 10, 32, spread)
     # A tenth as steep, and with noise: a network that makes mistakes at every spread.
     logits = 0.1 * logits + torch.randn(600, 10, dtype=F64, generator=torch.Generator().manual_seed(2))
@@ -308,7 +307,7 @@ def test_standard_errors_are_those_of_a_bootstrap(spread: float) -> None:
     generator = torch.Generator().manual_seed(1)
     members = [(labels == c).nonzero()[:, 0] for c in range(10)]
     resampled, disagreements = [], []
-    for _ in range(400):
+    for _ in range(250):
         rows = torch.cat([one[torch.randint(60, (60,), generator=generator)] for one in members])
         resampled.append(_summary(features[rows], labels[rows], head, logits[rows]))
         disagreements.append(_disagreement(features[rows], labels[rows], logits[rows].argmax(dim=1)))

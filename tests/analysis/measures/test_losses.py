@@ -10,13 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import config
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from analysis.errors import AnalysisError
 from analysis.measures import entropy, losses
 from analysis.measures.entropy import matrix_entropy, unit_rows
 from analysis.measures.losses import Centring, InterplayLoss, hdr_loss, mir_loss, spectral_entropy
+from tests.campaigns import campaign
 
 F64 = torch.float64
 
@@ -69,7 +69,7 @@ def test_the_loss_is_that_of_the_plain_definitions(n: int, d: int, c: int, centr
 
 
 @pytest.mark.parametrize("centring", ["none", "global"])
-@pytest.mark.parametrize(("n", "d", "c"), [(6, 9, 3), (12, 5, 4), (14, 3, 2)])
+@pytest.mark.parametrize(("n", "d", "c"), campaign([(6, 9, 3), (12, 5, 4), (14, 3, 2)], often=[(6, 9, 3), (14, 3, 2)]))
 def test_gradients_are_exact(n: int, d: int, c: int, centring: Centring) -> None:
     """gradcheck agrees with finite differences; from the second case on there are more samples than dimensions."""
     features, head, labels = _batch(n + d, n, d, c)
@@ -374,11 +374,11 @@ def test_wrong_arguments_are_named() -> None:
 
 
 @pytest.mark.usefixtures("without_shape_checks")
-@pytest.mark.parametrize(
-    "weight", [pytest.param(0.01, marks=pytest.mark.slow), 0.1, pytest.param(1.0, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("weight", campaign([0.01, 0.1, 1.0], often=[0.1]))
 def test_a_network_trains_on_five_labels_a_class(weight: float) -> None:
     """300 steps on the digits: labelled samples, and confident pseudo-labels."""
+    from sklearn.datasets import load_digits
+
     images, targets = load_digits(return_X_y=True)
     inputs, labels = torch.tensor(images, dtype=torch.float32) / 16, torch.tensor(targets)
     labelled = torch.cat([(labels == c).nonzero()[:5, 0] for c in range(10)])

@@ -25,6 +25,7 @@ from tests.analysis.models import (
     labelled,
 )
 from tests.analysis.tiny import error_of
+from tests.campaigns import campaign
 from tests.services import OPERATORS
 
 CPU = torch.device("cpu")
@@ -86,7 +87,11 @@ REFUSED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.parametrize(
+    # Each of three takes seconds until it is stopped.
+    "case",
+    campaign(REFUSED, often=REFUSED.keys() - {"a hundred thousand layers", "a list of depths"}),
+)
 def test_descriptions_are_refused_in_seconds(case: str, tmp_path: Path) -> None:
     """Links to the outside, other networks than classifiers, and depth beyond the file are refused without building."""
     path = tmp_path / "checkpoint"

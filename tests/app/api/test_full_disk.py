@@ -58,7 +58,7 @@ def _fill(disk: Path) -> Path:
 
 def test_uploads_and_rows_that_find_no_room_are_507(small_disk: Path) -> None:
     """Uploads and rows without space are 507 and leave nothing; reads go on, and writes once there is space again."""
-    with services.running(small_disk / "data") as service:
+    with services.running(small_disk / "data", command="api") as service:
         small, large = _features(1), _features(20)
         first = service.post("/v1/feature-sets", {"name": "first"}, small)
         assert first.status_code == 201, first.text

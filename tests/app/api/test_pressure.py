@@ -15,8 +15,7 @@ import httpx
 import pytest
 import sqlalchemy as sa
 
-import migrations
-from app import queue, settings
+from app import settings
 from app.database import make_engine, read
 from app.settings import Settings
 from tests import services
@@ -107,7 +106,7 @@ def test_silent_database_leaves_the_service_alive(tmp_path: Path) -> None:
     with silent_server() as (port, _):
         url = f"postgresql://secret-user@127.0.0.1:{port}/secret-name"
         with services.running(
-            tmp_path / "data", command="api", database_url=url, database_timeout_seconds="3"
+            tmp_path / "data", command="api", tables=False, database_url=url, database_timeout_seconds="3"
         ) as service:
             answers = pressed(service, {"method": "GET", "url": "/v1/probes"}, quick=[])
             for answer in answers:
@@ -154,9 +153,6 @@ def test_silent_storage_leaves_the_service_alive(tmp_path: Path, monkeypatch: py
             "AWS_REGION": "nowhere",
         }.items():
             monkeypatch.setenv(name, value)
-        place = Settings(data_dir=tmp_path / "data")
-        migrations.upgrade(make_engine(place))
-        queue.migrate(make_engine(place))
         with services.running(
             tmp_path / "data",
             command="api",

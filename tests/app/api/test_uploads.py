@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
+import psutil
 import pytest
 from safetensors.numpy import save
 
@@ -338,7 +339,7 @@ def test_another_media_type_is_refused(service: Service) -> None:
 def small_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """Run a service that accepts files up to 100,000 bytes, and waits half a second for more of a body."""
     data_dir = tmp_path_factory.mktemp("small") / "data"
-    with services.running(data_dir, ready=False, max_upload_bytes="100000", upload_idle_seconds="0.5") as service:
+    with services.running(data_dir, max_upload_bytes="100000", upload_idle_seconds="0.5", command="api") as service:
         yield service
 
 
@@ -468,16 +469,19 @@ def test_parts_may_come_in_any_order_and_any_slices(service: Service) -> None:
     assert len(hashes) == 1
 
 
-def test_api_killed_during_an_upload_leaves_nothing_after_its_restart(tmp_path: Path) -> None:
-    """A killed API leaves a staged file at most, and the next start removes it."""
+def test_killed_service_leaves_no_process_and_after_its_restart_no_file(tmp_path: Path) -> None:
+    """A service killed during an upload leaves no worker, no compute process, and until its restart a staged file."""
     spec = json.dumps({"name": "cut off", "architecture": MLP}).encode()
     body = form("b", ("spec", spec), ("file", bytes(3 * 2**20)))
-    with services.running(tmp_path / "data", ready=False) as service, raw_connection(service) as connection:
+    with services.running(tmp_path / "data") as service, raw_connection(service) as connection:
+        family = [service.compute_child(), service.worker()]
         begin_upload(connection, body[: len(body) // 2], len(body))
         until(lambda: blobs(service))
         service.process.kill()
         service.process.wait()
+        _, alive = psutil.wait_procs(family, timeout=15)
+        assert not alive
         assert blobs(service)
-    with services.running(tmp_path / "data", ready=False) as service:
+    with services.running(tmp_path / "data", command="api") as service:
         until(lambda: not blobs(service))
         assert service.client.get("/v1/checkpoints").json()["items"] == []

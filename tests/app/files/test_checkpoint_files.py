@@ -16,7 +16,7 @@ from tests.analysis.models import IMAGE_MODELS, N_CLASSES, Saved
 from tests.app.api.test_uploads import problem
 from tests.app.files.test_archives import SECOND, gzipped, sharded, tarred, without
 from tests.conftest import MLP
-from tests.interplay.command.test_command import interplay
+from tests.interplay.command.running import interplay
 from tests.services import Service
 
 N = 24

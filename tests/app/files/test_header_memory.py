@@ -28,7 +28,7 @@ def test_many_large_headers_take_the_memory_of_one(tmp_path: Path) -> None:
     """Six uploads at once after one take no more memory: they reuse the memory of the first."""
     content = _file(N_TENSORS)
     architecture = {"family": "builtin", "name": "mlp", "args": {"sizes": [2, 2]}}
-    with services.running(tmp_path / "data") as service:
+    with services.running(tmp_path / "data", command="api") as service:
         answers: list[int] = []
 
         def post() -> None:

@@ -3,7 +3,6 @@
 import hashlib
 import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from app.files import identity
 from app.files.datafile import Limits, detect, open_dataset
 from app.files.tensorfile import inspect_npz, inspect_safetensors
 from app.settings import Settings
-from tests import services
 from tests.conftest import MLP
 from tests.datafiles import encoded, image_column, parquet, picture, zipped
 from tests.services import Service
@@ -32,13 +30,6 @@ TENSORS: dict[str, Any] = {
     "labels": np.arange(30) % 10,
     "split": (np.arange(30) % 2).astype(np.uint8),
 }
-
-
-@pytest.fixture(scope="module")
-def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """Run a service whose storage no other test fills."""
-    with services.running(tmp_path_factory.mktemp("own") / "data") as service:
-        yield service
 
 
 def npz(tensors: dict[str, Any], *, compressed: bool = False) -> bytes:
@@ -178,26 +169,28 @@ def test_a_damaged_npz_is_refused_at_the_upload(service: Service) -> None:
     assert (response.status_code, "cannot be read" in response.json()["detail"]) == (422, True)
 
 
-def test_reports_and_kept_features_go_by_the_data(own: Service, tmp_path: Path) -> None:
+def test_reports_and_kept_features_go_by_the_data(service: Service, tmp_path: Path) -> None:
     """An npz and safetensors of equal arrays share baselines and cached features, which go with the last probe."""
+    kept = service.data_dir / "blobs" / "features"
+    before = {*kept.glob("*")}
     torch.manual_seed(0)
     torch_state = build(MLP, device="cpu").state_dict()
     save_file({name: tensor.numpy() for name, tensor in torch_state.items()}, tmp_path / "net")
-    checkpoint = own.post("/v1/checkpoints", {"name": "n", "architecture": MLP}, tmp_path / "net").json()
+    checkpoint = service.post("/v1/checkpoints", {"name": "n", "architecture": MLP}, tmp_path / "net").json()
     save_file(TENSORS, tmp_path / "probe")
-    probes = [pushed(own, npz(TENSORS)), pushed(own, (tmp_path / "probe").read_bytes())]
-    probes.append(pushed(own, npz({**TENSORS, "inputs": INPUTS * 2})))
+    probes = [pushed(service, npz(TENSORS)), pushed(service, (tmp_path / "probe").read_bytes())]
+    probes.append(pushed(service, npz({**TENSORS, "inputs": INPUTS * 2})))
     reports = []
     for probe in probes:
         body = {"checkpoint_id": checkpoint["id"], "probe_id": probe["id"], "options": {"null_permutations": 0}}
-        reports.append(own.report(own.wait(own.analyze(**body)["id"])))
+        reports.append(service.report(service.wait(service.analyze(**body)["id"])))
     assert [report["probe"]["data_sha256"] for report in reports] == [probe["data_sha256"] for probe in probes]
     assert [report["provenance"]["features_reused"] for report in reports] == [False, True, False]
     assert reports[0]["splits"] == reports[1]["splits"]
     gate = {"name": "g", "checks": [{"metric": "splits.all.accuracy", "min_change": 0}]}
-    gate_id = own.client.post("/v1/gates", json=gate).json()["id"]
+    gate_id = service.client.post("/v1/gates", json=gate).json()["id"]
     verdicts = [
-        own.client.post(
+        service.client.post(
             f"/v1/reports/{report['id']}/gate", json={"gate_id": gate_id, "baseline_report_id": reports[0]["id"]}
         )
         for report in reports
@@ -205,32 +198,31 @@ def test_reports_and_kept_features_go_by_the_data(own: Service, tmp_path: Path) 
     assert [verdict.status_code for verdict in verdicts] == [200, 200, 422]
     assert verdicts[1].json()["checks"][0]["status"] == "pass"
     assert verdicts[2].json()["differing"][0]["member"] == "probe.data_sha256"
-    kept = own.data_dir / "blobs" / "features"
-    assert len([*kept.iterdir()]) == 2
-    own.client.delete(f"/v1/probes/{probes[0]['id']}")
-    assert len([*kept.iterdir()]) == 2
-    own.client.delete(f"/v1/probes/{probes[1]['id']}")
-    assert len([*kept.iterdir()]) == 1
+    assert len({*kept.iterdir()} - before) == 2
+    service.client.delete(f"/v1/probes/{probes[0]['id']}")
+    assert len({*kept.iterdir()} - before) == 2
+    service.client.delete(f"/v1/probes/{probes[1]['id']}")
+    assert len({*kept.iterdir()} - before) == 1
 
 
-def test_what_was_there_before_has_no_hash(own: Service, tmp_path: Path) -> None:
+def test_what_was_there_before_has_no_hash(service: Service, tmp_path: Path) -> None:
     """A probe without a hash is identified by its file, for reports and cached features, until it is pushed again."""
     torch_state = build(MLP, device="cpu").state_dict()
     save_file({name: tensor.numpy() for name, tensor in torch_state.items()}, tmp_path / "net")
-    checkpoint = own.post("/v1/checkpoints", {"name": "n", "architecture": MLP}, tmp_path / "net").json()
+    checkpoint = service.post("/v1/checkpoints", {"name": "n", "architecture": MLP}, tmp_path / "net").json()
     content = npz(TENSORS)
-    probe, again = pushed(own, content), pushed(own, content)
-    engine = make_engine(Settings(data_dir=own.data_dir))
+    probe, again = pushed(service, content), pushed(service, content)
+    engine = make_engine(Settings(data_dir=service.data_dir))
     with engine.begin() as connection:
         connection.execute(sa.text("UPDATE probes SET data_sha256 = NULL WHERE id = :id"), {"id": probe["id"]})
     engine.dispose()
-    assert own.client.get(f"/v1/probes/{probe['id']}").json()["data_sha256"] is None
+    assert service.client.get(f"/v1/probes/{probe['id']}").json()["data_sha256"] is None
     found: list[dict[str, Any]] = []
     for id_ in (probe["id"], probe["id"], again["id"]):
         body = {"checkpoint_id": checkpoint["id"], "probe_id": id_, "options": {"null_permutations": len(found)}}
-        found.append(own.report(own.wait(own.analyze(**body)["id"])))
+        found.append(service.report(service.wait(service.analyze(**body)["id"])))
     assert [report["provenance"]["features_reused"] for report in found] == [False, True, False]
     gate = {"name": "old", "checks": [{"metric": "splits.all.accuracy", "min_change": 0}]}
-    gate_id = own.client.post("/v1/gates", json=gate).json()["id"]
+    gate_id = service.client.post("/v1/gates", json=gate).json()["id"]
     asked = {"gate_id": gate_id, "baseline_report_id": found[0]["id"]}
-    assert own.client.post(f"/v1/reports/{found[2]['id']}/gate", json=asked).status_code == 200
+    assert service.client.post(f"/v1/reports/{found[2]['id']}/gate", json=asked).status_code == 200

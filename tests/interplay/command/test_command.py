@@ -16,31 +16,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from tests.interplay.command.running import interplay, message
 from tests.interplay.scripted import BREAK, answer, scripted
 from tests.interplay.test_client import RUNNING, SUCCEEDED, closed_port
 from tests.services import Service
 
 FAILED = {**RUNNING, "status": "failed", "problem": {"type": "urn:x", "title": "Out", "detail": "of", "names": ["w"]}}
-
-
-def interplay(*arguments: str | Path, url: str | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the command to its end, in an environment without other INTERPLAY_ variables."""
-    clean = {key: value for key, value in os.environ.items() if not key.startswith("INTERPLAY_")}
-    if url is not None:
-        clean["INTERPLAY_URL"] = url
-    return subprocess.run(
-        [sys.executable, "-m", "interplay.command", *map(str, arguments)],
-        env={**clean, "COLUMNS": "150", **environment},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
-def message(ran: subprocess.CompletedProcess[str]) -> str:
-    """Return stderr without the frame and the folds of usage errors."""
-    return re.sub(r"[\s│]+", " ", ran.stderr)
 
 
 # --- without a service ----------------------------------------------------------------------------------------------

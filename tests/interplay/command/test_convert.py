@@ -11,7 +11,7 @@ import torch
 from torch.distributed.checkpoint import state_dict_saver as distributed
 
 from analysis.networks.loading import build
-from tests.interplay.command.test_command import interplay
+from tests.interplay.command.running import interplay
 from tests.services import Service
 
 

@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from interplay import Client
 from interplay.command.verdict import marker
 from tests.conftest import MLP
-from tests.interplay.command.test_command import interplay, message
-from tests.interplay.command.test_verdict import XSD
+from tests.interplay.command.running import interplay, message
+from tests.interplay.command.test_verdict import junit_schema
 from tests.interplay.scripted import answer, scripted
 from tests.interplay.test_client import closed_port
 from tests.services import Service
@@ -97,7 +97,7 @@ def test_a_checkpoint_is_pushed_analysed_judged_and_promoted(place: Place) -> No
     assert "Gate gate-" in first.stdout
     assert f"The baseline {name} now points at this report." in first.stdout
 
-    XSD.validate(junit.read_text())
+    junit_schema().validate(junit.read_text())
     (suite,) = junitparser.JUnitXml.fromfile(str(junit))
     assert [type(case.result[0]).__name__ if case.result else "" for case in suite] == ["", "Skipped"]
     assert suite.time > 0
@@ -228,7 +228,7 @@ def test_unreachable_is_3(place: Place) -> None:
     ran = place.run("--gate", place.gate({"min": 0}), "--report", "x", "--junit", junit, "--url", url)
     assert (ran.returncode, ran.stdout) == (3, "")
     assert "cannot be reached" in ran.stderr
-    XSD.validate(junit.read_text())
+    junit_schema().validate(junit.read_text())
     with scripted((503, b"<html>")) as server:
         ran = place.run("--gate", place.gate({"min": 0}), "--report", "x", "--url", server.url)
     assert ran.returncode == 3
@@ -245,7 +245,7 @@ def test_failed_analysis_is_4(place: Place) -> None:
     )
     assert (ran.returncode, ran.stdout) == (4, "")
     assert "misshaped" in ran.stderr
-    XSD.validate(files[0].read_text())
+    junit_schema().validate(files[0].read_text())
     (suite,) = junitparser.JUnitXml.fromfile(str(files[0]))
     assert (suite.tests, suite.errors) == (1, 1)
     assert "no verdict" in files[1].read_text()

@@ -12,7 +12,7 @@ from app.gates.verdicts import Status
 from interplay.command.gate import EXIT_ANALYSIS_FAILED, EXIT_GATE_FAILED, EXIT_UNDEFINED
 from interplay.command.gatefile import read_gate
 from interplay.command.options import EXIT_UNREACHABLE, EXIT_USAGE
-from tests.interplay.command.test_command import interplay, message
+from tests.interplay.command.running import interplay, message
 from tests.interplay.test_client import closed_port
 
 ROOT = Path(__file__).parents[3]

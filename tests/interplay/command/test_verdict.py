@@ -1,15 +1,15 @@
 """A verdict as a table, as JUnit XML and as Markdown; the verdicts come from the service's own judge."""
 
+import functools
 import io
 import json
 import re
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import junitparser
 import pytest
-import xmlschema
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -20,7 +20,18 @@ from app.gates.form import GateSpec
 from interplay.command.verdict import Run, junit, markdown, marker, verdict_view, worst
 from tests.interplay.reports import comparison_report, difference, evaluation_report
 
-XSD = xmlschema.XMLSchema(str(Path(__file__).with_name("junit") / "junit.xsd"))
+if TYPE_CHECKING:
+    import xmlschema
+
+
+@functools.cache
+def junit_schema() -> "xmlschema.XMLSchema":
+    """Return the schema that readers of JUnit files go by."""
+    import xmlschema
+
+    return xmlschema.XMLSchema(str(Path(__file__).with_name("junit") / "junit.xsd"))
+
+
 PASS = {"metric": "splits.all.accuracy", "min": 0.5}
 FAIL = {"metric": "splits.all.accuracy", "min": 0.99, "name": "very accurate"}
 WARN = {"metric": "splits.all.accuracy", "min": 0.98, "severity": "warn", "name": "accurate"}
@@ -60,7 +71,7 @@ def run(*checks: dict[str, Any], strict: bool = False, report: Any = None, basel
 
 def parsed(text: str) -> junitparser.TestSuite:
     """Return the one suite of valid JUnit XML."""
-    XSD.validate(text)
+    junit_schema().validate(text)
     (suite,) = junitparser.JUnitXml.fromstring(text.encode())
     return suite
 

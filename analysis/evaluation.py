@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .clock import Clock, Steps
 from .errors import AnalysisError, Kind
+from .measures.by_class import ByClass, ReliabilityBin, by_class, reliability
 from .measures.classes import LabelledFeatures, class_statistics, computing_dtype, head_directions
 from .measures.collapse import Collapse, CollapsePass, neural_collapse, optimum
 from .measures.entropy import check_finite, squarable, unit_rows
@@ -103,6 +104,8 @@ class SplitEvaluation:
     effective_rank: float | None
     interplay: dict[str, dict[str, Interplay]]
     collapse: Collapse
+    by_class: ByClass
+    reliability: list[ReliabilityBin]
     reasons: dict[str, str]
 
 
@@ -312,6 +315,8 @@ class _Split:
             correct = self.predicted == self.labels
             accuracy, loss = float(correct.double().mean()), float(self.losses.mean())
             calibration = calibration_error(self.confidence, correct)
+            classes = by_class(self.predicted, self.labels, len(self.head))
+            diagram = reliability(self.confidence, correct)
         entropy = levels["sample"]["global"].entropy_features
         return SplitEvaluation(
             n_samples=len(self.labels),
@@ -322,6 +327,8 @@ class _Split:
             effective_rank=None if entropy is None else math.exp(entropy),
             interplay=levels,
             collapse=replace(collapse, absent_classes=self.n_absent),
+            by_class=classes,
+            reliability=diagram,
             reasons={"effective_rank": "no_directions"} if entropy is None else {},
         )
 

@@ -1,10 +1,12 @@
-"""Collections: newest first, one page at a time, by the key (created_at, id) of the last row seen.
+"""Collections: one page at a time, newest first by the key (created_at, id) of the last row seen.
 
-A row added while a client pages is newer than every page to come, so no row is seen twice or missed.
+A row added while a client pages is newer than every page to come, so no row is seen twice or missed. Reports can also
+be sorted by a metric, by the key (value, id): a row added meanwhile is seen if its place is on a page to come.
 """
 
 import base64
 import binascii
+import math
 import re
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, fields
@@ -62,17 +64,37 @@ def listing_with(*filters: str) -> Callable[..., Awaitable[Listing]]:
     return parse
 
 
+@dataclass(frozen=True)
+class ByNumber:
+    """An order of rows by a number of theirs, and by id where it is equal.
+
+    Attributes:
+        column: the number, never null.
+        descending: whether the largest comes first.
+    """
+
+    column: sa.SQLColumnExpression[float]
+    descending: bool
+
+
 def page(
     session: Session,
     query: sa.Select[*tuple[Any, ...]],
     model: type[Resource],
     listing: Listing,
     about: Callable[[sa.Select[str]], sa.ColumnElement[bool]],
+    order: ByNumber | None = None,
 ) -> tuple[Sequence[Any], str | None]:
     """Return the rows of one page of `query`, and the cursor of the next.
 
-    `about` gives SQL that is true where a row is about one of the given resources: those whose metadata match
-    `listing.metadata`.
+    Args:
+        session: of the database.
+        query: selects the model first.
+        model: the resource that is listed.
+        listing: page and filters.
+        about: gives SQL that is true where a row is about one of the given resources: those whose metadata match
+            `listing.metadata`.
+        order: default: newest first. Each row then ends with the number that it is sorted by.
     """
     for entry in listing.metadata or []:
         key, separator, value = entry.partition("=")
@@ -86,30 +108,43 @@ def page(
         query = query.where(model.created_at >= _instant(listing.created_after))
     if listing.created_before is not None:
         query = query.where(model.created_at < _instant(listing.created_before))
+    first: sa.SQLColumnExpression[Any] = model.__table__.c.created_at if order is None else order.column
+    falls = order is None or order.descending
     if listing.cursor is not None:
-        created_at, id_ = _decode(listing.cursor)
-        last = sa.tuple_(sa.literal(created_at, UTCDateTime), sa.literal(id_))
-        query = query.where(sa.tuple_(model.created_at, model.id) < last)
-    query = query.order_by(model.created_at.desc(), model.id.desc()).limit(listing.limit + 1)
-    rows = session.execute(query).all()
+        place, id_ = _decode(listing.cursor, order)
+        last = sa.tuple_(sa.literal(place, UTCDateTime if order is None else sa.Double), sa.literal(id_))
+        seen = sa.tuple_(first, model.id)
+        query = query.where(seen < last if falls else seen > last)
+    keys = [column.desc() if falls else column.asc() for column in (first, model.__table__.c.id)]
+    if order is not None:
+        query = query.add_columns(first)
+    rows = session.execute(query.order_by(*keys).limit(listing.limit + 1)).all()
     if len(rows) <= listing.limit:
         return rows, None
     rows = rows[: listing.limit]
-    return rows, _encode(rows[-1][0])
+    row = rows[-1][0]
+    return rows, _encode(row.created_at if order is None else rows[-1][-1], row.id)
 
 
-def _encode(row: Resource) -> str:
-    return base64.urlsafe_b64encode(f"{row.created_at.isoformat()} {row.id}".encode()).decode()
+def _encode(place: datetime | float, id_: str) -> str:
+    text = place.isoformat() if isinstance(place, datetime) else float(place).hex()
+    return base64.urlsafe_b64encode(f"{text} {id_}".encode()).decode()
 
 
-def _decode(cursor: str) -> tuple[datetime, str]:
+def _decode(cursor: str, order: ByNumber | None) -> tuple[datetime | float, str]:
     try:
-        created_at, id_ = base64.urlsafe_b64decode(cursor.encode()).decode().split(" ")
-        instant = datetime.fromisoformat(created_at)
-        if instant.tzinfo is None or not id_.isascii() or not id_.isprintable():
+        text, id_ = base64.urlsafe_b64decode(cursor.encode()).decode().split(" ")
+        if not id_.isascii() or not id_.isprintable():
             raise ValueError
-    except (ValueError, binascii.Error):
-        raise InvalidRequest("The cursor is not one that this service gave out.") from None
+        if order is not None:
+            if not math.isfinite(number := float.fromhex(text)):
+                raise ValueError
+            return number, id_
+        instant = datetime.fromisoformat(text)
+        if instant.tzinfo is None:
+            raise ValueError
+    except (ValueError, OverflowError, binascii.Error):
+        raise InvalidRequest("The cursor is not one that this service gave out for this order.") from None
     return _instant(instant), id_
 
 

@@ -212,6 +212,17 @@ class Report(Resource):
     content: Mapped[str] = mapped_column(sa.Text)
 
 
+class ReportMetric(Base):
+    """One metric of a report, so that lists of reports are sorted and filtered by it."""
+
+    __tablename__ = "report_metrics"
+    __table_args__ = (sa.Index(None, "path", "value", "report_id"), {"sqlite_with_rowid": False})
+
+    report_id: Mapped[str] = mapped_column(sa.ForeignKey("reports.id"), primary_key=True)
+    path: Mapped[str] = mapped_column(sa.String(200), primary_key=True)
+    value: Mapped[float] = mapped_column(sa.Double)
+
+
 class Gate(Resource):
     """One version of a gate, immutable; the highest version of a name is the current one."""
 

@@ -95,6 +95,23 @@ class BaselineReference(TypedDict):
     subject: str | None
 
 
+class Confusion(TypedDict):
+    """Samples of class `label` for which class `predicted` is predicted."""
+
+    label: int
+    predicted: int | None
+    n_samples: int
+
+
+class ByClass(TypedDict):
+    """Predictions by class, in the order of `class_counts`."""
+
+    accuracy: list[float | None]
+    predicted_counts: list[int]
+    confusions: list[Confusion]
+    n_confused_otherwise: int
+
+
 class Distance(TypedDict):
     mir: float | None
     hdr: float | None
@@ -287,6 +304,16 @@ class Levels(TypedDict):
     class_mean: Centrings
 
 
+class ReliabilityBin(TypedDict):
+    """Samples whose predicted class has a probability in (low, high]."""
+
+    low: float
+    high: float
+    n_samples: int
+    confidence: float | None
+    accuracy: float | None
+
+
 class SplitEvaluation(TypedDict):
     n_samples: int
     class_counts: list[int]
@@ -296,6 +323,8 @@ class SplitEvaluation(TypedDict):
     effective_rank: float | None
     interplay: Levels
     collapse: Collapse
+    by_class: NotRequired[ByClass | None]
+    reliability: NotRequired[list[ReliabilityBin] | None]
     reasons: dict[str, str]
 
 
@@ -740,6 +769,7 @@ class ReportSummary(TypedDict):
     probe_id: str | None
     feature_set_id: str | None
     created_at: str
+    metrics: dict[str, float | None]
 
 
 class SeriesPoint(TypedDict):

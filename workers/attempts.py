@@ -5,6 +5,7 @@ client that cancels, or a worker that was assumed dead and still runs.
 """
 
 import hashlib
+import json
 from collections.abc import Sequence
 from uuid import uuid4
 
@@ -14,7 +15,18 @@ from sqlalchemy.orm import Session
 
 from app.database import read, write
 from app.errors import problem
-from app.models import Analysis, AnalysisCheckpoint, Checkpoint, FeatureSet, MetadataEntry, Probe, Report, now
+from app.models import (
+    Analysis,
+    AnalysisCheckpoint,
+    Checkpoint,
+    FeatureSet,
+    MetadataEntry,
+    Probe,
+    Report,
+    ReportMetric,
+    now,
+)
+from app.schemas.metrics import metrics_of
 from app.schemas.reports import DEFINITIONS_VERSION, SCHEMA_VERSION, EvaluationReport, Subject
 from app.schemas.reports import Report as AnyReport
 from workers import tasks
@@ -86,7 +98,7 @@ def finish(engine: sa.Engine, analysis_id: str, result: Result) -> bool:
         if result.body is not None:
             report = _report(row, result.body)
             subjects = _subjects(report)
-            session.add(_report_row(row, report))
+            _store(session, row, report)
             session.add_all(MetadataEntry.entries(report.id, _metadata(subjects)))
             _note_names(session, subjects)
             row.progress_phase, row.progress_done = "finished", row.progress_total
@@ -155,16 +167,26 @@ def _report(row: Analysis, body: Json) -> AnyReport:
     )
 
 
-def _report_row(row: Analysis, report: AnyReport) -> Report:
+def _store(session: Session, row: Analysis, report: AnyReport) -> None:
+    """Store a report and its metrics."""
     content = report.model_dump_json(by_alias=True)
-    return Report(
-        id=report.id,
-        created_at=report.created_at,
-        analysis_id=row.id,
-        kind=row.kind,
-        name=row.name,
-        probe_id=row.probe_id,
-        feature_set_id=row.feature_set_id,
-        sha256=hashlib.sha256(content.encode()).hexdigest(),
-        content=content,
+    session.add(
+        Report(
+            id=report.id,
+            created_at=report.created_at,
+            analysis_id=row.id,
+            kind=row.kind,
+            name=row.name,
+            probe_id=row.probe_id,
+            feature_set_id=row.feature_set_id,
+            sha256=hashlib.sha256(content.encode()).hexdigest(),
+            content=content,
+        )
     )
+    session.flush()  # metrics refer to the report
+    metrics = [
+        {"report_id": report.id, "path": path, "value": value}
+        for path, value in metrics_of(row.kind, json.loads(content)).items()
+    ]
+    if metrics:
+        session.execute(sa.insert(ReportMetric), metrics)

@@ -16,7 +16,14 @@ def existing_point(engine: sa.Engine, task: SeriesPointTask) -> SeriesAnswer | N
         return None
     return SeriesAnswer(
         point=SeriesPoint(
-            x=task.axis.values[done], checkpoint_id=checkpoint.id, reused_report_id=report.id, splits=report.splits
+            x=task.axis.values[done],
+            checkpoint_id=checkpoint.id,
+            reused_report_id=report.id,
+            # As in a point that is computed.
+            splits={
+                name: split.model_copy(update={"by_class": None, "reliability": None})
+                for name, split in report.splits.items()
+            },
         ),
         known=Known.model_validate({**dict(report.subject), "probe": report.probe}),
         timings_seconds={},

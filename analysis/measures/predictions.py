@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int, Int64
 from torch import Tensor
 
-_CALIBRATION_BINS = 15
+#: Equal bins of the top probability, for the calibration error and the reliability diagram.
+CALIBRATION_BINS = 15
 # Most logits converted to float64 at a time: 32 MiB.
 _CHUNK_NUMBERS = 2**22
 
@@ -66,13 +67,18 @@ def rows_at_a_time(n_classes: int) -> int:
     return max(_CHUNK_NUMBERS // n_classes, 1)
 
 
+def bins_of(confidence: Float64[Tensor, " n"]) -> Int64[Tensor, " n"]:
+    """Return the number of each sample's bin (k/15, (k+1)/15] of the top probability; 0 is in the first."""
+    return (confidence * CALIBRATION_BINS).ceil().long().clamp(1, CALIBRATION_BINS) - 1
+
+
 def calibration_gaps(
     confidence: Float64[Tensor, " n"], correct: Bool[Tensor, " n"]
 ) -> tuple[Int64[Tensor, " n"], Float64[Tensor, " bins"]]:
     """Return each sample's bin (k/15, (k+1)/15] of the top probability, and by bin the sum of correct - confidence."""
-    bins = (confidence * _CALIBRATION_BINS).ceil().long().clamp(1, _CALIBRATION_BINS) - 1
+    bins = bins_of(confidence)
     # On the processor: a GPU adds to a bin in any order, so the last digit would differ from run to run.
-    gaps = torch.zeros(_CALIBRATION_BINS, dtype=confidence.dtype)
+    gaps = torch.zeros(CALIBRATION_BINS, dtype=confidence.dtype)
     gaps.index_add_(0, bins.cpu(), (correct.double() - confidence).cpu())
     return bins, gaps.to(confidence.device)
 

@@ -19,6 +19,7 @@ class KindOfAnalysis:
         grows: whether a later report may have more points, so that points are counted from the end.
         choices: paths in `provenance` (options) or the report (axis) that change numbers as much as the checkpoint
             does; two reports are comparable only where they agree.
+        metrics: pattern of the paths by which lists of its reports are sorted and filtered.
         also_judged_as: another kind whose gates judge its reports too, beside gates of its own kind.
     """
 
@@ -28,13 +29,20 @@ class KindOfAnalysis:
     axis: str | None = None
     grows: bool = False
     choices: tuple[str, ...] = ()
+    metrics: str = r"(splits|summary)(\.[a-z]\w*)+"
     also_judged_as: Kind | None = None
 
 
 _OF_MODEL = ("loss", "accuracy", "mir", "hdr")
 KINDS: Mapping[Kind, KindOfAnalysis] = {
     "evaluation": KindOfAnalysis(EvaluationReport, ("mir", "hdr")),
-    "comparison": KindOfAnalysis(ComparisonReport, ("accuracy", "loss", "mir", "hdr"), also_judged_as="evaluation"),
+    "comparison": KindOfAnalysis(
+        ComparisonReport,
+        ("accuracy", "loss", "mir", "hdr"),
+        # Both sides have reports of their own, and a difference has eight more numbers.
+        metrics=r"splits\.[a-z]+\.(differences(\.[a-z]\w*)+\.difference|predictions\.[a-z]\w*)",
+        also_judged_as="evaluation",
+    ),
     "path": KindOfAnalysis(
         PathReport,
         ("loss", "error", "mir", "hdr"),

@@ -97,6 +97,33 @@ class Collapse(Strict):
     reasons: Reasons
 
 
+class Confusion(Strict):
+    """Samples of class `label` for which class `predicted` is predicted."""
+
+    label: int
+    predicted: int | None = Field(description="Null for a token of a language model that is no class.")
+    n_samples: int
+
+
+class ByClass(Strict):
+    """Predictions by class, in the order of `class_counts`."""
+
+    accuracy: list[FiniteFloat | None] = Field(description="Recall of each class; null for a class without samples.")
+    predicted_counts: list[int] = Field(description="Samples of any class that are predicted as each class.")
+    confusions: list[Confusion] = Field(description="The 1,000 largest at most, the largest first.")
+    n_confused_otherwise: int = Field(description="Wrongly predicted samples whose confusions are not listed.")
+
+
+class ReliabilityBin(Strict):
+    """Samples whose predicted class has a probability in (low, high]."""
+
+    low: FiniteFloat
+    high: FiniteFloat
+    n_samples: int
+    confidence: FiniteFloat | None = Field(description="Mean probability of the predicted class; null without samples.")
+    accuracy: FiniteFloat | None
+
+
 class SplitEvaluation(Strict):
     n_samples: int
     class_counts: list[int]
@@ -106,6 +133,10 @@ class SplitEvaluation(Strict):
     effective_rank: FiniteFloat | None
     interplay: Levels
     collapse: Collapse
+    by_class: ByClass | None = Field(default=None, description="Null in points, and in reports older than this member.")
+    reliability: list[ReliabilityBin] | None = Field(
+        default=None, description="The 15 bins of the calibration error; null where `by_class` is."
+    )
     reasons: Reasons
 
 

@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from app.schemas.base import Strict
 from app.schemas.requests import Axis
@@ -125,6 +125,9 @@ class ReportSummary(Strict):
     probe_id: str | None
     feature_set_id: str | None
     created_at: datetime
+    metrics: dict[str, FiniteFloat | None] = Field(
+        description="By path: the metrics that the list is sorted or filtered by, and those asked for by `show`."
+    )
 
 
 Item = TypeVar("Item")

@@ -1,6 +1,6 @@
 """Calls that every collection has: get, list and delete; and the transport that all calls share."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Literal, TypedDict, Unpack, cast, overload
 
@@ -14,7 +14,9 @@ class Filters(TypedDict, total=False):
     """The filters of `list`; those that are None are left out.
 
     `name`, `created_after`, `created_before` and `metadata` are for every collection; `kind`, `checkpoint_id`,
-    `probe_id` and `feature_set_id` for analyses and reports; `status` for analyses.
+    `probe_id` and `feature_set_id` for analyses and reports; `status` for analyses. For reports: `sort` by the metric
+    at a path such as splits.test.accuracy, in `order` desc (the default) or asc; `metric`, bounds such as
+    splits.test.accuracy>=0.9; `show`, paths of metrics that each report's `metrics` shall have.
     """
 
     name: str | None
@@ -26,6 +28,10 @@ class Filters(TypedDict, total=False):
     probe_id: str | None
     feature_set_id: str | None
     status: str | None
+    sort: str | None
+    order: Literal["asc", "desc"] | None
+    metric: Sequence[str] | None
+    show: Sequence[str] | None
 
 
 class Page(Filters, total=False):
@@ -75,14 +81,14 @@ class CollectionCalls:
     @overload
     def list(self, collection: Literal["baselines"], **page: Unpack[Page]) -> Iterator[Baseline]: ...
     def list(self, collection: Collection, **page: Unpack[Page]) -> Iterator[Any]:
-        """Yield the resources of a collection that match the filters, newest first, page by page.
+        """Yield the resources of a collection that match the filters, newest first unless sorted, page by page.
 
         Args:
             collection: checkpoints, probes, feature-sets, analyses, reports, gates or baselines.
             page: `limit`, the most resources to yield (default: all), and `page_size`, resources per request (default:
                 100). The filters `name`, `created_after`, `created_before` and `metadata` (for each key a value, or a
                 list of values, all of which a resource must have); for analyses and reports `kind`, `checkpoint_id`,
-                `probe_id`, `feature_set_id`; for analyses `status`.
+                `probe_id`, `feature_set_id`; for analyses `status`; for reports `sort`, `order`, `metric`, `show`.
         """
         left, page_size = page.pop("limit", None), page.pop("page_size", 100)
         query = _query(page)

@@ -57,6 +57,14 @@ def test_evaluation_of_a_checkpoint(any_service: Service, mlp_checkpoint_file: P
     }  # fmt: skip
     for split in report["splits"].values():
         assert split["accuracy"] > 0.7
+        classes, counts = split["by_class"], split["class_counts"]
+        right = sum(accuracy * count for accuracy, count in zip(classes["accuracy"], counts, strict=True))
+        assert right == pytest.approx(split["accuracy"] * split["n_samples"], rel=1e-12)
+        assert (
+            sum(classes["predicted_counts"]) == split["n_samples"] == sum(b["n_samples"] for b in split["reliability"])
+        )
+        confused = sum(confusion["n_samples"] for confusion in classes["confusions"])
+        assert confused + classes["n_confused_otherwise"] == pytest.approx(split["n_samples"] - right)
         for level in ("sample", "class_mean"):
             for centring in ("none", "global"):
                 values = split["interplay"][level][centring]

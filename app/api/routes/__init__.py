@@ -11,6 +11,7 @@ from app.api.events import Events
 from app.api.openapi import problem_response
 from app.api.readiness import Readiness
 from app.queue import LateClient
+from app.reports import Subject
 from app.schemas import PLAIN_TEXT, Kind
 from app.settings import Settings
 from app.storage import Storage
@@ -39,30 +40,16 @@ ServiceDep = Annotated[Service, Depends(_service)]
 _IdFilter = Annotated[str | None, Query(max_length=36, pattern=PLAIN_TEXT)]
 
 
-@dataclass(frozen=True)
-class SubjectFilters:
-    """Filters of analyses and reports by kind and subject; None does not filter."""
-
-    kind: Kind | None
-    checkpoint_id: str | None
-    probe_id: str | None
-    feature_set_id: str | None
-
-    def columns(self) -> dict[str, str | None]:
-        """Return the filters that compare a column; a checkpoint is found in a table of its own."""
-        return {"kind": self.kind, "probe_id": self.probe_id, "feature_set_id": self.feature_set_id}
-
-
-async def _subject_filters(
+async def _subject(
     kind: Kind | None = None,
     checkpoint_id: _IdFilter = None,
     probe_id: _IdFilter = None,
     feature_set_id: _IdFilter = None,
-) -> SubjectFilters:
-    return SubjectFilters(kind, checkpoint_id, probe_id, feature_set_id)
+) -> Subject:
+    return Subject(kind, checkpoint_id, probe_id, feature_set_id)
 
 
-SubjectFiltersDep = Annotated[SubjectFilters, Depends(_subject_filters)]
+SubjectDep = Annotated[Subject, Depends(_subject)]
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:

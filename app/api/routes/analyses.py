@@ -6,7 +6,7 @@ from fastapi import APIRouter, Depends, Header, Request, Response
 
 from app import analyses, schemas
 from app.api.openapi import reference
-from app.api.routes import ServiceDep, SubjectFiltersDep, problems
+from app.api.routes import ServiceDep, SubjectDep, problems
 from app.listing import Listing, listing_with
 
 router = APIRouter(tags=["analyses"])
@@ -50,7 +50,7 @@ def create_analysis(
 def list_analyses(
     service: ServiceDep,
     listing: AnalysisListing,
-    subject: SubjectFiltersDep,
+    subject: SubjectDep,
     status: schemas.Status | None = None,
 ) -> schemas.Page[schemas.Analysis]:
     return analyses.list_page(

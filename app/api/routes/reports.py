@@ -6,17 +6,21 @@ import sqlalchemy as sa
 from fastapi import APIRouter, Depends, Header, Path, Response
 from fastapi.concurrency import run_in_threadpool
 
-from app import analyses, schemas
+from app import schemas
 from app.api import drawing
-from app.api.routes import Service, ServiceDep, SubjectFiltersDep, problems
+from app.api.routes import Service, ServiceDep, SubjectDep, problems
 from app.database import read
 from app.errors import NotFound
-from app.listing import Listing, listing_with, page
+from app.listing import Listing, listing_with
 from app.models import Report
+from app.reports import Ranking, page_of_reports
 from app.schemas import reports
 
 router = APIRouter(tags=["reports"])
-ReportListing = Annotated[Listing, Depends(listing_with("kind", "checkpoint_id", "probe_id", "feature_set_id"))]
+ReportListing = Annotated[
+    Listing,
+    Depends(listing_with("kind", "checkpoint_id", "probe_id", "feature_set_id", "sort", "order", "metric", "show")),
+]
 IfNoneMatch = Annotated[str | None, Header(max_length=1000)]
 # Built once: SQLAlchemy takes longer to build a statement than SQLite to execute it.
 _ONE = Report.id == sa.bindparam("id")
@@ -52,38 +56,14 @@ def get_report(id: schemas.Id, service: ServiceDep, if_none_match: IfNoneMatch =
 
 @router.get("/reports", responses=problems(422))
 def list_reports(
-    service: ServiceDep, listing: ReportListing, subject: SubjectFiltersDep
+    service: ServiceDep, listing: ReportListing, subject: SubjectDep, ranking: Annotated[Ranking, Depends()]
 ) -> schemas.Page[schemas.ReportSummary]:
-    """Reports without their content."""
-    query = sa.select(Report).options(sa.orm.defer(Report.content))
-    if subject.checkpoint_id is not None:
-        query = query.where(analyses.looks_at(Report.analysis_id, [subject.checkpoint_id]))
-    for column, value in subject.columns().items():
-        if value is not None:
-            query = query.where(getattr(Report, column) == value)
+    """Reports without their content, the newest first or sorted by a metric.
 
-    def about(ids: sa.Select[str]) -> sa.ColumnElement[bool]:
-        return sa.or_(Report.id.in_(ids), Report.probe_id.in_(ids))
-
+    A report that has no value at the path that they are sorted by is left out.
+    """
     with read(service.engine) as session:
-        rows, cursor = page(session, query, Report, listing, about)
-        items = [_summary(row) for (row,) in rows]
-    return schemas.Page(items=items, next_cursor=cursor)
-
-
-def _summary(row: Report) -> schemas.ReportSummary:
-    ids = [place.checkpoint_id for place in row.checkpoints]
-    return schemas.ReportSummary(
-        id=row.id,
-        analysis_id=row.analysis_id,
-        kind=row.kind,
-        name=row.name,
-        checkpoint_id=ids[0] if len(ids) == 1 else None,
-        checkpoint_ids=ids,
-        probe_id=row.probe_id,
-        feature_set_id=row.feature_set_id,
-        created_at=row.created_at,
-    )
+        return page_of_reports(session, listing, subject, ranking)
 
 
 @router.get("/reports/{id}/charts", responses=problems(404))

@@ -31,7 +31,7 @@ from analysis.sweeps.sameness import require_same_function
 from app.descriptions.labels import own_class_names
 from app.schemas import EvenGrid
 from app.schemas.reports import Alignment, Barrier, BarrierForms, PathLook, PathPoint, PathSplit, PathSummary
-from workers.compute.context import Context, load, network_facts, options_of, splits_of
+from workers.compute.context import Context, load, network_facts, options_of
 from workers.compute.kinds.points import (
     MEASURED,
     LoadedProbe,
@@ -42,6 +42,7 @@ from workers.compute.kinds.points import (
     known_of,
     load_probe,
     measured,
+    splits_of_point,
     timings_of,
 )
 from workers.tasks import Json, KnownOfPath, Look, Network, PathAnswer, PathPointTask, PathReportTask, PathTask
@@ -109,7 +110,7 @@ def path_point(task: PathPointTask, context: Context) -> PathAnswer:
         look=first_look,
     )
     return PathAnswer(
-        point=PathPoint.model_validate({"w": w, "splits": splits_of(evaluation)}),
+        point=PathPoint.model_validate({"w": w, "splits": splits_of_point(evaluation)}),
         known=known,
         timings_seconds=timings_of(clock, evaluation),
         last=last,

@@ -4,7 +4,7 @@ MIR and HDR of a summary are those of the sample level with global centring, as 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from analysis.clock import Clock
 from analysis.evaluation import Evaluation
@@ -47,6 +47,12 @@ def known_of(network: LoadedNetwork, evaluation: Evaluation, about: ProbeSubject
         batch_size=evaluation.batch_size,
         probe=about,
     )
+
+
+def splits_of_point(evaluation: Evaluation) -> Json:
+    """Return a point's splits: without predictions by class and confidence, which would outweigh all other numbers."""
+    without: Json = {"by_class": None, "reliability": None}
+    return {name: asdict(split) | without for name, split in evaluation.splits.items()}
 
 
 def timings_of(clock: Clock, evaluation: Evaluation) -> dict[str, float]:

@@ -8,7 +8,7 @@ from analysis.clock import Clock
 from analysis.evaluation import EvaluationOptions, evaluate_network
 from analysis.sweeps.pruning import Pruning, knee
 from app.schemas.reports import PruningPoint, PruningSplit, PruningSummary
-from workers.compute.context import Context, load, options_of, splits_of
+from workers.compute.context import Context, load, options_of
 from workers.compute.kinds.points import (
     LoadedProbe,
     common_members,
@@ -17,6 +17,7 @@ from workers.compute.kinds.points import (
     described_with,
     known_of,
     load_probe,
+    splits_of_point,
     timings_of,
 )
 from workers.tasks import Json, KnownOfPruning, PruningAnswer, PruningPointTask, PruningReportTask, PruningTask
@@ -47,7 +48,7 @@ def pruning_point(task: PruningPointTask, context: Context) -> PruningAnswer:
     known = known_of(pruning.network, evaluation, loaded.probe.about)
     return PruningAnswer(
         point=PruningPoint.model_validate(
-            {"sparsity": sparsity, "n_pruned": n_pruned, "splits": splits_of(evaluation)}
+            {"sparsity": sparsity, "n_pruned": n_pruned, "splits": splits_of_point(evaluation)}
         ),
         known=KnownOfPruning(**dict(known), n_prunable=pruning.n_prunable),
         timings_seconds=timings_of(clock, evaluation),

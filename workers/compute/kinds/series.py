@@ -12,7 +12,7 @@ from analysis.evaluation import EvaluationOptions, evaluate_network
 from analysis.networks.loading import LoadedNetwork
 from app import schemas
 from app.schemas.reports import Generalisation, SeriesPoint, SeriesSplit, SeriesSummary
-from workers.compute.context import Context, load, options_of, splits_of
+from workers.compute.context import Context, load, options_of
 from workers.compute.kinds.points import (
     MEASURED,
     LoadedProbe,
@@ -23,6 +23,7 @@ from workers.compute.kinds.points import (
     known_of,
     load_probe,
     measured,
+    splits_of_point,
     timings_of,
 )
 from workers.tasks import Checkpoint, Json, Known, SeriesAnswer, SeriesPointTask, SeriesReportTask, SeriesTask
@@ -53,7 +54,7 @@ def series_point(task: SeriesPointTask, context: Context) -> SeriesAnswer:
     known = known_of(network, evaluation, probe.about)
     # Checked at each point and not only at the end, since a series may be long.
     require_comparable([*task.known, known])
-    point = {"x": x, "checkpoint_id": checkpoint.id, "reused_report_id": None, "splits": splits_of(evaluation)}
+    point = {"x": x, "checkpoint_id": checkpoint.id, "reused_report_id": None, "splits": splits_of_point(evaluation)}
     return SeriesAnswer(
         point=SeriesPoint.model_validate(point),
         known=known,

@@ -63,8 +63,10 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# After a change of what the service answers: writes interplay/results.py and docs/gate.schema.json anew.
+# After a change of what the service answers, or of the definitions: writes interplay/results.py, docs/gate.schema.json
+# and the copy of the definitions that the server's package brings along.
 types: setup
+	cp docs/metrics.md app/pages/metrics.md
 	$(BIN)/python -m tools.result_types
 	$(BIN)/python -m tools.gate_schema
 

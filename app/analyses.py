@@ -131,6 +131,13 @@ def list_page(
         return schemas.Page(items=[_resource(*row) for row in rows], next_cursor=cursor)
 
 
+def count_queued(engine: sa.Engine) -> int:
+    """Return the number of analyses that wait for a worker."""
+    query = sa.select(sa.func.count()).select_from(Analysis).where(_status(engine.dialect.name) == "queued")
+    with read(engine) as session:
+        return session.scalar(query) or 0
+
+
 Ids = Sequence[str] | sa.Select[str]
 
 

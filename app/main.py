@@ -17,7 +17,9 @@ from app.api.openapi import Application
 from app.api.readiness import Readiness
 from app.api.routes import Service, analyses, gates, health, reports
 from app.api.routes import resources as resource_routes
+from app.api.sessions import Sessions
 from app.database import make_engine
+from app.pages.application import Pages
 from app.settings import Settings
 from app.startup import WaitForTables, settle
 from app.storage import Storage
@@ -41,6 +43,7 @@ def create_app(settings: Settings, tables: "Future[None] | None" = None) -> Fast
     events = Events(engine, settings.max_event_streams)
     storage = Storage(settings)
     readiness, drawings = Readiness(engine, storage), Drawings(settings)
+    sessions = Sessions(settings)
     service = Service(settings, engine, storage, queue.LateClient(engine), events, readiness, drawings)
 
     @asynccontextmanager
@@ -64,8 +67,9 @@ def create_app(settings: Settings, tables: "Future[None] | None" = None) -> Fast
     )
     app.settings = settings
     app.state.service = service
+    app.add_middleware(Pages, service=service, sessions=sessions)
     app.add_middleware(WaitForTables, tables=tables)
-    app.add_middleware(Admission, settings=settings)
+    app.add_middleware(Admission, settings=settings, sessions=sessions)
     problems.install(app)
     # FastAPI tries one route after the other, ten microseconds each: the most requested come first.
     for router in (reports.router, analyses.router, resource_routes.router, gates.router, health.router):

@@ -22,17 +22,19 @@ logger = logging.getLogger(__name__)
 # How long a call waits for the tables; then it goes on and answers that they are missing.
 _PATIENCE_SECONDS = 30.0
 _SWEEP_SECONDS = 600.0
+# Beginnings of paths that are answered before the tables exist.
+_WITHOUT_TABLES = ("/healthz", "/readyz", "/docs", "/redoc", "/openapi.json", "/static/")
 
 
 class WaitForTables:
-    """Holds calls of /v1 until the tables exist; `tables` is done then."""
+    """Holds calls of the API and pages until the tables exist; `tables` is done then."""
 
     def __init__(self, app: ASGIApp, *, tables: "Future[None]") -> None:
         self._app = app
         self._tables = tables
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if not self._tables.done() and scope["type"] == "http" and scope["path"].startswith("/v1/"):
+        if not self._tables.done() and scope["type"] == "http" and not scope["path"].startswith(_WITHOUT_TABLES):
             await asyncio.wait({asyncio.wrap_future(self._tables)}, timeout=_PATIENCE_SECONDS)
         await self._app(scope, receive, send)
 

@@ -23,7 +23,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 from interplay.kinds import KINDS
 from interplay.transport import InterplayError
@@ -94,11 +94,16 @@ def write_csv(report: Mapping[str, Any], path: Path) -> int:
 
     Names, splits, paths and reasons are untrusted: none of them becomes a formula when the file is opened.
     """
-    found = [{name: _harmless(value) for name, value in asdict(row).items()} for row in rows(report)]
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
-        writer.writeheader()
-        writer.writerows(found)
+        return to_csv(report, file)
+
+
+def to_csv(report: Mapping[str, Any], file: TextIO) -> int:
+    """Write the table as `write_csv` does, to an open file."""
+    found = [{name: _harmless(value) for name, value in asdict(row).items()} for row in rows(report)]
+    writer = csv.DictWriter(file, [field.name for field in fields(Row)])
+    writer.writeheader()
+    writer.writerows(found)
     return len(found)
 
 

@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.problems import problem_response
+from app.api.sessions import Sessions
 from app.errors import Forbidden, RequestTimeout, ServiceError, Unauthorized, UploadIncomplete
 from app.settings import Settings
 
@@ -29,9 +30,10 @@ class Admission:
     route does not read the body; here every error is a problem.
     """
 
-    def __init__(self, app: ASGIApp, *, settings: Settings) -> None:
+    def __init__(self, app: ASGIApp, *, settings: Settings, sessions: Sessions) -> None:
         self._app = app
         self._settings = settings
+        self._sessions = sessions
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -88,24 +90,30 @@ class Admission:
                 message = {"type": "http.response.body", "body": b"", "more_body": False}
             await send(message)
 
-        refusal = _refusal(self._settings, scope["path"], headers)
+        refusal = self._refusal(scope["method"], scope["path"], headers)
         if refusal is not None:
             await problem_response(refusal)(scope, watched_receive, lingering_send)
             return
         await self._app(scope, watched_receive, lingering_send)
 
-
-def _refusal(settings: Settings, path: str, headers: dict[bytes, bytes]) -> ServiceError | None:
-    """Return why a request is refused, or None. Keys with scopes will be looked up here."""
-    if settings.api_key is None:
-        # Without a key the service is for this machine only. Another site must not get in through a browser here:
-        # neither by a name that resolves to this machine, nor by a form that posts to it.
-        sources = [f"//{headers.get(b'host', b'').decode('latin-1')}", headers.get(b"origin", b"").decode("latin-1")]
-        if not all(_names_this_machine(source) for source in sources if source):
-            return Forbidden("Without an API key the service answers only to 127.0.0.1, [::1] and localhost.")
-    elif path.startswith("/v1/") and not holds_key(settings, headers.get(b"authorization", b"")):
-        return Unauthorized("Send the header 'Authorization: Bearer KEY' with the service's API key.")
-    return None
+    def _refusal(self, method: str, path: str, headers: dict[bytes, bytes]) -> ServiceError | None:
+        """Return why a request is refused, or None. Keys with scopes will be looked up here."""
+        if self._settings.api_key is None:
+            # Without a key the service is for this machine only. Another site must not get in through a browser here:
+            # neither by a name that resolves to this machine, nor by a form that posts to it.
+            sources = [
+                f"//{headers.get(b'host', b'').decode('latin-1')}",
+                headers.get(b"origin", b"").decode("latin-1"),
+            ]
+            if not all(_names_this_machine(source) for source in sources if source):
+                return Forbidden("Without an API key the service answers only to 127.0.0.1, [::1] and localhost.")
+        elif (
+            path.startswith("/v1/")
+            and not holds_key(self._settings, headers.get(b"authorization", b""))
+            and not self._sessions.admit(method, headers)
+        ):
+            return Unauthorized("Send the header 'Authorization: Bearer KEY' with the service's API key.")
+        return None
 
 
 def holds_key(settings: Settings, authorization: bytes) -> bool:
@@ -113,7 +121,13 @@ def holds_key(settings: Settings, authorization: bytes) -> bool:
     if settings.api_key is None:
         return False
     scheme, _, token = authorization.partition(b" ")
-    return scheme.lower() == b"bearer" and hmac.compare_digest(token, settings.api_key.get_secret_value().encode())
+    return scheme.lower() == b"bearer" and is_key(settings, token)
+
+
+def is_key(settings: Settings, given: bytes) -> bool:
+    """Return whether bytes are the service's key; the time that it takes says nothing about the key."""
+    key = settings.api_key
+    return key is not None and hmac.compare_digest(given, key.get_secret_value().encode())
 
 
 # The same few addresses recur, and parsing one takes longer than everything else here.

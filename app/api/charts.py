@@ -370,7 +370,10 @@ def _short(name: str, most: int = _NAME) -> str:
 
 
 def draw(report: Report, name: str, format: str) -> bytes:
-    """Draw a chart in one of its formats: SVG, PNG, or as json its specification."""
+    """Draw a chart in one of its formats: SVG, PNG, or as json its specification; js is the library that draws it."""
+    if format == "js":
+        library: str = vl_convert.javascript_bundle(None)  # type: ignore[arg-type]  # its stub forgets the default
+        return library.encode()
     specification = describe(report, name)
     match format:
         case "svg":

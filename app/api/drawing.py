@@ -49,7 +49,7 @@ class Chart:
 
     report_sha256: str
     name: str
-    format: Format
+    format: Format | Literal["js"]
 
     @property
     def key(self) -> str:
@@ -62,6 +62,10 @@ def _drawn_by() -> str:
     source = Path(__file__).with_name("charts.py").read_bytes() + Path(__file__).read_bytes()
     versions = [importlib.metadata.version(name) for name in ("altair", "vl-convert-python")]
     return " ".join([*versions, hashlib.sha256(source).hexdigest()])
+
+
+# The library that draws charts in a browser, which is cached as if it were one.
+_LIBRARY = Chart("", "vega", "js")
 
 
 class DrawingFailed(Exception):
@@ -97,6 +101,14 @@ class Drawings:
             self._coming[key].add_done_callback(lambda task: self._forget(key, task))
         # A client that disconnects does not cancel the chart for the others.
         return await asyncio.shield(self._coming[key])
+
+    async def library(self) -> tuple[bytes, str]:
+        """Return the JavaScript that draws charts in a browser, vega-embed with Vega-Lite, and its key.
+
+        Raises:
+            Unavailable: as for `get`.
+        """
+        return await self.get(_LIBRARY, lambda: "null"), _LIBRARY.key
 
     def close(self) -> None:
         """End the process and cancel waiting calls."""
@@ -161,7 +173,10 @@ class _DrawingProcess:
 
     def _start(self) -> "subprocess.Popen[bytes]":
         command = [sys.executable, "-m", f"{__package__}.charts"]
-        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=plain_environment())
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=plain_environment())
+        # It ends by itself once nobody asks for charts; until it is waited for, it stays in the list of processes.
+        threading.Thread(target=process.wait, daemon=True).start()
+        return process
 
     def _ask(self, process: "subprocess.Popen[bytes]", task: bytes) -> bytes | None:
         """Return the process's answer; None if it ends without one, by itself or at the timeout."""

@@ -1,7 +1,8 @@
-"""A service with an API key: what is refused without it, and which processes know it."""
+"""A service with an API key: what is refused without it, how people log in, and which processes know the key."""
 
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import quote
 
 import httpx
 import psutil
@@ -10,6 +11,7 @@ import pytest
 from tests import services
 from tests.app.api.test_events import heard
 from tests.app.api.test_uploads import problem
+from tests.app.pages.test_pages import read, token_of
 from tests.app.test_analyses import SLOW, pair
 from tests.services import Service, until
 
@@ -87,3 +89,72 @@ def test_streams_are_limited(guarded: Service, mlp_checkpoint_file: Path, digits
         assert heard(guarded, second)[-1]["data"]["status"] == "cancelled"
     finally:
         del guarded.client.headers["Authorization"]
+
+
+def logged_in(client: httpx.Client, key: str = KEY, **fields: str) -> httpx.Response:
+    """Log in through the form."""
+    form = read(client, "/login")
+    return client.post("/login", data={"csrf_token": token_of(form), "key": key, **fields})
+
+
+def test_pages_need_the_key(guarded: Service) -> None:
+    """Without a session every page leads to the login, and from there back; static files are for everybody."""
+    with httpx.Client(base_url=guarded.url, trust_env=False) as client:
+        for path in ("/", "/reports?kind=path", "/checkpoints", "/analyses/x", "/definitions", "/reports/x.csv"):
+            answer = client.get(path)
+            assert answer.status_code == 303
+            assert answer.headers["location"] == f"/login?next={quote(path, safe='')}"
+        assert client.get("/static/style.css").status_code == 200
+        wrong = logged_in(client, f"{KEY}x")
+        assert wrong.status_code == 403
+        assert "set-cookie" in wrong.headers
+        assert "interplay_session" not in wrong.headers["set-cookie"]
+        assert client.get("/").status_code == 303
+        right = logged_in(client, next="/reports?kind=path")
+        assert (right.status_code, right.headers["location"]) == (303, "/reports?kind=path")
+        cookie = next(value for value in right.headers.get_list("set-cookie") if "interplay_session" in value)
+        assert "HttpOnly" in cookie
+        assert "SameSite=strict" in cookie
+        read(client, "/reports?kind=path")
+
+
+def test_a_session_reads_and_writes_by_its_token(guarded: Service) -> None:
+    """The cookie reads the API; to write, the token of a page must come with it; after the logout neither works."""
+    with httpx.Client(base_url=guarded.url, trust_env=False) as client:
+        assert client.get("/v1/probes").status_code == 401
+        logged_in(client)
+        page = read(client, "/")
+        assert "The first report, in three steps" in page
+        assert client.get("/v1/probes").status_code == 200
+        assert client.head("/v1/probes").status_code == 200
+        cancel = "/v1/analyses/none/cancel"
+        assert client.post(cancel).status_code == 401
+        assert client.post(cancel, headers={"X-CSRF-Token": "0" * 64}).status_code == 401
+        assert client.post(cancel, headers={"X-CSRF-Token": token_of(page)}).status_code == 404
+        assert client.post("/logout", data={"csrf_token": token_of(page)}).headers["location"] == "/login"
+        assert client.get("/v1/probes").status_code == 401
+
+
+def test_no_other_cookie_is_a_session(guarded: Service) -> None:
+    """The login's cookie, a changed one and one of another service admit nobody; nor does a login without its token."""
+    with httpx.Client(base_url=guarded.url, trust_env=False) as client:
+        read(client, "/login")
+        of_login = client.cookies["interplay_login"]
+        for cookie in (of_login, f"{of_login}x", "a.b.c", ""):
+            headers = {"Cookie": f"interplay_session={cookie}"}
+            assert httpx.get(f"{guarded.url}/v1/probes", headers=headers, trust_env=False).status_code == 401
+            assert httpx.get(f"{guarded.url}/reports", headers=headers, trust_env=False).status_code == 303
+        assert client.post("/login", data={"key": KEY}).status_code == 403
+        logged_in(client)
+        session = client.cookies["interplay_session"]
+        changed = ("A" if session[0] != "A" else "B") + session[1:]
+        headers = {"Cookie": f"interplay_session={changed}"}
+        assert httpx.get(f"{guarded.url}/v1/probes", headers=headers, trust_env=False).status_code == 401
+
+
+@pytest.mark.parametrize("elsewhere", ["https://evil.example/", "//evil.example", "/\\evil.example", "/a\nb", "evil"])
+def test_a_login_leads_nowhere_else(guarded: Service, elsewhere: str) -> None:
+    """The address to go on to is one of this service."""
+    with httpx.Client(base_url=guarded.url, trust_env=False) as client:
+        answer = logged_in(client, next=elsewhere)
+        assert (answer.status_code, answer.headers["location"]) == (303, "/")

@@ -1,0 +1,81 @@
+"""Pages of analyses: the list, and one analysis with its progress, its problem, and what can be done about it."""
+
+from typing import Annotated, Any
+
+import sqlalchemy as sa
+from fastapi import APIRouter, Depends, Request, Response
+from sqlalchemy.orm import Session
+from starlette.responses import RedirectResponse
+
+from app import analyses, schemas
+from app.api.routes import ServiceDep, SubjectDep
+from app.database import read
+from app.listing import Listing
+from app.models import Checkpoint, FeatureSet, Probe
+from app.pages.rendering import page
+from app.pages.visitors import AuthorDep, VisitorDep
+from app.schemas.kinds import KINDS
+
+router = APIRouter()
+
+
+@router.get("/analyses")
+def list_analyses(
+    request: Request,
+    visitor: VisitorDep,
+    service: ServiceDep,
+    listing: Annotated[Listing, Depends()],
+    subject: SubjectDep,
+    status: schemas.Status | None = None,
+) -> Response:
+    """Analyses, the newest first, with their states."""
+    found = analyses.list_page(
+        service.engine, listing, status=status, checkpoint_id=subject.checkpoint_id, **subject.columns()
+    )
+    return page(
+        request,
+        visitor,
+        "analyses.html",
+        analyses=found.items,
+        next_cursor=found.next_cursor,
+        listing=listing,
+        subject=subject,
+        chosen=status,
+        kinds=list(KINDS),
+    )
+
+
+@router.get("/analyses/{id}")
+def show_analysis(request: Request, id: schemas.Id, visitor: VisitorDep, service: ServiceDep) -> Response:
+    """One analysis: what was asked, how far it is, its report or its problem."""
+    analysis = analyses.get(service.engine, id)
+    with read(service.engine) as session:
+        subjects = _subjects(session, analysis)
+    further = {
+        key: value
+        for key, value in (analysis.problem or {}).items()
+        if key not in ("type", "title", "detail", "status", "instance")
+    }
+    return page(request, visitor, "analysis.html", analysis=analysis, subjects=subjects, further=further)
+
+
+@router.post("/analyses/{id}/cancel")
+def cancel_analysis(request: Request, id: schemas.Id, _: AuthorDep, service: ServiceDep) -> Response:
+    """Cancel an analysis and show it."""
+    analyses.cancel(service.engine, id)
+    return RedirectResponse(f"{request.scope.get('root_path', '')}/analyses/{id}", status_code=303)
+
+
+def _subjects(session: Session, analysis: schemas.Analysis) -> list[tuple[str, str, str, str | None]]:
+    """Return what an analysis looks at: noun, collection, id, and the name, None once it has been deleted."""
+    asked: list[tuple[str, str, Any, str]] = [
+        ("Checkpoint", "checkpoints", Checkpoint, id_) for id_ in analysis.checkpoint_ids
+    ]
+    if analysis.probe_id is not None:
+        asked.append(("Probe", "probes", Probe, analysis.probe_id))
+    if analysis.feature_set_id is not None:
+        asked.append(("Feature set", "feature-sets", FeatureSet, analysis.feature_set_id))
+    return [
+        (noun, collection, id_, session.scalar(sa.select(model.name).where(model.id == id_)))
+        for noun, collection, model, id_ in asked
+    ]

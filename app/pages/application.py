@@ -1,0 +1,113 @@
+"""The application of the pages, beside that of the API, in one process and on one port."""
+
+from typing import Any
+
+import sqlalchemy as sa
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from fastapi.staticfiles import StaticFiles
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from app.api.routes import Service
+from app.api.sessions import Sessions
+from app.errors import ServiceError, Unavailable, invalid_request
+from app.pages import analyses, assets, home, leaderboard, reports, resources
+from app.pages.rendering import STATIC, address, page
+from app.pages.visitors import LoginNeeded, visitor_of
+from app.storage import StorageUnavailable
+
+_ROUTERS = (
+    home.router,
+    reports.router,
+    leaderboard.router,
+    analyses.router,
+    resources.router,
+    assets.router,
+)
+
+
+class Pages:
+    """Sends requests for pages to their own application, whose errors are pages; all others go on to the API."""
+
+    def __init__(self, app: ASGIApp, *, service: Service, sessions: Sessions) -> None:
+        self._api = app
+        self._pages = _create(service, sessions)
+        # The first segment of a path says whose it is.
+        routes = [route for router in _ROUTERS for route in router.routes if isinstance(route, Route)]
+        self._ours = {"static", *(route.path.split("/")[1] for route in routes)}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        ours = scope["type"] == "http" and scope["path"].lstrip("/").partition("/")[0] in self._ours
+        if ours:
+            # Of a form, fields that were left empty ask for nothing.
+            given = [part for part in scope["query_string"].split(b"&") if not part.endswith(b"=")]
+            scope = {**scope, "query_string": b"&".join(given)}
+        await (self._pages if ours else self._api)(scope, receive, send)
+
+
+def _create(service: Service, sessions: Sessions) -> FastAPI:
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
+    app.state.service, app.state.sessions = service, sessions
+    handlers: dict[Any, Any] = {
+        LoginNeeded: _ask_for_the_key,
+        ServiceError: _service_error,
+        RequestValidationError: _validation_error,
+        HTTPException: _http_error,
+        StorageUnavailable: _storage_error,
+        sa.exc.OperationalError: _database_error,
+        sa.exc.InterfaceError: _database_error,
+        sa.exc.TimeoutError: _database_error,
+        Exception: _bug,
+    }
+    for error, handler in handlers.items():
+        app.add_exception_handler(error, handler)
+    for router in _ROUTERS:
+        app.include_router(router)
+    app.mount("/static", _Static(directory=STATIC), name="static")
+    return app
+
+
+class _Static(StaticFiles):
+    """Our own files, whose addresses change with their content."""
+
+    def file_response(self, *given: Any, **options: Any) -> Response:
+        response = super().file_response(*given, **options)
+        response.headers["Cache-Control"] = "public, max-age=31536000, immutable"
+        response.headers["X-Content-Type-Options"] = "nosniff"
+        return response
+
+
+async def _ask_for_the_key(request: Request, _: LoginNeeded) -> Response:
+    root = request.scope.get("root_path", "")
+    wanted = request.url.path + (f"?{request.url.query}" if request.url.query else "")
+    return RedirectResponse(address(f"{root}/login", next=wanted if request.method == "GET" else None), status_code=303)
+
+
+async def _service_error(request: Request, error: ServiceError) -> Response:
+    return page(request, visitor_of(request), "error.html", status=error.status, title=error.title, detail=error.detail)
+
+
+async def _validation_error(request: Request, error: RequestValidationError) -> Response:
+    return await _service_error(request, invalid_request("The address or the form", error.errors()))
+
+
+async def _http_error(request: Request, error: HTTPException) -> Response:
+    title = "There is no such page" if error.status_code == 404 else str(error.detail)
+    return page(request, visitor_of(request), "error.html", status=error.status_code, title=title, detail="")
+
+
+async def _storage_error(request: Request, _: Exception) -> Response:
+    return await _service_error(request, Unavailable("The storage does not answer; try again in a while."))
+
+
+async def _database_error(request: Request, _: Exception) -> Response:
+    return await _service_error(request, Unavailable("The database does not answer; try again in a while."))
+
+
+async def _bug(request: Request, _: Exception) -> Response:
+    detail = "The service's log says what went wrong."
+    return page(request, visitor_of(request), "error.html", status=500, title="Internal error", detail=detail)

@@ -1,0 +1,155 @@
+"""Pages in a real browser, Debian's chromium: charts, live progress, keyboard, small screens, accessibility, print."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from tests.app.api.test_charts import reports  # noqa: F401  a report of every kind
+from tests.app.test_analyses import SLOW, pair
+from tests.services import Service, until
+
+_AXE = (resources.files("axe_playwright_python") / "axe.min.js").read_text(encoding="utf-8")
+_PATIENCE_MS = 30_000
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Run chromium; continuous integration must have one (REQUIRE_BROWSER)."""
+    program = shutil.which("chromium")
+    if program is None:
+        if os.environ.get("REQUIRE_BROWSER"):
+            pytest.fail("chromium is not on this machine")
+        pytest.skip("a browser (Debian's package chromium) is not on this machine")
+    with sync_playwright() as playwright:
+        # Its own sandbox does not work for root, as which continuous integration runs.
+        started = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def page(browser: Browser, service: Service, request: pytest.FixtureRequest) -> Iterator[Page]:
+    """Open a window on the service; what it logs as an error, such as a breach of the policy, fails the test."""
+    options: dict[str, Any] = getattr(request, "param", {})
+    context = browser.new_context(base_url=service.url, **options)
+    opened = context.new_page()
+    opened.set_default_timeout(_PATIENCE_MS)
+    errors: list[str] = []
+    opened.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    opened.on("pageerror", lambda error: errors.append(str(error)))
+    yield opened
+    context.close()
+    assert errors == []
+
+
+def everything(service: Service, reports: dict[str, Any]) -> list[str]:  # noqa: F811
+    """Return the path of a page of each sort."""
+    evaluation = reports["evaluation"]
+    return [
+        *("/", "/reports", "/leaderboard", "/analyses", "/checkpoints", "/probes", "/feature-sets", "/definitions"),
+        *(f"/reports/{report['id']}" for report in reports.values()),
+        f"/analyses/{evaluation['analysis_id']}",
+        f"/checkpoints/{evaluation['subject']['id']}",
+        f"/probes/{evaluation['probe']['id']}",
+    ]
+
+
+def test_charts_answer_the_mouse(page: Page, reports: dict[str, Any]) -> None:  # noqa: F811
+    """Each picture is replaced by a chart of the same numbers; the page's policy allows no eval and no inline style."""
+    for kind in ("evaluation", "path"):
+        page.goto(f"/reports/{reports[kind]['id']}")
+        drawings = page.locator("[data-chart]")
+        for index in range(drawings.count()):
+            drawing = drawings.nth(index)
+            drawing.scroll_into_view_if_needed()
+            drawing.locator(".interactive svg").first.wait_for()
+            drawing.locator("img").wait_for(state="hidden")
+
+
+@pytest.mark.parametrize("page", [{"java_script_enabled": False}], indirect=True)
+def test_without_javascript_charts_are_pictures(page: Page, reports: dict[str, Any]) -> None:  # noqa: F811
+    """The same page shows SVG, and the overview its tables."""
+    page.goto(f"/reports/{reports['evaluation']['id']}")
+    picture = page.locator("[data-chart] img").first
+    picture.wait_for(state="visible")
+    box = picture.bounding_box()
+    assert box is not None
+    assert box["width"] > 200
+    page.goto("/")
+    page.get_by_role("heading", name="Newest reports").wait_for()
+
+
+def test_progress_is_live(page: Page, service: Service, mlp_checkpoint_file: Path, digits_probe_file: Path) -> None:
+    """A running analysis moves its bar without a reload, and its end shows the page as it is then."""
+    analysis = service.analyze(**pair(service, mlp_checkpoint_file, digits_probe_file), options=SLOW)
+    page.goto(f"/analyses/{analysis['id']}")
+    until(lambda: page.evaluate("document.querySelector('progress')?.value > 0"))
+    page.get_by_role("button", name="Cancel").click()
+    page.locator(".status.cancelled").wait_for()
+    assert service.wait(analysis["id"])["status"] == "cancelled"
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        {"viewport": {"width": 360, "height": 740}, "color_scheme": "dark"},
+        {"viewport": {"width": 2560, "height": 1440}, "color_scheme": "light"},
+    ],
+    ids=["phone, dark", "wall, light"],
+    indirect=True,
+)
+def test_nothing_is_inaccessible(page: Page, service: Service, reports: dict[str, Any]) -> None:  # noqa: F811
+    """axe-core finds no violation, whatever its weight, and no page is wider than its window, in both schemes."""
+    for path in everything(service, reports):
+        page.goto(path)
+        page.wait_for_load_state("networkidle")
+        # Through the debugger, as the policy of the page lets no other script in.
+        page.evaluate(_AXE)
+        found = page.evaluate("axe.run(document, {resultTypes: ['violations']})")
+        violations = [
+            (violation["id"], [node["html"][:200] for node in violation["nodes"][:3]])
+            for violation in found["violations"]
+        ]
+        assert violations == [], path
+        width = page.evaluate("document.documentElement.scrollWidth")
+        assert width <= page.evaluate("window.innerWidth"), path
+
+
+def test_the_keyboard_is_enough(page: Page, reports: dict[str, Any]) -> None:  # noqa: F811
+    """The first key skips to the content; from there a report opens, and its definitions."""
+    page.goto("/reports")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.id") == "main"
+    link = page.locator("tbody a").first
+    for _ in range(20):
+        page.keyboard.press("Tab")
+        if link.evaluate("element => element === document.activeElement"):
+            break
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/reports/*")
+    page.locator("a.term").first.focus()
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/definitions#*")
+
+
+def test_a_report_is_printed(page: Page, reports: dict[str, Any], tmp_path: Path) -> None:  # noqa: F811
+    """The PDF has the title, no navigation, and no table that is cut at the paper's edge."""
+    page.goto(f"/reports/{reports['evaluation']['id']}")
+    page.wait_for_load_state("networkidle")
+    page.emulate_media(media="print")
+    assert page.locator("header").is_hidden()
+    page.set_viewport_size({"width": 794, "height": 1123})  # A4 at 96 pixels an inch
+    cut = page.evaluate(
+        "[...document.querySelectorAll('table')].filter(t => t.getBoundingClientRect().right > innerWidth).length"
+    )
+    assert cut == 0
+    content = page.pdf(path=tmp_path / "report.pdf", format="A4")
+    assert content.startswith(b"%PDF-")
+    assert len(content) > 20_000

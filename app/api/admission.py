@@ -15,7 +15,7 @@ from app.errors import Forbidden, RequestTimeout, ServiceError, Unauthorized, Up
 from app.settings import Settings
 
 # These routes count the bytes of their form themselves, part by part.
-_UPLOADS = {"/v1/checkpoints", "/v1/probes", "/v1/feature-sets"}
+_UPLOADS = {f"/{above}/{name}" for above in ("v1", "push") for name in ("checkpoints", "probes", "feature-sets")}
 # A client that is still sending does not read an answer. So an early answer waits until the body has arrived, at most
 # this long: then the connection is closed.
 _LINGER_SECONDS = 10.0

@@ -32,7 +32,34 @@ _WIDTH, _HEIGHT, _PNG_SCALE = 320, 190, 2.0
 # Okabe and Ito's colours, distinguishable with any colour vision.
 _COLOURS = {"train": "#0072B2", "test": "#D55E00", "all": "#7F7F7F"}
 _GREY = "#555555"
-_LABELS = {"loss": "loss (nats)", "error": "error", "accuracy": "accuracy", "mir": "MIR", "hdr": "HDR"}
+_LABELS = {
+    "loss": "loss (nats)",
+    "error": "error",
+    "accuracy": "accuracy",
+    "mir": "MIR",
+    "hdr": "HDR",
+    "calibration_error": "calibration error",
+    "effective_rank": "effective rank",
+    "mutual_information": "mutual information (nats)",
+    "entropy_features": "H of features (nats)",
+    "entropy_head": "H of head rows (nats)",
+    "entropy_joint": "joint H (nats)",
+    "nc1": "NC1",
+    "nc1_condition": "condition number of NC1",
+    "nc2_equinorm_means": "NC2 equinorm, means",
+    "nc2_equinorm_head": "NC2 equinorm, head",
+    "nc2_equiangularity_means": "NC2 equiangularity, means",
+    "nc2_equiangularity_head": "NC2 equiangularity, head",
+    "nc2_max_angle_means": "NC2 maximal angle, means",
+    "nc2_max_angle_head": "NC2 maximal angle, head",
+    "nc3": "NC3",
+    "nc4": "NC4",
+}
+_OF_INTERPLAY = ("mir", "hdr", "mutual_information", "entropy_features", "entropy_head", "entropy_joint")
+# Measures between 0 and 1; others have no upper bound.
+_SHARES = ("error", "accuracy", "mir", "hdr", "calibration_error", "nc4")
+# Most classes that a chart lists, and most whose confusions it shows as a matrix.
+_MOST_CLASSES, _MOST_IN_MATRIX = 30, 20
 _BARRIERS = {"loss": "loss_barrier", "error": "error_barrier", "mir": "mir_barrier", "hdr": "hdr_barrier"}
 _REASONS = {"zero_entropy": "all directions coincide", "no_directions": "no vector has a direction"}
 _LEGEND = alt.Legend(title=None, orient="bottom", symbolOpacity=1)
@@ -56,7 +83,8 @@ def describe(report: Report, name: str) -> dict[str, Any]:
         KeyError: the chart does not exist.
     """
     panels = _PANELS[report["kind"]]
-    drawn = [panels[measure](report) for measure in (panels if name == "overview" else [name])]
+    measures = KINDS[report["kind"]].measures if name == "overview" else [name]
+    drawn = [panels[measure](report) for measure in measures]
     columns = min(len(drawn), 2)
     subjects = [_short(subject["name"]) for subject in report.get("subjects") or [report["subject"]]]
     about = subjects[0] if len(subjects) == 1 else f"{subjects[0]} to {subjects[-1]}"
@@ -64,6 +92,8 @@ def describe(report: Report, name: str) -> dict[str, Any]:
     notes.append("; ".join(sorted({words for _, key in drawn for words in key}, reverse=True)))
     if report["kind"] != "evaluation" and name in ("overview", "mir", "hdr"):
         notes.append("MIR and HDR: sample level, global centring")
+    elif report["kind"] != "evaluation" and name in _OF_INTERPLAY:
+        notes.append("sample level, global centring")
     title = alt.TitleParams(
         textwrap.wrap(f"{report['kind'].capitalize()}: {about}", columns * _TITLE),
         subtitle=[line for note in notes for line in textwrap.wrap(note, columns * _SUBTITLE)],
@@ -103,7 +133,7 @@ def _over_points(measure: str) -> Callable[[Report], Panel]:
         undefined = all(value is None for value in values)
         # An optimum alone gives no scale: show the whole range, with room for text.
         values += [row["level"] for row in levels] + ([0, 1] if undefined else [])
-        span = _domain(values, _least(measure, values), ceiling=math.inf if measure == "loss" else 1)
+        span = _domain(values, _least(measure, values), ceiling=1 if measure in _SHARES else math.inf)
         x = alt.X(f"{at}:Q", title=_short(label, _AXIS), scale=_scale(along), axis=_ticks(along, titleLimit=_WIDTH))
         y = alt.Y(f"{measure}:Q", title=_LABELS[measure], scale=_scale(span), axis=_ticks(span))
         # The line is broken where the measure is not defined, so that no value can be read there.
@@ -166,14 +196,14 @@ def _points(report: Report, measure: str) -> Iterator[dict[str, Any]]:
 def _levels(report: Report, measure: str, rows: Rows) -> Iterator[dict[str, Any]]:
     """Yield the reference levels of a measure: the chord of a path, the optimum of a series or a sweep."""
     for split in _splits(rows):
-        if report["kind"] == "path":
+        if report["kind"] == "path" and measure in _BARRIERS:
             ends = [(row["w"], row[measure]) for row in _of(rows, split) if row["w"] in (0, 1)]
             if all(value is not None for _, value in ends):
                 mean = sum(value for _, value in ends) / 2
                 # The error's barrier is Frankle's, from the mean of the ends; the others are from the chord.
                 for w, value in ends:
                     yield {"w": w, "split": split, "level": mean if measure == "error" else value}
-        elif measure in ("mir", "hdr"):
+        elif report["kind"] != "path" and measure in ("mir", "hdr"):
             # The optimum follows from the class counts, which are those of the probe at every point.
             optimum = report["points"][0]["splits"][split]["interplay"]["sample"]["global"]["optimum"][measure]
             if optimum is not None:
@@ -183,7 +213,7 @@ def _levels(report: Report, measure: str, rows: Rows) -> Iterator[dict[str, Any]
 def _marks(report: Report, measure: str, rows: Rows) -> Iterator[dict[str, Any]]:
     """Yield a path's barriers, each from its reference value to the measured value, or a sweep's knees."""
     for split in _splits(rows):
-        if report["kind"] == "path":
+        if report["kind"] == "path" and measure in _BARRIERS:
             found = report["summary"]["splits"][split][_BARRIERS[measure]]
             if found is not None and found["value"] > 0:
                 value = next(row[measure] for row in _of(rows, split) if row["w"] == found["at"])
@@ -254,7 +284,7 @@ def _measured(report: Report, measure: str) -> Iterator[dict[str, Any]]:
 
 def _difference_of(measure: str) -> Callable[[Report], Panel]:
     """Return a function that draws B - A of one measure with its interval, for each split."""
-    path = measure if measure in ("accuracy", "loss") else f"interplay.sample.global.{measure}"
+    path = ".".join([*_within(measure), measure])
 
     def draw(report: Report) -> Panel:
         rows = [{"split": name, **split["differences"][path]} for name, split in report["splits"].items()]
@@ -298,11 +328,19 @@ def _without(split: Report, difference: Report, measure: str) -> str:
 
 def _read(split: Report, measure: str) -> tuple[float | None, str]:
     """Return a measure of an evaluated split, and the reason if it is not defined."""
-    field = "accuracy" if measure == "error" else measure
-    found = split["interplay"]["sample"]["global"] if field in ("mir", "hdr") else split
+    field, found = "accuracy" if measure == "error" else measure, split
+    for name in _within(measure):
+        found = found[name]
     if found[field] is None:
         return None, _reason(found, field)
     return (1 - found[field] if measure == "error" else found[field]), ""
+
+
+def _within(measure: str) -> tuple[str, ...]:
+    """Return where in a split a measure stands."""
+    if measure in _OF_INTERPLAY:
+        return "interplay", "sample", "global"
+    return ("collapse",) if measure.startswith("nc") else ()
 
 
 def _reason(found: Report, field: str) -> str:
@@ -333,8 +371,8 @@ def _colour(rows: Rows, legend: alt.Legend | None = _LEGEND) -> alt.Color:
 
 
 def _least(measure: str, values: Iterable[float | None]) -> float:
-    """Return the least width of a scale: for shares 0.001, for the loss a thousandth of its size."""
-    if measure != "loss":
+    """Return the least width of a scale: for shares 0.001, for others a thousandth of their size."""
+    if measure in _SHARES:
         return 1e-3
     return max(1e-3 * max((abs(value) for value in values if value is not None), default=0), 1e-6)
 
@@ -415,13 +453,123 @@ def _read_tasks(tasks: "queue.SimpleQueue[bytes]") -> None:
     os._exit(0)
 
 
+def _accuracy_of_classes(report: Report) -> Panel:
+    """Draw the accuracy of each class; of many classes, of those with the lowest."""
+    if (missing := _without_classes(report)) is not None:
+        return missing
+    main = report["splits"][_main_split(report)]
+    known = [label for label, accuracy in enumerate(main["by_class"]["accuracy"]) if accuracy is not None]
+    lowest = sorted(known, key=lambda label: main["by_class"]["accuracy"][label])[:_MOST_CLASSES]
+    rows = [
+        {"class": _class_name(report, label), "split": name, "accuracy": split["by_class"]["accuracy"][label]}
+        for label in sorted(lowest)
+        for name, split in report["splits"].items()
+    ]
+    y = alt.Y("class:N", title=None, sort=None, axis=alt.Axis(labelLimit=140))
+    x = alt.X("accuracy:Q", title="accuracy", scale=alt.Scale(domain=[0, 1]))
+    offset = alt.YOffset("split:N", sort=list(_COLOURS))
+    points = _chart(rows).mark_point(filled=True, size=45).encode(x=x, y=y, yOffset=offset, color=_colour(rows))
+    key = [] if len(lowest) == len(known) else [f"the {len(lowest)} of {len(known):,} classes with the lowest accuracy"]
+    return alt.layer(points).properties(width=_WIDTH, height=max(_HEIGHT, 16 * len(lowest))), key
+
+
+def _confusions(report: Report) -> Panel:
+    """Draw the confusion matrix of the main split; of many classes, the largest confusions."""
+    if (missing := _without_classes(report)) is not None:
+        return missing
+    name = _main_split(report)
+    split = report["splits"][name]
+    counts, found = split["class_counts"], split["by_class"]
+    where = f"split: {name}"
+    rows = [
+        {
+            "class": _class_name(report, entry["label"]),
+            "predicted": _class_name(report, entry["predicted"]),
+            "samples": entry["n_samples"],
+            "share": entry["n_samples"] / counts[entry["label"]],
+        }
+        for entry in found["confusions"]
+    ]
+    if len(counts) > _MOST_IN_MATRIX:
+        for row in rows:
+            row["pair"] = f"{row['class']} as {row['predicted']}"
+        x = alt.X("samples:Q", title="samples", axis=alt.Axis(tickMinStep=1))
+        y = alt.Y("pair:N", title=None, sort=None, axis=alt.Axis(labelLimit=200))
+        bars = _chart(rows[:_MOST_IN_MATRIX]).mark_bar(color=_COLOURS[name]).encode(x=x, y=y)
+        return alt.layer(bars).properties(width=_WIDTH, height=300), [f"the largest confusions; {where}"]
+    names = [_class_name(report, label) for label in range(len(counts))]
+    for label, (accuracy, count) in enumerate(zip(found["accuracy"], counts, strict=True)):
+        if count:
+            right = round((accuracy or 0) * count)
+            rows.append({"class": names[label], "predicted": names[label], "samples": right, "share": right / count})
+    x = alt.X("predicted:N", title="predicted", sort=names, axis=alt.Axis(labelLimit=80, labelAngle=-45, grid=False))
+    base = _chart(rows).encode(
+        x=x, y=alt.Y("class:N", title="class", sort=names, axis=alt.Axis(labelLimit=120, grid=False))
+    )
+    shade = alt.Color("share:Q", scale=alt.Scale(scheme="blues", domain=[0, 1]), legend=None)
+    dark = alt.condition("datum.share > 0.6", alt.value("white"), alt.value("black"))
+    layers = [base.mark_rect().encode(color=shade), base.mark_text(fontSize=9).encode(text="samples:Q", color=dark)]
+    size = max(_WIDTH, 22 * len(names))
+    return alt.layer(*layers).properties(width=size, height=size), [f"shade: share of the class; {where}"]
+
+
+def _reliability(report: Report) -> Panel:
+    """Draw accuracy over mean confidence, by the bins of the calibration error."""
+    if (missing := _without_classes(report)) is not None:
+        return missing
+    rows = [
+        {"split": name, "confidence": one["confidence"], "accuracy": one["accuracy"], "samples": one["n_samples"]}
+        for name, split in report["splits"].items()
+        for one in split["reliability"]
+        if one["n_samples"]
+    ]
+    x = alt.X("confidence:Q", title="mean probability of the predicted class", scale=alt.Scale(domain=[0, 1]))
+    y = alt.Y("accuracy:Q", title="accuracy", scale=alt.Scale(domain=[0, 1]))
+    diagonal = _chart([{"confidence": 0, "accuracy": 0}, {"confidence": 1, "accuracy": 1}])
+    lines = _chart(rows).mark_line(strokeWidth=1.4).encode(x=x, y=y, color=_colour(rows))
+    area = alt.Size("samples:Q", scale=alt.Scale(range=[12, 200]), legend=None)
+    points = _chart(rows).mark_point(filled=True, opacity=0.8).encode(x=x, y=y, color=_colour(rows), size=area)
+    layers = [diagonal.mark_line(strokeDash=[4, 3], color=_GREY).encode(x=x, y=y), lines, points]
+    key = ["dashed: perfectly calibrated", "area of a point: samples in its bin"]
+    return alt.layer(*layers).properties(width=_WIDTH, height=_WIDTH), key
+
+
+def _main_split(report: Report) -> str:
+    return next(name for name in ("test", "all", "train") if name in report["splits"])
+
+
+def _class_name(report: Report, label: int | None) -> str:
+    if label is None:
+        return "no class"
+    if (tokens := report["probe"].get("next_tokens")) is not None:
+        return f"token {tokens['token_ids'][label]}"
+    names = report["probe"]["class_names"]
+    return _short(names[label], 40) if names and label < len(names) else str(label)
+
+
+def _without_classes(report: Report) -> Panel | None:
+    """Return a panel that says so if a report is older than predictions by class."""
+    if all(split.get("by_class") for split in report["splits"].values()):
+        return None
+    words = _chart([{"words": "not in this report:\nit is older than predictions by class"}])
+    text = words.mark_text(color=_GREY, lineBreak="\n").encode(
+        text="words:N", x=alt.value(_WIDTH / 2), y=alt.value(_HEIGHT / 2)
+    )
+    return alt.layer(text).properties(width=_WIDTH, height=_HEIGHT), []
+
+
 # Kinds with points are drawn over them.
 _PANEL_OF: dict[Kind, Callable[[str], Callable[[Report], Panel]]] = {
     "evaluation": _evaluation_of,
     "comparison": _difference_of,
 }
+# Charts that are not of one measure.
+_OF_CLASSES = {"classes": _accuracy_of_classes, "confusion": _confusions, "reliability": _reliability}
 _PANELS = {
-    name: {measure: _PANEL_OF.get(name, _over_points)(measure) for measure in kind.measures}
+    name: {
+        chart: _OF_CLASSES.get(chart) or _PANEL_OF.get(name, _over_points)(chart)
+        for chart in (*kind.measures, *kind.further)
+    }
     for name, kind in KINDS.items()
 }
 

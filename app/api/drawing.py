@@ -39,8 +39,8 @@ _DRAWING_SECONDS = 60.0
 
 
 def names(kind: Kind) -> list[str]:
-    """Return the names of the charts of a report of this kind; the first shows all measures."""
-    return ["overview", *KINDS[kind].measures]
+    """Return the names of the charts of a report of this kind; the first shows the main measures together."""
+    return ["overview", *KINDS[kind].measures, *KINDS[kind].further]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ that ends early (client, limit or timeout) leaves neither a file nor a row.
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -26,11 +26,25 @@ if TYPE_CHECKING:
 _BATCH_BYTES = 2**20
 # Bytes of a form beside its two parts: boundaries and part headers.
 _FORM_BYTES = 64 * 2**10
+# A form that people fill in has a dozen.
+_MOST_FIELDS = 50
 
 
 @asynccontextmanager
-async def receive(request: Request, storage: Storage, settings: Settings) -> AsyncIterator[Upload]:
+async def receive(
+    request: Request,
+    storage: Storage,
+    settings: Settings,
+    spec_of: Callable[[Mapping[str, str]], bytes] | None = None,
+) -> AsyncIterator[Upload]:
     """Receive a form; its staged file is removed at the end of the block unless the storage took it.
+
+    Args:
+        request: with the form as its body.
+        storage: stages the file.
+        settings: limits.
+        spec_of: makes the spec from the form's fields, for a form that people fill in: it then has fields of any name
+            in place of `spec`.
 
     Raises:
         UnsupportedMedia: the body is not a multipart form.
@@ -39,7 +53,7 @@ async def receive(request: Request, storage: Storage, settings: Settings) -> Asy
             `upload_idle_seconds`.
         InvalidRequest: the form is malformed, or has unknown, repeated or missing parts.
     """
-    parts = _Parts(settings)
+    parts = _Parts(settings, with_fields=spec_of is not None)
     parser = MultipartParser(_boundary(request), parts.callbacks())
     _refuse_announced_size(request, settings)
     async with AsyncExitStack() as stack:
@@ -63,9 +77,13 @@ async def receive(request: Request, storage: Storage, settings: Settings) -> Asy
         if writer is not None:
             await writer.write(parts.take())
             await writer.finish()
-        if parts.spec is None:
+        if spec_of is not None:
+            spec = spec_of(parts.texts())
+        elif (given := parts.fields.get("spec")) is not None:
+            spec = bytes(given)
+        else:
             raise InvalidRequest("The form has no part named 'spec' (JSON).")
-        yield Upload(bytes(parts.spec), None if writer is None else writer.file)
+        yield Upload(spec, None if writer is None or not parts.has_content else writer.file)
 
 
 class _Writer:
@@ -153,14 +171,16 @@ async def _chunks(request: Request, settings: Settings) -> AsyncIterator[bytes]:
 class _Parts:
     """The parts parsed so far; `pending` holds bytes of the file that wait to be written."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, with_fields: bool) -> None:
         self._settings = settings
+        self._with_fields = with_fields
         self._field = bytearray()
         self._value = bytearray()
         self._disposition = b""
-        self._in_file = False
+        self._name = ""
         self._file_bytes = 0
-        self.spec: bytearray | None = None
+        self._field_bytes = 0
+        self.fields: dict[str, bytearray] = {}
         self.has_file = False
         self.pending = bytearray()
         self.ended = False
@@ -175,6 +195,15 @@ class _Parts:
             "on_part_data": self._add,
             "on_end": self._end,
         }
+
+    @property
+    def has_content(self) -> bool:
+        """Whether there is a file; of a browser's form in which none was chosen, its part is empty."""
+        return self._file_bytes > 0 or not self._with_fields
+
+    def texts(self) -> dict[str, str]:
+        """Return the fields as text."""
+        return {name: bytes(value).decode("utf-8", "replace") for name, value in self.fields.items()}
 
     def take(self) -> bytearray:
         batch, self.pending = self.pending, bytearray()
@@ -192,29 +221,31 @@ class _Parts:
     def _begin_content(self) -> None:
         _, options = parse_options_header(self._disposition.decode("latin-1"))
         name = options.get(b"name", b"").decode("latin-1")
-        if name not in ("spec", "file"):
+        if name not in ("spec", "file") and not self._with_fields:
             raise InvalidRequest(f"The form has a part named {name[:80]!r}; only 'spec' and 'file' are known.")
-        self._in_file = name == "file"
-        if self.has_file if self._in_file else self.spec is not None:
-            raise InvalidRequest(f"The form has two parts named {name!r}.")
-        if self._in_file:
+        self._name = name
+        if self.has_file if name == "file" else name in self.fields:
+            raise InvalidRequest(f"The form has two parts named {name[:80]!r}.")
+        if name == "file":
             self.has_file = True
+        elif len(self.fields) < _MOST_FIELDS:
+            self.fields[name] = bytearray()
         else:
-            self.spec = bytearray()
+            raise InvalidRequest(f"The form has more than {_MOST_FIELDS} fields.")
 
     def _add(self, data: bytes, start: int, end: int) -> None:
-        if self._in_file:
+        if self._name == "file":
             self._file_bytes += end - start
             if self._file_bytes > self._settings.max_upload_bytes:
                 limit = self._settings.max_upload_bytes
                 raise TooLarge(f"The file has more than the {limit} bytes that are allowed.", limit_bytes=limit)
             self.pending += memoryview(data)[start:end]
             return
-        assert self.spec is not None
-        self.spec += memoryview(data)[start:end]
+        self.fields[self._name] += memoryview(data)[start:end]
+        self._field_bytes += end - start
         # The spec may contain a tokenizer beside its other fields.
         limit = self._settings.max_spec_bytes + self._settings.max_tokenizer_bytes
-        if len(self.spec) > limit:
+        if self._field_bytes > limit:
             raise TooLarge(f"The spec has more than the {limit} bytes that are allowed.", limit_bytes=limit)
 
     def _end(self) -> None:

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from app.api.routes import Service
 from app.api.sessions import Sessions
 from app.errors import ServiceError, Unavailable, invalid_request
-from app.pages import analyses, assets, home, leaderboard, reports, resources
+from app.pages import analyses, asking, assets, gates, home, leaderboard, pushing, reports, resources
 from app.pages.rendering import STATIC, address, page
 from app.pages.visitors import LoginNeeded, visitor_of
 from app.storage import StorageUnavailable
@@ -24,8 +24,12 @@ _ROUTERS = (
     home.router,
     reports.router,
     leaderboard.router,
+    # Before the page of one analysis, whose path would match too.
+    asking.router,
     analyses.router,
     resources.router,
+    gates.router,
+    pushing.router,
     assets.router,
 )
 

@@ -110,8 +110,12 @@ def duration(seconds: float | None) -> str:
 
 def name(text: object) -> Markup:
     """Return untrusted text: isolated, so that its writing direction is its own, and without controls."""
-    shown = "".join("\N{REPLACEMENT CHARACTER}" if _controls(char) else char for char in str(text))
-    return Markup("<bdi>{}</bdi>").format(shown)
+    return Markup("<bdi>{}</bdi>").format(plain(text))
+
+
+def plain(text: object) -> str:
+    """Return untrusted text without controls, for places that take no markup: titles, labels, choices."""
+    return "".join("\N{REPLACEMENT CHARACTER}" if _controls(char) else char for char in str(text))
 
 
 def _controls(char: str) -> bool:
@@ -163,6 +167,7 @@ def _environment() -> jinja2.Environment:
         "moment": moment,
         "duration": duration,
         "name": name,
+        "plain": plain,
         "json": json_of,
     }
     environment.globals |= {

@@ -22,13 +22,18 @@ from app.pages.visitors import VisitorDep
 from app.reports import Ranking, page_of_reports
 from app.schemas import Kind
 from app.schemas.kinds import KINDS
+from app.schemas.metrics import metrics_of
 
 router = APIRouter()
 _OF_SPLIT = ("accuracy", "loss", "calibration_error", "effective_rank")
 _OF_COLLAPSE = tuple(name for name in words.METRICS if name.startswith("nc"))
 _LEVELS = (("sample", "none"), ("sample", "global"), ("class_mean", "none"), ("class_mean", "global"))
+# Charts that a page shows at once beside the measures of the overview; the further ones wait behind a click.
+_AT_ONCE = ("classes", "confusion", "reliability")
 # Up to so many classes the confusion matrix is shown whole, beyond only the largest confusions.
 _MATRIX_CLASSES, _LARGEST = 20, 20
+# Classes that the table lists; of a language model there may be many thousands.
+_MOST_CLASSES = 1000
 
 
 @router.get("/reports")
@@ -72,22 +77,24 @@ def show_report(request: Request, id: schemas.Id, visitor: VisitorDep, service: 
     """What a report says: in sentences, then in charts, then every number."""
     report = _report(service, id)
     kind: Kind = report["kind"]
+    charts = drawing.names(kind)
     return page(
         request,
         visitor,
-        f"report_{kind}.html",
+        f"report_{kind if kind in _VIEWS else 'any'}.html",
         report=report,
         subjects=report.get("subjects") or [report["subject"]],
-        # The first has all the others in one picture.
-        charts=[(name, _label(name)) for name in drawing.names(kind)[1:]],
+        charts=[_chart(name) for name in charts if name in (*KINDS[kind].measures, *_AT_ONCE)],
+        further=[_chart(name) for name in charts if name not in ("overview", *KINDS[kind].measures, *_AT_ONCE)],
         metric_of=words.metric_of,
-        **_VIEWS[kind](report),
+        **_VIEWS.get(kind, _any)(report),
     )
 
 
-def _label(chart: str) -> str:
-    metric = words.metric_of(chart)
-    return metric.label if metric else chart.capitalize()
+def _chart(name: str) -> tuple[str, str]:
+    """Return a chart's name and what a page calls it."""
+    metric = words.metric_of(name)
+    return name, metric.label if metric else name.capitalize()
 
 
 def _report(service: Service, id_: str) -> dict[str, Any]:
@@ -128,13 +135,14 @@ class _Confusions:
 
 def _evaluation(report: Mapping[str, Any]) -> dict[str, Any]:
     splits: Mapping[str, Any] = report["splits"]
-    names = report["probe"].get("class_names")
+    names = words.class_names(report)
     return {
         "sentences": words.evaluation_in_sentences(report),
         "measures_of": [_row(splits, name, ()) for name in _OF_SPLIT],
         "collapse": [_row(splits, name, ("collapse",)) for name in _OF_COLLAPSE],
         "levels": _LEVELS,
         "by_class": _by_class(splits, names),
+        "most_classes": _MOST_CLASSES,
         "confusions": [_confusions(name, split, names) for name, split in splits.items() if split.get("by_class")],
     }
 
@@ -155,7 +163,7 @@ def _by_class(
     if not all(split.get("by_class") for split in splits.values()):
         return []
     found = []
-    for label in range(len(next(iter(splits.values()))["class_counts"])):
+    for label in range(min(len(next(iter(splits.values()))["class_counts"]), _MOST_CLASSES)):
         cells = [
             (
                 split["class_counts"][label],
@@ -217,6 +225,11 @@ def _of_points(report: Mapping[str, Any]) -> dict[str, Any]:
         "splits": list(report["points"][0]["splits"]),
         "of_points": ("loss", "accuracy", "mir", "hdr"),
     }
+
+
+def _any(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the page of a kind without a view of its own shows: every metric by its path."""
+    return {"metrics": metrics_of(report["kind"], report)}
 
 
 _VIEWS: Mapping[Kind, Callable[[Mapping[str, Any]], dict[str, Any]]] = {

@@ -53,12 +53,17 @@ async def _visitor(request: Request) -> Visitor:
 VisitorDep = Annotated[Visitor, Depends(_visitor)]
 
 
-async def _author(
-    request: Request, visitor: VisitorDep, token: Annotated[str, Form(alias=TOKEN_FIELD)] = ""
-) -> Visitor:
+def require_token(request: Request, visitor: Visitor, token: str) -> None:
+    """Refuse a form whose token is not that of its session."""
     sessions: Sessions = request.app.state.sessions
     if visitor.is_new or not sessions.people.is_token(visitor.cookie, token):
         raise Forbidden("This form does not belong to your session, or it has become too old: load the page again.")
+
+
+async def _author(
+    request: Request, visitor: VisitorDep, token: Annotated[str, Form(alias=TOKEN_FIELD)] = ""
+) -> Visitor:
+    require_token(request, visitor, token)
     return visitor
 
 

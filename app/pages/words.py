@@ -95,7 +95,7 @@ def evaluation_in_sentences(report: Mapping[str, Any]) -> list[str]:
         _predictions(split, name),
         *_mir(values),
         *_collapse(collapse),
-        *_classes(split, report["probe"].get("class_names")),
+        *_classes(split, class_names(report)),
     ]
 
 
@@ -163,6 +163,15 @@ def _classes(split: Mapping[str, Any], names: list[str] | None) -> list[str]:
         other, n = own[0]["predicted"], own[0]["n_samples"]
         text += f"; most often ({n:,} of {split['class_counts'][label]:,}) it is taken for {class_name(other, names)}"
     return [f"{text}."]
+
+
+def class_names(report: Mapping[str, Any]) -> list[str] | None:
+    """Return the names of an evaluation's classes: of a language model, its tokens' ids; None where they have none."""
+    tokens = report["probe"].get("next_tokens")
+    if tokens is not None:
+        return [f"token {id_}" for id_ in tokens["token_ids"]]
+    names: list[str] | None = report["probe"].get("class_names")
+    return names
 
 
 def class_name(label: int, names: list[str] | None) -> str:

@@ -13,7 +13,8 @@ class KindOfAnalysis:
 
     Attributes:
         report: model of the report.
-        measures: measures that its charts show, in order.
+        measures: measures that its overview shows, in order; each has a chart of its own too.
+        further: further charts.
         place: member of a point that holds its place on the axis; None for a kind without points.
         axis: title of the axis; None takes the name in the report's `axis`.
         grows: whether a later report may have more points, so that points are counted from the end.
@@ -29,16 +30,36 @@ class KindOfAnalysis:
     axis: str | None = None
     grows: bool = False
     choices: tuple[str, ...] = ()
+    further: tuple[str, ...] = ()
     metrics: str = r"(splits|summary)(\.[a-z]\w*)+"
     also_judged_as: Kind | None = None
 
 
 _OF_MODEL = ("loss", "accuracy", "mir", "hdr")
+_FURTHER = (
+    "calibration_error",
+    "effective_rank",
+    "mutual_information",
+    "entropy_features",
+    "entropy_head",
+    "entropy_joint",
+    "nc1",
+    "nc1_condition",
+    "nc2_equinorm_means",
+    "nc2_equinorm_head",
+    "nc2_equiangularity_means",
+    "nc2_equiangularity_head",
+    "nc2_max_angle_means",
+    "nc2_max_angle_head",
+    "nc3",
+    "nc4",
+)
 KINDS: Mapping[Kind, KindOfAnalysis] = {
-    "evaluation": KindOfAnalysis(EvaluationReport, ("mir", "hdr")),
+    "evaluation": KindOfAnalysis(EvaluationReport, ("mir", "hdr"), further=("classes", "confusion", "reliability")),
     "comparison": KindOfAnalysis(
         ComparisonReport,
         ("accuracy", "loss", "mir", "hdr"),
+        further=_FURTHER,
         # Both sides have reports of their own, and a difference has eight more numbers.
         metrics=r"splits\.[a-z]+\.(differences(\.[a-z]\w*)+\.difference|predictions\.[a-z]\w*)",
         also_judged_as="evaluation",
@@ -46,6 +67,7 @@ KINDS: Mapping[Kind, KindOfAnalysis] = {
     "path": KindOfAnalysis(
         PathReport,
         ("loss", "error", "mir", "hdr"),
+        further=_FURTHER,
         place="w",
         axis="w (0 is A, 1 is B)",
         choices=("options.grid", "options.normalisation", "options.alignment"),
@@ -53,9 +75,10 @@ KINDS: Mapping[Kind, KindOfAnalysis] = {
     "pruning": KindOfAnalysis(
         PruningReport,
         _OF_MODEL,
+        further=_FURTHER,
         place="sparsity",
         axis="sparsity",
         choices=("options.sparsities", "options.scope", "options.include_head"),
     ),
-    "series": KindOfAnalysis(SeriesReport, _OF_MODEL, place="x", grows=True, choices=("axis.name",)),
+    "series": KindOfAnalysis(SeriesReport, _OF_MODEL, further=_FURTHER, place="x", grows=True, choices=("axis.name",)),
 }

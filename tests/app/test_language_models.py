@@ -157,6 +157,9 @@ def test_labels_of_whole_texts_take_no_part(service: Service, tmp_path: Path) ->
     content = parquet({"text": TEXTS, "label": ["calm", "wild"] * 12})
     probe = _posted(service, "probes", {"tokenizer": tokenizer()}, content)
     report = _report(service, _checkpoint(service, named), probe)
+    page = service.client.get(f"/reports/{report['id']}")
+    assert f"token {report['probe']['next_tokens']['token_ids'][0]}" in page.text
+    assert service.client.get(f"/v1/reports/{report['id']}/charts/confusion.svg").status_code == 200
     assert report["splits"]["all"]["loss"] == pytest.approx(_expected(saved, _tokenised(TEXTS))["loss"], rel=1e-5)
     assert report["probe"]["next_tokens"]["ignored_labels"] is True
     tensors = _tensors(service, **models.texts(N), labels=torch.arange(N) % 4)

@@ -33,6 +33,8 @@ def test_a_toy_kind_is_requested_computed_drawn_and_judged(
         mir, doubled = (split["interplay"]["sample"]["global"]["mir"] for split in (first, second))
         assert doubled == pytest.approx(mir, abs=1e-9)
         drawn = service.client.get(f"/v1/reports/{report['id']}/charts/overview.json").json()
+        page = service.client.get(f"/reports/{report['id']}")
+        assert page.status_code == 200, page.text
         assert "factor" in str(drawn)
         checks = [{"metric": "points.-1.splits.test.accuracy", "min": 0.5}]
         gate = service.client.post("/v1/gates", json={"name": "toy", "kind": "scaling", "checks": checks})

@@ -18,13 +18,20 @@ from tests.app.api.test_uploads import problem
 from tests.app.test_points import FEW
 from tests.services import Service
 
+FURTHER = [
+    *("calibration_error", "effective_rank", "mutual_information", "entropy_features", "entropy_head", "entropy_joint"),
+    *("nc1", "nc1_condition", "nc2_equinorm_means", "nc2_equinorm_head", "nc2_equiangularity_means"),
+    *("nc2_equiangularity_head", "nc2_max_angle_means", "nc2_max_angle_head", "nc3", "nc4"),
+]
 NAMES = {
-    "evaluation": ["overview", "mir", "hdr"],
-    "comparison": ["overview", "accuracy", "loss", "mir", "hdr"],
-    "path": ["overview", "loss", "error", "mir", "hdr"],
-    "pruning": ["overview", "loss", "accuracy", "mir", "hdr"],
-    "series": ["overview", "loss", "accuracy", "mir", "hdr"],
+    "evaluation": ["overview", "mir", "hdr", "classes", "confusion", "reliability"],
+    "comparison": ["overview", "accuracy", "loss", "mir", "hdr", *FURTHER],
+    "path": ["overview", "loss", "error", "mir", "hdr", *FURTHER],
+    "pruning": ["overview", "loss", "accuracy", "mir", "hdr", *FURTHER],
+    "series": ["overview", "loss", "accuracy", "mir", "hdr", *FURTHER],
 }
+# Of the further ones, which differ in their numbers alone, two are rendered.
+DRAWN = {kind: [name for name in names if name not in FURTHER[1:-1]] for kind, names in NAMES.items()}
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +63,11 @@ def test_every_chart_is_drawn_in_every_format(service: Service, reports: dict[st
     url = f"/v1/reports/{reports[kind]['id']}/charts"
     listed = service.client.get(url).json()
     assert listed == {"names": NAMES[kind], "formats": ["svg", "png", "json"]}
-    for name in NAMES[kind]:
+    for name in DRAWN[kind]:
         picture = service.client.get(f"{url}/{name}.svg")
         assert picture.headers["content-type"].startswith("image/svg+xml")
         words = "".join(ET.fromstring(picture.text).itertext())
-        assert "train" in words
+        assert ("test" if name == "confusion" else "train") in words
         assert f"{kind.capitalize()}: before <&>" in words
         assert "on data" in words
         image = service.client.get(f"{url}/{name}.png")
@@ -90,6 +97,62 @@ def test_a_chart_shows_the_numbers_of_the_report(reports: dict[str, Any]) -> Non
     rule = json.dumps(charts.describe(path, "loss"))
     raised = path["points"][1]["splits"]["test"]["loss"]
     assert f'"w": 0.5, "from": {json.dumps(raised - 1.0)}, "to": {json.dumps(raised)}' in rule
+
+
+def test_every_measure_has_a_chart_of_its_numbers(reports: dict[str, Any]) -> None:
+    """The further charts hold the report's own digits, wherever in a split the measure stands."""
+    for kind in ("comparison", "path", "pruning", "series"):
+        report = reports[kind]
+        for name in FURTHER:
+            within = "collapse." if name.startswith("nc") else ""
+            if name.startswith(("entropy", "mutual")):
+                within = "interplay.sample.global."
+            text = json.dumps(charts.describe(report, name))
+            if kind == "comparison":
+                values = [split["differences"][f"{within}{name}"]["difference"] for split in report["splits"].values()]
+            else:
+                values = [
+                    _at(split, f"{within}{name}") for point in report["points"] for split in point["splits"].values()
+                ]
+            assert values
+            for value in values:
+                assert json.dumps(value) in text, (kind, name)
+
+
+def _at(split: dict[str, Any], path: str) -> Any:
+    found: Any = split
+    for part in path.split("."):
+        found = found[part]
+    return found
+
+
+def test_charts_of_classes(reports: dict[str, Any]) -> None:
+    """Accuracies, counts and bins are the report's; many classes are cut to the lowest, and old reports say so."""
+    report = copy.deepcopy(reports["evaluation"])
+    split = report["splits"]["test"]
+    shown = {name: json.dumps(charts.describe(report, name)) for name in ("classes", "confusion", "reliability")}
+    for accuracy in split["by_class"]["accuracy"]:
+        assert f'"accuracy": {json.dumps(accuracy)}' in shown["classes"]
+    for entry in split["by_class"]["confusions"]:
+        pair = f'"class": "{entry["label"]}", "predicted": "{entry["predicted"]}", "samples": {entry["n_samples"]}'
+        assert pair in shown["confusion"]
+    for one in split["reliability"]:
+        if one["n_samples"]:
+            assert f'"confidence": {json.dumps(one["confidence"])}' in shown["reliability"]
+    many = 1000
+    for one in report["splits"].values():
+        one["class_counts"] = [5] * many
+        one["by_class"]["accuracy"] = [label / many for label in range(many)]
+        one["by_class"]["confusions"] = [
+            {"label": label, "predicted": label - 1, "n_samples": 5} for label in range(many - 1, 0, -1)
+        ]
+    assert "the 30 of 1,000 classes with the lowest accuracy" in _words(charts.describe(report, "classes"))
+    assert "the largest confusions" in _words(charts.describe(report, "confusion"))
+    assert json.dumps(charts.describe(report, "confusion")).count('"pair": "') == 20
+    for one in report["splits"].values():
+        one["by_class"] = one["reliability"] = None
+    for name in ("classes", "confusion", "reliability"):
+        assert "older than predictions by class" in json.dumps(charts.describe(report, name))
 
 
 def test_every_chart_says_what_its_marks_mean(reports: dict[str, Any]) -> None:
@@ -220,7 +283,7 @@ def test_long_names_do_not_widen_a_picture(reports: dict[str, Any]) -> None:
         report["probe"]["name"] = "W" * 200
         if kind == "series":
             report["axis"]["name"] = "begin" + "n" * 90 + "final"
-        for name in NAMES[kind]:
+        for name in DRAWN[kind]:
             specification = charts.describe(report, name)
             width, height = _size(specification)
             assert width <= _size(charts.describe(reports[kind], name))[0] + 50

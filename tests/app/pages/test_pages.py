@@ -2,12 +2,17 @@
 
 import io
 import re
+from html import unescape
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
+from uuid import uuid4
 
 import httpx
+import numpy as np
 import pytest
+from markupsafe import escape
+from safetensors.numpy import save
 
 from app import pages
 from app.pages import words
@@ -111,15 +116,16 @@ def test_names_are_text(service: Service, mlp_checkpoint_file: Path, digits_prob
     for path in (
         "/", "/reports", "/analyses", "/checkpoints", "/probes", "/leaderboard", f"/checkpoints/{checkpoint}",
         f"/probes/{probe}", f"/reports/{ended['report_id']}", f"/analyses/{ended['id']}",
-        f"/reports?name={quote(HOSTILE)}",
+        f"/reports?name={quote(HOSTILE)}", f"/analyses/new?like={ended['id']}",
     ):  # fmt: skip
         page = read(service.client, path)
         body = page.partition("<main")[2]
         assert "<script>alert" not in page
         assert "<b>key" not in page
         assert "&lt;script&gt;alert(1)&lt;/script&gt;" in body
-        shown = re.sub(r'(?:value|title|aria-label|href)="[^"]*"', "", body)
-        assert "\u202e" not in re.sub(r"<option[^>]*>[^<]*", "", shown), path
+        # But for what a field or a link gives back to the service as it was.
+        shown = re.sub(r'(?:value|href)="[^"]*"', "", page)
+        assert "\u202e" not in shown, path
         assert "\u2066" not in shown
 
 
@@ -149,6 +155,119 @@ def test_lists_filter_as_the_api_does(service: Service, reports: dict[str, Any])
     assert len(ids[0]) == 1
     assert ids[0][0] not in ids[1]
     assert "Input should be" in read(service.client, "/analyses?status=done", status=422)
+
+
+def test_gates_and_baselines(service: Service, reports: dict[str, Any]) -> None:  # noqa: F811
+    """A gate's versions and checks, a baseline's moves, and what the gate says of each move."""
+    name, report = f"gate-{uuid4().hex[:8]}", reports["evaluation"]
+    spec: dict[str, Any] = {
+        "name": name,
+        "checks": [{"metric": "splits.test.accuracy", "min": 0.9999, "name": "<b>nearly all</b>"}],
+    }
+    first = service.client.post("/v1/gates", json=spec).json()["id"]
+    spec["checks"].append({"metric": "splits.test.loss", "max": 100})
+    second = service.client.post("/v1/gates", json=spec).json()["id"]
+    assert f"/gates/{second}" in read(service.client, "/gates")
+    page = read(service.client, f"/gates/{second}")
+    assert "&lt;b&gt;nearly all&lt;/b&gt;" in page
+    assert f"/gates/{first}" in page
+    baseline = f"main-{uuid4().hex[:8]}"
+    put = service.client.put(f"/v1/baselines/{baseline}", json={"report_id": report["id"], "note": "<i>by hand</i>"})
+    assert put.status_code == 200, put.text
+    assert f"/baselines/{baseline}" in read(service.client, "/baselines")
+    page = read(service.client, f"/baselines/{baseline}")
+    assert f"/reports/{report['id']}" in page
+    assert "&lt;i&gt;by hand&lt;/i&gt;" in page
+    page = read(service.client, f"/baselines/{baseline}?gate={second}")
+    verdict = service.client.post(f"/v1/reports/{report['id']}/gate", json={"gate_id": second}).json()
+    for check in verdict["checks"]:
+        assert escape(check["why"]) in page
+    assert "There is no baseline" in read(service.client, "/baselines/none", status=404)
+    assert "There is no gate" in read(service.client, f"/baselines/{baseline}?gate=none", status=404)
+
+
+def test_files_are_pushed_by_forms(service: Service, mlp_checkpoint_file: Path, digits_probe_file: Path) -> None:
+    """What a form sends becomes the resource that the API would have made, and a mistake is said on a page."""
+    with httpx.Client(base_url=service.url, trust_env=False, timeout=30) as client:
+        token = token_of(read(client, "/push"))
+
+        def push(collection: str, file: bytes | None, **fields: str) -> httpx.Response:
+            data = {"csrf_token": token, "name": "pushed", **fields}
+            return client.post(f"/push/{collection}", data=data, files={"file": ("a.safetensors", file or b"")})
+
+        def made(answer: httpx.Response) -> dict[str, Any]:
+            assert answer.status_code == 303, answer.text
+            read(client, answer.headers["location"])
+            return dict(client.get(f"/v1{answer.headers['location']}").json())
+
+        checkpoint = made(
+            push("checkpoints", mlp_checkpoint_file.read_bytes(), metadata="run = a\n\nepoch=10\nfinal=true", head="")
+        )
+        assert (checkpoint["name"], checkpoint["metadata"]) == ("pushed", {"run": "a", "epoch": 10, "final": True})
+        names = "\n".join(f"digit {digit}" for digit in range(10))
+        probe = made(push("probes", digits_probe_file.read_bytes(), class_names=names, preprocess='{"scale": 0.0625}'))
+        assert probe["class_names"] == names.splitlines()
+        assert probe["preprocess"]["scale"] == 0.0625
+        features = np.random.default_rng(0).normal(size=(12, 4)).astype(np.float32)
+        arrays: dict[str, Any] = {"features": features, "labels": np.arange(12) % 3, "head": features[:3].copy()}
+        assert made(push("feature-sets", save(arrays)))["n_features"] == 4
+        for fields, said in (
+            ({"architecture": "{broken"}, "architecture is not valid JSON"),
+            ({"metadata": "epoch"}, "key=value"),
+            ({"further": "[]"}, "must be a JSON object"),
+            ({"bogus": "1"}, "bogus"),
+        ):
+            refused = push("checkpoints", mlp_checkpoint_file.read_bytes(), **fields)
+            assert refused.status_code == 422
+            assert said in refused.text
+        assert push("checkpoints", None).status_code == 422
+        before = {path.name for path in (service.data_dir / "blobs").rglob("*")}
+        assert push("checkpoints", b"other" * 1000, csrf_token="0").status_code == 403
+        assert {path.name for path in (service.data_dir / "blobs").rglob("*")} == before
+        assert client.post("/push/nothing", data={"csrf_token": token}).status_code == 422
+
+
+def test_every_kind_is_asked_for_by_its_form(service: Service, reports: dict[str, Any]) -> None:  # noqa: F811
+    """A form that begins with an earlier analysis asks for the same; other options and mistakes are taken and said."""
+    with httpx.Client(base_url=service.url, trust_env=False, timeout=30) as client:
+        for kind, report in reports.items():
+            before = client.get(f"/v1/analyses/{report['analysis_id']}").json()
+            form = read(client, f"/analyses/new?like={before['id']}")
+            fields = fields_of(form)
+            assert fields["kind"] == kind
+            fields["options.null_permutations"] = "1"
+            sent = client.post("/analyses/new", data=fields)
+            assert sent.status_code == 303, sent.text
+            after = client.get(f"/v1{sent.headers['location']}").json()
+            for member in ("kind", "checkpoint_ids", "probe_id", "axis"):
+                assert after[member] == before[member], member
+            assert after["options"] == {**before["options"], "null_permutations": 1}
+            read(client, sent.headers["location"])
+            client.post(f"/v1{sent.headers['location']}/cancel")
+        fields = fields_of(read(client, f"/analyses/new?like={reports['series']['analysis_id']}"))
+        for change, said in (
+            ({"checkpoint_ids": "one"}, "place = id"),
+            ({"options.null_permutations": "-1"}, "null_permutations"),
+            ({"options.precision": "float8"}, "precision"),
+            ({"kind": "speed"}, "no kind of analysis"),
+            ({"probe_id": "none"}, "probe"),
+        ):
+            answer = client.post("/analyses/new", data=fields | change)
+            assert answer.status_code in (404, 422), answer.text
+            assert said in answer.text
+        assert client.post("/analyses/new", data=fields | {"csrf_token": "0"}).status_code == 403
+    assert "Axis" not in read(service.client, "/analyses/new?kind=path")
+
+
+def fields_of(page: str) -> dict[str, str]:
+    """Return what a browser would send of the page's form."""
+    form = page[page.index("<form method") : page.index("</form>", page.index("<form method"))]
+    fields = dict(re.findall(r'<input[^>]* name="([^"]+)" value="([^"]*)"', form))
+    for name, options in re.findall(r'<select[^>]* name="([^"]+)">(.*?)</select>', form):
+        chosen = re.search(r'value="([^"]*)" selected', options) or re.search(r'value="([^"]*)"', options)
+        fields[name] = chosen[1] if chosen else ""
+    fields |= dict(re.findall(r'<textarea[^>]* name="([^"]+)"[^>]*>([^<]*)</textarea>', form))
+    return {name: unescape(value) for name, value in fields.items()}
 
 
 def test_errors_are_pages(service: Service) -> None:

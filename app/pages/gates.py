@@ -1,0 +1,116 @@
+"""Pages of gates and baselines: versions, checks, moves, and what a gate says of each move."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import sqlalchemy as sa
+from fastapi import APIRouter, Depends, Query, Request, Response
+
+from app import models, schemas
+from app.api.routes import ServiceDep
+from app.database import read
+from app.errors import NotFound, ServiceError
+from app.gates import baselines, judging, versions
+from app.gates.verdicts import Verdict
+from app.listing import Listing
+from app.pages.rendering import page
+from app.pages.visitors import VisitorDep
+
+router = APIRouter()
+_MOST = 200
+# Judging reads two reports; a timeline shows so many moves.
+_MOST_MOVES = 50
+
+
+@dataclass(frozen=True)
+class _Move:
+    """A move of a baseline, and a gate's verdict on its report, or why there is none.
+
+    Attributes:
+        move: as it was requested.
+        name: of the report's subject.
+        verdict: of the report against the one that it replaced; None without a gate.
+        problem: why the gate cannot judge it.
+    """
+
+    move: schemas.BaselineMove
+    name: str | None
+    verdict: Verdict | None
+    problem: str | None
+
+
+@router.get("/gates")
+def list_gates(
+    request: Request, visitor: VisitorDep, service: ServiceDep, listing: Annotated[Listing, Depends()]
+) -> Response:
+    """Every version of every gate, the newest first."""
+    found = versions.list_page(service.engine, listing)
+    return page(request, visitor, "gates.html", gates=found.items, next_cursor=found.next_cursor, listing=listing)
+
+
+@router.get("/gates/{id}")
+def show_gate(request: Request, id: schemas.Id, visitor: VisitorDep, service: ServiceDep) -> Response:
+    """One version of a gate: its checks, and the other versions."""
+    gate = versions.get(service.engine, id)
+    others = versions.list_page(service.engine, Listing(limit=_MOST, name=gate.name)).items
+    return page(request, visitor, "gate.html", gate=gate, versions=others)
+
+
+@router.get("/baselines")
+def list_baselines(
+    request: Request, visitor: VisitorDep, service: ServiceDep, listing: Annotated[Listing, Depends()]
+) -> Response:
+    """Baselines, and the reports that they point at."""
+    found = baselines.list_page(service.engine, listing)
+    return page(
+        request,
+        visitor,
+        "baselines.html",
+        baselines=found.items,
+        names=_names(service.engine, [one.report_id for one in found.items]),
+        next_cursor=found.next_cursor,
+        listing=listing,
+    )
+
+
+@router.get("/baselines/{baseline}")
+def show_baseline(
+    request: Request,
+    baseline: schemas.Slug,
+    visitor: VisitorDep,
+    service: ServiceDep,
+    gate: Annotated[schemas.Id | None, Query()] = None,
+) -> Response:
+    """The moves of a baseline; with `gate` what that gate says of each, against the report before."""
+    found = baselines.list_moves(service.engine, baseline, Listing(limit=_MOST_MOVES))
+    names = _names(service.engine, [move.report_id for move in found.items])
+    return page(
+        request,
+        visitor,
+        "baseline.html",
+        baseline=baseline,
+        moves=[_judged(service.engine, move, names.get(move.report_id), gate) for move in found.items],
+        more=found.next_cursor is not None,
+        gates=versions.list_page(service.engine, Listing(limit=_MOST)).items,
+        chosen=gate,
+    )
+
+
+def _judged(engine: sa.Engine, move: schemas.BaselineMove, name: str | None, gate_id: str | None) -> _Move:
+    if gate_id is None:
+        return _Move(move, name, None, None)
+    asked = schemas.GateRequest(gate_id=gate_id, baseline_report_id=move.before_report_id)
+    try:
+        return _Move(move, name, judging.judge(engine, move.report_id, asked), None)
+    except NotFound:
+        raise
+    except ServiceError as error:  # the gate is for reports of another kind, or the two cannot be compared
+        return _Move(move, name, None, error.detail)
+
+
+def _names(engine: sa.Engine, report_ids: Sequence[str]) -> dict[str, str]:
+    """Return what the reports are of, by their ids."""
+    query = sa.select(models.Report.id, models.Report.name).where(models.Report.id.in_(report_ids))
+    with read(engine) as session:
+        return {row.id: row.name for row in session.execute(query)}

@@ -28,8 +28,8 @@ def browser() -> Iterator[Browser]:
             pytest.fail("chromium is not on this machine")
         pytest.skip("a browser (Debian's package chromium) is not on this machine")
     with sync_playwright() as playwright:
-        # Its own sandbox does not work for root, as which continuous integration runs.
-        started = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        # Its own sandbox does not work for root, as which continuous integration runs; a container's /dev/shm is small.
+        started = playwright.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-dev-shm-usage"])
         yield started
         started.close()
 

@@ -30,6 +30,8 @@ from interplay.transport import InterplayError
 
 # Members that describe the inputs and the method, not the results: parameters of a run.
 _PARAMETERS = ("axis", "probe", "probe_b", "provenance", "subject", "subjects")
+# Thousands of numbers where there are many classes: a run has them in its report.json, and no metric of each.
+_BY_CLASS = ("by_class", "reliability")
 _IDENTITY = ("analysis_id", "created_at", "definitions_version", "id", "kind", "schema_version")
 _PLACES = tuple(kind.place for kind in KINDS.values() if kind.place is not None)
 # MLflow's limits for one batch, and for the length of names and values.
@@ -225,7 +227,7 @@ def _log(client: Any, entities: Any, run_id: str, report: Mapping[str, Any], fou
     steps = _steps(found)
     metrics, undefined = [], {}
     for row in found:
-        if row.path.split(".")[0] in _PARAMETERS:
+        if row.path.split(".")[0] in (*_PARAMETERS, *_BY_CLASS):
             continue
         name = f"{row.split}/{_name(row.path)}" if row.split else _name(row.path)
         if row.value is None:

@@ -38,6 +38,16 @@ _METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 _UNREADABLE = "There was an error parsing the body"
 
 
+#: Errors of the database and of the storage; `as_service_error` says what they mean.
+DEPENDENCY_ERRORS: tuple[type[Exception], ...] = (
+    StorageUnavailable,
+    sa.exc.OperationalError,
+    sa.exc.ProgrammingError,
+    sa.exc.InterfaceError,
+    sa.exc.TimeoutError,
+)
+
+
 class ProblemResponse(JSONResponse):
     media_type = "application/problem+json"
 
@@ -55,11 +65,7 @@ def install(app: FastAPI) -> None:
         ServiceError: _service_error,
         RequestValidationError: _validation_error,
         HTTPException: _http_error,
-        StorageUnavailable: _storage_error,
-        sa.exc.OperationalError: _database_error,
-        sa.exc.ProgrammingError: _programming_error,
-        sa.exc.InterfaceError: _database_error,
-        sa.exc.TimeoutError: _database_error,
+        **dict.fromkeys(DEPENDENCY_ERRORS, _dependency_error),
         Exception: _bug,
     }
     for error, handler in handlers.items():
@@ -110,30 +116,33 @@ def _allowed(request: Request) -> dict[str, str]:
     return {"Allow": ", ".join([*methods, *(["HEAD"] if "GET" in methods else [])])}
 
 
-async def _programming_error(request: Request, error: sa.exc.ProgrammingError) -> Response:
-    if getattr(error.orig, "sqlstate", None) == "42P01":  # a table does not exist
-        return await _database_error(request, error)
-    raise error
+async def _dependency_error(_: Request, error: Exception) -> Response:
+    return problem_response(as_service_error(error))
 
 
-async def _database_error(_: Request, error: Exception) -> Response:
+def as_service_error(error: Exception) -> ServiceError:
+    """Return what one of DEPENDENCY_ERRORS means for a caller; raise it again if it is a bug."""
+    if isinstance(error, StorageUnavailable):
+        return _of_storage(error)
     # SQLite reports this in the message only; PostgreSQL has a code for it.
     original = getattr(error, "orig", None)
-    if "disk is full" in str(original) or getattr(original, "sqlstate", None) == "53100":
+    code = getattr(original, "sqlstate", None)
+    if isinstance(error, sa.exc.ProgrammingError) and code != "42P01":  # a table does not exist
+        raise error
+    if "disk is full" in str(original) or code == "53100":
         logger.error("the database's disk is full: %s", first_line(error))
-        return problem_response(InsufficientStorage(_FULL))
+        return InsufficientStorage(_FULL)
     logger.warning("the database does not answer: %s", first_line(error))
-    detail = "The database does not answer, or has not the tables of this version; /readyz says which."
-    return problem_response(Unavailable(detail))
+    return Unavailable("The database does not answer, or has not the tables of this version; /readyz says which.")
 
 
-async def _storage_error(_: Request, error: Exception) -> Response:
+def _of_storage(error: StorageUnavailable) -> ServiceError:
     words = first_line(error)
     if isinstance(error, StorageFull):
         logger.error("the storage is full: %s", words)
-        return problem_response(InsufficientStorage(f"{_FULL} Nothing of the upload was kept."))
+        return InsufficientStorage(f"{_FULL} Nothing of the upload was kept.")
     logger.warning("the storage does not answer: %s", words)
-    return problem_response(Unavailable("The storage does not answer; try again in a few seconds."))
+    return Unavailable("The storage does not answer; try again in a few seconds.")
 
 
 async def _bug(_: Request, error: Exception) -> Response:

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import sqlalchemy as sa
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.staticfiles import StaticFiles
@@ -12,13 +11,13 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from app.api.problems import DEPENDENCY_ERRORS, as_service_error
 from app.api.routes import Service
 from app.api.sessions import Sessions
-from app.errors import ServiceError, Unavailable, invalid_request
+from app.errors import ServiceError, invalid_request
 from app.pages import analyses, asking, assets, gates, home, leaderboard, pushing, reports, resources
 from app.pages.rendering import STATIC, address, page
 from app.pages.visitors import LoginNeeded, visitor_of
-from app.storage import StorageUnavailable
 
 _ROUTERS = (
     home.router,
@@ -48,7 +47,7 @@ class Pages:
         ours = scope["type"] == "http" and scope["path"].lstrip("/").partition("/")[0] in self._ours
         if ours:
             # Of a form, fields that were left empty ask for nothing.
-            given = [part for part in scope["query_string"].split(b"&") if not part.endswith(b"=")]
+            given = [part for part in scope["query_string"].split(b"&") if part.partition(b"=")[2]]
             scope = {**scope, "query_string": b"&".join(given)}
         await (self._pages if ours else self._api)(scope, receive, send)
 
@@ -61,10 +60,7 @@ def _create(service: Service, sessions: Sessions) -> FastAPI:
         ServiceError: _service_error,
         RequestValidationError: _validation_error,
         HTTPException: _http_error,
-        StorageUnavailable: _storage_error,
-        sa.exc.OperationalError: _database_error,
-        sa.exc.InterfaceError: _database_error,
-        sa.exc.TimeoutError: _database_error,
+        **dict.fromkeys(DEPENDENCY_ERRORS, _dependency_error),
         Exception: _bug,
     }
     for error, handler in handlers.items():
@@ -104,12 +100,8 @@ async def _http_error(request: Request, error: HTTPException) -> Response:
     return page(request, visitor_of(request), "error.html", status=error.status_code, title=title, detail="")
 
 
-async def _storage_error(request: Request, _: Exception) -> Response:
-    return await _service_error(request, Unavailable("The storage does not answer; try again in a while."))
-
-
-async def _database_error(request: Request, _: Exception) -> Response:
-    return await _service_error(request, Unavailable("The database does not answer; try again in a while."))
+async def _dependency_error(request: Request, error: Exception) -> Response:
+    return await _service_error(request, as_service_error(error))
 
 
 async def _bug(request: Request, _: Exception) -> Response:

@@ -20,7 +20,7 @@ from app.api.routes import ServiceDep
 from app.api.sessions import TOKEN_FIELD
 from app.database import read
 from app.errors import InvalidRequest, invalid_request
-from app.pages.rendering import page
+from app.pages.rendering import page, place
 from app.pages.visitors import VisitorDep, require_token
 from app.schemas import Kind
 
@@ -67,10 +67,9 @@ def show_form(
         name: value for name, value in given_in_address if name not in ("kind", "like", "options")
     }
     if like is not None:
-        analysis = analyses.get(service.engine, like)
-        before = _asked(analysis)
-        kind = analysis.kind  # type: ignore[assignment]  # a stored analysis has one of the kinds
-    model = _REQUESTS[kind]
+        before = _asked(analyses.get(service.engine, like))
+    chosen: str = before.get("kind", kind)
+    model = _REQUESTS[chosen]
     with read(service.engine) as session:
         subjects = [
             _subject(session, name, field, before.get(name))
@@ -85,7 +84,7 @@ def show_form(
         request,
         visitor,
         "ask.html",
-        kind=kind,
+        kind=chosen,
         kinds=list(_REQUESTS),
         about=(model.__doc__ or "").strip(),
         subjects=subjects,
@@ -113,6 +112,7 @@ def _asked(analysis: schemas.Analysis) -> dict[str, Any]:
     """Return what an analysis was asked with, by the names of its request's fields."""
     ids = analysis.checkpoint_ids
     asked: dict[str, Any] = {
+        "kind": analysis.kind,
         "probe_id": analysis.probe_id,
         "feature_set_id": analysis.feature_set_id,
         "checkpoint_id": analysis.checkpoint_id,
@@ -120,7 +120,7 @@ def _asked(analysis: schemas.Analysis) -> dict[str, Any]:
     }
     if analysis.axis is not None:
         pairs = zip(analysis.axis.values, ids, strict=True)
-        asked |= {"axis": analysis.axis.name, "checkpoint_ids": "\n".join(f"{x:g} = {id_}" for x, id_ in pairs)}
+        asked |= {"axis": analysis.axis.name, "checkpoint_ids": "\n".join(f"{place(x)} = {id_}" for x, id_ in pairs)}
     elif len(ids) == 2:
         asked |= {"checkpoint_a_id": ids[0], "checkpoint_b_id": ids[1]}
     return asked
@@ -149,10 +149,7 @@ def _option(name: str, field: FieldInfo, given: Mapping[str, Any]) -> _Field:
     default = field.get_default(call_default_factory=True)
     value = given.get(name, default.model_dump() if isinstance(default, BaseModel) else default)
     about = f"{name.replace('_', ' ')}: {field.description or ''}"
-    choices = _choices(field.annotation)
-    if choices is not None:
-        return _Field(name, about, _text(value), choices)
-    return _Field(name, about, _text(value))
+    return _Field(name, about, _text(value), _choices(field.annotation))
 
 
 def _choices(annotation: Any) -> list[tuple[str, str]] | None:

@@ -70,6 +70,11 @@ def number(value: float | None, digits: int = 4) -> str:
     return f"{value:.{digits}f}" if abs(value) < 1e5 else f"{value:.3e}"
 
 
+def place(value: float) -> str:
+    """Format a w, a sparsity or a number of an axis exactly, so that no two places look alike."""
+    return repr(float(value) + 0.0).removesuffix(".0")  # + 0.0, as -0 is 0
+
+
 def percent(value: float | None) -> str:
     """Format a share."""
     return _UNDEFINED if value is None else f"{100 * value:.2f} %"
@@ -163,6 +168,7 @@ def _environment() -> jinja2.Environment:
     environment.filters |= {
         "number": number,
         "percent": percent,
+        "place": place,
         "size": size,
         "moment": moment,
         "duration": duration,

@@ -229,7 +229,7 @@ def _of_points(report: Mapping[str, Any]) -> dict[str, Any]:
 
 def _any(report: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the page of a kind without a view of its own shows: every metric by its path."""
-    return {"metrics": metrics_of(report["kind"], report)}
+    return {"sentences": [], "metrics": metrics_of(report["kind"], report)}
 
 
 _VIEWS: Mapping[Kind, Callable[[Mapping[str, Any]], dict[str, Any]]] = {

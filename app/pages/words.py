@@ -1,10 +1,10 @@
-"""What pages call the metrics, what each is in a sentence, and which way it is better; docs/metrics.md defines them."""
+"""What pages call the metrics, what each is in a sentence, and what a report says; docs/metrics.md defines them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from app.pages.rendering import number, percent
+from app.pages.rendering import number, percent, place
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,14 @@ class Metric:
     share: bool = False
 
 
-_MIR, _COLLAPSE, _BESIDE = "matrix-information", "neural-collapse", "neural-collapse"
+# Predictions stand beside the collapse there.
+_MIR, _COLLAPSE = "matrix-information", "neural-collapse"
 #: By the last part of a metric's path.
 METRICS: Mapping[str, Metric] = {
-    "accuracy": Metric("Accuracy", "Share of samples whose class the network predicts.", _BESIDE, share=True),
-    "loss": Metric("Loss", "Mean cross-entropy of the samples' classes, in nats.", _BESIDE),
+    "accuracy": Metric("Accuracy", "Share of samples whose class the network predicts.", _COLLAPSE, share=True),
+    "loss": Metric("Loss", "Mean cross-entropy of the samples' classes, in nats.", _COLLAPSE),
     "calibration_error": Metric(
-        "Calibration error", "Expected calibration error over 15 bins of the top probability.", _BESIDE
+        "Calibration error", "Expected calibration error over 15 bins of the top probability.", _COLLAPSE
     ),
     "effective_rank": Metric(
         "Effective rank",
@@ -71,8 +72,6 @@ METRICS: Mapping[str, Metric] = {
     "nc3": Metric("NC3", "Squared distance between head and class means, both of norm 1; 0 at collapse.", _COLLAPSE),
     "nc4": Metric("NC4", "Share of samples for which network and nearest class mean predict differently.", _COLLAPSE),
 }
-#: Reasons of undefined numbers, in words; docs/report.md lists them.
-_UNEXPLAINED = "undefined"
 
 
 def metric_of(path: str) -> Metric | None:
@@ -208,6 +207,9 @@ def comparison_in_sentences(report: Mapping[str, Any]) -> list[str]:
         sentences.append(f"They differ in {', '.join(differ)}.")
     if alike:
         sentences.append(f"No difference is shown in {', '.join(alike)}.")
+    unknown = [_label(path) for path, one in found if one and one["significant"] is None]
+    if unknown:
+        sentences.append(f"No interval is known of the difference in {', '.join(unknown)}; the table says why.")
     predictions = split["predictions"]
     sentences.append(
         f"They predict the same class for {percent(predictions['agreement'])} of the samples; A alone is right on "
@@ -237,17 +239,18 @@ def points_in_sentences(report: Mapping[str, Any]) -> list[str]:
             return _path(report["summary"], summary, where)
         case "pruning":
             first = points[0]["splits"][name]["accuracy"]
-            text = f"On {where} accuracy is {percent(first)} at sparsity {points[0]['sparsity']:g}"
+            text = f"On {where} accuracy is {percent(first)} at sparsity {place(points[0]['sparsity'])}"
             if summary["knee"] is not None:
-                text += f" and stays within one point of the unpruned network's up to sparsity {summary['knee']:g}"
+                text += f" and stays within one point of the unpruned network's up to sparsity {place(summary['knee'])}"
             return [f"{text}.", f"{report['summary']['n_prunable']:,} weights can be pruned."]
     first, last = points[0], points[-1]
     axis = report["axis"]["name"]
     before, after = (point["splits"][name] for point in (first, last))
     mirs = [split["interplay"]["sample"]["global"]["mir"] for split in (before, after)]
     sentences = [
-        f"From {axis} {first['x']:g} to {last['x']:g}, on {where}, accuracy goes from {percent(before['accuracy'])} to "
-        f"{percent(after['accuracy'])} and MIR from {number(mirs[0])} to {number(mirs[1])}."
+        f"From {axis} {place(first['x'])} to {place(last['x'])}, on {where}, accuracy goes from "
+        f"{percent(before['accuracy'])} to {percent(after['accuracy'])} and MIR from {number(mirs[0])} to "
+        f"{number(mirs[1])}."
     ]
     if summary["spearman_mir_accuracy"] is not None:
         sentences.append(
@@ -257,8 +260,8 @@ def points_in_sentences(report: Mapping[str, Any]) -> list[str]:
     came = report["summary"]["generalisation"]
     if came and came["delay"] is not None:
         sentences.append(
-            f"Train accuracy reaches 0.99 at {axis} {came['train_at']:g}, test accuracy at {came['test_at']:g}: "
-            f"a delay of {came['delay']:g}."
+            f"Train accuracy reaches 0.99 at {axis} {place(came['train_at'])}, test accuracy at "
+            f"{place(came['test_at'])}: a delay of {place(came['delay'])}."
         )
     return sentences
 
@@ -269,15 +272,17 @@ def _path(summary: Mapping[str, Any], split: Mapping[str, Any], where: str) -> l
         error = split["error_barrier"]
         words = "are linearly connected" if split["connected"] else "are not linearly connected"
         sentences.append(
-            f"On {where} the two {words}: the error barrier is {number(error['value'])} at w = {error['at']:g} "
+            f"On {where} the two {words}: the error barrier is {number(error['value'])} at w = {place(error['at'])} "
             "(at most 0.02 counts as connected)."
         )
     if split["loss_barrier"] is not None:
         barrier = split["loss_barrier"]
-        sentences.append(f"The loss barrier is {number(barrier['value'])} nats at w = {barrier['at']:g}.")
+        sentences.append(f"The loss barrier is {number(barrier['value'])} nats at w = {place(barrier['at'])}.")
     if split["mir_barrier"] is not None:
         barrier = split["mir_barrier"]
-        sentences.append(f"MIR falls at most {number(barrier['value'])} under its chord, at w = {barrier['at']:g}.")
+        sentences.append(
+            f"MIR falls at most {number(barrier['value'])} under its chord, at w = {place(barrier['at'])}."
+        )
     if summary["alignment"] is not None:
         sentences.append("Hidden units of the second were permuted to match the first.")
     return sentences

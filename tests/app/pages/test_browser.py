@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from tests.app.api.test_charts import reports  # noqa: F401  a report of every kind
 from tests.app.test_analyses import SLOW, pair
 from tests.services import Service, until
 
@@ -55,7 +54,7 @@ def page(browser: Browser, service: Service, request: pytest.FixtureRequest) -> 
     assert errors == []
 
 
-def everything(service: Service, reports: dict[str, Any]) -> list[str]:  # noqa: F811
+def everything(service: Service, reports: dict[str, Any]) -> list[str]:
     """Return the path of a page of each sort."""
     evaluation = reports["evaluation"]
     lists = "/ /reports /leaderboard /analyses /checkpoints /probes /feature-sets /gates /baselines /definitions /push"
@@ -69,7 +68,7 @@ def everything(service: Service, reports: dict[str, Any]) -> list[str]:  # noqa:
     ]
 
 
-def test_charts_answer_the_mouse(page: Page, reports: dict[str, Any]) -> None:  # noqa: F811
+def test_charts_answer_the_mouse(page: Page, reports: dict[str, Any]) -> None:
     """Each picture is replaced by a chart of the same numbers; the page's policy allows no eval and no inline style."""
     for kind in ("evaluation", "path"):
         page.goto(f"/reports/{reports[kind]['id']}")
@@ -83,7 +82,7 @@ def test_charts_answer_the_mouse(page: Page, reports: dict[str, Any]) -> None:  
 
 
 @pytest.mark.parametrize("page", [{"java_script_enabled": False}], indirect=True)
-def test_without_javascript_charts_are_pictures(page: Page, reports: dict[str, Any]) -> None:  # noqa: F811
+def test_without_javascript_charts_are_pictures(page: Page, reports: dict[str, Any]) -> None:
     """The same page shows SVG, and the overview its tables."""
     page.goto(f"/reports/{reports['evaluation']['id']}")
     picture = page.locator("[data-chart] img").first
@@ -129,7 +128,7 @@ def test_a_file_is_pushed_with_progress(page: Page, mlp_checkpoint_file: Path) -
     ids=["phone, dark", "wall, light"],
     indirect=True,
 )
-def test_nothing_is_inaccessible(page: Page, service: Service, reports: dict[str, Any]) -> None:  # noqa: F811
+def test_nothing_is_inaccessible(page: Page, service: Service, reports: dict[str, Any]) -> None:
     """axe-core finds no violation, whatever its weight, and no page is wider than its window, in both schemes."""
     for path in everything(service, reports):
         page.goto(path)
@@ -146,7 +145,7 @@ def test_nothing_is_inaccessible(page: Page, service: Service, reports: dict[str
         assert width <= page.evaluate("window.innerWidth"), path
 
 
-def test_the_keyboard_is_enough(page: Page, reports: dict[str, Any]) -> None:  # noqa: F811
+def test_the_keyboard_is_enough(page: Page, reports: dict[str, Any]) -> None:
     """The first key skips to the content; from there a report opens, and its definitions."""
     page.goto("/reports")
     page.keyboard.press("Tab")
@@ -164,7 +163,7 @@ def test_the_keyboard_is_enough(page: Page, reports: dict[str, Any]) -> None:  #
     page.wait_for_url("**/definitions#*")
 
 
-def test_a_report_is_printed(page: Page, reports: dict[str, Any], tmp_path: Path) -> None:  # noqa: F811
+def test_a_report_is_printed(page: Page, reports: dict[str, Any], tmp_path: Path) -> None:
     """The PDF has the title, no navigation, and no table that is cut at the paper's edge."""
     page.goto(f"/reports/{reports['evaluation']['id']}")
     page.wait_for_load_state("networkidle")

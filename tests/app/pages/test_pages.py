@@ -16,8 +16,8 @@ from safetensors.numpy import save
 
 from app import pages
 from app.pages import words
+from app.pages.rendering import place
 from interplay.export import to_csv
-from tests.app.api.test_charts import reports  # noqa: F401  a report of every kind
 from tests.app.test_analyses import SLOW, pair
 from tests.services import Service
 
@@ -59,7 +59,7 @@ def token_of(page: str) -> str:
 
 
 @pytest.mark.parametrize("kind", ["evaluation", "comparison", "path", "pruning", "series"])
-def test_every_kind_of_report_has_its_page(service: Service, reports: dict[str, Any], kind: str) -> None:  # noqa: F811
+def test_every_kind_of_report_has_its_page(service: Service, reports: dict[str, Any], kind: str) -> None:
     """It begins with sentences, has every chart, and each number of the report that it shows has all its digits."""
     report = reports[kind]
     page = read(service.client, f"/reports/{report['id']}")
@@ -76,7 +76,7 @@ def test_every_kind_of_report_has_its_page(service: Service, reports: dict[str, 
     assert "before &lt;&amp;&gt;" in page or kind == "evaluation"
 
 
-def test_an_evaluation_by_class(service: Service, reports: dict[str, Any]) -> None:  # noqa: F811
+def test_an_evaluation_by_class(service: Service, reports: dict[str, Any]) -> None:
     """The confusion matrix has the report's counts, and its rows add up to the class counts."""
     report = reports["evaluation"]
     page = read(service.client, f"/reports/{report['id']}")
@@ -93,7 +93,7 @@ def test_an_evaluation_by_class(service: Service, reports: dict[str, Any]) -> No
             assert cells[confusion["label"]][confusion["predicted"]] == confusion["n_samples"]
 
 
-def test_the_table_is_that_of_the_export(service: Service, reports: dict[str, Any]) -> None:  # noqa: F811
+def test_the_table_is_that_of_the_export(service: Service, reports: dict[str, Any]) -> None:
     """The CSV of a report's page is the file that `interplay export --csv` writes."""
     for report in reports.values():
         expected = io.StringIO(newline="")
@@ -129,7 +129,7 @@ def test_names_are_text(service: Service, mlp_checkpoint_file: Path, digits_prob
         assert "\u2066" not in shown
 
 
-def test_the_leaderboard_is_that_of_the_api(service: Service, reports: dict[str, Any]) -> None:  # noqa: F811
+def test_the_leaderboard_is_that_of_the_api(service: Service, reports: dict[str, Any]) -> None:
     """Reports of a probe stand in the order, and with the digits, of the API."""
     probe, sort = reports["evaluation"]["probe"]["id"], "splits.test.loss"
     params = {"probe_id": probe, "sort": sort, "order": "asc"}
@@ -142,7 +142,7 @@ def test_the_leaderboard_is_that_of_the_api(service: Service, reports: dict[str,
     assert "nearest is" in read(service.client, "/leaderboard?sort=splits.test.acuracy", status=422)
 
 
-def test_lists_filter_as_the_api_does(service: Service, reports: dict[str, Any]) -> None:  # noqa: F811
+def test_lists_filter_as_the_api_does(service: Service, reports: dict[str, Any]) -> None:
     """Filters, and links to the next page, are those of the API; what was left empty filters nothing."""
     page = read(service.client, "/reports?kind=path&name=&metadata=")
     assert reports["path"]["id"] in page
@@ -157,7 +157,7 @@ def test_lists_filter_as_the_api_does(service: Service, reports: dict[str, Any])
     assert "Input should be" in read(service.client, "/analyses?status=done", status=422)
 
 
-def test_gates_and_baselines(service: Service, reports: dict[str, Any]) -> None:  # noqa: F811
+def test_gates_and_baselines(service: Service, reports: dict[str, Any]) -> None:
     """A gate's versions and checks, a baseline's moves, and what the gate says of each move."""
     name, report = f"gate-{uuid4().hex[:8]}", reports["evaluation"]
     spec: dict[str, Any] = {
@@ -227,7 +227,7 @@ def test_files_are_pushed_by_forms(service: Service, mlp_checkpoint_file: Path, 
         assert client.post("/push/nothing", data={"csrf_token": token}).status_code == 422
 
 
-def test_every_kind_is_asked_for_by_its_form(service: Service, reports: dict[str, Any]) -> None:  # noqa: F811
+def test_every_kind_is_asked_for_by_its_form(service: Service, reports: dict[str, Any]) -> None:
     """A form that begins with an earlier analysis asks for the same; other options and mistakes are taken and said."""
     with httpx.Client(base_url=service.url, trust_env=False, timeout=30) as client:
         for kind, report in reports.items():
@@ -257,6 +257,14 @@ def test_every_kind_is_asked_for_by_its_form(service: Service, reports: dict[str
             assert said in answer.text
         assert client.post("/analyses/new", data=fields | {"csrf_token": "0"}).status_code == 403
     assert "Axis" not in read(service.client, "/analyses/new?kind=path")
+
+
+@pytest.mark.parametrize("value", [1000001.0, 1000002.0, 1 / 24, 0.30000000000000004, 1e-15, -0.0, 7.0])
+def test_places_are_exact(value: float) -> None:
+    """A place that a form gives back is the same number, and no two look alike."""
+    assert float(place(value)) == value
+    assert not place(value).endswith(".0")
+    assert not place(value).startswith("-0")
 
 
 def fields_of(page: str) -> dict[str, str]:

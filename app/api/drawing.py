@@ -45,21 +45,28 @@ def names(kind: Kind) -> list[str]:
 
 @dataclass(frozen=True)
 class Chart:
-    """One picture of a report, identified by the sha256 of its text; `name` is one of `names` of its kind."""
+    """One picture, identified by the sha256 of its data.
 
-    report_sha256: str
+    Attributes:
+        data_sha256: of the text that it is drawn from: a report, or for a chart of several what it needs of them.
+        name: one of `names` of the report's kind, or `overlay` or `parallel`, which show several.
+        format: its format.
+    """
+
+    data_sha256: str
     name: str
     format: Format | Literal["js"]
 
     @property
     def key(self) -> str:
-        """The cache key: a hash of the report's sha256, the chart, and the code and libraries that draw it."""
+        """The cache key: a hash of the data, the chart, and the code and libraries that draw it."""
         return hashlib.sha256(json.dumps([*astuple(self), _drawn_by()]).encode()).hexdigest()
 
 
 @cache
 def _drawn_by() -> str:
-    source = Path(__file__).with_name("charts.py").read_bytes() + Path(__file__).read_bytes()
+    files = sorted(Path(__file__).with_name("charts").glob("*.py"))
+    source = b"".join(file.read_bytes() for file in [*files, Path(__file__)])
     versions = [importlib.metadata.version(name) for name in ("altair", "vl-convert-python")]
     return " ".join([*versions, hashlib.sha256(source).hexdigest()])
 
@@ -83,12 +90,12 @@ class Drawings:
         self._reading = ThreadPoolExecutor(1, "kept-charts")
         self._coming: dict[str, asyncio.Task[bytes]] = {}
 
-    async def get(self, chart: Chart, report: Callable[[], str]) -> bytes:
+    async def get(self, chart: Chart, data: Callable[[], str]) -> bytes:
         """Return the chart from the cache, or draw it once for all concurrent callers.
 
         Args:
             chart: the chart to return.
-            report: returns the report's text if it must be drawn; called in a thread.
+            data: returns the text that it is drawn from, if it must be drawn; called in a thread.
 
         Raises:
             Unavailable: too many charts wait for their turn.
@@ -97,7 +104,7 @@ class Drawings:
         if key not in self._coming:
             if len(self._coming) >= _MOST_WAITING:
                 raise Unavailable(f"{_MOST_WAITING} charts are being drawn; try again in a few seconds.")
-            self._coming[key] = asyncio.create_task(self._get(key, chart, report))
+            self._coming[key] = asyncio.create_task(self._get(key, chart, data))
             self._coming[key].add_done_callback(lambda task: self._forget(key, task))
         # A client that disconnects does not cancel the chart for the others.
         return await asyncio.shield(self._coming[key])
@@ -121,11 +128,11 @@ class Drawings:
         if not task.cancelled():
             task.exception()  # retrieved here in case no caller awaits it any more
 
-    async def _get(self, key: str, chart: Chart, report: Callable[[], str]) -> bytes:
+    async def _get(self, key: str, chart: Chart, data: Callable[[], str]) -> bytes:
         loop = asyncio.get_running_loop()
         found = await loop.run_in_executor(self._reading, self._kept.read, key)
         if found is None:
-            text = await loop.run_in_executor(self._reading, report)
+            text = await loop.run_in_executor(self._reading, data)
             found = await loop.run_in_executor(self._drawing, self._process.draw, chart, text)
             await loop.run_in_executor(self._reading, self._kept.write, key, found)
         return found
@@ -139,20 +146,20 @@ class _DrawingProcess:
         self._starting = threading.Lock()
         self._closed = False
 
-    def draw(self, chart: Chart, report: str) -> bytes:
+    def draw(self, chart: Chart, data: str) -> bytes:
         """Draw one chart; replace a process that has ended, or ends during it, once.
 
         Raises:
             DrawingFailed: the process could not draw it (see its log), the second one ended too, or this is closed.
         """
-        task = json.dumps({"report": report, "name": chart.name, "format": chart.format}).encode() + b"\n"
+        task = json.dumps({"data": data, "name": chart.name, "format": chart.format}).encode() + b"\n"
         for _ in range(2):
             process = self._running()
             with suppress(BrokenPipeError):
                 if (drawn := self._ask(process, task)) is not None:
                     return drawn
             _end(process)
-        raise DrawingFailed(f"{chart.name}.{chart.format} of the report with the sha256 {chart.report_sha256}")
+        raise DrawingFailed(f"{chart.name}.{chart.format} of the data with the sha256 {chart.data_sha256}")
 
     def close(self) -> None:
         """End the process; do not start another."""

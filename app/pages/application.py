@@ -15,7 +15,7 @@ from app.api.problems import DEPENDENCY_ERRORS, as_service_error
 from app.api.routes import Service
 from app.api.sessions import Sessions
 from app.errors import ServiceError, invalid_request
-from app.pages import analyses, asking, assets, gates, home, leaderboard, pushing, reports, resources
+from app.pages import analyses, asking, assets, comparing, gates, home, leaderboard, pushing, reports, resources
 from app.pages.rendering import STATIC, address, page
 from app.pages.visitors import LoginNeeded, visitor_of
 
@@ -23,6 +23,7 @@ _ROUTERS = (
     home.router,
     reports.router,
     leaderboard.router,
+    comparing.router,
     # Before the page of one analysis, whose path would match too.
     asking.router,
     analyses.router,

@@ -1,6 +1,6 @@
 """The leaderboard: reports of one probe, sorted by any metric."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import sqlalchemy as sa
 from fastapi import APIRouter, Depends, Request, Response
@@ -9,8 +9,8 @@ from app.api.routes import ServiceDep, SubjectDep
 from app.database import read
 from app.gates.paths import number_paths
 from app.listing import Listing
-from app.models import Checkpoint, FeatureSet, Probe
-from app.pages import words
+from app.models import Probe
+from app.pages import listed, words
 from app.pages.rendering import page
 from app.pages.visitors import VisitorDep
 from app.reports import Ranking, page_of_reports
@@ -40,7 +40,9 @@ def show(
     with read(service.engine) as session:
         found = page_of_reports(session, listing, subject, asked)
         probes = session.execute(sa.select(Probe.id, Probe.name).order_by(Probe.created_at.desc()).limit(_PROBES)).all()
-        metadata = _metadata(session, found.items)
+        metadata = listed.metadata_of_subjects(
+            session, {report.id: report.checkpoint_id or report.feature_set_id for report in found.items}
+        )
     return page(
         request,
         visitor,
@@ -58,15 +60,3 @@ def show(
         listing=listing,
         subject=subject,
     )
-
-
-def _metadata(session: Any, reports: Any) -> dict[str, dict[str, Any]]:
-    """Return the metadata of the reports' subjects, by report; of those that have one subject that still exists."""
-    found: dict[str, dict[str, Any]] = {}
-    for model, member in ((Checkpoint, "checkpoint_id"), (FeatureSet, "feature_set_id")):
-        ids = {getattr(report, member) for report in reports} - {None}
-        if ids:
-            rows = session.execute(sa.select(model.id, model.metadata_).where(model.id.in_(ids)))
-            by_id = {row[0]: row[1] for row in rows}
-            found |= {report.id: by_id[own] for report in reports if (own := getattr(report, member)) in by_id}
-    return found

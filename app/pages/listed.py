@@ -1,14 +1,15 @@
 """Reports as tables show them: with the names of their probes and the metrics that people look for first."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from app import schemas
-from app.models import Probe
+from app.models import Checkpoint, FeatureSet, Probe
 
 # The split that is read first: what the network was not trained on, if the probe says.
 _SPLITS = ("test", "all")
@@ -59,3 +60,20 @@ def _row(report: schemas.ReportSummary, probe: str | None) -> ReportRow:
         hdr=hdr,
         distance=distance,
     )
+
+
+def metadata_of_subjects(session: Session, subjects: Mapping[str, str | None]) -> dict[str, dict[str, Any]]:
+    """Return the metadata of reports' subjects, by report; of those that have one subject that still exists.
+
+    Args:
+        session: reads the database.
+        subjects: by a report's id, that of its checkpoint or feature set; None if it has several.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for model in (Checkpoint, FeatureSet):
+        ids = [id_ for id_ in subjects.values() if id_ is not None]
+        by_id: dict[str, dict[str, Any]] = dict(
+            session.execute(sa.select(model.id, model.metadata_).where(model.id.in_(ids))).tuples().all()
+        )
+        found |= {report_id: by_id[id_] for report_id, id_ in subjects.items() if id_ in by_id}
+    return found

@@ -12,7 +12,9 @@ from typing import Any
 import psutil
 import pytest
 
-from app.api import charts, drawing
+from app.api import drawing
+from app.api.charts.rendering import svg
+from app.api.charts.reports import describe
 from app.settings import Settings
 from tests.app.api.test_uploads import problem
 from tests.services import Service
@@ -59,7 +61,7 @@ def test_every_chart_is_drawn_in_every_format(service: Service, reports: dict[st
 
 def test_a_chart_shows_the_numbers_of_the_report(reports: dict[str, Any]) -> None:
     """A chart shows the report's numbers: points, the optimum of a series, the knee of a sweep, places of barriers."""
-    specification = charts.describe(reports["series"], "mir")
+    specification = describe(reports["series"], "mir")
     text = json.dumps(specification)
     for point in reports["series"]["points"]:
         for split in point["splits"].values():
@@ -67,10 +69,10 @@ def test_a_chart_shows_the_numbers_of_the_report(reports: dict[str, Any]) -> Non
             assert json.dumps(values["mir"]) in text
             assert json.dumps(values["optimum"]["mir"]) in text
     knees = [split["knee"] for split in reports["pruning"]["summary"]["splits"].values()]
-    drawn = json.dumps(charts.describe(reports["pruning"], "accuracy"))
+    drawn = json.dumps(describe(reports["pruning"], "accuracy"))
     assert all(f'{{"sparsity": {json.dumps(knee)}, "split"' in drawn for knee in knees)
     path = _with_barriers(reports["path"])
-    rule = json.dumps(charts.describe(path, "loss"))
+    rule = json.dumps(describe(path, "loss"))
     raised = path["points"][1]["splits"]["test"]["loss"]
     assert f'"w": 0.5, "from": {json.dumps(raised - 1.0)}, "to": {json.dumps(raised)}' in rule
 
@@ -83,7 +85,7 @@ def test_every_measure_has_a_chart_of_its_numbers(reports: dict[str, Any]) -> No
             within = "collapse." if name.startswith("nc") else ""
             if name.startswith(("entropy", "mutual")):
                 within = "interplay.sample.global."
-            text = json.dumps(charts.describe(report, name))
+            text = json.dumps(describe(report, name))
             if kind == "comparison":
                 values = [split["differences"][f"{within}{name}"]["difference"] for split in report["splits"].values()]
             else:
@@ -106,7 +108,7 @@ def test_charts_of_classes(reports: dict[str, Any]) -> None:
     """Accuracies, counts and bins are the report's; many classes are cut to the lowest, and old reports say so."""
     report = copy.deepcopy(reports["evaluation"])
     split = report["splits"]["test"]
-    shown = {name: json.dumps(charts.describe(report, name)) for name in ("classes", "confusion", "reliability")}
+    shown = {name: json.dumps(describe(report, name)) for name in ("classes", "confusion", "reliability")}
     for accuracy in split["by_class"]["accuracy"]:
         assert f'"accuracy": {json.dumps(accuracy)}' in shown["classes"]
     for entry in split["by_class"]["confusions"]:
@@ -122,13 +124,13 @@ def test_charts_of_classes(reports: dict[str, Any]) -> None:
         one["by_class"]["confusions"] = [
             {"label": label, "predicted": label - 1, "n_samples": 5} for label in range(many - 1, 0, -1)
         ]
-    assert "the 30 of 1,000 classes with the lowest accuracy" in _words(charts.describe(report, "classes"))
-    assert "the largest confusions" in _words(charts.describe(report, "confusion"))
-    assert json.dumps(charts.describe(report, "confusion")).count('"pair": "') == 20
+    assert "the 30 of 1,000 classes with the lowest accuracy" in _words(describe(report, "classes"))
+    assert "the largest confusions" in _words(describe(report, "confusion"))
+    assert json.dumps(describe(report, "confusion")).count('"pair": "') == 20
     for one in report["splits"].values():
         one["by_class"] = one["reliability"] = None
     for name in ("classes", "confusion", "reliability"):
-        assert "older than predictions by class" in json.dumps(charts.describe(report, name))
+        assert "older than predictions by class" in json.dumps(describe(report, name))
 
 
 def test_every_chart_says_what_its_marks_mean(reports: dict[str, Any]) -> None:
@@ -160,7 +162,7 @@ def test_every_chart_says_what_its_marks_mean(reports: dict[str, Any]) -> None:
         (reports["comparison"], "loss", {"interval", "zero"}),
         (reports["comparison"], "mir", {"interval", "zero", "level"}),
     ):
-        words = _words(charts.describe(report, name))
+        words = _words(describe(report, name))
         assert {mark for mark, meaning in keys.items() if meaning in words} == shown, (report["kind"], name)
 
 
@@ -172,7 +174,7 @@ def test_a_barrier_reaches_from_its_line_to_the_value(reports: dict[str, Any]) -
     path["summary"]["splits"]["test"]["error_barrier"] = {"value": 0.25, "at": 0.5}
     path["summary"]["splits"]["test"]["loss_barrier"] = {"value": 2.0, "at": 0.5}
     for name, levels, bar in (("error", [0.5, 0.5], (0.5, 0.75)), ("loss", [1.0, 3.0], (2.0, 4.0))):
-        rows = [row for row in _rows(charts.describe(path, name)) if row.get("split") == "test"]
+        rows = [row for row in _rows(describe(path, name)) if row.get("split") == "test"]
         assert [row["level"] for row in rows if "level" in row] == levels
         assert [(row["from"], row["to"]) for row in rows if "from" in row] == [bar]
 
@@ -180,19 +182,19 @@ def test_a_barrier_reaches_from_its_line_to_the_value(reports: dict[str, Any]) -
 def test_bars_and_knees_of_all_splits_are_seen(reports: dict[str, Any]) -> None:
     """Bars and knees of all splits are visible, whether at one place or a few pixels apart."""
     path = _with_barriers(reports["path"])
-    assert sorted(_upright(charts.describe(path, "loss")).values()) == [157, 160, 163]
+    assert sorted(_upright(describe(path, "loss")).values()) == [157, 160, 163]
     # 6 pixels to the right: a fixed offset for each split would cover the bar of another one.
     for point in path["points"][1:2]:
         point["w"] = 0.5 + 6 / 320
         path["points"].insert(1, copy.deepcopy(reports["path"]["points"][1]))
     path["summary"]["splits"]["train"]["loss_barrier"]["at"] = 0.5 + 6 / 320
-    places = _upright(charts.describe(path, "loss"))
+    places = _upright(describe(path, "loss"))
     assert places["#0072B2"] == pytest.approx(169)
     assert {places["#D55E00"], places["#7F7F7F"]} == {157, 160}
     pruning = copy.deepcopy(reports["pruning"])
     for split in pruning["summary"]["splits"].values():
         split["knee"] = 0.5
-    first, second, third = sorted(_upright(charts.describe(pruning, "accuracy")).values())
+    first, second, third = sorted(_upright(describe(pruning, "accuracy")).values())
     assert (second - first, third - second) == (3, 3)
 
 
@@ -200,25 +202,25 @@ def test_a_panel_without_a_value_says_why(reports: dict[str, Any]) -> None:
     """A measure that is undefined everywhere, for a split or at a point has its reason in words in the picture."""
     path = copy.deepcopy(reports["path"])
     _undefine(path["points"][1]["splits"]["test"], "zero_entropy")
-    assert "not defined for test at 1 of 3 points: all directions coincide" in _words(charts.describe(path, "mir"))
+    assert "not defined for test at 1 of 3 points: all directions coincide" in _words(describe(path, "mir"))
     for point in path["points"]:
         for split in point["splits"].values():
             _undefine(split, "no_directions")
-    words = _words(charts.describe(path, "overview"))
+    words = _words(describe(path, "overview"))
     assert words.count("not defined: no vector has a direction") == 1
     assert "at 3 of 3" not in words
     evaluation = copy.deepcopy(reports["evaluation"])
-    assert "not defined" not in _words(charts.describe(evaluation, "mir"))
+    assert "not defined" not in _words(describe(evaluation, "mir"))
     _undefine(evaluation["splits"]["train"], "zero_entropy")
-    assert "not defined: all directions coincide" in _words(charts.describe(evaluation, "mir"))
+    assert "not defined: all directions coincide" in _words(describe(evaluation, "mir"))
     comparison = copy.deepcopy(reports["comparison"])
-    assert "not defined" not in _words(charts.describe(comparison, "mir"))
+    assert "not defined" not in _words(describe(comparison, "mir"))
     for split in comparison["splits"].values():
         _undefine(split["a"], "no_directions")
         for lacking in ("a", "difference", "low", "high"):
             split["differences"]["interplay.sample.global.mir"][lacking] = None
         split["differences"]["loss"] |= {"low": None, "high": None, "reason": "no_derivative"}
-    words = _words(charts.describe(comparison, "overview"))
+    words = _words(describe(comparison, "overview"))
     assert "not defined: no vector has a direction (of A)" in words
     assert "no interval: no derivative" in words
 
@@ -227,7 +229,7 @@ def test_the_optimum_of_a_single_sparsity_is_drawn(reports: dict[str, Any]) -> N
     """A sweep of one point shows the dotted lines of its optima across the panel, one split's in another's gaps."""
     pruning = copy.deepcopy(reports["pruning"])
     del pruning["points"][1:]
-    dotted = [line for line in _lines(charts.describe(pruning, "mir")) if line.get("stroke-dasharray") == "2,10"]
+    dotted = [line for line in _lines(describe(pruning, "mir")) if line.get("stroke-dasharray") == "2,10"]
     assert {line.get("stroke") for line in dotted} == {"#0072B2", "#D55E00", "#7F7F7F"}
     assert {abs(float(str(line.get("x2")))) for line in dotted} == {320}
     assert len({line.get("stroke-dashoffset") for line in dotted}) == 3
@@ -239,7 +241,7 @@ def test_values_that_are_all_the_same_have_a_scale_to_read(reports: dict[str, An
     for point, error in zip(series["points"], (0, 4e-16), strict=True):
         for split in point["splits"].values():
             split |= {"loss": 2.302585092994046 + error, "accuracy": 1 - error}
-    loss, accuracy = charts.describe(series, "loss"), charts.describe(series, "accuracy")
+    loss, accuracy = describe(series, "loss"), describe(series, "accuracy")
     assert max(map(len, _tick_labels(loss))) <= len("2.3025")
     low, high = _span(loss)
     assert high - low == pytest.approx(2.3025e-3, rel=1e-3)
@@ -247,7 +249,7 @@ def test_values_that_are_all_the_same_have_a_scale_to_read(reports: dict[str, An
     comparison = copy.deepcopy(reports["comparison"])
     for split in comparison["splits"].values():
         split["differences"]["accuracy"] |= {"difference": 1e-17, "low": -1e-17, "high": 1e-17}
-    assert {"−0.0005", "0", "0.0005"} <= set(_tick_labels(charts.describe(comparison, "accuracy")))
+    assert {"−0.0005", "0", "0.0005"} <= set(_tick_labels(describe(comparison, "accuracy")))
 
 
 def test_long_names_do_not_widen_a_picture(reports: dict[str, Any]) -> None:
@@ -260,17 +262,17 @@ def test_long_names_do_not_widen_a_picture(reports: dict[str, Any]) -> None:
         if kind == "series":
             report["axis"]["name"] = "begin" + "n" * 90 + "final"
         for name in DRAWN[kind]:
-            specification = charts.describe(report, name)
+            specification = describe(report, name)
             width, height = _size(specification)
-            assert width <= _size(charts.describe(reports[kind], name))[0] + 50
+            assert width <= _size(describe(reports[kind], name))[0] + 50
             assert height <= 800
             assert "begin" in _words(specification)
-    assert "begin" + "n" * 17 + "…" + "n" * 16 + "final" in _words(charts.describe(report, "loss"))
+    assert "begin" + "n" * 17 + "…" + "n" * 16 + "final" in _words(describe(report, "loss"))
 
 
 def _size(specification: dict[str, Any]) -> tuple[float, float]:
     """Return a picture's width and height in pixels, which in a PNG are twice as many."""
-    root = ET.fromstring(charts.svg(specification))
+    root = ET.fromstring(svg(specification))
     return float(root.attrib["width"]), float(root.attrib["height"])
 
 
@@ -281,7 +283,7 @@ def test_an_axis_may_have_huge_and_tiny_values(reports: dict[str, Any]) -> None:
         series["axis"]["values"] = list(values)
         for point, value in zip(series["points"], values, strict=True):
             point["x"] = value
-        labels = _tick_labels(charts.describe(series, "loss"))
+        labels = _tick_labels(describe(series, "loss"))
         assert tick in labels
         assert "NaN" not in labels
 
@@ -292,18 +294,18 @@ def test_what_is_not_defined_is_left_out(reports: dict[str, Any]) -> None:
     for split in series["points"][0]["splits"].values():
         split["interplay"]["sample"]["global"]["mir"] = None
         split["interplay"]["sample"]["global"]["optimum"]["mir"] = None
-    assert "<svg" in charts.svg(charts.describe(series, "mir"))
+    assert "<svg" in svg(describe(series, "mir"))
     path = copy.deepcopy(reports["path"])
-    whole = charts.svg(charts.describe(path, "mir"))
+    whole = svg(describe(path, "mir"))
     for name, split in path["points"][1]["splits"].items():
         split["interplay"]["sample"]["global"]["mir"] = None
         path["summary"]["splits"][name]["mir_barrier"] = None
     # Across the gap in the middle only the chord remains, from end to end.
-    assert (_longest_line(whole), _longest_line(charts.svg(charts.describe(path, "mir")))) == (3, 2)
+    assert (_longest_line(whole), _longest_line(svg(describe(path, "mir")))) == (3, 2)
     evaluation = copy.deepcopy(reports["evaluation"])
     for split in evaluation["splits"].values():
         split["interplay"]["class_mean"]["none"] |= {"mir": None, "hdr": None, "null": None}
-    assert "<svg" in charts.svg(charts.describe(evaluation, "overview"))
+    assert "<svg" in svg(describe(evaluation, "overview"))
 
 
 def _drawing_processes() -> list[psutil.Process]:
@@ -343,18 +345,18 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 def _words(specification: dict[str, Any]) -> str:
     """Return all text of the picture, with wrapped lines joined."""
-    return " ".join(" ".join(ET.fromstring(charts.svg(specification)).itertext()).split())
+    return " ".join(" ".join(ET.fromstring(svg(specification)).itertext()).split())
 
 
 def _tick_labels(specification: dict[str, Any]) -> list[str]:
     """Return the visible tick labels: overlapping ones are hidden."""
-    groups = ET.fromstring(charts.svg(specification)).iter(f"{SVG}g")
+    groups = ET.fromstring(svg(specification)).iter(f"{SVG}g")
     labels = [label for group in groups if "role-axis-label" in group.get("class", "") for label in group]
     return ["".join(label.itertext()) for label in labels if label.get("opacity") != "0"]
 
 
 def _lines(specification: dict[str, Any]) -> list[ET.Element]:
-    return list(ET.fromstring(charts.svg(specification)).iter(f"{SVG}line"))
+    return list(ET.fromstring(svg(specification)).iter(f"{SVG}line"))
 
 
 def _upright(specification: dict[str, Any]) -> dict[str, float]:

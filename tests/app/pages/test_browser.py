@@ -65,6 +65,8 @@ def everything(service: Service, reports: dict[str, Any]) -> list[str]:
         f"/analyses/{evaluation['analysis_id']}",
         f"/checkpoints/{evaluation['subject']['id']}",
         f"/probes/{evaluation['probe']['id']}",
+        "/compare",
+        "/compare?" + "&".join(f"report={report['id']}" for report in reports.values()),
     ]
 
 
@@ -79,6 +81,21 @@ def test_charts_answer_the_mouse(page: Page, reports: dict[str, Any]) -> None:
             drawing.scroll_into_view_if_needed()
             drawing.locator(".interactive svg").first.wait_for()
             drawing.locator("img").wait_for(state="hidden")
+
+
+def test_chosen_reports_are_compared(page: Page, reports: dict[str, Any]) -> None:
+    """Two boxes in the list and a press lead to the page that has both side by side, with charts."""
+    page.goto("/reports")
+    for kind in ("path", "series"):
+        page.locator(f"input[value='{reports[kind]['id']}']").check()
+    page.get_by_role("button", name="Compare the chosen").click()
+    page.wait_for_url("**/compare?*")
+    assert page.get_by_role("heading", level=2).all_inner_texts()[:2] == [
+        "Series: the test split",
+        "Path: the test split",
+    ]
+    page.get_by_role("link", name="Put B first").click()
+    page.get_by_role("heading", name="Path: the test split").wait_for()
 
 
 @pytest.mark.parametrize("page", [{"java_script_enabled": False}], indirect=True)

@@ -103,7 +103,9 @@ def test_the_table_is_that_of_the_export(service: Service, reports: dict[str, An
         assert answer.text == expected.getvalue()
 
 
-def test_names_are_text(service: Service, mlp_checkpoint_file: Path, digits_probe_file: Path) -> None:
+def test_names_are_text(
+    service: Service, mlp_checkpoint_file: Path, digits_probe_file: Path, reports: dict[str, Any]
+) -> None:
     """A name of markup, of a mark that turns the line, and of 150 letters is text on every page."""
     spec = {"name": HOSTILE, "metadata": {"<b>key": "<i>value\u2066"}}
     checkpoint = service.post("/v1/checkpoints", spec, mlp_checkpoint_file).json()["id"]
@@ -117,6 +119,7 @@ def test_names_are_text(service: Service, mlp_checkpoint_file: Path, digits_prob
         "/", "/reports", "/analyses", "/checkpoints", "/probes", "/leaderboard", f"/checkpoints/{checkpoint}",
         f"/probes/{probe}", f"/reports/{ended['report_id']}", f"/analyses/{ended['id']}",
         f"/reports?name={quote(HOSTILE)}", f"/analyses/new?like={ended['id']}",
+        f"/compare?report={ended['report_id']}&report={reports['path']['id']}",
     ):  # fmt: skip
         page = read(service.client, path)
         body = page.partition("<main")[2]

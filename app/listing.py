@@ -1,11 +1,12 @@
 """Collections: one page at a time, newest first by the key (created_at, id) of the last row seen.
 
-A row added while a client pages is newer than every page to come, so no row is seen twice or missed. Reports can also
-be sorted by a metric, by the key (value, id): a row added meanwhile is seen if its place is on a page to come.
+A row added while a client pages is newer than every page to come, so no row is seen twice or missed. Some collections
+can be sorted otherwise, by the key (value, id): a row added meanwhile is seen if its place is on a page to come.
 """
 
 import base64
 import binascii
+import json
 import math
 import re
 from collections.abc import Awaitable, Callable, Sequence
@@ -39,8 +40,14 @@ class Listing:
     """Parameters of every collection: the page, and the filters that all collections share."""
 
     limit: Annotated[int, Query(ge=1, le=200, description="Items in a page.")] = 50
-    cursor: Annotated[str | None, Query(max_length=200, description="`next_cursor` of the page before.")] = None
+    cursor: Annotated[str | None, Query(max_length=3000, description="`next_cursor` of the page before.")] = None
+    id: Annotated[
+        str | None, Query(pattern=r"^[0-9a-f-]{4,36}$", description="The id, or its first four characters or more.")
+    ] = None
     name: Annotated[str | None, Query(max_length=200, pattern=PLAIN_TEXT, description="Exactly this name.")] = None
+    search: Annotated[
+        str | None, Query(max_length=200, pattern=PLAIN_TEXT, description="A part of the name, in any case of letters.")
+    ] = None
     metadata: Annotated[
         list[Annotated[str, Field(pattern=r"^[^\x00]*$")]] | None,
         Query(description="`key=value`; repeat it to ask for several at once.", max_length=20),
@@ -65,16 +72,18 @@ def listing_with(*filters: str) -> Callable[..., Awaitable[Listing]]:
 
 
 @dataclass(frozen=True)
-class ByNumber:
-    """An order of rows by a number of theirs, and by id where it is equal.
+class Order:
+    """An order of rows by a value of theirs, and by id where it is equal.
 
     Attributes:
-        column: the number, never null.
+        column: the value, never null.
         descending: whether the largest comes first.
+        type_: `float` for numbers, `str` for text that the database compares byte by byte, or `datetime`.
     """
 
-    column: sa.SQLColumnExpression[float]
+    column: sa.SQLColumnExpression[Any]
     descending: bool
+    type_: type[float] | type[str] | type[datetime] = float
 
 
 def page(
@@ -83,7 +92,7 @@ def page(
     model: type[Resource],
     listing: Listing,
     about: Callable[[sa.Select[str]], sa.ColumnElement[bool]],
-    order: ByNumber | None = None,
+    order: Order | None = None,
 ) -> tuple[Sequence[Any], str | None]:
     """Return the rows of one page of `query`, and the cursor of the next.
 
@@ -94,7 +103,7 @@ def page(
         listing: page and filters.
         about: gives SQL that is true where a row is about one of the given resources: those whose metadata match
             `listing.metadata`.
-        order: default: newest first. Each row then ends with the number that it is sorted by.
+        order: default: newest first. Each row then ends with the value that it is sorted by.
     """
     for entry in listing.metadata or []:
         key, separator, value = entry.partition("=")
@@ -102,50 +111,70 @@ def page(
             raise InvalidRequest(f"The filter metadata={entry!r} is not of the form key=value.")
         matching = sa.select(MetadataEntry.resource_id).where(MetadataEntry.key == key, MetadataEntry.value == value)
         query = query.where(about(matching))
+    columns = model.__table__.c
+    if listing.id is not None:
+        query = query.where(columns.id.startswith(listing.id))
     if listing.name is not None:
-        query = query.where(model.__table__.c.name == listing.name)
+        query = query.where(columns.name == listing.name)
+    if listing.search is not None:
+        query = query.where(columns.name.icontains(listing.search, autoescape=True))
     if listing.created_after is not None:
         query = query.where(model.created_at >= _instant(listing.created_after))
     if listing.created_before is not None:
         query = query.where(model.created_at < _instant(listing.created_before))
-    first: sa.SQLColumnExpression[Any] = model.__table__.c.created_at if order is None else order.column
-    falls = order is None or order.descending
+    newest = order is None
+    order = order or Order(columns.created_at, descending=True, type_=datetime)
     if listing.cursor is not None:
         place, id_ = _decode(listing.cursor, order)
-        last = sa.tuple_(sa.literal(place, UTCDateTime if order is None else sa.Double), sa.literal(id_))
-        seen = sa.tuple_(first, model.id)
-        query = query.where(seen < last if falls else seen > last)
-    keys = [column.desc() if falls else column.asc() for column in (first, model.__table__.c.id)]
-    if order is not None:
-        query = query.add_columns(first)
+        last = sa.tuple_(sa.literal(place, _TYPES[order.type_]), sa.literal(id_))
+        seen = sa.tuple_(order.column, model.id)
+        query = query.where(seen < last if order.descending else seen > last)
+    keys = [column.desc() if order.descending else column.asc() for column in (order.column, columns.id)]
+    if not newest:
+        query = query.add_columns(order.column.label("place"))
     rows = session.execute(query.order_by(*keys).limit(listing.limit + 1)).all()
     if len(rows) <= listing.limit:
         return rows, None
     rows = rows[: listing.limit]
     row = rows[-1][0]
-    return rows, _encode(row.created_at if order is None else rows[-1][-1], row.id)
+    return rows, _encode(row.created_at if newest else rows[-1][-1], row.id)
 
 
-def _encode(place: datetime | float, id_: str) -> str:
-    text = place.isoformat() if isinstance(place, datetime) else float(place).hex()
-    return base64.urlsafe_b64encode(f"{text} {id_}".encode()).decode()
+def _encode(place: datetime | float | str, id_: str) -> str:
+    match place:
+        case datetime():
+            text = place.isoformat()
+        case str():
+            text = place
+        case _:
+            text = float(place).hex()
+    return base64.urlsafe_b64encode(json.dumps([text, id_], ensure_ascii=False).encode()).decode()
 
 
-def _decode(cursor: str, order: ByNumber | None) -> tuple[datetime | float, str]:
+def _decode(cursor: str, order: Order) -> tuple[datetime | float | str, str]:
     try:
-        text, id_ = base64.urlsafe_b64decode(cursor.encode()).decode().split(" ")
-        if not id_.isascii() or not id_.isprintable():
+        text, id_ = json.loads(base64.urlsafe_b64decode(cursor.encode()).decode())
+        if not (isinstance(text, str) and isinstance(id_, str)) or not id_.isascii() or not id_.isprintable():
             raise ValueError
-        if order is not None:
+        if order.type_ is str:
+            # A surrogate alone, or a zero, which a JSON escape may hold, is text that no database takes.
+            text.encode()
+            if "\0" in text:
+                raise ValueError
+            return text, id_
+        if order.type_ is float:
             if not math.isfinite(number := float.fromhex(text)):
                 raise ValueError
             return number, id_
         instant = datetime.fromisoformat(text)
         if instant.tzinfo is None:
             raise ValueError
-    except (ValueError, OverflowError, binascii.Error):
+    except (ValueError, TypeError, OverflowError, RecursionError, binascii.Error):
         raise InvalidRequest("The cursor is not one that this service gave out for this order.") from None
     return _instant(instant), id_
+
+
+_TYPES: dict[type, Any] = {float: sa.Double, str: sa.Text, datetime: UTCDateTime}
 
 
 def _instant(value: datetime) -> datetime:

@@ -1,5 +1,7 @@
 """The tables. docs/architecture.md says which component owns which state."""
 
+import re
+import struct
 from datetime import UTC, datetime
 from typing import Any, ClassVar
 from uuid import uuid4
@@ -129,6 +131,16 @@ class FeatureSet(Resource):
     metadata_: Mapped[dict[str, Any]] = mapped_column("metadata")
 
 
+def sort_key(value: str) -> str:
+    """Return text whose order, byte by byte, puts numbers first and by size, then all other values by their letters."""
+    if not re.fullmatch(r"[+-]?\d+(\.\d+)?(e[+-]?\d+)?", value, re.ASCII | re.IGNORECASE):
+        return "1" + value.casefold()[:100]
+    # The bits of a positive number grow with it; those of a negative one are turned round.
+    (bits,) = struct.unpack(">Q", struct.pack(">d", float(value) + 0.0))
+    bits = bits ^ (2**64 - 1) if bits >> 63 else bits | 2**63
+    return f"0{bits:016x}"
+
+
 class MetadataEntry(Base):
     """One `key=value` of a checkpoint, probe, feature set or report, as text, so that both databases filter alike.
 
@@ -141,12 +153,15 @@ class MetadataEntry(Base):
     resource_id: Mapped[str] = mapped_column(sa.String(36), primary_key=True)
     key: Mapped[str] = mapped_column(sa.String(100), primary_key=True)
     value: Mapped[str] = mapped_column(sa.String(500), primary_key=True)
+    sort_key: Mapped[str] = mapped_column(
+        sa.String(110).with_variant(sa.String(110, collation="C"), "postgresql"), server_default=""
+    )
 
     @classmethod
     def entries(cls, resource_id: str, metadata: dict[str, Any]) -> list["MetadataEntry"]:
         """Return the entries that filters search: one for each `key=value`, for a list one per value."""
         return [
-            cls(resource_id=resource_id, key=key, value=value)
+            cls(resource_id=resource_id, key=key, value=value, sort_key=sort_key(value))
             for key, values in metadata.items()
             for value in {metadata_text(value) for value in (values if isinstance(values, list) else [values])}
         ]

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session, aliased
 from app import analyses, schemas
 from app.errors import InvalidRequest
 from app.gates.paths import UnknownPath, require_number
-from app.listing import ByNumber, Listing, page
+from app.listing import Listing, Order, page
 from app.models import Report, ReportMetric
 from app.schemas import PLAIN_TEXT, Kind
 from app.schemas.kinds import KINDS
@@ -97,7 +97,7 @@ def page_of_reports(
     if ranking.sort is not None:
         metric = aliased(ReportMetric)
         query = query.join(metric, sa.and_(metric.report_id == Report.id, metric.path == ranking.sort))
-        order = ByNumber(metric.value, descending=ranking.order == "desc")
+        order = Order(metric.value, descending=ranking.order == "desc")
 
     def about(ids: sa.Select[str]) -> sa.ColumnElement[bool]:
         return sa.or_(Report.id.in_(ids), Report.probe_id.in_(ids))

@@ -150,7 +150,7 @@ def get(
         query = query.with_for_update(read=lock == "share")
     row = session.scalars(query).one_or_none()
     if row is None:
-        raise NotFound(f"There is no {_noun(model)} {id_!r}.")
+        raise NotFound(f"There is no {noun_of(model)} {id_!r}.")
     return row
 
 
@@ -175,7 +175,7 @@ def delete(engine: sa.Engine, storage: Storage, model: type[OwnerType], id_: str
         needed_by = session.scalars(sa.select(analyses.id).where(needs, analyses.outcome.is_(None)).limit(20))
         if ids := needed_by.all():
             raise InUse(
-                f"The {_noun(model)} is needed by {len(ids)} analyses that have not ended; cancel them or wait.",
+                f"The {noun_of(model)} is needed by {len(ids)} analyses that have not ended; cancel them or wait.",
                 analysis_ids=list(ids),
             )
         session.execute(sa.delete(models.MetadataEntry).where(models.MetadataEntry.resource_id == id_))
@@ -352,5 +352,5 @@ def _embedded_architecture(file: "tensorfile.TensorFile") -> Any:
         raise InvalidFile("The architecture in the file's own metadata is not JSON.") from None
 
 
-def _noun(model: type[Owner]) -> str:
+def noun_of(model: type[Owner]) -> str:
     return {"Checkpoint": "checkpoint", "Probe": "probe", "FeatureSet": "feature set"}[model.__name__]

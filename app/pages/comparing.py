@@ -305,11 +305,8 @@ def _intervals(
     )
     # The newest one stays.
     chosen = {by_checkpoint[y if x == reference else x]: (id_, x == reference) for id_, x, y in session.execute(query)}
-    contents = dict(
-        session.execute(sa.select(Report.id, Report.content).where(Report.id.in_([id_ for id_, _ in chosen.values()])))
-        .tuples()
-        .all()
-    )
+    wanted = sa.select(Report.id, Report.content).where(Report.id.in_([id_ for id_, _ in chosen.values()]))
+    contents = {row.id: row.content for row in session.execute(wanted)}
     return {
         id_: (report_id, _turned(json.loads(contents[report_id])["splits"], straight))
         for id_, (report_id, straight) in chosen.items()

@@ -72,8 +72,7 @@ def metadata_of_subjects(session: Session, subjects: Mapping[str, str | None]) -
     found: dict[str, dict[str, Any]] = {}
     for model in (Checkpoint, FeatureSet):
         ids = [id_ for id_ in subjects.values() if id_ is not None]
-        by_id: dict[str, dict[str, Any]] = dict(
-            session.execute(sa.select(model.id, model.metadata_).where(model.id.in_(ids))).tuples().all()
-        )
+        wanted = sa.select(model.id, model.metadata_).where(model.id.in_(ids))
+        by_id = {row[0]: row[1] for row in session.execute(wanted)}
         found |= {report_id: by_id[id_] for report_id, id_ in subjects.items() if id_ in by_id}
     return found

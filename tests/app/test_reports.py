@@ -2,8 +2,6 @@
 
 import json
 import random
-from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -23,24 +21,10 @@ from app.schemas import Kind
 from app.schemas.metrics import metrics_of
 from app.settings import Settings
 from tests.app.api.test_uploads import problem
-from tests.databases import fresh_database
 from tests.interplay.reports import comparison_report, difference, evaluation_report
 from tests.services import Service
 
 ACCURACY, MIR = "splits.test.accuracy", "splits.all.interplay.sample.global.mir"
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[sa.Engine]:
-    """Connect to a database with the service's tables."""
-    with ExitStack() as stack:
-        url = ""
-        if request.param == "postgresql":
-            url = stack.enter_context(fresh_database(request.getfixturevalue("postgres")))
-        engine = make_engine(Settings(data_dir=tmp_path, database_url=url))
-        migrations.upgrade(engine)
-        yield engine
-        engine.dispose()
 
 
 def _add(session: Session, probe_id: str, metrics: dict[str, float]) -> str:

@@ -219,3 +219,49 @@ def test_pages_show_every_row_once_while_rows_arrive(any_service: Service) -> No
     assert first <= set(ids)
     times = [item["created_at"] for item in seen]
     assert times == sorted(times, reverse=True)
+
+
+def test_files_are_downloaded(service: Service, mlp_checkpoint_file: Path, digits_probe_file: Path) -> None:
+    """What was pushed comes back byte by byte, whole or in parts, under a name that no browser takes for a path."""
+    made = {
+        "checkpoints": (
+            service.post("/v1/checkpoints", {"name": "../a/\u202eb"}, mlp_checkpoint_file),
+            mlp_checkpoint_file,
+        ),
+        "probes": (service.post("/v1/probes", {"name": "digits.safetensors"}, digits_probe_file), digits_probe_file),
+    }
+    for collection, (answer, file) in made.items():
+        body, content = answer.json(), file.read_bytes()
+        address = f"/v1/{collection}/{body['id']}/file"
+        whole = service.client.get(address)
+        assert (whole.status_code, whole.content) == (200, content)
+        assert whole.headers["etag"] == f'"{body["sha256"]}"'
+        assert whole.headers["content-type"] == "application/octet-stream"
+        assert whole.headers["x-content-type-options"] == "nosniff"
+        name = whole.headers["content-disposition"]
+        assert name.startswith("attachment; filename")
+        assert "/" not in name
+        assert name.isascii()
+        part = service.client.get(address, headers={"Range": f"bytes={len(content) - 5}-"})
+        assert (part.status_code, part.content) == (206, content[-5:])
+    assert (
+        'filename="digits.safetensors"'
+        in service.client.get(f"/v1/probes/{made['probes'][0].json()['id']}/file").headers["content-disposition"]
+    )
+    problem(service.client.get(f"/v1/checkpoints/{uuid4()}/file"), 404, "not-found")
+
+
+def test_lists_are_sorted_over_http(service: Service, mlp_checkpoint_file: Path) -> None:
+    """Metadata that are numbers sort as numbers, and a part of a name finds; a wrong order names the right ones."""
+    run = f"run {uuid4()}"
+    for epoch in (9, 10, 1):
+        spec = {"name": f"{run} Epoch {epoch}", "metadata": {"epoch": epoch}}
+        assert service.post("/v1/checkpoints", spec, mlp_checkpoint_file).status_code == 201
+    asked = {"search": f"{run} EPOCH", "sort": "metadata.epoch", "order": "asc"}
+    items = service.client.get("/v1/checkpoints", params=asked).json()["items"]
+    assert [item["metadata"]["epoch"] for item in items] == [1, 9, 10]
+    first = service.client.get("/v1/checkpoints", params={"id": items[0]["id"][:13]}).json()["items"]
+    assert [item["id"] for item in first] == [items[0]["id"]]
+    refused = problem(service.client.get("/v1/checkpoints", params={"sort": "epoch"}), 422, "invalid-request")
+    assert "metadata.KEY" in refused["detail"]
+    problem(service.client.get("/v1/checkpoints", params={"id": "xyz"}), 422, "invalid-request")

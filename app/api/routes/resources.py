@@ -1,24 +1,41 @@
 """Checkpoints, probes and feature sets over HTTP."""
 
+import re
 from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import sqlalchemy as sa
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel
+from starlette.responses import FileResponse
+from starlette.types import Receive, Scope, Send
 
 from app import models, resources, schemas
 from app.api.openapi import reference
-from app.api.routes import ServiceDep, problems
+from app.api.routes import Service, ServiceDep, problems
 from app.api.uploads import receive
 from app.database import read
-from app.listing import Listing, listing_with, page
-from app.storage import Upload
+from app.errors import NotFound
+from app.listing import Listing, listing_with
+from app.resources import OwnerType, noun_of
+from app.sorting import Sorting, list_page
+from app.storage import BlobDamaged, Upload
 
 router = APIRouter(tags=["resources"])
 Resource = TypeVar("Resource", schemas.Checkpoint, schemas.Probe, schemas.FeatureSet)
-ListingDep = Annotated[Listing, Depends(listing_with())]
+ListingDep = Annotated[Listing, Depends(listing_with("sort", "order"))]
+SortingDep = Annotated[Sorting, Depends()]
+_BYTES = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+_FILE: dict[int | str, dict[str, Any]] = {
+    200: {"content": _BYTES, "description": "The file, with its sha256 as ETag"},
+    206: {"content": _BYTES, "description": "The part that Range asks for"},
+    416: {"description": "Range asks for no part of the file"},
+    **problems(404, 503),
+}
+_SUFFIXES = {"npz": "npz", "parquet": "parquet", "imagefolder": "zip", "csv": "csv", "jsonl": "jsonl"}
 
 
 def _upload_body(spec: type[BaseModel], file: str) -> dict[str, Any]:
@@ -86,18 +103,20 @@ async def create_feature_set(request: Request, response: Response, service: Serv
 
 
 @router.get("/checkpoints", responses=problems(422))
-def list_checkpoints(service: ServiceDep, listing: ListingDep) -> schemas.Page[schemas.Checkpoint]:
-    return _list(service.engine, models.Checkpoint, schemas.Checkpoint, listing)
+def list_checkpoints(service: ServiceDep, listing: ListingDep, sorting: SortingDep) -> schemas.Page[schemas.Checkpoint]:
+    return _list(service.engine, models.Checkpoint, schemas.Checkpoint, listing, sorting)
 
 
 @router.get("/probes", responses=problems(422))
-def list_probes(service: ServiceDep, listing: ListingDep) -> schemas.Page[schemas.Probe]:
-    return _list(service.engine, models.Probe, schemas.Probe, listing)
+def list_probes(service: ServiceDep, listing: ListingDep, sorting: SortingDep) -> schemas.Page[schemas.Probe]:
+    return _list(service.engine, models.Probe, schemas.Probe, listing, sorting)
 
 
 @router.get("/feature-sets", responses=problems(422))
-def list_feature_sets(service: ServiceDep, listing: ListingDep) -> schemas.Page[schemas.FeatureSet]:
-    return _list(service.engine, models.FeatureSet, schemas.FeatureSet, listing)
+def list_feature_sets(
+    service: ServiceDep, listing: ListingDep, sorting: SortingDep
+) -> schemas.Page[schemas.FeatureSet]:
+    return _list(service.engine, models.FeatureSet, schemas.FeatureSet, listing, sorting)
 
 
 @router.get("/checkpoints/{id}", responses=problems(404))
@@ -116,6 +135,24 @@ def get_probe(id: schemas.Id, service: ServiceDep) -> schemas.Probe:
 def get_feature_set(id: schemas.Id, service: ServiceDep) -> schemas.FeatureSet:
     with read(service.engine) as session:
         return _resource(schemas.FeatureSet, resources.get(session, models.FeatureSet, id))
+
+
+@router.get("/checkpoints/{id}/file", response_class=Response, responses=_FILE)
+def download_checkpoint(id: schemas.Id, service: ServiceDep) -> Response:
+    """The stored file: the weights as safetensors."""
+    return _file(service, models.Checkpoint, id)
+
+
+@router.get("/probes/{id}/file", response_class=Response, responses=_FILE)
+def download_probe(id: schemas.Id, service: ServiceDep) -> Response:
+    """The stored file, as it was pushed."""
+    return _file(service, models.Probe, id)
+
+
+@router.get("/feature-sets/{id}/file", response_class=Response, responses=_FILE)
+def download_feature_set(id: schemas.Id, service: ServiceDep) -> Response:
+    """The stored file, as it was pushed."""
+    return _file(service, models.FeatureSet, id)
 
 
 @router.delete("/checkpoints/{id}", status_code=204, responses=problems(404, 409))
@@ -147,13 +184,41 @@ async def _create(
 
 
 def _list(
-    engine: sa.Engine, model: type[resources.Owner], schema: type[Resource], listing: Listing
+    engine: sa.Engine, model: type[OwnerType], schema: type[Resource], listing: Listing, sorting: Sorting
 ) -> schemas.Page[Resource]:
     with read(engine) as session:
-        rows, cursor = page(session, sa.select(model), model, listing, model.id.in_)
-        return schemas.Page(items=[_resource(schema, row) for (row,) in rows], next_cursor=cursor)
+        rows, cursor = list_page(session, model, listing, sorting)
+        return schemas.Page(items=[_resource(schema, row) for row in rows], next_cursor=cursor)
 
 
 def _resource(schema: type[Resource], row: resources.Owner) -> Resource:
     values = {name: getattr(row, name) for name in schema.model_fields if name != "metadata"}
     return schema.model_validate({**values, "metadata": row.metadata_})
+
+
+def _file(service: Service, model: type[OwnerType], id_: str) -> Response:
+    with read(service.engine) as session:
+        row = resources.get(session, model, id_)
+    held = ExitStack()
+    try:
+        path = held.enter_context(service.storage.local_copy(row.sha256))
+    except (FileNotFoundError, BlobDamaged):
+        raise NotFound(f"The file of {noun_of(model)} {id_!r} is not in the storage, or damaged.") from None
+    suffix = _SUFFIXES.get(getattr(row, "format", ""), "safetensors")
+    name = re.sub(r"[/\\]", "_", row.name).removesuffix(f".{suffix}")
+    headers = {"ETag": f'"{row.sha256}"', "X-Content-Type-Options": "nosniff"}
+    return _HeldFile(path, held, media_type="application/octet-stream", filename=f"{name}.{suffix}", headers=headers)
+
+
+class _HeldFile(FileResponse):
+    """A file that the cache keeps until all of it has been sent, or its reader has gone."""
+
+    def __init__(self, path: Path, held: ExitStack, **options: Any) -> None:
+        super().__init__(path, **options)
+        self._held = held
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._held.close()

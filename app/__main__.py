@@ -179,7 +179,7 @@ def _run_server(settings: Settings, listener: socket.socket, worker: "_Supervise
         log_level=settings.log_level,
         timeout_graceful_shutdown=3,
     )
-    server = _AnnouncedServer(config, app.state.service.events, connections)
+    server = _AnnouncedServer(config, settings, app.state.service.events, connections)
     if worker is None:
         tables.set_result(None)
     else:
@@ -202,14 +202,30 @@ def _bind(settings: Settings) -> socket.socket:
     return listener
 
 
+def _places(settings: Settings) -> str:
+    """Return where the data of a service lie, without a password."""
+    from sqlalchemy import make_url
+
+    found = f"Its data lie in {settings.data_dir.resolve()}"
+    if settings.database_url:
+        url = make_url(settings.database_url).render_as_string(hide_password=True)
+        found += f", its tables in {url}"
+    if settings.storage_url:
+        found += f", its files in {settings.storage_url}"
+    return found
+
+
 class _AnnouncedServer(uvicorn.Server):
     """Prints its address as the first line of standard output, then runs `then` in a thread.
 
     On shutdown it ends event streams first: it would wait for them otherwise.
     """
 
-    def __init__(self, config: uvicorn.Config, events: "Events", connections: "Connections") -> None:
+    def __init__(
+        self, config: uvicorn.Config, settings: Settings, events: "Events", connections: "Connections"
+    ) -> None:
         super().__init__(config)
+        self._settings = settings
         self._events = events
         self._connections = connections
         self.then: Callable[[], None] | None = None
@@ -225,7 +241,7 @@ class _AnnouncedServer(uvicorn.Server):
         assert sockets is not None
         host, port = sockets[0].getsockname()[:2]
         address = f"[{host}]" if ":" in host else host
-        sys.stdout.write(f"Interplay is listening on http://{address}:{port}\n")
+        sys.stdout.write(f"Interplay is listening on http://{address}:{port}\n{_places(self._settings)}\n")
         sys.stdout.flush()
         if self.then is not None:
             threading.Thread(target=self.then, daemon=True).start()

@@ -344,7 +344,8 @@ def _embedded_architecture(file: "tensorfile.TensorFile") -> Any:
     if text is None:
         raise InvalidRequest(
             "The spec has no 'architecture' and the file's own metadata names none. Give one of them, such as "
-            '{"family": "builtin", "name": "mlp", "args": {"sizes": [64, 32, 10]}}.'
+            '{"family": "builtin", "name": "mlp", "args": {"sizes": [64, 32, 10]}}.',
+            missing_member="architecture",
         )
     try:
         return json.loads(text)

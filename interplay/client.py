@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Self
 
 from interplay.calls.analyzing import AnalyzingCalls
+from interplay.calls.collections import Collection, NotOne
 from interplay.calls.judging import JudgingCalls
 from interplay.calls.pushing import PushingCalls
 from interplay.transport import (
@@ -26,6 +27,7 @@ from interplay.transport import (
     ServiceUnreachable,
     Transport,
     WaitTimeout,
+    segment,
 )
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "Body",
     "Client",
     "InterplayError",
+    "NotOne",
     "ProblemError",
     "ServiceUnreachable",
     "WaitTimeout",
@@ -82,6 +85,14 @@ class Client(PushingCalls, AnalyzingCalls, JudgingCalls):
     def close(self) -> None:
         """Close the connections."""
         self._transport.close()
+
+    def readiness(self) -> Body | None:
+        """Return what the service says of its database, its storage and its workers at /readyz; None without a word."""
+        return self._transport.peek("/readyz")
+
+    def page_of(self, collection: Collection, resource_id: str) -> str:
+        """Return the address of the page that shows a resource to people."""
+        return f"{self.url}/{collection}/{segment(resource_id)}"
 
 
 def _retry_seconds() -> float:

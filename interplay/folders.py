@@ -57,17 +57,21 @@ def packed_checkpoint(folder: Path) -> Iterator[Path]:
     The same files give the same tar. Other formats of the weights, histories and caches are omitted.
 
     Raises:
-        FileNotFoundError: the folder holds no safetensors file.
+        FileNotFoundError: the folder holds no safetensors file, or an adapter alone.
         OSError: a file cannot be read, or there is no room for the tar.
     """
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
     weights = [name for name in names if name.endswith((".safetensors", ".safetensors.index.json"))]
+    if "adapter_config.json" in names and all(name.startswith("adapter_") for name in weights):
+        merge = (
+            "from peft import AutoPeftModel; "
+            f"AutoPeftModel.from_pretrained({str(folder)!r}).merge_and_unload().save_pretrained('OUT')"
+        )
+        raise FileNotFoundError(
+            f"{folder} is an adapter (PEFT), not a whole network: merge it into its base, then push that: "
+            f'python -c "{merge}" && interplay push checkpoint OUT'
+        )
     if not weights:
-        if "adapter_config.json" in names:
-            raise FileNotFoundError(
-                f"{folder} is an adapter (PEFT), not a whole network: merge it into its base, and push the output of "
-                "merge_and_unload().save_pretrained(OUT)"
-            )
         found = ", ".join(names[:10]) or "nothing"
         raise FileNotFoundError(f"{folder} contains no safetensors file (it contains {found}){_advice(folder, names)}")
     described = [name for name in names if name in _DESCRIPTIONS]

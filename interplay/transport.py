@@ -238,6 +238,29 @@ class Transport:
             self._answered = True
             yield response
 
+    def chunks(self, path: str) -> Iterator[bytes]:
+        """Yield the body of a GET as it comes.
+
+        Raises:
+            ProblemError: the response is a problem.
+            ServiceUnreachable: there is no response, or it breaks off.
+        """
+        with self._errors(), self._http.stream("GET", path) as response:
+            self._answered = True
+            if not response.is_success:
+                response.read()
+                raise self._problem(response)
+            yield from response.iter_raw()
+
+    def peek(self, path: str) -> Body | None:
+        """Return the JSON object at a path, whatever its status, without retries; None if there is none."""
+        try:
+            with self._errors():
+                body: Any = self._http.get(path).json()
+        except (ServiceUnreachable, ValueError):
+            return None
+        return body if isinstance(body, dict) else None
+
     @contextmanager
     def _errors(self) -> Iterator[None]:
         """Map exceptions of httpx to ServiceUnreachable."""

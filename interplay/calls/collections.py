@@ -1,25 +1,38 @@
 """Calls that every collection has: get, list and delete; and the transport that all calls share."""
 
+import hashlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
-from typing import Any, Literal, TypedDict, Unpack, cast, overload
+from pathlib import Path
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 from interplay.results import Analysis, Baseline, Checkpoint, FeatureSet, GateSummary, Probe, ReportSummary
-from interplay.transport import Body, ProblemError, Transport, segment
+from interplay.transport import Body, InterplayError, ProblemError, Transport, segment
 
 Collection = Literal["checkpoints", "probes", "feature-sets", "analyses", "reports", "gates", "baselines"]
+_ID = re.compile(r"[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}")
+_BEGINNING = re.compile(r"[0-9a-f-]{4,36}")
+
+
+class NotOne(InterplayError):
+    """No resource, or more than one, has this name or an id that begins so."""
 
 
 class Filters(TypedDict, total=False):
     """The filters of `list`; those that are None are left out.
 
-    `name`, `created_after`, `created_before` and `metadata` are for every collection; `kind`, `checkpoint_id`,
-    `probe_id` and `feature_set_id` for analyses and reports; `status` for analyses. For reports: `sort` by the metric
-    at a path such as splits.test.accuracy, in `order` desc (the default) or asc; `metric`, bounds such as
-    splits.test.accuracy>=0.9; `show`, paths of metrics that each report's `metrics` shall have.
+    `id`, the first characters of an id, `name`, `search`, a part of a name, `created_after`, `created_before` and
+    `metadata` are for every collection; `kind`, `checkpoint_id`, `probe_id` and `feature_set_id` for analyses and
+    reports; `status` for analyses. `sort`, in `order` desc (the default) or asc, is for reports the path of a metric
+    such as splits.test.accuracy, and for checkpoints, probes and feature sets a column or metadata.KEY. For reports:
+    `metric`, bounds such as splits.test.accuracy>=0.9; `show`, paths of metrics that each report's `metrics` shall
+    have.
     """
 
+    id: str | None
     name: str | None
+    search: str | None
     created_after: datetime | str | None
     created_before: datetime | str | None
     metadata: Mapping[str, Any] | None
@@ -50,11 +63,65 @@ class CollectionCalls:
         """Return one resource of a collection."""
         return self._call("GET", f"/v1/{collection}/{segment(resource_id)}", repeatable=True)
 
-    def find_probe(self, probe: str) -> Probe:
-        """Return a probe by its name, the newest of several, or by its id."""
-        for found in self.list("probes", name=probe, limit=1):
-            return found
-        return cast(Probe, self.get("probes", probe))
+    def find(self, collection: Collection, resource: str) -> Body:
+        """Return a resource by its id, by its name, of several the newest, or by the first characters of its id.
+
+        Raises:
+            NotOne: there is none, or these characters begin several ids.
+        """
+        found = self.find_all(collection, resource)
+        if not found:
+            raise NotOne(f"There is no {noun_of(collection)} with the name or id {resource!r}.")
+        if len(found) > 1 and found[0].get("name") != resource:
+            ids = " and ".join(str(one["id"]) for one in found)
+            raise NotOne(f"{resource!r} begins the ids of several {collection}, such as {ids}.")
+        return found[0]
+
+    def find_all(self, collection: Collection, resource: str, limit: int = 2) -> Sequence[Body]:
+        """Return the resources that `find` would choose from, newest first.
+
+        Args:
+            collection: as for `list`.
+            resource: an id, a name, or four or more of an id's first characters.
+            limit: the most to return.
+        """
+        if is_id(resource):
+            try:
+                return [self.get(collection, resource)]
+            except ProblemError as error:
+                if error.status != 404:
+                    raise
+        named: Sequence[Body] = [*self.list(collection, name=resource, limit=limit)]
+        if named or not _BEGINNING.fullmatch(resource):
+            return named
+        return [*self.list(collection, id=resource, limit=limit)]
+
+    def download(self, collection: Collection, resource_id: str, path: str | Path) -> Body:
+        """Write the stored file of a checkpoint, probe or feature set, and return the resource.
+
+        The file appears once it is whole, and its hash is that of the resource.
+
+        Raises:
+            InterplayError: the bytes that came are others.
+            OSError: the file cannot be written.
+        """
+        resource = self.get(collection, resource_id)
+        target = Path(path)
+        part = target.with_name(f"{target.name}.part")
+        digest = hashlib.sha256()
+        try:
+            with part.open("wb") as file:
+                for chunk in self._transport.chunks(f"/v1/{collection}/{segment(resource_id)}/file"):
+                    digest.update(chunk)
+                    file.write(chunk)
+            if digest.hexdigest() != resource["sha256"]:
+                raise InterplayError(
+                    f"The file that came has the sha256 {digest.hexdigest()}, not {resource['sha256']}."
+                )
+            part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)
+        return resource
 
     def delete(self, collection: Collection, resource_id: str) -> None:
         """Delete a checkpoint, probe or feature set that no analysis needs."""
@@ -86,9 +153,10 @@ class CollectionCalls:
         Args:
             collection: checkpoints, probes, feature-sets, analyses, reports, gates or baselines.
             page: `limit`, the most resources to yield (default: all), and `page_size`, resources per request (default:
-                100). The filters `name`, `created_after`, `created_before` and `metadata` (for each key a value, or a
-                list of values, all of which a resource must have); for analyses and reports `kind`, `checkpoint_id`,
-                `probe_id`, `feature_set_id`; for analyses `status`; for reports `sort`, `order`, `metric`, `show`.
+                100). The filters `id`, `name`, `search`, `created_after`, `created_before` and `metadata` (for each key
+                a value, or a list of values, all of which a resource must have); for analyses and reports `kind`,
+                `checkpoint_id`, `probe_id`, `feature_set_id`; for analyses `status`; for all but these, gates and
+                baselines `sort`, `order`; for reports `metric`, `show`.
         """
         left, page_size = page.pop("limit", None), page.pop("page_size", 100)
         query = _query(page)
@@ -103,6 +171,16 @@ class CollectionCalls:
 
     def _call(self, method: str, path: str, **request: Any) -> Body:
         return self._transport.call(method, path, **request)
+
+
+def is_id(text: str) -> bool:
+    """Return whether a text is a whole id."""
+    return _ID.fullmatch(text) is not None
+
+
+def noun_of(collection: Collection) -> str:
+    """Return what one resource of a collection is called."""
+    return "analysis" if collection == "analyses" else collection.removesuffix("s").replace("-", " ")
 
 
 def given(values: Mapping[str, Any]) -> Body:

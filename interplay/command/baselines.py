@@ -5,22 +5,28 @@ from typing import Annotated
 from cyclopts import Parameter, validators
 
 from interplay.command import rendering
+from interplay.command.naming import Named, id_of
 from interplay.command.options import COMMON, Common
 from interplay.command.values import whole
 
 
 def set_baseline(
-    name: str, report: str, /, *, note: Annotated[str | None, Parameter(metavar="TEXT")] = None, common: Common = COMMON
+    name: str,
+    report: Named,
+    /,
+    *,
+    note: Annotated[str | None, Parameter(metavar="TEXT")] = None,
+    common: Common = COMMON,
 ) -> None:
     """Point a baseline at a report.
 
     Args:
         name: Name of the baseline; it is created if it is missing.
-        report: Id of the report.
+        report: Name or id of the report.
         note: Reason, for the history.
     """
     with common.client() as client:
-        body = client.set_baseline(name, report, note=note)
+        body = client.set_baseline(name, id_of(client, "reports", report), note=note)
     common.print(body, f"baseline {body['name']} is at report {body['report_id']}")
 
 
@@ -33,7 +39,8 @@ def show_baseline(name: str, /, *, common: Common = COMMON) -> None:
     with common.client() as client:
         body = client.get_baseline(name)
         report = None if common.as_json else client.get_report(body["report_id"])
-    common.print(body, None if report is None else rendering.report_view(report))
+        page = client.page_of("reports", body["report_id"])
+    common.print(body, None if report is None else rendering.report_view(report, page))
 
 
 def list_baselines(*, common: Common = COMMON) -> None:

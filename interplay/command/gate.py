@@ -20,9 +20,11 @@ from interplay.calls.pushing import CheckpointDescription
 from interplay.client import AnalysisFailed, Body, Client, InterplayError, ProblemError, WaitTimeout
 from interplay.command import rendering
 from interplay.command.gatefile import GateFileError, line_of, read_gate
+from interplay.command.naming import found_by, given_name, id_of
 from interplay.command.options import (
     DESCRIBED_CHECKPOINT,
     EVALUATION,
+    EXIT_TIMEOUT,
     EXIT_UNREACHABLE,
     EXIT_USAGE,
     FILES,
@@ -35,6 +37,7 @@ from interplay.command.options import (
     note,
     write,
 )
+from interplay.command.problems import in_our_words
 from interplay.command.progress import wait_for
 from interplay.command.values import UsageError, stem
 from interplay.command.verdict import Run, junit, markdown, verdict_view, worst
@@ -54,13 +57,21 @@ class Subject:
 
     checkpoint: Annotated[
         str | None,
-        Parameter(metavar="FILE|FOLDER|ID", help="Push and analyse this checkpoint first; needs --probe."),
+        Parameter(
+            metavar="FILE|FOLDER|NAME|ID",
+            converter=given_name,
+            help="Push and analyse this checkpoint first; needs --probe.",
+        ),
     ] = None
     probe: Annotated[
-        str | None, Parameter(metavar="NAME|ID", help="The probe; of several with the name, the newest.")
+        str | None,
+        Parameter(metavar="NAME|ID", converter=given_name, help="The probe; of several with the name, the newest."),
     ] = None
     report: Annotated[
-        str | None, Parameter(metavar="ID", help="An existing report, instead of --checkpoint and --probe.")
+        str | None,
+        Parameter(
+            metavar="NAME|ID", converter=given_name, help="An existing report, instead of --checkpoint and --probe."
+        ),
     ] = None
 
 
@@ -105,7 +116,8 @@ def judge_candidate(
 ) -> None:
     """Judge a checkpoint by a gate: push it, analyse it, and check its report.
 
-    Exit codes: 0 passed, 1 failed, 2 usage, 3 service unreachable, 4 analysis failed, 5 a number is undefined.
+    Exit codes: 0 passed, 1 failed, 2 usage, 3 service unreachable, 4 analysis failed, 5 a number is undefined,
+    6 the analysis took longer than --timeout.
 
     Args:
         gate: A YAML file, or a gate of the service: NAME, NAME@3 or its id.
@@ -144,7 +156,8 @@ def _judge(client: Client, run: Run, gate: Gate, candidate: _Candidate, referenc
     """Judge a candidate, and move the baseline if `promote` is set."""
     run.gate, baseline = gate["name"], reference.baseline
     held = None if baseline is None else _baseline(client, baseline)
-    report_id = candidate.subject.report or _analysed(client, run, gate, held, candidate)
+    given = candidate.subject.report
+    report_id = id_of(client, "reports", given, "--report") if given else _analysed(client, run, gate, held, candidate)
     run.links = {name: f"{client.url}/v1/reports/{report_id}{rest}" for name, rest in _LINKS.items()}
     with _timed(run, "verdict"):
         run.verdict = client.judge(
@@ -169,8 +182,7 @@ def _analysed(client: Client, run: Run, gate: Gate, held: Baseline | None, candi
     probe = candidate.subject.probe
     assert probe is not None, "the options were checked"
     against = _compared_with(gate, held)
-    with _named(f"{probe!r} is neither the name nor the id of a probe", "--probe"):
-        probe_id = client.find_probe(probe)["id"]
+    probe_id = id_of(client, "probes", probe, "--probe")
     with _timed(run, "upload"):
         checkpoint_id = _checkpoint(client, candidate)
     with _timed(run, "analysis"):
@@ -211,8 +223,10 @@ def _checkpoint(client: Client, candidate: _Candidate) -> str:
     assert given is not None, "the options were checked"
     path = Path(given)
     if not path.exists():
-        with _named(f"{given!r} is neither a local file nor the id of a checkpoint", "--checkpoint"):
-            return str(client.get("checkpoints", given)["id"])
+        try:
+            return str(found_by(client, "checkpoints", given, "--checkpoint")["id"])
+        except UsageError as error:
+            raise UsageError(f"{given!r} is no local file, and {error}", "--checkpoint") from None
     note(f"pushing {rendering.printable(path.name or path)}")
     checkpoint, sent = client.push_checkpoint_once(path, name=candidate.name or stem(path), **candidate.described)
     size = f"{checkpoint['size_bytes']:,} bytes"
@@ -277,14 +291,15 @@ def _note(run: Run, error: InterplayError, file: Path | None) -> None:
             run.exit_code = EXIT_ANALYSIS_FAILED
             run.problem = error.problem or {"title": f"The analysis was {error.analysis['status']}", "detail": ""}
         case WaitTimeout():
-            run.exit_code = EXIT_ANALYSIS_FAILED
+            run.exit_code = EXIT_TIMEOUT
             run.problem = {"title": "The analysis took too long", "detail": str(error)}
         case ProblemError() if error.status not in _AWAY:
             run.exit_code = EXIT_USAGE
-            members = dict(error.members)
+            title, detail, found = in_our_words(error)
+            members = dict(found)
             if file is not None and "errors" in members:
                 members["errors"] = [_placed(file, entry) for entry in members["errors"]]
-            run.problem = {"type": error.type, "title": error.title, "detail": error.detail, **members}
+            run.problem = {"type": error.type, "title": title, "detail": detail, **members}
         case _:
             run.exit_code = EXIT_UNREACHABLE
             run.problem = {"title": str(error), "detail": ""}

@@ -1,8 +1,8 @@
 """The `interplay` command: push, analyze, show, export, list, cancel and delete over HTTP, and the server's commands.
 
-Exit codes: 0 success; 1 the analysis failed, was cancelled or timed out; 2 usage, which includes every problem that the
-service responds with; 3 the service, or MLflow, cannot be reached. With --json stdout holds one JSON value and nothing
-else; errors and progress go to stderr. `interplay gate` has its own exit codes.
+Exit codes: 0 success; 1 the analysis failed or was cancelled; 2 usage, which includes every problem that the service
+responds with; 3 the service, or MLflow, cannot be reached; 6 the analysis took longer than --timeout. With --json
+stdout holds one JSON value and nothing else; errors and progress go to stderr. `interplay gate` has further exit codes.
 """
 
 import importlib.metadata
@@ -19,7 +19,8 @@ from interplay import server
 from interplay.client import AnalysisFailed, ProblemError, ServiceUnreachable, WaitTimeout
 from interplay.command import analyzing, baselines, browsing, pushing
 from interplay.command.gate import judge_candidate
-from interplay.command.options import EXIT_FAILED, EXIT_UNREACHABLE, EXIT_USAGE, MAIN, fail
+from interplay.command.options import EXIT_FAILED, EXIT_TIMEOUT, EXIT_UNREACHABLE, EXIT_USAGE, MAIN, fail
+from interplay.command.problems import in_our_words
 from interplay.command.values import UsageError
 
 
@@ -41,11 +42,11 @@ def main() -> None:
         problem = error.problem or {"title": f"The analysis was {error.analysis['status']}", "detail": ""}
         fail(EXIT_FAILED, problem.get("title", "The analysis failed"), problem.get("detail", ""), problem)
     except ProblemError as error:
-        fail(EXIT_USAGE, error.title, error.detail, error.members)
+        fail(EXIT_USAGE, *in_our_words(error))
     except ServiceUnreachable as error:
         fail(EXIT_UNREACHABLE, str(error), "", {})
     except WaitTimeout as error:
-        fail(EXIT_FAILED, str(error), "", {})
+        fail(EXIT_TIMEOUT, str(error), "", {})
     except BrokenPipeError:  # the reader of stdout has gone, such as `head`; what is left to flush goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_FAILED)
@@ -129,12 +130,15 @@ app = _new_app(
             "path": analyzing.path,
             "prune": analyzing.prune,
             "series": analyzing.series,
+            "wait": analyzing.wait,
             "cancel": browsing.cancel,
         },
         "Results": {
             "show": browsing.show,
-            "export": browsing.export_report,
+            "open": browsing.open_page,
             "list": browsing.list_collection,
+            "export": browsing.export_report,
+            "download": browsing.download,
             "delete": browsing.delete,
         },
         "Gates": {
@@ -154,6 +158,9 @@ app = _new_app(
         },
         "Server": {name: _server_command(name) for name in server.COMMANDS},
     },
+)
+app.register_install_completion_command(
+    help="Install completion for this shell: bash, zsh or fish.", group=app.group_commands
 )
 # Commands that need another command to follow.
 _INCOMPLETE = [[], ["push"], ["baseline"]]

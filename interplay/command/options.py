@@ -17,7 +17,7 @@ from interplay.client import DEFAULT_URL, Client
 from interplay.command import rendering
 from interplay.command.values import UsageError, finite, json_object, metadata_of, whole
 
-EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE = 1, 2, 3
+EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_TIMEOUT = 1, 2, 3, 6
 
 MAIN = Group("Options", sort_key=1)
 FILES = Group("Files", sort_key=2)
@@ -34,9 +34,10 @@ Timeout = Annotated[
         group=_QUEUE,
         metavar="SECONDS",
         validator=(validators.Number(gte=0), finite),
-        help="Stop waiting after this time; the analysis continues.",
+        help="Stop waiting after this time, with exit code 6; the analysis continues.",
     ),
 ]
+Columns = Annotated[list[str] | None, Parameter("--column", metavar="ROLE=NAME")]
 FileOrJson = Annotated[str | None, Parameter(metavar="FILE|JSON")]
 
 

@@ -1,5 +1,6 @@
 """Show the progress of an analysis while the command waits for it."""
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,20 +12,55 @@ from interplay.command import rendering
 from interplay.command.options import note
 from interplay.results import Analysis, SucceededAnalysis
 
+# An analysis that has not begun after so long may wait for a worker that nobody has started.
+_NO_WORKER_SECONDS = 5.0
+
 
 def wait_for(client: Client, analysis: Analysis, timeout: float | None) -> SucceededAnalysis:
-    """Wait for an analysis and show its progress; after Ctrl-C, print how to cancel it."""
+    """Wait for an analysis and show its progress; after Ctrl-C, print how to cancel it.
+
+    If no worker is there to begin it, a line says so.
+    """
+    latest = [analysis]
     try:
-        with _progress_shown() as show_progress:
-            return client.wait(analysis["id"], timeout_seconds=timeout, on_progress=show_progress)
+        with _progress_shown() as (show_progress, say), _missing_worker_said(client, latest, say):
+
+            def take(state: Analysis) -> None:
+                """Keep and show a state."""
+                latest[0] = state
+                show_progress(state)
+
+            return client.wait(analysis["id"], timeout_seconds=timeout, on_progress=take)
     except KeyboardInterrupt:
         note(f"The analysis continues. To cancel it: interplay cancel {analysis['id']}")
         raise
 
 
 @contextmanager
-def _progress_shown() -> Iterator[Callable[[Any], None]]:
-    """Yield a callback for each state of an analysis: it shows a bar on a terminal, else a line for each change."""
+def _missing_worker_said(client: Client, latest: list[Analysis], say: Callable[[str], None]) -> Iterator[None]:
+    """Say once that no worker is there, if the analysis is still queued after a while."""
+
+    def look() -> None:
+        if latest[0]["status"] == "queued":
+            worker = (client.readiness() or {}).get("worker", "ok")
+            if worker != "ok":
+                say(f"The analysis waits: {rendering.printable(worker)}. `interplay worker` starts one.")
+
+    timer = threading.Timer(_NO_WORKER_SECONDS, look)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+@contextmanager
+def _progress_shown() -> Iterator[tuple[Callable[[Any], None], Callable[[str], None]]]:
+    """Yield two functions: one shows a state of the analysis, a bar on a terminal, else a line for each change.
+
+    The other prints a line beside it.
+    """
     err = rendering.console(stderr=True)
     if not err.is_terminal:
         seen = [""]
@@ -36,7 +72,7 @@ def _progress_shown() -> Iterator[Callable[[Any], None]]:
                 note(line)
             seen[0] = line
 
-        yield print_line
+        yield print_line, note
         return
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=err, transient=True) as bar:
@@ -48,4 +84,4 @@ def _progress_shown() -> Iterator[Callable[[Any], None]]:
             description = rendering.progress_line(analysis)
             bar.update(task, description=description, completed=progress["done"], total=progress["total"] or None)
 
-        yield move_bar
+        yield move_bar, bar.console.print

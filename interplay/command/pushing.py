@@ -13,6 +13,7 @@ from interplay.command.options import (
     DESCRIBED_CHECKPOINT,
     EXIT_USAGE,
     AsJson,
+    Columns,
     Common,
     Described,
     DescribedCheckpoint,
@@ -20,10 +21,20 @@ from interplay.command.options import (
     fail,
     print_body,
 )
-from interplay.command.values import UsageError, json_object, json_value, metadata_of, pair, stem, whole
+from interplay.command.values import (
+    UsageError,
+    columns_of,
+    existing,
+    existing_file,
+    json_object,
+    json_value,
+    metadata_of,
+    stem,
+    whole,
+)
 
-File = Annotated[Path, Parameter(validator=validators.Path(exists=True, dir_okay=False))]
-FileOrFolder = Annotated[Path, Parameter(validator=validators.Path(exists=True))]
+File = Annotated[Path, Parameter(converter=existing_file)]
+FileOrFolder = Annotated[Path, Parameter(converter=existing)]
 
 
 def push_checkpoint(
@@ -50,7 +61,7 @@ def push_probe(
     *,
     class_names: FileOrJson = None,
     preprocess: FileOrJson = None,
-    column: Annotated[list[str] | None, Parameter(metavar="ROLE=NAME")] = None,
+    column: Columns = None,
     tokenizer: FileOrJson = None,
     max_length: Annotated[int | None, Parameter(converter=whole, validator=validators.Number(gte=1))] = None,
     described: Described = DESCRIBED,
@@ -72,7 +83,7 @@ def push_probe(
     names = json_value("--class-names", class_names)
     if names is not None and not (isinstance(names, list) and all(isinstance(entry, str) for entry in names)):
         raise UsageError("must be a JSON list of texts", "--class-names")
-    columns = {role: name or None for role, name in (pair(entry, "--column", "ROLE=NAME") for entry in column or ())}
+    columns = columns_of(column)
     prepared, metadata = json_object("--preprocess", preprocess), metadata_of(described.metadata)
     with common.client() as client:
         body = client.push_probe(
@@ -80,7 +91,7 @@ def push_probe(
             name=described.name or file.resolve().stem,
             class_names=names,
             preprocess=prepared,
-            columns=columns or None,
+            columns=columns,
             tokenizer=json_object("--tokenizer", tokenizer),
             max_length=max_length,
             metadata=metadata,

@@ -7,8 +7,8 @@ the terminal.
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
@@ -45,6 +45,15 @@ _COLLAPSE = (
     ("nc3", "NC3 means to head"),
     ("nc4", "NC4 not the nearest mean"),
 )
+#: Metrics by which lists are sorted and shown without a path: of the test split, or of all samples.
+SHORT_METRICS: dict[str, str] = {
+    "accuracy": "accuracy",
+    "loss": "loss",
+    "mir": "interplay.sample.global.mir",
+    "hdr": "interplay.sample.global.hdr",
+    "nc1": "collapse.nc1",
+}
+_SPLITS = ("test", "all")
 _COMPARED = {
     "accuracy": "accuracy",
     "loss": "loss",
@@ -57,16 +66,35 @@ _COMPARED = {
     "collapse.nc3": "NC3",
     "collapse.nc4": "NC4",
 }
+# Columns of a list: "outcome" is an analysis's report, or why it has none.
 _COLUMNS: dict[str, tuple[str, ...]] = {
-    "checkpoints": ("id", "name", "created_at", "n_parameters", "size_bytes", "architecture", "metadata"),
-    "probes": ("id", "name", "created_at", "n_samples", "n_classes", "content", "input_shape", "splits"),
+    "checkpoints": ("id", "name", "created_at", "n_parameters", "metadata"),
+    "probes": ("id", "name", "created_at", "n_samples", "n_classes", "content"),
     "feature-sets": ("id", "name", "created_at", "n_samples", "n_classes", "n_features", "metadata"),
-    "analyses": ("id", "name", "kind", "status", "progress", "created_at", "report_id"),
-    "reports": ("id", "name", "kind", "analysis_id", "created_at"),
+    "analyses": ("id", "name", "kind", "status", "created_at", "outcome"),
+    "reports": ("id", "name", "kind", "created_at", "accuracy", "mir", "hdr"),
     "gates": ("id", "name", "version", "kind", "n_checks", "created_at", "description"),
     "baselines": ("name", "report_id", "report_kind", "checkpoint_id", "moved_at"),
     "moves": ("created_at", "report_id", "before_report_id", "done", "note"),
 }
+_TITLES = {
+    "created_at": "created, UTC",
+    "moved_at": "moved, UTC",
+    "n_parameters": "parameters",
+    "n_samples": "samples",
+    "n_classes": "classes",
+    "n_features": "features",
+    "n_checks": "checks",
+    "size_bytes": "size",
+    "report_id": "report",
+    "report_kind": "kind",
+    "checkpoint_id": "checkpoint",
+    "before_report_id": "before",
+    "mir": "MIR",
+    "hdr": "HDR",
+    "nc1": "NC1",
+}
+_SHORT_ID = 8
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -76,9 +104,19 @@ def console(*, stderr: bool = False) -> Console:
     return Console(stderr=stderr, markup=False, highlight=False, emoji=False, width=width)
 
 
+def paths_of(metric: str) -> list[str]:
+    """Return the paths of a metric that has a short name, the one that counts first; of another, its own path."""
+    return [f"splits.{split}.{SHORT_METRICS[metric]}" for split in _SPLITS] if metric in SHORT_METRICS else [metric]
+
+
 def printable(value: Any) -> str:
     """Return untrusted text with control characters replaced."""
     return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in str(value))
+
+
+def printable_lines(text: str) -> list[str]:
+    """Return the lines of untrusted text."""
+    return [printable(line) for line in text.splitlines()]
 
 
 def number(value: float | None, digits: int = 4) -> str:
@@ -104,26 +142,78 @@ def place(x: float | None, *, shorten: bool = True) -> str:
     return f"{x:.6g}" if shorten and n_digits > _TYPED_DIGITS and abs(x) < 1000 else exact
 
 
-def report_view(report: Body) -> RenderableType:
-    """Render a report of any kind: its subjects and its results."""
+def report_view(report: Body, page: str | None = None) -> RenderableType:
+    """Render a report of any kind: its subjects, its results, and the address of its page."""
     kind = KINDS[report["kind"]]
     if kind.place is not None:
         show = _places(report, kind.place)
-        return Group(_heading(report), _points(report, kind, show), *_summary(report, kind, show))
-    return _comparison(report) if kind is COMPARISON else _evaluation(report)
+        shown: RenderableType = Group(_heading(report), _points(report, kind, show), *_summary(report, kind, show))
+    else:
+        shown = _comparison(report) if kind is COMPARISON else _evaluation(report)
+    return shown if page is None else Group(shown, Text(page, style="dim"))
 
 
-def collection_view(collection: str, items: Iterable[Body]) -> RenderableType:
-    """Render a table of the resources of a collection."""
-    table = Table(box=SIMPLE_HEAD)
-    columns = _COLUMNS[collection]
-    for column in columns:
-        # The next command needs whole ids.
-        whole = column == "id" or column.endswith("_id")
-        table.add_column(column.replace("_", " "), no_wrap=whole, overflow="fold")
-    for item in items:
-        table.add_row(*(_cell(column, item.get(column)) for column in columns))
-    return table
+def collection_view(
+    collection: str,
+    items: Sequence[Body],
+    columns: Sequence[str] | None = None,
+    page: str | None = None,
+    *,
+    whole_ids: bool = False,
+) -> RenderableType:
+    """Render a table of the resources of a collection, in 80 columns where names are short.
+
+    Args:
+        collection: its name, or `moves` of a baseline.
+        items: the resources.
+        columns: members of the resources, `metadata.KEY`, or metrics, by a path or by one of `SHORT_METRICS`. Default:
+            what matters.
+        page: address of the page that shows the same to people.
+        whole_ids: whether ids are shown whole; else their first characters, which commands take too.
+    """
+    chosen = columns or _COLUMNS[collection]
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    values = [[_entry(item, column, whole=whole_ids) for column in chosen] for item in items]
+    for index, column in enumerate(chosen):
+        foldable = column in ("name", "metadata", "outcome", "description", "note", "architecture")
+        numeric = bool(values) and all(isinstance(_raw(item, column), int | float | None) for item in items)
+        title = _TITLES.get(column) or (column if "." in column else column.replace("_", " "))
+        justify: Literal["left", "right"] = "right" if numeric and column != "done" else "left"
+        widest = max([0, *(len(row[index]) for row in values)])
+        table.add_column(
+            printable(title),
+            # Long titles are folded, values of a fixed form never; a name keeps more than a letter a line.
+            no_wrap=not foldable and len(title) <= widest,
+            overflow="fold",
+            justify=justify,
+            min_width=min(widest, 12) if foldable else widest,
+        )
+    for row in values:
+        table.add_row(*row)
+    return table if page is None else Group(table, Text(page, style="dim"))
+
+
+def analysis_view(analysis: Body, page: str) -> RenderableType:
+    """Render one analysis: what was asked, how far it is, and its report or its problem."""
+    table = Table.grid(padding=(0, 2))
+    table.add_row("analysis", f"{analysis['id']}, {analysis['kind']}, {progress_line(analysis)}")
+    table.add_row("of", printable(analysis["name"]))
+    for member in ("checkpoint_ids", "probe_id", "feature_set_id"):
+        if value := analysis.get(member):
+            noun = member.removesuffix("s").removesuffix("_id").replace("_", " ")
+            table.add_row(noun, ", ".join(value) if isinstance(value, list) else str(value))
+    for member in ("created_at", "started_at", "finished_at"):
+        if value := analysis.get(member):
+            table.add_row(member.removesuffix("_at"), _cell("created_at", value))
+    if analysis.get("report_id"):
+        table.add_row("report", str(analysis["report_id"]))
+    problem = analysis.get("problem")
+    parts: list[RenderableType] = [table]
+    if problem:
+        parts.append(Text(problem_text(problem.get("title", ""), problem.get("detail", ""), problem)))
+    elif analysis["status"] in ("queued", "running"):
+        parts.append(Text(f"interplay wait {analysis['id']}  or  interplay cancel {analysis['id']}", style="dim"))
+    return Group(*parts, Text(page, style="dim"))
 
 
 def progress_line(analysis: Body) -> str:
@@ -439,6 +529,33 @@ def _reasons(where: str, reasons: Body, values: Body | None = None) -> Iterable[
             yield f"{where}: {printable(key)} is undefined ({printable(reason)})."
 
 
+def _raw(item: Body, column: str) -> Any:
+    """Return the value of a column: a member, one of the metadata, or a metric."""
+    if column.startswith("metadata."):
+        return (item.get("metadata") or {}).get(column.removeprefix("metadata."))
+    if column == "outcome":
+        if item.get("problem"):
+            problem = item["problem"]
+            return ": ".join(filter(None, (problem.get("title"), problem.get("detail"))))
+        return item.get("report_id")
+    metrics = item.get("metrics") or {}
+    if column in SHORT_METRICS:
+        return next((value for path in paths_of(column) if (value := metrics.get(path)) is not None), None)
+    return metrics[column] if column in metrics else item.get(column)
+
+
+def _entry(item: Body, column: str, *, whole: bool) -> str:
+    value = _raw(item, column)
+    if column == "status" and value == "running" and item["progress"]["total"]:
+        return f"running {_cell('progress', item['progress'])}"
+    is_id = column == "id" or column.endswith("_id") or (column == "outcome" and not item.get("problem"))
+    if is_id and value is not None and not whole:
+        return printable(value)[:_SHORT_ID]
+    if isinstance(value, float):
+        return number(value) if column in SHORT_METRICS or column in (item.get("metrics") or {}) else place(value)
+    return _cell(column, value)
+
+
 def _cell(column: str, value: Any) -> str:
     if value is None:
         return _UNDEFINED
@@ -448,7 +565,7 @@ def _cell(column: str, value: Any) -> str:
         case "progress":
             return f"{value['done']}/{value['total']}"
         case "created_at" | "moved_at":
-            return printable(value)[:19].replace("T", " ")
+            return printable(value)[:16].replace("T", " ")
         case "size_bytes" | "n_parameters" | "n_samples":
             return f"{value:,}"
         case "input_shape":

@@ -1,7 +1,10 @@
 """Parse and check the values of options."""
 
+import difflib
 import json
 import math
+import shlex
+import sys
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -37,6 +40,56 @@ def pair(entry: str, option: str = "--metadata", form: str = "KEY=VALUE") -> tup
     if not key or not separator:
         raise UsageError(f"{entry!r} is not of the form {form}", option)
     return key, value
+
+
+def values_by_key(entries: Sequence[str] | None) -> dict[str, list[str]]:
+    """Return KEY=VALUE entries of a filter: of each key all values, as text."""
+    found: dict[str, list[str]] = {}
+    for key, text in map(pair, entries or ()):
+        found.setdefault(key, []).append(text)
+    return found
+
+
+def columns_of(entries: Sequence[str] | None) -> dict[str, str | None] | None:
+    """Return the entries of --column: the column of each role, None where there is none; None without entries."""
+    return {
+        role: name or None for role, name in (pair(entry, "--column", "ROLE=NAME") for entry in entries or ())
+    } or None
+
+
+def existing(_type: Any, tokens: Sequence[Token]) -> Path:
+    """Convert an option's text to the path of a file or folder; of a mistyped one, say what could be meant."""
+    text = tokens[0].value
+    path = Path(text)
+    if text and path.exists():
+        return path
+    nearest = _nearest(path) if text else None
+    if nearest is None:
+        raise ValueError(f"{text!r} does not exist")
+    again = [str(nearest) if word == text else word for word in sys.argv[1:]]
+    raise ValueError(f"{text!r} does not exist; did you mean: interplay {shlex.join(again)}")
+
+
+def existing_file(type_: Any, tokens: Sequence[Token]) -> Path:
+    """Convert an option's text to the path of a file, as `existing` does."""
+    path = existing(type_, tokens)
+    if path.is_dir():
+        raise ValueError(f"{tokens[0].value!r} is a folder, not a file")
+    return path
+
+
+def _nearest(path: Path) -> Path | None:
+    """Return what is called most like a path, in its folder or, if that is missing, in the nearest one above it."""
+    while not path.parent.is_dir():
+        if path.parent == path:
+            return None
+        path = path.parent
+    try:
+        names = [entry.name for entry in path.parent.iterdir()]
+    except OSError:
+        return None
+    found = difflib.get_close_matches(path.name, names, n=1, cutoff=0.7)
+    return path.with_name(found[0]) if found else None
 
 
 def json_object(option: str, text: str | None) -> dict[str, Any] | None:

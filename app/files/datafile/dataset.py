@@ -159,6 +159,8 @@ def _no_column(available: Sequence[str], needed: Sequence[str], *, texts: bool =
         f"There is no column of {' or '.join(needed)}s under a usual name ({usual}); the file has "
         f'{_listed(available)}. Name it in the spec: "columns": {{"{needed[-1]}": ...}}{without}.',
         columns=list(available[:50]),
+        missing_role=needed[-1],
+        labels_optional=texts,
     )
 
 

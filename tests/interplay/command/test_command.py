@@ -21,6 +21,8 @@ from tests.interplay.scripted import BREAK, answer, scripted
 from tests.interplay.test_client import RUNNING, SUCCEEDED, closed_port
 from tests.services import Service
 
+# A whole id, which is not looked up.
+ID = "00000000-0000-4000-8000-00000000000f"
 FAILED = {**RUNNING, "status": "failed", "problem": {"type": "urn:x", "title": "Out", "detail": "of", "names": ["w"]}}
 
 
@@ -84,10 +86,22 @@ def test_unreachable_service_is_3(arguments: tuple[str, ...], as_json: bool) -> 
         (("list", "probes", "--status", "running"), "does not apply to"),
         (("list", "reports", "--status", "running"), "does not apply to"),
         (("delete", "reports", "x"), "Choose from"),
-        (("analyze",), "Give either"),
-        (("analyze", "--checkpoint", "x"), "Give either"),
-        (("analyze", "--checkpoint", "x", "--probe", "x", "--features", "x"), "Give either"),
-        (("analyze", "--probe", "x", "--features", "x"), "Give either"),
+        (("analyze",), "Give a FILE and --probe"),
+        (("analyze", "--checkpoint", "x"), "Give a FILE and --probe"),
+        (("analyze", "--checkpoint", "x", "--probe", "x", "--features", "x"), "Give a FILE and --probe"),
+        (("analyze", "--probe", "x", "--features", "x"), "Give a FILE and --probe"),
+        (("analyze", __file__), "Give a FILE and --probe"),
+        (("analyze", __file__, "--probe", "x", "--checkpoint", "x"), "Give a FILE and --probe"),
+        (("analyze", "--features", "", "--wait"), "--features: an empty text is no name and no id"),
+        (("analyze", "--checkpoint", " ", "--probe", "x"), "--checkpoint: an empty text is no name and no id"),
+        (("show", ""), "an empty text is no name and no id"),
+        (("delete", "probe", ""), "an empty text is no name and no id"),
+        (("series", "--probe", "x"), "Give either checkpoints"),
+        (("series", "0=a", "--metadata", "run=a", "--probe", "x"), "Give either checkpoints"),
+        (("list", "gates", "--sort", "name"), "does not apply to"),
+        (("list", "probes", "--metric", "mir>=0"), "does not apply to"),
+        (("list", "reports", "--order", "asc"), "needs --sort"),
+        (("download", "reports", "x"), "Choose from checkpoints, probes, feature-sets"),
         (("path", "a", "--probe", "x"), "Missing argument"),
         (("path", "a", "b"), "Missing option"),
         (("path", "a", "b", "--probe", "x", "--points", "5", "--adaptive"), "Give one of"),
@@ -182,22 +196,22 @@ def test_problems_of_the_service_are_2() -> None:
 def test_failed_analysis_is_1() -> None:
     """A failed analysis gives 1 and its problem on stderr; with --json stdout holds the analysis."""
     with scripted(answer(RUNNING), answer(RUNNING), answer(FAILED)) as server:
-        ran = interplay("analyze", "--features", "f", "--wait", url=server.url)
+        ran = interplay("analyze", "--features", ID, "--wait", url=server.url)
     assert (ran.returncode, ran.stdout) == (1, "")
     assert ran.stderr == "running 1/1\nfailed\nOut: of\n  names:\n    w\n"
     with scripted(answer(RUNNING), answer(FAILED)) as server:
-        ran = interplay("analyze", "--features", "f", "--wait", "--json", url=server.url)
+        ran = interplay("analyze", "--features", ID, "--wait", "--json", url=server.url)
     assert (ran.returncode, json.loads(ran.stdout)) == (1, FAILED)
 
 
-def test_cancelled_analysis_and_a_wait_that_is_too_long_are_1() -> None:
-    """Neither gives a report, so neither exits with 0."""
+def test_cancelled_analysis_is_1_and_a_wait_that_is_too_long_is_6() -> None:
+    """Neither gives a report; a script can tell an analysis that goes on from one that ended."""
     with scripted(answer(RUNNING), answer({**RUNNING, "status": "cancelled", "problem": None})) as server:
-        ran = interplay("analyze", "--features", "f", "--wait", url=server.url)
+        ran = interplay("analyze", "--features", ID, "--wait", url=server.url)
     assert (ran.returncode, ran.stderr) == (1, "cancelled\nThe analysis was cancelled\n")
     with scripted(answer(RUNNING)) as server:
-        ran = interplay("analyze", "--features", "f", "--wait", "--timeout", "0.1", url=server.url)
-    assert ran.returncode == 1
+        ran = interplay("analyze", "--features", ID, "--wait", "--timeout", "0.1", url=server.url)
+    assert ran.returncode == 6
     assert ran.stderr.endswith("Analysis a has not ended within 0.1 s; it continues.\n")
 
 
@@ -218,7 +232,7 @@ def test_interrupted_wait_says_how_to_stop_the_analysis() -> None:
             "interplay.command",
             "analyze",
             "--features",
-            "f",
+            ID,
             "--wait",
             "--url",
             server.url,
@@ -239,7 +253,7 @@ def test_progress_bar_on_a_terminal() -> None:
     with scripted(*answers, answer(SUCCEEDED)) as server:
         control, terminal = pty.openpty()
         process = subprocess.Popen(
-            [sys.executable, "-m", "interplay.command", "analyze", "--features", "f", "--wait", "--json"],
+            [sys.executable, "-m", "interplay.command", "analyze", "--features", ID, "--wait", "--json"],
             env={**os.environ, "INTERPLAY_URL": server.url, "TERM": "xterm", "COLUMNS": "100"},
             stdout=subprocess.PIPE,
             stderr=terminal,
@@ -367,8 +381,9 @@ def test_from_files_to_a_report(service: Service, mlp_checkpoint_file: Path, dig
     mir = report["splits"]["all"]["interplay"]["sample"]["global"]["mir"]
     assert f"{mir:.4f}" in shown.stdout
     assert interplay("show", report["id"], url=service.url).stdout == shown.stdout
+    assert shown.stdout.splitlines()[-1] == f"{service.url}/reports/{report['id']}"
     table = interplay("list", "checkpoints", "--name", run, url=service.url).stdout
-    assert checkpoint["id"] in table
+    assert checkpoint["id"][:8] in table
     assert "epoch=3" in table
     assert as_json(interplay("delete", "checkpoints", checkpoint["id"], "--json", url=service.url)) == {
         "id": checkpoint["id"],

@@ -21,6 +21,7 @@ from interplay import Client
 from interplay.command.verdict import marker
 from tests.conftest import MLP
 from tests.interplay.command.running import interplay, message
+from tests.interplay.command.test_command import ID
 from tests.interplay.command.test_verdict import junit_schema
 from tests.interplay.scripted import answer, scripted
 from tests.interplay.test_client import closed_port
@@ -182,7 +183,7 @@ def test_a_baseline_whose_checkpoint_was_deleted_cannot_be_compared_with(place: 
     name = fresh_name()
     with Client(place.url) as client:
         checkpoint = client.push_checkpoint(place.good, name="gone")
-        probe_id = client.find_probe(place.probe)["id"]
+        probe_id = client.find("probes", place.probe)["id"]
         analysis = client.create_analysis(checkpoint_id=checkpoint["id"], probe_id=probe_id)
         client.set_baseline(name, client.wait(analysis["id"], timeout_seconds=120)["report_id"])
         client.delete("checkpoints", checkpoint["id"])
@@ -254,13 +255,13 @@ def test_failed_analysis_is_4(place: Place) -> None:
     assert (body["exit_code"], body["verdict"]) == (4, None)
 
 
-def test_analysis_that_takes_too_long_is_4(place: Place) -> None:
+def test_analysis_that_takes_too_long_is_6(place: Place) -> None:
     """After a timeout there is no report to judge."""
     ran = place.run(
         *("--gate", place.gate({"min": 0}), "--checkpoint", place.good, "--probe", place.probe),
         *("--timeout", "0", "--permutations", "1000"),
     )
-    assert ran.returncode == 4
+    assert ran.returncode == 6
     analysis = re.search(r"Analysis (\S+) has not ended within 0 s; it continues", message(ran))
     assert analysis is not None
     # The tests that follow share its worker.
@@ -298,9 +299,12 @@ def test_names_that_the_service_does_not_know_are_2(place: Place) -> None:
     gate = place.gate({"min": 0})
     for arguments, said in (
         (("--gate", "no-such-gate", "--report", place.report), "no gate 'no-such-gate'"),
-        (("--gate", gate, "--report", "no-such-report"), "no report 'no-such-report'"),
-        (("--gate", gate, "--checkpoint", place.good, "--probe", "no-such"), "neither the name nor the id of a probe"),
-        (("--gate", gate, "--checkpoint", "no-such", "--probe", place.probe), "neither a local file nor the id"),
+        (("--gate", gate, "--report", "no-such-report"), "no report with the name or id 'no-such-report'"),
+        (("--gate", gate, "--checkpoint", place.good, "--probe", "no-such"), "no probe with the name or id 'no-such'"),
+        (
+            ("--gate", gate, "--checkpoint", "no-such", "--probe", place.probe),
+            "'no-such' is no local file, and there is no checkpoint with the name or id",
+        ),
         (("--gate", gate, "--report", place.report, "--baseline", "a b"), "does not have the right form"),
     ):
         ran = place.run(*arguments)
@@ -437,7 +441,7 @@ def test_a_baseline_that_moves_during_the_analysis_is_not_what_is_judged_against
     held = {"name": "main", "report_id": "old", "checkpoint_id": "c"}
     with scripted(answer(page), answer(gate), answer(held), answer(verdict), answer(held)) as server:
         ran = interplay(
-            *("gate", "--gate", "release", "--report", "r", "--baseline", "main", "--promote"), url=server.url
+            *("gate", "--gate", "release", "--report", ID, "--baseline", "main", "--promote"), url=server.url
         )
     assert ran.returncode == 0, ran.stderr
     judged, put = server.seen[-2:]

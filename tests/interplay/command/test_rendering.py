@@ -12,10 +12,10 @@ from interplay.command import rendering
 from tests.interplay.reports import evaluation_report, path_report, pruning_report, series_report
 
 
-def rendered(view: RenderableType) -> str:
-    """Return the view as plain text, wide enough that nothing folds."""
+def rendered(view: RenderableType, width: int = 200) -> str:
+    """Return the view as plain text, by default wide enough that nothing folds."""
     buffer = io.StringIO()
-    Console(file=buffer, width=200, markup=False, highlight=False, emoji=False).print(view)
+    Console(file=buffer, width=width, markup=False, highlight=False, emoji=False).print(view)
     return buffer.getvalue()
 
 
@@ -194,21 +194,33 @@ def test_views_defuse_names_and_metadata() -> None:
         assert "[red]:boom:" in text.replace("\n", "")
 
 
-def test_collection_shows_whole_ids_and_dashes() -> None:
-    """Ids are never cut, null is a dash, sizes have separators."""
-    items: list[dict[str, Any]] = [
-        {
-            "id": "01990000-0000-7000-8000-000000000001",
-            "name": "a",
-            "kind": "evaluation",
-            "status": "running",
-            "progress": {"done": 3, "total": 12, "phase": "features"},
-            "created_at": "2026-01-31T12:00:00.123456Z",
-            "report_id": None,
-        }
+def test_collections_fit_80_columns() -> None:
+    """Ids are short, unless columns are chosen; null is a dash, sizes have separators, a failure has its reason."""
+    id_ = "01990000-0000-7000-8000-000000000001"
+    common = {"id": id_, "created_at": "2026-01-31T12:00:00.123456Z", "kind": "evaluation", "report_id": None}
+    progress = {"progress": {"done": 3, "total": 12, "phase": "features"}}
+    problem = {"title": "The checkpoint does not fit", "detail": "2 names are missing.", "missing": ["a", "b"]}
+    analyses: list[dict[str, Any]] = [
+        {**common, **progress, "name": "resnet18 epoch 90", "status": "running"},
+        {**common, **progress, "name": "b", "status": "failed", "problem": problem},
+        {**common, **progress, "name": "c", "status": "succeeded", "report_id": "abcdef01-0000-7000-8000-000000000001"},
     ]
-    (row,) = rows(rendered(rendering.collection_view("analyses", items)), "01990000-0000-7000-8000-000000000001")
-    assert row[1:] == ["a", "evaluation", "running", "3/12", "2026-01-31", "12:00:00", "–"]
+    view = rendering.collection_view("analyses", analyses)
+    text = rendered(view, width=80)
+    assert max(map(len, text.splitlines())) <= 80
+    assert id_ not in text
+    first, *_, last = rows(text, "01990000")
+    assert first == ["01990000", "resnet18", "evaluation", "running", "3/12", "2026-01-31", "12:00", "–"]
+    assert last[-1] == "abcdef01"
+    assert "The checkpoint does not fit: 2 names are missing." in rendered(view)
+    assert id_ in rendered(rendering.collection_view("analyses", analyses, ["id", "name"], whole_ids=True))
+    metrics = {"splits.all.accuracy": 0.9, "splits.train.accuracy": 0.123456, "splits.all.collapse.nc1": 1e-7}
+    columns = ["id", "mir", "accuracy", "splits.train.accuracy", "nc1", "metadata.epoch"]
+    report = {**common, "name": "net", "metrics": metrics, "metadata": {"epoch": 10}}
+    ((*_, mir, accuracy, train, nc1, epoch),) = rows(
+        rendered(rendering.collection_view("reports", [report], columns)), "01990000"
+    )
+    assert (mir, accuracy, train, nc1, epoch) == ("–", "0.9000", "0.1235", "1.0e-07", "10")
     text = rendered(
         rendering.collection_view("checkpoints", [{"id": "1", "n_parameters": 1234567, "metadata": {"epoch": 1}}])
     )

@@ -1,0 +1,65 @@
+"""Names and ids that people type: one of a resource's id, its name, or the first characters of its id."""
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from cyclopts import Parameter, Token
+
+from interplay.calls.collections import Collection, is_id, noun_of
+from interplay.client import Client
+from interplay.command import rendering
+from interplay.command.options import note
+from interplay.command.values import UsageError
+
+
+def given_name(_type: Any, tokens: Sequence[Token]) -> str:
+    """Convert an option's text to a name or an id, which no empty text is."""
+    text = tokens[0].value
+    if not text.strip():
+        raise ValueError("an empty text is no name and no id")
+    return text
+
+
+Named = Annotated[str, Parameter(metavar="NAME|ID", converter=given_name)]
+NamedOption = Annotated[str | None, Parameter(metavar="NAME|ID", converter=given_name)]
+
+
+def id_of(client: Client, collection: Collection, text: str, option: str | None = None) -> str:
+    """Return the id of the resource that a text names; of several with one name the newest, which a note says.
+
+    Args:
+        client: of the service.
+        collection: where it is looked for.
+        text: a whole id, which is not looked up; a name; or the first characters of an id.
+        option: that gave the text.
+
+    Raises:
+        UsageError: there is none, or these characters begin several ids.
+    """
+    if is_id(text):
+        return text
+    return str(found_by(client, collection, text, option)["id"])
+
+
+def found_by(client: Client, collection: Collection, text: str, option: str | None = None) -> Any:
+    """Return the resource that a text names, as `id_of` does its id."""
+    found = client.find_all(collection, text)
+    if not found:
+        raise UsageError(f"there is no {noun_of(collection)} with the name or id {text!r}", option)
+    if len(found) > 1:
+        require_name(found, text, option)
+        newest = found[0]
+        shown = rendering.printable(text)
+        note(f"Several {collection} have the name {shown}; the newest is {newest['id']}, of {_when(newest)}.")
+    return found[0]
+
+
+def require_name(found: Sequence[Any], text: str, option: str | None = None) -> None:
+    """Raise UsageError if several resources were found by the first characters of their ids, not by their name."""
+    if found[0].get("name") != text:
+        ids = " and ".join(str(one["id"]) for one in found)
+        raise UsageError(f"{text!r} begins several ids, such as {ids}: give more characters", option)
+
+
+def _when(resource: Any) -> str:
+    return rendering.printable(str(resource["created_at"])[:19].replace("T", " "))

@@ -1,0 +1,30 @@
+"""Problems of the service in the words of the command: its options in place of members of a request."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from interplay.client import ProblemError
+
+
+def in_our_words(error: ProblemError) -> tuple[str, str, Mapping[str, Any]]:
+    """Return the title, the detail and the further members of a problem."""
+    members = dict(error.members)
+    if error.status == 401:
+        given = "does not accept the key that was given" if os.environ.get("INTERPLAY_API_KEY") else "needs its key"
+        return error.title, f"The service {given}: --api-key KEY, or the variable INTERPLAY_API_KEY.", members
+    if (role := members.pop("missing_role", None)) is not None:
+        columns = ", ".join(repr(name) for name in members.pop("columns", []))
+        detail = f"No column has a usual name for {role}s; the file has {columns}. Name it: --column {role}=NAME."
+        if role == "label" and members.pop("labels_optional", False):
+            detail += " Texts without labels, for language models: --column label=."
+        return error.title, detail, members
+    if "columns" in members:
+        return error.title, f"{error.detail} Name one with --column ROLE=NAME.", members
+    if members.pop("missing_member", None) == "architecture":
+        detail = (
+            "The file does not describe its network. Give --architecture, a JSON file or JSON such as "
+            '\'{"family": "builtin", "name": "mlp", "args": {"sizes": [64, 32, 10]}}\'.'
+        )
+        return error.title, detail, members
+    return error.title, error.detail, members

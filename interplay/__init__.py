@@ -15,6 +15,7 @@ __all__ = [
     "EvaluationReport",
     "FeatureSet",
     "InterplayError",
+    "NotOne",
     "PathReport",
     "Probe",
     "ProblemError",
@@ -29,7 +30,7 @@ __all__ = [
 
 _MODULES = {
     **dict.fromkeys(
-        ("AnalysisFailed", "Client", "InterplayError", "ProblemError", "ServiceUnreachable", "WaitTimeout"),
+        ("AnalysisFailed", "Client", "InterplayError", "NotOne", "ProblemError", "ServiceUnreachable", "WaitTimeout"),
         "interplay.client",
     ),
     **dict.fromkeys(
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
         AnalysisFailed,
         Client,
         InterplayError,
+        NotOne,
         ProblemError,
         ServiceUnreachable,
         WaitTimeout,

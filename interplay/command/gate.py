@@ -158,7 +158,10 @@ def _judge(client: Client, run: Run, gate: Gate, candidate: _Candidate, referenc
     held = None if baseline is None else _baseline(client, baseline)
     given = candidate.subject.report
     report_id = id_of(client, "reports", given, "--report") if given else _analysed(client, run, gate, held, candidate)
-    run.links = {name: f"{client.url}/v1/reports/{report_id}{rest}" for name, rest in _LINKS.items()}
+    run.links = {
+        "page": client.page_of("reports", report_id),
+        **{name: f"{client.url}/v1/reports/{report_id}{rest}" for name, rest in _LINKS.items()},
+    }
     with _timed(run, "verdict"):
         run.verdict = client.judge(
             report_id,
@@ -322,6 +325,7 @@ def _finish(run: Run, outputs: Outputs) -> None:
         write(_as_json(run))
     elif run.verdict is not None:
         rendering.console().print(verdict_view(run))
+        rendering.console().print(run.links["page"], style="dim", soft_wrap=True)
     if run.problem is not None:
         fail(run.exit_code, run.problem.get("title", ""), run.problem.get("detail", ""), run.problem)
     sys.exit(run.exit_code)

@@ -1,5 +1,6 @@
 """The client against faulty servers and against the real service."""
 
+import hashlib
 import json
 import socket
 import subprocess
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from interplay import Analysis, AnalysisFailed, Client, InterplayError, ProblemError, ServiceUnreachable
+from interplay import Analysis, AnalysisFailed, Client, InterplayError, NotOne, ProblemError, ServiceUnreachable
 from tests.interplay.scripted import answer, scripted
 from tests.services import Service
 
@@ -200,6 +201,27 @@ def test_list_follows_cursors_up_to_its_limit() -> None:
     ]
 
 
+def test_a_download_that_is_damaged_leaves_nothing(tmp_path: Path) -> None:
+    """Other bytes than the resource's hash says are an error, and so is a problem; no file appears."""
+    resource = answer({"id": "c", "name": "n", "sha256": hashlib.sha256(b"weights").hexdigest()})
+    target = tmp_path / "net.safetensors"
+    for given, error in (
+        ((200, b"weighty"), "has the sha256"),
+        (answer({"title": "Not found"}, 404), "Not found"),
+    ):
+        with (
+            scripted(resource, given) as server,
+            Client(server.url) as client,
+            pytest.raises(InterplayError, match=error),
+        ):
+            client.download("checkpoints", "c", target)
+    assert list(tmp_path.iterdir()) == []
+    with scripted(resource, (200, b"weights")) as server, Client(server.url) as client:
+        assert client.download("checkpoints", "c", target)["name"] == "n"
+    assert target.read_bytes() == b"weights"
+    assert list(tmp_path.iterdir()) == [target]
+
+
 # --- with the service -----------------------------------------------------------------------------------------------
 
 
@@ -241,6 +263,27 @@ def test_checkpoint_to_report(client: Client, mlp_checkpoint_file: Path, digits_
     client.delete("checkpoints", checkpoint["id"])
     assert not [*client.list("checkpoints", metadata={"run": run})]
     assert client.get_report(report["id"]) == report
+
+
+def test_resources_are_found_by_what_people_know(client: Client, mlp_checkpoint_file: Path, tmp_path: Path) -> None:
+    """An id, its first characters, a name: of several with the name the newest; none or too many are errors."""
+    name = uuid.uuid4().hex
+    older, newer = (client.push_checkpoint(mlp_checkpoint_file, name=name)["id"] for _ in range(2))
+    assert client.find("checkpoints", name)["id"] == newer
+    assert [found["id"] for found in client.find_all("checkpoints", name)] == [newer, older]
+    assert client.find("checkpoints", older)["id"] == client.find("checkpoints", older[:13])["id"] == older
+    # A name that looks like the beginning of an id counts as the name.
+    named = client.push_checkpoint(mlp_checkpoint_file, name=older[:13])["id"]
+    assert client.find("checkpoints", older[:13])["id"] == named
+    for text in (uuid.uuid4().hex, str(uuid.uuid4()), "?x"):
+        with pytest.raises(NotOne, match="There is no checkpoint with the name or id"):
+            client.find("checkpoints", text)
+    with pytest.raises(NotOne, match="There is no feature set"):
+        client.find("feature-sets", name)
+    client.download("checkpoints", older, tmp_path / "net")
+    assert (tmp_path / "net").read_bytes() == mlp_checkpoint_file.read_bytes()
+    assert client.page_of("checkpoints", older) == f"{client.url}/checkpoints/{older}"
+    assert (client.readiness() or {})["ready"] is True
 
 
 def test_idempotency(client: Client, mlp_checkpoint_file: Path, digits_probe_file: Path) -> None:

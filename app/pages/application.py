@@ -1,5 +1,6 @@
 """The application of the pages, beside that of the API, in one process and on one port."""
 
+import re
 from typing import Any
 
 from fastapi import FastAPI
@@ -32,6 +33,7 @@ _ROUTERS = (
     pushing.router,
     assets.router,
 )
+_DAY = re.compile(rb"(?<![^&])created_(?:after|before)=\d{4}-\d{2}-\d{2}(?![^&])")
 
 
 class Pages:
@@ -47,9 +49,9 @@ class Pages:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         ours = scope["type"] == "http" and scope["path"].lstrip("/").partition("/")[0] in self._ours
         if ours:
-            # Of a form, fields that were left empty ask for nothing.
+            # Of a form, fields that were left empty ask for nothing, and a day begins at midnight in UTC.
             given = [part for part in scope["query_string"].split(b"&") if part.partition(b"=")[2]]
-            scope = {**scope, "query_string": b"&".join(given)}
+            scope = {**scope, "query_string": _DAY.sub(rb"\g<0>T00:00:00Z", b"&".join(given))}
         await (self._pages if ours else self._api)(scope, receive, send)
 
 

@@ -4,18 +4,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-import sqlalchemy as sa
 from fastapi import APIRouter, Depends, Request, Response
 
 from app import models, resources, schemas
 from app.api.routes import ServiceDep
 from app.database import read
 from app.listing import Listing
-from app.listing import page as page_of
 from app.pages import listed
 from app.pages.rendering import page
 from app.pages.visitors import VisitorDep
 from app.reports import Ranking, Subject, page_of_reports
+from app.sorting import Sorting, list_page
 
 router = APIRouter()
 # Metadata that so many columns show; further keys stand on the page of each resource.
@@ -63,13 +62,15 @@ _COLLECTIONS: Mapping[str, _Collection] = {
 
 
 def _list(
-    request: Request, visitor: VisitorDep, service: ServiceDep, listing: Annotated[Listing, Depends()]
+    request: Request,
+    visitor: VisitorDep,
+    service: ServiceDep,
+    listing: Annotated[Listing, Depends()],
+    sorting: Annotated[Sorting, Depends()],
 ) -> Response:
     collection = _of(request)
-    model = collection.model
     with read(service.engine) as session:
-        rows, cursor = page_of(session, sa.select(model), model, listing, model.id.in_)
-        found = [row for (row,) in rows]
+        found, cursor = list_page(session, collection.model, listing, sorting)
     return page(
         request,
         visitor,
@@ -79,6 +80,7 @@ def _list(
         keys=_keys([row.metadata_ for row in found]),
         next_cursor=cursor,
         listing=listing,
+        sorting=sorting,
     )
 
 

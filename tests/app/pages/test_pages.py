@@ -160,6 +160,32 @@ def test_lists_filter_as_the_api_does(service: Service, reports: dict[str, Any])
     assert "Input should be" in read(service.client, "/analyses?status=done", status=422)
 
 
+def test_collections_sort_by_any_column(service: Service, mlp_checkpoint_file: Path) -> None:
+    """Headers are links that sort by their column, metadata as numbers; a part of a name and days filter."""
+    run = uuid4().hex
+    for epoch in (9, 10, 1):
+        spec = {"name": f"{run} of {epoch}", "metadata": {"epoch": epoch, "<i>": "x"}}
+        assert service.post("/v1/checkpoints", spec, mlp_checkpoint_file).status_code == 201
+    page = read(service.client, f"/checkpoints?search={run[:20].upper()}&metadata=&created_after=2020-01-31")
+    assert 'aria-sort="descending"><a href="/checkpoints?sort=created_at&amp;order=asc' in page
+    sorters = re.findall(r'<th scope="col"[^>]*><a[^>]* href="([^"]+)">', page)
+    assert len(sorters) == 7
+    for sorter, expected in (
+        (next(one for one in sorters if "metadata.epoch" in one), ["1", "9", "10"]),
+        (next(one for one in sorters if "sort=name" in one), ["1", "10", "9"]),
+    ):
+        ascending = read(service.client, unescape(sorter))
+        assert re.findall(rf"<bdi>{run} of (\d+)</bdi>", ascending) == expected
+        assert 'aria-sort="ascending"' in ascending
+        turned = re.search(r'aria-sort="ascending"><a[^>]* href="([^"]+)">', ascending)
+        assert turned is not None
+        descending = read(service.client, unescape(turned[1]))
+        assert re.findall(rf"<bdi>{run} of (\d+)</bdi>", descending) == expected[::-1]
+        assert 'name="created_after" value="2020-01-31"' in descending
+    assert "No checkpoint matches" in read(service.client, f"/checkpoints?search={run}&created_before=2020-01-31")
+    assert "are not sorted by" in read(service.client, "/probes?sort=sha256", status=422)
+
+
 def test_gates_and_baselines(service: Service, reports: dict[str, Any]) -> None:
     """A gate's versions and checks, a baseline's moves, and what the gate says of each move."""
     name, report = f"gate-{uuid4().hex[:8]}", reports["evaluation"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import decoding, losses, memory, paths, service, spectra
+from benchmarks import decoding, losses, memory, pages, paths, service, spectra
 from workers.child import ARITHMETIC
 
 PARTS = {
@@ -19,6 +19,7 @@ PARTS = {
     "memory": memory,
     "decoding": decoding,
     "service": service,
+    "pages": pages,
 }
 
 

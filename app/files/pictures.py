@@ -44,7 +44,7 @@ def _gif_size(content: bytes) -> tuple[int, int] | None:
 
 def _webp_size(content: bytes) -> tuple[int, int] | None:
     match content[12:16]:
-        case b"VP8X":
+        case b"VP8X" if len(content) >= 30:
             return 1 + int.from_bytes(content[24:27], "little"), 1 + int.from_bytes(content[27:30], "little")
         case b"VP8L" if content[20] == 0x2F:
             (bits,) = struct.unpack_from("<I", content, 21)

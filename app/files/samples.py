@@ -29,8 +29,8 @@ _TEXTS, _UNLABELLED, _TEXT_CHARACTERS = 3, 10, 300
 # Bytes of a picture that is shown, and of all pictures of a page; each class may fill its part of these.
 _PICTURE_BYTES = 2 * 2**20
 _PAGE_BYTES = 32 * 2**20
-# After this nothing further is read; what has been read is shown.
-_ENOUGH_SECONDS = 8.0
+# After so long no further sample is read; those that were read are shown.
+_ENOUGH_SECONDS = 5.0
 # pyarrow unpacks whole pages of Parquet.
 _READING_BYTES = 2 * 2**30
 _DTYPES = {
@@ -62,7 +62,6 @@ def read(path: Path, asked: Asked) -> Samples:
 
 
 def _dataset(path: Path, asked: Asked, settings: Settings) -> Samples:
-    started = time.monotonic()
     dataset = datafile.open_dataset(path, asked.format, datafile.Limits.of(settings), asked.columns)
     wanted: dict[int, tuple[int | None, int]] = {row: (None, row) for row in range(min(dataset.n_rows, _UNLABELLED))}
     n_classes = 0
@@ -71,6 +70,7 @@ def _dataset(path: Path, asked: Asked, settings: Settings) -> Samples:
         wanted, n_classes = _first_rows(labels, asked.skipped, PICTURES if dataset.content == "images" else _TEXTS)
     shown: list[Sample] = []
     room = _Room(len({label for label, _ in wanted.values()}))
+    started = time.monotonic()
     for row, content in _contents(dataset, sorted(wanted)):
         label, place = wanted[row]
         if content is None:
@@ -160,7 +160,6 @@ def _sorted(shown: list[Sample], n_wanted: int, n_classes: int) -> Samples:
 
 
 def _tensors(path: Path, asked: Asked, settings: Settings) -> Samples:
-    started = time.monotonic()
     is_npz = asked.format == "npz"
     if is_npz:
         file = tensorfile.inspect_npz(path, max_bytes=settings.max_npz_bytes, max_ratio=settings.max_npz_ratio)
@@ -174,6 +173,7 @@ def _tensors(path: Path, asked: Asked, settings: Settings) -> Samples:
     wanted, n_classes = _first_rows(whole_numbers("labels", values), asked.skipped, PICTURES)
     tensors = (_npz_rows if is_npz else _safetensors_rows)(path, name, sorted(wanted))
     shown = []
+    started = time.monotonic()
     for row, values in zip(sorted(wanted), tensors, strict=False):
         label, place = wanted[row]
         content = pictures.as_png(_levels(values))

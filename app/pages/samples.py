@@ -143,8 +143,6 @@ async def show_picture(
     row = await run_in_threadpool(_probe, service, id)
     first = number // PICTURES
     first -= first % CLASSES
-    if not 0 <= first <= MAX_CLASSES:
-        raise NotFound(f"There is no sample {number} of this probe.")
     found = await _samples_of(request, service, row, first)
     numbered = {own: one for group in _by_class(row, found.samples, first) for own, one in group.samples}
     if number not in numbered:
@@ -168,6 +166,9 @@ def _probe(service: Service, id_: str) -> models.Probe:
 
 
 async def _samples_of(request: Request, service: Service, row: models.Probe, first: int) -> Samples:
+    # Checked before a process is started to read the file.
+    if first and not 0 <= first < sum(count > 0 for count in row.class_counts):
+        raise NotFound("The probe has no such class.")
     asked = Asked(
         format=row.format,
         content=row.content,

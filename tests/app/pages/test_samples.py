@@ -76,8 +76,14 @@ def test_class_folders(service: Service) -> None:
             assert answer.content == content
             assert answer.headers["content-type"] == "image/png"
     assert 'alt="07, 2" width="96" height="96" loading="lazy"' in pages[0]
-    for number in (4, 115, 10**7, -1):  # without a picture, or without a class
-        assert "There is no sample" in read(service.client, f"/probes/{id_}/samples/{number}", status=404)
+    for number, why in (
+        (4, "There is no sample 4"),
+        (115, "no sample 115"),
+        (200, "no such class"),
+        (-1, "no such class"),
+    ):
+        assert why in read(service.client, f"/probes/{id_}/samples/{number}", status=404)
+    assert "no such class" in read(service.client, f"/probes/{id_}/samples?first=40", status=404)
 
 
 def test_what_is_no_picture_is_not_served(service: Service) -> None:

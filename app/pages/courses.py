@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Annotated, Any, Literal
 
 import sqlalchemy as sa
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from sqlalchemy.orm import Session
 
@@ -178,18 +178,25 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+@dataclass(frozen=True)
+class _Wanted:
+    """Which chart of which resource, as an address says it."""
+
+    id: schemas.Id
+    name: Name
+    probe_id: Annotated[str | None, Query(max_length=36, pattern=PLAIN_TEXT)] = None
+
+
 async def _draw(
     request: Request,
-    id: schemas.Id,
-    name: Name,
+    wanted: Annotated[_Wanted, Depends()],
     format: drawing.Format,
     _: VisitorDep,
     service: ServiceDep,
-    probe_id: Annotated[str | None, Query(max_length=36, pattern=PLAIN_TEXT)] = None,
 ) -> Response:
     """A chart of evaluations: accuracy, MIR and HDR of one split."""
     collection = request.url.path.removeprefix(request.scope.get("root_path", "")).split("/")[1]
-    text = await run_in_threadpool(_chart_data, service, collection, id, name, probe_id)
+    text = await run_in_threadpool(_chart_data, service, collection, wanted)
     return await drawn(service, "course", text, format)
 
 
@@ -197,13 +204,12 @@ for _collection in _MODELS:
     router.get(f"/{_collection}/{{id}}/charts/{{name}}.{{format}}")(_draw)
 
 
-def _chart_data(service: Service, collection: str, id_: str, name: Name, probe_id: str | None) -> str:
+def _chart_data(service: Service, collection: str, wanted: _Wanted) -> str:
     """Return what a chart is drawn from, as JSON."""
     with read(service.engine) as session:
-        row = resources.get(session, _MODELS[collection], id_)
-        # The probe of a probe's page is the probe itself.
-        wanted = id_ if collection == "probes" else probe_id
-        found = [one for one in courses(session, collection, row) if (one.name, one.probe_id) == (name, wanted)]
+        row = resources.get(session, _MODELS[collection], wanted.id)
+        key = wanted.name, wanted.probe_id
+        found = [one for one in courses(session, collection, row) if (one.name, one.probe_id) == key]
         if not found:
             raise NotFound("There is no such chart: it takes two evaluations or more on one probe.")
         return json.dumps(_data(session, found[0]))

@@ -267,6 +267,10 @@ class Storage:
             return False
         return True
 
+    def is_near(self, sha256: str) -> bool:
+        """Return whether `local_copy` yields a blob without fetching it from a remote store."""
+        return self._folder is not None or (self._cache / _key(sha256)).is_file()
+
     def delete(self, sha256: str) -> None:
         with suppress(FileNotFoundError), _reaching_storage():
             obstore.delete(self._store, _key(sha256))

@@ -49,7 +49,7 @@ class Chart:
 
     Attributes:
         data_sha256: of the text that it is drawn from: a report, or for a chart of several what it needs of them.
-        name: one of `names` of the report's kind, or `overlay` or `parallel`, which show several.
+        name: one of `names` of the report's kind, or `course`, `overlay` or `parallel`, which show several.
         format: its format.
     """
 

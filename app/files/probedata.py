@@ -6,12 +6,10 @@ whether it holds tensors or a dataset. The spec is checked against the file here
 
 import json
 import logging
-import resource
 import signal
 import subprocess
 import sys
 import threading
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from app.descriptions.labels import named_labels
 from app.environment import plain_environment
 from app.errors import InvalidFile, InvalidRequest, Unavailable
 from app.files import datafile, identity, tensorfile
+from app.files.apart import bound_this_process
 from app.files.tensordata import (
     Values,
     check_labels,
@@ -124,7 +123,7 @@ def _ended_by(code: int) -> str:
 
 def main() -> None:
     """Run the other process: read a task from standard input, write a row's columns or an error to standard output."""
-    _bound_this_process()
+    bound_this_process(_READING_BYTES)
     task = json.load(sys.stdin)
     spec, limits = schemas.ProbeSpec(**task["spec"]), datafile.Limits(**task["limits"])
     try:
@@ -132,15 +131,6 @@ def main() -> None:
     except (InvalidFile, InvalidRequest) as error:
         answer = {"error": error.kind, "detail": error.detail, "members": error.members}
     json.dump(answer, sys.stdout)
-
-
-def _bound_this_process() -> None:
-    """Limit this process, so that a file that announces too much memory ends this process and no other."""
-    for kind, most in ((resource.RLIMIT_DATA, _READING_BYTES), (resource.RLIMIT_CORE, 0)):
-        hard = resource.getrlimit(kind)[1]
-        resource.setrlimit(kind, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
-    with suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("1000")
 
 
 def _require_tensors(path: Path) -> None:

@@ -34,7 +34,7 @@ MAX_RANK = 8
 MAX_DIMENSION = 2**31
 MAX_NAME_BYTES = 512
 _MAX_NPY_HEADER_BYTES = 64 * 2**10
-_MAX_NPZ_MEMBERS = 100
+MAX_NPZ_MEMBERS = 100
 
 # A header of the largest size takes some seconds and, with the objects made of it, hundreds of MB. One is read at a
 # time, and at most _MOST_WAITING threads wait, as each wait holds a thread.
@@ -295,7 +295,7 @@ def inspect_npz(path: Path, *, max_bytes: int, max_ratio: float) -> TensorFile:
     Raises:
         InvalidFile: it is not an npz, holds pickled objects, or would unpack to more than the limits.
     """
-    members = zips.members(path, _MAX_NPZ_MEMBERS)
+    members = zips.members(path, MAX_NPZ_MEMBERS)
     _bound_members(members, path.stat().st_size, max_bytes, max_ratio)
     try:
         with zipfile.ZipFile(path) as archive:
@@ -310,8 +310,8 @@ def inspect_npz(path: Path, *, max_bytes: int, max_ratio: float) -> TensorFile:
 
 
 def _bound_members(members: list[zips.Member], size_bytes: int, max_bytes: int, max_ratio: float) -> None:
-    if len(members) > _MAX_NPZ_MEMBERS:
-        raise InvalidFile(f"The npz has {len(members)} members; at most {_MAX_NPZ_MEMBERS} are allowed.")
+    if len(members) > MAX_NPZ_MEMBERS:
+        raise InvalidFile(f"The npz has {len(members)} members; at most {MAX_NPZ_MEMBERS} are allowed.")
     if len({member.name.removesuffix(".npy") for member in members}) != len(members):
         raise InvalidFile("The npz holds two members of the same name.")
     unpacked = sum(member.info.file_size for member in members)

@@ -16,7 +16,20 @@ from app.api.problems import DEPENDENCY_ERRORS, as_service_error
 from app.api.routes import Service
 from app.api.sessions import Sessions
 from app.errors import ServiceError, invalid_request
-from app.pages import analyses, asking, assets, comparing, gates, home, leaderboard, pushing, reports, resources
+from app.pages import (
+    analyses,
+    asking,
+    assets,
+    comparing,
+    courses,
+    gates,
+    home,
+    leaderboard,
+    pushing,
+    reports,
+    resources,
+    samples,
+)
 from app.pages.rendering import STATIC, address, page
 from app.pages.visitors import LoginNeeded, visitor_of
 
@@ -29,6 +42,8 @@ _ROUTERS = (
     asking.router,
     analyses.router,
     resources.router,
+    samples.router,
+    courses.router,
     gates.router,
     pushing.router,
     assets.router,
@@ -58,6 +73,7 @@ class Pages:
 def _create(service: Service, sessions: Sessions) -> FastAPI:
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
     app.state.service, app.state.sessions = service, sessions
+    app.state.samples = samples.SamplesKept(service.storage)
     handlers: dict[Any, Any] = {
         LoginNeeded: _ask_for_the_key,
         ServiceError: _service_error,

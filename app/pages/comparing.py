@@ -1,6 +1,5 @@
 """Reports side by side: what they measured, where they differ, and charts of all of them together."""
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ from app.errors import InvalidRequest, NotFound
 from app.listing import Listing
 from app.models import AnalysisCheckpoint, Report, ReportMetric
 from app.pages import listed, words
+from app.pages.charts import drawn
 from app.pages.rendering import metadata_words, number, page
 from app.pages.visitors import VisitorDep
 from app.reports import Ranking, Subject, page_of_reports
@@ -36,7 +36,6 @@ _OFFERED = 50
 _MOST_KEYS, _MOST_WORDS = 8, 10
 # Metrics of the parallel axes; the last one colours the lines.
 _ACROSS = ("loss", "collapse.nc1", "interplay.sample.global.hdr", "interplay.sample.global.mir", "accuracy")
-_MEDIA_TYPES: Mapping[str, str] = {"svg": "image/svg+xml", "png": "image/png", "json": "application/json"}
 # A report's number is that of a comparison if the difference agrees to this share of the interval's width.
 _SAME = 0.01
 
@@ -160,12 +159,7 @@ async def draw_chart(
 ) -> Response:
     """A chart of several reports of one kind: a measure over their points, or `parallel` for evaluations."""
     text = await run_in_threadpool(_chart_data, service, _ids(report or []), name, split)
-    chart = drawing.Chart(
-        hashlib.sha256(text.encode()).hexdigest(), "parallel" if name == "parallel" else "overlay", format
-    )
-    content = await service.drawings.get(chart, lambda: text)
-    headers = {"Cache-Control": "private, no-cache", "X-Content-Type-Options": "nosniff"}
-    return Response(content, media_type=_MEDIA_TYPES[format], headers=headers)
+    return await drawn(service, "parallel" if name == "parallel" else "overlay", text, format)
 
 
 def _ids(given: Sequence[str]) -> list[str]:

@@ -5,14 +5,15 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
+from starlette.responses import RedirectResponse
 
 from app import models, resources, schemas
 from app.api.routes import ServiceDep
 from app.database import read
 from app.listing import Listing
-from app.pages import listed
+from app.pages import courses, listed, samples
 from app.pages.rendering import page
-from app.pages.visitors import VisitorDep
+from app.pages.visitors import AuthorDep, VisitorDep
 from app.reports import Ranking, Subject, page_of_reports
 from app.sorting import Sorting, list_page
 
@@ -91,12 +92,15 @@ def _show(request: Request, id: schemas.Id, visitor: VisitorDep, service: Servic
         used = _subject(collection, id)
         found = page_of_reports(session, Listing(limit=_NEWEST), used, Ranking(show=list(listed.SHOWN)))
         reports = listed.rows(session, found.items)
+        charts = courses.courses(session, collection.path, row)
     return page(
         request,
         visitor,
         "resource.html",
         collection=collection,
         row=row,
+        charts=charts,
+        has_samples=isinstance(row, models.Probe) and samples.shows_samples(row),
         facts=_facts(row),
         reports=reports,
         more=found.next_cursor is not None,
@@ -104,9 +108,16 @@ def _show(request: Request, id: schemas.Id, visitor: VisitorDep, service: Servic
     )
 
 
+def _delete(request: Request, id: schemas.Id, _: AuthorDep, service: ServiceDep) -> Response:
+    collection = _of(request)
+    resources.delete(service.engine, service.storage, collection.model, id)
+    return RedirectResponse(f"{request.scope.get('root_path', '')}/{collection.path}", status_code=303)
+
+
 for _name in _COLLECTIONS:
     router.get(f"/{_name}")(_list)
     router.get(f"/{_name}/{{id}}")(_show)
+    router.post(f"/{_name}/{{id}}/delete")(_delete)
 
 
 def _of(request: Request) -> _Collection:

@@ -11,6 +11,7 @@ from app.api.charts import reports, several
 _PNG_SCALE = 2.0
 # Charts of several reports have names that no chart of one has.
 _OF_SEVERAL: Mapping[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "course": several.course,
     "overlay": several.overlay,
     "parallel": several.parallel,
 }

@@ -36,7 +36,7 @@ def open_folders(path: Path, limits: Limits, _: Mapping[str, str | None]) -> Dat
     classes = sorted({name_of_class for name_of_class, _, _ in rows})
     if all(split_of_folder(name) is not None for name in classes):
         raise InvalidFile(f"The folders {', '.join(classes)} are splits; within each there must be class folders.")
-    _check_classes(classes, folders - {PurePosixPath(name).parts[:-1] for name in images})
+    _check_classes(classes, folders - {_parts(name)[:-1] for name in images})
     limits.check_rows(len(rows))
     numbers = {name: number for number, name in enumerate(classes)}
     return Dataset(
@@ -61,7 +61,12 @@ def _check(member: zips.Member) -> None:
 
 def is_litter(name: str) -> bool:
     """Return whether a file is hidden, or one that file managers leave beside images."""
-    return any(part.startswith(".") or part in _LITTER for part in PurePosixPath(name).parts)
+    return any(part.startswith(".") or part in _LITTER for part in _parts(name))
+
+
+def _parts(name: str) -> tuple[str, ...]:
+    """Return the parts of a relative path, as pathlib does, which takes seconds for a hundred thousand files."""
+    return tuple(part for part in name.split("/") if part not in ("", "."))
 
 
 def _sorted_out(names: Sequence[str]) -> tuple[dict[str, tuple[int | None, str]], set[tuple[str, ...]]]:
@@ -70,8 +75,8 @@ def _sorted_out(names: Sequence[str]) -> tuple[dict[str, tuple[int | None, str]]
     images = [name for name in files if name.lower().endswith(SUFFIXES)]
     if not images:
         raise InvalidFile(f"The zip holds no images ({', '.join(SUFFIXES)}).")
-    common = PurePosixPath(os.path.commonpath([PurePosixPath(name).parent for name in images])).parts
-    depths = {len(PurePosixPath(name).parts) for name in images}
+    common = PurePosixPath(os.path.commonpath([name.rpartition("/")[0] for name in images])).parts
+    depths = {len(_parts(name)) for name in images}
     if len(depths) > 1 or depths == {1}:
         raise _other_levels(images)
     [depth] = depths
@@ -81,7 +86,7 @@ def _sorted_out(names: Sequence[str]) -> tuple[dict[str, tuple[int | None, str]]
         skipped -= 1
     levels = depth - skipped
     others = set(files).difference(images)
-    strangers = [name for name in files if name in others and len(PurePosixPath(name).parts) == depth]
+    strangers = [name for name in files if name in others and len(_parts(name)) == depth]
     if strangers:
         raise InvalidFile(
             f"{len(strangers)} files beside the images are none, such as {strangers[0][:200]!r}; class folders hold "
@@ -89,12 +94,12 @@ def _sorted_out(names: Sequence[str]) -> tuple[dict[str, tuple[int | None, str]]
         )
     found = {}
     for name in images:
-        parts = PurePosixPath(name).parts[skipped:]
+        parts = _parts(name)[skipped:]
         split = split_of_folder(parts[0]) if levels == 3 else None
         if levels not in (2, 3) or (levels == 3 and split is None):
             raise _other_levels(images)
         found[name] = (split, parts[-2])
-    listed = {PurePosixPath(name).parts for name in names if name.endswith("/")}
+    listed = {_parts(name) for name in names if name.endswith("/")}
     return found, {parts for parts in listed if len(parts) == depth - 1}
 
 

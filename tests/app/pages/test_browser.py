@@ -12,6 +12,7 @@ import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from tests.app.test_analyses import SLOW, pair
+from tests.datafiles import encoded, picture, zipped
 from tests.services import Service, until
 
 _AXE = (resources.files("axe_playwright_python") / "axe.min.js").read_text(encoding="utf-8")
@@ -54,17 +55,26 @@ def page(browser: Browser, service: Service, request: pytest.FixtureRequest) -> 
     assert errors == []
 
 
+def probe_of_images(service: Service) -> str:
+    """Push a probe of two classes of images, one of which is none; return its id."""
+    files = {f"{'ab'[i % 2]}/{i}.png": encoded(picture(i)) if i else b"<html>" for i in range(12)}
+    return str(service.post("/v1/probes", {"name": "images"}, zipped(files)).json()["id"])
+
+
 def everything(service: Service, reports: dict[str, Any]) -> list[str]:
     """Return the path of a page of each sort."""
     evaluation = reports["evaluation"]
     lists = "/ /reports /leaderboard /analyses /checkpoints /probes /feature-sets /gates /baselines /definitions /push"
     lists += " /analyses/new?kind=path"
+    images = probe_of_images(service)
     return [
         *lists.split(),
         *(f"/reports/{report['id']}" for report in reports.values()),
         f"/analyses/{evaluation['analysis_id']}",
         f"/checkpoints/{evaluation['subject']['id']}",
         f"/probes/{evaluation['probe']['id']}",
+        f"/probes/{images}",
+        f"/probes/{images}/samples",
         "/compare",
         "/compare?" + "&".join(f"report={report['id']}" for report in reports.values()),
     ]
@@ -109,6 +119,37 @@ def test_without_javascript_charts_are_pictures(page: Page, reports: dict[str, A
     assert box["width"] > 200
     page.goto("/")
     page.get_by_role("heading", name="Newest reports").wait_for()
+
+
+def test_samples_come_into_the_page_of_their_probe(page: Page, service: Service) -> None:
+    """They take the place of a link to them, and each picture is one."""
+    page.goto(f"/probes/{probe_of_images(service)}")
+    pictures = page.locator("[data-samples] img")
+    pictures.first.wait_for()
+    assert page.get_by_role("link", name="Look at some samples").count() == 0
+    assert pictures.count() == 9
+    until(lambda: pictures.evaluate_all("all => all.every(one => one.naturalWidth === 40)"))
+    page.locator("[data-samples] .fault").get_by_text("is no PNG").wait_for()
+
+
+@pytest.mark.parametrize("page", [{"java_script_enabled": False}], indirect=True)
+def test_without_javascript_samples_are_a_page(page: Page, service: Service) -> None:
+    """The link leads to them."""
+    page.goto(f"/probes/{probe_of_images(service)}")
+    page.get_by_role("link", name="Look at some samples").click()
+    page.get_by_role("img", name="b, 1").wait_for()
+
+
+def test_a_resource_is_deleted_in_two_steps(page: Page, service: Service) -> None:
+    """The button that deletes shows only after another one."""
+    id_ = probe_of_images(service)
+    page.goto(f"/probes/{id_}")
+    button = page.get_by_role("button", name="Delete it for good")
+    assert button.is_hidden()
+    page.get_by_text("Delete this probe").click()
+    button.click()
+    page.wait_for_url("**/probes")
+    assert service.client.get(f"/v1/probes/{id_}").status_code == 404
 
 
 def test_progress_is_live(page: Page, service: Service, mlp_checkpoint_file: Path, digits_probe_file: Path) -> None:

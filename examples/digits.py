@@ -149,10 +149,12 @@ def keep_up(running: Service, report: EvaluationReport) -> None:
     console.print(
         f"\nThe service stays up on {running.url} until Ctrl-C. In another terminal:\n"
         f"  export INTERPLAY_URL={running.url}\n"
-        f"  {command} list checkpoints --metadata run=digits\n"
-        f"  {command} show {report['id']}\n"
+        f"  {command} list reports --sort mir\n"
+        f"  {command} show '{report['subject']['name']}'\n"
         f"  curl {running.url}/v1/reports/{report['id']}\n"
-        f"  {running.url}/docs in a browser lists every call",
+        "In a browser:\n"
+        f"  {running.url}/reports/{report['id']}\n"
+        f"  {running.url}/leaderboard",
         soft_wrap=True,
     )
     try:

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import unicodedata
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import cache
@@ -18,11 +17,11 @@ from starlette.responses import HTMLResponse, Response
 
 from app.api.sessions import SESSION_COOKIE, TOKEN_FIELD
 from app.pages.visitors import Visitor
+from app.plain import plain
 from app.schemas import metadata_text
 
 STATIC = Path(__file__).parent / "static"
 _UNDEFINED = "–"
-_TURNING = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 _HEADERS = {
     # Vega interprets its expressions (`ast`), so that no page needs unsafe-eval: docs/decisions has why.
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
@@ -116,16 +115,6 @@ def duration(seconds: float | None) -> str:
 def name(text: object) -> Markup:
     """Return untrusted text: isolated, so that its writing direction is its own, and without controls."""
     return Markup("<bdi>{}</bdi>").format(plain(text))
-
-
-def plain(text: object) -> str:
-    """Return untrusted text without controls, for places that take no markup: titles, labels, choices."""
-    return "".join("\N{REPLACEMENT CHARACTER}" if _controls(char) else char for char in str(text))
-
-
-def _controls(char: str) -> bool:
-    """Return whether a character moves or turns what stands around it."""
-    return unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") or unicodedata.bidirectional(char) in _TURNING
 
 
 def address(path: str, **parameters: Any) -> str:

@@ -7,6 +7,8 @@ from typing import Any
 
 import altair as alt
 
+from app.plain import plain
+
 Report = dict[str, Any]
 Rows = list[dict[str, Any]]
 #: A chart, and the meanings of its marks.
@@ -129,14 +131,15 @@ def ticks_of(domain: tuple[float, float], **options: Any) -> alt.Axis:
 
 def short(name: str, most: int = _NAME) -> str:
     """Return a long name without its middle: names of one run often differ at their ends."""
+    name = plain(name)
     return name if len(name) <= most else f"{name[: most // 2]}…{name[1 - most // 2 :]}"
 
 
 def title_of(text: str, notes: Sequence[str], columns: int) -> alt.TitleParams:
     """Return the title of a picture of so many panels side by side, with notes under it, both wrapped to fit."""
     return alt.TitleParams(
-        textwrap.wrap(text, columns * _TITLE),
-        subtitle=[line for note in notes for line in textwrap.wrap(note, columns * _SUBTITLE)],
+        textwrap.wrap(plain(text), columns * _TITLE),
+        subtitle=[line for note in notes for line in textwrap.wrap(plain(note), columns * _SUBTITLE)],
         anchor="start",
         # Names may use a script with wider characters than the line lengths assume.
         limit=columns * (WIDTH + 50),

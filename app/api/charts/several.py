@@ -67,7 +67,11 @@ def overlay(data: dict[str, Any]) -> dict[str, Any]:
             y=y,
             color=alt.Color("report:N", scale=alt.Scale(domain=labels, range=colours), legend=legend),
             strokeDash=alt.StrokeDash("report:N", scale=alt.Scale(domain=labels, range=dashes), legend=legend),
-            tooltip=["report:N", alt.Tooltip("place:Q", title=data["axis"]), alt.Tooltip("value:Q", title=measure)],
+            tooltip=[
+                "report:N",
+                alt.Tooltip("place:Q", title=short(data["axis"], AXIS)),
+                alt.Tooltip("value:Q", title=measure),
+            ],
         )
     )
     panel = alt.layer(chart).properties(width=_OVER_POINTS, height=HEIGHT + 60)

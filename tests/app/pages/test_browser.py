@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
+from tests.app.pages.test_pages import HOSTILE
 from tests.app.test_analyses import SLOW, pair
 from tests.datafiles import encoded, picture, zipped
-from tests.services import Service, until
+from tests.services import Service, running, until
 
 _AXE = (resources.files("axe_playwright_python") / "axe.min.js").read_text(encoding="utf-8")
 _PATIENCE_MS = 30_000
@@ -36,8 +38,14 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def page(browser: Browser, service: Service, request: pytest.FixtureRequest) -> Iterator[Page]:
-    """Open a window on the service; what it logs as an error, such as a breach of the policy, fails the test."""
-    options: dict[str, Any] = getattr(request, "param", {})
+    """Open a window on the service."""
+    with window(browser, service, **getattr(request, "param", {})) as opened:
+        yield opened
+
+
+@contextmanager
+def window(browser: Browser, service: Service, **options: Any) -> Iterator[Page]:
+    """Open a window; an error that it logs, such as a breach of the policy, or a request elsewhere fails the test."""
     context = browser.new_context(base_url=service.url, **options)
     opened = context.new_page()
     opened.set_default_timeout(_PATIENCE_MS)
@@ -50,6 +58,8 @@ def page(browser: Browser, service: Service, request: pytest.FixtureRequest) -> 
         ),
     )
     opened.on("pageerror", lambda error: errors.append(str(error)))
+    own = (f"{service.url}/", "data:", "blob:", "about:")
+    opened.on("request", lambda sent: None if sent.url.startswith(own) else errors.append(f"a request to {sent.url}"))
     yield opened
     context.close()
     assert errors == []
@@ -160,6 +170,102 @@ def test_progress_is_live(page: Page, service: Service, mlp_checkpoint_file: Pat
     page.get_by_role("button", name="Cancel").click()
     page.locator(".status.cancelled").wait_for()
     assert service.wait(analysis["id"])["status"] == "cancelled"
+
+
+def test_progress_of_a_path_is_live(page: Page, service: Service, reports: dict[str, Any]) -> None:
+    """The overview counts while a path runs, and from its card the path is cancelled."""
+    before = reports["path"]
+    ids = [subject["id"] for subject in before["subjects"]]
+    ends = {"checkpoint_a_id": ids[0], "checkpoint_b_id": ids[1], "probe_id": before["probe"]["id"]}
+    analysis = service.analyze(kind="path", **ends, options={**SLOW, "grid": {"points": 25}})
+    address = f"/v1/analyses/{analysis['id']}"
+    until(lambda: service.client.get(address).json()["status"] == "running")
+    page.goto("/")
+    count = page.locator(f"[data-events*='{analysis['id']}'] [data-live='count']")
+    seen: set[str] = set()
+
+    def counted() -> bool:
+        """Note what the card counts."""
+        seen.add(count.inner_text())
+        return len(seen - {"", "0/0"}) >= 3
+
+    until(counted)
+    page.get_by_role("link", name="path of").first.click()
+    page.get_by_role("button", name="Cancel").click()
+    page.locator(".status.cancelled").wait_for()
+
+
+def test_from_files_to_a_report(page: Page, mlp_checkpoint_file: Path, digits_probe_file: Path) -> None:
+    """Pages alone lead from two files to a report: push, push, queue with an option, wait, read."""
+    for form_name, name, file in (
+        ("Checkpoint", "alone in a browser", mlp_checkpoint_file),
+        ("Probe dataset", "digits by hand", digits_probe_file),
+    ):
+        page.get_by_role("link", name="Push", exact=True).click() if page.url != "about:blank" else page.goto("/push")
+        form = page.get_by_role("form", name=form_name)
+        form.get_by_label("Name", exact=True).fill(name)
+        form.get_by_label(re.compile("^File")).set_input_files(file)
+        if form_name != "Checkpoint":
+            form.get_by_label("Preprocessing").fill('{"scale": 0.0625}')
+        form.get_by_role("button", name="Push").click()
+        page.get_by_role("heading", level=1).filter(has_text=name).wait_for()
+    page.get_by_role("link", name="Analyses", exact=True).click()
+    page.get_by_role("link", name="New analysis").click()
+    for label, name in (("Checkpoint", "alone in a browser"), ("Probe", "digits by hand")):
+        choice = page.locator("option", has_text=name).first.get_attribute("value")
+        page.get_by_label(label, exact=True).select_option(choice)
+    page.get_by_label(re.compile("^null permutations")).fill("3")
+    page.get_by_role("button", name="Queue").click()
+    page.get_by_role("link", name="Read the report").click()
+    page.get_by_role("heading", name="Evaluation of alone in a browser").wait_for()
+    page.get_by_text(re.compile("On the test split .* accuracy is")).wait_for()
+    assert page.locator("[title^='3 permutations of']").count() > 0
+
+
+def test_people_log_in_and_out(browser: Browser, tmp_path: Path) -> None:
+    """A page asks for the key first, then shows itself; after leaving it asks again."""
+    with running(tmp_path / "data", command="api", api_key="a long key") as guarded, window(browser, guarded) as page:
+        page.goto("/checkpoints?search=x")
+        page.get_by_label(re.compile("key", re.IGNORECASE)).fill("a wrong key")
+        page.get_by_role("button", name="Log in").click()
+        page.get_by_role("alert").wait_for()
+        page.get_by_label(re.compile("key", re.IGNORECASE)).fill("a long key")
+        page.get_by_role("button", name="Log in").click()
+        page.wait_for_url("**/checkpoints?search=x")
+        page.get_by_role("heading", name="Checkpoints").wait_for()
+        (cookie,) = page.context.cookies()
+        assert (cookie["httpOnly"], cookie["sameSite"]) == (True, "Strict")
+        page.get_by_role("button", name="Log out").click()
+        page.goto("/reports")
+        page.wait_for_url("**/login?*")
+
+
+def test_hostile_names_run_nothing(
+    page: Page, service: Service, mlp_checkpoint_file: Path, digits_probe_file: Path
+) -> None:
+    """Names of markup and of marks that turn the line are text in a browser too, in tables, charts and titles."""
+    spec = {"name": HOSTILE, "metadata": {"run": HOSTILE, "epoch": 1}}
+    checkpoint = service.post("/v1/checkpoints", spec, mlp_checkpoint_file).json()["id"]
+    named = {"name": HOSTILE, "preprocess": {"scale": 0.0625}, "class_names": [f"{HOSTILE}{n}" for n in range(10)]}
+    probe = service.post("/v1/probes", named, digits_probe_file).json()["id"]
+    ended = [
+        service.wait(service.analyze(checkpoint_id=checkpoint, probe_id=probe, options={"null_permutations": n})["id"])
+        for n in range(2)
+    ]
+    chosen = "&".join(f"report={one['report_id']}" for one in ended)
+    page.add_init_script("window.alert = () => { throw new Error('a name ran as a script') }")
+    for path in (
+        "/", "/checkpoints", "/leaderboard", f"/checkpoints/{checkpoint}", f"/probes/{probe}",
+        f"/reports/{ended[0]['report_id']}", f"/analyses/{ended[0]['id']}", f"/compare?{chosen}", "/analyses/new",
+    ):  # fmt: skip
+        page.goto(path)
+        page.wait_for_load_state("networkidle")
+        for drawing in page.locator("[data-chart]:visible").all():
+            drawing.scroll_into_view_if_needed()
+            drawing.locator(".interactive svg").first.wait_for()
+        shown = page.locator("body").inner_text() + page.title()
+        assert "<script>alert(1)</script>" in shown
+        assert "\u202e" not in shown, path
 
 
 def test_a_file_is_pushed_with_progress(page: Page, mlp_checkpoint_file: Path) -> None:

@@ -65,7 +65,7 @@ def _paths(client: Client, report_ids: list[str]) -> dict[str, tuple[str, Any, i
         client.create_comparison(early, by_epoch[epoch]["subject"]["id"], probe_id=probe_id) for epoch in (10, 20)
     ]
     ended = [client.wait(one["id"])["report_id"] for one in (path, *compared)]
-    client.create_gate(_GATE)
+    gate = client.create_gate(_GATE)["id"]
     for epoch in (5, 10, _EPOCHS):
         client.set_baseline("digits", by_epoch[epoch]["id"], note=f"epoch {epoch}")
     chosen = "&".join(f"report={by_epoch[epoch]['id']}" for epoch in (2, 10, 20, _EPOCHS))
@@ -79,7 +79,7 @@ def _paths(client: Client, report_ids: list[str]) -> dict[str, tuple[str, Any, i
             "light",
             1280,
         ),
-        "baseline": ("/baselines/digits", "dark", 1280),
+        "baseline": (f"/baselines/digits?gate={gate}", "dark", 1280),
     }
 
 

@@ -65,7 +65,7 @@ def list_page(engine: sa.Engine, listing: Listing) -> Page[Baseline]:
 
 def list_moves(engine: sa.Engine, name: str, listing: Listing) -> Page[BaselineMove]:
     """Return the requested moves of a baseline, newest first."""
-    if listing.name is not None:
+    if listing.name is not None or listing.search is not None:
         raise InvalidRequest("The moves of a baseline have no names to filter by.")
     with read(engine) as session:
         row = find_baseline(session, name)

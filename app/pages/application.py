@@ -107,7 +107,15 @@ async def _ask_for_the_key(request: Request, _: LoginNeeded) -> Response:
 
 
 async def _service_error(request: Request, error: ServiceError) -> Response:
-    return page(request, visitor_of(request), "error.html", status=error.status, title=error.title, detail=error.detail)
+    return page(
+        request,
+        visitor_of(request),
+        "error.html",
+        status=error.status,
+        title=error.title,
+        detail=error.detail,
+        analysis_ids=error.members.get("analysis_ids", []),
+    )
 
 
 async def _validation_error(request: Request, error: RequestValidationError) -> Response:

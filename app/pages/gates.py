@@ -16,11 +16,13 @@ from app.gates.verdicts import Verdict
 from app.listing import Listing
 from app.pages.rendering import page
 from app.pages.visitors import VisitorDep
+from app.schemas.kinds import KINDS
 
 router = APIRouter()
 _MOST = 200
 # Judging reads two reports; a timeline shows so many moves.
-_MOST_MOVES = 50
+_MOST_MOVES = 20
+_REPORT = sa.select(models.Report.id, models.Report.name, models.Report.kind)
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,15 @@ class _Move:
     name: str | None
     verdict: Verdict | None
     problem: str | None
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A gate and a baseline, as an address names them."""
+
+    gate: schemas.Id | None = None
+    baseline: schemas.Slug | None = None
+    baseline_report_id: schemas.Id | None = None
 
 
 @router.get("/gates")
@@ -81,9 +92,10 @@ def show_baseline(
     visitor: VisitorDep,
     service: ServiceDep,
     gate: Annotated[schemas.Id | None, Query()] = None,
+    cursor: Annotated[str | None, Query(max_length=3000)] = None,
 ) -> Response:
     """The moves of a baseline; with `gate` what that gate says of each, against the report before."""
-    found = baselines.list_moves(service.engine, baseline, Listing(limit=_MOST_MOVES))
+    found = baselines.list_moves(service.engine, baseline, Listing(limit=_MOST_MOVES, cursor=cursor))
     names = _names(service.engine, [move.report_id for move in found.items])
     return page(
         request,
@@ -91,22 +103,61 @@ def show_baseline(
         "baseline.html",
         baseline=baseline,
         moves=[_judged(service.engine, move, names.get(move.report_id), gate) for move in found.items],
-        more=found.next_cursor is not None,
+        next_cursor=found.next_cursor,
         gates=versions.list_page(service.engine, Listing(limit=_MOST)).items,
         chosen=gate,
     )
+
+
+@router.get("/reports/{id}/verdict")
+def show_verdict(
+    request: Request,
+    id: schemas.Id,
+    visitor: VisitorDep,
+    service: ServiceDep,
+    asked: Annotated[_Asked, Depends()],
+) -> Response:
+    """What a gate says of a report, check by check; without a gate the form that asks for one."""
+    with read(service.engine) as session:
+        report = session.execute(_REPORT.where(models.Report.id == id)).one_or_none()
+    if report is None:
+        raise NotFound(f"There is no report {id!r}.")
+    verdict, problem = None, None
+    if asked.gate is not None:
+        judged = schemas.GateRequest(
+            gate_id=asked.gate, baseline=asked.baseline, baseline_report_id=asked.baseline_report_id
+        )
+        verdict, problem = _verdict(service.engine, id, judged)
+    kinds = {report.kind, KINDS[report.kind].also_judged_as}
+    return page(
+        request,
+        visitor,
+        "verdict.html",
+        report=report,
+        gates=[one for one in versions.list_page(service.engine, Listing(limit=_MOST)).items if one.kind in kinds],
+        baselines=baselines.list_page(service.engine, Listing(limit=_MOST)).items,
+        chosen=asked.gate,
+        baseline=asked.baseline,
+        verdict=verdict,
+        problem=problem,
+    )
+
+
+def _verdict(engine: sa.Engine, report_id: str, asked: schemas.GateRequest) -> tuple[Verdict | None, str | None]:
+    """Return a gate's verdict, or why it cannot judge the report: it is of another kind, or the two do not compare."""
+    try:
+        return judging.judge(engine, report_id, asked), None
+    except NotFound:
+        raise
+    except ServiceError as error:
+        return None, error.detail
 
 
 def _judged(engine: sa.Engine, move: schemas.BaselineMove, name: str | None, gate_id: str | None) -> _Move:
     if gate_id is None:
         return _Move(move, name, None, None)
     asked = schemas.GateRequest(gate_id=gate_id, baseline_report_id=move.before_report_id)
-    try:
-        return _Move(move, name, judging.judge(engine, move.report_id, asked), None)
-    except NotFound:
-        raise
-    except ServiceError as error:  # the gate is for reports of another kind, or the two cannot be compared
-        return _Move(move, name, None, error.detail)
+    return _Move(move, name, *_verdict(engine, move.report_id, asked))
 
 
 def _names(engine: sa.Engine, report_ids: Sequence[str]) -> dict[str, str]:

@@ -239,16 +239,16 @@ def points_in_sentences(report: Mapping[str, Any]) -> list[str]:
             return _path(report["summary"], summary, where)
         case "pruning":
             first = points[0]["splits"][name]["accuracy"]
-            text = f"On {where} accuracy is {percent(first)} at sparsity {place(points[0]['sparsity'])}"
+            text = f"On {where} accuracy is {percent(first)} at sparsity {_at(points[0]['sparsity'])}"
             if summary["knee"] is not None:
-                text += f" and stays within one point of the unpruned network's up to sparsity {place(summary['knee'])}"
+                text += f" and stays within one point of the unpruned network's up to sparsity {_at(summary['knee'])}"
             return [f"{text}.", f"{report['summary']['n_prunable']:,} weights can be pruned."]
     first, last = points[0], points[-1]
     axis = report["axis"]["name"]
     before, after = (point["splits"][name] for point in (first, last))
     mirs = [split["interplay"]["sample"]["global"]["mir"] for split in (before, after)]
     sentences = [
-        f"From {axis} {place(first['x'])} to {place(last['x'])}, on {where}, accuracy goes from "
+        f"From {axis} {_at(first['x'])} to {_at(last['x'])}, on {where}, accuracy goes from "
         f"{percent(before['accuracy'])} to {percent(after['accuracy'])} and MIR from {number(mirs[0])} to "
         f"{number(mirs[1])}."
     ]
@@ -260,10 +260,15 @@ def points_in_sentences(report: Mapping[str, Any]) -> list[str]:
     came = report["summary"]["generalisation"]
     if came and came["delay"] is not None:
         sentences.append(
-            f"Train accuracy reaches 0.99 at {axis} {place(came['train_at'])}, test accuracy at "
-            f"{place(came['test_at'])}: a delay of {place(came['delay'])}."
+            f"Train accuracy reaches 0.99 at {axis} {_at(came['train_at'])}, test accuracy at "
+            f"{_at(came['test_at'])}: a delay of {_at(came['delay'])}."
         )
     return sentences
+
+
+def _at(place_: float) -> str:
+    """Return a place of a sentence, to six digits; tables have all of them."""
+    return place(float(f"{place_:.6g}"))
 
 
 def _path(summary: Mapping[str, Any], split: Mapping[str, Any], where: str) -> list[str]:
@@ -272,17 +277,15 @@ def _path(summary: Mapping[str, Any], split: Mapping[str, Any], where: str) -> l
         error = split["error_barrier"]
         words = "are linearly connected" if split["connected"] else "are not linearly connected"
         sentences.append(
-            f"On {where} the two {words}: the error barrier is {number(error['value'])} at w = {place(error['at'])} "
+            f"On {where} the two {words}: the error barrier is {number(error['value'])} at w = {_at(error['at'])} "
             "(at most 0.02 counts as connected)."
         )
     if split["loss_barrier"] is not None:
         barrier = split["loss_barrier"]
-        sentences.append(f"The loss barrier is {number(barrier['value'])} nats at w = {place(barrier['at'])}.")
+        sentences.append(f"The loss barrier is {number(barrier['value'])} nats at w = {_at(barrier['at'])}.")
     if split["mir_barrier"] is not None:
         barrier = split["mir_barrier"]
-        sentences.append(
-            f"MIR falls at most {number(barrier['value'])} under its chord, at w = {place(barrier['at'])}."
-        )
+        sentences.append(f"MIR falls at most {number(barrier['value'])} under its chord, at w = {_at(barrier['at'])}.")
     if summary["alignment"] is not None:
         sentences.append("Hidden units of the second were permuted to match the first.")
     return sentences

@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from time import monotonic
 from typing import Annotated, Any
+from urllib.parse import urlencode
 
 from cyclopts import Parameter
 
@@ -158,7 +159,14 @@ def _judge(client: Client, run: Run, gate: Gate, candidate: _Candidate, referenc
     held = None if baseline is None else _baseline(client, baseline)
     given = candidate.subject.report
     report_id = id_of(client, "reports", given, "--report") if given else _analysed(client, run, gate, held, candidate)
+    asked = {
+        "gate": gate["id"],
+        "baseline": baseline,
+        "baseline_report_id": None if held is None else held["report_id"],
+    }
+    query = urlencode({name: value for name, value in asked.items() if value is not None})
     run.links = {
+        "verdict": f"{client.page_of('reports', report_id)}/verdict?{query}",
         "page": client.page_of("reports", report_id),
         **{name: f"{client.url}/v1/reports/{report_id}{rest}" for name, rest in _LINKS.items()},
     }
@@ -325,7 +333,7 @@ def _finish(run: Run, outputs: Outputs) -> None:
         write(_as_json(run))
     elif run.verdict is not None:
         rendering.console().print(verdict_view(run))
-        rendering.console().print(run.links["page"], style="dim", soft_wrap=True)
+        rendering.console().print(run.links["verdict"], style="dim", soft_wrap=True)
     if run.problem is not None:
         fail(run.exit_code, run.problem.get("title", ""), run.problem.get("detail", ""), run.problem)
     sys.exit(run.exit_code)

@@ -85,6 +85,7 @@ def everything(service: Service, reports: dict[str, Any]) -> list[str]:
         f"/probes/{evaluation['probe']['id']}",
         f"/probes/{images}",
         f"/probes/{images}/samples",
+        f"/reports/{evaluation['id']}/verdict",
         "/compare",
         "/compare?" + "&".join(f"report={report['id']}" for report in reports.values()),
     ]

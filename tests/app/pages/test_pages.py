@@ -211,6 +211,19 @@ def test_gates_and_baselines(service: Service, reports: dict[str, Any]) -> None:
     verdict = service.client.post(f"/v1/reports/{report['id']}/gate", json={"gate_id": second}).json()
     for check in verdict["checks"]:
         assert escape(check["why"]) in page
+    asked = f"/reports/{report['id']}/verdict"
+    assert f'href="{asked}"' in read(service.client, f"/reports/{report['id']}")
+    assert f'<option value="{second}"' in read(service.client, asked)
+    judged = read(service.client, f"{asked}?gate={second}&baseline={baseline}")
+    for check in verdict["checks"]:
+        assert escape(check["why"]) in judged
+    assert f"the report of the baseline {baseline}" in judged
+    path = reports["path"]["id"]
+    assert "reports of kind path" in read(service.client, f"/reports/{path}/verdict")
+    assert 'class="warn"' in read(service.client, f"/reports/{path}/verdict?gate={second}")
+    assert "There is no report" in read(service.client, f"/reports/{second}/verdict", status=404)
+    problem = service.client.get(f"/v1/baselines/{baseline}/history", params={"search": "x"})
+    assert problem.status_code == 422
     assert "There is no baseline" in read(service.client, "/baselines/none", status=404)
     assert "There is no gate" in read(service.client, f"/baselines/{baseline}?gate=none", status=404)
 

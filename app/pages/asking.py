@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import sqlalchemy as sa
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
@@ -20,9 +20,11 @@ from app.api.routes import ServiceDep
 from app.api.sessions import TOKEN_FIELD
 from app.database import read
 from app.errors import InvalidRequest, invalid_request
+from app.listing import Listing
 from app.pages.rendering import page, place
 from app.pages.visitors import VisitorDep, require_token
 from app.schemas import Kind
+from app.sorting import Sorting, list_page
 
 router = APIRouter()
 # Subjects that a form offers, the newest first; others are given by their ids.
@@ -60,14 +62,20 @@ def show_form(
     service: ServiceDep,
     kind: Kind = "evaluation",
     like: schemas.Id | None = None,
+    of: Annotated[str | None, Query(max_length=600)] = None,
 ) -> Response:
-    """The form of a kind: with the defaults, with subjects of the address, or as the analysis `like` was asked for."""
+    """The form of a kind: with the defaults, with subjects of the address, or as the analysis `like` was asked for.
+
+    Of a series, the checkpoints with the metadata `of`, such as run=a, stand in it at the numbers of their axis.
+    """
     given_in_address = request.query_params.items()
     before: dict[str, Any] = {
-        name: value for name, value in given_in_address if name not in ("kind", "like", "options")
+        name: value for name, value in given_in_address if name not in ("kind", "like", "of", "options")
     }
     if like is not None:
         before = _asked(analyses.get(service.engine, like))
+    elif kind == "series" and of is not None:
+        before["checkpoint_ids"] = _run(service.engine, of, before.get("axis") or "epoch")
     chosen: str = before.get("kind", kind)
     model = _REQUESTS[chosen]
     with read(service.engine) as session:
@@ -87,6 +95,7 @@ def show_form(
         kind=chosen,
         kinds=list(_REQUESTS),
         about=(model.__doc__ or "").strip(),
+        of=of,
         subjects=subjects,
         options=[_option(name, field, given) for name, field in options.model_fields.items()],
     )
@@ -106,6 +115,18 @@ async def ask(request: Request, visitor: VisitorDep, service: ServiceDep) -> Res
         raise invalid_request("The form", error.errors()) from None
     analysis = await run_in_threadpool(analyses.create, service.engine, service.queue, body, None)
     return RedirectResponse(f"{request.scope.get('root_path', '')}/analyses/{analysis.id}", status_code=303)
+
+
+def _run(engine: sa.Engine, metadata: str, axis: str) -> str:
+    """Return the lines of a series: the checkpoints with some metadata, at their number of the axis the newest."""
+    with read(engine) as session:
+        rows, _ = list_page(session, models.Checkpoint, Listing(limit=_OFFERED, metadata=[metadata]), Sorting())
+    places: dict[float, str] = {}
+    for row in rows:
+        x = row.metadata_.get(axis)
+        if isinstance(x, int | float) and not isinstance(x, bool):
+            places.setdefault(float(x), row.id)
+    return "\n".join(f"{place(x)} = {places[x]}" for x in sorted(places))
 
 
 def _asked(analysis: schemas.Analysis) -> dict[str, Any]:

@@ -136,15 +136,20 @@ def _over_time(probe_id: str | None, found: Sequence[_Evaluation], about: str, *
     return Course("time", probe_id, f"{about}, over the time of the report", "created (UTC)", joined, None, points)
 
 
-def _run_of(session: Session, row: Checkpoint) -> _Run | None:
-    """Return the run that a checkpoint's metadata name, with the checkpoints of the same network; None without one."""
+def run_and_axis(row: Checkpoint) -> tuple[str, str] | None:
+    """Return the metadata that name a checkpoint's run, as key=value, and the key of its place; None without both."""
     run = row.metadata_.get(_RUN)
     axis = next((key for key in _WHEN if _is_number(row.metadata_.get(key))), None)
-    if run is None or isinstance(run, list) or axis is None:
+    return None if run is None or isinstance(run, list) or axis is None else (f"{_RUN}={metadata_text(run)}", axis)
+
+
+def _run_of(session: Session, row: Checkpoint) -> _Run | None:
+    """Return the run that a checkpoint's metadata name, with the checkpoints of the same network; None without one."""
+    found_in = run_and_axis(row)
+    if found_in is None:
         return None
-    matching = sa.select(MetadataEntry.resource_id).where(
-        MetadataEntry.key == _RUN, MetadataEntry.value == metadata_text(run)
-    )
+    run, axis = metadata_text(row.metadata_[_RUN]), found_in[1]
+    matching = sa.select(MetadataEntry.resource_id).where(MetadataEntry.key == _RUN, MetadataEntry.value == run)
     # Another network's run may have the same name.
     query = (
         sa.select(Checkpoint.id, Checkpoint.metadata_)
@@ -154,7 +159,7 @@ def _run_of(session: Session, row: Checkpoint) -> _Run | None:
     )
     found = session.execute(query).all()
     places = {id_: float(metadata[axis]) for id_, metadata in found if _is_number(metadata.get(axis))}
-    return _Run(metadata_text(run), axis, {**places, row.id: float(row.metadata_[axis])})
+    return _Run(run, axis, {**places, row.id: float(row.metadata_[axis])})
 
 
 def _over_run(session: Session, run: _Run, probe_id: str, own_id: str, on: str) -> Course | None:

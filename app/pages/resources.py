@@ -100,6 +100,7 @@ def _show(request: Request, id: schemas.Id, visitor: VisitorDep, service: Servic
         collection=collection,
         row=row,
         charts=charts,
+        run=courses.run_and_axis(row) if isinstance(row, models.Checkpoint) else None,
         has_samples=isinstance(row, models.Probe) and samples.shows_samples(row),
         facts=_facts(row),
         reports=reports,

@@ -301,6 +301,23 @@ def test_every_kind_is_asked_for_by_its_form(service: Service, reports: dict[str
     assert "Axis" not in read(service.client, "/analyses/new?kind=path")
 
 
+def test_a_series_is_filled_in_by_metadata(service: Service, mlp_checkpoint_file: Path) -> None:
+    """Checkpoints of a run stand in the form at their epochs; of one without an epoch nothing does."""
+    run = uuid4().hex
+    ids = {}
+    for epoch in (10, 9.5, "last"):
+        spec = {"name": "net", "metadata": {"run": run, "epoch": epoch}}
+        ids[epoch] = service.post("/v1/checkpoints", spec, mlp_checkpoint_file).json()["id"]
+    link = re.search(r'href="(/analyses/new\?kind=series[^"]*)"', read(service.client, f"/checkpoints/{ids[10]}"))
+    assert link is not None
+    form = read(service.client, unescape(link[1]))
+    assert f">9.5 = {ids[9.5]}\n10 = {ids[10]}</textarea>" in form
+    assert "A series of its run" not in read(service.client, f"/checkpoints/{ids['last']}")
+    asked = read(service.client, f"/analyses/new?checkpoint_id={ids[10]}")
+    assert f'<option value="{ids[10]}" selected>' in asked
+    assert "is not of the form key=value" in read(service.client, "/analyses/new?kind=series&of=x", status=422)
+
+
 @pytest.mark.parametrize("value", [1000001.0, 1000002.0, 1 / 24, 0.30000000000000004, 1e-15, -0.0, 7.0])
 def test_places_are_exact(value: float) -> None:
     """A place that a form gives back is the same number, and no two look alike."""

@@ -16,6 +16,7 @@
     ├── Unauthorized        401
     ├── Forbidden           403
     ├── NotFound            404
+    ├── RangeOutside        416  a part of a file that is not there
     ├── InUse               409  a resource to delete is needed
     ├── IdempotencyConflict 409
     ├── NotCancellable      409
@@ -150,6 +151,10 @@ class Forbidden(ServiceError):
 
 class NotFound(ServiceError):
     kind, title, status = "not-found", "There is no such resource", 404
+
+
+class RangeOutside(ServiceError):
+    kind, title, status = "range-outside", "The range is not within the file", 416
 
 
 class InUse(ServiceError):

@@ -244,6 +244,9 @@ def test_files_are_downloaded(service: Service, mlp_checkpoint_file: Path, digit
         assert name.isascii()
         part = service.client.get(address, headers={"Range": f"bytes={len(content) - 5}-"})
         assert (part.status_code, part.content) == (206, content[-5:])
+        beyond = service.client.get(address, headers={"Range": f"bytes={len(content)}-"})
+        assert problem(beyond, 416, "range-outside")["size_bytes"] == len(content)
+        problem(service.client.get(address, headers={"Range": "bytes=x"}), 422, "invalid-request")
     assert (
         'filename="digits.safetensors"'
         in service.client.get(f"/v1/probes/{made['probes'][0].json()['id']}/file").headers["content-disposition"]

@@ -127,7 +127,7 @@ def test_digits_are_split_in_proportion_and_standardised() -> None:
 def test_demo_shows_collapse_and_keeps_the_service_up(tmp_path: Path) -> None:
     """Five epochs: the table tells the story, its figures are those of a naive computation, Ctrl-C ends everything."""
     with demo(tmp_path, "--keep", "--epochs", "5") as process:
-        output = read_until(process, "in a browser")
+        output = read_until(process, "/leaderboard")
         url = re.search(r"stays up on (http://127\.0\.0\.1:\d+)", output)
         assert url
         assert httpx.get(f"{url[1]}/healthz", trust_env=False).status_code == 200

@@ -14,6 +14,7 @@ import pytest
 
 from interplay import Client, export
 from tests.interplay.command.running import interplay
+from tests.interplay.command.test_command import ID
 from tests.interplay.reports import comparison_report, difference, evaluation_report, series_report
 from tests.interplay.scripted import answer, scripted
 from tests.interplay.test_client import closed_port
@@ -173,7 +174,7 @@ def test_csv_and_parquet_are_the_same_table(tmp_path: Path) -> None:
     rows = [*export.rows(report)]
     with scripted(answer(report)) as server:
         places = ("--csv", tmp_path / "r.csv", "--parquet", tmp_path / "r.parquet")
-        ran = interplay("export", "r", *places, "--json", url=server.url)
+        ran = interplay("export", ID, *places, "--json", url=server.url)
     assert (ran.returncode, ran.stderr) == (0, "")
     said = json.loads(ran.stdout)
     assert said["csv"]["rows"] == said["parquet"]["rows"] == len(rows)
@@ -219,8 +220,8 @@ def test_evaluation_as_a_run(mlflow: str, tmp_path: Path) -> None:
     report = evaluation_report()
     with scripted(answer(report)) as server:
         arguments = ("--mlflow", mlflow, "--experiment", "digits", "--run-name", "mine")
-        ran = interplay("export", "r", *arguments, "--json", url=server.url)
-        again = interplay("export", "r", *arguments, url=server.url)
+        ran = interplay("export", ID, *arguments, "--json", url=server.url)
+        again = interplay("export", ID, *arguments, url=server.url)
     assert ran.returncode == 0, ran.stderr
     said = json.loads(ran.stdout)["mlflow"]
     assert again.stdout.startswith("MLflow run ")
@@ -287,7 +288,7 @@ def test_mlflow_that_does_not_listen_is_3() -> None:
     """Without a tracking server the command gives a message and exits with 3."""
     with scripted(answer(evaluation_report())) as server:
         nobody = f"http://127.0.0.1:{closed_port()}"
-        ran = interplay("export", "r", "--mlflow", nobody, url=server.url, MLFLOW_HTTP_REQUEST_MAX_RETRIES="0")
+        ran = interplay("export", ID, "--mlflow", nobody, url=server.url, MLFLOW_HTTP_REQUEST_MAX_RETRIES="0")
     assert (ran.returncode, ran.stdout) == (3, "")
     assert f"MLflow at {nobody} did not accept the report" in ran.stderr
     assert "Traceback" not in ran.stderr
@@ -300,7 +301,7 @@ def test_missing_extra_is_2(tmp_path: Path, option: str, package: str, extra: st
     """Without its package an option says what to install."""
     script = f"import sys; sys.modules[{package!r}] = None; from interplay.command.main import main; main()"
     with scripted(answer(evaluation_report())) as server:
-        command = [sys.executable, "-c", script, "export", "r", option, str(tmp_path / "x"), "--url", server.url]
+        command = [sys.executable, "-c", script, "export", ID, option, str(tmp_path / "x"), "--url", server.url]
         ran = subprocess.run(command, capture_output=True, text=True)
     assert (ran.returncode, ran.stdout) == (2, "")
     assert f"pip install 'interplay[{extra}]'" in ran.stderr
@@ -309,10 +310,10 @@ def test_missing_extra_is_2(tmp_path: Path, option: str, package: str, extra: st
 def test_nowhere_to_go_is_2(tmp_path: Path) -> None:
     """An export needs a target, and a file that can be written."""
     with scripted(answer(evaluation_report())) as server:
-        ran = interplay("export", "r", url=server.url)
+        ran = interplay("export", ID, url=server.url)
         assert ran.returncode == 2
         assert "--parquet" in ran.stderr
         assert not server.seen
-        ran = interplay("export", "r", "--csv", tmp_path / "no" / "such" / "folder.csv", url=server.url)
+        ran = interplay("export", ID, "--csv", tmp_path / "no" / "such" / "folder.csv", url=server.url)
         assert (ran.returncode, ran.stdout) == (2, "")
         assert "cannot be written" in ran.stderr

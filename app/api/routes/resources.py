@@ -11,14 +11,14 @@ from fastapi import APIRouter, Depends, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel
 from starlette.responses import FileResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from app import models, resources, schemas
 from app.api.openapi import reference
 from app.api.routes import Service, ServiceDep, problems
 from app.api.uploads import receive
 from app.database import read
-from app.errors import NotFound
+from app.errors import InvalidRequest, NotFound, RangeOutside
 from app.listing import Listing, listing_with
 from app.resources import OwnerType, noun_of
 from app.sorting import Sorting, list_page
@@ -32,8 +32,7 @@ _BYTES = {"application/octet-stream": {"schema": {"type": "string", "format": "b
 _FILE: dict[int | str, dict[str, Any]] = {
     200: {"content": _BYTES, "description": "The file, with its sha256 as ETag"},
     206: {"content": _BYTES, "description": "The part that Range asks for"},
-    416: {"description": "Range asks for no part of the file"},
-    **problems(404, 503),
+    **problems(404, 416, 503),
 }
 _SUFFIXES = {"npz": "npz", "parquet": "parquet", "imagefolder": "zip", "csv": "csv", "jsonl": "jsonl"}
 
@@ -218,7 +217,17 @@ class _HeldFile(FileResponse):
         self._held = held
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_unless_refused(message: Message) -> None:
+            """Send a message, but a problem in place of the plain text that a wrong range gets."""
+            match message:
+                case {"type": "http.response.start", "status": 416}:
+                    size = Path(self.path).stat().st_size
+                    raise RangeOutside(f"The file has {size:,} bytes.", size_bytes=size)
+                case {"type": "http.response.start", "status": 400}:
+                    raise InvalidRequest("The header Range is not of the form bytes=FIRST-LAST.")
+            await send(message)
+
         try:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, send_unless_refused)
         finally:
             self._held.close()

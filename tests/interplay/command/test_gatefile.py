@@ -11,7 +11,7 @@ from app.gates.form import Check, GateSpec, file_schema
 from app.gates.verdicts import Status
 from interplay.command.gate import EXIT_ANALYSIS_FAILED, EXIT_GATE_FAILED, EXIT_UNDEFINED
 from interplay.command.gatefile import read_gate
-from interplay.command.options import EXIT_UNREACHABLE, EXIT_USAGE
+from interplay.command.options import EXIT_TIMEOUT, EXIT_UNREACHABLE, EXIT_USAGE
 from tests.interplay.command.running import interplay, message
 from tests.interplay.test_client import closed_port
 
@@ -74,4 +74,12 @@ def test_gates_are_documented() -> None:
     for field in (*GateSpec.model_fields, *Check.model_fields, *get_args(Status)):
         assert f"`{field}`" in text, field
     codes = {int(code) for code in re.findall(r"^\| (\d) \|", text, flags=re.MULTILINE)}
-    assert codes == {0, EXIT_GATE_FAILED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_ANALYSIS_FAILED, EXIT_UNDEFINED}
+    assert codes == {
+        0,
+        EXIT_GATE_FAILED,
+        EXIT_USAGE,
+        EXIT_UNREACHABLE,
+        EXIT_ANALYSIS_FAILED,
+        EXIT_UNDEFINED,
+        EXIT_TIMEOUT,
+    }

@@ -14,6 +14,7 @@ from safetensors.torch import save_file as save_tensors
 
 import tests.operators.sitecustomize  # noqa: F401  this process too may import torchvision
 from analysis.networks.loading import build
+from app.settings import Settings
 from tests import services
 from tests.databases import fresh_database, postgres_server
 from tests.shapes import without_shape_checks  # noqa: F401
@@ -64,6 +65,16 @@ def service_on_postgres(postgres: str, tmp_path_factory: pytest.TempPathFactory)
         services.running(data_dir, database_url=url, worker_restart_max_seconds="0.2") as service,
     ):
         yield service
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def empty_database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Settings]:
+    """Return settings of an empty database, once on each."""
+    if request.param == "sqlite":
+        yield Settings(data_dir=tmp_path, database_url="")
+        return
+    with fresh_database(request.getfixturevalue("postgres")) as url:
+        yield Settings(data_dir=tmp_path, database_url=url)
 
 
 @pytest.fixture(scope="session", params=["sqlite", "postgresql"])

@@ -24,6 +24,8 @@ Written = Annotated[Path | None, Parameter(metavar="FILE", validator=validators.
 Instant = Annotated[datetime | None, Parameter(metavar="TIME", converter=instant)]
 # Where a name is looked for if it may be anything's, the likeliest first.
 _ANYWHERE: tuple[Collection, ...] = ("reports", "analyses", "checkpoints", "probes", "feature-sets", "gates")
+# A bound of a metric; the service refuses what has another form.
+_BOUND = re.compile(r"([^\s<>=]+)\s*([<>].*)", re.DOTALL)
 _SUFFIXES = {"npz": ".npz", "parquet": ".parquet", "imagefolder": ".zip", "csv": ".csv", "jsonl": ".jsonl"}
 
 
@@ -267,23 +269,31 @@ def list_collection(
 def _reports(
     client: Client, filters: dict[str, Any], sort: str | None, bounds: Sequence[str], columns: Sequence[str] | None
 ) -> list[Any]:
-    """Return reports with the metrics that are shown; of a metric with a short name, by the first split that has it."""
+    """Return reports with the metrics that are shown.
+
+    Metrics with a short name that sort or bound are those of the test split, or of all samples where no report that the
+    filters leave has a test split.
+    """
+    found = [_BOUND.fullmatch(bound) for bound in bounds]
     wanted = ["accuracy", "mir", "hdr", *(columns or []), *([sort] if sort else [])]
-    paths = [path for name in wanted for path in rendering.paths_of(name) if path.startswith(("splits.", "summary."))]
-    split = re.compile(r"(\w+)\s*([<>].*)", re.DOTALL)
-    for tried in range(2):
-        limits = []
-        for bound in bounds:
-            match = split.fullmatch(bound)
-            name = rendering.paths_of(match[1]) if match else []
-            limits.append(f"{name[tried]}{match[2]}" if match and len(name) > tried else bound)
-        asked = None if sort is None else rendering.paths_of(sort)
-        path = None if asked is None else asked[min(tried, len(asked) - 1)]
-        items = [*client.list("reports", sort=path, metric=limits, show=list(dict.fromkeys(paths)), **filters)]
-        # Probes without splits have all of their samples under another name.
-        if items or not (sort in rendering.SHORT_METRICS or limits != list(bounds)):
-            break
-    return items
+    shown = [path for name in wanted for path in rendering.paths_of(name) if path.startswith(("splits.", "summary."))]
+    short = [name for name in (sort, *(match[1] for match in found if match)) if name in rendering.SHORT_METRICS]
+    split = 0
+    if short:
+        first, _ = rendering.paths_of(str(short[0]))
+        split = 0 if any(client.list("reports", **{**filters, "sort": first, "limit": 1})) else 1
+
+    def path_of(name: str) -> str:
+        """Return the path of a metric in the split that counts."""
+        paths = rendering.paths_of(name)
+        return paths[min(split, len(paths) - 1)]
+
+    limits = [
+        path_of(match[1]) + "".join(match[2].split()) if match else bound
+        for match, bound in zip(found, bounds, strict=True)
+    ]
+    path = None if sort is None else path_of(sort)
+    return [*client.list("reports", sort=path, metric=limits, show=list(dict.fromkeys(shown)), **filters)]
 
 
 def cancel(analysis: Named, /, *, common: Common = COMMON) -> None:

@@ -1,7 +1,6 @@
 """Fixtures of the tests of the service."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import migrations
 from app.database import make_engine
 from app.settings import Settings
 from tests.app.test_points import FEW
-from tests.databases import fresh_database
 from tests.services import Service
 
 
@@ -39,14 +37,10 @@ def reports(service: Service, mlp_checkpoint_file: Path, digits_probe_file: Path
     }
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[sa.Engine]:
+@pytest.fixture
+def engine(empty_database: Settings) -> Iterator[sa.Engine]:
     """Connect to a database with the service's tables."""
-    with ExitStack() as stack:
-        url = ""
-        if request.param == "postgresql":
-            url = stack.enter_context(fresh_database(request.getfixturevalue("postgres")))
-        engine = make_engine(Settings(data_dir=tmp_path, database_url=url))
-        migrations.upgrade(engine)
-        yield engine
-        engine.dispose()
+    engine = make_engine(empty_database)
+    migrations.upgrade(engine)
+    yield engine
+    engine.dispose()

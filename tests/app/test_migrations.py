@@ -4,7 +4,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from pathlib import Path
 from threading import Barrier
 
@@ -16,19 +15,14 @@ import migrations
 from app.database import make_engine
 from app.models import Base
 from app.settings import Settings
-from tests.databases import fresh_database
 
 OURS = set(Base.metadata.tables)
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def settings(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Settings]:
+@pytest.fixture
+def settings(empty_database: Settings) -> Settings:
     """Settings of an empty database."""
-    with ExitStack() as stack:
-        url = ""
-        if request.param == "postgresql":
-            url = stack.enter_context(fresh_database(request.getfixturevalue("postgres")))
-        yield Settings(data_dir=tmp_path, database_url=url)
+    return empty_database
 
 
 @pytest.fixture

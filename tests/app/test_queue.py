@@ -3,7 +3,6 @@
 import base64
 import pickle
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from uuid import uuid4
 
@@ -14,20 +13,17 @@ from dbos import DBOSClient
 from app import queue
 from app.database import make_engine, read, write
 from app.settings import Settings
-from tests.databases import fresh_database
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[sa.Engine]:
+@pytest.fixture
+def engine(empty_database: Settings) -> Iterator[sa.Engine]:
     """Return an engine on a database that has the queue's tables."""
-    with ExitStack() as stack:
-        url = ""
-        if request.param == "postgresql":
-            url = stack.enter_context(fresh_database(request.getfixturevalue("postgres")))
-        engine = make_engine(Settings(data_dir=tmp_path, database_url=url))
-        stack.callback(engine.dispose)
+    engine = make_engine(empty_database)
+    try:
         queue.migrate(engine)
         yield engine
+    finally:
+        engine.dispose()
 
 
 @pytest.fixture

@@ -2,9 +2,8 @@
 
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from uuid import uuid4
 
 import pytest
@@ -16,7 +15,6 @@ from app import queue
 from app.database import make_engine, read, write
 from app.models import Analysis, Worker, now
 from app.settings import Settings
-from tests.databases import fresh_database
 from tests.services import until
 from workers.liveness import Presence
 from workers.tasks import Hello
@@ -24,19 +22,14 @@ from workers.tasks import Hello
 DESCRIPTION = Hello(device="cpu", torch_version="2", families=["builtin"], untried=[])
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def settings(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Settings]:
+@pytest.fixture
+def settings(empty_database: Settings) -> Settings:
     """Return settings of a database that has all tables."""
-    with ExitStack() as stack:
-        url = ""
-        if request.param == "postgresql":
-            url = stack.enter_context(fresh_database(request.getfixturevalue("postgres")))
-        settings = Settings(data_dir=tmp_path, database_url=url)
-        engine = make_engine(settings)
-        migrations.upgrade(engine)
-        queue.migrate(engine)
-        engine.dispose()
-        yield settings
+    engine = make_engine(empty_database)
+    migrations.upgrade(engine)
+    queue.migrate(engine)
+    engine.dispose()
+    return empty_database
 
 
 @pytest.fixture

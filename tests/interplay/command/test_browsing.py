@@ -130,7 +130,11 @@ def test_the_best_by_a_metric(service: Service, pushed: dict[str, Any]) -> None:
     assert len(values) == 3
     assert values == sorted(values, reverse=True)
     lowest = min(values)
-    assert as_json(interplay(*listed, "--metric", f"mir>{lowest + 1}", url=service.url)) == []
+    # Nothing beyond a bound of the test split, also where all samples together lie beyond it.
+    assert as_json(interplay(*listed, "--metric", f"mir>{max(values)}", url=service.url)) == []
+    overall = [item["metrics"]["splits.all.interplay.sample.global.mir"] for item in items]
+    assert overall != values
+    assert len(as_json(interplay(*listed, "--metric", f"mir >= {lowest}", url=service.url))) == 3
     shown = interplay(
         *("list", "reports", "--probe", pushed["probe"], "--sort", "mir", "--order", "asc"),
         *("--columns", "name, mir,splits.train.loss"),

@@ -201,6 +201,19 @@ def test_list_follows_cursors_up_to_its_limit() -> None:
     ]
 
 
+def test_readiness_is_none_where_nothing_says_it() -> None:
+    """An answer of 503 says it too; a proxy's page, and no answer, do not."""
+    for given, expected in (
+        (answer({"worker": "none"}, 503), {"worker": "none"}),
+        (answer([]), None),
+        ((200, b"<"), None),
+    ):
+        with scripted(given) as server, Client(server.url) as client:
+            assert client.readiness() == expected
+    with Client(f"http://127.0.0.1:{closed_port()}") as client:
+        assert client.readiness() is None
+
+
 def test_a_download_that_is_damaged_leaves_nothing(tmp_path: Path) -> None:
     """Other bytes than the resource's hash says are an error, and so is a problem; no file appears."""
     resource = answer({"id": "c", "name": "n", "sha256": hashlib.sha256(b"weights").hexdigest()})

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlencode
 
 from cyclopts import Parameter, Token, validators
 
@@ -261,9 +262,20 @@ def list_collection(
             items = [*client.list(collection, sort=sort, **filters)]
         page = f"{client.url}/{collection}"
     if collection == "reports" and sort is not None:
-        page = f"{client.url}/leaderboard"
+        asked = {"sort": rendering.paths_of(sort)[0], "order": order, "probe_id": filters["probe_id"]}
+        page = f"{client.url}/leaderboard?{urlencode({key: value for key, value in asked.items() if value})}"
         chosen = chosen or ["id", "name", "kind", *dict.fromkeys([sort, "accuracy", "mir", "hdr"])]
+    if columns is not None:
+        _require_columns(items, chosen or [])
     common.print(items, rendering.collection_view(collection, items, chosen, page, whole_ids=columns is not None))
+
+
+def _require_columns(items: Sequence[Any], columns: Sequence[str]) -> None:
+    """Raise UsageError for a column that no resource has: a mistyped one must not look like missing numbers."""
+    known = dict.fromkeys([key for item in items for key in item] + [*rendering.SHORT_METRICS, "outcome"])
+    for column in columns:
+        if items and column not in known and not column.startswith(("metadata.", "splits.", "summary.")):
+            raise UsageError(f"there is no column {column!r}; there are {', '.join(known)}, metadata.KEY", "--columns")
 
 
 def _reports(

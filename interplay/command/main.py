@@ -44,7 +44,8 @@ def main() -> None:
     except ProblemError as error:
         fail(EXIT_USAGE, *in_our_words(error))
     except ServiceUnreachable as error:
-        fail(EXIT_UNREACHABLE, str(error), "", {})
+        hint = " `interplay serve` starts one here; --url or INTERPLAY_URL names another." if error.refused else ""
+        fail(EXIT_UNREACHABLE, f"{error}{hint}", "", {})
     except WaitTimeout as error:
         fail(EXIT_TIMEOUT, str(error), "", {})
     except BrokenPipeError:  # the reader of stdout has gone, such as `head`; what is left to flush goes nowhere

@@ -45,7 +45,8 @@ def found_by(client: Client, collection: Collection, text: str, option: str | No
     """Return the resource that a text names, as `id_of` does its id."""
     found = client.find_all(collection, text)
     if not found:
-        raise UsageError(f"there is no {noun_of(collection)} with the name or id {text!r}", option)
+        known = f"`interplay list {collection}` shows those that there are"
+        raise UsageError(f"there is no {noun_of(collection)} with the name or id {text!r}; {known}", option)
     if len(found) > 1:
         require_name(found, text, option)
         newest = found[0]

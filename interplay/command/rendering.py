@@ -222,7 +222,8 @@ def progress_line(analysis: Body) -> str:
     line = str(analysis["status"])
     if analysis["status"] == "running" and progress["total"]:
         line += f" {progress['done']}/{progress['total']}"
-    return f"{line} {printable(progress['phase'])}".rstrip() if analysis["status"] == "running" else line
+    phase = "null baseline" if progress["phase"] == "null" else printable(progress["phase"])
+    return f"{line} {phase}".rstrip() if analysis["status"] == "running" else line
 
 
 def problem_text(title: str, detail: str, members: Body) -> str:
@@ -408,7 +409,7 @@ def _points(report: Body, kind: Kind, show: Callable[[float | None], str]) -> Ta
         for split in point["splits"].values():
             values = split["interplay"]["sample"]["global"]
             cells += map(number, (split["loss"], split["accuracy"], values["mir"], values["hdr"]))
-        table.add_row(*cells, *([point["reused_report_id"] or ""] if reused else []))
+        table.add_row(*cells, *([(point["reused_report_id"] or "")[:_SHORT_ID]] if reused else []))
     return table
 
 

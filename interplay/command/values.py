@@ -85,11 +85,16 @@ def _nearest(path: Path) -> Path | None:
             return None
         path = path.parent
     try:
-        names = [entry.name for entry in path.parent.iterdir()]
+        # Of numbered files another number is another file, not a mistyped one.
+        names = [entry.name for entry in path.parent.iterdir() if _letters(entry.name) != _letters(path.name)]
     except OSError:
         return None
     found = difflib.get_close_matches(path.name, names, n=1, cutoff=0.7)
     return path.with_name(found[0]) if found else None
+
+
+def _letters(name: str) -> str:
+    return "".join(char for char in name if not char.isdigit())
 
 
 def json_object(option: str, text: str | None) -> dict[str, Any] | None:

@@ -142,6 +142,12 @@ def test_the_best_by_a_metric(service: Service, pushed: dict[str, Any]) -> None:
     loss = service.client.get(f"/v1/reports/{items[-1]['id']}").json()["splits"]["train"]["loss"]
     assert f"{lowest:.4f}" in first
     assert f"{loss:.4f}" in first
+    assert shown.stdout.splitlines()[-1].startswith(
+        f"{service.url}/leaderboard?sort=splits.test.interplay.sample.global.mir"
+    )
+    assert service.client.get(shown.stdout.splitlines()[-1]).status_code == 200
+    mistyped = interplay(*listed[:-1], "--columns", "name,mirr", url=service.url)
+    assert (mistyped.returncode, "there is no column 'mirr'" in message(mistyped)) == (2, True)
     epochs = ("list", "checkpoints", "--search", pushed["run"].upper(), "--sort", "metadata.epoch", "--order", "asc")
     assert [item["metadata"]["epoch"] for item in as_json(interplay(*epochs, "--json", url=service.url))] == [1, 9, 10]
 
@@ -238,6 +244,10 @@ def test_files_that_need_another_command_first(service: Service, tmp_path: Path)
     assert typed.returncode == 2
     wanted = f"did you mean: interplay push checkpoint {tmp_path / 'net.safetensors'}"
     assert re.sub(r"\s", "", wanted) in re.sub(r"[\s│]", "", typed.stderr)
+    # Another number is another file.
+    numbered = interplay("push", "checkpoint", tmp_path / "net2.safetensors", url=service.url)
+    assert numbered.returncode == 2
+    assert "did you mean" not in message(numbered)
     folder = tmp_path / "pickled"
     folder.mkdir()
     (folder / "pytorch_model.bin").write_bytes(b"x")

@@ -66,6 +66,7 @@ def test_unreachable_service_is_3(arguments: tuple[str, ...], as_json: bool) -> 
     ran = interplay(*arguments, *(["--json"] if as_json else []), "--url", url)
     assert (ran.returncode, ran.stdout) == (3, "")
     assert ran.stderr.startswith(f"{url} cannot be reached")
+    assert "`interplay serve` starts one here; --url or INTERPLAY_URL names another." in ran.stderr
     assert len(ran.stderr.splitlines()) == 1
 
 

@@ -14,6 +14,7 @@ from fastapi.concurrency import run_in_threadpool
 from sqlalchemy.orm import Session, aliased
 
 from app.api import drawing
+from app.api.charts.measures import read as read_measure
 from app.api.routes import Service, ServiceDep
 from app.database import read
 from app.errors import InvalidRequest, NotFound
@@ -244,7 +245,7 @@ def _ends(members: Sequence[_Compared], split: str) -> list[_Row]:
     for measure in KINDS[members[0].kind].measures:
         for index, where in ((0, "at the first point"), (-1, "at the last point")):
             splits = [member.content["points"][index]["splits"] for member in members]
-            values = [_value(of[split], measure) if split in of else None for of in splits]
+            values = [read_measure(of[split], measure)[0] if split in of else None for of in splits]
             found.append(_Row(measure, words.metric_of(measure), [_Cell(value) for value in values], where))
     return found
 
@@ -285,8 +286,13 @@ def _intervals(
 
     Differences are other - first.
     """
-    by_checkpoint = {own: member.id for member in others if (own := _checkpoint(member)) is not None}
     reference, probe_id = _checkpoint(first), first.content["probe"].get("id")
+    # One checkpoint may have several reports.
+    by_checkpoint: dict[str, list[str]] = {}
+    for member in others:
+        own = _checkpoint(member)
+        if own is not None and own != reference and member.content["probe"].get("id") == probe_id:
+            by_checkpoint.setdefault(own, []).append(member.id)
     if reference is None or probe_id is None or not by_checkpoint:
         return {}
     a, b = aliased(AnalysisCheckpoint), aliased(AnalysisCheckpoint)
@@ -302,7 +308,11 @@ def _intervals(
         .order_by(Report.created_at)
     )
     # The newest one stays.
-    chosen = {by_checkpoint[y if x == reference else x]: (id_, x == reference) for id_, x, y in session.execute(query)}
+    chosen = {
+        member_id: (id_, x == reference)
+        for id_, x, y in session.execute(query)
+        for member_id in by_checkpoint[y if x == reference else x]
+    }
     wanted = sa.select(Report.id, Report.content).where(Report.id.in_([id_ for id_, _ in chosen.values()]))
     contents = {row.id: row.content for row in session.execute(wanted)}
     return {
@@ -426,7 +436,7 @@ def _overlay(members: Sequence[_Compared], measure: str, split: str) -> dict[str
         {
             "label": f"{member.letter}: {member.name}",
             "points": [
-                [point[place], _value(point["splits"][split], measure)]
+                [point[place], read_measure(point["splits"][split], measure)[0]]
                 for point in member.content["points"]
                 if split in point["splits"]
             ],
@@ -434,17 +444,6 @@ def _overlay(members: Sequence[_Compared], measure: str, split: str) -> dict[str
         for member in members
     ]
     return {"measure": measure, "split": split, "axis": _axis(members[0]), "lines": lines}
-
-
-def _value(split: Mapping[str, Any], measure: str) -> float | None:
-    if measure in ("mir", "hdr"):
-        found: float | None = split["interplay"]["sample"]["global"][measure]
-        return found
-    accuracy: float | None = split["accuracy"]
-    if measure == "error":
-        return None if accuracy is None else 1 - accuracy
-    loss: float | None = split["loss"]
-    return accuracy if measure == "accuracy" else loss
 
 
 def _parallel(members: Sequence[_Compared], split: str) -> dict[str, Any]:

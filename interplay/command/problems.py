@@ -1,6 +1,5 @@
 """Problems of the service in the words of the command: its options in place of members of a request."""
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,8 +10,7 @@ def in_our_words(error: ProblemError) -> tuple[str, str, Mapping[str, Any]]:
     """Return the title, the detail and the further members of a problem."""
     members = dict(error.members)
     if error.status == 401:
-        given = "does not accept the key that was given" if os.environ.get("INTERPLAY_API_KEY") else "needs its key"
-        return error.title, f"The service {given}: --api-key KEY, or the variable INTERPLAY_API_KEY.", members
+        return error.title, "Give it with --api-key KEY, or in the variable INTERPLAY_API_KEY.", members
     if (role := members.pop("missing_role", None)) is not None:
         columns = ", ".join(repr(name) for name in members.pop("columns", []))
         detail = f"No column has a usual name for {role}s; the file has {columns}. Name it: --column {role}=NAME."

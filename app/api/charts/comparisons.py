@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import altair as alt
 
+from app.api.charts.measures import in_words, read, within
 from app.api.charts.parts import (
     COLOURS,
     GREY,
@@ -16,12 +17,9 @@ from app.api.charts.parts import (
     chart_of,
     colour_of,
     domain_of,
-    in_words,
     least_width,
-    read,
     scale_of,
     ticks_of,
-    within,
 )
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import altair as alt
 
+from app.api.charts.measures import reason_of
 from app.api.charts.parts import (
     COLOURS,
     GREY,
@@ -16,7 +17,6 @@ from app.api.charts.parts import (
     Report,
     chart_of,
     colour_of,
-    reason_of,
     short,
 )
 

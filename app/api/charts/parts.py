@@ -41,39 +41,12 @@ LABELS = {
     "nc3": "NC3",
     "nc4": "NC4",
 }
-OF_INTERPLAY = ("mir", "hdr", "mutual_information", "entropy_features", "entropy_head", "entropy_joint")
 #: Measures between 0 and 1; others have no upper bound.
 SHARES = ("error", "accuracy", "mir", "hdr", "calibration_error", "nc4")
-_REASONS = {"zero_entropy": "all directions coincide", "no_directions": "no vector has a direction"}
 LEGEND = alt.Legend(title=None, orient="bottom", symbolOpacity=1)
 OPTIMUM = "optimum under neural collapse"
 #: Most characters of a name, and, per panel width, of an axis label, a title line and a subtitle line.
 _NAME, AXIS, _TITLE, _SUBTITLE = 60, 44, 48, 64
-
-
-def read(split: Report, measure: str) -> tuple[float | None, str]:
-    """Return a measure of an evaluated split, and the reason if it is not defined."""
-    field, found = "accuracy" if measure == "error" else measure, split
-    for name in within(measure):
-        found = found[name]
-    if found[field] is None:
-        return None, reason_of(found, field)
-    return (1 - found[field] if measure == "error" else found[field]), ""
-
-
-def within(measure: str) -> tuple[str, ...]:
-    """Return where in a split a measure stands."""
-    if measure in OF_INTERPLAY:
-        return "interplay", "sample", "global"
-    return ("collapse",) if measure.startswith("nc") else ()
-
-
-def reason_of(found: Report, field: str) -> str:
-    return in_words(found["reasons"].get(field))
-
-
-def in_words(reason: str | None) -> str:
-    return _REASONS.get(reason or "", (reason or "no reason is given").replace("_", " "))
 
 
 def chart_of(rows: Rows) -> alt.Chart:

@@ -6,6 +6,7 @@ from typing import Any
 
 import altair as alt
 
+from app.api.charts.measures import read
 from app.api.charts.parts import (
     AXIS,
     GREY,
@@ -22,7 +23,6 @@ from app.api.charts.parts import (
     domain_of,
     least_width,
     of_split,
-    read,
     scale_of,
     short,
     splits_of,

@@ -5,7 +5,8 @@ from typing import Any
 
 from app.api.charts.comparisons import difference_of
 from app.api.charts.evaluations import accuracy_of_classes, confusions, of_interplay, reliability
-from app.api.charts.parts import OF_INTERPLAY, Panel, Report, finished, short, title_of
+from app.api.charts.measures import OF_INTERPLAY
+from app.api.charts.parts import Panel, Report, finished, short, title_of
 from app.api.charts.points import over_points
 from app.schemas import Kind
 from app.schemas.kinds import KINDS

@@ -98,8 +98,8 @@ def test_reports_without_a_comparison_lead_to_its_form(service: Service, three: 
     for id_ in (three["checkpoint_ids"][0], three["checkpoint_ids"][2], a["probe"]["id"]):
         assert f'<option value="{id_}" selected>' in asked
     # A second report of the same checkpoint has the same comparison.
-    asked = {"checkpoint_id": three["checkpoint_ids"][1], "probe_id": a["probe"]["id"], "options": FEW}
-    again = service.report(service.wait(service.analyze(**asked)["id"]))
+    request = {"checkpoint_id": three["checkpoint_ids"][1], "probe_id": a["probe"]["id"], "options": FEW}
+    again = service.report(service.wait(service.analyze(**request)["id"]))
     both = read(service.client, address(a, b, again))
     assert all(f'aria-label="The comparison of A and {letter}"' in both for letter in "BC")
     # Another one first: what it was compared with is marked, the others are not.

@@ -5,7 +5,7 @@ accepted as it is, and its analysis may fail.
 """
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -17,18 +17,22 @@ from app.models import Worker
 # Families that have a fixed list of names.
 _NAMED = ("timm", "torchvision")
 _NEAREST = 3
+_LISTED = 20
 
 
-def require_offered(engine: sa.Engine, architecture: Mapping[str, Any]) -> None:
-    """Raise if a description names a network that no worker's library has.
+def require_offered(engine: sa.Engine, architecture: Mapping[str, Any], operations: Sequence[str] = ()) -> None:
+    """Raise if a description names a network that no worker's library has, or a graph has operations that none runs.
 
     Args:
         engine: the engine of the workers' table.
         architecture: a description of any family.
+        operations: of a network that is a graph.
 
     Raises:
         InvalidRequest: the name is unknown; `nearest` lists the nearest known names.
     """
+    if operations:
+        _require_operations(operations, _names(engine, architecture["family"]))
     family, name = architecture["family"], architecture.get("name")
     if family not in _NAMED or not isinstance(name, str):
         return
@@ -42,6 +46,17 @@ def require_offered(engine: sa.Engine, architecture: Mapping[str, Any]) -> None:
     advice = f"The nearest: {', '.join(nearest)}" if nearest else "None of its names is near"
     what = f"{family} has no network {name!r}" if not of_name else f"{family} knows no weights {tag!r} of {plain!r}"
     raise InvalidRequest(f"architecture.name: {what}. {advice}.", nearest=nearest)
+
+
+def _require_operations(operations: Sequence[str], known: list[str]) -> None:
+    unknown = sorted(set(operations) - set(known)) if known else []
+    if unknown:
+        more = f" and {len(unknown) - _LISTED} more" if len(unknown) > _LISTED else ""
+        raise InvalidRequest(
+            f"The network's graph uses operations that no worker runs: {', '.join(unknown[:_LISTED])}{more}. Rewrite "
+            "what needs them, or send features of the network instead (interplay.capture_features).",
+            operations=unknown[:_LISTED],
+        )
 
 
 def _nearest(name: str, known: list[str]) -> list[str]:

@@ -20,7 +20,7 @@ from app.descriptions.architectures import architecture_of_config, check_archite
 from app.descriptions.preprocessing import given_preprocess, preprocess_of_config
 from app.errors import InUse, InvalidFile, InvalidRequest, NotFound, TooLarge, invalid_request
 from app.files.foreign import refuse_adapter, refuse_foreign_file
-from app.files.weights import weight_names
+from app.files.weights import WeightNames, weight_names
 from app.offers import require_offered
 from app.schemas.base import MAX_CLASSES
 from app.settings import Settings
@@ -50,25 +50,26 @@ _USES = (
 
 def create_checkpoint(engine: sa.Engine, storage: Storage, settings: Settings, upload: Upload) -> models.Checkpoint:
     """Store a checkpoint; its header is checked, its weights are not read (the worker does that)."""
-    from app.files import archives, tensorfile
+    from app.files import archives, exported, tensorfile
 
     spec = _parse_spec(schemas.CheckpointSpec, upload.spec, settings)
     with _blob_path(engine, storage, upload, spec) as path, ExitStack() as stack:
         weights, sha256 = upload.file, _sha256(upload, spec)
         refuse_foreign_file(path)
-        if archives.is_archive(path):
+        if exported.is_exported_program(path):
+            weights = _out_of_program(storage, path, stack)
+            path, sha256 = weights.path, weights.sha256
+        elif archives.is_archive(path):
             weights, spec = _out_of_archive(storage, settings, path, spec, stack)
             path, sha256 = weights.path, weights.sha256
         tokenizer = _staged_tokenizer(storage, settings, spec.tokenizer, stack)
         with tensorfile.in_turn(path):
             file = tensorfile.inspect_safetensors(path)
             refuse_adapter(file.tensors)
-            description = spec.architecture
-            if description is None:
-                description = _embedded_architecture(file)
-            architecture = check_architecture(description)
-            require_offered(engine, architecture)
-            names = weight_names(file.tensors, spec.prefix)
+            architecture, operations = _architecture(spec, file)
+            require_offered(engine, architecture, operations)
+            # A graph has the file's own names.
+            names = WeightNames("", {}) if operations else weight_names(file.tensors, spec.prefix)
             checkpoint = models.Checkpoint(
                 name=spec.name,
                 sha256=sha256,
@@ -337,6 +338,36 @@ def _parse_spec(model: type[Spec], text: bytes, settings: Settings) -> Spec:
     if len(text) > limit and getattr(spec, "tokenizer", None) is None:
         raise too_large
     return spec
+
+
+def _out_of_program(storage: Storage, path: Path, stack: ExitStack) -> StagedFile:
+    """Return the weights and the graph of an exported program as one staged file."""
+    from app.files import exported, tensorfile
+
+    with tensorfile.in_turn(path):
+        program = exported.read_program(path)
+        weights = stack.enter_context(storage.stage())
+        exported.write_program(path, program, weights)
+    weights.flush()
+    return weights
+
+
+def _architecture(spec: schemas.CheckpointSpec, file: "tensorfile.TensorFile") -> tuple[dict[str, Any], list[str]]:
+    """Return the checked description of a checkpoint's network, and the operations of a graph; empty without one."""
+    from app.files import exported
+
+    given = spec.architecture
+    if given is not None and given.get("family") != "exported":
+        return check_architecture(given), []
+    if exported.GRAPH in file.metadata:
+        described, operations = exported.describe_graph(file.metadata[exported.GRAPH])
+        return check_architecture(described), operations
+    if given is not None:
+        raise InvalidRequest(
+            "A network of the family exported is described by the graph in its file: send what torch.export.save "
+            "wrote, or a file of interplay.save_checkpoint with example_inputs. This file holds no graph."
+        )
+    return check_architecture(_embedded_architecture(file)), []
 
 
 def _embedded_architecture(file: "tensorfile.TensorFile") -> Any:

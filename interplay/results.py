@@ -439,6 +439,7 @@ class Subject(TypedDict):
     ignored: NotRequired[dict[str, int] | None]
     infixes: NotRequired[dict[str, int] | None]
     untied: NotRequired[list[str] | None]
+    filled_to: NotRequired[int | None]
     n_features: int
     n_classes: int
     metadata: dict[str, Any]

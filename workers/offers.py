@@ -29,7 +29,7 @@ from workers.tasks import Frozen
 logger = logging.getLogger("interplay")
 
 # In listing order; a test compares them with those of `analysis.networks.loading`.
-_FAMILIES = ("builtin", "transformers", "timm", "torchvision", "custom")
+_FAMILIES = ("builtin", "transformers", "timm", "torchvision", "custom", "exported")
 # Longer than an import takes on a busy machine.
 _PATIENCE_SECONDS = 600.0
 

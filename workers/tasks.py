@@ -175,6 +175,7 @@ class Network(BaseModel):
     ignored: dict[str, int] | None = None
     untied: list[str] | None = None
     n_parameters: int | None = None
+    filled_to: int | None = None
 
 
 class Known(Network):

@@ -1,8 +1,8 @@
 """What a family of networks, a module of this package, offers to the loading of networks.
 
 Each family is a module that `loading` imports by its name. Every family offers `Family`. A family whose networks are
-listed by name offers `Listed` too, and one whose library saves, loads and ties tensors in its own way offers
-`OwnLoading`.
+listed by name offers `Listed` too, one whose library saves, loads and ties tensors in its own way offers `OwnLoading`,
+and one whose networks are graphs `OfGraphs`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +28,17 @@ class Listed(Family, Protocol):
 
     def names(self) -> Sequence[str]:
         """Return the names that a description may have."""
+
+
+@runtime_checkable
+class OfGraphs(Family, Protocol):
+    """A family whose networks are graphs that lie in the files of their weights."""
+
+    def described(self, description: Mapping[str, Any], metadata: Mapping[str, str]) -> Mapping[str, Any]:
+        """Return the whole description, from a row's and from the metadata of the file."""
+
+    def linear_maps(self, network: nn.Module) -> Sequence[str]:
+        """Return the names of the linear maps that may be a head."""
 
 
 @runtime_checkable

@@ -1,10 +1,10 @@
 """Load a network that is ready to run from the description of its architecture and a safetensors file.
 
-A description is `{"family": ..., "name": ..., "args": {...}}`, or `{"family": "transformers", "config": {...}}`. The
-network is built on torch's meta device, where tensors have shapes and no memory, and compared with the file's header
-before a byte of weights is read: the memory that a description can make us allocate is bounded by the file's content.
-Then it is built again with memory, so that its own constructor makes tensors that no file holds, such as tables of
-positions.
+A description is `{"family": ..., "name": ..., "args": {...}}`, `{"family": "transformers", "config": {...}}`, or
+`{"family": "exported", "graph": ...}` where the file holds the graph of the network. The network is built on torch's
+meta device, where tensors have shapes and no memory, and compared with the file's header before a byte of weights is
+read: the memory that a description can make us allocate is bounded by the file's content. Then it is built again with
+memory, so that its own constructor makes tensors that no file holds, such as tables of positions.
 
 The description's family is a module beside this one; `family` says what it offers.
 """
@@ -27,13 +27,14 @@ from torch import Tensor, nn
 from ..errors import AnalysisError
 from . import custom
 from .building import Bounded, ConstantsOnCpu, WithoutInitialisation
-from .family import Family, Listed, OwnLoading
+from .exported.network import ExportedNetwork, linear_maps
+from .family import Family, Listed, OfGraphs, OwnLoading
 from .naming import Entry, Naming, Same, match_names
 from .ties import Ties
 
 # Each family is the module of this name beside this one. A library's family also has the name of its package, and of
 # the extra that brings it.
-FAMILIES = ("builtin", "transformers", "timm", "torchvision", "custom")
+FAMILIES = ("builtin", "transformers", "timm", "torchvision", "custom", "exported")
 
 # Default number of tensors, the most that a file's header has.
 _MOST_TENSORS = 100_000
@@ -63,6 +64,8 @@ class LoadedNetwork:
     @cached_property
     def head(self) -> nn.Module:
         """The classification head."""
+        if isinstance(self.module, ExportedNetwork):
+            return linear_maps(self.module)[self.head_name]
         return self.module.get_submodule(self.head_name)
 
     @property
@@ -105,7 +108,7 @@ def forget(parts: Iterable[nn.Module]) -> None:
 
 def available_families() -> list[str]:
     """Return the families whose packages are installed; none is imported, and an import may still fail (`names_of`)."""
-    here = {"builtin": True, "custom": bool(custom.names())}
+    here = {"builtin": True, "custom": bool(custom.names()), "exported": True}
     return [name for name in FAMILIES if here.get(name) or (name not in here and importlib.util.find_spec(name))]
 
 
@@ -187,6 +190,7 @@ def load_network(
     """
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
+            architecture = _whole(architecture, file.metadata())
             template, bounds = _build_on_meta(architecture, len(file.keys()))
             head_name = _head_name(template, architecture, head)
             family = _family(architecture)
@@ -246,7 +250,8 @@ def words_of(error: BaseException) -> str:
 def _build_on_meta(architecture: Mapping[str, Any], n_tensors: int) -> tuple[nn.Module, Bounded]:
     bounds = Bounded(n_tensors)
     # Our own builders bound their depth themselves; the counter makes torch load its compiler, 1.2 s and 800 modules.
-    counted = nullcontext() if architecture.get("family") == "builtin" else bounds
+    # A graph bounds itself, without memory too.
+    counted = nullcontext() if architecture.get("family") in ("builtin", "exported") else bounds
     with counted, WithoutInitialisation():
         try:
             return _create(architecture, "meta"), bounds
@@ -279,6 +284,12 @@ def _create(
     return network
 
 
+def _whole(architecture: Mapping[str, Any], metadata: Mapping[str, str] | None) -> Mapping[str, Any]:
+    """Return a description with what the file of the weights holds of it."""
+    family = _family(architecture)
+    return family.described(architecture, metadata or {}) if isinstance(family, OfGraphs) else architecture
+
+
 def _family(architecture: Mapping[str, Any]) -> Family:
     """Import and return the module of a description's family; most workers never need most families.
 
@@ -288,6 +299,8 @@ def _family(architecture: Mapping[str, Any]) -> Family:
     match dict(architecture):
         case {"family": "transformers", "config": dict(), **others} if not others:
             family = "transformers"
+        case {"family": "exported", "graph": str() | dict(), **others}:
+            family = "exported"
         case {"family": str(family), "name": str(), "args": dict(), **others} if not others:
             pass
         case _:
@@ -296,7 +309,7 @@ def _family(architecture: Mapping[str, Any]) -> Family:
                 "A description must have the members family and name, both strings, and args, an object; in the family "
                 "transformers, the members family and config, an object.",
             )
-    if family not in FAMILIES or (family == "transformers" and "config" not in architecture):
+    if family not in FAMILIES or (family, "config" in architecture) == ("transformers", False):
         raise AnalysisError("invalid-architecture", f"The family must be one of {', '.join(FAMILIES)}, not {family!r}.")
     return _imported(family)
 
@@ -338,8 +351,12 @@ def _unavailable(family: str, error: Exception) -> AnalysisError:
 
 def _head_name(network: nn.Module, architecture: Mapping[str, Any], asked: str | None) -> str:
     """Return the requested head, or else the family's own."""
-    candidates = [name for name, module in network.named_modules() if _is_linear(module)]
-    name = _family(architecture).head(network, architecture) if asked is None else asked
+    family = _family(architecture)
+    if isinstance(family, OfGraphs):
+        candidates = family.linear_maps(network)
+    else:
+        candidates = [name for name, module in network.named_modules() if _is_linear(module)]
+    name = family.head(network, architecture) if asked is None else asked
     if name not in candidates:
         what = f"not {name!r}" if name is not None else "and this one does not end with one"
         raise AnalysisError(

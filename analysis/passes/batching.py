@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..errors import AnalysisError
+from ..networks.exported.network import ExportedNetwork, batch_bounds, bytes_per_sample
 from ..probes.inputs import Inputs, copied, each_input, first_samples
 from ..probes.probe import Probe
 from .precision import Precision, arithmetic
@@ -35,21 +36,29 @@ def first_batch_size(module: nn.Module, probe: Probe, *, device: torch.device, p
         precision: of the pass.
 
     Returns:
-        A power of two from 1 to 4096. For a network that fails on so few samples, only its inputs are counted; the pass
-        reports the failure.
+        A power of two from 1 to 4096, within what the graph of an exported network takes. For a network that fails on
+        so few samples, only its inputs are counted; the pass reports the failure.
 
     Raises:
         AnalysisError: `invalid-architecture` where the same two samples give other logits the second time.
     """
+    least, most = batch_bounds(module)
+    if least == most:
+        return least
     known = _known.setdefault(module, {})
     key = (precision, *((name, tuple(shape[1:])) for name, shape in probe.input_shapes().items()))
     if key not in known:
         with torch.no_grad(), arithmetic(device, precision):
-            known[key] = _bytes_per_sample(module, probe.example(device=device))
+            pair = probe.example(device=device)
+            known[key] = (
+                bytes_per_sample(module, pair)
+                if isinstance(module, ExportedNetwork)
+                else _bytes_per_sample(module, pair)
+            )
     largest = _LARGEST_ON_GPU if device.type == "cuda" else _LARGEST_ON_CPU
     fitting = min(max((largest - 1) // known[key], 1), _MOST_SAMPLES)
     # A power of two, so that halving gives whole numbers.
-    return 1 << (fitting.bit_length() - 1)
+    return max(min(1 << (fitting.bit_length() - 1), most or _MOST_SAMPLES), least)
 
 
 def _bytes_per_sample(module: nn.Module, pair: Inputs) -> int:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from ..errors import AnalysisError
 from ..measures.entropy import check_finite
+from ..networks.exported.network import GraphLinear, batch_bounds, filled_up
 from ..networks.loading import LoadedNetwork
-from ..probes.inputs import Inputs, each_input, n_samples
+from ..probes.inputs import Inputs, each, each_input, n_samples
 from ..probes.probe import Probe
 from .batching import first_batch_size
 from .precision import Precision, arithmetic
@@ -152,7 +153,8 @@ def pass_over(
     module = _ready(network.module, options.device)
     # Called in any case: it refuses a network that is random.
     fitting = first_batch_size(module, probe, device=options.device, precision=options.precision)
-    size = min(options.batch_size or fitting, n)
+    least, most = batch_bounds(module)
+    size = max(min(options.batch_size or fitting, n, most or n), least)
     while True:
         try:
             collector = begin()
@@ -162,9 +164,9 @@ def pass_over(
             if not _is_out_of_memory(error):
                 raise
         # Outside the handler: the error's traceback holds the tensors of the batch.
-        if size == 1:
-            raise AnalysisError("out-of-memory", "Memory ran out with one input at a time.", batch_size=1)
-        size //= 2
+        if size <= least:
+            raise AnalysisError("out-of-memory", f"Memory ran out with {size} inputs at a time.", batch_size=size)
+        size = max(size // 2, least)
         if options.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -191,9 +193,15 @@ def watching(network: LoadedNetwork) -> Iterator[Callable[[Inputs], Passed]]:
         versions.clear()
         return forward(network.module, batch)
 
+    least, _ = batch_bounds(network.module)
+
     def run(batch: Inputs) -> Passed:
         """Pass a batch; a second time with copies where the network writes into the head's tensors."""
         nonlocal copying
+        n = n_samples(batch)
+        if n < least:
+            passed = run(each(batch, lambda tensor: filled_up(tensor, least)))
+            return Passed(batch, passed.output[:n], passed.received[:n], passed.given[:n])
         before = _versions(each_input(batch))
         output = once(batch)
         # The network may write into its head's inputs or outputs afterwards; if it does, copies are taken.
@@ -250,7 +258,7 @@ def features_and_logits(
 
 def gives_as_it_is(network: LoadedNetwork, output: Shaped[Tensor, "..."], given: Shaped[Tensor, "..."]) -> bool:
     """Return whether the logits are the unchanged output of a plain linear module, so that no check is needed."""
-    plain = type(network.head) is nn.Linear
+    plain = type(network.head) in (nn.Linear, GraphLinear)
     return plain and output.dtype == given.dtype and torch.equal(output, given)
 
 
@@ -369,7 +377,7 @@ def _head_call(
         raise not_the_head(network, f"It must run once for a batch, not {len(calls)} times: the head")
     n, (n_classes, n_features) = n_samples(batch), network.weight.shape
     received, given = calls[0]
-    if isinstance(received, Tensor) and isinstance(network.head, nn.Conv2d):
+    if isinstance(received, Tensor) and _is_convolution(network.head):
         received, given = received.movedim(1, -1), given.movedim(1, -1)
     fits = isinstance(received, Tensor) and received.shape[-1:] == (n_features,) and received.numel() > 0
     if not fits or received.numel() % (n * n_features):
@@ -382,6 +390,10 @@ def _head_call(
             head_input_shape=shape,
         )
     return received.reshape(n, -1, n_features), given.reshape(n, -1, n_classes)
+
+
+def _is_convolution(head: nn.Module) -> bool:
+    return isinstance(weight := head.weight, Tensor) and weight.ndim == 4
 
 
 def _tokens_of_logits(

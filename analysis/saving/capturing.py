@@ -4,8 +4,7 @@ For networks that the service cannot build. The pass, and the check that feature
 `extraction`; here the batches come from a loader of the training script, and so does the model.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,8 @@ from ..passes.extraction import features_and_logits, watching
 from ..passes.precision import arithmetic
 from ..probes.feature_set import SPLITS
 from ..probes.inputs import Inputs
-from .checkpoint import unwrapped, write_feature_file
+from .checkpoint import write_feature_file
+from .models import evaluating, unwrapped
 
 # Keys of the labels in dictionaries from loaders.
 _LABELS = ("labels", "label", "targets", "target")
@@ -67,7 +67,7 @@ def capture_features(
             "invalid-argument", f"Loaders must be named train and test, not {', '.join(loader) or 'none'}."
         )
     parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-    with _evaluating(plain), torch.no_grad(), arithmetic(place):
+    with evaluating(plain), torch.no_grad(), arithmetic(place):
         for name, batches in loaders.items():
             for batch in batches:
                 features, logits, labels = _of_batch(network, batch, place)
@@ -160,18 +160,6 @@ def _taken_apart(batch: Any) -> tuple[Tensor | dict[str, Tensor], Tensor]:
         "invalid-feature-set",
         f"A batch must be (inputs, labels), or a dictionary with one of {', '.join(_LABELS)}, not {what}.",
     )
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Run the block in evaluation mode; each part gets its previous mode back, frozen parts too."""
-    modes = [(part, part.training) for part in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
 
 
 def _check(tensors: Mapping[str, Tensor]) -> None:

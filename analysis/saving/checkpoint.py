@@ -10,8 +10,11 @@ from typing import Any
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
+from ..networks.exported.network import ExportedNetwork
 from ..networks.loading import load_network
 from .conversion import ConversionError, write_safetensors
+from .exporting import check_same_logits, export_model
+from .models import unwrapped
 
 
 def save_checkpoint(
@@ -19,6 +22,8 @@ def save_checkpoint(
     path: str | Path,
     architecture: Mapping[str, Any] | None = None,
     *,
+    example_inputs: Any = None,
+    dynamic_shapes: dict[str, Any] | tuple[Any, ...] | list[Any] | None = None,
     head: str | None = None,
     check: bool = True,
 ) -> Path:
@@ -32,16 +37,23 @@ def save_checkpoint(
         path: target file; an existing one is replaced.
         architecture: description of the network, which goes into the file. Default: for a model of transformers its
             own configuration; for any other none, and the upload must supply one.
-        head: module name of the classification head, for the check. Default: the family's own.
-        check: build the network from its description and load the file into it, as a worker would. It takes memory for
-            a second copy of the model, and needs the family's library. Without a description nothing is checked.
+        example_inputs: for a model of any class: what it is called with, some samples at least: one tensor, a tuple of
+            positional arguments, or a dictionary of named ones. The model is exported, and its graph takes the place of
+            a description.
+        dynamic_shapes: with example_inputs, as of torch.export. Default: any number of samples, and any length of texts
+            (whole numbers of two dimensions); other dimensions stay those of the example.
+        head: module name of the classification head, or name of its weight, for the check. Default: the family's own;
+            of a graph the last linear map on the way to the logits.
+        check: build the network from its description or its graph and load the file into it, as a worker would; a graph
+            must also give the model's logits on the example. It takes memory for a second copy of the model, and needs
+            the family's library. Without a description nothing is checked.
 
     Returns:
         The path.
 
     Raises:
         ConversionError: an entry of the model's state has no plain form: it is sparse, quantised, sharded, without
-            memory, or not a tensor.
+            memory, or not a tensor; or the model cannot be exported, with the reason and the line of its code.
         AnalysisError: the check failed: `invalid-architecture`, `checkpoint-mismatch`, `head-not-found`,
             `non-finite-values`, or `family-unavailable` where it cannot be made here.
 
@@ -49,6 +61,11 @@ def save_checkpoint(
     """
     path = Path(path)
     plain = unwrapped(model)
+    if example_inputs is not None:
+        if architecture is not None:
+            raise ConversionError("Give an architecture or example_inputs, not both: either describes the network.")
+        _write_exported(plain, path, example_inputs, dynamic_shapes, head if check else None, check=check)
+        return path
     description = _own_architecture(plain) if architecture is None else dict(architecture)
     with _replacing(path) as staged:
         write_safetensors(_tensors(plain), staged, architecture=description)
@@ -57,21 +74,23 @@ def save_checkpoint(
     return path
 
 
+def _write_exported(
+    model: nn.Module, path: Path, example_inputs: Any, dynamic_shapes: Any, head: str | None, *, check: bool
+) -> None:
+    exported = export_model(model, example_inputs, dynamic_shapes=dynamic_shapes)
+    text = json.dumps(exported.graph, separators=(",", ":"))
+    with _replacing(path) as staged:
+        write_safetensors(exported.tensors, staged, metadata={"graph": text})
+        if check:
+            network = load_network({"family": "exported", "graph": text}, staged, head=head, device="cpu")
+            assert isinstance(network.module, ExportedNetwork), "its family makes no other"
+            check_same_logits(model, network.module, example_inputs)
+
+
 def write_feature_file(tensors: Mapping[str, Shaped[Tensor, "..."]], path: Path) -> None:
     """Write tensors as safetensors; the file appears under its name once it is complete."""
     with _replacing(path) as staged:
         write_safetensors(tensors, staged)
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside any wrappers of DistributedDataParallel, DataParallel and torch.compile."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            inner = model.module
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -92,7 +92,11 @@ def read_weights(path: Path, *, key: str | None = None) -> Weights:
 
 
 def write_safetensors(
-    tensors: Mapping[str, Shaped[Tensor, "..."]], path: Path, *, architecture: Mapping[str, Any] | None = None
+    tensors: Mapping[str, Shaped[Tensor, "..."]],
+    path: Path,
+    *,
+    architecture: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write weights as a checkpoint that the service accepts.
 
@@ -100,6 +104,7 @@ def write_safetensors(
         tensors: by name; tensors that share memory, such as tied weights, are written once each.
         path: target file.
         architecture: description of the network; if given it is embedded and need not be sent separately.
+        metadata: further entries of the file's metadata.
 
     Raises:
         ConversionError: a tensor has no plain form, being sparse or quantised, or safetensors lacks its type.
@@ -112,10 +117,11 @@ def write_safetensors(
         name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
     }
-    metadata = {"format": "pt"} | ({} if architecture is None else {"architecture": json.dumps(architecture)})
+    described = {} if architecture is None else {"architecture": json.dumps(architecture)}
+    about = {"format": "pt", **described, **(metadata or {})}
     part = path.with_name(f"{path.name}.part")
     try:
-        save_file(plain, part, metadata=metadata)
+        save_file(plain, part, metadata=about)
         part.replace(path)
     except (SafetensorError, KeyError, ValueError) as error:
         raise ConversionError(f"safetensors cannot hold these tensors: {' '.join(str(error).split())}.") from None

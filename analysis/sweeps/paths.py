@@ -7,9 +7,11 @@ from typing import Literal
 
 import torch
 from jaxtyping import Shaped
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import AnalysisError
+from ..networks.exported.network import GraphNorm
 from ..networks.loading import LoadedNetwork
 from ..passes.precision import Precision, arithmetic
 from ..probes.images import Images
@@ -140,11 +142,8 @@ def recalibrate(
 
     Source: Jordan et al. 2022, "REPAIR: REnormalizing Permuted Activations for Interpolation Repair".
     """
-    layers = [
-        module
-        for module in network.module.modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
-    ]
+    layers = [module for module in network.module.modules() if isinstance(module, _BatchNorm | GraphNorm)]
+    layers = [layer for layer in layers if isinstance(layer, GraphNorm) or layer.track_running_stats]
     if not layers:
         return 0
     if len(probe.labels) < 2:
@@ -153,7 +152,7 @@ def recalibrate(
     seen = dict.fromkeys(layers, 0)
     n = 0
 
-    def weigh(layer: nn.modules.batchnorm._BatchNorm, _: object) -> None:
+    def weigh(layer: _BatchNorm | GraphNorm, _: object) -> None:
         """Set the share of this batch among all samples that the layer has seen."""
         # Counted by layer: a layer that runs twice on a batch has seen it twice.
         seen[layer] += n

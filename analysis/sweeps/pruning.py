@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AnalysisError
+from ..networks.exported.network import ExportedNetwork, multiplied_weights
 from ..networks.loading import LoadedNetwork
 
 Scope = Literal["global", "layerwise"]
@@ -96,7 +97,19 @@ def knee(sparsities: Sequence[float], accuracies: Sequence[float]) -> float:
 
 
 def _prunable(network: LoadedNetwork, include_head: bool) -> list[Tensor]:
-    """Return each prunable weight once, in the order of the modules."""
+    """Return each prunable weight once, in the order of the modules; of a graph, in the order of their use."""
+    if isinstance(network.module, ExportedNetwork):
+        found = multiplied_weights(network.module, but_for=None if include_head else network.head_name)
+    else:
+        found = list(_weights_of_modules(network, include_head).values())
+    if not found:
+        detail = "The network has no linear or convolutional weights except its head; include_head prunes the head."
+        raise AnalysisError("invalid-argument", detail, argument="include_head")
+    return [weight.detach() for weight in found]
+
+
+def _weights_of_modules(network: LoadedNetwork, include_head: bool) -> dict[int, Tensor]:
+    """Return the prunable weights of a network of modules, by identity."""
     head = network.head._parameters.get("weight")
     found: dict[int, Tensor] = {}
     for name, module in network.module.named_modules():
@@ -114,11 +127,8 @@ def _prunable(network: LoadedNetwork, include_head: bool) -> list[Tensor]:
                     module=name,
                 )
             if include_head or weight is not head:
-                found[id(weight)] = weight.detach()
-    if not found:
-        detail = "The network has no linear or convolutional weights except its head; include_head prunes the head."
-        raise AnalysisError("invalid-argument", detail, argument="include_head")
-    return list(found.values())
+                found[id(weight)] = weight
+    return found
 
 
 def _weight_names(module: nn.Module) -> tuple[str, ...]:

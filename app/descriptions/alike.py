@@ -74,6 +74,8 @@ def _network(row: Checkpoint) -> Members:
             members |= {"architecture.name": name, **{f"architecture.args.{key}": args[key] for key in args}}
         case {"family": "transformers", "config": dict(config)}:
             members |= {f"architecture.config.{key}": config[key] for key in _DECISIVE if key in config}
+        case {"family": "exported", "graph": graph}:
+            members["architecture.graph"] = graph
         case {"family": "torchvision" | "custom", "name": name}:
             members["architecture.name"] = name
     return members | _names(architecture)
@@ -87,6 +89,8 @@ def _classes(row: Checkpoint) -> Members:
     stated: Members = {"predicts": "classes"}
     match architecture:
         case {"args": {"n_classes": int(n)} | {"num_classes": int(n)} | {"sizes": [*_, int(n)]}}:
+            stated["n_classes"] = n
+        case {"family": "exported", "logits": [*_, int(n)]}:
             stated["n_classes"] = n
         case {"config": {"id2label": dict(names)}}:
             stated["n_classes"] = len(names)

@@ -215,8 +215,29 @@ class Custom(_Described):
     args: Annotated[dict[str, Any], AfterValidator(_plain)] = {}
 
 
+class GraphInput(_Described):
+    """An input of an exported network; null for a dimension that may vary."""
+
+    name: str
+    dtype: str
+    shape: list[int | None]
+
+
+class Exported(_Described):
+    """A network that torch.export wrote as a graph, which lies in the file of its weights.
+
+    The service makes this description from the file: nobody writes it by hand.
+    """
+
+    family: Literal["exported"]
+    graph: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    inputs: Annotated[list[GraphInput], Field(min_length=1, max_length=64)]
+    logits: list[int | None]
+    n_nodes: int
+
+
 Builtin = Annotated[Mlp | Cnn | Resnet | WideResnet, Field(discriminator="name")]
-Architecture = Annotated[Builtin | Transformers | Timm | Torchvision | Custom, Field(discriminator="family")]
+Architecture = Annotated[Builtin | Transformers | Timm | Torchvision | Custom | Exported, Field(discriminator="family")]
 _adapter: TypeAdapter[Any] = TypeAdapter(Architecture)
 
 
@@ -238,6 +259,9 @@ def is_causal_lm(architecture: Mapping[str, Any]) -> bool:
     match architecture:
         case {"family": "transformers", "config": {"architectures": [str(name)]}}:
             return CAUSAL_LM.search(name) is not None
+        case {"family": "exported", "inputs": [*inputs], "logits": [_, _, _]}:
+            # Logits of each token, from whole numbers, one for each.
+            return any(one["dtype"] == "int64" and len(one["shape"]) == 2 for one in inputs)
     return False
 
 

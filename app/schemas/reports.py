@@ -163,6 +163,11 @@ class Subject(Strict):
         description="Tensors that the configuration ties to others but that differ in the file; they were kept "
         "separate.",
     )
+    filled_to: int | None = Field(
+        default=None,
+        description="The least number of samples that an exported network takes: smaller batches were filled up with "
+        "their last sample, and what came of it was left out.",
+    )
     n_features: int
     n_classes: int
     metadata: dict[str, Any]

@@ -7,6 +7,7 @@ from typing import TypeVar
 import torch
 
 from analysis.evaluation import Evaluation, EvaluationOptions
+from analysis.networks.exported.network import batch_bounds
 from analysis.networks.loading import LoadedNetwork, load_network
 from app.schemas.reports import Subject
 from workers.compute.features import FeatureCache
@@ -82,7 +83,9 @@ def load(context: Context, checkpoint: Checkpoint) -> LoadedNetwork:
 
 def network_facts(network: LoadedNetwork) -> Network:
     """Return the facts of a network that its checkpoint's row does not have."""
-    return Network(head=network.head_name, **asdict(network.naming))
+    least, _ = batch_bounds(network.module)
+    filled_to = least if least > 1 else None
+    return Network(head=network.head_name, filled_to=filled_to, **asdict(network.naming))
 
 
 def described(checkpoint: Checkpoint, network: Network, *, n_features: int, n_classes: int) -> Subject:

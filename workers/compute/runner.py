@@ -118,13 +118,13 @@ def _libraries(architectures: Sequence[Json]) -> str | None:
 
 
 def _library(architecture: Json) -> str | None:
-    """Return the library that builds a network; None for the builtin family.
+    """Return the library that builds a network; None for the builtin family, and for graphs, which torch alone runs.
 
     Also None if the library is missing, as the analysis then fails.
     """
     family = str(architecture["family"])
     try:
-        return None if family == "builtin" else f"{family} {importlib.metadata.version(family)}"
+        return None if family in ("builtin", "exported") else f"{family} {importlib.metadata.version(family)}"
     except importlib.metadata.PackageNotFoundError:
         return None
 

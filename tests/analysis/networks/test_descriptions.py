@@ -240,7 +240,7 @@ def test_libraries_are_imported_when_they_are_needed() -> None:
 def test_a_family_that_is_missing_names_its_extra() -> None:
     """Without the package the family is not listed, and its networks are refused with the extra to install."""
     families, refused = _printed(WITHOUT)
-    assert families == "['builtin', 'transformers']"
+    assert families == "['builtin', 'transformers', 'exported']"
     assert refused.startswith("family-unavailable {'family': 'timm', 'extra': 'timm', ")
     assert "pip install 'interplay-server[timm]'" in refused
 

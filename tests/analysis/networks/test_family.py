@@ -3,13 +3,14 @@
 Not in `analysis`, whose users would have mypy read all of these libraries.
 """
 
-from analysis.networks import builtin, custom, timm, torchvision, transformers
-from analysis.networks.family import Family, Listed, OwnLoading
+from analysis.networks import builtin, custom, exported, timm, torchvision, transformers
+from analysis.networks.family import Family, Listed, OfGraphs, OwnLoading
 from analysis.networks.loading import FAMILIES
 
-MODULES: tuple[Family, ...] = (builtin, custom, timm, torchvision, transformers)
-LISTED: tuple[Listed, ...] = (custom, timm, torchvision)
-OWN_LOADING: tuple[OwnLoading, ...] = (transformers,)
+MODULES: tuple[Family, ...] = (builtin, custom, exported, timm, torchvision, transformers)
+LISTED: tuple[Listed, ...] = (custom, exported, timm, torchvision)
+OF_GRAPHS: tuple[OfGraphs, ...] = (exported,)
+OWN_LOADING: tuple[OwnLoading, ...] = (exported, transformers)
 
 
 def test_each_family_is_compared_with_its_protocol() -> None:
@@ -18,3 +19,4 @@ def test_each_family_is_compared_with_its_protocol() -> None:
     assert set(names) == set(FAMILIES)
     assert {module for module in MODULES if isinstance(module, Listed)} == set(LISTED)
     assert {module for module in MODULES if isinstance(module, OwnLoading)} == set(OWN_LOADING)
+    assert {module for module in MODULES if isinstance(module, OfGraphs)} == set(OF_GRAPHS)

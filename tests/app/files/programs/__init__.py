@@ -1,0 +1,1 @@
+"""Archives of exported programs, and the script that made them."""

@@ -46,8 +46,8 @@ _MAX_PREFIX_PARTS, _MAX_PLACES = 8, 1000
 # The most names in one list of an error's members, which also give the true number; the most entries of ignored names.
 _MAX_LISTED, _MAX_IGNORED = 20, 50
 
-# safetensors' names of the types that may fill a floating-point parameter.
-_FLOATING = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+#: safetensors' names of the types that may fill a floating-point parameter.
+FLOATING = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 _INTEGER = ("I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")
 
 # Counts batches in training; evaluation never reads it, and averaged or converted checkpoints lose or change it.
@@ -141,7 +141,7 @@ def match_names(
         n_parameters=sum(
             torch.Size(header[full].shape).numel()
             for full in used
-            if header[full].dtype in _FLOATING and not full.endswith(_RUNNING_STATISTICS)
+            if header[full].dtype in FLOATING and not full.endswith(_RUNNING_STATISTICS)
         ),
     )
 
@@ -286,8 +286,8 @@ class _Own:
 
     def _allowed(self, name: str, tensor: Tensor) -> tuple[str, ...]:
         if tensor.is_floating_point():
-            return _FLOATING
-        return (*_INTEGER, *_FLOATING) if self._optional(name) else _INTEGER
+            return FLOATING
+        return (*_INTEGER, *FLOATING) if self._optional(name) else _INTEGER
 
     def _optional(self, name: str) -> bool:
         return name.endswith(_BATCH_COUNTER)
@@ -349,9 +349,16 @@ def _mismatch(chosen: _Candidate, own: _Own, header: Mapping[str, Entry]) -> Ana
     return AnalysisError(
         "checkpoint-mismatch",
         f"The architecture has {len(own.state)} tensors, the file {len(header)}{behind}; they do not match: {counts}.",
-        **{what: entries[:_MAX_LISTED] for what, entries in chosen.faults.items()},
-        **{f"n_{what}": len(entries) for what, entries in chosen.faults.items()},
+        **mismatch_members(chosen.faults),
     )
+
+
+def mismatch_members(faults: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    """Return the members of an error that list mismatches by kind: the first of each, and their true numbers."""
+    return {
+        **{what: entries[:_MAX_LISTED] for what, entries in faults.items()},
+        **{f"n_{what}": len(entries) for what, entries in faults.items()},
+    }
 
 
 def _ignored(left_out: Iterable[str], used: Iterable[str]) -> dict[str, int]:

@@ -301,8 +301,9 @@ def _check_complete(
         faults: of the file.
     """
     saved = tuple(adapter.saved)
-    inside = tuple(f"{name}." for name in parts.modules if saved and name.endswith(saved))
-    expected = [name for name in parts.state if inside and name.startswith(inside)]
+    # As PEFT finds them: by the end of a name, whatever stands before it.
+    kept = {name for name in parts.modules if saved and name.endswith(saved)}
+    expected = [name for name in parts.state if not kept.isdisjoint(_beginnings(name))]
     if adapter.bias == "all":
         expected += [name for name in parts.state if name.rpartition(".")[2] == "bias"]
     elif adapter.bias == "lora_only":
@@ -322,7 +323,7 @@ def _check_complete(
     if adapter.partial:
         return
     for name, module in parts.modules.items():
-        if name in adapted or targets.isdisjoint(_endings(name)) or (inside and f"{name}.".startswith(inside)):
+        if name in adapted or targets.isdisjoint(_endings(name)) or not kept.isdisjoint(_beginnings(f"{name}.")):
             continue
         if _kind(module) is not None:
             endings = _OF_EMBEDDINGS if isinstance(module, nn.Embedding) else _OF_OTHERS
@@ -335,6 +336,14 @@ def _endings(name: str) -> Iterator[str]:
     at = name.find(".")
     while at >= 0:
         yield name[at + 1 :]
+        at = name.find(".", at + 1)
+
+
+def _beginnings(name: str) -> Iterator[str]:
+    """Yield what stands before each of a name's dots."""
+    at = name.find(".")
+    while at >= 0:
+        yield name[:at]
         at = name.find(".", at + 1)
 
 

@@ -16,9 +16,9 @@ from app.errors import InvalidFile, invalid_request
 from app.schemas.adapters import AdapterKind
 from app.schemas.base import PLAIN_TEXT
 
-MAX_CONFIG_BYTES = 2**20
+MAX_CONFIG_BYTES = 2**18
 _MAX_NAMES = 10_000
-_MAX_SAVED = 1000
+_MAX_SAVED = 100
 _MAX_RANK = 2**20
 
 # Ways to begin training that leave the base's weights as they are.

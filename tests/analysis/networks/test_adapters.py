@@ -328,7 +328,7 @@ def test_patterns_are_matched_as_peft_matches_them(pattern: Mapping[str, int], e
 def test_a_hundred_thousand_patterns_cost_nothing() -> None:
     """Patterns are looked up by name, so that a file full of them is as fast as one without."""
     pattern = {f"layers.{number}.q": 2 for number in range(100_000)}
-    adapter = Adapter(r=8, alpha=6.0, rank_pattern=pattern, targets=list(pattern))
+    adapter = Adapter(r=8, alpha=6.0, rank_pattern=pattern, targets=list(pattern), saved=["x"] * 100)
     network = nn.ModuleDict({"layers": nn.ModuleList(nn.ModuleDict({"q": nn.Linear(1, 1)}) for _ in range(2000))})
     parts = Parts(network.state_dict(), dict(network.named_modules()), str)
     header = {

@@ -376,6 +376,9 @@ def _next_tokens(found: Body) -> str:
 
 def _describe(table: Table, subject: Body) -> None:
     about = [printable(subject["name"])]
+    if base := subject.get("base"):
+        adapter = subject["adapter"]
+        about.append(f"{adapter['kind']} adapter of rank {adapter['rank']} on {printable(base['name'])}")
     if subject.get("architecture"):
         about.append(_architecture(subject["architecture"]))
     if subject.get("n_parameters"):

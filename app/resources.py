@@ -64,7 +64,7 @@ def create_checkpoint(engine: sa.Engine, storage: Storage, settings: Settings, u
         tokenizer = _staged_tokenizer(storage, settings, spec.tokenizer, stack)
         with tensorfile.in_turn(path):
             file = tensorfile.inspect_safetensors(path)
-            described = _network(engine, spec, file) if base is None else _adapter(spec, file, base)
+            described = _network(engine, spec, file) if base is None else _adapter(engine, spec, file, base)
             if spec.preprocess is not None:
                 described["preprocess"] = given_preprocess(spec.preprocess)
             if tokenizer is not None:
@@ -104,13 +104,12 @@ def _base(engine: sa.Engine, spec: schemas.CheckpointSpec) -> models.Checkpoint 
 
     Raises:
         NotFound: it does not exist.
-        InvalidRequest: it is an adapter itself, or the spec says what the base has said already.
+        InvalidRequest: it is an adapter itself, or the spec has a prefix.
     """
     if spec.base_id is None:
         return None
-    for member in ("architecture", "prefix"):
-        if getattr(spec, member) is not None:
-            raise InvalidRequest(f"The spec has a base_id and a member {member!r}: an adapter has that of its base.")
+    if spec.prefix is not None:
+        raise InvalidRequest("The spec has a base_id and a prefix: an adapter's names begin as PEFT has them.")
     with read(engine) as session:
         base = get(session, models.Checkpoint, spec.base_id)
     if base.base_id is not None:
@@ -122,8 +121,13 @@ def _base(engine: sa.Engine, spec: schemas.CheckpointSpec) -> models.Checkpoint 
     return base
 
 
-def _adapter(spec: schemas.CheckpointSpec, file: "tensorfile.TensorFile", base: models.Checkpoint) -> dict[str, Any]:
-    """Return what is kept of an adapter, by columns of its row; it has its base's network, head and inputs."""
+def _adapter(
+    engine: sa.Engine, spec: schemas.CheckpointSpec, file: "tensorfile.TensorFile", base: models.Checkpoint
+) -> dict[str, Any]:
+    """Return what is kept of an adapter, by columns of its row; it has its base's network, head and inputs.
+
+    A description of its own is that of another head, which its file then holds.
+    """
     rank = rank_of_adapter(file.tensors)
     if spec.adapter is None:
         raise InvalidRequest(
@@ -131,12 +135,16 @@ def _adapter(spec: schemas.CheckpointSpec, file: "tensorfile.TensorFile", base: 
             "of the adapter's folder.",
             missing_member="adapter",
         )
+    architecture, head = base.architecture, base.head
+    if spec.architecture is not None:
+        architecture, head = check_architecture(spec.architecture), None
+        require_offered(engine, architecture)
     return {
         "base_id": base.id,
         "adapter": {**check_adapter(spec.adapter), "rank": rank},
         "n_parameters": base.n_parameters,
-        "architecture": base.architecture,
-        "head": base.head if spec.head is None else spec.head,
+        "architecture": architecture,
+        "head": head if spec.head is None else spec.head,
         "prefix": ADAPTER_PREFIX,
         "ignored": {},
         "preprocess": base.preprocess,

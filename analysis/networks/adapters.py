@@ -6,7 +6,7 @@ names: a regular expression from a stranger is never run.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, TypeVar
@@ -103,11 +103,19 @@ class Change:
 
 @dataclass(frozen=True)
 class Parts:
-    """A network's parts by its own names, and the conversion of a file's names into them."""
+    """A network's parts by its own names, and the conversion of a file's names into them.
+
+    Attributes:
+        state: its tensors.
+        modules: its modules.
+        rename: converts a name as its library does in loading.
+        absent: names of tensors that its own file lacks, so that every adapter must hold them whole.
+    """
 
     state: Mapping[str, Tensor]
     modules: Mapping[str, nn.Module]
     rename: Callable[[str], str]
+    absent: Collection[str] = ()
 
     def tensor(self, name: str) -> str:
         """Return the network's name of a tensor; the name itself where the network has none."""
@@ -119,6 +127,16 @@ class Parts:
             return path
         name = self.rename(f"{path}.weight").removesuffix(".weight")
         return name if name in self.modules else None
+
+
+def supplied_shapes(header: Mapping[str, Entry]) -> dict[str, Sequence[int]]:
+    """Return the shapes of whole tensors in an adapter's file, by the network's names, which its base may lack."""
+    found: dict[str, Sequence[int]] = {}
+    for full, entry in header.items():
+        name = full.removeprefix(PREFIX)
+        if name != full and _split(name)[1] not in _ENDINGS:
+            found[".".join(word for word in name.split(".") if word != _SAVED)] = entry.shape
+    return found
 
 
 def match_adapter(
@@ -167,6 +185,7 @@ def match_adapter(
         adapted[own_path] = path
         change = _low_rank(adapter, (own_path, path), parts.modules[own_path], tensors, faults)
         changes[f"{own_path}.weight"] = Change(whole.get(f"{own_path}.weight"), change)
+    faults.missing += [PREFIX + name for name in parts.absent if name not in whole]
     _check_complete(adapter, adapted, whole, parts, faults)
     faults.check()
     return changes, ignored
@@ -309,7 +328,7 @@ def _check_complete(
     elif adapter.bias == "lora_only":
         expected += [f"{name}.bias" for name in adapted if f"{name}.bias" in parts.state]
     for name in dict.fromkeys(expected):
-        if name not in whole:
+        if name not in whole and name not in parts.absent:
             path, _, leaf = name.rpartition(".")
             faults.missing.append(f"{PREFIX}{path}.{_BASE_LAYER}.{leaf}" if path in adapted else PREFIX + name)
     if adapter.targets is None:

@@ -17,13 +17,15 @@ from torch import Tensor, nn
 from ..errors import AnalysisError
 from .adapters import PREFIX, Adapter, Change, LowRank, Parts, match_adapter
 from .loading import LoadedNetwork, header_of, is_finite, renaming_of
+from .naming import BATCH_COUNTER, mismatch_members
 
 
 class Adaptable:
     """A network that adapters are put on, one at a time.
 
     Args:
-        network: as its own file has it; from here on adapters change it in place.
+        network: as its own file has it; from here on adapters change it in place. Tensors that the file lacks, such as
+            a head, are to be in each adapter.
         architecture: its description.
 
     Numerics: float32, tensor by tensor. Beside the network there is memory for the largest tensor of its file that is
@@ -36,8 +38,9 @@ class Adaptable:
 
     def __init__(self, network: LoadedNetwork, architecture: Mapping[str, Any]) -> None:
         self._network = network
-        modules = dict(network.module.named_modules())
-        self._parts = Parts(network.module.state_dict(), modules, renaming_of(network.module, architecture))
+        state, modules = network.module.state_dict(), dict(network.module.named_modules())
+        absent = [name for name in state if name not in network.stored and not name.endswith(BATCH_COUNTER)]
+        self._parts = Parts(state, modules, renaming_of(network.module, architecture), absent)
         self._shared = _shared(network.module)
         self._changed: set[str] = set()
 
@@ -68,7 +71,9 @@ class Adaptable:
             ) from None
         except torch.OutOfMemoryError as error:
             raise AnalysisError("out-of-memory", "The adapter's tensors do not fit the memory.") from error
-        naming = replace(self._network.naming, prefix=PREFIX, infixes={}, ignored=ignored)
+        own = self._network.naming
+        n_supplied = sum(self._parts.state[name].numel() for name in self._parts.absent)
+        naming = replace(own, prefix=PREFIX, infixes={}, ignored=ignored, n_parameters=own.n_parameters + n_supplied)
         return replace(self._network, naming=naming)
 
     def take_off(self, base: Path) -> LoadedNetwork:
@@ -76,7 +81,13 @@ class Adaptable:
 
         Args:
             base: the file that the network was loaded from.
+
+        Raises:
+            AnalysisError: `checkpoint-mismatch` with the names that are missing, where the file lacks some.
         """
+        if absent := list(self._parts.absent):
+            detail = f"The file holds no network by itself: it lacks {len(absent)} tensors, which its adapters bring."
+            raise AnalysisError("checkpoint-mismatch", detail, **mismatch_members({"missing": absent}))
         self._write({}, None, base)
         return self._network
 

@@ -12,7 +12,7 @@ The description's family is a module beside this one; `family` says what it offe
 import importlib
 import importlib.util
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -163,6 +163,7 @@ def load_network(
     head: str | None,
     device: torch.device | str,
     prefix: str | None = None,
+    supplied: Mapping[str, Sequence[int]] | None = None,
 ) -> LoadedNetwork:
     """Build the described network and fill it from a safetensors file.
 
@@ -174,6 +175,8 @@ def load_network(
         device: target device of the network.
         prefix: prefix of the weights' names in the file, such as `ema_model.`. Default: the one place of the file that
             holds all of the network's tensors.
+        supplied: shapes of tensors that an adapter supplies, by the network's names: the file may lack those of them
+            that the network has in this shape, and they are 0.
 
     Returns:
         The network in evaluation mode and its head.
@@ -193,7 +196,9 @@ def load_network(
             head_name = _head_name(template, architecture, head)
             family = _family(architecture)
             ties = Ties.of(template, family)
-            stored, naming = match_names(template, family, header_of(file), ties, prefix=prefix, same=_same(file))
+            stored, naming = match_names(
+                template, family, header_of(file), ties, prefix=prefix, same=_same(file), supplied=supplied
+            )
             bounds.check_largest({name: tuple(tensor.shape) for name, tensor in template.state_dict().items()})
             tensors = _read(template.state_dict(), stored, file, torch.device(device))
     except torch.OutOfMemoryError as error:

@@ -19,7 +19,8 @@ Prefix = Annotated[str, Field(max_length=199, pattern=PLAIN_TEXT), AfterValidato
 class CheckpointSpec(Strict):
     """`spec` of POST /v1/checkpoints. Without `architecture` the file's own metadata must hold one.
 
-    With `base_id` the file is an adapter of PEFT; its architecture is its base's, and it has no `prefix`.
+    With `base_id` the file is an adapter of PEFT. Its architecture is its base's, or for a head that the adapter brings
+    the one that is given; it has no `prefix`.
     """
 
     name: Name

@@ -54,8 +54,8 @@ class PushingCalls(CollectionCalls):
             base: for an adapter of PEFT: id of the checkpoint whose weights it changes, pushed before. `path` is then
                 the adapter's folder, an archive of it, or its adapter_model.safetensors.
             adapter: content of adapter_config.json; default: the one in the folder, or beside the file.
-            architecture: description of the network; default: the one in the file's own metadata, or config.json. An
-                adapter has its base's.
+            architecture: description of the network; default: the one in the file's own metadata, or config.json; of an
+                adapter its base's, unless it brings another head.
             head: module name of the classification head; default: the family's own.
             prefix: prefix of the weights' names, such as `ema_model.`, if the file holds several copies.
             preprocess: of images, for probes without one: in a probe's form, or a preprocessor_config.json.

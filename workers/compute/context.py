@@ -5,11 +5,12 @@ from dataclasses import asdict, dataclass, fields
 from typing import TypeVar
 
 import torch
+from safetensors import safe_open
 
 from analysis.evaluation import Evaluation, EvaluationOptions
-from analysis.networks.adapters import Adapter
+from analysis.networks.adapters import Adapter, supplied_shapes
 from analysis.networks.adapting import Adaptable
-from analysis.networks.loading import LoadedNetwork, load_network
+from analysis.networks.loading import LoadedNetwork, header_of, load_network
 from app import schemas
 from app.schemas.reports import Subject
 from workers.compute.features import FeatureCache
@@ -118,13 +119,17 @@ def mathematical(given: schemas.Adapter) -> Adapter:
 
 def _load_root(context: Context, checkpoint: Checkpoint) -> LoadedNetwork:
     """Load the network of a checkpoint, or of an adapter's base."""
-    root = checkpoint.base or checkpoint
+    root, supplied = checkpoint.base or checkpoint, None
+    if checkpoint.base is not None:
+        with safe_open(context.files.paths[checkpoint.sha256], framework="pt") as file:
+            supplied = supplied_shapes(header_of(file))
     return load_network(
         checkpoint.architecture,
         context.files.paths[root.sha256],
         head=checkpoint.head,
         device=context.device,
         prefix=root.asked_prefix,
+        supplied=supplied,
     )
 
 

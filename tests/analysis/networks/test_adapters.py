@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from analysis.errors import AnalysisError
-from analysis.networks.adapters import PREFIX, Adapter, Parts, match_adapter
+from analysis.networks.adapters import PREFIX, Adapter, Parts, match_adapter, supplied_shapes
 from analysis.networks.adapting import Adaptable
-from analysis.networks.loading import build, load_network
+from analysis.networks.loading import build, header_of, load_network
 from analysis.networks.naming import Entry
 from tests.analysis import models
 from tests.analysis.adapters import SavedAdapter, adapter_of, saved_adapter
@@ -35,12 +36,15 @@ def _builtin(folder: Path) -> Saved:
 NETWORKS: dict[str, Case] = {
     "BERT": (lambda folder: models.saved_transformers("Bert", TEXT_MODELS["Bert"], folder), models.texts(N)),
     "RoBERTa": (lambda folder: models.saved_transformers("Roberta", TEXT_MODELS["Roberta"], folder), models.texts(N)),
+    "GPT-2 with classes": (
+        lambda folder: models.saved_transformers("GPT2", TEXT_MODELS["GPT2"], folder), models.texts(N),
+    ),
     "GPT-2": (lambda folder: models.saved_language_model("GPT2", folder), models.texts(N)),
     "Llama": (lambda folder: models.saved_language_model("Llama", folder), models.texts(N)),
     "ViT": (lambda folder: models.saved_transformers("ViT", IMAGE_MODELS["ViT"], folder), models.images(N)),
     "ResNet of timm": (lambda folder: models.saved_timm("resnet18", {}, folder), models.images(N, 64)),
     "builtin": (_builtin, models.images(N)),
-}
+}  # fmt: skip
 ADAPTERS: list[tuple[str, dict[str, Any]]] = [
     ("BERT", {"target_modules": ["query", "value"], "r": 3}),
     ("BERT", {"target_modules": ["query", "dense"], "r": 4, "use_rslora": True, "task": "SEQ_CLS"}),
@@ -157,6 +161,41 @@ def test_names_of_an_earlier_version_of_the_library(tmp_path: Path) -> None:
     network = _adaptable(saved).put_on(config, tmp_path / "former.safetensors", saved.path)
     with torch.no_grad():
         torch.testing.assert_close(network.module(batch), adapter.merged(batch), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("head", ["none", "of other classes"])
+def test_a_head_that_only_the_adapter_has(head: str, tmp_path: Path) -> None:
+    """A base may lack what each of its adapters holds whole, or have it in another shape; alone it is no network."""
+    saved, batch = _saved("GPT-2 with classes", tmp_path)
+    adapter = saved_adapter(saved, tmp_path / "adapter", target_modules=["c_attn"], r=2, task="SEQ_CLS")
+    file, body = load_file(saved.path), tmp_path / "body.safetensors"
+    whole = sum(tensor.numel() for tensor in file.values())
+    file |= {"score.weight": torch.ones(2, 16)}
+    save_file({name: tensor for name, tensor in file.items() if head != "none" or name != "score.weight"}, body)
+    with safe_open(adapter.path, framework="pt") as opened:
+        supplied = supplied_shapes(header_of(opened))
+    assert supplied == {"score.weight": [4, 16]}
+    loaded = load_network(saved.architecture, body, head=None, device="cpu", supplied=supplied)
+    adaptable = Adaptable(loaded, saved.architecture)
+    network = adaptable.put_on(adapter_of(adapter.config), adapter.path, body)
+    with torch.no_grad():
+        torch.testing.assert_close(network.module(batch), adapter.merged(batch), rtol=0, atol=1e-5)
+    assert network.naming.n_parameters == whole
+    without = {name: tensor for name, tensor in load_file(adapter.path).items() if not name.endswith("score.weight")}
+    save_file(without, tmp_path / "without.safetensors")
+    config = adapter_of({**adapter.config, "modules_to_save": None})
+    acts: list[Callable[[], Any]] = [
+        lambda: adaptable.put_on(config, tmp_path / "without.safetensors", body),
+        lambda: adaptable.take_off(body),
+        lambda: load_network(saved.architecture, body, head=None, device="cpu"),
+        # In another shape than the network's nothing is supplied: no description allocates more than files hold.
+        lambda: load_network(saved.architecture, body, head=None, device="cpu", supplied={"score.weight": [4, 15]}),
+    ]
+    for act in acts:
+        with pytest.raises(AnalysisError) as caught:
+            act()
+        assert caught.value.kind == "checkpoint-mismatch"
+        assert head != "none" or caught.value.members["missing"] in (["score.weight"], [f"{PREFIX}score.weight"])
 
 
 Tensors = dict[str, Tensor]

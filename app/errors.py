@@ -158,7 +158,7 @@ class RangeOutside(ServiceError):
 
 
 class InUse(ServiceError):
-    kind, title, status = "in-use", "The resource is needed by an analysis", 409
+    kind, title, status = "in-use", "The resource is in use", 409
 
 
 class IdempotencyConflict(ServiceError):

@@ -81,6 +81,10 @@ class Checkpoint(Resource):
     size_bytes: Mapped[int] = mapped_column(sa.BigInteger)
     n_parameters: Mapped[int] = mapped_column(sa.BigInteger)
     architecture: Mapped[dict[str, Any]]
+    # Of an adapter: the checkpoint whose weights it changes, and what of its configuration decides the merged weights.
+    base_id: Mapped[str | None] = mapped_column(sa.ForeignKey("checkpoints.id"), index=True)
+    base: Mapped["Checkpoint | None"] = relationship(remote_side="Checkpoint.id")
+    adapter: Mapped[dict[str, Any] | None]
     head: Mapped[str | None]
     prefix: Mapped[str] = mapped_column(sa.String(200), server_default="")
     ignored: Mapped[dict[str, Any]] = mapped_column(server_default="{}")

@@ -16,10 +16,11 @@ from sqlalchemy.orm import Session
 
 from app import models, schemas
 from app.database import read, write
+from app.descriptions.adapters import check_adapter
 from app.descriptions.architectures import architecture_of_config, check_architecture
 from app.descriptions.preprocessing import given_preprocess, preprocess_of_config
 from app.errors import InUse, InvalidFile, InvalidRequest, NotFound, TooLarge, invalid_request
-from app.files.foreign import refuse_adapter, refuse_foreign_file
+from app.files.foreign import ADAPTER_PREFIX, rank_of_adapter, refuse_adapter, refuse_foreign_file
 from app.files.weights import WeightNames, weight_names
 from app.offers import require_offered
 from app.schemas.base import MAX_CLASSES
@@ -53,6 +54,7 @@ def create_checkpoint(engine: sa.Engine, storage: Storage, settings: Settings, u
     from app.files import archives, exported, tensorfile
 
     spec = _parse_spec(schemas.CheckpointSpec, upload.spec, settings)
+    base = _base(engine, spec)
     with _blob_path(engine, storage, upload, spec) as path, ExitStack() as stack:
         weights, sha256 = upload.file, _sha256(upload, spec)
         refuse_foreign_file(path)
@@ -65,28 +67,99 @@ def create_checkpoint(engine: sa.Engine, storage: Storage, settings: Settings, u
         tokenizer = _staged_tokenizer(storage, settings, spec.tokenizer, stack)
         with tensorfile.in_turn(path):
             file = tensorfile.inspect_safetensors(path)
-            refuse_adapter(file.tensors)
-            architecture, operations = _architecture(spec, file)
-            require_offered(engine, architecture, operations)
-            # A graph has the file's own names.
-            names = WeightNames("", {}) if operations else weight_names(file.tensors, spec.prefix)
+            described = _network(engine, spec, file) if base is None else _adapter(engine, spec, file, base)
+            if spec.preprocess is not None:
+                described["preprocess"] = given_preprocess(spec.preprocess)
+            if tokenizer is not None:
+                described["tokenizer_sha256"] = tokenizer.sha256
             checkpoint = models.Checkpoint(
                 name=spec.name,
                 sha256=sha256,
                 size_bytes=path.stat().st_size,
-                n_parameters=file.n_parameters(names.ignored),
-                architecture=architecture,
-                head=spec.head,
-                prefix=names.prefix,
-                ignored=names.ignored,
-                asked_prefix=spec.prefix,
-                preprocess=None if spec.preprocess is None else given_preprocess(spec.preprocess),
-                tokenizer_sha256=None if tokenizer is None else tokenizer.sha256,
                 metadata_=spec.metadata,
+                **described,
             )
             # Free the parsed header before the next one is read.
-            del file, names
+            del file
         return _keep(engine, storage, [weights, tokenizer], checkpoint)
+
+
+def _network(engine: sa.Engine, spec: schemas.CheckpointSpec, file: "tensorfile.TensorFile") -> dict[str, Any]:
+    """Return what is kept of a whole network, by columns of its row."""
+    if spec.adapter is not None:
+        raise InvalidRequest("The spec has an adapter and no base_id: name the checkpoint whose weights it changes.")
+    refuse_adapter(file.tensors)
+    architecture, operations = _architecture(spec, file)
+    require_offered(engine, architecture, operations)
+    # A graph has the file's own names.
+    names = WeightNames("", {}) if operations else weight_names(file.tensors, spec.prefix)
+    return {
+        "n_parameters": file.n_parameters(names.ignored),
+        "architecture": architecture,
+        "head": spec.head,
+        "prefix": names.prefix,
+        "ignored": names.ignored,
+        "asked_prefix": spec.prefix,
+    }
+
+
+def _base(engine: sa.Engine, spec: schemas.CheckpointSpec) -> models.Checkpoint | None:
+    """Return the checkpoint that a spec names as its adapter's base.
+
+    Raises:
+        NotFound: it does not exist.
+        InvalidRequest: it is an adapter itself or an exported network, or the spec has a prefix.
+    """
+    if spec.base_id is None:
+        return None
+    if spec.prefix is not None:
+        raise InvalidRequest("The spec has a base_id and a prefix: an adapter's names begin as PEFT has them.")
+    with read(engine) as session:
+        base = get(session, models.Checkpoint, spec.base_id)
+    if base.base_id is not None:
+        raise InvalidRequest(
+            f"base_id names {base.name!r} ({base.id}), which is an adapter itself, of {base.base_id}. An adapter of an "
+            "adapter is not taken: push it with that base, or merge the first one where torch is and push the network.",
+            base_id=base.base_id,
+        )
+    if base.architecture["family"] == "exported":
+        raise InvalidRequest(
+            f"base_id names {base.name!r} ({base.id}), an exported network: it has operations in place of the layers "
+            "that an adapter changes. Merge the two where torch is, and export the network again.",
+            base_id=base.id,
+        )
+    return base
+
+
+def _adapter(
+    engine: sa.Engine, spec: schemas.CheckpointSpec, file: "tensorfile.TensorFile", base: models.Checkpoint
+) -> dict[str, Any]:
+    """Return what is kept of an adapter, by columns of its row; it has its base's network, head and inputs.
+
+    A description of its own is that of another head, which its file then holds.
+    """
+    rank = rank_of_adapter(file.tensors)
+    if spec.adapter is None:
+        raise InvalidRequest(
+            "The spec has a base_id and no 'adapter': give it the content of adapter_config.json, or send a zip or tar "
+            "of the adapter's folder.",
+            missing_member="adapter",
+        )
+    architecture, head = base.architecture, base.head
+    if spec.architecture is not None:
+        architecture, head = check_architecture(spec.architecture), None
+        require_offered(engine, architecture)
+    return {
+        "base_id": base.id,
+        "adapter": {**check_adapter(spec.adapter), "rank": rank},
+        "n_parameters": base.n_parameters,
+        "architecture": architecture,
+        "head": head if spec.head is None else spec.head,
+        "prefix": ADAPTER_PREFIX,
+        "ignored": {},
+        "preprocess": base.preprocess,
+        "tokenizer_sha256": base.tokenizer_sha256,
+    }
 
 
 def create_probe(engine: sa.Engine, storage: Storage, settings: Settings, upload: Upload) -> models.Probe:
@@ -160,7 +233,7 @@ def delete(engine: sa.Engine, storage: Storage, model: type[OwnerType], id_: str
 
     Raises:
         NotFound: the resource does not exist.
-        InUse: an analysis that has not ended needs it.
+        InUse: an analysis that has not ended needs it, or an adapter whose base it is.
     """
     analyses = models.Analysis
     places = models.AnalysisCheckpoint
@@ -178,6 +251,11 @@ def delete(engine: sa.Engine, storage: Storage, model: type[OwnerType], id_: str
             raise InUse(
                 f"The {noun_of(model)} is needed by {len(ids)} analyses that have not ended; cancel them or wait.",
                 analysis_ids=list(ids),
+            )
+        adapters = sa.select(models.Checkpoint.id).where(models.Checkpoint.base_id == id_).limit(20)
+        if model is models.Checkpoint and (ids := session.scalars(adapters).all()):
+            raise InUse(
+                f"The checkpoint is the base of {len(ids)} adapters; delete them first.", checkpoint_ids=list(ids)
             )
         session.execute(sa.delete(models.MetadataEntry).where(models.MetadataEntry.resource_id == id_))
         session.delete(row)
@@ -218,6 +296,9 @@ def _keep(engine: sa.Engine, storage: Storage, staged: Sequence[StagedFile | Non
     for file in files.values():
         storage.put(file)
     with write(engine) as session:
+        if isinstance(row, models.Checkpoint) and row.base_id is not None:
+            # Until this transaction ends nobody deletes it, nor the tokenizer that the adapter has from it.
+            get(session, models.Checkpoint, row.base_id, lock="share")
         # Sorted, so that two uploads of the same files never wait for each other.
         for sha256 in sorted({row.sha256, *files}):
             if sha256 in files:
@@ -306,7 +387,7 @@ def _out_of_archive(
     from app.files import archives
 
     unpacked_bytes = int(min(settings.max_upload_bytes, settings.max_unpacked_ratio * path.stat().st_size))
-    with archives.open_folder(path, max_bytes=unpacked_bytes) as folder:
+    with archives.open_folder(path, max_bytes=unpacked_bytes, of_adapter=spec.base_id is not None) as folder:
         weights = stack.enter_context(storage.stage())
         archives.write_weights(folder, weights)
     weights.flush()
@@ -314,6 +395,7 @@ def _out_of_archive(
         "architecture": None if folder.config is None else architecture_of_config(folder.config),
         "preprocess": folder.preprocessor or preprocess_of_config(folder.config or {}),
         "tokenizer": folder.tokenizer,
+        "adapter": folder.adapter,
     }
     missing = {name: value for name, value in brought.items() if getattr(spec, name) is None}
     return weights, spec.model_copy(update=missing)

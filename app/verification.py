@@ -97,6 +97,9 @@ def _finding(engine: sa.Engine, sha256: str, what: str) -> Finding:
             ("probe", Probe, (Probe.sha256 == sha256) | (Probe.tokenizer_sha256 == sha256)),
             ("feature set", FeatureSet, FeatureSet.sha256 == sha256),
         ):
+            if model is Checkpoint:
+                # Reports on adapters rest on their base's file too.
+                uses |= Checkpoint.base_id.in_(sa.select(Checkpoint.id).where(Checkpoint.sha256 == sha256))
             for resource_id, name in session.execute(sa.select(model.id, model.name).where(uses)):
                 resources.append(f"{noun} {name} ({resource_id})")
                 reports |= set(_reports_on(session, resource_id))

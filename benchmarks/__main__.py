@@ -9,13 +9,14 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import decoding, losses, memory, pages, paths, service, spectra
+from benchmarks import adapters, decoding, losses, memory, pages, paths, service, spectra
 from workers.child import ARITHMETIC
 
 PARTS = {
     "spectra": spectra,
     "losses": losses,
     "paths": paths,
+    "adapters": adapters,
     "memory": memory,
     "decoding": decoding,
     "service": service,

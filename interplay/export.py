@@ -262,11 +262,11 @@ def _steps(found: Iterable[Row]) -> dict[int | None, int]:
 
 
 def _parameters(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield a run's parameters as names and texts; lists, descriptions of networks, and grids are JSON."""
+    """Yield a run's parameters as names and texts; lists, networks' descriptions, grids and patterns are JSON."""
 
     def flat(value: Any, path: str) -> Iterator[tuple[str, str]]:
         """Yield the members of a value by their dotted paths."""
-        if isinstance(value, Mapping) and not path.endswith((".architecture", ".grid")):
+        if isinstance(value, Mapping) and not path.endswith((".architecture", ".grid", "_pattern")):
             for key, member in value.items():
                 yield from flat(member, f"{path}.{key}")
         elif value is not None:

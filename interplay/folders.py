@@ -1,5 +1,6 @@
 """Pack a folder of images or of a checkpoint into the single file that the service accepts."""
 
+import json
 import os
 import shlex
 import shutil
@@ -9,10 +10,12 @@ import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from unicodedata import normalize
 
 # Files that describe a folder's network, its images and its texts.
-_DESCRIPTIONS = ("config.json", "preprocessor_config.json", "tokenizer.json", "adapter_config.json")
+ADAPTER_CONFIG, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_DESCRIPTIONS = ("config.json", "preprocessor_config.json", "tokenizer.json", ADAPTER_CONFIG)
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _NO_WEIGHTS = ("optim", "sched", "scaler", "rng_state", "training_args")
 # Files that file managers leave behind; as in app/files/datafile/folders.py.
@@ -51,24 +54,31 @@ def zipped_folder(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def packed_checkpoint(folder: Path) -> Iterator[Path]:
+def packed_checkpoint(folder: Path, *, adapter: bool = False) -> Iterator[Path]:
     """Yield a tar of a Hugging Face folder's descriptions and weights; it is deleted after the block.
 
     The same files give the same tar. Other formats of the weights, histories and caches are omitted.
 
+    Args:
+        folder: the folder.
+        adapter: whether an adapter's files are wanted, and not a network's.
+
     Raises:
-        FileNotFoundError: the folder holds no safetensors file, or an adapter alone.
+        FileNotFoundError: the folder holds no safetensors file, or the other of an adapter and a network.
         OSError: a file cannot be read, or there is no room for the tar.
     """
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
     weights = [name for name in names if name.endswith((".safetensors", ".safetensors.index.json"))]
-    if "adapter_config.json" in names and all(name.startswith("adapter_") for name in weights):
+    if adapter:
+        weights = _adapter_weights(folder, names)
+    elif ADAPTER_CONFIG in names and all(name.startswith("adapter_") for name in weights):
         merge = (
             "from peft import AutoPeftModel; "
             f"AutoPeftModel.from_pretrained({str(folder)!r}).merge_and_unload().save_pretrained('OUT')"
         )
         raise FileNotFoundError(
-            f"{folder} is an adapter (PEFT), not a whole network: merge it into its base, then push that: "
+            f"{folder} is an adapter (PEFT), not a whole network: give the network that it adapts, pushed before, as "
+            f"its base: interplay push checkpoint {shlex.quote(str(folder))} --base NAME. Or merge both and push that: "
             f'python -c "{merge}" && interplay push checkpoint OUT'
         )
     if not weights:
@@ -86,6 +96,38 @@ def packed_checkpoint(folder: Path) -> Iterator[Path]:
                 with file.open("rb") as opened:
                     archive.addfile(info, opened)
         yield archive_path
+
+
+def adapter_beside(path: Path) -> dict[str, Any] | None:
+    """Return the adapter_config.json beside a file of an adapter's tensors; None if there is none.
+
+    Raises:
+        OSError: it cannot be read, or is no JSON object.
+    """
+    config = path.parent / ADAPTER_CONFIG
+    if not config.is_file():
+        return None
+    try:
+        value = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise OSError(f"{config} is no JSON object")
+    return value
+
+
+def _adapter_weights(folder: Path, names: Sequence[str]) -> list[str]:
+    """Return the name of the file with an adapter's tensors, for a folder that holds an adapter."""
+    if ADAPTER_CONFIG not in names:
+        raise FileNotFoundError(f"{folder} contains no {ADAPTER_CONFIG}: it is no adapter (PEFT), and has no base")
+    if _ADAPTER_WEIGHTS in names:
+        return [_ADAPTER_WEIGHTS]
+    advice = ""
+    if "adapter_model.bin" in names:
+        source, target = folder / "adapter_model.bin", folder / _ADAPTER_WEIGHTS
+        command = f"interplay convert {shlex.quote(str(source))} -o {shlex.quote(str(target))}"
+        advice = f"; convert the pickle, which the service does not open, then push the folder again: {command}"
+    raise FileNotFoundError(f"{folder} contains no {_ADAPTER_WEIGHTS}{advice}")
 
 
 def _composed(name: str) -> str:

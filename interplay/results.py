@@ -7,6 +7,23 @@ report that an earlier version wrote may lack a key that is `NotRequired`.
 from typing import Any, Literal, NotRequired, TypedDict
 
 
+class Adapter(TypedDict):
+    """A low-rank adapter: `kind` and `rank` in short, then members of its adapter_config.json by PEFT's names."""
+
+    kind: Literal["lora", "rslora", "dora"]
+    rank: int
+    r: int
+    lora_alpha: float
+    use_rslora: bool
+    use_dora: bool
+    rank_pattern: dict[str, int]
+    alpha_pattern: dict[str, float]
+    target_modules: list[str] | None
+    partial: bool
+    modules_to_save: list[str]
+    bias: Literal["none", "all", "lora_only"]
+
+
 class Alignment(TypedDict):
     """The permutation of B's hidden units before the path, whose last point is then the permuted B."""
 
@@ -245,6 +262,8 @@ class Checkpoint(TypedDict):
     size_bytes: int
     n_parameters: int
     architecture: dict[str, Any]
+    base_id: str | None
+    adapter: Adapter | None
     head: str | None
     prefix: str
     ignored: dict[str, int]
@@ -424,6 +443,14 @@ class ProvenanceComparisonOptions(TypedDict):
     options: ComparisonOptions
 
 
+class SubjectBase(TypedDict):
+    """The checkpoint whose weights an adapter changes."""
+
+    id: str
+    name: str
+    sha256: str
+
+
 class Subject(TypedDict):
     """The analysed checkpoint or feature set, described so that the report is readable after its deletion."""
 
@@ -434,6 +461,8 @@ class Subject(TypedDict):
     size_bytes: int
     n_parameters: int | None
     architecture: dict[str, Any] | None
+    base: NotRequired[SubjectBase | None]
+    adapter: NotRequired[Adapter | None]
     head: str | None
     prefix: NotRequired[str | None]
     ignored: NotRequired[dict[str, int] | None]

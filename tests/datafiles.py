@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
+from safetensors.numpy import save_file
 
 
 def picture(seed: int, width: int = 40, height: int = 32, mode: str = "RGB") -> Image.Image:
@@ -81,3 +82,18 @@ def saved(content: bytes, folder: Path, name: str = "file") -> Path:
     path = folder / name
     path.write_bytes(content)
     return path
+
+
+def mlp_adapter(folder: Path, *, seed: int = 0, rank: int = 2, **config: Any) -> Path:
+    """Write the files of an adapter of the MLP that tests share, as PEFT saves them; return their folder."""
+    generator = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    shapes = {"layers.0.lora_A": (rank, 64), "layers.0.lora_B": (32, rank)}
+    tensors = {
+        f"base_model.model.{name}.weight": generator.normal(scale=0.2, size=shape).astype(np.float32)
+        for name, shape in shapes.items()
+    }
+    save_file(tensors, folder / "adapter_model.safetensors")
+    described = {"peft_type": "LORA", "r": rank, "lora_alpha": 4, "target_modules": ["layers.0"], **config}
+    (folder / "adapter_config.json").write_text(json.dumps(described))
+    return folder

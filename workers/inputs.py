@@ -85,5 +85,6 @@ def _needed(step: WholeStep | PointStep | ReportStep) -> list[str]:
     if isinstance(step, SeriesPointTask):
         checkpoints = (checkpoints[len(step.known)],)
     tokenizers = [step.probe.tokenizer_sha256, *(checkpoint.tokenizer_sha256 for checkpoint in step.checkpoints)]
-    needed = [*(checkpoint.sha256 for checkpoint in checkpoints), step.probe.sha256, *filter(None, tokenizers)]
+    bases = [checkpoint.base.sha256 for checkpoint in checkpoints if checkpoint.base is not None]
+    needed = [*(one.sha256 for one in checkpoints), *bases, step.probe.sha256, *filter(None, tokenizers)]
     return list(dict.fromkeys(needed))

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue, TypeA
 
 from app.files.datafile import Format, Limits
 from app.schemas import Axis, ComparisonOptions, EvaluationOptions, Kind, PathOptions, PruningOptions
+from app.schemas.adapters import Adapter
 from app.schemas.reports import Alignment, PathPoint, ProbeSubject, PruningPoint, SeriesPoint
 
 Json = dict[str, JsonValue]
@@ -44,12 +45,25 @@ class _Row(Frozen):
         return cls(**{name: getattr(row, theirs) for name, theirs in names.items()})
 
 
+class Base(_Row):
+    """The checkpoint whose weights an adapter changes."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    asked_prefix: str | None
+
+
 class Checkpoint(_Row):
-    """A checkpoint, and what it brings for the probe: preprocessing of images, a tokenizer for texts."""
+    """A checkpoint, and what it brings for the probe: preprocessing of images, a tokenizer for texts.
+
+    An adapter has its base and its configuration; architecture and head are of the network that both make.
+    """
 
     size_bytes: int
     n_parameters: int
     architecture: Json
+    base: Base | None = None
+    adapter: Adapter | None = None
     head: str | None
     prefix: str
     ignored: dict[str, int]

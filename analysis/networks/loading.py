@@ -12,7 +12,7 @@ The description's family is a module beside this one; `family` says what it offe
 import importlib
 import importlib.util
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -54,12 +54,14 @@ class LoadedNetwork:
         predicts_tokens: whether it is a causal language model: its logits (n, t, c) are of the token that follows each
             of t tokens, its head is the output embedding, and c is its vocabulary.
         naming: its file's names of its tensors, and the file's other tensors.
+        stored: the file's name of each of its tensors, by the network's own name; not of counters that a file may lack.
     """
 
     module: nn.Module
     head_name: str
     predicts_tokens: bool = False
     naming: Naming = field(default_factory=Naming)
+    stored: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def head(self) -> nn.Module:
@@ -164,6 +166,7 @@ def load_network(
     head: str | None,
     device: torch.device | str,
     prefix: str | None = None,
+    supplied: Mapping[str, Sequence[int]] | None = None,
 ) -> LoadedNetwork:
     """Build the described network and fill it from a safetensors file.
 
@@ -175,6 +178,8 @@ def load_network(
         device: target device of the network.
         prefix: prefix of the weights' names in the file, such as `ema_model.`. Default: the one place of the file that
             holds all of the network's tensors.
+        supplied: shapes of tensors that an adapter supplies, by the network's names: the file may lack those of them
+            that the network has in this shape, and they are 0.
 
     Returns:
         The network in evaluation mode and its head.
@@ -195,7 +200,9 @@ def load_network(
             head_name = _head_name(template, architecture, head)
             family = _family(architecture)
             ties = Ties.of(template, family)
-            stored, naming = match_names(template, family, _header(file), ties, prefix=prefix, same=_same(file))
+            stored, naming = match_names(
+                template, family, header_of(file), ties, prefix=prefix, same=_same(file), supplied=supplied
+            )
             bounds.check_largest({name: tuple(tensor.shape) for name, tensor in template.state_dict().items()})
             tensors = _read(template.state_dict(), stored, file, torch.device(device))
     except torch.OutOfMemoryError as error:
@@ -213,7 +220,13 @@ def load_network(
     network.to(device).eval().requires_grad_(False)
     _require_memory(network)
     predicts_tokens = isinstance(family, OwnLoading) and family.predicts_tokens(network)
-    return LoadedNetwork(network, head_name, predicts_tokens, replace(naming, untied=untied))
+    return LoadedNetwork(network, head_name, predicts_tokens, replace(naming, untied=untied), stored)
+
+
+def renaming_of(network: nn.Module, architecture: Mapping[str, Any]) -> Callable[[str], str]:
+    """Return a function that converts a name of a saved file into the network's own, as its library's loading does."""
+    family = _family(architecture)
+    return family.stored_names(network) if isinstance(family, OwnLoading) else str
 
 
 def build_like(architecture: Mapping[str, Any], like: nn.Module) -> nn.Module | None:
@@ -374,7 +387,7 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear)
 
 
-def _header(file: Any) -> dict[str, Entry]:
+def header_of(file: Any) -> dict[str, Entry]:
     """Return type and shape of each tensor of an opened file."""
     slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
     return {name: Entry(one.get_dtype(), list(one.get_shape())) for name, one in slices.items()}
@@ -406,10 +419,7 @@ def _read(
         # A copy, even where the type stays: tensors mapped to the file must not outlive it.
         dtype = torch.float32 if expected.is_floating_point() else expected.dtype
         tensor = file.get_tensor(stored[name]).to(dtype=dtype, device=device, copy=True)
-        # A sum is finite only if every term is, and needs no memory; if it is not finite, each term is checked.
-        if expected.is_floating_point() and not (
-            math.isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())
-        ):
+        if expected.is_floating_point() and not is_finite(tensor):
             broken.append(name)
         tensors[name] = tensor
     if broken:
@@ -422,6 +432,12 @@ def _read(
             n_tensors=len(broken),
         )
     return tensors
+
+
+def is_finite(tensor: Shaped[Tensor, "..."]) -> bool:
+    """Return whether a tensor holds neither NaN nor infinity."""
+    # A sum is finite only if every term is, and needs no memory; if it is not finite, each term is checked.
+    return math.isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())
 
 
 def _require_memory(network: nn.Module) -> None:

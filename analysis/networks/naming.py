@@ -46,12 +46,12 @@ _MAX_PREFIX_PARTS, _MAX_PLACES = 8, 1000
 # The most names in one list of an error's members, which also give the true number; the most entries of ignored names.
 _MAX_LISTED, _MAX_IGNORED = 20, 50
 
-# safetensors' names of the types that may fill a floating-point parameter.
-_FLOATING = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+#: safetensors' names of the types that may fill a floating-point parameter.
+FLOATING = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 _INTEGER = ("I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")
 
-# Counts batches in training; evaluation never reads it, and averaged or converted checkpoints lose or change it.
-_BATCH_COUNTER = "num_batches_tracked"
+#: Counts batches in training; evaluation never reads it, and averaged or converted checkpoints lose or change it.
+BATCH_COUNTER = "num_batches_tracked"
 _RUNNING_STATISTICS = ("running_mean", "running_var")
 
 Same = Callable[[str, str], bool]
@@ -93,6 +93,7 @@ def match_names(
     *,
     prefix: str | None,
     same: Same,
+    supplied: Mapping[str, Sequence[int]] | None = None,
 ) -> tuple[dict[str, str], Naming]:
     """Find a network's tensors in a file's header, before any of them is read.
 
@@ -105,6 +106,8 @@ def match_names(
         prefix: prefix of the weights, if the caller gives one. Default: the only possible place.
         same: whether two tensors of the file, by name, are equal. It is called only for two candidates for the same
             tensor of the network.
+        supplied: shapes of tensors that another file supplies, by the network's names: this one may lack those of them
+            that the network has in this shape.
 
     Returns:
         The file's name of each of the network's tensors that it holds, by the network's own name; and the naming, with
@@ -115,7 +118,7 @@ def match_names(
             a reason: `ambiguous`, where the weights can be in several places and differ, with these as `candidates`;
             `conversion`.
     """
-    own, names = _Own(network, family, ties), sorted(header)
+    own, names = _Own(network, family, ties, supplied or {}), sorted(header)
     places = _places(header, own.n_required) if prefix is None else [prefix]
     candidates = sorted((own.candidate(place, names, header) for place in places), key=lambda candidate: candidate.rank)
     fitting = _different([candidate for candidate in candidates if candidate.fits], same)
@@ -141,7 +144,7 @@ def match_names(
         n_parameters=sum(
             torch.Size(header[full].shape).numel()
             for full in used
-            if header[full].dtype in _FLOATING and not full.endswith(_RUNNING_STATISTICS)
+            if header[full].dtype in FLOATING and not full.endswith(_RUNNING_STATISTICS)
         ),
     )
 
@@ -186,7 +189,7 @@ class _Candidate:
 class _Own:
     """A network's own names, and the conversion of a file's names into them."""
 
-    def __init__(self, network: nn.Module, family: Family, ties: Ties) -> None:
+    def __init__(self, network: nn.Module, family: Family, ties: Ties, supplied: Mapping[str, Sequence[int]]) -> None:
         self._ties = ties
         self._renaming = [
             (f"{path}." if path else "", module)
@@ -195,6 +198,9 @@ class _Own:
             or not type(module)._load_from_state_dict.__module__.startswith("torch.nn.modules.")
         ]
         self.state: dict[str, Tensor] = network.state_dict()
+        self._supplied = {
+            name for name, shape in supplied.items() if name in self.state and [*self.state[name].shape] == [*shape]
+        }
         parts = {part for name in self.state for part in name.split(".")}
         self._wrappers = _WRAPPERS - parts
         self._places = {name.split(".")[0] for name in self.state} | {name for name, _ in network.named_children()}
@@ -203,7 +209,7 @@ class _Own:
         if isinstance(family, OwnLoading):
             self._rename, self._leaves_out = family.stored_names(network), family.leaves_out(network)
         self._computed = {name for name, _ in network.named_buffers()} - set(self.state)
-        self.n_required = sum(not self._optional(name) and name not in ties.first for name in self.state)
+        self.n_required = sum(not self._may_lack(name) and name not in ties.first for name in self.state)
 
     def has_place(self, name: str) -> bool:
         """Return whether the network has the top-level part of this tensor's name."""
@@ -242,6 +248,10 @@ class _Own:
                 found.others[full] = name
             else:
                 found.stored[name] = full
+        for name in self._supplied & found.stored.keys():
+            # Such as a head for other classes.
+            if header[found.stored[name]].shape != list(self.state[name].shape):
+                del found.stored[name]
         self._ties.fill(found.stored)
         # In the file's order, so that a report lists them alike in every process.
         for full in dict.fromkeys(found.stored.values()):
@@ -273,7 +283,7 @@ class _Own:
         return became
 
     def _faults(self, stored: Mapping[str, str], header: Mapping[str, Entry]) -> dict[str, list[Any]]:
-        missing = [name for name in self.state if name not in stored and not self._optional(name)]
+        missing = [name for name in self.state if name not in stored and not self._may_lack(name)]
         misshaped, mistyped = [], []
         for name, full in stored.items():
             tensor, (dtype, shape) = self.state[name], header[full]
@@ -286,11 +296,15 @@ class _Own:
 
     def _allowed(self, name: str, tensor: Tensor) -> tuple[str, ...]:
         if tensor.is_floating_point():
-            return _FLOATING
-        return (*_INTEGER, *_FLOATING) if self._optional(name) else _INTEGER
+            return FLOATING
+        return (*_INTEGER, *FLOATING) if self._optional(name) else _INTEGER
+
+    def _may_lack(self, name: str) -> bool:
+        """Return whether the file need not hold a tensor of the network."""
+        return self._optional(name) or name in self._supplied
 
     def _optional(self, name: str) -> bool:
-        return name.endswith(_BATCH_COUNTER)
+        return name.endswith(BATCH_COUNTER)
 
 
 def _places(names: Collection[str], n_required: int) -> list[str]:
@@ -349,9 +363,16 @@ def _mismatch(chosen: _Candidate, own: _Own, header: Mapping[str, Entry]) -> Ana
     return AnalysisError(
         "checkpoint-mismatch",
         f"The architecture has {len(own.state)} tensors, the file {len(header)}{behind}; they do not match: {counts}.",
-        **{what: entries[:_MAX_LISTED] for what, entries in chosen.faults.items()},
-        **{f"n_{what}": len(entries) for what, entries in chosen.faults.items()},
+        **mismatch_members(chosen.faults),
     )
+
+
+def mismatch_members(faults: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    """Return the members of an error that list mismatches by kind: the first of each, and their true numbers."""
+    return {
+        **{what: entries[:_MAX_LISTED] for what, entries in faults.items()},
+        **{f"n_{what}": len(entries) for what, entries in faults.items()},
+    }
 
 
 def _ignored(left_out: Iterable[str], used: Iterable[str]) -> dict[str, int]:

@@ -27,6 +27,7 @@ from app.files.tensorfile import Header
 from app.files.zips import BROKEN_ZIP, bound_directory
 
 MAX_MEMBERS = 10_000
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # Descriptions are read whole; an index names every tensor.
 _MAX_JSON_BYTES = 32 * 2**20
 _COPY_BYTES = 2**20
@@ -62,6 +63,7 @@ class Folder:
         config: config.json, if it exists.
         preprocessor: preprocessor_config.json, likewise.
         tokenizer: tokenizer.json, likewise.
+        adapter: adapter_config.json of an adapter's folder; None for a network's.
         shards: safetensors files by name, in the order in which their tensors are written.
         weight_map: the shard to which the index assigns each tensor; None without an index.
     """
@@ -69,6 +71,7 @@ class Folder:
     config: dict[str, Any] | None
     preprocessor: dict[str, Any] | None
     tokenizer: dict[str, Any] | None
+    adapter: dict[str, Any] | None
     shards: dict[str, Member]
     weight_map: dict[str, str] | None
 
@@ -94,12 +97,13 @@ def is_archive(path: Path) -> bool:
 
 
 @contextmanager
-def open_folder(path: Path, *, max_bytes: int) -> Iterator[Folder]:
+def open_folder(path: Path, *, max_bytes: int, of_adapter: bool = False) -> Iterator[Folder]:
     """Open an archive; its members can be read inside the block.
 
     Args:
         path: a file that `is_archive` accepts. During the block a compressed tar is unpacked beside it, without a name.
         max_bytes: limit for all members together, unpacked; for a compressed tar, for the whole tar.
+        of_adapter: whether an adapter's folder is wanted, and not a network's.
 
     Raises:
         InvalidFile: a member leads out of the archive or is a link, members are too many or too large, weights are
@@ -115,7 +119,8 @@ def open_folder(path: Path, *, max_bytes: int) -> Iterator[Folder]:
                 unpack = next((unpack for mark, unpack in _UNPACK.items() if start.startswith(mark)), None)
                 tar = _unpacked(path, unpack, stack, max_bytes) if unpack else stack.enter_context(path.open("rb"))
                 members = _tar_members(tar, stack)
-            folder = _folder(_collected(members, max_bytes))
+            collected = _collected(members, max_bytes)
+            folder = _adapter_folder(collected) if of_adapter else _folder(collected)
         except _BROKEN as error:
             raise InvalidFile(f"The archive cannot be read: {first_line(error)}.") from None
         yield folder
@@ -237,8 +242,36 @@ def _folder(members: Mapping[PurePosixPath, Member]) -> Folder:
         config=_json(inside, "config.json"),
         preprocessor=_json(inside, "preprocessor_config.json"),
         tokenizer=_json(inside, "tokenizer.json"),
+        adapter=None,
         shards={name: inside[name] for name in names},
         weight_map=weight_map,
+    )
+
+
+def _adapter_folder(members: Mapping[PurePosixPath, Member]) -> Folder:
+    """Return the outermost folder with an adapter_config.json; a network beside the adapter is left out."""
+    configs = [path for path in members if is_adapter_config(path)]
+    if not configs:
+        raise InvalidFile(
+            "The spec has a base_id, and the archive holds no adapter_config.json: it is no adapter as PEFT saves it. "
+            "A whole network has no base: leave base_id out.",
+            members=sorted(map(str, members))[:20],
+        )
+    root = _outermost(configs)
+    inside = {path.name: member for path, member in members.items() if path.parent == root}
+    if ADAPTER_WEIGHTS not in inside:
+        pickled = (
+            " The service opens no pickle: interplay convert FOLDER/adapter_model.bin -o FOLDER/" + ADAPTER_WEIGHTS
+        )
+        advice = pickled if "adapter_model.bin" in inside else ""
+        raise InvalidFile(f"The adapter's folder holds no {ADAPTER_WEIGHTS}.{advice}", members=sorted(inside)[:20])
+    return Folder(
+        config=None,
+        preprocessor=_json(inside, "preprocessor_config.json"),
+        tokenizer=_json(inside, "tokenizer.json"),
+        adapter=_json(inside, configs[0].name),
+        shards={ADAPTER_WEIGHTS: inside[ADAPTER_WEIGHTS]},
+        weight_map=None,
     )
 
 

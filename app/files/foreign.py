@@ -2,9 +2,12 @@
 
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from app.errors import InvalidFile
+
+if TYPE_CHECKING:
+    from app.files.tensorfile import TensorInfo
 
 # By the first bytes of a file: its kind, and advice.
 _FORMATS: Mapping[bytes, tuple[str, str]] = {
@@ -16,6 +19,8 @@ _FORMATS: Mapping[bytes, tuple[str, str]] = {
     b"\x89HDF\r\n\x1a\n": ("an HDF5 file, as Keras writes them", "Networks here are those of torch."),
 }
 _ADAPTER_CONFIG = "adapter_config.json"
+# What every name in a file of PEFT begins with.
+ADAPTER_PREFIX = "base_model.model."
 # Parts of PEFT's names for an adapter's tensors.
 _ADAPTER_PARTS = (".lora_A.", ".lora_B.", ".lora_embedding_A", ".lora_embedding_B", ".lora_magnitude_vector")
 _ADAPTER_BESIDE = (".modules_to_save.", ".original_module.", ".base_layer.")
@@ -50,11 +55,40 @@ def refuse_foreign_folder(members: Iterable[PurePosixPath], adapter: Mapping[str
 
 
 def refuse_adapter(names: Collection[str]) -> None:
-    """Raise InvalidFile if all of a file's tensors are those of an adapter."""
+    """Raise InvalidFile if all of a file's tensors are those of an adapter, or PEFT's without what is adapted."""
     parts = [name for name in names if any(part in f"{name}." for part in _ADAPTER_PARTS)]
     beside = [name for name in names if any(part in f"{name}." for part in _ADAPTER_BESIDE)]
-    if parts and len({*parts, *beside}) == len(names):
+    alone = len({*parts, *beside}) == len(names)
+    if parts and (alone or (all(name.startswith(ADAPTER_PREFIX) for name in names) and _lack_their_weights(names))):
         raise _adapter("LoRA", None)
+
+
+def _lack_their_weights(names: Collection[str]) -> bool:
+    """Return whether a module has low-rank tensors in the file, and its own weight is not there."""
+    adapted = {name.removesuffix(".lora_A.weight") for name in names if name.endswith(".lora_A.weight")}
+    return any(f"{path}.weight" not in names and f"{path}.base_layer.weight" not in names for path in adapted)
+
+
+def rank_of_adapter(tensors: "Mapping[str, TensorInfo]") -> int:
+    """Return the largest rank of an adapter's low-rank tensors.
+
+    Args:
+        tensors: of its file.
+
+    Raises:
+        InvalidFile: the file is no low-rank adapter of PEFT.
+    """
+    ranks = [
+        info.shape[0]
+        for name, info in tensors.items()
+        if name.startswith(ADAPTER_PREFIX) and name.endswith((".lora_A.weight", ".lora_embedding_A")) and info.shape
+    ]
+    if not ranks:
+        raise InvalidFile(
+            f"The spec has a base_id, and the file is no low-rank adapter as PEFT saves it: no tensor's name begins "
+            f"with {ADAPTER_PREFIX!r} and ends with '.lora_A.weight'. A whole network has no base: leave base_id out."
+        )
+    return max(ranks)
 
 
 def is_adapter_config(path: PurePosixPath) -> bool:
@@ -65,9 +99,10 @@ def is_adapter_config(path: PurePosixPath) -> bool:
 def _adapter(kind: str, base: str | None) -> InvalidFile:
     of = f"of {base!r}" if base else "of another network"
     return InvalidFile(
-        f"This is an adapter ({kind}, as PEFT saves it): it changes weights {of} and is no network by itself. Merge "
-        "the two where torch is, PeftModel.from_pretrained(base, FOLDER).merge_and_unload().save_pretrained(OUT), and "
-        "send OUT.",
+        f"This is an adapter ({kind}, as PEFT saves it): it changes weights {of} and is no network by itself. Push "
+        "that network first, and then the adapter with the network as its base: base_id in the spec, or interplay push "
+        "checkpoint FOLDER --base NAME. Or merge the two where torch is, "
+        "PeftModel.from_pretrained(base, FOLDER).merge_and_unload().save_pretrained(OUT), and send OUT.",
         adapter=kind,
         base=base,
     )

@@ -183,12 +183,24 @@ def _require_subject(comparison: Report, baseline: Report | None) -> None:
         return
     expected = baseline["subjects"][-1] if "subjects" in baseline else baseline["subject"]
     found = comparison["subjects"][0]
+    if _of_base(found) != _of_base(expected):
+        raise NotComparable(
+            f"The comparison is with {found['name']!r}, an adapter of another base than the baseline's, or the one is "
+            "an adapter and the other is not. Compare with the baseline's checkpoint.",
+            differing=[{"member": "subject.base.sha256", "expected": _of_base(expected), "found": _of_base(found)}],
+        )
     if found["sha256"] != expected["sha256"]:
         raise NotComparable(
             f"The comparison is with {found['name']!r} (sha256 {found['sha256'][:12]}), the baseline is of "
             f"{expected['name']!r} (sha256 {expected['sha256'][:12]}). Compare with the baseline's checkpoint.",
             differing=[{"member": "subject.sha256", "expected": expected["sha256"], "found": found["sha256"]}],
         )
+
+
+def _of_base(subject: Report) -> str | None:
+    """Return the sha256 of an adapter's base; None for whole networks."""
+    base = subject.get("base")
+    return None if base is None else str(base["sha256"])
 
 
 def _require_comparable(report: Report, baseline: Report, kinds: tuple[Kind, ...]) -> None:

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from starlette.responses import RedirectResponse
 
-from app import resources
+from app import resources, schemas
 from app.api.routes import ServiceDep
 from app.api.sessions import TOKEN_FIELD
 from app.api.uploads import receive
@@ -24,13 +24,13 @@ _KEEP: Mapping[Collection, Callable[..., resources.Owner]] = {
     "feature-sets": resources.create_feature_set,
 }
 # Fields whose text is JSON, and those that have one entry a line.
-_JSON, _LINES = ("architecture", "preprocess"), ("class_names",)
+_JSON, _LINES = ("architecture", "adapter", "preprocess"), ("class_names",)
 
 
 @router.get("/push")
-def show_forms(request: Request, visitor: VisitorDep) -> Response:
-    """The three forms."""
-    return page(request, visitor, "push.html")
+def show_forms(request: Request, visitor: VisitorDep, base: schemas.Id | None = None) -> Response:
+    """The three forms; that of a checkpoint with a base, if an adapter of it is to be pushed."""
+    return page(request, visitor, "push.html", base=base)
 
 
 @router.post("/push/{collection}")

@@ -89,6 +89,7 @@ def _show(request: Request, id: schemas.Id, visitor: VisitorDep, service: Servic
     collection = _of(request)
     with read(service.engine) as session:
         row = resources.get(session, collection.model, id)
+        base = row.base if isinstance(row, models.Checkpoint) else None
         used = _subject(collection, id)
         found = page_of_reports(session, Listing(limit=_NEWEST), used, Ranking(show=list(listed.SHOWN)))
         reports = listed.rows(session, found.items)
@@ -99,6 +100,7 @@ def _show(request: Request, id: schemas.Id, visitor: VisitorDep, service: Servic
         "resource.html",
         collection=collection,
         row=row,
+        base=base,
         charts=charts,
         run=courses.run_and_axis(row) if isinstance(row, models.Checkpoint) else None,
         has_samples=isinstance(row, models.Probe) and samples.shows_samples(row),
@@ -145,6 +147,7 @@ def _facts(row: Any) -> list[tuple[str, Any, str]]:
     facts = [
         ("Id", row.id, "code"),
         ("Parameters", getattr(row, "n_parameters", None), "number"),
+        ("Adapter", _adapter(getattr(row, "adapter", None)), "text"),
         ("Head", getattr(row, "head", None), "code"),
         ("Prefix of names", getattr(row, "prefix", None) or None, "code"),
         ("Content", getattr(row, "content", None), "text"),
@@ -162,6 +165,10 @@ def _facts(row: Any) -> list[tuple[str, Any, str]]:
         ("Pushed", row.created_at, "moment"),
     ]
     return [fact for fact in facts if fact[1] is not None]
+
+
+def _adapter(adapter: Mapping[str, Any] | None) -> str | None:
+    return None if adapter is None else f"{adapter['kind']}, rank {adapter['rank']}, alpha {adapter['lora_alpha']:g}"
 
 
 def _shape(shape: Sequence[int] | None) -> str | None:

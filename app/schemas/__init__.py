@@ -1,5 +1,6 @@
 """Requests and resources as pydantic models, which make up the OpenAPI document."""
 
+from app.schemas.adapters import Adapter
 from app.schemas.base import (
     PLAIN_TEXT,
     Id,
@@ -61,6 +62,7 @@ from app.schemas.specs import (
 
 __all__ = [
     "PLAIN_TEXT",
+    "Adapter",
     "Analysis",
     "AnalysisRequest",
     "Axis",

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 from pydantic import Field, FiniteFloat
 
 from app.schemas import Axis, ComparisonOptions, EvaluationOptions, PathOptions, Preprocess, PruningOptions, Strict
+from app.schemas.adapters import Adapter
 
 SCHEMA_VERSION = "1"
 DEFINITIONS_VERSION = "1"
@@ -140,6 +141,14 @@ class SplitEvaluation(Strict):
     reasons: Reasons
 
 
+class SubjectBase(Strict):
+    """The checkpoint whose weights an adapter changes."""
+
+    id: str
+    name: str
+    sha256: str
+
+
 class Subject(Strict):
     """The analysed checkpoint or feature set, described so that the report is readable after its deletion."""
 
@@ -150,6 +159,8 @@ class Subject(Strict):
     size_bytes: int
     n_parameters: int | None
     architecture: dict[str, Any] | None
+    base: SubjectBase | None = Field(default=None, description="Of an adapter; what was analysed is the two, merged.")
+    adapter: Adapter | None = None
     head: str | None
     prefix: str | None = Field(default=None, description="Prefix of the network's own names in the file.")
     ignored: dict[str, int] | None = Field(

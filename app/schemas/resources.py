@@ -5,6 +5,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
+from app.schemas.adapters import Adapter
 from app.schemas.base import Strict
 from app.schemas.requests import Axis
 from app.schemas.specs import Preprocess
@@ -17,6 +18,8 @@ class Checkpoint(Strict):
     size_bytes: int
     n_parameters: int
     architecture: dict[str, Any]
+    base_id: str | None = Field(description="Of an adapter: the checkpoint whose weights it changes.")
+    adapter: Adapter | None
     head: str | None
     prefix: str = Field(description="Prefix of the network's own names in the file, such as `module.`.")
     ignored: dict[str, int] = Field(

@@ -6,7 +6,7 @@ from unicodedata import normalize
 
 from pydantic import AfterValidator, Field, FiniteFloat
 
-from app.schemas.base import MAX_CLASSES, PLAIN_TEXT, Metadata, Name, PositiveFloat, Sha256, Strict
+from app.schemas.base import MAX_CLASSES, PLAIN_TEXT, Id, Metadata, Name, PositiveFloat, Sha256, Strict
 
 
 def _ending_with_a_dot(prefix: str) -> str:
@@ -17,9 +17,17 @@ Prefix = Annotated[str, Field(max_length=199, pattern=PLAIN_TEXT), AfterValidato
 
 
 class CheckpointSpec(Strict):
-    """`spec` of POST /v1/checkpoints. Without `architecture` the file's own metadata must hold one."""
+    """`spec` of POST /v1/checkpoints. Without `architecture` the file's own metadata must hold one.
+
+    With `base_id` the file is an adapter of PEFT. Its architecture is its base's, or for a head that the adapter brings
+    the one that is given; it has no `prefix`.
+    """
 
     name: Name
+    base_id: Id | None = Field(default=None, description="For an adapter: the checkpoint whose weights it changes.")
+    adapter: dict[str, Any] | None = Field(
+        default=None, description="Content of adapter_config.json, which an archive of the adapter's folder holds."
+    )
     architecture: dict[str, Any] | None = None
     head: str | None = Field(
         default=None, max_length=500, pattern=PLAIN_TEXT, description="Module name of the head; default: by family."

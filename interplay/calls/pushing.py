@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypedDict, Unpack, cast
 
 from interplay.calls.collections import Collection, CollectionCalls, given
-from interplay.folders import packed_checkpoint, zipped_folder
+from interplay.folders import adapter_beside, packed_checkpoint, zipped_folder
 from interplay.results import Checkpoint, FeatureSet, Probe
 from interplay.transport import Body, ProblemError
 from interplay.uploads import push
@@ -16,6 +16,8 @@ from interplay.uploads import push
 class CheckpointDescription(TypedDict, total=False):
     """The optional arguments of `push_checkpoint`, which documents them."""
 
+    base: str | None
+    adapter: Mapping[str, Any] | None
     architecture: Mapping[str, Any] | None
     head: str | None
     prefix: str | None
@@ -32,6 +34,8 @@ class PushingCalls(CollectionCalls):
         path: str | Path,
         *,
         name: str,
+        base: str | None = None,
+        adapter: Mapping[str, Any] | None = None,
         architecture: Mapping[str, Any] | None = None,
         head: str | None = None,
         prefix: str | None = None,
@@ -47,15 +51,21 @@ class PushingCalls(CollectionCalls):
             path: the file, or a Hugging Face folder: config.json, weights in one file or in shards with their index,
                 and optionally preprocessor_config.json and tokenizer.json. An archive of one is accepted too.
             name: display name; need not be unique.
-            architecture: description of the network; default: the one in the file's own metadata, or config.json.
+            base: for an adapter of PEFT: id of the checkpoint whose weights it changes, pushed before. `path` is then
+                the adapter's folder, an archive of it, or its adapter_model.safetensors.
+            adapter: content of adapter_config.json; default: the one in the folder, or beside the file.
+            architecture: description of the network; default: the one in the file's own metadata, or config.json; of an
+                adapter its base's, unless it brings another head.
             head: module name of the classification head; default: the family's own.
             prefix: prefix of the weights' names, such as `ema_model.`, if the file holds several copies.
             preprocess: of images, for probes without one: in a probe's form, or a preprocessor_config.json.
             tokenizer: content of a tokenizer.json, for texts of probes without one.
             metadata: for example run, epoch, tags; text, numbers, booleans or lists of these.
         """
-        spec = {
-            "name": name,
+        path = Path(path)
+        described: CheckpointDescription = {
+            "base": base,
+            "adapter": adapter,
             "architecture": architecture,
             "head": head,
             "prefix": prefix,
@@ -63,10 +73,10 @@ class PushingCalls(CollectionCalls):
             "tokenizer": tokenizer,
             "metadata": metadata,
         }
-        path = Path(path)
+        spec = _spec(path, name, described)
         if not path.is_dir():
             return cast(Checkpoint, self._push("checkpoints", path, spec))
-        with packed_checkpoint(path) as archive:
+        with packed_checkpoint(path, adapter=base is not None) as archive:
             return cast(Checkpoint, self._push("checkpoints", archive, spec))
 
     def push_probe(
@@ -131,7 +141,7 @@ class PushingCalls(CollectionCalls):
             return self.push_checkpoint(path, name=name, **described), True
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        spec = json.dumps(given({"name": name, **described, "sha256": sha256})).encode()
+        spec = json.dumps(given({**_spec(path, name, described), "sha256": sha256})).encode()
         try:
             held = self._call("POST", "/v1/checkpoints", files=[("spec", (None, spec, "application/json"))])
         except ProblemError as error:
@@ -142,3 +152,12 @@ class PushingCalls(CollectionCalls):
 
     def _push(self, collection: Collection, path: Path, spec: Mapping[str, Any]) -> Body:
         return push(self._transport, collection, path, given(spec))
+
+
+def _spec(path: Path, name: str, described: CheckpointDescription) -> dict[str, Any]:
+    """Return a checkpoint's spec; that of an adapter's bare tensors has the configuration beside them."""
+    spec = {"name": name, **described}
+    spec["base_id"] = spec.pop("base", None)
+    if spec["base_id"] is not None and spec.get("adapter") is None and path.suffix == ".safetensors":
+        spec["adapter"] = adapter_beside(path)
+    return spec

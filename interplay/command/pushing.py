@@ -7,6 +7,7 @@ from typing import Annotated
 from cyclopts import Parameter, validators
 
 from interplay.command import rendering
+from interplay.command.naming import NamedOption, id_of
 from interplay.command.options import (
     COMMON,
     DESCRIBED,
@@ -41,16 +42,21 @@ def push_checkpoint(
     file: FileOrFolder,
     /,
     *,
+    base: NamedOption = None,
     described: DescribedCheckpoint = DESCRIBED_CHECKPOINT,
     common: Common = COMMON,
 ) -> None:
-    """Upload a checkpoint: safetensors, or a Hugging Face folder.
+    """Upload a checkpoint: safetensors, or a Hugging Face folder; with --base an adapter of PEFT.
 
     Args:
-        file: A file, or a folder with config.json and the weights in one file or in shards.
+        file: A file, or a folder with config.json and the weights in one file or in shards. Of an adapter its folder,
+            with adapter_config.json and adapter_model.safetensors.
+        base: For an adapter: the checkpoint whose weights it changes, pushed before.
     """
     parsed = described.parsed()
     with common.client() as client:
+        if base is not None:
+            parsed["base"] = id_of(client, "checkpoints", base, "--base")
         body = client.push_checkpoint(file, name=described.name or stem(file), **parsed)
     common.print(body, rendering.resource_text("checkpoint", body))
 

@@ -247,7 +247,9 @@ def resource_text(noun: str, body: Body) -> str:
     facts = [f"{noun} {body['id']}", printable(body["name"])]
     if "n_parameters" in body:
         facts.append(f"{body['n_parameters']:,} parameters")
-    if body.get("prefix"):
+    if adapter := body.get("adapter"):
+        facts.append(f"{adapter['kind']} adapter of rank {adapter['rank']}, base {body['base_id']}")
+    elif body.get("prefix"):
         facts.append(f"names without {printable(body['prefix'])}")
     facts += [f"{left_out} left out" for left_out in _left_out(body)]
     if "n_samples" in body:
@@ -374,6 +376,9 @@ def _next_tokens(found: Body) -> str:
 
 def _describe(table: Table, subject: Body) -> None:
     about = [printable(subject["name"])]
+    if base := subject.get("base"):
+        adapter = subject["adapter"]
+        about.append(f"{adapter['kind']} adapter of rank {adapter['rank']} on {printable(base['name'])}")
     if subject.get("architecture"):
         about.append(_architecture(subject["architecture"]))
     if subject.get("n_parameters"):

@@ -79,7 +79,7 @@ def test_everything_works_on_a_network_that_nobody_knows(service: Service, tmp_p
     assert evaluated["subject"]["head"] == "out"
     assert evaluated["provenance"]["library"] is None
     ends = {"checkpoint_a_id": first["id"], "checkpoint_b_id": second["id"], "probe_id": probe_id}
-    options = {"grid": {"points": 3}, "alignment": "weight_matching", "normalisation": "recalibrate"}
+    options: dict[str, Any] = {"grid": {"points": 3}, "alignment": "weight_matching", "normalisation": "recalibrate"}
     path = _report(service, kind="path", options=options, **ends)
     assert [point["w"] for point in path["points"]] == [0, 0.5, 1]
     assert path["points"][0]["splits"]["all"]["accuracy"] == evaluated["splits"]["all"]["accuracy"]
@@ -88,8 +88,8 @@ def test_everything_works_on_a_network_that_nobody_knows(service: Service, tmp_p
     options = {"sparsities": [0, 0.5]}
     swept = _report(service, kind="pruning", checkpoint_id=first["id"], probe_id=probe_id, options=options)
     assert swept["points"][1]["sparsity"] == 0.5
-    ids = [first["id"], second["id"]]
-    series = _report(service, kind="series", checkpoint_ids=ids, x=[1, 2], probe_id=probe_id)
+    ids, axis = [first["id"], second["id"]], {"name": "epoch", "values": [1, 2]}
+    series = _report(service, kind="series", checkpoint_ids=ids, axis=axis, probe_id=probe_id)
     assert len(series["points"]) == 2
 
 

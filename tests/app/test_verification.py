@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.datafiles import mlp_adapter
 from tests.services import Service
 
 
@@ -13,8 +14,11 @@ def _verify(service: Service, *arguments: str) -> subprocess.CompletedProcess[st
     return subprocess.run(command, env=service.environment, capture_output=True, text=True, check=False, timeout=120)
 
 
-def test_a_damaged_checkpoint(any_service: Service, mlp_checkpoint_file: Path, digits_probe_file: Path) -> None:
-    """A damaged checkpoint fails its next analysis and is listed with its reports; set aside, it can be sent again."""
+def test_a_damaged_checkpoint(
+    any_service: Service, mlp_checkpoint_file: Path, digits_probe_file: Path, tmp_path: Path
+) -> None:
+    """A damaged checkpoint fails its next analysis and is listed with all reports that rest on it, those of adapters
+    too; set aside, it can be sent again."""
     service = any_service
     # A separate file, so that no other test's checkpoint is damaged.
     content = bytearray(mlp_checkpoint_file.read_bytes())
@@ -24,6 +28,13 @@ def test_a_damaged_checkpoint(any_service: Service, mlp_checkpoint_file: Path, d
     ids = {"checkpoint_id": checkpoint["id"], "probe_id": probe["id"]}
     options = {"null_permutations": 0}
     report = service.report(service.wait(service.analyze(**ids, options=options)["id"]))
+    folder = mlp_adapter(tmp_path)
+    described = json.loads((folder / "adapter_config.json").read_text())
+    spec = {"name": "tuned", "base_id": checkpoint["id"], "adapter": described}
+    adapter = service.post("/v1/checkpoints", spec, folder / "adapter_model.safetensors").json()["id"]
+    of_adapter = service.report(
+        service.wait(service.analyze(**{**ids, "checkpoint_id": adapter}, options=options)["id"])
+    )
     assert _verify(service).returncode == 0
 
     path = service.data_dir / "blobs" / checkpoint["sha256"][:2] / checkpoint["sha256"]
@@ -36,7 +47,9 @@ def test_a_damaged_checkpoint(any_service: Service, mlp_checkpoint_file: Path, d
     assert found.returncode == 1
     assert f"checkpoint rotten ({checkpoint['id']})" in found.stdout
     assert f"report {report['id']} rests on it" in found.stdout
-    assert json.dumps(found.stdout).count("rests on it") == 1
+    assert f"checkpoint tuned ({adapter})" in found.stdout
+    assert f"report {of_adapter['id']} rests on it" in found.stdout
+    assert json.dumps(found.stdout).count("rests on it") == 2
     assert "1 damaged or missing" in found.stdout
 
     spec = {"name": "rotten", "sha256": checkpoint["sha256"]}

@@ -16,8 +16,10 @@ import numpy as np
 from safetensors.numpy import save
 
 from app import schemas
+from app.descriptions.adapters import check_adapter
 from app.errors import ServiceError
 from app.files import archives, datafile, probedata, tensorfile
+from app.files.foreign import rank_of_adapter
 from app.files.weights import weight_names
 from app.settings import Settings
 from tests.datafiles import encoded, picture, zipped
@@ -62,6 +64,10 @@ def originals() -> dict[str, bytes]:
             info = tarfile.TarInfo(f"net/{name}")
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
+    parts = {"lora_A": np.ones((2, 3), np.float32), "lora_B": np.ones((2, 2), np.float32)}
+    tensors = save({f"base_model.model.layer.{part}.weight": array for part, array in parts.items()})
+    described = {"peft_type": "LORA", "r": 2, "rank_pattern": {"layer": 2}, "target_modules": ["layer"], "bias": "none"}
+    adapter = {"adapter_config.json": json.dumps(described).encode(), "adapter_model.safetensors": tensors}
     pictures = {f"{name}/{i}.png": encoded(picture(i, 4, 3)) for name in ("cat", "dog") for i in range(2)}
     return {
         "safetensors": save(arrays),
@@ -69,6 +75,7 @@ def originals() -> dict[str, bytes]:
         "npz, compressed": packed.getvalue(),
         "zip of a folder": zipped(folder, compression=zipfile.ZIP_DEFLATED),
         "tar of a folder": tar.getvalue(),
+        "zip of an adapter": zipped(adapter),
         "zip of images": zipped(pictures),
         "csv": b'text,label\n"a, b",x\nc,y\n',
         "json lines": b'{"text": "a", "label": 0}\n{"text": "b", "label": 1}\n',
@@ -106,13 +113,27 @@ def _as_checkpoint(path: Path) -> None:
         archives.write_weights(folder, io.BytesIO())
 
 
+def _as_adapter(path: Path) -> None:
+    if not archives.is_archive(path):
+        rank_of_adapter(tensorfile.inspect_safetensors(path).tensors)
+        return
+    with archives.open_folder(path, max_bytes=2**26, of_adapter=True) as folder:
+        with path.with_suffix(".weights").open("wb") as weights:
+            archives.write_weights(folder, weights)
+        assert folder.adapter is not None, "every adapter's folder has one"
+        rank_of_adapter(tensorfile.inspect_safetensors(path.with_suffix(".weights")).tensors)
+        schemas.Adapter.model_validate({**check_adapter(folder.adapter), "rank": 1})
+
+
 def _as_probe(path: Path) -> None:
     # Another process reads Parquet, as a file may crash it.
     if datafile.detect(path, datafile.Limits.of(SETTINGS)) != "parquet":
         probedata.describe(path, schemas.ProbeSpec(name="a"), SETTINGS)
 
 
-DOORS: dict[str, Callable[[Path], None]] = {"checkpoint": _as_checkpoint, "probe": _as_probe}
+DOORS: dict[str, Callable[[Path], None]] = {
+    "checkpoint": _as_checkpoint, "adapter": _as_adapter, "probe": _as_probe,
+}  # fmt: skip
 
 
 def campaign(folder: Path, seed: int, *, count: int, seconds: float = float("inf")) -> tuple[int, list[Fault]]:

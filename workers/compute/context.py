@@ -5,10 +5,14 @@ from dataclasses import asdict, dataclass, fields
 from typing import TypeVar
 
 import torch
+from safetensors import safe_open
 
 from analysis.evaluation import Evaluation, EvaluationOptions
+from analysis.networks.adapters import Adapter, supplied_shapes
+from analysis.networks.adapting import Adaptable
 from analysis.networks.exported.network import batch_bounds
-from analysis.networks.loading import LoadedNetwork, load_network
+from analysis.networks.loading import LoadedNetwork, header_of, load_network
+from app import schemas
 from app.schemas.reports import Subject
 from workers.compute.features import FeatureCache
 from workers.tasks import Checkpoint, Files, Json, Network, Task
@@ -19,20 +23,27 @@ T = TypeVar("T")
 
 
 class Held:
-    """What the points of one analysis share, such as loaded networks and the probe: loaded once, then held."""
+    """What the points of one analysis share, such as loaded networks and the probe: loaded once, then held.
+
+    There is one value of each type.
+    """
 
     def __init__(self) -> None:
         self._analysis_id: str | None = None
-        self._value: object = None
+        self._values: dict[type, object] = {}
 
     def get(self, analysis_id: str, kind: type[T], load: Callable[[], T]) -> T:
-        """Return what is held for an analysis; load it if nothing is."""
-        if self._analysis_id == analysis_id and isinstance(self._value, kind):
-            return self._value
-        self.clear()
-        value = load()
-        self._analysis_id, self._value = analysis_id, value
+        """Return the value of a type that is held for an analysis; load it if none is."""
+        self.keep_only(analysis_id)
+        value = self._values.get(kind)
+        if not isinstance(value, kind):
+            value = load()
+            self._analysis_id, self._values[kind] = analysis_id, value
         return value
+
+    def drop(self, kind: type) -> None:
+        """Free the value of a type."""
+        self._values.pop(kind, None)
 
     def keep_only(self, analysis_id: str) -> None:
         """Free the memory that another analysis, possibly failed, still holds."""
@@ -41,7 +52,8 @@ class Held:
 
     def clear(self) -> None:
         """Free what is held."""
-        self._analysis_id, self._value = None, None
+        self._analysis_id = None
+        self._values.clear()
 
 
 @dataclass(frozen=True)
@@ -71,13 +83,54 @@ def options_of(kind: type[Options], task: Task) -> Options:
 
 
 def load(context: Context, checkpoint: Checkpoint) -> LoadedNetwork:
-    """Build a checkpoint's network on the device and load its weights."""
+    """Build a checkpoint's network on the device and load its weights; an adapter's are merged into its base's."""
+    if checkpoint.base is None:
+        return _load_root(context, checkpoint)
+    return put_on(context, checkpoint, adaptable(context, checkpoint))
+
+
+def adaptable(context: Context, checkpoint: Checkpoint) -> Adaptable:
+    """Load the network of a checkpoint, or of an adapter's base, for adapters to be put on."""
+    return Adaptable(_load_root(context, checkpoint), checkpoint.architecture)
+
+
+def put_on(context: Context, checkpoint: Checkpoint, network: Adaptable) -> LoadedNetwork:
+    """Change a network to that of a checkpoint, which is its base or one of its base's adapters."""
+    if checkpoint.base is None or checkpoint.adapter is None:
+        return network.take_off(context.files.paths[checkpoint.sha256])
+    paths = context.files.paths
+    return network.put_on(mathematical(checkpoint.adapter), paths[checkpoint.sha256], paths[checkpoint.base.sha256])
+
+
+def mathematical(given: schemas.Adapter) -> Adapter:
+    """Return an adapter's configuration as the mathematics takes it."""
+    return Adapter(
+        r=given.r,
+        alpha=given.lora_alpha,
+        rslora=given.use_rslora,
+        dora=given.use_dora,
+        rank_pattern=given.rank_pattern,
+        alpha_pattern=given.alpha_pattern,
+        targets=given.target_modules,
+        partial=given.partial,
+        saved=given.modules_to_save,
+        bias=given.bias,
+    )
+
+
+def _load_root(context: Context, checkpoint: Checkpoint) -> LoadedNetwork:
+    """Load the network of a checkpoint, or of an adapter's base."""
+    root, supplied = checkpoint.base or checkpoint, None
+    if checkpoint.base is not None:
+        with safe_open(context.files.paths[checkpoint.sha256], framework="pt") as file:
+            supplied = supplied_shapes(header_of(file))
     return load_network(
         checkpoint.architecture,
-        context.files.paths[checkpoint.sha256],
+        context.files.paths[root.sha256],
         head=checkpoint.head,
         device=context.device,
-        prefix=checkpoint.asked_prefix,
+        prefix=root.asked_prefix,
+        supplied=supplied,
     )
 
 
@@ -91,6 +144,8 @@ def network_facts(network: LoadedNetwork) -> Network:
 def described(checkpoint: Checkpoint, network: Network, *, n_features: int, n_classes: int) -> Subject:
     """Return a report's `subject`: the members of the row, overridden by those found when the network was loaded."""
     row = {name: value for name, value in checkpoint if name in Subject.model_fields}
+    if checkpoint.base is not None:
+        row["base"] = checkpoint.base.model_dump(include={"id", "name", "sha256"})
     found = {
         name: value for name, value in network if name in Network.model_fields and name in network.model_fields_set
     }

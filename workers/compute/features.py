@@ -186,7 +186,11 @@ def name_of(task: NetworkTask, checkpoint: Checkpoint, provenance: Json) -> str:
     file = {"tokenizer_sha256", "max_length"} | (set() if probe.data_sha256 else {"format", "columns"})
     depends_on = {
         "checkpoint": checkpoint.model_dump(
-            include={"architecture", "head", "asked_prefix", "preprocess", "tokenizer_sha256"}
+            include={
+                **dict.fromkeys(("architecture", "head", "asked_prefix", "preprocess", "tokenizer_sha256"), True),
+                "base": {"sha256", "asked_prefix"},
+                "adapter": True,
+            }
         ),
         "probe": probe.model_dump(include={"content", "preprocess", "class_names", "n_classes", *file}),
         "batch_size": options.batch_size,

@@ -325,3 +325,9 @@ def test_a_comparison_with_another_checkpoint_than_the_baselines_is_refused() ->
     verdicts.sides(spec, report, evaluation_report())
     with pytest.raises(NotComparable, match="Compare with the baseline's checkpoint"):
         verdicts.sides(spec, report, comparison_report({"accuracy": WIDE}))
+    # The same adapter on another base is another network.
+    report["subjects"][0]["base"] = {"id": "x", "name": "base", "sha256": "0" * 64}
+    with pytest.raises(NotComparable, match="adapter of another base") as caught:
+        verdicts.sides(spec, report, evaluation_report())
+    [differing] = caught.value.members["differing"]
+    assert differing == {"member": "subject.base.sha256", "expected": None, "found": "0" * 64}

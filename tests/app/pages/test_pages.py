@@ -19,6 +19,7 @@ from app.pages import words
 from app.pages.rendering import place
 from interplay.export import to_csv
 from tests.app.test_analyses import SLOW, pair
+from tests.datafiles import mlp_adapter
 from tests.services import Service
 
 ROOT = Path(__file__).parents[3]
@@ -228,7 +229,9 @@ def test_gates_and_baselines(service: Service, reports: dict[str, Any]) -> None:
     assert "There is no gate" in read(service.client, f"/baselines/{baseline}?gate=none", status=404)
 
 
-def test_files_are_pushed_by_forms(service: Service, mlp_checkpoint_file: Path, digits_probe_file: Path) -> None:
+def test_files_are_pushed_by_forms(
+    service: Service, mlp_checkpoint_file: Path, digits_probe_file: Path, tmp_path: Path
+) -> None:
     """What a form sends becomes the resource that the API would have made, and a mistake is said on a page."""
     with httpx.Client(base_url=service.url, trust_env=False, timeout=30) as client:
         token = token_of(read(client, "/push"))
@@ -262,6 +265,20 @@ def test_files_are_pushed_by_forms(service: Service, mlp_checkpoint_file: Path, 
             refused = push("checkpoints", mlp_checkpoint_file.read_bytes(), **fields)
             assert refused.status_code == 422
             assert said in refused.text
+        tensors = (mlp_adapter(tmp_path) / "adapter_model.safetensors").read_bytes()
+        config = (tmp_path / "adapter_config.json").read_text()
+        adapter = made(push("checkpoints", tensors, base_id=checkpoint["id"], adapter=config))
+        assert (adapter["base_id"], adapter["adapter"]["rank"]) == (checkpoint["id"], 2)
+        page = read(client, f"/checkpoints/{adapter['id']}")
+        assert f'<dt>Base</dt><dd><a href="/checkpoints/{checkpoint["id"]}">' in page
+        assert "lora, rank 2, alpha 4" in page
+        assert "Push an adapter of it" not in page
+        link = f"/push?base={checkpoint['id']}"
+        assert f'href="{link}">Push an adapter of it</a>' in read(client, f"/checkpoints/{checkpoint['id']}")
+        assert f'value="{checkpoint["id"]}"' in read(client, link)
+        refused = push("checkpoints", tensors, base_id=adapter["id"], adapter=config)
+        assert refused.status_code == 422
+        assert "is an adapter itself" in refused.text
         assert push("checkpoints", None).status_code == 422
         before = {path.name for path in (service.data_dir / "blobs").rglob("*")}
         assert push("checkpoints", b"other" * 1000, csrf_token="0").status_code == 403

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console, RenderableType
 
+from app.descriptions.adapters import check_adapter
 from interplay.command import rendering
 from tests.interplay.reports import evaluation_report, path_report, pruning_report, series_report
 
@@ -75,6 +76,14 @@ def test_report_of_a_feature_set() -> None:
     assert "feature set" in text
     assert "mlp" not in text
     assert "metadata" not in text
+
+
+def test_report_of_an_adapter() -> None:
+    """The line of an adapter has its kind, its rank and its base's name."""
+    base = {"id": "b", "name": "base", "sha256": "0" * 64}
+    adapter = {**check_adapter({"peft_type": "LORA", "use_rslora": True}), "rank": 8}
+    report = evaluation_report(subject={**evaluation_report()["subject"], "base": base, "adapter": adapter})
+    assert "rslora adapter of rank 8 on base" in rendered(rendering.report_view(report))
 
 
 @pytest.mark.parametrize(

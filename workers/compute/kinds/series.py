@@ -2,6 +2,7 @@
 may differ.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
@@ -9,10 +10,11 @@ from typing import Literal
 from analysis.clock import Clock
 from analysis.errors import AnalysisError
 from analysis.evaluation import EvaluationOptions, evaluate_network
+from analysis.networks.adapting import Adaptable
 from analysis.networks.loading import LoadedNetwork
 from app import schemas
 from app.schemas.reports import Generalisation, SeriesPoint, SeriesSplit, SeriesSummary
-from workers.compute.context import Context, load, options_of
+from workers.compute.context import Context, adaptable, load, options_of, put_on
 from workers.compute.kinds.points import (
     MEASURED,
     LoadedProbe,
@@ -37,12 +39,37 @@ class _LoadedProbe:
     loaded: LoadedProbe
 
 
+@dataclass(frozen=True)
+class _Origin:
+    """What a network is loaded from, before an adapter is put on it."""
+
+    sha256: str
+    prefix: str | None
+    architecture: str
+    head: str | None
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> "_Origin":
+        """Return the origin of a checkpoint, which for an adapter is its base."""
+        root = checkpoint.base or checkpoint
+        architecture = json.dumps(checkpoint.architecture, sort_keys=True)
+        return cls(root.sha256, root.asked_prefix, architecture, checkpoint.head)
+
+
+@dataclass(frozen=True)
+class _LoadedBase:
+    """A network on which adapters are put, one after the other."""
+
+    origin: _Origin
+    network: Adaptable
+
+
 def series_point(task: SeriesPointTask, context: Context) -> SeriesAnswer:
     """Compute the next point of a series."""
     (_, x), total, done = place_in_series(task), len(task.checkpoints), len(task.known)
     clock, counting, checkpoint = Clock(), counting_points(context, done, total), task.checkpoints[done]
     with clock.phase("load"):
-        network = load(context, checkpoint)
+        network = network_of(task, checkpoint, context)
         probe = _probe_for(task, checkpoint, network, counting)
     evaluation = evaluate_network(
         network,
@@ -160,9 +187,28 @@ def _probe_for(task: SeriesTask, checkpoint: Checkpoint, network: LoadedNetwork,
 
     held = context.held.get(task.analysis_id, _LoadedProbe, read)
     if held.architecture != checkpoint.architecture:
-        context.held.clear()
+        context.held.drop(_LoadedProbe)
         held = context.held.get(task.analysis_id, _LoadedProbe, read)
     return held.loaded
+
+
+def network_of(task: SeriesTask, checkpoint: Checkpoint, context: Context) -> LoadedNetwork:
+    """Return a checkpoint's network; that of a base and its adapters is loaded once for those in a row."""
+    origin = _Origin.of(checkpoint)
+    if not any(one.base is not None and _Origin.of(one) == origin for one in task.checkpoints):
+        context.held.drop(_LoadedBase)
+        return load(context, checkpoint)
+
+    def load_base() -> _LoadedBase:
+        return _LoadedBase(origin, adaptable(context, checkpoint))
+
+    held = context.held.get(task.analysis_id, _LoadedBase, load_base)
+    if held.origin != origin:
+        # Its variable too, or two networks would be in memory while the second loads.
+        del held
+        context.held.drop(_LoadedBase)
+        held = context.held.get(task.analysis_id, _LoadedBase, load_base)
+    return put_on(context, checkpoint, held.network)
 
 
 def _series_split(points: Sequence[SeriesPoint], split: Literal["all", "train", "test"]) -> SeriesSplit:

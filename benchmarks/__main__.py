@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import adapters, decoding, losses, memory, pages, paths, service, spectra
+from benchmarks import adapters, decoding, graphs, losses, memory, pages, paths, service, spectra
 from workers.child import ARITHMETIC
 
 PARTS = {
@@ -17,6 +17,7 @@ PARTS = {
     "losses": losses,
     "paths": paths,
     "adapters": adapters,
+    "graphs": graphs,
     "memory": memory,
     "decoding": decoding,
     "service": service,

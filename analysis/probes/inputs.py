@@ -17,6 +17,10 @@ INPUT_NAMES = (
 )  # fmt: skip
 
 
+#: Beginning of the names of inputs that a network names by itself, such as `inputs.words`.
+OWN_INPUT = "inputs."
+
+
 def n_samples(inputs: Inputs) -> int:
     """Return the number of samples of a batch."""
     return len(next(iter(named(inputs).values())))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import AnalysisError, Kind
 from .feature_set import FeatureSet
-from .inputs import INPUT_NAMES
+from .inputs import INPUT_NAMES, OWN_INPUT
 from .preprocess import Preprocess
 from .probe import CHUNK_ELEMENTS, Probe, prepared_batch
 from .sequences import labels_of_tokens
@@ -45,7 +45,8 @@ def load_probe(
 ) -> Probe:
     """Read a probe dataset: `inputs` (n, ...), `labels` (n,) and, if there are splits, `split` (n,).
 
-    In place of `inputs` it may hold a network's own inputs by their names, such as `input_ids` and `attention_mask`.
+    In place of `inputs` it may hold several by names that networks have for them, such as `input_ids` and
+    `attention_mask`, or by those of one network alone: `inputs.words` is its `words`.
 
     Args:
         path: the file.
@@ -67,10 +68,13 @@ def load_probe(
     kind: Kind = "invalid-probe"
     tensors = _read(path, format, ("inputs", *INPUT_NAMES, "labels", "split"), kind)
     named = {name: tensors[name] for name in INPUT_NAMES if name in tensors}
-    if "inputs" in tensors and named:
-        raise AnalysisError(kind, f"The file holds inputs and {', '.join(named)}; it must be one or the other.")
+    own = {name.removeprefix(OWN_INPUT): tensors[name] for name in sorted(tensors) if name.startswith(OWN_INPUT)}
+    if ("inputs" in tensors) + bool(named) + bool(own) > 1:
+        held = ", ".join(name for name in tensors if name not in ("labels", "split"))
+        raise AnalysisError(kind, f"The file holds {held}; it must be one or the other.")
     if named and not set(_MAIN_NAMES) & set(named):
         raise AnalysisError(kind, f"With {', '.join(named)} the file must also hold {' or '.join(_MAIN_NAMES)}.")
+    named = named or own
     given = named or {"inputs": _required(tensors, "inputs", kind)}
     n = len(next(iter(given.values()))) if all(t.ndim for t in given.values()) else 0
     for name, tensor in given.items():
@@ -150,18 +154,24 @@ def _check_inputs(name: str, tensor: Shaped[Tensor, "..."], n: int) -> None:
 
 
 def _read(path: Path, format: str, names: Sequence[str], kind: Kind) -> dict[str, Tensor]:
-    """Return those of the named tensors that the file holds."""
+    """Return those of the named tensors that the file holds, and of a probe's file inputs by a network's own names."""
     try:
         if format == "safetensors":
             with safe_open(path, framework="pt", device="cpu") as file:
-                return {name: file.get_tensor(name) for name in names if name in file.keys()}  # noqa: SIM118
+                held = list(file.keys())
+                return {name: file.get_tensor(name) for name in _wanted(names, held)}
         # If a file is not an archive, NumPy leaves it open unless the caller opened it.
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as archive:
-            return {name: _from_numpy(archive[name]) for name in names if name in archive.files}
+            return {name: _from_numpy(archive[name]) for name in _wanted(names, archive.files)}
     except FileNotFoundError:
         raise
     except _BROKEN_FILE as error:
         raise AnalysisError(kind, f"The file cannot be read as {format}: {error}.") from None
+
+
+def _wanted(names: Sequence[str], held: Sequence[str]) -> list[str]:
+    own = [name for name in held if name.startswith(OWN_INPUT) and name != OWN_INPUT] if "inputs" in names else []
+    return [*(name for name in names if name in held), *own]
 
 
 def _from_numpy(array: object) -> Tensor:

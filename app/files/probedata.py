@@ -35,6 +35,8 @@ from app.files.tensordata import (
 )
 from app.settings import Settings
 
+# Beginning of the names of inputs that a network names by itself, as in analysis/probes/inputs.py (a test compares).
+OWN_INPUT = "inputs."
 # Names under which a probe may hold a network's own inputs in place of `inputs`. The first one that exists, of the
 # first two, gives the shape. As in analysis/probes/inputs.py; a test compares them.
 INPUT_NAMES = (
@@ -149,7 +151,7 @@ def _tensors(path: Path, spec: schemas.ProbeSpec, settings: Settings) -> dict[st
         if getattr(spec, member) is not None:
             raise InvalidRequest(f"{member} is for Parquet, CSV and JSON lines; the file holds tensors.")
     file, values = _open_probe(path, settings)
-    require_known(file, {"inputs", *INPUT_NAMES, "labels", "split"})
+    require_known(file, {"inputs", *INPUT_NAMES, *_own_names(file), "labels", "split"})
     inputs = _inputs(file, spec.preprocess)
     labels = _labels(file, values, inputs, spec)
     _check_preprocess(spec.preprocess, inputs.shape[1])
@@ -222,18 +224,28 @@ def _classes(labels: npt.NDArray[np.int64] | None, names: list[str] | None) -> d
 
 def _inputs(file: tensorfile.TensorFile, preprocess: schemas.Preprocess | None) -> tensorfile.TensorInfo:
     """Return the tensor that gives a probe's number and shape of samples; check the others too."""
-    named = [name for name in INPUT_NAMES if name in file.tensors]
-    if "inputs" in file.tensors and named:
-        raise InvalidFile(f"The file holds 'inputs' and {', '.join(map(repr, named))}; it must be one or the other.")
-    main = next((name for name in _MAIN_NAMES if name in file.tensors), "inputs")
+    named, own = [name for name in INPUT_NAMES if name in file.tensors], _own_names(file)
+    several = [*named, *own] if own else named
+    if ("inputs" in file.tensors and several) or (named and own):
+        listed = ", ".join(map(repr, ["inputs"] * ("inputs" in file.tensors) + several))
+        raise InvalidFile(
+            f"The file holds {listed}; it must hold one tensor of inputs, or several of one kind of name."
+        )
+    main = next((name for name in (*_MAIN_NAMES, *own) if name in file.tensors), "inputs")
+    named = named or own
     inputs = require_tensor(file, main, tensorfile.INTEGER if main == "input_ids" else tensorfile.NUMERIC, min_rank=2)
     for name in named:
         other = require_tensor(file, name, tensorfile.NUMERIC, min_rank=2)
         if other.shape[0] != inputs.shape[0]:
             raise InvalidFile(f"{name!r} has {other.shape[0]} samples; {main!r} has {inputs.shape[0]}.")
-    if preprocess is not None and main == "input_ids":
+    if preprocess is not None and main not in ("inputs", "pixel_values"):
         raise InvalidRequest("preprocess is for 'inputs' and 'pixel_values'; the file holds neither.")
     return inputs
+
+
+def _own_names(file: tensorfile.TensorFile) -> list[str]:
+    """Return the tensors that are inputs by names of the network's own, such as `inputs.words`, in their order."""
+    return sorted(name for name in file.tensors if name.startswith(OWN_INPUT) and name != OWN_INPUT)
 
 
 def _check_preprocess(preprocess: schemas.Preprocess | None, size: int) -> None:

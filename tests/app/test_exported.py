@@ -93,6 +93,35 @@ def test_everything_works_on_a_network_that_nobody_knows(service: Service, tmp_p
     assert len(series["points"]) == 2
 
 
+class Several(nn.Module):
+    """Words and numbers, by names of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.numbers, self.out = nn.Embedding(9, 8), nn.Linear(3, 8), nn.Linear(8, CLASSES)
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        logits: Tensor = self.out(torch.relu(self.words(batch["words"]).mean(1) + self.numbers(batch["numbers"])))
+        return logits
+
+
+def test_inputs_may_have_any_names(service: Service, tmp_path: Path) -> None:
+    """A probe has them as `inputs.NAME`; numbers that are whole stay whole."""
+    torch.manual_seed(0)
+    model, labels = Several(), torch.arange(N) % CLASSES
+    batch = {"words": torch.randint(0, 9, (N, 5)), "numbers": torch.randn(N, 3)}
+    checkpoint = _pushed(service, save_checkpoint(model, tmp_path / "a.safetensors", example_inputs=(batch,)))
+    tensors = {f"inputs.{name}": tensor for name, tensor in batch.items()}
+    probe = service.post("/v1/probes", {"name": "several"}, save({**tensors, "labels": labels}))
+    report = _report(service, checkpoint_id=checkpoint["id"], probe_id=probe.json()["id"])
+    accuracy = float((model.eval()(batch).argmax(1) == labels).float().mean())
+    assert report["splits"]["all"]["accuracy"] == pytest.approx(accuracy)
+    mixed = service.post(
+        "/v1/probes", {"name": "mixed"}, save({**tensors, "inputs": torch.ones(N, 3), "labels": labels})
+    )
+    assert "one tensor of inputs, or several" in problem(mixed, 422, "invalid-file")["detail"]
+
+
 def test_a_path_between_two_graphs_is_refused(service: Service) -> None:
     """The answer names the member that differs: the hash of the graph."""
     first, second = _pushed(service, _archive(_model(0))), _pushed(service, PROGRAMS / "torch-2.13.0.pt2")

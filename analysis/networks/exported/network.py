@@ -199,7 +199,7 @@ class ExportedNetwork(nn.Module):
         """Return a batch's tensors in the order of the graph's inputs, and of their types."""
         declared = self._graph.inputs
         named = {"": batch} if isinstance(batch, Tensor) else dict(batch)
-        if len(declared) == 1 and set(named) <= {"", "pixel_values", declared[0].name}:
+        if len(declared) == 1 and set(named) <= {"", "pixel_values", "input_ids", declared[0].name}:
             named = dict(zip([declared[0].name], named.values(), strict=True))
         if set(named) != {one.name for one in declared}:
             expected = ", ".join(one.name for one in declared)

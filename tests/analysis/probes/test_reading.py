@@ -15,7 +15,7 @@ from torch import Tensor
 
 from analysis.errors import AnalysisError
 from analysis.probes.feature_set import FeatureSet
-from analysis.probes.inputs import INPUT_NAMES, first_samples, n_samples
+from analysis.probes.inputs import INPUT_NAMES, OWN_INPUT, first_samples, n_samples
 from analysis.probes.preprocess import Preprocess
 from analysis.probes.probe import Probe
 from analysis.probes.reading import load_feature_set, load_probe
@@ -489,5 +489,6 @@ def test_pixel_values_that_are_not_finite_are_named(tmp_path: Path) -> None:
 def test_app_knows_the_same_names() -> None:
     """The names that the API accepts are those read here."""
     from app.files.probedata import INPUT_NAMES as OF_APP
+    from app.files.probedata import OWN_INPUT as OWN_OF_APP
 
-    assert OF_APP == INPUT_NAMES
+    assert (OF_APP, OWN_OF_APP) == (INPUT_NAMES, OWN_INPUT)

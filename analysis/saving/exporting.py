@@ -88,9 +88,8 @@ def from_program(program: ExportedProgram) -> Exported:
     results = writer.take(program.graph, writer.placeholders(program.graph))
     if writer.unknown:
         listed = "; ".join(f"{name} {where}".strip() for name, where in list(writer.unknown.items())[:_MAX_LISTED])
-        raise ConversionError(
-            f"The model uses {len(writer.unknown)} operations that the service does not run: {listed}."
-        )
+        n = f"{len(writer.unknown)} operation{'s' if len(writer.unknown) > 1 else ''}"
+        raise ConversionError(f"The model uses {n} that the service does not run: {listed}.")
     [output] = [node for node in program.graph.nodes if node.op == "output"]
     place = _logits_place(program.call_spec.out_spec, len(results))
     return writer.exported(results[place], output.args[0][place])

@@ -43,6 +43,7 @@ from app.schemas.resources import (
     Readiness,
     ReportSummary,
     Status,
+    Upload,
     Version,
     WorkerVersion,
 )
@@ -110,6 +111,7 @@ __all__ = [
     "Slug",
     "Status",
     "Strict",
+    "Upload",
     "Version",
     "WorkerVersion",
     "metadata_text",

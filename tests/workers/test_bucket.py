@@ -56,14 +56,15 @@ def test_everything_works_in_a_bucket(own: InBucket, mlp_checkpoint_file: Path, 
     service = own.service
     ids = pair(service, mlp_checkpoint_file, digits_probe_file)
     report = service.report(service.wait(service.analyze(**ids)["id"]))
-    assert report["checkpoint"]["sha256"] == hashlib.sha256(mlp_checkpoint_file.read_bytes()).hexdigest()
-    assert blob(own, report["checkpoint"]["sha256"]) == mlp_checkpoint_file.read_bytes()
+    assert report["subject"]["sha256"] == hashlib.sha256(mlp_checkpoint_file.read_bytes()).hexdigest()
+    assert blob(own, report["subject"]["sha256"]) == mlp_checkpoint_file.read_bytes()
     content = service.client.get(f"/v1/checkpoints/{ids['checkpoint_id']}/file").content
     assert content == mlp_checkpoint_file.read_bytes()
     assert not list((service.data_dir / "blobs").glob("??/*"))
     # Kept features come from the bucket as well.
-    again = service.report(service.wait(service.analyze(**ids, name="again")["id"]))
+    again = service.report(service.wait(service.analyze(**ids)["id"]))
     assert without_identity(again)["splits"] == without_identity(report)["splits"]
+    assert again["method"]["features_reused"] is True
     assert service.client.delete(f"/v1/probes/{ids['probe_id']}").status_code == 204
 
 

@@ -23,6 +23,13 @@
     ├── TooManyStreams      503  of events
     ├── TooManyConnections  503
     ├── BaselineMoved       409  it has moved since the caller read it
+    ├── OffsetDiffers       409  a resumable upload is not where the caller thinks
+    ├── UploadUnfinished    409  a resumable upload that should become a resource is not whole
+    ├── UploadBusy          423  another request has a resumable upload
+    ├── ChecksumMismatch    460  what came is not what was sent
+    ├── UnknownTusVersion   412
+    ├── UploadElsewhere     503  a resumable upload lies on another machine
+    ├── TooManyUploads      503
     ├── InsufficientStorage 507  the disk or the storage is full
     └── Unavailable         503  the database or the storage does not answer
 
@@ -187,3 +194,31 @@ class InsufficientStorage(ServiceError):
 
 class Unavailable(ServiceError):
     kind, title, status = "unavailable", "The service cannot answer now", 503
+
+
+class OffsetDiffers(ServiceError):
+    kind, title, status = "upload-offset", "The upload continues elsewhere", 409
+
+
+class UploadUnfinished(ServiceError):
+    kind, title, status = "upload-unfinished", "The upload is not complete", 409
+
+
+class UploadBusy(ServiceError):
+    kind, title, status = "upload-busy", "Another request uses the upload", 423
+
+
+class ChecksumMismatch(ServiceError):
+    kind, title, status = "checksum-mismatch", "The bytes do not have their checksum", 460
+
+
+class UnknownTusVersion(ServiceError):
+    kind, title, status = "tus-version", "The version of the tus protocol is not supported", 412
+
+
+class UploadElsewhere(ServiceError):
+    kind, title, status = "upload-elsewhere", "The upload lies on another machine of the service", 503
+
+
+class TooManyUploads(ServiceError):
+    kind, title, status = "too-many-uploads", "Too many uploads are open", 503

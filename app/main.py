@@ -17,7 +17,9 @@ from app.api.openapi import Application
 from app.api.readiness import Readiness
 from app.api.routes import Service, analyses, gates, health, reports
 from app.api.routes import resources as resource_routes
+from app.api.routes import uploads as upload_routes
 from app.api.sessions import Sessions
+from app.api.tus import Tus
 from app.database import make_engine
 from app.pages.application import Pages
 from app.settings import Settings
@@ -70,9 +72,11 @@ def create_app(settings: Settings, tables: "Future[None] | None" = None) -> Fast
     app.add_middleware(Pages, service=service, sessions=sessions)
     app.add_middleware(WaitForTables, tables=tables)
     app.add_middleware(Admission, settings=settings, sessions=sessions)
+    app.add_middleware(Tus)
     problems.install(app)
     # FastAPI tries one route after the other, ten microseconds each: the most requested come first.
-    for router in (reports.router, analyses.router, resource_routes.router, gates.router, health.router):
+    routes = (reports, analyses, resource_routes, gates, health, upload_routes)
+    for router in (module.router for module in routes):
         app.include_router(router, prefix="/v1")
     app.include_router(health.health)
     documents.install(app)

@@ -72,6 +72,28 @@ class Blob(Base):
     size_bytes: Mapped[int] = mapped_column(sa.BigInteger)
 
 
+class Upload(Resource):
+    """A resumable upload. Its file lies in the staging folder of `place` until it has become a resource.
+
+    The file is never shorter than `offset_bytes`, whatever happens to the machine; it may be longer.
+    """
+
+    __tablename__ = "uploads"
+    __table_args__ = (sa.Index(None, "expires_at"),)
+
+    size_bytes: Mapped[int] = mapped_column(sa.BigInteger)
+    offset_bytes: Mapped[int] = mapped_column(sa.BigInteger, default=0)
+    # The header Upload-Metadata, as it came.
+    metadata_: Mapped[str | None] = mapped_column("metadata", sa.String(4096))
+    place: Mapped[str] = mapped_column(sa.String(36))
+    # The run of the machine that wrote last: within it all that the file has is right. Null while bytes are unverified.
+    boot: Mapped[str | None] = mapped_column(sa.String(36))
+    expires_at: Mapped[datetime]
+    # What it became, and by which spec.
+    resource_id: Mapped[str | None] = mapped_column(sa.String(36))
+    request_sha256: Mapped[str | None] = mapped_column(sa.String(64))
+
+
 class Checkpoint(Resource):
     __tablename__ = "checkpoints"
     __table_args__ = (sa.Index(None, "created_at", "id"),)

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from pydantic import ValidationError
 from sqlalchemy.orm import Session
 
-from app import models, schemas
+from app import models, schemas, uploads
 from app.database import read, write
 from app.descriptions.adapters import check_adapter
 from app.descriptions.architectures import architecture_of_config, check_architecture
@@ -54,8 +54,14 @@ def create_checkpoint(engine: sa.Engine, storage: Storage, settings: Settings, u
     from app.files import archives, exported, tensorfile
 
     spec = _parse_spec(schemas.CheckpointSpec, upload.spec, settings)
+    if (made := _made_before(engine, models.Checkpoint, upload, spec)) is not None:
+        return made
     base = _base(engine, spec)
-    with _blob_path(engine, storage, upload, spec) as path, ExitStack() as stack:
+    with (
+        _received(engine, storage, upload, spec) as upload,
+        _blob_path(engine, storage, upload, spec) as path,
+        ExitStack() as stack,
+    ):
         weights, sha256 = upload.file, _sha256(upload, spec)
         refuse_foreign_file(path)
         if exported.is_exported_program(path):
@@ -81,7 +87,7 @@ def create_checkpoint(engine: sa.Engine, storage: Storage, settings: Settings, u
             )
             # Free the parsed header before the next one is read.
             del file
-        return _keep(engine, storage, [weights, tokenizer], checkpoint)
+        return _keep(engine, storage, [weights, tokenizer], checkpoint, upload)
 
 
 def _network(engine: sa.Engine, spec: schemas.CheckpointSpec, file: "tensorfile.TensorFile") -> dict[str, Any]:
@@ -167,7 +173,13 @@ def create_probe(engine: sa.Engine, storage: Storage, settings: Settings, upload
     from app.files import probedata
 
     spec = _parse_spec(schemas.ProbeSpec, upload.spec, settings)
-    with _blob_path(engine, storage, upload, spec) as path, ExitStack() as stack:
+    if (made := _made_before(engine, models.Probe, upload, spec)) is not None:
+        return made
+    with (
+        _received(engine, storage, upload, spec) as upload,
+        _blob_path(engine, storage, upload, spec) as path,
+        ExitStack() as stack,
+    ):
         tokenizer = _staged_tokenizer(storage, settings, spec.tokenizer, stack)
         probe = models.Probe(
             name=spec.name,
@@ -177,7 +189,7 @@ def create_probe(engine: sa.Engine, storage: Storage, settings: Settings, upload
             tokenizer_sha256=None if tokenizer is None else tokenizer.sha256,
             metadata_=spec.metadata,
         )
-        return _keep(engine, storage, [upload.file, tokenizer], probe)
+        return _keep(engine, storage, [upload.file, tokenizer], probe, upload)
 
 
 def create_feature_set(engine: sa.Engine, storage: Storage, settings: Settings, upload: Upload) -> models.FeatureSet:
@@ -187,7 +199,9 @@ def create_feature_set(engine: sa.Engine, storage: Storage, settings: Settings, 
     from app.files import identity, tensordata, tensorfile
 
     spec = _parse_spec(schemas.FeatureSetSpec, upload.spec, settings)
-    with _blob_path(engine, storage, upload, spec) as path:
+    if (made := _made_before(engine, models.FeatureSet, upload, spec)) is not None:
+        return made
+    with _received(engine, storage, upload, spec) as upload, _blob_path(engine, storage, upload, spec) as path:
         file = tensorfile.inspect_safetensors(path)
         tensordata.require_known(file, {"features", "labels", "head", "head_bias", "logits", "split"})
         n_samples, n_features = tensordata.require_tensor(file, "features", tensorfile.FLOATING, rank=2).shape
@@ -212,7 +226,7 @@ def create_feature_set(engine: sa.Engine, storage: Storage, settings: Settings, 
             data_sha256=identity.hash_tensors(path, file),
             metadata_=spec.metadata,
         )
-    return _keep(engine, storage, [upload.file], feature_set)
+        return _keep(engine, storage, [upload.file], feature_set, upload)
 
 
 def get(
@@ -269,8 +283,9 @@ def delete(engine: sa.Engine, storage: Storage, model: type[OwnerType], id_: str
 
 
 def sweep(engine: sa.Engine, storage: Storage) -> None:
-    """Remove what crashes left behind: abandoned uploads, unused blobs, files without a row."""
+    """Remove what crashes left behind: abandoned and expired uploads, unused blobs, files without a row."""
     storage.remove_abandoned()
+    uploads.sweep(engine, storage)
     unused = sa.select(models.Blob.sha256).where(*_no_use(models.Blob.sha256))
     with read(engine) as session:
         hashes = list(session.scalars(unused))
@@ -290,7 +305,9 @@ def sweep(engine: sa.Engine, storage: Storage) -> None:
             storage.delete_features(entry.name)
 
 
-def _keep(engine: sa.Engine, storage: Storage, staged: Sequence[StagedFile | None], row: OwnerType) -> OwnerType:
+def _keep(
+    engine: sa.Engine, storage: Storage, staged: Sequence[StagedFile | None], row: OwnerType, upload: Upload
+) -> OwnerType:
     """Store the blobs, then insert the row: a crash in between leaves a file, never a row without its file."""
     files: dict[str, StagedFile] = {file.sha256: file for file in staged if file is not None}
     for file in files.values():
@@ -311,6 +328,8 @@ def _keep(engine: sa.Engine, storage: Storage, staged: Sequence[StagedFile | Non
         session.add(row)
         session.flush()
         session.add_all(models.MetadataEntry.entries(row.id, row.metadata_))
+        if upload.id is not None:
+            uploads.use(session, upload.id, row.id, upload.spec)
     return row
 
 
@@ -358,17 +377,43 @@ def _staged_tokenizer(
     return staged
 
 
+def _made_before(engine: sa.Engine, model: type[OwnerType], upload: Upload, spec: Spec) -> OwnerType | None:
+    """Return what a resumable upload has become by the same call before, whose answer may have been lost."""
+    if spec.upload_id is None:
+        return None
+    if upload.file is not None:
+        raise InvalidRequest("The form has a part named 'file', and the spec names an upload; send one of them.")
+    with read(engine) as session:
+        id_ = uploads.used_for(session, spec.upload_id, upload.spec)
+        return None if id_ is None else get(session, model, id_)
+
+
+@contextmanager
+def _received(engine: sa.Engine, storage: Storage, upload: Upload, spec: Spec) -> Iterator[Upload]:
+    """Yield the upload, with the file of the resumable one that its spec names."""
+    if spec.upload_id is None:
+        yield upload
+        return
+    with uploads.whole_file(engine, storage, spec.upload_id) as file:
+        yield Upload(upload.spec, file, spec.upload_id)
+
+
 @contextmanager
 def _blob_path(engine: sa.Engine, storage: Storage, upload: Upload, spec: Spec) -> Iterator[Path]:
     """Yield the path of the uploaded file, or of the blob that `spec.sha256` names."""
     if upload.file is not None:
         upload.file.flush()
         if spec.sha256 not in (None, upload.file.sha256):
-            raise InvalidFile(f"The file has the sha256 {upload.file.sha256}, the spec says {spec.sha256}.")
+            found = upload.file.sha256
+            raise InvalidFile(
+                f"The file has the sha256 {found}, the spec says {spec.sha256}.", found=found, expected=spec.sha256
+            )
         yield upload.file.path
         return
     if spec.sha256 is None:
-        raise InvalidRequest("The form has no part named 'file', and the spec names no sha256 of a blob to re-use.")
+        raise InvalidRequest(
+            "The form has no part named 'file', and the spec names neither an upload_id nor the sha256 of a blob."
+        )
     missing = NotFound(f"The service holds no blob with the sha256 {spec.sha256}; send the file.")
     with read(engine) as session:
         if session.get(models.Blob, spec.sha256) is None:

@@ -40,6 +40,12 @@ class Settings(BaseSettings):
     upload_idle_seconds: float = Field(
         default=30.0, gt=0, description="An upload that sends nothing for so long is dropped."
     )
+    max_open_uploads: int = Field(
+        default=200, ge=0, description="Resumable uploads that are not resources yet; 0 takes none."
+    )
+    upload_expires_seconds: float = Field(
+        default=24 * 3600.0, gt=0, le=366 * 86400, description="A resumable upload that gets no bytes for so long goes."
+    )
     max_npz_bytes: int = Field(default=20 * 2**30, ge=1, description="Largest unpacked size of an npz probe.")
     max_npz_ratio: float = Field(default=200.0, gt=1, description="Largest unpacked-to-packed ratio of an npz probe.")
     max_image_pixels: int = Field(

@@ -4,37 +4,32 @@ An upload is staged in a local file and hashed while it streams, so a crash leav
 A local store gets the staged file by rename, with the file and its folder synced; a remote one by one atomic put.
 """
 
-import errno
 import fcntl
 import hashlib
-import math
 import os
 import shutil
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO
 from urllib.parse import unquote, urlsplit
 from uuid import uuid4
 
 import obstore
-import obstore.exceptions
 from obstore.store import LocalStore, ObjectStore, from_url
 
 from app.settings import Settings
+from app.staging import Hashed, PartialFile, StagedFile, StorageFull, StorageUnavailable, reaching_storage, sync_folder
+
+__all__ = ["BlobDamaged", "StagedFile", "Storage", "StorageFull", "StorageUnavailable", "StoredFeatures", "Upload"]
 
 # Where workers keep features, beside the blobs.
 _FEATURES = "features"
-# Bytes of a staged file after which the kernel is asked to start writing them.
-_WRITEBACK_BYTES = 2**24
-_MOST_TURNS = 20
-# How long a call waits for its turn while no other call ends.
-_STALLED_SECONDS = 1.0
+# How the files of resumable uploads end; `remove_abandoned` leaves them alone.
+_PARTIAL = ".upload"
 # Parts of a large file that are sent to a remote store at a time, each within the store's timeout.
 _PARTS = 4
 # Prefixes of the environment variables that obstore reads for a store, and the options of its HTTP client.
@@ -56,14 +51,6 @@ _CLIENT_OPTIONS = (
 )
 
 
-class StorageUnavailable(Exception):
-    """The store, or the disk that uploads are staged on, failed a read or a write."""
-
-
-class StorageFull(StorageUnavailable):
-    """No room is left where files are stored or staged: a retry will not help."""
-
-
 class BlobDamaged(Exception):
     """A blob's bytes do not match its name.
 
@@ -77,123 +64,16 @@ class BlobDamaged(Exception):
         self.sha256, self.found = sha256, found
 
 
-class _Turns:
-    """Limits the storage to half of the threads that routes run in (40); if it does not answer, the others stay free.
-
-    A further caller waits only while turns end.
-    """
-
-    def __init__(self) -> None:
-        self._free = threading.Condition()
-        self._taken = 0
-        self._ended_at = -math.inf
-        self._holder = threading.local()
-
-    def __enter__(self) -> None:
-        # Reentrant: the holder of a turn may call functions that take one.
-        self._holder.depth = getattr(self._holder, "depth", 0) + 1
-        if self._holder.depth > 1:
-            return
-        with self._free:
-            while self._taken >= _MOST_TURNS:
-                if not self._free.wait(_STALLED_SECONDS) and time.monotonic() - self._ended_at > _STALLED_SECONDS:
-                    self._holder.depth -= 1
-                    raise StorageUnavailable(f"{_MOST_TURNS} calls wait for it already")
-            self._taken += 1
-
-    def __exit__(self, *_: object) -> None:
-        self._holder.depth -= 1
-        if self._holder.depth == 0:
-            with self._free:
-                self._taken -= 1
-                self._ended_at = time.monotonic()
-                self._free.notify()
-
-
-_turns = _Turns()
-
-
-@contextmanager
-def _reaching_storage() -> Iterator[None]:
-    """Map failures of the disk and the store to StorageUnavailable; a missing blob stays FileNotFoundError."""
-    try:
-        with _turns:
-            yield
-    except FileNotFoundError:
-        raise
-    except (OSError, obstore.exceptions.BaseError) as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StorageFull(os.strerror(error.errno)) from error
-        raise StorageUnavailable(f"{type(error).__name__}: {error}") from error
-
-
-class StagedFile:
-    """A file being written, removed at the end of its `with` block unless the storage took it."""
-
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.size_bytes = 0
-        self._writing_bytes = 0
-        self._hash = hashlib.sha256()
-        while True:
-            self.path = folder / f"{uuid4()}.part"
-            self._file = self.path.open("wb")
-            # Locked while this process lives, so that `remove_abandoned` can tell a crashed upload from a running one.
-            fcntl.flock(self._file, fcntl.LOCK_EX)
-            if os.fstat(self._file.fileno()).st_nlink:
-                break
-            self._file.close()  # removed by another process between its creation and the lock
-
-    def write(self, data: bytes | bytearray | memoryview) -> None:
-        """Append to the file and to its hash."""
-        with _reaching_storage():
-            self._file.write(data)
-            self.size_bytes += len(data)
-            if self.size_bytes - self._writing_bytes >= _WRITEBACK_BYTES:
-                self._file.flush()
-                self._start_writeback()
-        # Outside of the turn: hashing does not use the storage.
-        self._hash.update(data)
-
-    def _start_writeback(self) -> None:
-        """Make the kernel start writing the data without waiting for it, so that `sync` has little left to do."""
-        length = self.size_bytes - self._writing_bytes
-        # Advice only: where the system or the file system lacks it, `sync` takes longer.
-        with suppress(AttributeError, OSError):
-            os.posix_fadvise(self._file.fileno(), self._writing_bytes, length, os.POSIX_FADV_DONTNEED)
-        self._writing_bytes = self.size_bytes
-
-    def flush(self) -> None:
-        """Flush the written data, so that it can be read at `path`."""
-        with _reaching_storage():
-            self._file.flush()
-
-    def sync(self) -> None:
-        """Write everything so far to the disk before returning."""
-        with _reaching_storage():
-            self._file.flush()
-            os.fsync(self._file.fileno())
-
-    @property
-    def sha256(self) -> str:
-        return self._hash.hexdigest()
-
-    def __enter__(self) -> "StagedFile":
-        return self
-
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        self.path.unlink(missing_ok=True)
-        # On a full disk `close` tries to write the rest once more and fails; the file is gone anyway.
-        with suppress(OSError):
-            self._file.close()
-
-
 @dataclass(frozen=True)
 class Upload:
-    """A complete form: the text of `spec` and the staged `file`, if one was sent."""
+    """A complete form: the text of `spec` and the staged `file`, if one was sent.
+
+    `id` is that of the resumable upload whose file it is, if it is one.
+    """
 
     spec: bytes
     file: StagedFile | None
+    id: str | None = None
 
 
 @dataclass(frozen=True)
@@ -222,6 +102,7 @@ class Storage:
         self._cache_bytes = settings.cache_bytes
         # Files hashed by this process, with their state then: a file that has changed since is hashed again.
         self._verified: dict[str, tuple[int, int, int]] = {}
+        self._hashed: dict[str, Hashed] = {}
         self._folder: Path | None = None
         self._store: ObjectStore
         if url.scheme == "file":
@@ -233,12 +114,69 @@ class Storage:
             self._store = _remote_store(settings)
 
     def stage(self) -> StagedFile:
-        with _reaching_storage():
+        with reaching_storage():
             return StagedFile(self._staging)
+
+    def partial(self, name: str, *, create: bool = False) -> PartialFile:
+        """Open the file of a resumable upload and lock it.
+
+        Raises:
+            FileNotFoundError: it does not exist; not raised with `create`.
+            BlockingIOError: another request or process has locked it.
+        """
+        with reaching_storage():
+            path = self._partial_path(name)
+            if not create or path.exists():
+                return PartialFile(path, self._hashed, create=create)
+            self._staging.mkdir(parents=True, exist_ok=True)
+            file = PartialFile(path, self._hashed, create=True)
+            sync_folder(self._staging)
+            return file
+
+    def partial_bytes(self, name: str) -> int | None:
+        """Return the size of a resumable upload's file; None if there is none."""
+        with reaching_storage(), suppress(FileNotFoundError):
+            return self._partial_path(name).stat().st_size
+        return None
+
+    def remove_partial(self, name: str) -> None:
+        """Remove the file of a resumable upload, if there is one; a request that writes to it notices at its end."""
+        self._hashed.pop(name, None)
+        with reaching_storage():
+            self._partial_path(name).unlink(missing_ok=True)
+
+    def partials(self) -> list[str]:
+        """Return the names of all files of resumable uploads that lie here."""
+        with reaching_storage():
+            return [path.stem for path in self._staging.glob(f"*{_PARTIAL}")]
+
+    def place(self) -> str:
+        """Return the id of the folder of staged files: with a remote storage each machine has one of its own."""
+        path = self._staging / "place"
+        with reaching_storage():
+            while True:
+                with suppress(FileNotFoundError):
+                    return path.read_text()
+                self._staging.mkdir(parents=True, exist_ok=True)
+                written = path.with_suffix(f".{uuid4()}")
+                written.write_text(str(uuid4()))
+                # A link, as another process may do the same.
+                with suppress(FileExistsError):
+                    os.link(written, path)
+                written.unlink()
+
+    def free_bytes(self) -> int:
+        """Return the bytes that are free where files are staged."""
+        with reaching_storage():
+            self._staging.mkdir(parents=True, exist_ok=True)
+            return shutil.disk_usage(self._staging).free
+
+    def _partial_path(self, name: str) -> Path:
+        return self._staging / f"{name}{_PARTIAL}"
 
     def put(self, staged: StagedFile) -> None:
         """Give the staged file its final name, replacing an existing file: the same bytes, unless damaged."""
-        with _reaching_storage():
+        with reaching_storage():
             self._put(staged)
 
     def _put(self, staged: StagedFile) -> None:
@@ -256,12 +194,12 @@ class Storage:
         linked = staged.path.with_suffix(".whole")
         os.link(staged.path, linked)
         linked.replace(final)
-        _sync_folder(final.parent)
-        _sync_folder(final.parent.parent)
+        sync_folder(final.parent)
+        sync_folder(final.parent.parent)
 
     def has(self, sha256: str) -> bool:
         try:
-            with _reaching_storage():
+            with reaching_storage():
                 obstore.head(self._store, _key(sha256))
         except FileNotFoundError:
             return False
@@ -272,7 +210,7 @@ class Storage:
         return self._folder is not None or (self._cache / _key(sha256)).is_file()
 
     def delete(self, sha256: str) -> None:
-        with suppress(FileNotFoundError), _reaching_storage():
+        with suppress(FileNotFoundError), reaching_storage():
             obstore.delete(self._store, _key(sha256))
 
     @contextmanager
@@ -294,7 +232,7 @@ class Storage:
             yield path
             return
         path = self._cache / _key(sha256)
-        with _reaching_storage():
+        with reaching_storage():
             held = self._hold_cached(path)
             while held is None:
                 self._fetch(sha256, path)
@@ -311,7 +249,7 @@ class Storage:
             BlobDamaged: the bytes differ; nothing may be computed from them.
         """
         with self.local_copy(sha256) as path:
-            with _reaching_storage():
+            with reaching_storage():
                 self._verify(sha256, path)
             yield path
 
@@ -380,7 +318,7 @@ class Storage:
             StorageUnavailable: the store does not answer.
         """
         digest = hashlib.sha256()
-        with _reaching_storage():
+        with reaching_storage():
             for chunk in obstore.get(self._store, _key(sha256)).stream(min_chunk_size=8 * 2**20):
                 digest.update(chunk)
         return digest.hexdigest()
@@ -388,13 +326,13 @@ class Storage:
     def set_aside(self, sha256: str) -> str:
         """Move a blob to a key that is never read, so that the same file can be sent again; return that key."""
         aside = f"damaged/{sha256}"
-        with _reaching_storage():
+        with reaching_storage():
             obstore.rename(self._store, _key(sha256), aside)
         return aside
 
     def put_features(self, name: str, staged: StagedFile) -> None:
         """Keep features under a name, atomically; local features that exist already stay."""
-        with _reaching_storage():
+        with reaching_storage():
             staged.flush()
             if self._folder is None:
                 with staged.path.open("rb") as file:
@@ -417,7 +355,7 @@ class Storage:
             yield self._folder / _FEATURES / name
             return
         with self.stage() as staged:
-            with _reaching_storage():
+            with reaching_storage():
                 for chunk in obstore.get(self._store, f"{_FEATURES}/{name}").stream(min_chunk_size=8 * 2**20):
                     staged.write(bytes(chunk))
                 staged.flush()
@@ -425,7 +363,7 @@ class Storage:
 
     def list_features(self) -> list[StoredFeatures]:
         """Return all kept features."""
-        with _reaching_storage():
+        with reaching_storage():
             return [
                 StoredFeatures(entry["path"].rpartition("/")[2], entry["size"], entry["last_modified"])
                 for entries in obstore.list(self._store, prefix=_FEATURES)
@@ -433,13 +371,13 @@ class Storage:
             ]
 
     def delete_features(self, name: str) -> None:
-        with suppress(FileNotFoundError), _reaching_storage():
+        with suppress(FileNotFoundError), reaching_storage():
             obstore.delete(self._store, f"{_FEATURES}/{name}")
 
     def blobs_older_than(self, seconds: float) -> Iterator[str]:
         """Yield the sha256 of every stored blob older than `seconds`."""
         limit = datetime.now(UTC) - timedelta(seconds=seconds)
-        with _reaching_storage():
+        with reaching_storage():
             for entries in obstore.list(self._store):
                 for entry in entries:
                     sha256 = entry["path"].rpartition("/")[2]
@@ -448,7 +386,7 @@ class Storage:
 
     def check(self) -> None:
         """Raise StorageUnavailable if blobs could not be stored now."""
-        with _reaching_storage():
+        with reaching_storage():
             self._staging.mkdir(parents=True, exist_ok=True)
             if shutil.disk_usage(self._staging).free < 2**20:
                 raise StorageUnavailable("less than 1 MiB is free where uploads are staged")
@@ -483,11 +421,3 @@ def _remote_store(settings: Settings) -> ObjectStore:
 
 def _key(sha256: str) -> str:
     return f"{sha256[:2]}/{sha256}"
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

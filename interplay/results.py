@@ -863,6 +863,18 @@ class SucceededAnalysis(TypedDict):
     problem: dict[str, Any] | None
 
 
+class Upload(TypedDict):
+    """A resumable upload (tus 1.0.0)."""
+
+    id: str
+    size_bytes: int
+    offset_bytes: int
+    metadata: dict[str, str]
+    resource_id: str | None
+    created_at: str
+    expires_at: str
+
+
 class Verdict(TypedDict):
     """`fail` if a check of that severity failed, else `undefined` if a number was missing, else `warn` or `pass`."""
 

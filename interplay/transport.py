@@ -6,7 +6,7 @@
     ├── AnalysisFailed      an analysis that was waited for ended as failed or cancelled
     └── WaitTimeout         it had not ended when the timeout passed
 
-A request is retried if its failure may be transient (429, 502, 503, 504, a broken connection, or one refused by a
+A request is retried if its failure may be transient (423, 429, 502, 503, 504, a broken connection, or one refused by a
 service that responded before) and if the caller marks it as safe to repeat.
 """
 
@@ -29,9 +29,9 @@ Body = dict[str, Any]
 # uvicorn closes a connection that was idle for 5 s. The client must close first: a request written while the other side
 # closes is lost, and an upload cannot always be retried without the caller knowing.
 _KEEPALIVE_SECONDS = 2.0
-_PASSING = (429, 502, 503, 504)
+_PASSING = (423, 429, 502, 503, 504)
 # With these the server states that it did nothing; with the others the effect is unknown.
-_REFUSING = (429, 503)
+_REFUSING = (423, 429, 503)
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.2, 5.0
 
 
@@ -107,13 +107,17 @@ class Retries:
         self._deadline: float | None = None
         self.used = 0
 
-    def pause(self, error: InterplayError) -> None:
+    def pause(self, error: InterplayError, *, passing: bool | None = None) -> None:
         """Sleep before the next attempt.
+
+        Args:
+            error: of the last attempt.
+            passing: whether a caller knows that a retry may succeed; default: what `is_passing` says.
 
         Raises:
             InterplayError: the error itself, if it is not transient or the time is up.
         """
-        if not is_passing(error):
+        if not (is_passing(error) if passing is None else passing):
             raise error
         now = time.monotonic()
         self._deadline = now + self._seconds if self._deadline is None else self._deadline

@@ -1,6 +1,6 @@
-"""Upload files to the service, also when a response is lost.
+"""Upload files to the service, also when a response is lost: large ones in a resumable way, others in a form.
 
-Sending a file twice creates two resources. So an upload is retried at once only if the service did nothing (it was
+Sending a form twice creates two resources. So an upload is retried at once only if the service did nothing (it was
 busy, or refused the connection). If that is unknown, the client first asks the service whether it has the file.
 """
 
@@ -15,13 +15,22 @@ from typing import Any
 
 import httpx
 
+from interplay import resumable
 from interplay.transport import Body, ProblemError, Retries, ServiceUnreachable, Transport, may_be_done
 
 # After the last byte of an upload the service still moves the file to its storage, which may be a slow bucket.
 _ANSWER_SECONDS = 600.0
 
 
-def push(transport: Transport, collection: str, path: Path, spec: Mapping[str, Any]) -> Body:
+def push(
+    transport: Transport,
+    collection: str,
+    path: Path,
+    spec: Mapping[str, Any],
+    *,
+    source: Path | None = None,
+    on_progress: resumable.Progress | None = None,
+) -> Body:
     """Upload a file with its spec; it streams from disk, whatever its size.
 
     Args:
@@ -29,10 +38,16 @@ def push(transport: Transport, collection: str, path: Path, spec: Mapping[str, A
         collection: checkpoints, probes or feature-sets.
         path: the file.
         spec: its description for the service, with its `name`.
+        source: the folder that the file was packed from; default: the file itself.
+        on_progress: called with the bytes of a large file that were handed over, and with its size.
 
     Raises:
         ProblemError, ServiceUnreachable: the service did not store it, or that is unknown.
     """
+    if path.stat().st_size > resumable.LEAST_BYTES:
+        made = resumable.push(transport, collection, path, spec, source or path, on_progress)
+        if made is not None:
+            return made
     began, retries = time.monotonic(), transport.retries()
     while True:
         try:

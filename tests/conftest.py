@@ -16,6 +16,7 @@ import tests.operators.sitecustomize  # noqa: F401  this process too may import 
 from analysis.networks.loading import build
 from app.settings import Settings
 from tests import services
+from tests.buckets import BucketServer, bucket_server
 from tests.databases import fresh_database, postgres_server
 from tests.shapes import without_shape_checks  # noqa: F401
 
@@ -47,6 +48,13 @@ def postgres() -> Iterator[str]:
     """Return the URL of a PostgreSQL server, for `fresh_database`."""
     with postgres_server() as server:
         yield server.url
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[BucketServer]:
+    """Return an S3 server, for storages of their own in its bucket."""
+    with bucket_server() as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

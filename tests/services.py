@@ -95,13 +95,14 @@ def running(
     tables: bool = True,
     site: Path = OPERATORS,
     tree: Path | None = None,
+    port: int = 0,
     **settings: str,
 ) -> Iterator[Service]:
     """Run a service in its own folder; at the end it must stop by itself, with every process that it started.
 
     `serve` has a worker, and the block begins once an analysis would run. `api` has none and starts in a third of the
     time; it creates no tables, which are made here if `tables` says so. `site` has the sitecustomize of its processes,
-    `tree` the service's packages if they are not these.
+    `tree` the service's packages if they are not these. `port` is that of a service before, for whoever knows its URL.
     """
     environment = {
         **{key: value for key, value in os.environ.items() if not key.startswith("INTERPLAY_")},
@@ -112,13 +113,15 @@ def running(
         "INTERPLAY_QUEUE_POLLING_SECONDS": "0.5",
         **{f"INTERPLAY_{key.upper()}": value for key, value in settings.items()},
     }
-    (data_dir / "workers").mkdir(parents=True, exist_ok=True)
-    _share_what_was_found(data_dir / "workers")
+    data_dir.mkdir(parents=True, exist_ok=True)
+    if command == "serve":
+        (data_dir / "workers").mkdir(exist_ok=True)
+        _share_what_was_found(data_dir / "workers")
     if command == "api" and tables:
         _make_tables(data_dir)
     with (data_dir / "stderr.txt").open("a") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "app", command, "--port", "0"],
+            [sys.executable, "-m", "app", command, "--port", str(port)],
             env=environment,
             cwd=tree,
             stdout=subprocess.PIPE,

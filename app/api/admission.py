@@ -16,6 +16,8 @@ from app.settings import Settings
 
 # These routes count the bytes of their form themselves, part by part.
 _UPLOADS = {f"/{above}/{name}" for above in ("v1", "push") for name in ("checkpoints", "probes", "feature-sets")}
+# These count theirs against the length that was announced.
+_RESUMABLE = "/v1/uploads"
 # A client that is still sending does not read an answer. So an early answer waits until the body has arrived, at most
 # this long: then the connection is closed.
 _LINGER_SECONDS = 10.0
@@ -43,7 +45,9 @@ class Admission:
         if without_content := scope["method"] == "HEAD":
             # Every readable route has GET. The server omits the content because it knows the original method.
             scope = {**scope, "method": "GET"}
-        unbounded = scope["method"] == "POST" and scope["path"] in _UPLOADS
+        unbounded = (scope["method"] == "POST" and scope["path"] in (*_UPLOADS, _RESUMABLE)) or (
+            scope["method"] == "PATCH" and scope["path"].startswith(f"{_RESUMABLE}/")
+        )
         waits_for_continue = headers.get(b"expect", b"").lower() == b"100-continue"
         complete = headers.get(b"content-length", b"0") == b"0" and b"transfer-encoding" not in headers
         received_bytes, reading, answering, ended = 0, False, False, False

@@ -33,8 +33,8 @@ logger = logging.getLogger(__name__)
 _FULL = "The service's disk or storage is full; its operator has to make room, trying again does not help."
 _HTTP_KINDS = {401: Unauthorized.kind, 404: NotFound.kind, 405: "method-not-allowed", 408: RequestTimeout.kind}
 
-# FastAPI answers neither HEAD, which app/api/admission.py turns into GET, nor OPTIONS.
-_METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
+# FastAPI does not answer HEAD, which app/api/admission.py turns into GET.
+_METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 _UNREADABLE = "There was an error parsing the body"
 
 

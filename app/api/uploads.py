@@ -1,12 +1,14 @@
 """Uploads: a multipart form that is parsed as it streams; its file is written and hashed once, directly in staging.
 
 The form has a part `spec` (JSON) and at most one part `file`, in any order. The file is not kept in memory. An upload
-that ends early (client, limit or timeout) leaves neither a file nor a row.
+that ends early (client, limit or timeout) leaves neither a file nor a row. A request of a resumable upload is its bytes
+alone, and leaves what came.
 """
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 from fastapi import Request
@@ -15,9 +17,11 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect
 
+from app import models
 from app.errors import InvalidRequest, TooLarge, UnsupportedMedia, UploadIncomplete
 from app.settings import Settings
 from app.storage import StagedFile, Storage, Upload
+from app.uploads import Append
 
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
@@ -58,6 +62,7 @@ async def receive(
     _refuse_announced_size(request, settings)
     async with AsyncExitStack() as stack:
         writer: _Writer | None = None
+        file: StagedFile | None = None
         received_bytes = 0
         async for chunk in _chunks(request, settings):
             received_bytes += len(chunk)
@@ -83,30 +88,77 @@ async def receive(
             spec = bytes(given)
         else:
             raise InvalidRequest("The form has no part named 'spec' (JSON).")
-        yield Upload(spec, None if writer is None or not parts.has_content else writer.file)
+        yield Upload(spec, file if parts.has_content else None)
+
+
+async def append(request: Request, addition: Append, settings: Settings) -> models.Upload:
+    """Write a request's body to a resumable upload as it arrives; what came is kept, also if the body ends early.
+
+    Args:
+        request: with the bytes as its body.
+        addition: to the upload.
+        settings: limits.
+
+    Raises:
+        TooLarge: the upload lacks fewer bytes; nothing is kept.
+        UploadIncomplete: the body ended early, or came too slowly.
+        ChecksumMismatch: it is not what was announced; nothing is kept.
+    """
+    announced = request.headers.get("content-length", "")
+    if announced.isdecimal():
+        addition.require_room(int(announced))
+    incomplete = None
+    async with _Writer(addition) as writer:
+        try:
+            async for chunk in _chunks(request, settings):
+                await writer.write(chunk)
+        except UploadIncomplete as error:
+            incomplete = error
+        await writer.finish()
+    row = await run_in_threadpool(partial(addition.finish, complete=incomplete is None))
+    if incomplete is not None:
+        raise incomplete
+    return row
 
 
 class _Writer:
-    """Writes and hashes one batch of a file in a thread while the next one arrives."""
+    """Writes and hashes what has come in a thread while more comes; a batch is all that came during the last one."""
 
-    def __init__(self, file: StagedFile) -> None:
-        self.file = file
+    def __init__(self, file: StagedFile | Append) -> None:
+        self._file = file
+        self._pending = bytearray()
+        self._taken = asyncio.Event()
         self._writing: asyncio.Task[None] | None = None
 
-    async def write(self, batch: bytearray) -> None:
-        """Start writing a batch once the previous one is written.
+    async def write(self, data: bytearray | bytes) -> None:
+        """Start writing data as soon as all before is written; wait while a batch or more is pending.
 
         Raises:
-            StorageUnavailable: the previous batch could not be written.
+            StorageUnavailable: data before could not be written.
         """
-        await self.finish()
-        self._writing = asyncio.create_task(run_in_threadpool(self.file.write, batch))
+        if self._writing is not None and self._writing.done():
+            await self.finish()
+        self._pending += data
+        if self._writing is None:
+            self._writing = asyncio.create_task(self._drain())
+        while len(self._pending) >= _BATCH_BYTES and not self._writing.done():
+            self._taken.clear()
+            await self._taken.wait()
 
     async def finish(self) -> None:
         """Wait until all is written; raise the errors of `write`."""
         writing, self._writing = self._writing, None
         if writing is not None:
             await writing
+
+    async def _drain(self) -> None:
+        try:
+            while self._pending:
+                batch, self._pending = self._pending, bytearray()
+                self._taken.set()
+                await run_in_threadpool(self._file.write, batch)
+        finally:
+            self._taken.set()
 
     async def __aenter__(self) -> "_Writer":
         return self

@@ -44,6 +44,7 @@ from app.schemas.resources import (
     Readiness,
     ReportSummary,
     Status,
+    Upload,
     Version,
     WorkerVersion,
 )
@@ -112,6 +113,7 @@ __all__ = [
     "Slug",
     "Status",
     "Strict",
+    "Upload",
     "Version",
     "WorkerVersion",
     "metadata_text",

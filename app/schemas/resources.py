@@ -11,6 +11,18 @@ from app.schemas.requests import Axis
 from app.schemas.specs import Preprocess
 
 
+class Upload(Strict):
+    """A resumable upload (tus 1.0.0)."""
+
+    id: str
+    size_bytes: int
+    offset_bytes: int = Field(description="So many bytes are on the service's disk.")
+    metadata: dict[str, str] = Field(description="Pairs of Upload-Metadata, decoded.")
+    resource_id: str | None = Field(description="What the upload has become.")
+    created_at: datetime
+    expires_at: datetime = Field(description="It is removed then; each request that brings bytes puts it off.")
+
+
 class Checkpoint(Strict):
     id: str
     name: str

@@ -13,6 +13,9 @@ def _ending_with_a_dot(prefix: str) -> str:
     return prefix if prefix.endswith(".") or not prefix else f"{prefix}."
 
 
+UploadId = Annotated[
+    Id | None, Field(description="Instead of a file: the id of a complete resumable upload (docs/uploads.md).")
+]
 Prefix = Annotated[str, Field(max_length=199, pattern=PLAIN_TEXT), AfterValidator(_ending_with_a_dot)]
 
 
@@ -41,7 +44,10 @@ class CheckpointSpec(Strict):
     )
     tokenizer: dict[str, Any] | None = Field(default=None, description="Content of a tokenizer.json, for texts.")
     metadata: Metadata = Field(default={})
-    sha256: Sha256 | None = Field(default=None, description="Instead of a file: hash of a stored blob.")
+    sha256: Sha256 | None = Field(
+        default=None, description="Instead of a file: hash of a stored blob. Beside a file: its hash, which is checked."
+    )
+    upload_id: UploadId = None
 
 
 Side = Annotated[int, Field(ge=1, le=4096)]
@@ -120,6 +126,7 @@ class ProbeSpec(Strict):
     )
     metadata: Metadata = Field(default={})
     sha256: Sha256 | None = None
+    upload_id: UploadId = None
 
 
 class FeatureSetSpec(Strict):
@@ -128,3 +135,4 @@ class FeatureSetSpec(Strict):
     name: Name
     metadata: Metadata = Field(default={})
     sha256: Sha256 | None = None
+    upload_id: UploadId = None

@@ -9,6 +9,7 @@ from typing import Any, TypedDict, Unpack, cast
 from interplay.calls.collections import Collection, CollectionCalls, given
 from interplay.folders import adapter_beside, packed_checkpoint, zipped_folder
 from interplay.results import Checkpoint, FeatureSet, Probe
+from interplay.resumable import Progress
 from interplay.transport import Body, ProblemError
 from interplay.uploads import push
 
@@ -42,10 +43,13 @@ class PushingCalls(CollectionCalls):
         preprocess: Mapping[str, Any] | None = None,
         tokenizer: Mapping[str, Any] | None = None,
         metadata: Mapping[str, Any] | None = None,
+        on_progress: Progress | None = None,
     ) -> Checkpoint:
         """Upload a safetensors checkpoint; it streams from disk, whatever its size.
 
-        If the response is lost, the client asks the service whether it has the file before sending it again.
+        A file over 64 MiB goes on where it was after a broken connection, a restart of the service or the end of this
+        process: the next call with the same file (path, size and time) finds what is there. With a smaller file the
+        client asks the service whether it has it, before it is sent again.
 
         Args:
             path: the file, or a Hugging Face folder: config.json, weights in one file or in shards with their index,
@@ -61,6 +65,8 @@ class PushingCalls(CollectionCalls):
             preprocess: of images, for probes without one: in a probe's form, or a preprocessor_config.json.
             tokenizer: content of a tokenizer.json, for texts of probes without one.
             metadata: for example run, epoch, tags; text, numbers, booleans or lists of these.
+            on_progress: called with the bytes of a file over 64 MiB that were sent, and with its size; after a break
+                with fewer than before.
         """
         path = Path(path)
         described: CheckpointDescription = {
@@ -75,9 +81,9 @@ class PushingCalls(CollectionCalls):
         }
         spec = _spec(path, name, described)
         if not path.is_dir():
-            return cast(Checkpoint, self._push("checkpoints", path, spec))
+            return cast(Checkpoint, self._push("checkpoints", path, spec, path, on_progress))
         with packed_checkpoint(path, adapter=base is not None) as archive:
-            return cast(Checkpoint, self._push("checkpoints", archive, spec))
+            return cast(Checkpoint, self._push("checkpoints", archive, spec, path, on_progress))
 
     def push_probe(
         self,
@@ -90,6 +96,7 @@ class PushingCalls(CollectionCalls):
         tokenizer: Mapping[str, Any] | None = None,
         max_length: int | None = None,
         metadata: Mapping[str, Any] | None = None,
+        on_progress: Progress | None = None,
     ) -> Probe:
         """Upload a probe dataset; its format is detected from its content.
 
@@ -108,6 +115,7 @@ class PushingCalls(CollectionCalls):
             tokenizer: content of a tokenizer.json, for texts; default: the checkpoint's tokenizer.
             max_length: number of tokens of a text that are kept.
             metadata: as for a checkpoint.
+            on_progress: as for a checkpoint.
         """
         spec = {
             "name": name,
@@ -120,16 +128,29 @@ class PushingCalls(CollectionCalls):
         }
         path = Path(path)
         if not path.is_dir():
-            return cast(Probe, self._push("probes", path, spec))
+            return cast(Probe, self._push("probes", path, spec, path, on_progress))
         with zipped_folder(path) as archive:
-            return cast(Probe, self._push("probes", archive, spec))
+            return cast(Probe, self._push("probes", archive, spec, path, on_progress))
 
-    def push_feature_set(self, path: str | Path, *, name: str, metadata: Mapping[str, Any] | None = None) -> FeatureSet:
+    def push_feature_set(
+        self,
+        path: str | Path,
+        *,
+        name: str,
+        metadata: Mapping[str, Any] | None = None,
+        on_progress: Progress | None = None,
+    ) -> FeatureSet:
         """Upload features, labels and head of a network that the service cannot build (safetensors)."""
-        return cast(FeatureSet, self._push("feature-sets", Path(path), {"name": name, "metadata": metadata}))
+        spec = {"name": name, "metadata": metadata}
+        return cast(FeatureSet, self._push("feature-sets", Path(path), spec, Path(path), on_progress))
 
     def push_checkpoint_once(
-        self, path: str | Path, *, name: str, **described: Unpack[CheckpointDescription]
+        self,
+        path: str | Path,
+        *,
+        name: str,
+        on_progress: Progress | None = None,
+        **described: Unpack[CheckpointDescription],
     ) -> tuple[Checkpoint, bool]:
         """Push a checkpoint as `push_checkpoint` does, but do not send a file whose content the service already has.
 
@@ -138,7 +159,7 @@ class PushingCalls(CollectionCalls):
         """
         path = Path(path)
         if path.is_dir():
-            return self.push_checkpoint(path, name=name, **described), True
+            return self.push_checkpoint(path, name=name, on_progress=on_progress, **described), True
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         spec = json.dumps(given({**_spec(path, name, described), "sha256": sha256})).encode()
@@ -147,11 +168,18 @@ class PushingCalls(CollectionCalls):
         except ProblemError as error:
             if error.status != 404:
                 raise
-            return self.push_checkpoint(path, name=name, **described), True
+            return self.push_checkpoint(path, name=name, on_progress=on_progress, **described), True
         return cast(Checkpoint, held), False
 
-    def _push(self, collection: Collection, path: Path, spec: Mapping[str, Any]) -> Body:
-        return push(self._transport, collection, path, given(spec))
+    def _push(
+        self,
+        collection: Collection,
+        path: Path,
+        spec: Mapping[str, Any],
+        source: Path,
+        on_progress: Progress | None,
+    ) -> Body:
+        return push(self._transport, collection, path, given(spec), source=source, on_progress=on_progress)
 
 
 def _spec(path: Path, name: str, described: CheckpointDescription) -> dict[str, Any]:

@@ -1,11 +1,20 @@
 """Show the progress of an analysis while the command waits for it."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from interplay.client import Client
 from interplay.command import rendering
@@ -14,6 +23,8 @@ from interplay.results import Analysis, SucceededAnalysis
 
 # An analysis that has not begun after so long may wait for a worker that nobody has started.
 _NO_WORKER_SECONDS = 5.0
+# An upload that nobody watches on a terminal says where it is so often.
+_LINE_SECONDS = 10.0
 
 
 def wait_for(client: Client, analysis: Analysis, timeout: float | None) -> SucceededAnalysis:
@@ -85,3 +96,35 @@ def _progress_shown() -> Iterator[tuple[Callable[[Any], None], Callable[[str], N
             bar.update(task, description=description, completed=progress["done"], total=progress["total"] or None)
 
         yield move_bar, bar.console.print
+
+
+@contextmanager
+def upload_shown(name: str) -> Iterator[Callable[[int, int], None]]:
+    """Yield a function that shows how much of a large file was sent: a bar on a terminal, else a line now and then."""
+    err = rendering.console(stderr=True)
+    if not err.is_terminal:
+        said_at = [time.monotonic()]
+
+        def print_line(sent_bytes: int, size_bytes: int) -> None:
+            """Print how much was sent, unless that was said a moment ago."""
+            if time.monotonic() - said_at[0] > _LINE_SECONDS:
+                said_at[0] = time.monotonic()
+                note(f"{rendering.printable(name)}: {sent_bytes / 2**20:,.0f} of {size_bytes / 2**20:,.0f} MiB sent")
+
+        yield print_line
+        return
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=err, transient=True) as bar:
+        task = bar.add_task(rendering.printable(name), total=None, visible=False)
+
+        def move_bar(sent_bytes: int, size_bytes: int) -> None:
+            """Move the bar."""
+            bar.update(task, completed=sent_bytes, total=size_bytes, visible=True)
+
+        yield move_bar

@@ -22,6 +22,7 @@ from interplay.command.options import (
     fail,
     print_body,
 )
+from interplay.command.progress import upload_shown
 from interplay.command.values import (
     UsageError,
     columns_of,
@@ -54,10 +55,10 @@ def push_checkpoint(
         base: For an adapter: the checkpoint whose weights it changes, pushed before.
     """
     parsed = described.parsed()
-    with common.client() as client:
+    with common.client() as client, upload_shown(file.name) as show:
         if base is not None:
             parsed["base"] = id_of(client, "checkpoints", base, "--base")
-        body = client.push_checkpoint(file, name=described.name or stem(file), **parsed)
+        body = client.push_checkpoint(file, name=described.name or stem(file), on_progress=show, **parsed)
     common.print(body, rendering.resource_text("checkpoint", body))
 
 
@@ -91,7 +92,7 @@ def push_probe(
         raise UsageError("must be a JSON list of texts", "--class-names")
     columns = columns_of(column)
     prepared, metadata = json_object("--preprocess", preprocess), metadata_of(described.metadata)
-    with common.client() as client:
+    with common.client() as client, upload_shown(file.name) as show:
         body = client.push_probe(
             file,
             name=described.name or file.resolve().stem,
@@ -101,6 +102,7 @@ def push_probe(
             tokenizer=json_object("--tokenizer", tokenizer),
             max_length=max_length,
             metadata=metadata,
+            on_progress=show,
         )
     common.print(body, rendering.resource_text("probe", body))
 
@@ -112,8 +114,8 @@ def push_features(file: File, /, *, described: Described = DESCRIBED, common: Co
         file: The safetensors file.
     """
     metadata = metadata_of(described.metadata)
-    with common.client() as client:
-        body = client.push_feature_set(file, name=described.name or stem(file), metadata=metadata)
+    with common.client() as client, upload_shown(file.name) as show:
+        body = client.push_feature_set(file, name=described.name or stem(file), metadata=metadata, on_progress=show)
     common.print(body, rendering.resource_text("feature set", body))
 
 

@@ -5,22 +5,36 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import obstore
 import pytest
 
 from app.settings import Settings
-from app.storage import BlobDamaged, Storage
+from app.storage import BlobDamaged, Storage, StorageUnavailable
+from tests.buckets import BucketServer, bucket_server
 
 CONTENT = os.urandom(3_000_000)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
-@pytest.fixture(params=["local", "remote"])
+@pytest.fixture
+def bucket(s3: BucketServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """Return the settings of a storage with nothing in it, in a bucket."""
+    for name, value in s3.environment.items():
+        monkeypatch.setenv(name, value)
+    return Settings(data_dir=tmp_path, storage_url=s3.fresh_url())
+
+
+@pytest.fixture(params=["local", "bucket"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
-    """Return an empty storage; the remote one uses an in-memory store in place of a bucket."""
-    return Storage(Settings(data_dir=tmp_path, storage_url="memory:///" if request.param == "remote" else ""))
+    """Return an empty storage: a folder, and a bucket of an S3 server."""
+    if request.param == "local":
+        return Storage(Settings(data_dir=tmp_path, storage_url=""))
+    return Storage(request.getfixturevalue("bucket"))
 
 
 def test_blob_is_kept_under_its_hash(storage: Storage) -> None:
@@ -50,9 +64,9 @@ def test_missing_blob_is_an_error(storage: Storage) -> None:
         pass
 
 
-def test_other_bytes_under_a_hash_are_not_taken_for_the_blob(tmp_path: Path) -> None:
+def test_other_bytes_under_a_hash_are_not_taken_for_the_blob(bucket: Settings, tmp_path: Path) -> None:
     """Other bytes from a store are refused, and nothing of them stays in the cache."""
-    storage = Storage(Settings(data_dir=tmp_path, storage_url="memory:///"))
+    storage = Storage(bucket)
     obstore.put(storage._store, f"{SHA256[:2]}/{SHA256}", b"something else")
     with pytest.raises(BlobDamaged, match=SHA256), storage.local_copy(SHA256):
         pass
@@ -122,9 +136,9 @@ def test_what_lies_in_the_store_can_be_hashed_and_set_aside(storage: Storage) ->
     assert storage.sha256_of(SHA256) == SHA256
 
 
-def test_the_cache_keeps_what_was_used_last(tmp_path: Path) -> None:
+def test_the_cache_keeps_what_was_used_last(bucket: Settings, tmp_path: Path) -> None:
     """Beyond its limit the cache drops the least recently used blob, and never one being read."""
-    storage = Storage(Settings(data_dir=tmp_path, storage_url="memory:///", cache_bytes=3_000))
+    storage = Storage(bucket.model_copy(update={"cache_bytes": 3_000}))
     first, second, third, fourth = (_put(storage, bytes([number]) * 1_000) for number in range(4))
 
     def cached() -> set[str]:
@@ -137,8 +151,7 @@ def test_the_cache_keeps_what_was_used_last(tmp_path: Path) -> None:
     with storage.local_copy(first), storage.local_copy(fourth):
         # The second was used before all others.
         assert cached() == {first, third, fourth}
-    small = Storage(Settings(data_dir=tmp_path, storage_url="memory:///", cache_bytes=0))
-    small._store = storage._store
+    small = Storage(bucket.model_copy(update={"cache_bytes": 0}))
     with storage.local_copy(first) as path, small.local_copy(third):
         assert {first, third} <= cached()
         assert path.read_bytes() == bytes(1_000)
@@ -172,3 +185,84 @@ def test_only_abandoned_files_are_swept(tmp_path: Path) -> None:
             assert storage.remove_abandoned() == 1
             assert running.path.exists()
             assert not left.exists()
+
+
+def test_large_blob_goes_in_parts(bucket: Settings) -> None:
+    """A file of many parts arrives as it is; another machine fetches it once, and reads its own copy afterwards."""
+    content = os.urandom(40_000_000)
+    storage = Storage(bucket)
+    sha256 = _put(storage, content)
+    assert storage.is_near(sha256) is False
+    with storage.verified_copy(sha256) as path:
+        assert path.read_bytes() == content
+    assert storage.is_near(sha256)
+    other = Storage(bucket.model_copy(update={"data_dir": bucket.data_dir / "other"}))
+    with other.local_copy(sha256) as path:
+        assert path.read_bytes() == content
+    storage.delete(sha256)
+    assert not other.has(sha256)
+    with other.local_copy(sha256) as path:
+        assert path.stat().st_size == len(content)
+
+
+def test_features_are_kept_and_listed(storage: Storage) -> None:
+    """Kept features are read, listed with their size and origins, and deleted."""
+    name = f"{'a' * 64}-{'b' * 64}-c"
+    for content in (b"first", b"first"):
+        with storage.stage() as staged:
+            staged.write(content)
+            storage.put_features(name, staged)
+    with storage.features(name) as path:
+        assert path.read_bytes() == b"first"
+    (entry,) = storage.list_features()
+    assert (entry.name, entry.size_bytes, entry.origins) == (name, 5, {"a" * 64, "b" * 64})
+    assert list(storage.blobs_older_than(-60)) == []
+    storage.delete_features(name)
+    storage.delete_features(name)
+    assert storage.list_features() == []
+
+
+def test_list_of_many_pages(bucket: Settings) -> None:
+    """More blobs than a bucket lists in one answer are all listed."""
+    storage = Storage(bucket)
+    names = {hashlib.sha256(str(index).encode()).hexdigest() for index in range(1100)}
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda name: obstore.put(storage._store, f"{name[:2]}/{name}", b""), names))
+    assert set(storage.blobs_older_than(-60)) == names
+
+
+def test_bucket_that_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the server is down every call ends within its deadline; once it is back, nothing is missing."""
+    with bucket_server() as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        settings = Settings(data_dir=tmp_path, storage_url=server.fresh_url())
+        storage = Storage(settings)
+        kept = [_put(storage, os.urandom(6_000_000)) for _ in range(3)]
+        server.kill()
+        calls: list[Callable[[], object]] = [
+            lambda: storage.has(kept[0]),
+            lambda: _put(storage, CONTENT),
+            lambda: storage.sha256_of(kept[0]),
+            lambda: storage.delete(kept[0]),
+            lambda: list(storage.blobs_older_than(0)),
+            storage.list_features,
+            storage.check,
+        ]
+        for call in calls:
+            started = time.monotonic()
+            with pytest.raises(StorageUnavailable):
+                call()
+            # Nobody listens, so its three retries are quick; the rest is for a machine that is busy with other tests.
+            assert time.monotonic() - started < 20
+        assert not any(path.suffix == ".part" for path in tmp_path.rglob("*"))
+        server.start()
+        for sha256 in kept:
+            assert storage.sha256_of(sha256) == sha256
+        assert _put(storage, CONTENT) == SHA256
+        assert set(storage.blobs_older_than(-60)) == {*kept, SHA256}
+
+
+def test_server_wants_its_key(s3: BucketServer) -> None:
+    """The server of these tests is a real one in that it refuses who has no key."""
+    assert httpx.get(f"{s3.environment['AWS_ENDPOINT_URL']}/interplay/there").status_code == 403

@@ -81,7 +81,8 @@ def scripted(*answers: Answer, streams: Sequence[list[bytes]] = ()) -> Iterator[
                 self.send_header(name, value)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            self.wfile.write(body)
+            if self.command != "HEAD":
+                self.wfile.write(body)
 
         def stream(self, chunks: list[bytes] | None) -> None:
             self.close_connection = True
@@ -96,7 +97,7 @@ def scripted(*answers: Answer, streams: Sequence[list[bytes]] = ()) -> Iterator[
                 self.wfile.write(chunk)
                 self.wfile.flush()
 
-        do_GET = do_POST = do_PUT = do_DELETE = respond  # noqa: N815 - names of http.server
+        do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_HEAD = respond  # noqa: N815 - names of http.server
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True

@@ -72,6 +72,10 @@ def test_everything_works_on_a_network_that_nobody_knows(service: Service, tmp_p
     assert first["architecture"]["inputs"] == [{"name": "x", "dtype": "float32", "shape": [None, 1, 6, 6]}]
     assert first["architecture"]["logits"] == [None, CLASSES]
     probe_id = _probe(service)
+    for page in ("/checkpoints", f"/checkpoints/{first['id']}"):
+        shown = service.client.get(page)
+        assert shown.status_code == 200, shown.text
+        assert first["architecture"]["graph"][:8] in shown.text
     evaluated = _report(service, checkpoint_id=first["id"], probe_id=probe_id)
     with torch.no_grad():
         hits = models[0](_inputs())["logits"].argmax(1) == torch.arange(N) % CLASSES

@@ -1,4 +1,4 @@
-"""`make fuzz`: damaged files for the readers, then schemathesis against a service with one resource of every type."""
+"""`make fuzz`: damaged files and graphs for the readers, then schemathesis against a service with one resource of every type."""
 
 import argparse
 import sys
@@ -20,14 +20,15 @@ _CHECKS_THAT_DO_NOT_HOLD = "positive_data_acceptance"
 
 
 def main() -> int:
-    """Run both for about half of the time each; return 1 if a fault was found."""
+    """Run all of them, each for a part of the time; return 1 if a fault was found."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=main.__doc__)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=120.0, help="of both together, beside starting the service")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="interplay-fuzz-") as folder:
         found = _damaged_files(Path(folder), options.seed, options.seconds / 3)
-        found += _calls(Path(folder), options.seed, options.seconds * 2 / 3)
+        found += _graphs(options.seed, options.seconds / 6)
+        found += _calls(Path(folder), options.seed, options.seconds / 2)
     return min(found, 1)
 
 
@@ -38,6 +39,12 @@ def _damaged_files(folder: Path, seed: int, seconds: float) -> int:
     for fault in faults:
         print(f"\nSeed {fault.seed}, {fault.kind}, as {fault.door}:\n{fault.traceback}")
     return len(faults)
+
+
+def _graphs(seed: int, seconds: float) -> int:
+    """Pass damaged graphs of networks to workers' and the API's readers, in a process that forbids all else."""
+    command = [sys.executable, "-W", "ignore", "-m", "tests.fuzz.graphs", "--seed", str(seed), "--count", str(10**9)]
+    return run([*command, "--seconds", str(seconds + 15)], check=False).returncode
 
 
 def _calls(folder: Path, seed: int, seconds: float) -> int:

@@ -352,16 +352,15 @@ class Found:
     growth_bytes: int = 0
 
 
-def campaign(seeds: range, deadline: float, place: Any = None) -> Found:
+def campaign(kinds: dict[str, Original], seeds: range, deadline: float, place: Any = None) -> Found:
     """Pass a damaged graph for each seed through one of the doors.
 
     Args:
+        kinds: valid graphs, by name.
         seeds: one a graph.
         deadline: of time.monotonic; then it stops.
         place: shared with the parent, which learns from it the seed of a crash.
     """
-    kinds = originals()
-    _forbid_everything_else()
     found = Found()
     for warm in kinds.values():
         enter_worker(json.loads(warm.graph))
@@ -409,7 +408,10 @@ def _forbid_everything_else() -> None:
 
 def _process(seeds: range, deadline: float, place: Any, answers: Any) -> None:
     torch.set_num_threads(1)
-    answers.send(campaign(seeds, deadline, place))
+    kinds = originals()
+    # After torch.export, which writes files.
+    _forbid_everything_else()
+    answers.send(campaign(kinds, seeds, deadline, place))
 
 
 def main() -> int:

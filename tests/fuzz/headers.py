@@ -18,7 +18,7 @@ from safetensors.numpy import save
 from app import schemas
 from app.descriptions.adapters import check_adapter
 from app.errors import ServiceError
-from app.files import archives, datafile, probedata, tensorfile
+from app.files import archives, datafile, exported, probedata, tensorfile
 from app.files.foreign import rank_of_adapter
 from app.files.weights import weight_names
 from app.settings import Settings
@@ -35,6 +35,9 @@ _PIECES = (
     *(b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06", b"\x93NUMPY", b"\x80\x02", b"{", b"}", b"[" * 300, b'"', b"\\u0000"),
     *(b"-1", b"1e999", b"NaN", b"null", b"true", b"9" * 400, b"\xed\xa0\x80", b"\xff\xfe", b"../../", b"\x00"),
 )
+
+
+PROGRAM = Path(__file__).parents[1] / "app" / "files" / "programs" / "torch-2.13.0.pt2"
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ def originals() -> dict[str, bytes]:
         "tar of a folder": tar.getvalue(),
         "zip of an adapter": zipped(adapter),
         "zip of images": zipped(pictures),
+        "exported program": PROGRAM.read_bytes(),
         "csv": b'text,label\n"a, b",x\nc,y\n',
         "json lines": b'{"text": "a", "label": 0}\n{"text": "b", "label": 1}\n',
     }
@@ -106,6 +110,9 @@ def damaged(content: bytes, chance: random.Random) -> bytes:
 
 
 def _as_checkpoint(path: Path) -> None:
+    if exported.is_exported_program(path):
+        exported.write_program(path, exported.read_program(path), io.BytesIO())
+        return
     if not archives.is_archive(path):
         weight_names(tensorfile.inspect_safetensors(path).tensors)
         return

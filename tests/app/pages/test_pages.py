@@ -1,7 +1,10 @@
 """Pages over HTTP, without a browser: what they show and what confines them; tests/app/test_keys.py has the login."""
 
 import io
+import json
 import re
+import sqlite3
+from contextlib import closing
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from safetensors.numpy import save
 from app import pages
 from app.pages import words
 from app.pages.rendering import place
+from app.schemas.reports import Subject
 from interplay.export import to_csv
 from tests.app.test_analyses import SLOW, pair
 from tests.datafiles import mlp_adapter
@@ -75,6 +79,24 @@ def test_every_kind_of_report_has_its_page(service: Service, reports: dict[str, 
     for value in (split["accuracy"], split["loss"], split["interplay"]["sample"]["global"]["mir"]):
         assert f'title="{value}"' in page
     assert "before &lt;&amp;&gt;" in page or kind == "evaluation"
+
+
+@pytest.mark.parametrize("kind", ["evaluation", "comparison", "path"])
+def test_a_report_of_an_earlier_version_has_its_page(service: Service, reports: dict[str, Any], kind: str) -> None:
+    """A report is stored as it was served then, without the members that have come since."""
+    optional = [name for name, field in Subject.model_fields.items() if not field.is_required()]
+    with closing(sqlite3.connect(service.data_dir / "interplay.db")) as database, database:
+        id = reports[kind]["id"]
+        [(content,)] = database.execute("SELECT content FROM reports WHERE id = ?", (id,)).fetchall()
+        earlier = json.loads(content)
+        for subject in earlier.get("subjects") or [earlier["subject"]]:
+            for name in optional:
+                del subject[name]
+        database.execute("UPDATE reports SET content = ? WHERE id = ?", (json.dumps(earlier), id))
+        database.commit()
+        shown = service.client.get(f"/reports/{id}")
+        database.execute("UPDATE reports SET content = ? WHERE id = ?", (content, id))
+    assert shown.status_code == 200, shown.text
 
 
 def test_an_evaluation_by_class(service: Service, reports: dict[str, Any]) -> None:

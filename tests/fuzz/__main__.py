@@ -1,4 +1,4 @@
-"""`make fuzz`: damaged files and graphs for the readers, then schemathesis against a service with one resource of every type."""
+"""`make fuzz`: damaged files and graphs, then schemathesis against a service with one resource of every type."""
 
 import argparse
 import sys

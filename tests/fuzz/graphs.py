@@ -16,6 +16,7 @@ import resource
 import sys
 import time
 import traceback
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -138,7 +139,9 @@ def originals() -> dict[str, Original]:
     made = {}
     with TemporaryDirectory() as folder:
         for name, (model, args, shapes) in cases.items():
-            with torch.no_grad():
+            with torch.no_grad(), warnings.catch_warnings():
+                # Of torch's own workings.
+                warnings.simplefilter("ignore")
                 program = torch.export.export(model.eval(), args, dynamic_shapes=shapes)
             path = Path(folder) / f"{name}.pt2"
             torch.export.save(program, path)

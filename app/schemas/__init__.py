@@ -44,6 +44,8 @@ from app.schemas.resources import (
     ReportSummary,
     Status,
     Upload,
+    UploadPart,
+    UploadParts,
     Version,
     WorkerVersion,
 )
@@ -112,6 +114,8 @@ __all__ = [
     "Status",
     "Strict",
     "Upload",
+    "UploadPart",
+    "UploadParts",
     "Version",
     "WorkerVersion",
     "metadata_text",

@@ -83,6 +83,8 @@ class Upload(Resource):
 
     size_bytes: Mapped[int] = mapped_column(sa.BigInteger)
     offset_bytes: Mapped[int] = mapped_column(sa.BigInteger, default=0)
+    # Of parts that go straight into the bucket, whose presence there takes the place of the offset; null for others.
+    part_bytes: Mapped[int | None] = mapped_column(sa.BigInteger)
     # The header Upload-Metadata, as it came.
     metadata_: Mapped[str | None] = mapped_column("metadata", sa.String(4096))
     place: Mapped[str] = mapped_column(sa.String(36))

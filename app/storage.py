@@ -104,14 +104,14 @@ class Storage:
         self._verified: dict[str, tuple[int, int, int]] = {}
         self._hashed: dict[str, Hashed] = {}
         self._folder: Path | None = None
-        self._store: ObjectStore
+        self.store: ObjectStore
         if url.scheme == "file":
             self._folder = Path(unquote(url.path))
             # Stage beside the blobs: a rename is atomic only within one file system.
             self._staging = self._folder / "staging"
-            self._store = LocalStore(prefix=self._folder, mkdir=True)
+            self.store = LocalStore(prefix=self._folder, mkdir=True)
         else:
-            self._store = _remote_store(settings)
+            self.store = _remote_store(settings)
 
     def stage(self) -> StagedFile:
         with reaching_storage():
@@ -185,7 +185,7 @@ class Storage:
         if self._folder is None:
             # Overwrite an existing blob: it may be damaged.
             with staged.path.open("rb") as file:
-                obstore.put(self._store, _key(sha256), file, max_concurrency=_PARTS)
+                obstore.put(self.store, _key(sha256), file, max_concurrency=_PARTS)
             return
         final = self._folder / _key(sha256)
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -200,7 +200,7 @@ class Storage:
     def has(self, sha256: str) -> bool:
         try:
             with reaching_storage():
-                obstore.head(self._store, _key(sha256))
+                obstore.head(self.store, _key(sha256))
         except FileNotFoundError:
             return False
         return True
@@ -211,7 +211,7 @@ class Storage:
 
     def delete(self, sha256: str) -> None:
         with suppress(FileNotFoundError), reaching_storage():
-            obstore.delete(self._store, _key(sha256))
+            obstore.delete(self.store, _key(sha256))
 
     @contextmanager
     def local_copy(self, sha256: str) -> Iterator[Path]:
@@ -284,7 +284,7 @@ class Storage:
     def _fetch(self, sha256: str, cached: Path) -> None:
         cached.parent.mkdir(parents=True, exist_ok=True)
         with StagedFile(self._staging) as staged:
-            for chunk in obstore.get(self._store, _key(sha256)).stream(min_chunk_size=8 * 2**20):
+            for chunk in obstore.get(self.store, _key(sha256)).stream(min_chunk_size=8 * 2**20):
                 staged.write(bytes(chunk))
             staged.sync()
             if staged.sha256 != sha256:
@@ -319,7 +319,7 @@ class Storage:
         """
         digest = hashlib.sha256()
         with reaching_storage():
-            for chunk in obstore.get(self._store, _key(sha256)).stream(min_chunk_size=8 * 2**20):
+            for chunk in obstore.get(self.store, _key(sha256)).stream(min_chunk_size=8 * 2**20):
                 digest.update(chunk)
         return digest.hexdigest()
 
@@ -327,7 +327,7 @@ class Storage:
         """Move a blob to a key that is never read, so that the same file can be sent again; return that key."""
         aside = f"damaged/{sha256}"
         with reaching_storage():
-            obstore.rename(self._store, _key(sha256), aside)
+            obstore.rename(self.store, _key(sha256), aside)
         return aside
 
     def put_features(self, name: str, staged: StagedFile) -> None:
@@ -336,7 +336,7 @@ class Storage:
             staged.flush()
             if self._folder is None:
                 with staged.path.open("rb") as file:
-                    obstore.put(self._store, f"{_FEATURES}/{name}", file, max_concurrency=_PARTS)
+                    obstore.put(self.store, f"{_FEATURES}/{name}", file, max_concurrency=_PARTS)
                 return
             final = self._folder / _FEATURES / name
             final.parent.mkdir(exist_ok=True)
@@ -356,7 +356,7 @@ class Storage:
             return
         with self.stage() as staged:
             with reaching_storage():
-                for chunk in obstore.get(self._store, f"{_FEATURES}/{name}").stream(min_chunk_size=8 * 2**20):
+                for chunk in obstore.get(self.store, f"{_FEATURES}/{name}").stream(min_chunk_size=8 * 2**20):
                     staged.write(bytes(chunk))
                 staged.flush()
             yield staged.path
@@ -366,19 +366,19 @@ class Storage:
         with reaching_storage():
             return [
                 StoredFeatures(entry["path"].rpartition("/")[2], entry["size"], entry["last_modified"])
-                for entries in obstore.list(self._store, prefix=_FEATURES)
+                for entries in obstore.list(self.store, prefix=_FEATURES)
                 for entry in entries
             ]
 
     def delete_features(self, name: str) -> None:
         with suppress(FileNotFoundError), reaching_storage():
-            obstore.delete(self._store, f"{_FEATURES}/{name}")
+            obstore.delete(self.store, f"{_FEATURES}/{name}")
 
     def blobs_older_than(self, seconds: float) -> Iterator[str]:
         """Yield the sha256 of every stored blob older than `seconds`."""
         limit = datetime.now(UTC) - timedelta(seconds=seconds)
         with reaching_storage():
-            for entries in obstore.list(self._store):
+            for entries in obstore.list(self.store):
                 for entry in entries:
                     sha256 = entry["path"].rpartition("/")[2]
                     if entry["path"] == _key(sha256) and entry["last_modified"] < limit:

@@ -22,7 +22,7 @@ from typing import Self
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from app import models
+from app import models, parts
 from app.database import clock, read, write
 from app.errors import (
     ChecksumMismatch,
@@ -79,7 +79,13 @@ class Checksum:
 
 
 def create(
-    engine: sa.Engine, storage: Storage, settings: Settings, size_bytes: int, metadata: str | None
+    engine: sa.Engine,
+    storage: Storage,
+    settings: Settings,
+    size_bytes: int,
+    metadata: str | None,
+    *,
+    in_parts: bool = False,
 ) -> models.Upload:
     """Begin an upload.
 
@@ -89,6 +95,7 @@ def create(
         settings: limits.
         size_bytes: of the whole file.
         metadata: the header Upload-Metadata; kept as it is.
+        in_parts: whether its bytes should go straight into the bucket, in parts, if there is one.
 
     Raises:
         TooLarge: a file may not have so many bytes.
@@ -100,6 +107,7 @@ def create(
         limit = settings.max_upload_bytes
         raise TooLarge(f"The file has {size_bytes} bytes; {limit} are allowed.", limit_bytes=limit)
     metadata_of(metadata)
+    part_bytes = parts.part_bytes_of(storage, size_bytes) if in_parts else None
     uploads, place, free_bytes = models.Upload, storage.place(), storage.free_bytes()
     with write(engine) as session:
         now = clock(session)
@@ -117,6 +125,7 @@ def create(
             )
         row = uploads(
             size_bytes=size_bytes,
+            part_bytes=part_bytes,
             metadata_=metadata,
             place=place,
             boot=_boot(),
@@ -136,11 +145,50 @@ def get(engine: sa.Engine, storage: Storage, id_: str) -> models.Upload:
         UploadElsewhere: its file is on another machine.
     """
     row = _row(engine, id_)
+    if row.part_bytes is not None and row.resource_id is None:
+        lacking = parts.missing(storage, id_, row.size_bytes, row.part_bytes)
+        # What lies in the bucket without a gap.
+        row.offset_bytes = row.part_bytes * lacking[0] if lacking else row.size_bytes
+        return row
     if row.resource_id is not None or storage.partial_bytes(id_) == row.offset_bytes:
         return row
     with suppress(UploadBusy), _lock(storage, row) as file:
         return _settled(engine, id_, file)
     return row
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of an upload that the bucket lacks, and the URL that takes it by PUT."""
+
+    number: int
+    offset_bytes: int
+    size_bytes: int
+    url: str
+
+
+def missing_parts(
+    engine: sa.Engine, storage: Storage, settings: Settings, id_: str, limit: int
+) -> tuple[int, list[Part]]:
+    """Return the bytes that the bucket lacks and the first parts of them; asking puts the end of the upload off.
+
+    Raises:
+        NotFound: there is no such upload.
+        InvalidRequest: its bytes do not go to the bucket in parts.
+        StorageUnavailable: the bucket does not answer.
+    """
+    row = _row(engine, id_)
+    if row.part_bytes is None:
+        raise InvalidRequest("The bytes of this upload come by PATCH, in no parts.")
+    if row.resource_id is not None:
+        return 0, []
+    numbers = parts.missing(storage, id_, row.size_bytes, row.part_bytes)
+    _move(engine, id_, 0, row.boot, settings.upload_expires_seconds)
+    places = parts.extents(row.size_bytes, row.part_bytes)
+    missing_bytes = sum(places[number][1] for number in numbers)
+    first = numbers[:limit]
+    urls = parts.signed(storage, id_, first) if first else []
+    return missing_bytes, [Part(number, *places[number], url) for number, url in zip(first, urls, strict=True)]
 
 
 class Append:
@@ -175,7 +223,12 @@ class Append:
         self._engine, self._storage, self._settings, self._id = engine, storage, settings, id_
         self._checksum = checksum
         self._hash = None if checksum is None else hashlib.new(checksum.algorithm, usedforsecurity=False)
-        self._file = _lock(storage, _row(engine, id_))
+        row = _row(engine, id_)
+        if row.part_bytes is not None:
+            raise InvalidRequest(
+                f"The bytes of this upload go into the bucket: GET /v1/uploads/{id_}/parts tells where."
+            )
+        self._file = _lock(storage, row)
         try:
             row = _settled(engine, id_, self._file)
             if row.resource_id is not None:
@@ -276,10 +329,12 @@ def remove(engine: sa.Engine, storage: Storage, id_: str) -> None:
     Raises:
         NotFound: there is none.
     """
-    _row(engine, id_)
+    row = _row(engine, id_)
     with write(engine) as session:
         session.execute(sa.delete(models.Upload).where(models.Upload.id == id_))
     storage.remove_partial(id_)
+    if row.part_bytes is not None:
+        parts.remove(storage, id_)
 
 
 def used_for(session: Session, id_: str, spec: bytes) -> str | None:
@@ -312,19 +367,43 @@ def whole_file(engine: sa.Engine, storage: Storage, id_: str) -> Iterator[Partia
         UploadUnfinished: bytes are missing.
         UploadBusy: another request has it.
     """
-    with _lock(storage, _row(engine, id_)) as file:
-        row = _settled(engine, id_, file)
+    row = _row(engine, id_)
+    with _lock(storage, row) as file:
+        row = _row(engine, id_) if row.part_bytes is not None else _settled(engine, id_, file)
         if row.resource_id is not None:
             raise UploadBusy("Another request has just made a resource of the upload.")
-        if row.offset_bytes != row.size_bytes:
-            raise UploadUnfinished(
-                f"The upload has {row.offset_bytes} of {row.size_bytes} bytes.",
-                offset_bytes=row.offset_bytes,
-                size_bytes=row.size_bytes,
-            )
+        if row.part_bytes is not None:
+            with _fetched(storage, row, row.part_bytes, file):
+                yield file
+            parts.remove(storage, id_)
+            return
+        _require_whole(row)
         file.hash_rest()
         yield file
         storage.remove_partial(id_)
+
+
+@contextmanager
+def _fetched(storage: Storage, row: models.Upload, part_bytes: int, file: PartialFile) -> Iterator[None]:
+    """Fetch an upload's parts into its file, which is removed at the end of the block."""
+    lacking = parts.missing(storage, row.id, row.size_bytes, part_bytes)
+    row.offset_bytes = part_bytes * lacking[0] if lacking else row.size_bytes
+    _require_whole(row)
+    try:
+        file.truncate(0)
+        parts.fetch(storage, row.id, row.size_bytes, part_bytes, file)
+        yield
+    finally:
+        storage.remove_partial(row.id)
+
+
+def _require_whole(row: models.Upload) -> None:
+    if row.offset_bytes != row.size_bytes:
+        raise UploadUnfinished(
+            f"The upload has {row.offset_bytes} of {row.size_bytes} bytes.",
+            offset_bytes=row.offset_bytes,
+            size_bytes=row.size_bytes,
+        )
 
 
 def use(session: Session, id_: str, resource_id: str, spec: bytes) -> None:
@@ -346,7 +425,7 @@ def sweep(engine: sa.Engine, storage: Storage) -> None:
     """Remove uploads that have expired, and files of uploads that are not there or have become resources."""
     uploads = models.Upload
     # Before the rows: a row is always older than its file.
-    files = set(storage.partials())
+    files, in_bucket = set(storage.partials()), parts.ids(storage)
     with read(engine) as session:
         expired = set(session.scalars(sa.select(uploads.id).where(uploads.expires_at <= clock(session))))
         needed = set(session.scalars(sa.select(uploads.id).where(uploads.resource_id.is_(None))))
@@ -358,6 +437,9 @@ def sweep(engine: sa.Engine, storage: Storage) -> None:
                 gone = sa.delete(uploads).where(uploads.id == id_, uploads.expires_at <= clock(session))
                 session.execute(gone)
             storage.remove_partial(id_)
+            needed.discard(id_)
+    for id_ in in_bucket - needed:
+        parts.remove(storage, id_)
     for id_ in files - needed:
         with suppress(BlockingIOError, FileNotFoundError), storage.partial(id_):
             storage.remove_partial(id_)
@@ -404,7 +486,7 @@ def _lock(storage: Storage, row: models.Upload) -> PartialFile:
         try:
             return storage.partial(row.id)
         except FileNotFoundError:
-            if row.place != storage.place():
+            if row.place != storage.place() and row.part_bytes is None:
                 raise UploadElsewhere("Each machine stages its own uploads; send its requests to that one.") from None
             return storage.partial(row.id, create=True)
     except BlockingIOError:

@@ -869,10 +869,25 @@ class Upload(TypedDict):
     id: str
     size_bytes: int
     offset_bytes: int
+    part_bytes: int | None
     metadata: dict[str, str]
     resource_id: str | None
     created_at: str
     expires_at: str
+
+
+class UploadPart(TypedDict):
+    """A part of an upload that the bucket lacks."""
+
+    number: int
+    offset_bytes: int
+    size_bytes: int
+    url: str
+
+
+class UploadParts(TypedDict):
+    missing_bytes: int
+    missing: list[UploadPart]
 
 
 class Verdict(TypedDict):

@@ -2,6 +2,7 @@
 
 The protocol is tus 1.0.0. A file goes in requests that end with an answer: what was answered for is on the service's
 disk. Their size is a part of what came since the last break, so that a break costs little however often there is one.
+Where the service has a bucket that signs requests, parts go there, several at a time (interplay/parts.py).
 A note in the user's cache folder names the upload of a file, so that another process goes on with it.
 """
 
@@ -20,6 +21,7 @@ from typing import Any, BinaryIO, Self
 
 import httpx
 
+from interplay import parts
 from interplay.transport import Body, InterplayError, ProblemError, ServiceUnreachable, Transport
 
 # Smaller files go in one form.
@@ -107,6 +109,9 @@ class _Upload:
         self._broken = note.upload_id is not None
         self._retries = transport.retries()
         self._begun, self._reached = 0, False
+        # Whether bytes go into the bucket; None until the service says so.
+        self._in_parts: bool | None = None
+        self._bucket_reached = True
 
     def send(self) -> str | None:
         """Send what is missing; return the sha256 of the file, or None if the service takes no resumable upload."""
@@ -115,6 +120,12 @@ class _Upload:
                 try:
                     if self._note.upload_id is None and not self._begin():
                         return None
+                    if self._in_parts is None:
+                        told = self._transport.call("GET", self._place, headers=_HEADERS)
+                        self._in_parts = told.get("part_bytes") is not None
+                    if self._in_parts:
+                        self._bring_parts(hashing)
+                        return hashing.sha256()
                     if self._offset_bytes is None:
                         self._offset_bytes = self._ask()
                     self._reached = True
@@ -123,12 +134,20 @@ class _Upload:
                     if self._offset_bytes == self._size_bytes:
                         return hashing.sha256()
                     self._bring(file, self._offset_bytes)
+                except parts.BucketUnreachable:
+                    continue
                 except (ProblemError, ServiceUnreachable) as error:
                     self._bear(error)
+
+    @property
+    def _place(self) -> str:
+        return f"/v1/uploads/{self._note.upload_id}"
 
     def _begin(self) -> bool:
         try:
             headers = {**_HEADERS, "Upload-Length": str(self._size_bytes)}
+            if self._bucket_reached:
+                headers["Upload-Parts"] = "presigned"
             made = self._transport.call("POST", "/v1/uploads", headers=headers)
         except ProblemError as error:
             if error.status in (404, 405) or error.type == _TOO_MANY:
@@ -136,11 +155,24 @@ class _Upload:
             raise
         self._note.keep(made["id"])
         self._begun += 1
+        self._in_parts = made.get("part_bytes") is not None
         self._offset_bytes = 0
         return True
 
+    def _bring_parts(self, hashing: "_Hashing") -> None:
+        """Send the parts that the bucket lacks; begin anew without parts if it cannot be reached from here."""
+        hashing.reach(self._size_bytes)
+        try:
+            parts.send(self._transport, str(self._note.upload_id), self._path, self._on_progress)
+        except parts.BucketUnreachable:
+            self._bucket_reached = False
+            self._transport.send("DELETE", self._place, headers=_HEADERS)
+            self._note.forget()
+            self._in_parts = self._offset_bytes = None
+            raise
+
     def _ask(self) -> int:
-        answer = self._transport.send("HEAD", f"/v1/uploads/{self._note.upload_id}", headers=_HEADERS)
+        answer = self._transport.send("HEAD", self._place, headers=_HEADERS)
         offset = answer.headers.get("Upload-Offset", "")
         if not offset.isdecimal():
             raise ServiceUnreachable(f"{self._transport.url} is not an Interplay service: it told no offset.")
@@ -155,9 +187,8 @@ class _Upload:
             "Content-Length": str(count),
             "Upload-Offset": str(offset_bytes),
         }
-        place = f"/v1/uploads/{self._note.upload_id}"
         try:
-            self._transport.send("PATCH", place, headers=headers, content=self._blocks(file, offset_bytes, count))
+            self._transport.send("PATCH", self._place, headers=headers, content=self._blocks(file, offset_bytes, count))
         except ProblemError as error:
             if error.status == 413 and not error.type.startswith("urn:interplay:") and count > _BLOCK_BYTES:
                 # Between here and the service something takes less in one request.
@@ -187,6 +218,7 @@ class _Upload:
             if error.status == 404 and self._note.upload_id is not None and self._begun < 2:
                 # Expired, or cancelled: from the beginning.
                 self._note.forget()
+                self._in_parts = None
                 return
             # The offset was another one, or the bytes were damaged on their way: HEAD tells.
             self._retries.pause(error, passing=error.status in (409, 460) or None)

@@ -45,6 +45,8 @@ from app.schemas.resources import (
     ReportSummary,
     Status,
     Upload,
+    UploadPart,
+    UploadParts,
     Version,
     WorkerVersion,
 )
@@ -114,6 +116,8 @@ __all__ = [
     "Status",
     "Strict",
     "Upload",
+    "UploadPart",
+    "UploadParts",
     "Version",
     "WorkerVersion",
     "metadata_text",

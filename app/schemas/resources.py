@@ -16,11 +16,26 @@ class Upload(Strict):
 
     id: str
     size_bytes: int
-    offset_bytes: int = Field(description="So many bytes are on the service's disk.")
+    offset_bytes: int = Field(description="So many bytes are on the service's disk, or in the bucket without a gap.")
+    part_bytes: int | None = Field(description="Size of the parts that go into the bucket; null: bytes come by PATCH.")
     metadata: dict[str, str] = Field(description="Pairs of Upload-Metadata, decoded.")
     resource_id: str | None = Field(description="What the upload has become.")
     created_at: datetime
     expires_at: datetime = Field(description="It is removed then; each request that brings bytes puts it off.")
+
+
+class UploadPart(Strict):
+    """A part of an upload that the bucket lacks."""
+
+    number: int = Field(description="From 0.")
+    offset_bytes: int
+    size_bytes: int
+    url: str = Field(description="Takes the part by PUT, within an hour and without the service's key.")
+
+
+class UploadParts(Strict):
+    missing_bytes: int = Field(description="Of all parts that the bucket lacks.")
+    missing: list[UploadPart] = Field(description="The first of them; empty once the upload is complete.")
 
 
 class Checkpoint(Strict):

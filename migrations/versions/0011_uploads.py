@@ -24,6 +24,7 @@ def upgrade() -> None:
         sa.Column("created_at", instant, nullable=False),
         sa.Column("size_bytes", sa.BigInteger(), nullable=False),
         sa.Column("offset_bytes", sa.BigInteger(), nullable=False),
+        sa.Column("part_bytes", sa.BigInteger(), nullable=True),
         sa.Column("metadata", sa.String(4096), nullable=True),
         sa.Column("place", sa.String(36), nullable=False),
         sa.Column("boot", sa.String(36), nullable=True),

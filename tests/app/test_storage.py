@@ -67,7 +67,7 @@ def test_missing_blob_is_an_error(storage: Storage) -> None:
 def test_other_bytes_under_a_hash_are_not_taken_for_the_blob(bucket: Settings, tmp_path: Path) -> None:
     """Other bytes from a store are refused, and nothing of them stays in the cache."""
     storage = Storage(bucket)
-    obstore.put(storage._store, f"{SHA256[:2]}/{SHA256}", b"something else")
+    obstore.put(storage.store, f"{SHA256[:2]}/{SHA256}", b"something else")
     with pytest.raises(BlobDamaged, match=SHA256), storage.local_copy(SHA256):
         pass
     assert not any(path.is_file() for path in tmp_path.rglob("*"))
@@ -126,9 +126,9 @@ def test_what_lies_in_the_store_can_be_hashed_and_set_aside(storage: Storage) ->
     """The hash is of the present bytes; a file set aside is no longer a blob, and can be uploaded again."""
     _put(storage, CONTENT)
     assert storage.sha256_of(SHA256) == SHA256
-    obstore.put(storage._store, f"{SHA256[:2]}/{SHA256}", CONTENT[:-1])
+    obstore.put(storage.store, f"{SHA256[:2]}/{SHA256}", CONTENT[:-1])
     assert storage.sha256_of(SHA256) == hashlib.sha256(CONTENT[:-1]).hexdigest()
-    assert obstore.get(storage._store, storage.set_aside(SHA256)).bytes() == CONTENT[:-1]
+    assert obstore.get(storage.store, storage.set_aside(SHA256)).bytes() == CONTENT[:-1]
     assert not storage.has(SHA256)
     with pytest.raises(FileNotFoundError):
         storage.sha256_of(SHA256)
@@ -227,7 +227,7 @@ def test_list_of_many_pages(bucket: Settings) -> None:
     storage = Storage(bucket)
     names = {hashlib.sha256(str(index).encode()).hexdigest() for index in range(1100)}
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda name: obstore.put(storage._store, f"{name[:2]}/{name}", b""), names))
+        list(pool.map(lambda name: obstore.put(storage.store, f"{name[:2]}/{name}", b""), names))
     assert set(storage.blobs_older_than(-60)) == names
 
 

@@ -1,6 +1,7 @@
 """`make fuzz`: damaged files and graphs, then schemathesis against a service with one resource of every type."""
 
 import argparse
+import os
 import sys
 import tempfile
 import time
@@ -56,7 +57,8 @@ def _calls(folder: Path, seed: int, seconds: float) -> int:
             "--exclude-checks", _CHECKS_THAT_DO_NOT_HOLD, "--continue-on-failure", "--no-color", "--warnings", "off",
             "--generation-database", "none", "--request-timeout", "60", "--wait-for-schema", "60",
         ]  # fmt: skip
-        status = run(command, cwd=folder, check=False).returncode
+        environment = {**os.environ, "SCHEMATHESIS_HOOKS": "tests.fuzz.hooks"}
+        status = run(command, cwd=folder, env=environment, check=False).returncode
         log = (service.data_dir / "stderr.txt").read_text()
         if "Traceback" in log:
             print(log)

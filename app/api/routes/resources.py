@@ -51,7 +51,7 @@ def _upload_body(spec: type[BaseModel], file: str) -> dict[str, Any]:
     status_code=201,
     response_model=schemas.Checkpoint,
     openapi_extra=_upload_body(schemas.CheckpointSpec, "safetensors; left out where spec.sha256 names a blob"),
-    responses=problems(400, 404, 413, 415, 422, 503),
+    responses=problems(400, 404, 409, 413, 415, 422, 423, 503),
 )
 async def create_checkpoint(request: Request, response: Response, service: ServiceDep) -> schemas.Checkpoint:
     """Upload a checkpoint."""
@@ -71,7 +71,7 @@ async def create_checkpoint(request: Request, response: Response, service: Servi
         "safetensors or npz: inputs (N, ...), labels (N,), split (N,); or Parquet, a zip of class folders with images, "
         "CSV or JSON lines with texts and labels",
     ),
-    responses=problems(400, 404, 413, 415, 422, 503),
+    responses=problems(400, 404, 409, 413, 415, 422, 423, 503),
 )
 async def create_probe(request: Request, response: Response, service: ServiceDep) -> schemas.Probe:
     """Upload a probe dataset."""
@@ -90,7 +90,7 @@ async def create_probe(request: Request, response: Response, service: ServiceDep
         schemas.FeatureSetSpec,
         "safetensors: features (N, d), labels (N,), head (C, d); optional head_bias (C,), logits (N, C), split (N,)",
     ),
-    responses=problems(400, 404, 413, 415, 422, 503),
+    responses=problems(400, 404, 409, 413, 415, 422, 423, 503),
 )
 async def create_feature_set(request: Request, response: Response, service: ServiceDep) -> schemas.FeatureSet:
     """Upload features, labels and head of a network that the service cannot build."""

@@ -1,10 +1,11 @@
 """Resumable uploads: tus 1.0.0 with creation, creation-with-upload, checksum, expiration and termination."""
 
+from dataclasses import asdict
 from email.utils import format_datetime
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, Header, Request, Response
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 
 from app import models, schemas, uploads
@@ -37,7 +38,9 @@ async def _checksum(
 
 _Size = Annotated[str, Header(pattern="^[0-9]{1,15}$")]
 _ChecksumDep = Annotated[uploads.Checksum | None, Depends(_checksum)]
-router = APIRouter(tags=["uploads"], dependencies=[Depends(_known_version)])
+# OPTIONS tells which version there is, whatever the caller's; the list of parts is not of tus.
+_VERSIONED = [Depends(_known_version)]
+router = APIRouter(tags=["uploads"])
 
 
 @router.options("/uploads", status_code=204)
@@ -50,7 +53,11 @@ async def tell_tus(service: ServiceDep, response: Response) -> None:
 
 
 @router.post(
-    "/uploads", status_code=201, openapi_extra=_BODY, responses=problems(400, 404, 412, 413, 415, 423, 460, 507)
+    "/uploads",
+    status_code=201,
+    dependencies=_VERSIONED,
+    openapi_extra=_BODY,
+    responses=problems(400, 404, 412, 413, 415, 423, 460, 507),
 )
 async def create_upload(
     request: Request,
@@ -61,11 +68,15 @@ async def create_upload(
     metadata: Annotated[
         str | None, Header(alias="Upload-Metadata", description="Pairs of a key and a value in base64, with commas.")
     ] = None,
+    parts: Annotated[
+        Literal["presigned"] | None,
+        Header(alias="Upload-Parts", description="Parts straight into the bucket, if the storage is one of S3."),
+    ] = None,
 ) -> schemas.Upload:
     """Begin an upload; a body of the media type of PATCH is its first bytes."""
     has_bytes = _require_media_type(request, required=False)
     create = partial(uploads.create, service.engine, service.storage, service.settings, int(size), metadata)
-    row = await run_in_threadpool(create)
+    row = await run_in_threadpool(partial(create, in_parts=parts is not None and not has_bytes))
     response.headers["Location"] = f"{request.url.path}/{row.id}"
     if has_bytes:
         row = await _append(request, service, row.id, 0, checksum)
@@ -73,7 +84,7 @@ async def create_upload(
     return _upload(row)
 
 
-@router.get("/uploads/{id}", responses=problems(404))
+@router.get("/uploads/{id}", dependencies=_VERSIONED, responses=problems(404, 412))
 def get_upload(id: schemas.Id, response: Response, service: ServiceDep) -> schemas.Upload:
     """Where an upload is; HEAD gives the same as headers alone."""
     row = uploads.get(service.engine, service.storage, id)
@@ -84,9 +95,21 @@ def get_upload(id: schemas.Id, response: Response, service: ServiceDep) -> schem
     return _upload(row)
 
 
+@router.get("/uploads/{id}/parts", responses=problems(404))
+def list_missing_parts(
+    id: schemas.Id, service: ServiceDep, limit: Annotated[int, Query(ge=1, le=100)] = 20
+) -> schemas.UploadParts:
+    """Parts that the bucket lacks, each with a URL that takes it."""
+    missing_bytes, found = uploads.missing_parts(service.engine, service.storage, service.settings, id, limit)
+    return schemas.UploadParts(
+        missing_bytes=missing_bytes, missing=[schemas.UploadPart(**asdict(part)) for part in found]
+    )
+
+
 @router.patch(
     "/uploads/{id}",
     status_code=204,
+    dependencies=_VERSIONED,
     openapi_extra=_BODY,
     responses=problems(400, 404, 409, 412, 413, 415, 423, 460, 507),
 )
@@ -103,7 +126,7 @@ async def append_to_upload(
     _tell(response, await _append(request, service, id, int(offset), checksum))
 
 
-@router.delete("/uploads/{id}", status_code=204, responses=problems(404, 412))
+@router.delete("/uploads/{id}", status_code=204, dependencies=_VERSIONED, responses=problems(404, 412))
 def cancel_upload(id: schemas.Id, service: ServiceDep) -> None:
     """Cancel an upload; what has come is removed. A resource that it has become stays."""
     uploads.remove(service.engine, service.storage, id)
@@ -136,6 +159,7 @@ def _upload(row: models.Upload) -> schemas.Upload:
         id=row.id,
         size_bytes=row.size_bytes,
         offset_bytes=row.offset_bytes,
+        part_bytes=row.part_bytes,
         metadata=uploads.metadata_of(row.metadata_),
         resource_id=row.resource_id,
         created_at=row.created_at,

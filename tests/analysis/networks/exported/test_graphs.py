@@ -214,7 +214,7 @@ def test_a_long_loop_is_not_run_to_be_looked_at() -> None:
         (torch.zeros(3, 4), "float32 [2 or more, 3]; it got float32 ['n', 4]"),
         (torch.zeros(3, 3, dtype=torch.int64), "it got int64 ['n', 3]"),
         (torch.zeros(3, 3, 3), "it got float32 ['n', 3, 3]"),
-        ({"input_ids": torch.zeros(3, 3)}, "was exported with the inputs x; it got input_ids"),
+        ({"words": torch.zeros(3, 3)}, "was exported with the inputs x; it got words"),
         ({"x": torch.zeros(3, 3), "y": torch.zeros(3, 3)}, "with the inputs x; it got x, y"),
     ],
 )

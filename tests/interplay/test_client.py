@@ -133,7 +133,7 @@ def test_each_creation_has_a_key_of_its_own() -> None:
 
 
 def test_upload_streams_with_the_spec_first(tmp_path: Path) -> None:
-    """A form of 256 MiB, to a service that takes no other way, takes less than 48 MiB of memory; the spec goes first."""
+    """A form of 256 MiB, where there is no other way, takes less than 48 MiB of memory, and the spec goes first."""
     large = tmp_path / "large.safetensors"
     with large.open("wb") as file:
         file.truncate(256 * 2**20)

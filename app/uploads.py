@@ -430,7 +430,7 @@ def sweep(engine: sa.Engine, storage: Storage) -> None:
         expired = set(session.scalars(sa.select(uploads.id).where(uploads.expires_at <= clock(session))))
         needed = set(session.scalars(sa.select(uploads.id).where(uploads.resource_id.is_(None))))
     for id_ in expired:
-        with suppress(BlockingIOError):
+        with suppress(BlockingIOError, FileNotFoundError):
             if id_ in files:
                 storage.partial(id_).close()  # nobody writes to it
             with write(engine) as session:

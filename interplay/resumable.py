@@ -82,6 +82,8 @@ def push(
                     continue
                 if "found" in error.members:
                     # The file has changed on the way: what the service has is of no use.
+                    with contextlib.suppress(InterplayError):
+                        transport.send("DELETE", f"/v1/uploads/{note.upload_id}", headers=_HEADERS)
                     note.forget()
                 raise
             note.forget()

@@ -21,7 +21,13 @@ from tests.databases import fresh_database, postgres_server
 from tests.shapes import without_shape_checks  # noqa: F401
 
 # Their tests take minutes: started last, one of them would run alone at the end while another core is idle.
-_LONGEST = ("tests/workers/test_kills.py", "tests/workers/test_outages.py", "tests/packages/test_pythons.py")
+_LONGEST = (
+    "tests/workers/test_kills.py",
+    "tests/workers/test_outages.py",
+    "tests/workers/test_bucket.py",
+    "tests/packages/test_pythons.py",
+    "tests/interplay/test_upload_kills.py",
+)
 
 
 def pytest_configure() -> None:

@@ -26,7 +26,7 @@ from interplay.command.options import (
     Timeout,
     note,
 )
-from interplay.command.progress import wait_for
+from interplay.command.progress import upload_shown, wait_for
 from interplay.command.values import UsageError, columns_of, existing, finite, pair, stem, values_by_key, whole
 
 ProbeName = Annotated[
@@ -75,12 +75,17 @@ def analyze(
     with temporary_service() if alone else common.client() as client:
         if file is not None:
             note(f"pushing {rendering.printable(file.name or file)}")
-            checkpoint = client.push_checkpoint_once(file, name=described.name or stem(file), **parsed)[0]["id"]
+            with upload_shown(file.name) as show:
+                pushed, _ = client.push_checkpoint_once(
+                    file, name=described.name or stem(file), on_progress=show, **parsed
+                )
+            checkpoint = pushed["id"]
         elif checkpoint is not None:
             checkpoint = id_of(client, "checkpoints", checkpoint, "--checkpoint")
         if probe is not None and pushes_probe:
             note(f"pushing {rendering.printable(Path(probe).name or probe)}")
-            probe = client.push_probe(probe, name=stem(Path(probe)), columns=columns)["id"]
+            with upload_shown(Path(probe).name) as show:
+                probe = client.push_probe(probe, name=stem(Path(probe)), columns=columns, on_progress=show)["id"]
         elif probe is not None:
             probe = id_of(client, "probes", probe, "--probe")
         if features is not None:

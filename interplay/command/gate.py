@@ -39,7 +39,7 @@ from interplay.command.options import (
     write,
 )
 from interplay.command.problems import in_our_words
-from interplay.command.progress import wait_for
+from interplay.command.progress import upload_shown, wait_for
 from interplay.command.values import UsageError, stem
 from interplay.command.verdict import Run, junit, markdown, verdict_view, worst
 from interplay.kinds import KINDS
@@ -239,7 +239,10 @@ def _checkpoint(client: Client, candidate: _Candidate) -> str:
         except UsageError as error:
             raise UsageError(f"{given!r} is no local file, and {error}", "--checkpoint") from None
     note(f"pushing {rendering.printable(path.name or path)}")
-    checkpoint, sent = client.push_checkpoint_once(path, name=candidate.name or stem(path), **candidate.described)
+    with upload_shown(path.name) as show:
+        checkpoint, sent = client.push_checkpoint_once(
+            path, name=candidate.name or stem(path), on_progress=show, **candidate.described
+        )
     size = f"{checkpoint['size_bytes']:,} bytes"
     note(f"pushed {size}" if sent else f"not sent: the service already has its {size}")
     return str(checkpoint["id"])

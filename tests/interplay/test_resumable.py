@@ -132,9 +132,11 @@ def test_file_that_changes_on_its_way_is_no_resource(api: Service, file: Path, t
         content[500_000] ^= 1
         file.write_bytes(content)
         os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+        (upload,) = [note.read_text() for note in notes(tmp_path)]
         with pytest.raises(ProblemError, match="sha256"):
             client.push_feature_set(file, name="large")
         assert notes(tmp_path) == []
+        assert api.client.head(f"/v1/uploads/{upload}").status_code == 404
         made = client.push_feature_set(file, name="large")
     assert made["sha256"] == hashlib.sha256(content).hexdigest()
 

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from interplay import Client, resumable
 from tests import services
 from tests.app.test_analyses import pair, without_identity
 from tests.buckets import BucketServer, bucket_server
+from tests.campaigns import campaign
 from tests.databases import fresh_database
 from tests.interplay.test_upload_kills import write_features
 from tests.services import Service, running, until
@@ -64,19 +66,22 @@ def test_everything_works_in_a_bucket(own: InBucket, mlp_checkpoint_file: Path, 
     # Kept features come from the bucket as well.
     again = service.report(service.wait(service.analyze(**ids)["id"]))
     assert without_identity(again)["splits"] == without_identity(report)["splits"]
-    assert again["method"]["features_reused"] is True
+    assert again["provenance"]["features_reused"] is True
     assert service.client.delete(f"/v1/probes/{ids['probe_id']}").status_code == 204
 
 
-def test_server_killed_under_uploads(own: InBucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bucket's server is killed twice while four clients push: all arrive, once each, as they are."""
+@pytest.mark.parametrize("kills", campaign([1, 3], often=[1]))
+def test_server_killed_under_uploads(
+    own: InBucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kills: int
+) -> None:
+    """The bucket's server is killed while four clients push: all files arrive, once each, as they are."""
     monkeypatch.setattr(resumable, "LEAST_BYTES", 2 * _MEBIBYTE)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     files = []
     for index in range(8):
         # Every second one is small enough for a form.
-        files.append(tmp_path / f"{index}.safetensors")
-        write_features(files[-1], (6 if index % 2 else 1) * _MEBIBYTE + 520 * index)
+        files.append(tmp_path / f"{kills}-{index}.safetensors")
+        write_features(files[-1], (6 if index % 2 else 1) * _MEBIBYTE + 520 * (index + 10 * kills))
     made: dict[str, str] = {}
 
     def push(share: list[Path]) -> None:
@@ -87,8 +92,8 @@ def test_server_killed_under_uploads(own: InBucket, tmp_path: Path, monkeypatch:
     threads = [threading.Thread(target=push, args=(files[start::4],)) for start in range(4)]
     for thread in threads:
         thread.start()
-    for kill in (1, 2):
-        until(lambda kill=kill: len(made) >= 2 * kill or not any(thread.is_alive() for thread in threads))  # type: ignore[misc]
+    for kill in range(kills):
+        until(partial(_have_pushed, made, 2 * kill + 1, threads))
         own.server.kill()
         time.sleep(1)
         own.server.start()
@@ -104,19 +109,22 @@ def test_server_killed_under_uploads(own: InBucket, tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.timeout(600)
-def test_server_killed_under_analyses(own: InBucket, mlp_checkpoint_file: Path, digits_probe_file: Path) -> None:
+@pytest.mark.parametrize("kills", campaign([1, 3], often=[1]))
+def test_server_killed_under_analyses(
+    own: InBucket, mlp_checkpoint_file: Path, digits_probe_file: Path, kills: int
+) -> None:
     """The bucket's server is killed while analyses wait and run: each succeeds, once, with its digits."""
     service = own.service
     ids = pair(service, mlp_checkpoint_file, digits_probe_file)
     expected = without_identity(service.report(service.wait(service.analyze(**ids)["id"])))
     analyses = []
-    for index in range(6):
+    for index in range(4):
         # Files that this machine has no copy of.
-        own_ids = pair(service, _alike(mlp_checkpoint_file, index), digits_probe_file)
+        own_ids = pair(service, _alike(mlp_checkpoint_file, index + 10 * kills), digits_probe_file)
         analyses.append(service.analyze(**own_ids))
     for path in (service.data_dir / "cache").glob("??/*"):
         path.unlink()
-    for _ in range(2):
+    for _ in range(kills):
         own.server.kill()
         time.sleep(3)
         own.server.start()
@@ -127,6 +135,10 @@ def test_server_killed_under_analyses(own: InBucket, mlp_checkpoint_file: Path, 
         assert without_identity(service.report(done))["splits"] == expected["splits"]
         reports = service.client.get("/v1/reports", params={"checkpoint_id": analysis["checkpoint_id"]}).json()["items"]
         assert len(reports) == 1
+
+
+def _have_pushed(made: dict[str, str], count: int, threads: list[threading.Thread]) -> bool:
+    return len(made) >= count or not any(thread.is_alive() for thread in threads)
 
 
 def _alike(file: Path, index: int) -> Path:

@@ -256,7 +256,13 @@ class _Writer:
             elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
                 tensor = _tensor_of(self._program, str(spec.target))
                 # A tensor with several names, such as tied embeddings, is one.
-                same = (tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride())
+                same = (
+                    tensor.untyped_storage()._cdata,
+                    tensor.storage_offset(),
+                    tensor.shape,
+                    tensor.stride(),
+                    tensor.dtype,
+                )
                 values[node] = known.setdefault(same, _Value())
                 if all(values[node] is not value for *_, value in self._tensors):
                     self._tensors.append((str(spec.target), tensor, spec.kind == InputKind.PARAMETER, values[node]))

@@ -29,7 +29,7 @@ MAX_NODES = 20_000
 _MAX_TENSORS, _MAX_INPUTS, _MAX_RANK = 100_000, 64, 8
 _MAX_ARGUMENTS, _MAX_LIST, _MAX_NESTING, _MAX_RESULTS = 32, 4096, 3, 4096
 _MAX_VALUES = 500_000
-_MAX_TEXT, _MAX_NAME_BYTES = 256, 512
+_MAX_TEXT, _MAX_NAME_BYTES, _MAX_OPERATION = 256, 512, 128
 _MAX_SIZE = 2**31
 # The most values from which a weight is computed, as by weight_norm.
 _MAX_COMPUTATION = 64
@@ -123,15 +123,15 @@ class Graph:
                 wanted.update(node.refs())
         return wanted
 
-    def weights_of(self, number: int) -> list[Stored]:
-        """Return the tensors of the file that a value is computed from, in their order; of a long computation none."""
+    def weights_of(self, number: int) -> list[Stored] | None:
+        """Return the tensors of the file that a value is computed from, in their order; None of a long computation."""
         seen, todo = {number}, [number]
         while todo and len(seen) <= _MAX_COMPUTATION:
             node = self._makers.get(todo.pop())
             new = set() if node is None else set(node.refs()) - seen
             seen |= new
             todo += new
-        return [self.tensors[one] for one in sorted(seen) if one < len(self.tensors)] if not todo else []
+        return None if todo else [self.tensors[one] for one in sorted(seen) if one < len(self.tensors)]
 
     @cached_property
     def _makers(self) -> dict[int, Node]:
@@ -231,7 +231,10 @@ def _shape(sizes: list[Any], name: str) -> tuple[Size, ...]:
 def _node(place: int, entry: Any, n_before: int) -> Node:
     match entry:
         case [str(operation), dict(arguments), int(n_results)] if (
-            type(n_results) is int and 0 <= n_results <= _MAX_RESULTS and len(arguments) <= _MAX_ARGUMENTS
+            len(operation) <= _MAX_OPERATION
+            and type(n_results) is int
+            and 0 <= n_results <= _MAX_RESULTS
+            and len(arguments) <= _MAX_ARGUMENTS
         ):
             pass
         case _:

@@ -18,14 +18,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 from ...errors import AnalysisError
 from ..building import refused
 from .graph import Graph, Input, Node, Ref, Size, Stored, sizes_text
-from .operations import AUTOCAST_OFF, allowed
+from .operations import AUTOCAST_OFF, REGION_ENDS, SHRINKING, allowed
 from .rules import LinearMap, is_batch_normalisation, linear_map, multiplied
 from .steps import Step, dtype_of, narrow_type, plan_frees, storage_of
 
 # Most multiplications of a batch: days of any machine.
 _MAX_COST = 2.0**60
 # The most names in one list of an error's members.
-_MAX_LISTED = 20
+_MAX_LISTED, _MAX_NAMED = 20, 200
 # Shapes of inputs that are known to run.
 _MAX_KNOWN = 64
 # Parts of names under which torch keeps what a weight is computed from.
@@ -129,6 +129,9 @@ class ExportedNetwork(nn.Module):
         self._steps = [Step(node, place, narrow) for place, node in enumerate(graph.nodes)]
         plan_frees(self._steps, graph)
         self._fixed = _fixed_values(graph)
+        self._writes = any(step.writes for step in self._steps)
+        # Whether sizes of results can only grow with those of the inputs.
+        self._grows = not any(step.node.operation in SHRINKING for step in self._steps)
         self._linear: dict[str, GraphLinear] = {}
         self._parts: list[nn.Module | None] = [self._part(step) for step in self._steps]
         # Registered, so that recalibration finds them.
@@ -155,22 +158,26 @@ class ExportedNetwork(nn.Module):
         n, (least, _) = len(inputs[0]), self._graph.batch
         inputs = [filled_up(tensor, least) for tensor in inputs]
         # A tracer's tensors have no memory either, and its trace would have what runs here.
-        if not any(isinstance(tensor, FakeTensor) for tensor in inputs):
+        traced = any(isinstance(tensor, FakeTensor) for tensor in inputs)
+        if not traced:
             self._look_at([tuple(tensor.shape) for tensor in inputs])
         values, device = self._first_values(inputs), inputs[0].device
-        regions: list[ExitStack] = []
-        for step, part in zip(self._steps, self._parts, strict=True):
-            if part is None and step.region is None:
-                step.run(values, device)
-            elif isinstance(part, GraphLinear):
-                step.keep(part(values[step.node.arguments[part._form.inputs].number], values, device), values)
-            elif part is not None:
-                step.keep(part(values[step.node.arguments["input"].number]), values)
-            elif step.region == AUTOCAST_OFF:
-                regions.append(ExitStack())
-                regions[-1].enter_context(torch.autocast(device.type, enabled=False))
-            elif regions:
-                regions.pop().close()
+        own = {storage_of(one) for one in values if one is not None} if self._writes and not traced else set()
+        # Left whatever happens: a pass that runs out of memory is tried again.
+        with ExitStack() as regions:
+            depth: list[ExitStack] = []
+            for step, part in zip(self._steps, self._parts, strict=True):
+                if part is None and step.region is None:
+                    step.run(values, device, own)
+                elif isinstance(part, GraphLinear):
+                    step.keep(part(values[step.node.arguments[part._form.inputs].number], values, device), values)
+                elif part is not None:
+                    step.keep(part(values[step.node.arguments["input"].number]), values)
+                elif step.region == AUTOCAST_OFF:
+                    depth.append(regions.enter_context(ExitStack()))
+                    depth[-1].enter_context(torch.autocast(device.type, enabled=False))
+                else:
+                    depth.pop().close()
         logits = values[self._graph.logits]
         return logits[:n] if n < least else logits
 
@@ -191,7 +198,7 @@ class ExportedNetwork(nn.Module):
         values = self._first_values([])
         for step in self._steps:
             if step.region is None and step.node.first in wanted:
-                step.run(values, values[0].device)
+                step.run(values, self._tensor(self._graph.tensors[0].name).device, set())
         found: Tensor = values[number]
         return found
 
@@ -215,7 +222,7 @@ class ExportedNetwork(nn.Module):
         Raises:
             AnalysisError: `inputs-refused`.
         """
-        if any(_covers(known, shapes) for known in self._known):
+        if any(_covers(known, shapes) if self._grows else list(known) == list(shapes) for known in self._known):
             return
         # On larger ones than these first: a network of texts sees a new length with nearly each batch.
         larger = [
@@ -276,11 +283,7 @@ class ExportedNetwork(nn.Module):
         if form is None:
             return None
         number = step.node.arguments[form.weight].number
-        names = [
-            self._graph.tensors[one].name
-            for one in sorted(self._graph.before(number))
-            if one < len(self._graph.tensors)
-        ]
+        names = [one.name for one in self._graph.weights_of(number) or ()]
         if not names:
             return None
         part = GraphLinear(self, step, form, _module_of(names[0]))
@@ -374,11 +377,14 @@ def multiplied_weights(network: ExportedNetwork, *, but_for: str | None) -> list
         AnalysisError: `invalid-argument` where such a weight is reparametrised.
     """
     graph, head = network._graph, None if but_for is None else network._linear[but_for].weight_number
-    left_out = set() if head is None else {one.name for one in graph.weights_of(head)}
+    left_out = set() if head is None else {one.name for one in graph.weights_of(head) or ()}
     found: dict[str, None] = {}
     for step in network._steps:
         for number in multiplied(step.node, network._fixed):
-            sources = [one for one in graph.weights_of(number) if one.name not in left_out]
+            of = graph.weights_of(number)
+            if of is None:
+                raise _reparametrised([one for one in graph.tensors if one.is_parameter][:1])
+            sources = [one for one in of if one.name not in left_out]
             weights = [one for one in sources if one.is_parameter and len(one.shape) > 1]
             if weights:
                 found[_largest(weights).name] = None
@@ -394,18 +400,30 @@ def _largest(weights: Sequence[Stored]) -> Stored:
     by_size = sorted(weights, key=lambda one: -prod(one.shape))
     several = len(by_size) > 1 and prod(by_size[0].shape) == prod(by_size[1].shape)
     if several or any(part in one.name for one in weights for part in _REPARAMETRISED):
-        raise AnalysisError(
-            "invalid-argument",
-            f"A weight of the network is computed from {', '.join(one.name for one in weights)} in each pass, so zeros "
-            "would not stay. Remove the reparametrisation before the network is exported.",
-            argument="checkpoint_id",
-            module=_module_of(weights[0].name),
-        )
+        raise _reparametrised(weights)
     return by_size[0]
+
+
+def _reparametrised(weights: Sequence[Stored]) -> AnalysisError:
+    names = ", ".join(one.name for one in weights)
+    return AnalysisError(
+        "invalid-argument",
+        f"A weight of the network is computed from {names} in each pass, so zeros would not stay. Remove the "
+        "reparametrisation before the network is exported.",
+        argument="checkpoint_id",
+        module=_module_of(weights[0].name) if weights else None,
+    )
 
 
 def _require_allowed(graph: Graph) -> None:
     """Refuse a graph with operations that are not on the list, and name them all."""
+    depth = 0
+    for node in graph.nodes:
+        depth += (node.operation == AUTOCAST_OFF) - (node.operation == REGION_ENDS)
+        if depth < 0:
+            raise refused("The graph ends a region that it has not begun")
+    if depth:
+        raise refused("The graph begins a region that it does not end")
     unknown = sorted({node.operation for node in graph.nodes} - allowed())
     if unknown:
         more = f" and {len(unknown) - _MAX_LISTED} more" if len(unknown) > _MAX_LISTED else ""
@@ -413,7 +431,7 @@ def _require_allowed(graph: Graph) -> None:
             "invalid-architecture",
             f"The graph uses {len(unknown)} operations that this worker does not run: "
             f"{', '.join(unknown[:_MAX_LISTED])}{more}. GET /v1/version lists those that it does.",
-            operations=unknown,
+            operations=unknown[:_MAX_NAMED],
         )
 
 
@@ -482,7 +500,8 @@ def _covers(known: Sequence[tuple[int, ...]], shapes: Sequence[tuple[int, ...]])
     pairs = [
         (one, of) for large, small in zip(known, shapes, strict=True) for one, of in zip(large, small, strict=True)
     ]
-    return all(one >= of for one, of in pairs)
+    # A size of 1 is another case: views of it are whole, and it is repeated.
+    return all(one == of or (one >= of > 1) for one, of in pairs)
 
 
 def _rounded_up(size: int, declared: Size) -> int:

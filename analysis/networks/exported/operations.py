@@ -14,6 +14,11 @@ from typing import Any
 
 import torch
 
+# Overloads whose results have sizes that depend on values, or that trust such values.
+_NOT_THESE = frozenset(
+    ("repeat_interleave.Tensor", "repeat_interleave.self_Tensor", "narrow.Tensor",
+     "tensor_split.tensor_indices_or_sections")
+)  # fmt: skip
 # One line for each kind, so that a reader can see what is missing.
 _ELEMENTWISE = """
     abs acos acosh add addcdiv addcmul angle asin asinh atan atan2 atanh bitwise_and bitwise_not bitwise_or bitwise_xor
@@ -122,6 +127,17 @@ SIZES: dict[str, Callable[..., Any]] = {
     "torch.sym_sum": sum,
 }
 
+#: Arithmetic by which a result may be larger for smaller inputs.
+SHRINKING = frozenset(
+    (
+        *(f"_operator.{name}" for name in ("sub", "floordiv", "truediv", "mod", "neg")),
+        *(f"_operator.{name}" for name in ("eq", "ne", "lt", "le", "gt", "ge")),
+        "torch.sym_ite",
+        "torch.sym_min",
+        "torch.sym_not",
+    )
+)
+
 #: A region of the graph in which autocast is off, whatever it is outside.
 AUTOCAST_OFF, REGION_ENDS = "region.autocast_off", "region.end"
 
@@ -151,6 +167,8 @@ def _is_safe(name: str, schema: Any) -> bool:
     of_tensors = any("Tensor" in one for one in types) and not any("Dimname" in one for one in types)
     # `data` is of sequences that are packed by their lengths, which are values.
     if schema.overload_name.startswith(("prim_", "data")) or not of_tensors:
+        return False
+    if f"{name}.{schema.overload_name}" in _NOT_THESE:
         return False
     written = [place for place, argument in enumerate(schema.arguments) if argument.is_write]
     if name in _DROPOUTS.split():

@@ -96,6 +96,9 @@ def check_before(node: Node, arguments: Mapping[str, Any], where: str) -> None:
         steps = _recurrent_steps(arguments)
         if steps > _MAX_STEPS:
             raise refused(f"{where} is a loop of {steps} steps; at most {_MAX_STEPS} are allowed")
+    elif arguments.get("rounding_mode") == "trunc" and not any(map(_is_floating, arguments.values())):
+        # Division of the least number by -1 ends the process.
+        raise refused(f"{where} divides whole numbers and rounds to zero, which is not allowed")
     elif name == "einsum" and len(arguments.get("tensors", ())) > _MAX_OPERANDS:
         raise refused(f"{where} multiplies {len(arguments['tensors'])} tensors; at most {_MAX_OPERANDS} are allowed")
     elif name == "_weight_norm" and not _weight_norm_fits(
@@ -122,10 +125,14 @@ def _name(node: Node) -> str:
     return node.operation.split(".")[1] if node.operation.startswith("aten.") else node.operation
 
 
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, float) or (isinstance(value, Tensor) and value.is_floating_point())
+
+
 def _weight_norm_fits(v: Any, g: Any, dim: Any) -> bool:
     if not isinstance(v, Tensor) or not isinstance(g, Tensor) or not isinstance(dim, int) or not -1 <= dim < v.ndim:
         return False
-    return v.dtype == g.dtype and g.numel() == (1 if dim == -1 else v.shape[dim])
+    return v.numel() > 0 and v.dtype == g.dtype and g.numel() == (1 if dim == -1 else v.shape[dim])
 
 
 def _size_of(arguments: Mapping[str, Any], default_dim: int = 0) -> int:
@@ -209,6 +216,13 @@ _MULTIPLIED: Mapping[str, tuple[str, ...]] = {
     "matmul": ("other", "self"),
     "bmm": ("mat2", "self"),
     "baddbmm": ("batch2", "batch1"),
+    "addbmm": ("batch2", "batch1"),
+    "tensordot": ("other", "self"),
+    "inner": ("other", "self"),
+    "linalg_matmul": ("other", "self"),
+    "mv": ("self",),
+    "addmv": ("mat",),
+    "bilinear": ("weight",),
 }
 
 
@@ -247,6 +261,9 @@ def linear_map(node: Node, graph: Graph, fixed: set[int]) -> LinearMap | None:
     if not (isinstance(weight, Ref) and weight.number in fixed):
         return None
     if not isinstance(inputs, Ref) or inputs.number in fixed:
+        return None
+    bias = given.get(form.bias or "")
+    if bias is not None and not (isinstance(bias, Ref) and bias.number in fixed):
         return None
     if _name(node).startswith("conv"):
         shape = graph.tensors[weight.number].shape if weight.number < len(graph.tensors) else ()

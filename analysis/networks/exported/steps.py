@@ -1,5 +1,6 @@
 """From a node of a graph to a call of torch: the operation, and its arguments by position."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -60,16 +61,24 @@ class Step:
             self._read(narrow)
         self._fill = [at for at, value in enumerate(self._arguments) if _needs_filling(value)]
         self._fill_keywords = [name for name, value in self._keywords.items() if _needs_filling(value)]
-        self._writes = self.node.operation.startswith("aten.") and bool(self._call._schema.is_mutable)
+        self.writes = self.node.operation.startswith("aten.") and bool(self._call._schema.is_mutable)
 
     @property
     def where(self) -> str:
         """Its place, for errors."""
         return f"Node {self._place} of the graph, {self.node.operation},"
 
-    def run(self, values: list[Any], device: torch.device) -> None:
-        """Run the operation and keep its results among the values."""
+    def run(self, values: list[Any], device: torch.device, own: set[int]) -> None:
+        """Run the operation and keep its results among the values.
+
+        Args:
+            values: of the graph.
+            device: of whatever the operation makes.
+            own: as of `run_without_memory`; where a tensor lies in memory may depend on its sizes.
+        """
         arguments, keywords = self._filled(values, device)
+        if self.writes and own and storage_of(arguments[0]) in own:
+            raise refused(f"{self.where} writes into a weight, a buffer or an input of the network")
         self.keep(self._call(*arguments, **keywords), values)
 
     def argument(self, name: str, values: list[Any]) -> Any:
@@ -109,22 +118,22 @@ class Step:
         """
         arguments, keywords = self._filled(values, torch.device("meta"))
         named = dict(zip(self._names, arguments, strict=True)) | keywords
-        if self._writes and (not isinstance(arguments[0], Tensor) or storage_of(arguments[0]) in own):
+        if self.writes and (not isinstance(arguments[0], Tensor) or storage_of(arguments[0]) in own):
             raise refused(f"{self.where} writes into a weight, a buffer or an input of the network")
         try:
             check_before(self.node, named, self.where)
             result = call_without_memory(self.node, self._call, self._names, arguments, keywords)
             inner = inner_size(self.node, named)
+            results = list(result) if isinstance(result, tuple | list) else [result]
+            n_bytes = [_bounded(one, self.where) for one in results]
         except AnalysisError:
             raise
         except Exception as error:
             # Whatever an operation says about its arguments is the graph's fault.
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
             raise refused(f"{self.where} fails: {reason}") from error
-        results = list(result) if isinstance(result, tuple | list) else [result]
         if len(results) != self.node.n_results and not self._lacks_gradients(len(results)):
             raise refused(f"{self.where} has {len(results)} results; the graph says {self.node.n_results}")
-        n_bytes = [_bounded(one, self.where) for one in results]
         elements = sum(one.numel() for one in results if isinstance(one, Tensor))
         self.keep(result, values)
         return n_bytes, float(elements) * inner
@@ -151,6 +160,11 @@ class Step:
         schema = self._call._schema.arguments
         if unknown := sorted(set(given) - {one.name for one in schema}):
             raise refused(f"{self.where} has no argument {unknown[0]!r}")
+        for name, value in given.items():
+            _check_kind(name, value, self.where)
+        if narrow is not None and node.operation.startswith("aten.to.") and "copy" in {one.name for one in schema}:
+            # Types that the network told apart are one here; what it then writes into must still be a copy.
+            given["copy"] = True
         if node.operation.split(".")[1] in _WITH_CUDNN:
             # Where there is none, it changes nothing.
             given["cudnn_enabled"] = True
@@ -177,6 +191,28 @@ _OF_ONE_RESULT = ("aten.batch_norm.", "aten.group_norm.", "aten._weight_norm.")
 _WITH_CUDNN = ("batch_norm", "instance_norm")
 # Operations that make a tensor of no other.
 _MAKING = ("arange", "eye", "full", "linspace", "ones", "scalar_tensor", "tril_indices", "triu_indices", "zeros")
+
+
+# Arguments that torch takes whole numbers and texts for, and looks up in its tables unchecked.
+_KINDS: Mapping[str, type[Any] | str] = {
+    "dtype": torch.dtype, "out_dtype": torch.dtype, "memory_format": torch.memory_format, "device": "device",
+    "layout": "none", "pin_memory": "none", "generator": "none",
+}  # fmt: skip
+
+
+def _check_kind(name: str, value: Any, where: str) -> None:
+    """Check that types, devices and memory formats are such, and stand where they belong.
+
+    Raises:
+        AnalysisError: `invalid-architecture`.
+    """
+    kind = _KINDS.get(name)
+    is_special = isinstance(value, torch.dtype | torch.memory_format | Special)
+    if value is None or (kind is None and not is_special):
+        return
+    fits = isinstance(value, Special) if kind == "device" else isinstance(kind, type) and isinstance(value, kind)
+    if not fits:
+        raise refused(f"{where} has {str(value)[:40]!r} for its argument {name!r}")
 
 
 def storage_of(tensor: Tensor) -> int:

@@ -148,7 +148,7 @@ def _program(archive: zipfile.ZipFile) -> Program:
         config = members.get(f"data/{folder}/{listed}.json")
         if config is not None:
             tensors |= _payloads(_json(archive, config), folder, members)
-    same = {name: (id(one.member), one.sizes, one.strides, one.offset) for name, one in tensors.items()}
+    same = {name: (id(one.member), one.dtype, one.sizes, one.strides, one.offset) for name, one in tensors.items()}
     graph = graph_of(model, {name: StoredAs(one.dtype, one.sizes, same[name]) for name, one in tensors.items()})
     return Program(graph, {name: tensors[name] for name, *_ in graph["tensors"]})
 

@@ -20,6 +20,7 @@ GRAPH = "graph"
 # The bounds of analysis/networks/exported/graph.py, which a test compares.
 MAX_GRAPH_BYTES = 8 * 2**20
 MAX_NODES = 20_000
+_MAX_CONTAINERS, _MAX_OPERATION = 1_000_000, 128
 # Regions within regions.
 _MAX_DEPTH = 8
 _MAX_SHOWN = 8
@@ -89,7 +90,7 @@ def graph_text(graph: Mapping[str, Any]) -> str:
         InvalidFile: it is too long, or no graph.
     """
     try:
-        text = json.dumps(graph, allow_nan=False, separators=(",", ":"))
+        text = json.dumps(graph, allow_nan=False, sort_keys=True, separators=(",", ":"))
     except (ValueError, RecursionError):
         raise InvalidFile("The file's graph holds numbers that are not finite, or is nested too deeply.") from None
     if len(text) > MAX_GRAPH_BYTES:
@@ -111,18 +112,28 @@ def describe_graph(text: str) -> tuple[dict[str, Any], list[str]]:
     """
     if len(text) > MAX_GRAPH_BYTES:
         raise InvalidFile(f"The graph has {len(text)} bytes; at most {MAX_GRAPH_BYTES} are allowed.")
+    # Counted first, as those of an archive.
+    if text.count("{") + text.count("[") > _MAX_CONTAINERS:
+        raise InvalidFile(f"The file's graph holds more than {_MAX_CONTAINERS} objects and lists.")
     try:
         graph = json.loads(text)
     except (ValueError, RecursionError):
         raise InvalidFile("The file's graph is not JSON.") from None
     match graph:
-        case {"version": 1, "inputs": list(inputs), "nodes": list(nodes), "logits": [int(), list(logits)]}:
+        case {
+            "version": int(version),
+            "inputs": list(inputs),
+            "nodes": list(nodes),
+            "logits": [int(), list(logits)],
+        } if type(version) is int and version == 1:
             described = [_described(one) for one in inputs]
         case _:
             raise InvalidFile("The file's graph must have the members version (1), tensors, inputs, nodes and logits.")
     if len(nodes) > MAX_NODES:
         raise InvalidFile(f"The graph has {len(nodes)} operations; at most {MAX_NODES} are allowed.")
-    operations = {node[0] for node in nodes if isinstance(node, list) and node and isinstance(node[0], str)}
+    operations = {
+        node[0][:_MAX_OPERATION] for node in nodes if isinstance(node, list) and node and isinstance(node[0], str)
+    }
     sha256 = hashlib.sha256(graph_text(graph).encode()).hexdigest()
     architecture = {
         "family": "exported", "graph": sha256, "inputs": described, "logits": _sizes(logits), "n_nodes": len(nodes),

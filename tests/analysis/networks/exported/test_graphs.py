@@ -123,6 +123,34 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "arithmetic of tensors": (
         _inserted(["_operator.add", {"a": {"ref": 0}, "b": 1}, 1]), "a size must be a number, not a Parameter",
     ),
+    "a number for a type": (
+        _inserted(["aten._to_copy.default", {"self": {"ref": 8}, "dtype": -1}, 1]), "has '-1' for its argument 'dtype'",
+    ),
+    "a text for a device": (
+        _inserted(["aten._to_copy.default", {"self": {"ref": 8}, "device": "meta"}, 1]), "for its argument 'device'",
+    ),
+    "a type for a number": (
+        _inserted(["aten.select.int", {"self": {"ref": 8}, "dim": {"dtype": "int8"}, "index": 0}, 1]), "argument 'dim'",
+    ),
+    "a division that ends the process": (
+        lambda g: (
+            _inserted(["aten.div.Scalar_mode", {"self": {"ref": 9}, "other": -1, "rounding_mode": "trunc"}, 1])(g),
+            _inserted(["aten.full.default", {"size": [2], "fill_value": -(2**63)}, 1])(g),
+            g["nodes"][1][1].update(self={"ref": 9}),
+        ),
+        "divides whole numbers and rounds to zero",
+    ),
+    "lengths of no direction": (
+        lambda g: (
+            _inserted(["aten._weight_norm.default", {"v": {"ref": 9}, "g": {"ref": 10}}, 1])(g),
+            _inserted(["aten.zeros.default", {"size": [0, 1]}, 1])(g),
+            _inserted(["aten.zeros.default", {"size": [0, 3]}, 1])(g),
+            g["nodes"][2][1].update(v={"ref": 9}, g={"ref": 10}),
+        ),
+        "that do not fit each other",
+    ),
+    "a region without an end": (_inserted(["region.autocast_off", {}, 0]), "a region that it does not end"),
+    "an end without a region": (_inserted(["region.end", {}, 0]), "a region that it has not begun"),
     "sizes that do not fit": (lambda g: g["inputs"][0].__setitem__(2, [[2, None], 5]), "aten.linear.default, fails"),
 }  # fmt: skip
 
@@ -146,7 +174,8 @@ def test_a_graph_that_is_not_right_is_refused_in_words(name: str, small: dict[st
         "os.system", "builtins.exec", "_operator.pow", "_operator.getitem", "torch.load", "aten.from_file.default",
         "aten.set_.source_Tensor", "aten.as_strided.default", "aten.bernoulli.default", "aten.randn.default",
         "aten.nonzero.default", "aten.item.default", "aten.add.out", "aten.add", "aten.__class__.default",
-        "aten.mul.left_t", "prims.add.default", "higher_order.cond", "aten.resize_.default", "aten.empty_like.default",
+        "aten.mul.left_t", "aten.narrow.Tensor",
+        "aten.repeat_interleave.self_Tensor", "prims.add.default", "higher_order.cond", "aten.resize_.default", "aten.empty_like.default",
     ],
 )  # fmt: skip
 def test_an_operation_that_is_not_on_the_list_is_named(operation: str, small: dict[str, Any]) -> None:
@@ -225,6 +254,74 @@ def test_other_inputs_are_refused_in_words(inputs: Any, said: str, exported: Exp
         network.module(inputs)
     assert caught.value.kind == "inputs-refused"
     assert said in caught.value.detail
+
+
+def test_a_write_that_only_one_sample_leads_into_a_weight_is_refused() -> None:
+    """A repeated row is copied, and a single one is the weight itself: it is looked at where it runs, too."""
+    graph = {
+        "version": 1,
+        "tensors": [["w", "parameter", "float32", [1, 5]]],
+        "inputs": [["x", "float32", [[1, None], 5]]],
+        "nodes": [
+            ["aten.sym_size.int", {"self": {"ref": 1}, "dim": 0}, 1],
+            ["aten.expand.default", {"self": {"ref": 0}, "size": [{"ref": 2}, 5]}, 1],
+            ["aten.contiguous.default", {"self": {"ref": 3}}, 1],
+            ["aten.add_.Tensor", {"self": {"ref": 4}, "other": {"ref": 1}}, 1],
+        ],
+        "logits": [5, [[1, None], 5]],
+    }
+    network = family.create({"family": "exported", "graph": graph}).eval().requires_grad_(False)
+    weight = network.get_parameter("w").zero_()
+    network(torch.ones(2, 5))
+    with pytest.raises(AnalysisError, match="writes into a weight"):
+        network(torch.ones(1, 5))
+    assert not weight.any()
+
+
+def test_sizes_that_shrink_are_looked_at_each_time() -> None:
+    """A smaller batch may need more memory than a larger one that has run."""
+    graph = {
+        "version": 1,
+        "tensors": [],
+        "inputs": [["x", "float32", [[2, None], 5]]],
+        "nodes": [
+            ["aten.sym_size.int", {"self": {"ref": 0}, "dim": 0}, 1],
+            ["_operator.sub", {"a": 4, "b": {"ref": 1}}, 1],
+            ["_operator.mul", {"a": {"ref": 2}, "b": 2**40}, 1],
+            ["torch.sym_max", {"a": {"ref": 3}, "b": 0}, 1],
+            ["aten.zeros.default", {"size": [{"ref": 4}]}, 1],
+            ["aten.sum.default", {"self": {"ref": 5}}, 1],
+            ["aten.add.Tensor", {"self": {"ref": 0}, "other": {"ref": 6}}, 1],
+        ],
+        "logits": [7, [[2, None], 5]],
+    }
+    network = family.create({"family": "exported", "graph": graph})
+    network(torch.ones(4, 5))
+    with pytest.raises(AnalysisError, match="makes a tensor of 8796093022208 bytes"):
+        network(torch.ones(2, 5))
+
+
+def test_what_a_narrow_network_copies_is_still_a_copy(exported: Exported) -> None:
+    """Of bfloat16 `float()` is a copy; where both are float32 a write into it would change its source."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.fc = nn.Linear(3, 3), nn.Linear(3, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.inner(x)
+            wide = h.float()
+            wide.mul_(0)
+            logits: torch.Tensor = self.fc(h + wide.to(torch.bfloat16))
+            return logits
+
+    torch.manual_seed(0)
+    model = Scaled().to(torch.bfloat16)
+    network = exported(model, torch.ones(2, 3, dtype=torch.bfloat16))
+    x, whole = torch.randn(5, 3), Scaled()
+    whole.load_state_dict({name: tensor.float() for name, tensor in model.state_dict().items()})
+    assert torch.allclose(network.module(x), whole.fc(whole.inner(x)), atol=1e-6)
 
 
 def test_a_half_precision_network_computes_in_float32(exported: Exported) -> None:

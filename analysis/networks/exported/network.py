@@ -24,7 +24,7 @@ from .steps import Step, dtype_of, narrow_type, plan_frees, storage_of
 
 # Most multiplications of a batch: days of any machine.
 _MAX_COST = 2.0**60
-# The most names in one list of an error's members.
+# The most names in a sentence, and in a list of an error's members.
 _MAX_LISTED, _MAX_NAMED = 20, 200
 # Shapes of inputs that are known to run.
 _MAX_KNOWN = 64

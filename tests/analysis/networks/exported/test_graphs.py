@@ -175,7 +175,8 @@ def test_a_graph_that_is_not_right_is_refused_in_words(name: str, small: dict[st
         "aten.set_.source_Tensor", "aten.as_strided.default", "aten.bernoulli.default", "aten.randn.default",
         "aten.nonzero.default", "aten.item.default", "aten.add.out", "aten.add", "aten.__class__.default",
         "aten.mul.left_t", "aten.narrow.Tensor",
-        "aten.repeat_interleave.self_Tensor", "prims.add.default", "higher_order.cond", "aten.resize_.default", "aten.empty_like.default",
+        "aten.repeat_interleave.self_Tensor",
+        "prims.add.default", "higher_order.cond", "aten.resize_.default", "aten.empty_like.default",
     ],
 )  # fmt: skip
 def test_an_operation_that_is_not_on_the_list_is_named(operation: str, small: dict[str, Any]) -> None:

@@ -94,6 +94,11 @@ class GraphNorm(nn.Module):
         momentum = 0.0 if self.momentum is None else self.momentum
         return nn.functional.batch_norm(input, mean, variance, weight, bias, self.training, momentum, self._eps)
 
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """What two normalisations share if they are one that runs twice."""
+        return (*self._names.values(), self.momentum, self._eps)
+
     def reset_running_stats(self) -> None:
         """Set the running statistics to those of no batch."""
         mean, variance = self._tensor("running_mean"), self._tensor("running_var")
@@ -133,9 +138,10 @@ class ExportedNetwork(nn.Module):
         # Whether sizes of results can only grow with those of the inputs.
         self._grows = not any(step.node.operation in SHRINKING for step in self._steps)
         self._linear: dict[str, GraphLinear] = {}
+        self._norm_of: dict[tuple[Any, ...], GraphNorm] = {}
         self._parts: list[nn.Module | None] = [self._part(step) for step in self._steps]
         # Registered, so that recalibration finds them.
-        self._norms = nn.ModuleList(part for part in self._parts if isinstance(part, GraphNorm))
+        self._norms = nn.ModuleList(self._norm_of.values())
         # Shapes of inputs on which it has run without memory.
         self._known: list[Sequence[tuple[int, ...]]] = []
 
@@ -278,7 +284,9 @@ class ExportedNetwork(nn.Module):
     def _part(self, step: Step) -> nn.Module | None:
         """Return the module that runs a step, where hooks or recalibration may want one."""
         if is_batch_normalisation(step.node, len(self._graph.tensors)):
-            return GraphNorm(self, step.node).eval()
+            norm = GraphNorm(self, step.node).eval()
+            # One that runs twice is one: what it has seen counts together.
+            return self._norm_of.setdefault(norm.identity, norm)
         form = linear_map(step.node, self._graph, self._fixed)
         if form is None:
             return None

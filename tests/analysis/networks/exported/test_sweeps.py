@@ -65,6 +65,28 @@ def test_recalibration_finds_the_normalisation_of_the_graph(name: str, exported:
     assert not any(part.training for part in graph.module.modules())
 
 
+class _Twice(nn.Module):
+    """A normalisation that runs twice on a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.norm, self.head = nn.Linear(12, 12), nn.BatchNorm1d(12), nn.Linear(12, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(self.norm(torch.relu(self.inner(self.norm(x)))))
+        return logits
+
+
+def test_a_normalisation_that_runs_twice_is_one(exported: Exported) -> None:
+    """Its statistics are those of both runs, as of a module's."""
+    torch.manual_seed(0)
+    model = _Twice().eval().requires_grad_(False)
+    native, graph = LoadedNetwork(model, "head"), exported(model, _inputs_of("mlp")[:2])
+    counts = [recalibrate(one, probe_of("mlp"), device=CPU, batch_size=16) for one in (native, graph)]
+    assert counts == [1, 1]
+    _equal(native, graph)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_path_with_alignment_is_the_same(name: str, exported: Exported) -> None:
     """The same units are permuted, and points between the ends have the same logits to 1e-6."""

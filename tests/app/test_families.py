@@ -111,7 +111,7 @@ def _worker(service: Service) -> dict[str, Any]:
 def test_version_lists_the_families(service: Service) -> None:
     """GET /v1/version lists the families that each worker can build, as it has imported them."""
     worker = _worker(service)
-    assert worker["families"] == ["builtin", "transformers", "timm", "torchvision"]
+    assert worker["families"] == ["builtin", "transformers", "timm", "torchvision", "exported"]
     assert worker["unavailable"] == {}
 
 

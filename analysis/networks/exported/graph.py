@@ -175,7 +175,7 @@ def parse_graph(text: Any) -> Graph:
         raise refused(f"The graph's logits are the value {logits}; it has {count} values")
     graph = Graph(stored, given, tuple(read), logits, _shape(logits_shape, "logits"), count)
     least, largest = graph.batch
-    if largest is not None and least > max(largest, 1):
+    if largest is not None and least > largest:
         raise refused("The graph's inputs allow no common number of samples")
     return graph
 

@@ -268,7 +268,8 @@ def linear_map(node: Node, graph: Graph, fixed: set[int]) -> LinearMap | None:
     if _name(node).startswith("conv"):
         shape = graph.tensors[weight.number].shape if weight.number < len(graph.tensors) else ()
         plain = given.get("transposed", False) is False and given.get("groups", 1) == 1
-        still = set(_flat(given.get("stride", 1))) == {1} and set(_flat(given.get("padding", 0))) <= {0, "valid"}
+        still = all(one == 1 for one in _flat(given.get("stride", 1)))
+        still &= all(one in (0, "valid") for one in _flat(given.get("padding", 0)))
         if len(shape) != 4 or shape[2:] != (1, 1) or not (plain and still):
             return None
     return form

@@ -228,9 +228,7 @@ def _inputs(file: tensorfile.TensorFile, preprocess: schemas.Preprocess | None) 
     several = [*named, *own] if own else named
     if ("inputs" in file.tensors and several) or (named and own):
         listed = ", ".join(map(repr, ["inputs"] * ("inputs" in file.tensors) + several))
-        raise InvalidFile(
-            f"The file holds {listed}; it must hold one tensor of inputs, or several of one kind of name."
-        )
+        raise InvalidFile(f"The file holds {listed}; it must be one or the other.")
     main = next((name for name in (*_MAIN_NAMES, *own) if name in file.tensors), "inputs")
     named = named or own
     inputs = require_tensor(file, main, tensorfile.INTEGER if main == "input_ids" else tensorfile.NUMERIC, min_rank=2)

@@ -123,7 +123,7 @@ def test_inputs_may_have_any_names(service: Service, tmp_path: Path) -> None:
     mixed = service.post(
         "/v1/probes", {"name": "mixed"}, save({**tensors, "inputs": torch.ones(N, 3), "labels": labels})
     )
-    assert "one tensor of inputs, or several" in problem(mixed, 422, "invalid-file")["detail"]
+    assert "it must be one or the other" in problem(mixed, 422, "invalid-file")["detail"]
 
 
 def test_a_path_between_two_graphs_is_refused(service: Service) -> None:

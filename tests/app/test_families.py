@@ -179,7 +179,7 @@ def without_timm(tmp_path: Path) -> Iterator[Service]:
 def test_a_worker_without_the_family_says_what_to_install(without_timm: Service, tmp_path: Path) -> None:
     """The analysis fails with a problem that names the extra, and the worker does not announce the family."""
     worker = _worker(without_timm)
-    assert worker["families"] == ["builtin", "transformers", "torchvision"]
+    assert worker["families"] == ["builtin", "transformers", "torchvision", "exported"]
     assert worker["unavailable"] == {}
     saved = models.saved_timm("resnet18", {}, tmp_path)
     failed = _evaluated(without_timm, saved, models.images(N))
@@ -198,7 +198,7 @@ def test_what_is_installed_and_does_not_import_is_not_announced(tmp_path: Path) 
     with services.running(tmp_path / "data", site=site) as service:
         worker = _worker(service)
         # For its networks transformers imports torchvision if that is installed.
-        assert worker["families"] == ["builtin"]
+        assert worker["families"] == ["builtin", "exported"]
         assert set(worker["unavailable"]) == {"transformers", "timm", "torchvision"}
         assert all(own in words for words in worker["unavailable"].values())
         saved = models.saved_timm("resnet18", {}, tmp_path)

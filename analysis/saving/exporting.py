@@ -65,6 +65,8 @@ def export_model(
     Raises:
         ConversionError: the model cannot be exported; the message says why, and at which line of its code.
     """
+    if not hasattr(Dim, "AUTO"):
+        raise ConversionError(f"Exporting a model needs torch 2.6 or later; this is {torch.__version__}.")
     args, kwargs = _arguments(example_inputs)
     shapes = _varying(args, kwargs) if dynamic_shapes is None else dynamic_shapes
     try:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import AnalysisError
-from ..networks.exported.network import GraphNorm
+from ..networks.exported.network import GraphNorm, batch_bounds
 from ..networks.loading import LoadedNetwork
 from ..passes.precision import Precision, arithmetic
 from ..probes.images import Images
@@ -137,8 +137,8 @@ def recalibrate(
         AnalysisError: `invalid-probe` where the probe has a single sample.
 
     Numerics: every sample weighs the same: a batch of b samples enters with b over those seen so far. Variances are
-        the batches' own, so smaller batches say less; a last batch of a single sample has none and is left out.
-        Statistics are float32, also those of activations in bfloat16.
+        the batches' own, so smaller batches say less; a last batch of a single sample has none and is left out, as is
+        one that is too small for an exported network. Statistics are float32, also those of activations in bfloat16.
 
     Source: Jordan et al. 2022, "REPAIR: REnormalizing Permuted Activations for Interpolation Repair".
     """
@@ -148,6 +148,9 @@ def recalibrate(
         return 0
     if len(probe.labels) < 2:
         raise AnalysisError("invalid-probe", "Recalibration needs at least two samples; the probe has one.")
+    # A single sample has no variance, and a graph may need more: one that is repeated would count as several.
+    least, most = batch_bounds(network.module)
+    least = max(least, 2)
     momenta = [layer.momentum for layer in layers]
     seen = dict.fromkeys(layers, 0)
     n = 0
@@ -164,8 +167,8 @@ def recalibrate(
             layer.reset_running_stats()
             layer.train()
         with torch.no_grad(), arithmetic(device, precision):
-            for batch in _mixed(probe, max(batch_size, 2), device):
-                if n == 0 or n_samples(batch) > 1:
+            for batch in _mixed(probe, max(min(batch_size, most or batch_size), least), device):
+                if n == 0 or n_samples(batch) >= least:
                     n = n_samples(batch)
                     network.module(batch)
     finally:

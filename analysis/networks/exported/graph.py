@@ -145,8 +145,14 @@ def parse_graph(text: Any) -> Graph:
         AnalysisError: `invalid-architecture` with the place of what has not the form.
     """
     match text:
-        case {"version": 1, "tensors": list(tensors), "inputs": list(inputs), "nodes": list(nodes),
-              "logits": [int(logits), list(logits_shape)], **others} if not others:  # fmt: skip
+        case {
+            "version": int(version),
+            "tensors": list(tensors),
+            "inputs": list(inputs),
+            "nodes": list(nodes),
+            "logits": [int(logits), list(logits_shape)],
+            **others,
+        } if version == VERSION and type(version) is int and not others:
             pass
         case {"version": int(version)} if version != VERSION:
             raise refused(f"The graph has the form {version}; this worker reads {VERSION}")

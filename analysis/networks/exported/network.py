@@ -5,6 +5,7 @@ anything on inputs of other sizes than before, it runs without memory, on torch'
 bounded and writes are checked.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from math import prod
@@ -28,8 +29,8 @@ _MAX_COST = 2.0**60
 _MAX_LISTED, _MAX_NAMED = 20, 200
 # Shapes of inputs that are known to run.
 _MAX_KNOWN = 64
-# Parts of names under which torch keeps what a weight is computed from.
-_REPARAMETRISED = (".parametrizations.", "weight_g", "weight_v", "weight_orig")
+# Names under which torch keeps what a weight is computed from.
+_REPARAMETRISED = re.compile(r"\.parametrizations\.|(^|\.)weight_(g|v|orig)$")
 
 
 class GraphLinear(nn.Module):
@@ -60,7 +61,7 @@ class GraphLinear(nn.Module):
     @property
     def bias(self) -> Float[Tensor, " c"] | None:
         """The current bias; None without one."""
-        given = self._step.node.arguments.get(self._form.bias or "")
+        given = None if self._form.bias is None else self._step.node.arguments.get(self._form.bias)
         return self._network[0]._constant(given.number) if isinstance(given, Ref) else None
 
     @property
@@ -212,7 +213,7 @@ class ExportedNetwork(nn.Module):
         """Return a batch's tensors in the order of the graph's inputs, and of their types."""
         declared = self._graph.inputs
         named = {"": batch} if isinstance(batch, Tensor) else dict(batch)
-        if len(declared) == 1 and set(named) <= {"", "pixel_values", "input_ids", declared[0].name}:
+        if len(declared) == len(named) == 1 and set(named) <= {"", "pixel_values", "input_ids", declared[0].name}:
             named = dict(zip([declared[0].name], named.values(), strict=True))
         if set(named) != {one.name for one in declared}:
             expected = ", ".join(one.name for one in declared)
@@ -230,9 +231,10 @@ class ExportedNetwork(nn.Module):
         """
         if any(_covers(known, shapes) if self._grows else list(known) == list(shapes) for known in self._known):
             return
-        # On larger ones than these first: a network of texts sees a new length with nearly each batch.
+        # On larger ones than these first, if these then cost no more: a network of texts sees a new length with nearly
+        # each batch.
         larger = [
-            tuple(map(_rounded_up, shape, declared.shape))
+            tuple(map(_rounded_up, shape, declared.shape)) if self._grows else shape
             for shape, declared in zip(shapes, self._graph.inputs, strict=True)
         ]
         try:
@@ -407,7 +409,7 @@ def _largest(weights: Sequence[Stored]) -> Stored:
     """
     by_size = sorted(weights, key=lambda one: -prod(one.shape))
     several = len(by_size) > 1 and prod(by_size[0].shape) == prod(by_size[1].shape)
-    if several or any(part in one.name for one in weights for part in _REPARAMETRISED):
+    if several or any(_REPARAMETRISED.search(one.name) for one in weights):
         raise _reparametrised(weights)
     return by_size[0]
 

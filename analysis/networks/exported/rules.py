@@ -262,7 +262,7 @@ def linear_map(node: Node, graph: Graph, fixed: set[int]) -> LinearMap | None:
         return None
     if not isinstance(inputs, Ref) or inputs.number in fixed:
         return None
-    bias = given.get(form.bias or "")
+    bias = None if form.bias is None else given.get(form.bias)
     if bias is not None and not (isinstance(bias, Ref) and bias.number in fixed):
         return None
     if _name(node).startswith("conv"):

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load
 
 from analysis.networks.exported import graph as of_workers
+from analysis.networks.exported.operations import AUTOCAST_OFF, REGION_ENDS, allowed
 from analysis.networks.loading import load_network
 from analysis.saving import exporting
 from app.errors import InvalidFile
@@ -83,6 +84,15 @@ def test_both_ways_give_one_graph_and_the_same_tensors(tmp_path: Path) -> None:
 def test_the_bounds_are_those_of_workers() -> None:
     """The API refuses what a worker would."""
     assert (graphs.MAX_GRAPH_BYTES, graphs.MAX_NODES) == (of_workers.MAX_GRAPH_BYTES, of_workers.MAX_NODES)
+
+
+def test_both_writers_leave_out_the_same() -> None:
+    """Neither may import the other, so what they leave out and how they name regions stands twice."""
+    assert graphs._OF_MACHINE == exporting._OF_MACHINE
+    assert graphs._CHECKS == exporting._CHECKS
+    assert (graphs._AUTOCAST_OFF, graphs._REGION_ENDS) == (AUTOCAST_OFF, REGION_ENDS)
+    for name in sorted(allowed()):
+        assert graphs._writes(name) == exporting._writes(name), name
 
 
 def _entry(members: dict[str, Any]) -> Any:

@@ -8,7 +8,7 @@ import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +182,7 @@ class _Entry:
     operation: str
     arguments: dict[str, Any]
     results: list[_Value]
-    stays: bool = field(default=False)
+    stays: bool = False
 
 
 class _Writer:

@@ -63,6 +63,8 @@ def check_flags(node: Node, where: str) -> None:
     # A recurrent network in training mode computes the same, unless it drops values between its layers.
     recurrent = "has_biases" in given
     training = given.get("training", given.get("train")) not in (None, False)
+    # Without a word on training it is random.
+    training |= _name(node) == "native_dropout" and given.get("train") is None
     drops = given.get("dropout" if recurrent else "dropout_p") not in (None, 0)
     normalises = _name(node) in ("batch_norm", "instance_norm")
     # Without running statistics, as for weights that are standardised, it is the same in both modes.

@@ -81,10 +81,6 @@ class Step:
             raise refused(f"{self.where} writes into a weight, a buffer or an input of the network")
         self.keep(self._call(*arguments, **keywords), values)
 
-    def argument(self, name: str, values: list[Any]) -> Any:
-        """Return the value of an argument that is one of the graph's values."""
-        return values[self.node.arguments[name].number]
-
     def run_with(self, name: str, value: Any, values: list[Any], device: torch.device) -> Any:
         """Return the operation's result with another value for one of its arguments."""
         arguments, keywords = self._filled(values, device)

@@ -92,6 +92,10 @@ REFUSED: dict[str, tuple[Change, str]] = {
         _inserted(["aten.dropout.default", {"input": {"ref": 8}, "p": 0.5, "train": True}, 1]),
         "Call model.eval() before",
     ),
+    "a dropout that does not say": (
+        _inserted(["aten.native_dropout.default", {"input": {"ref": 8}, "p": 0.5, "train": None}, 2]),
+        "Call model.eval() before",
+    ),
     "a write into a weight": (
         _inserted(["aten.relu_.default", {"self": {"ref": 0}}, 1]), "writes into a weight, a buffer or an input",
     ),

@@ -32,7 +32,7 @@ from torch import nn
 from analysis.errors import AnalysisError
 from analysis.networks.exported.graph import parse_graph
 from analysis.networks.exported.network import ExportedNetwork, check_runs
-from analysis.networks.exported.operations import allowed
+from analysis.networks.exported.operations import allowed, operations
 from analysis.saving.exporting import from_program
 from app.errors import ServiceError
 from app.files.exported import graph_text
@@ -195,6 +195,60 @@ def _write_into_weight(graph: Any, chance: random.Random) -> None:
     graph["nodes"].insert(chance.randrange(len(graph["nodes"])), [chance.choice(overloads), {"self": target}, 1])
 
 
+def _any_operation(graph: Any, chance: random.Random) -> None:
+    """Insert a call of any operation, with an argument of about the right type for each that it has."""
+    name = chance.choice(_OPERATIONS)
+    schema = operations()[name]._schema
+    place = chance.randrange(len(graph["nodes"]) + 1)
+    known = len(graph["tensors"]) + len(graph["inputs"]) + sum(node[2] for node in graph["nodes"][:place])
+    arguments = {
+        one.name: _argument_of(str(one.real_type), known, chance)
+        for one in schema.arguments
+        if not one.has_default_value() or chance.random() < 0.4
+    }
+    lists = any("List" in str(one.type) for one in schema.returns)
+    n_results = chance.randrange(1, 4) if lists else max(len(schema.returns), 1)
+    for ref in [*_refs(graph["nodes"][place:])]:
+        ref["ref"] += n_results if ref["ref"] >= known else 0
+    graph["logits"][0] += n_results if graph["logits"][0] >= known else 0
+    graph["nodes"].insert(place, [name, arguments, n_results])
+
+
+def _argument_of(kind: str, known: int, chance: random.Random) -> Any:
+    """Return an argument for a type of torch, most often one that fits."""
+    if chance.random() < 0.03:
+        return copy.deepcopy(chance.choice(_VALUES))
+    if kind.startswith("Optional["):
+        return None if chance.random() < 0.4 else _argument_of(kind.removeprefix("Optional[")[:-1], known, chance)
+    if kind.startswith("List["):
+        return [
+            _argument_of(kind.removeprefix("List[")[:-1], known, chance)
+            for _ in range(chance.choice((0, 1, 2, 2, 3, 4)))
+        ]
+    match kind:
+        case "Tensor":
+            return {"ref": chance.randrange(known)}
+        case "int" | "SymInt":
+            return (
+                chance.choice((-2, -1, 0, 1, 1, 2, 3, 4, 5, 8, 64))
+                if chance.random() < 0.8
+                else chance.choice(_NUMBERS[:-4])
+            )
+        case "bool":
+            return chance.random() < 0.5
+        case "str":
+            return chance.choice(
+                ("none", "tanh", "trunc", "floor", "mean", "sum", "same", "constant", "ab,bc->ac", "ij")
+            )
+        case "ScalarType":
+            return {"dtype": chance.choice(("float32", "float64", "float16", "bfloat16", "int64", "uint8", "bool"))}
+        case "Device":
+            return {"device": None}
+        case "MemoryFormat":
+            return {"memory_format": chance.choice(("channels_last", "contiguous_format", "preserve_format"))}
+    return chance.choice((0.0, 0.5, 1.0, -1.0, 1e-9, 1e30, 2, -3, *_NUMBERS))
+
+
 def _damage_tensor(graph: Any, chance: random.Random) -> None:
     tensor = chance.choice(graph["tensors"])
     place = chance.randrange(4)
@@ -254,10 +308,11 @@ def _damage_top(graph: Any, chance: random.Random) -> None:
             graph["nodes"] *= chance.choice((1, 2, 2, 2, 8))
 
 
-_ALLOWED = tuple(sorted(allowed()))
+_ALLOWED, _OPERATIONS = tuple(sorted(allowed())), tuple(sorted(operations()))
 _DAMAGES: tuple[Callable[[Any, random.Random], None], ...] = (
     _damage_argument, _damage_argument, _damage_argument, _damage_ref, _damage_ref, _damage_operation,
     _damage_operation, _damage_tensor, _damage_input, _damage_node, _damage_node, _damage_top, _write_into_weight,
+    *(_any_operation,) * 6,
 )  # fmt: skip
 
 

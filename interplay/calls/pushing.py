@@ -52,8 +52,9 @@ class PushingCalls(CollectionCalls):
         client asks the service whether it has it, before it is sent again.
 
         Args:
-            path: the file, or a Hugging Face folder: config.json, weights in one file or in shards with their index,
-                and optionally preprocessor_config.json and tokenizer.json. An archive of one is accepted too.
+            path: the file (safetensors, or what torch.export.save wrote), or a Hugging Face folder: config.json,
+                weights in one file or in shards with their index, and optionally preprocessor_config.json and
+                tokenizer.json. An archive of one is accepted too.
             name: display name; need not be unique.
             base: for an adapter of PEFT: id of the checkpoint whose weights it changes, pushed before. `path` is then
                 the adapter's folder, an archive of it, or its adapter_model.safetensors.

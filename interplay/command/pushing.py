@@ -47,7 +47,7 @@ def push_checkpoint(
     described: DescribedCheckpoint = DESCRIBED_CHECKPOINT,
     common: Common = COMMON,
 ) -> None:
-    """Upload a checkpoint: safetensors, or a Hugging Face folder; with --base an adapter of PEFT.
+    """Upload a checkpoint: safetensors, a .pt2 of torch.export, a Hugging Face folder; with --base an adapter of PEFT.
 
     Args:
         file: A file, or a folder with config.json and the weights in one file or in shards. Of an adapter its folder,

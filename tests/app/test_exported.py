@@ -76,6 +76,8 @@ def test_everything_works_on_a_network_that_nobody_knows(service: Service, tmp_p
         shown = service.client.get(page)
         assert shown.status_code == 200, shown.text
         assert first["architecture"]["graph"][:8] in shown.text
+        # The service would refuse one.
+        assert "Push an adapter of it" not in shown.text
     evaluated = _report(service, checkpoint_id=first["id"], probe_id=probe_id)
     with torch.no_grad():
         hits = models[0](_inputs())["logits"].argmax(1) == torch.arange(N) % CLASSES

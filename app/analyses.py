@@ -98,9 +98,7 @@ def cancel(engine: sa.Engine, id_: str) -> schemas.Analysis:
         if row.outcome not in (None, "cancelled"):
             raise NotCancellable(f"The analysis {id_!r} has {row.outcome} already.")
         if row.outcome is None:
-            row.cancel_requested_at = row.cancel_requested_at or models.now()
-            if not session.scalar(sa.select(queue.is_claimed(engine.dialect.name, sa.literal(id_)))):
-                row.outcome, row.finished_at = "cancelled", models.now()
+            queue.cancel(session, engine.dialect.name, row)
         session.flush()
         return _view(session, engine, id_)
 
@@ -161,8 +159,7 @@ def _select_one(dialect: str) -> sa.Select[Any]:
 
 @cache
 def _status(dialect: str) -> sa.ColumnElement[str]:
-    claimed = queue.is_claimed(dialect, Analysis.id.expression)
-    return sa.func.coalesce(Analysis.outcome, sa.case((claimed, "running"), else_="queued"))
+    return queue.status_of(dialect, Analysis)
 
 
 def _view(session: Session, engine: sa.Engine, id_: str) -> schemas.Analysis:

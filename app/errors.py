@@ -15,6 +15,7 @@
     ├── UnsupportedMedia    415
     ├── Unauthorized        401
     ├── Forbidden           403
+    ├── SourceNotAllowed    403  an address that the operator does not list, or one inside
     ├── NotFound            404
     ├── RangeOutside        416  a part of a file that is not there
     ├── InUse               409  a resource to delete is needed
@@ -31,7 +32,11 @@
     ├── UploadElsewhere     503  a resumable upload lies on another machine
     ├── TooManyUploads      503
     ├── InsufficientStorage 507  the disk or the storage is full
-    └── Unavailable         503  the database or the storage does not answer
+    ├── Unavailable         503  the database or the storage does not answer
+    ├── SourceUnavailable   502  a source of files; this and the next three come as problems of fetches
+    ├── SourceMissing       404  it has no such file
+    ├── SourceDenied        403  it wants other credentials
+    └── SourceChanged       409  the file is another one each time, or not what its source announces
 
 Each kind is documented in docs/problems.md; a test fails if one is not.
 """
@@ -222,3 +227,23 @@ class UploadElsewhere(ServiceError):
 
 class TooManyUploads(ServiceError):
     kind, title, status = "too-many-uploads", "Too many uploads are open", 503
+
+
+class SourceNotAllowed(ServiceError):
+    kind, title, status = "source-not-allowed", "The service does not fetch files from there", 403
+
+
+class SourceUnavailable(ServiceError):
+    kind, title, status = "source-unavailable", "The source does not answer", 502
+
+
+class SourceMissing(ServiceError):
+    kind, title, status = "source-missing", "The source has no such file", 404
+
+
+class SourceDenied(ServiceError):
+    kind, title, status = "source-denied", "The source does not give the file to this service", 403
+
+
+class SourceChanged(ServiceError):
+    kind, title, status = "source-changed", "The source's file changes while it is fetched", 409

@@ -15,7 +15,7 @@ from app.api.drawing import Drawings
 from app.api.events import Events
 from app.api.openapi import Application
 from app.api.readiness import Readiness
-from app.api.routes import Service, analyses, gates, health, reports
+from app.api.routes import Service, analyses, fetches, gates, health, reports
 from app.api.routes import resources as resource_routes
 from app.api.routes import uploads as upload_routes
 from app.api.sessions import Sessions
@@ -75,7 +75,7 @@ def create_app(settings: Settings, tables: "Future[None] | None" = None) -> Fast
     app.add_middleware(Tus)
     problems.install(app)
     # FastAPI tries one route after the other, ten microseconds each: the most requested come first.
-    routes = (reports, analyses, resource_routes, gates, health, upload_routes)
+    routes = (reports, analyses, resource_routes, gates, health, upload_routes, fetches)
     for router in (module.router for module in routes):
         app.include_router(router, prefix="/v1")
     app.include_router(health.health)

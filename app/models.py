@@ -9,7 +9,7 @@ from uuid import uuid4
 import sqlalchemy as sa
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
-from app.schemas import Kind, metadata_text
+from app.schemas import Kind, Makes, metadata_text
 
 
 class UTCDateTime(sa.TypeDecorator[datetime]):
@@ -116,6 +116,8 @@ class Checkpoint(Resource):
     names_checked: Mapped[bool] = mapped_column(server_default=sa.false())
     preprocess: Mapped[dict[str, Any] | None]
     tokenizer_sha256: Mapped[str | None] = mapped_column(sa.ForeignKey("blobs.sha256"), index=True)
+    # Where its file was fetched from; null if it was sent.
+    origin: Mapped[dict[str, Any] | None]
     metadata_: Mapped[dict[str, Any]] = mapped_column("metadata")
 
 
@@ -140,6 +142,7 @@ class Probe(Resource):
     preprocess: Mapped[dict[str, Any] | None]
     tokenizer_sha256: Mapped[str | None] = mapped_column(sa.ForeignKey("blobs.sha256"), index=True)
     max_length: Mapped[int | None]
+    origin: Mapped[dict[str, Any] | None]
     metadata_: Mapped[dict[str, Any]] = mapped_column("metadata")
 
 
@@ -195,9 +198,41 @@ class MetadataEntry(Base):
         ]
 
 
-class Analysis(Resource):
-    """The request and its outcome. The queue owns only which worker runs it now."""
+class Run(Resource):
+    """The base of what the queue runs: the request and its outcome. The queue owns only which worker runs it now."""
 
+    __abstract__ = True
+
+    request_sha256: Mapped[str] = mapped_column(sa.String(64))
+    attempts: Mapped[int] = mapped_column(default=0)
+    started_at: Mapped[datetime | None]
+    cancel_requested_at: Mapped[datetime | None]
+    finished_at: Mapped[datetime | None]
+    outcome: Mapped[str | None] = mapped_column(sa.String(20), index=True)
+    problem: Mapped[dict[str, Any] | None]
+    progress_done: Mapped[int] = mapped_column(default=0)
+    progress_total: Mapped[int] = mapped_column(default=0)
+    progress_phase: Mapped[str] = mapped_column(sa.String(30), default="queued")
+
+
+class Fetch(Run):
+    """A file that a worker fetches from where it lies, to become a checkpoint or a probe. Progress counts bytes."""
+
+    __tablename__ = "fetches"
+    __table_args__ = (sa.Index(None, "created_at", "id"), sa.Index(None, "request_sha256"))
+
+    makes: Mapped[Makes] = mapped_column(sa.String(20))
+    name: Mapped[str] = mapped_column(sa.String(200), index=True)
+    # Without its query, which may be a signature; the spec has it whole.
+    source: Mapped[str] = mapped_column(sa.Text)
+    spec: Mapped[str] = mapped_column(sa.Text)
+    # Not a foreign key: a fetch outlives what it has made.
+    resource_id: Mapped[str | None] = mapped_column(sa.String(36), index=True)
+    progress_done: Mapped[int] = mapped_column(sa.BigInteger, default=0)
+    progress_total: Mapped[int] = mapped_column(sa.BigInteger, default=0)
+
+
+class Analysis(Run):
     __tablename__ = "analyses"
     __table_args__ = (sa.Index(None, "created_at", "id"),)
 
@@ -212,16 +247,6 @@ class Analysis(Resource):
     options: Mapped[dict[str, Any]]
     axis: Mapped[dict[str, Any] | None]
     idempotency_key: Mapped[str | None] = mapped_column(sa.String(255), unique=True)
-    request_sha256: Mapped[str] = mapped_column(sa.String(64))
-    attempts: Mapped[int] = mapped_column(default=0)
-    started_at: Mapped[datetime | None]
-    cancel_requested_at: Mapped[datetime | None]
-    finished_at: Mapped[datetime | None]
-    outcome: Mapped[str | None] = mapped_column(sa.String(20), index=True)
-    problem: Mapped[dict[str, Any] | None]
-    progress_done: Mapped[int] = mapped_column(default=0)
-    progress_total: Mapped[int] = mapped_column(default=0)
-    progress_phase: Mapped[str] = mapped_column(sa.String(30), default="queued")
 
 
 class AnalysisCheckpoint(Base):

@@ -1,7 +1,7 @@
 """The queue: DBOS Transact on the service's own database. docs/decisions/0004-queue.md has the measurements.
 
-Our `analyses` table owns the request, the request to cancel and the outcome; the queue owns which worker runs it now.
-The id of an analysis is the id of its workflow, and a workflow's only input is that id.
+Our tables `analyses` and `fetches` own the request, the request to cancel and the outcome; the queue owns which worker
+runs it now. The id of an analysis, or of a fetch, is the id of its workflow, and a workflow's only input is that id.
 """
 
 import threading
@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
+from app.models import Run, now
+
 # The library takes a third of a second to load: an API process loads it once it answers, a worker while torch loads.
 if TYPE_CHECKING:
     from dbos import DBOSClient as Client
@@ -17,6 +19,10 @@ if TYPE_CHECKING:
 
 QUEUE = "analyses"
 WORKFLOW = "run_analysis"
+# Fetches need no device, so they wait for none.
+FETCHES = "fetches"
+FETCH_WORKFLOW = "run_fetch"
+QUEUES = (QUEUE, FETCHES)
 APPLICATION = "interplay"
 # Increase it only when the order of a workflow's steps changes, and after draining the queue: a worker runs only
 # workflows of its own version. The library's default hashes source code, which strands runs at every upgrade.
@@ -93,28 +99,41 @@ class LateClient:
                 self._client.destroy()
 
 
-def enqueue(client: "Client", session: Session, analysis_id: str) -> None:
-    """Queue an analysis in the caller's transaction: it runs if, and only if, the transaction commits."""
+def enqueue(client: "Client", session: Session, run_id: str, *, workflow: str = WORKFLOW, queue: str = QUEUE) -> None:
+    """Queue an analysis or a fetch in the caller's transaction: it runs if, and only if, the transaction commits."""
     client.enqueue_in_transaction(
         session,
         {
-            "workflow_name": WORKFLOW,
-            "queue_name": QUEUE,
-            "workflow_id": analysis_id,
+            "workflow_name": workflow,
+            "queue_name": queue,
+            "workflow_id": run_id,
             "app_version": VERSION,
             "priority": PRIORITY,
         },
-        analysis_id,
+        run_id,
     )
 
 
-def is_claimed(dialect: str, analysis_id: sa.ColumnElement[str]) -> sa.ColumnElement[bool]:
-    """Return SQL that is true while a worker holds the analysis; `dialect` is the database's."""
-    return has_status(dialect, analysis_id, "PENDING")
+def status_of(dialect: str, run: type[Run]) -> sa.ColumnElement[str]:
+    """Return SQL of the status that clients see, of the two that own it: our outcome, else the queue's claim."""
+    claimed = is_claimed(dialect, run.id.expression)
+    return sa.func.coalesce(run.outcome, sa.case((claimed, "running"), else_="queued"))
 
 
-def has_status(dialect: str, analysis_id: sa.ColumnElement[str], *statuses: str) -> sa.ColumnElement[bool]:
-    """Return SQL that is true where the queue gives the analysis's run one of these statuses of its own."""
+def cancel(session: Session, dialect: str, row: Run) -> None:
+    """Record the request to cancel a locked run; a queued one ends here, a running one is stopped by its worker."""
+    row.cancel_requested_at = row.cancel_requested_at or now()
+    if not session.scalar(sa.select(is_claimed(dialect, sa.literal(row.id)))):
+        row.outcome, row.finished_at = "cancelled", now()
+
+
+def is_claimed(dialect: str, run_id: sa.ColumnElement[str]) -> sa.ColumnElement[bool]:
+    """Return SQL that is true while a worker holds the run; `dialect` is the database's."""
+    return has_status(dialect, run_id, "PENDING")
+
+
+def has_status(dialect: str, run_id: sa.ColumnElement[str], *statuses: str) -> sa.ColumnElement[bool]:
+    """Return SQL that is true where the queue gives a run one of these statuses of its own."""
     schema = None if dialect == "sqlite" else "dbos"
     runs = sa.table("workflow_status", sa.column("workflow_uuid"), sa.column("status"), schema=schema)
-    return sa.exists().where(runs.c.workflow_uuid == analysis_id, runs.c.status.in_(statuses))
+    return sa.exists().where(runs.c.workflow_uuid == run_id, runs.c.status.in_(statuses))

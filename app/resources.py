@@ -5,8 +5,9 @@ Modules that read files load with the first file, or once the service is up (`ap
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -53,7 +54,7 @@ def create_checkpoint(engine: sa.Engine, storage: Storage, settings: Settings, u
     """Store a checkpoint; its header is checked, its weights are not read (the worker does that)."""
     from app.files import archives, exported, tensorfile
 
-    spec = _parse_spec(schemas.CheckpointSpec, upload.spec, settings)
+    spec = parse_spec(schemas.CheckpointSpec, upload.spec, settings)
     if (made := _made_before(engine, models.Checkpoint, upload, spec)) is not None:
         return made
     base = _base(engine, spec)
@@ -64,6 +65,7 @@ def create_checkpoint(engine: sa.Engine, storage: Storage, settings: Settings, u
     ):
         weights, sha256 = upload.file, _sha256(upload, spec)
         refuse_foreign_file(path)
+        spec = _completed(spec, upload.brought)
         if exported.is_exported_program(path):
             weights = _out_of_program(storage, path, stack)
             path, sha256 = weights.path, weights.sha256
@@ -82,6 +84,7 @@ def create_checkpoint(engine: sa.Engine, storage: Storage, settings: Settings, u
                 name=spec.name,
                 sha256=sha256,
                 size_bytes=path.stat().st_size,
+                origin=upload.origin,
                 metadata_=spec.metadata,
                 **described,
             )
@@ -172,7 +175,7 @@ def create_probe(engine: sa.Engine, storage: Storage, settings: Settings, upload
     """Store a probe dataset; labels and splits are read and checked, images and texts are not decoded."""
     from app.files import probedata
 
-    spec = _parse_spec(schemas.ProbeSpec, upload.spec, settings)
+    spec = parse_spec(schemas.ProbeSpec, upload.spec, settings)
     if (made := _made_before(engine, models.Probe, upload, spec)) is not None:
         return made
     with (
@@ -187,6 +190,7 @@ def create_probe(engine: sa.Engine, storage: Storage, settings: Settings, upload
             size_bytes=path.stat().st_size,
             **probedata.describe(path, spec, settings),
             tokenizer_sha256=None if tokenizer is None else tokenizer.sha256,
+            origin=upload.origin,
             metadata_=spec.metadata,
         )
         return _keep(engine, storage, [upload.file, tokenizer], probe, upload)
@@ -198,7 +202,7 @@ def create_feature_set(engine: sa.Engine, storage: Storage, settings: Settings, 
 
     from app.files import identity, tensordata, tensorfile
 
-    spec = _parse_spec(schemas.FeatureSetSpec, upload.spec, settings)
+    spec = parse_spec(schemas.FeatureSetSpec, upload.spec, settings)
     if (made := _made_before(engine, models.FeatureSet, upload, spec)) is not None:
         return made
     with _received(engine, storage, upload, spec) as upload, _blob_path(engine, storage, upload, spec) as path:
@@ -328,8 +332,8 @@ def _keep(
         session.add(row)
         session.flush()
         session.add_all(models.MetadataEntry.entries(row.id, row.metadata_))
-        if upload.id is not None:
-            uploads.use(session, upload.id, row.id, upload.spec)
+        if upload.use is not None:
+            upload.use(session, row.id)
     return row
 
 
@@ -395,7 +399,7 @@ def _received(engine: sa.Engine, storage: Storage, upload: Upload, spec: Spec) -
         yield upload
         return
     with uploads.whole_file(engine, storage, spec.upload_id) as file:
-        yield Upload(upload.spec, file, spec.upload_id)
+        yield Upload(upload.spec, file, partial(uploads.use, id_=spec.upload_id, spec=upload.spec))
 
 
 @contextmanager
@@ -436,14 +440,27 @@ def _out_of_archive(
         weights = stack.enter_context(storage.stage())
         archives.write_weights(folder, weights)
     weights.flush()
-    brought = {
-        "architecture": None if folder.config is None else architecture_of_config(folder.config),
-        "preprocess": folder.preprocessor or preprocess_of_config(folder.config or {}),
-        "tokenizer": folder.tokenizer,
-        "adapter": folder.adapter,
+    return weights, _completed(spec, members_of(folder.config, folder.preprocessor, folder.tokenizer, folder.adapter))
+
+
+def members_of(
+    config: dict[str, Any] | None = None,
+    preprocessor: dict[str, Any] | None = None,
+    tokenizer: dict[str, Any] | None = None,
+    adapter: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return the members of a spec that a folder's descriptions stand for."""
+    return {
+        "architecture": None if config is None else architecture_of_config(config),
+        "preprocess": preprocessor or preprocess_of_config(config or {}),
+        "tokenizer": tokenizer,
+        "adapter": adapter,
     }
-    missing = {name: value for name, value in brought.items() if getattr(spec, name) is None}
-    return weights, spec.model_copy(update=missing)
+
+
+def _completed(spec: schemas.CheckpointSpec, brought: Mapping[str, Any]) -> schemas.CheckpointSpec:
+    """Return a spec with what came with its file, where it says nothing itself."""
+    return spec.model_copy(update={name: value for name, value in brought.items() if getattr(spec, name) is None})
 
 
 def _sha256(upload: Upload, spec: Spec) -> str:
@@ -452,7 +469,13 @@ def _sha256(upload: Upload, spec: Spec) -> str:
     return sha256
 
 
-def _parse_spec(model: type[Spec], text: bytes, settings: Settings) -> Spec:
+def parse_spec(model: type[Spec], text: bytes, settings: Settings) -> Spec:
+    """Return a spec.
+
+    Raises:
+        InvalidRequest: it has not its form.
+        TooLarge: it is longer than allowed.
+    """
     limit = settings.max_spec_bytes
     too_large = TooLarge(f"The spec has more than the {limit} bytes that are allowed.", limit_bytes=limit)
     # Only a tokenizer may make the text longer than the limit.

@@ -14,6 +14,7 @@ from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from app.errors import first_line
+from app.sources import Allowed, parse_allowed, parse_source
 
 
 class Settings(BaseSettings):
@@ -31,6 +32,11 @@ class Settings(BaseSettings):
     host: str = Field(default="127.0.0.1", description="Address to bind; any but loopback needs api_key.")
     port: int = Field(default=8321, ge=0, le=65535, description="Port to bind; 0 picks a free one.")
     api_key: SecretStr | None = Field(default=None, description="When set, every /v1 call needs it as a bearer token.")
+    sources: str = Field(
+        default="",
+        description="Addresses below which the service itself fetches files, with names of credentials; empty: none.",
+    )
+    hub_url: str = Field(default="https://huggingface.co", description="The Hub of hf:// sources, or a mirror of it.")
     device: str = Field(
         default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N; auto prefers CUDA."
     )
@@ -45,6 +51,12 @@ class Settings(BaseSettings):
     )
     upload_expires_seconds: float = Field(
         default=24 * 3600.0, gt=0, le=366 * 86400, description="A resumable upload that gets no bytes for so long goes."
+    )
+    max_fetch_bytes: int = Field(
+        default=200 * 2**30, ge=1, description="Largest file that the service fetches by itself from a source."
+    )
+    fetch_patience_seconds: float = Field(
+        default=600.0, gt=0, description="A source that brings nothing for so long fails its fetch."
     )
     max_npz_bytes: int = Field(default=20 * 2**30, ge=1, description="Largest unpacked size of an npz probe.")
     max_npz_ratio: float = Field(default=200.0, gt=1, description="Largest unpacked-to-packed ratio of an npz probe.")
@@ -132,6 +144,19 @@ class Settings(BaseSettings):
             raise ValueError("must be file:///FOLDER, s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or az://CONTAINER/PREFIX")
         return value
 
+    @field_validator("sources")
+    @classmethod
+    def _known_sources(cls, value: str) -> str:
+        parse_allowed(value)
+        return value
+
+    @field_validator("hub_url")
+    @classmethod
+    def _known_hub(cls, value: str) -> str:
+        if not (hub := parse_source(value)).is_web or hub.query:
+            raise ValueError("must be https://HOST, with a path if the mirror has one")
+        return hub.shown.rstrip("/")
+
     @field_validator("data_dir")
     @classmethod
     def _absolute(cls, value: Path) -> Path:
@@ -145,6 +170,10 @@ class Settings(BaseSettings):
         if not (value.get_secret_value().isascii() and value.get_secret_value().isprintable()):
             raise ValueError("must be printable ASCII, which a header can carry")
         return value
+
+    @cached_property
+    def allowed_sources(self) -> tuple[Allowed, ...]:
+        return parse_allowed(self.sources)
 
     @cached_property
     def effective_database_url(self) -> str:

@@ -260,6 +260,23 @@ class PartialFile(StagedFile):
         self._file.close()
 
 
+class WholeFile(PartialFile):
+    """A file that another process has written and hashed.
+
+    Args:
+        path: where it lies.
+        sha256: of its bytes.
+    """
+
+    def __init__(self, path: Path, sha256: str) -> None:
+        super().__init__(path, {}, create=False)
+        self._sha256 = sha256
+
+    @property
+    def sha256(self) -> str:
+        return self._sha256
+
+
 def sync_folder(folder: Path) -> None:
     """Write a folder's own entries to the disk before returning."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -267,3 +284,10 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def boot_id() -> str | None:
+    """Return the id of this machine's run: another one after it has started anew; None where the system has none."""
+    with suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return None

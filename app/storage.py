@@ -9,9 +9,9 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,6 +20,7 @@ from uuid import uuid4
 
 import obstore
 from obstore.store import LocalStore, ObjectStore, from_url
+from sqlalchemy.orm import Session
 
 from app.settings import Settings
 from app.staging import Hashed, PartialFile, StagedFile, StorageFull, StorageUnavailable, reaching_storage, sync_folder
@@ -30,6 +31,8 @@ __all__ = ["BlobDamaged", "StagedFile", "Storage", "StorageFull", "StorageUnavai
 _FEATURES = "features"
 # How the files of resumable uploads end; `remove_abandoned` leaves them alone.
 _PARTIAL = ".upload"
+# How those of fetches end.
+_FETCHED = ".fetch"
 # Parts of a large file that are sent to a remote store at a time, each within the store's timeout.
 _PARTS = 4
 # Prefixes of the environment variables that obstore reads for a store, and the options of its HTTP client.
@@ -66,14 +69,21 @@ class BlobDamaged(Exception):
 
 @dataclass(frozen=True)
 class Upload:
-    """A complete form: the text of `spec` and the staged `file`, if one was sent.
+    """What a resource is made of: a complete form, or what was fetched in its place.
 
-    `id` is that of the resumable upload whose file it is, if it is one.
+    Attributes:
+        spec: the text of the form's `spec`.
+        file: the staged file, if there is one.
+        use: called with the resource's id in the transaction that makes it, to note that the file is used.
+        origin: where the file was fetched from; None if it was sent.
+        brought: members of the spec that came with the file, for those that the spec leaves out.
     """
 
     spec: bytes
     file: StagedFile | None
-    id: str | None = None
+    use: Callable[[Session, str], None] | None = None
+    origin: dict[str, Any] | None = None
+    brought: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -173,6 +183,17 @@ class Storage:
 
     def _partial_path(self, name: str) -> Path:
         return self._staging / f"{name}{_PARTIAL}"
+
+    def fetched_path(self, name: str) -> Path:
+        """Return where the file of a fetch is written; its folder exists."""
+        with reaching_storage():
+            self._staging.mkdir(parents=True, exist_ok=True)
+        return self._staging / f"{name}{_FETCHED}"
+
+    def fetched_names(self) -> list[str]:
+        """Return the names of all fetches of which a file lies here."""
+        with reaching_storage():
+            return sorted({path.stem for path in self._staging.glob(f"*{_FETCHED}")})
 
     def put(self, staged: StagedFile) -> None:
         """Give the staged file its final name, replacing an existing file: the same bytes, unless damaged."""
@@ -404,19 +425,29 @@ class Storage:
 
 
 def _remote_store(settings: Settings) -> ObjectStore:
-    """Return the store of the configured URL. A large transfer may take long; silence may not."""
-    url = urlsplit(settings.effective_storage_url)
-    if url.scheme == "memory":
+    if settings.effective_storage_url.startswith("memory:"):
         return from_url(settings.effective_storage_url)
-    silence = timedelta(seconds=settings.storage_timeout_seconds)
+    return open_store(settings.effective_storage_url, settings.storage_timeout_seconds)
+
+
+def open_store(url: str, silence_seconds: float, *, signed: bool = True) -> ObjectStore:
+    """Return the store of a URL, with the credentials in this process's environment.
+
+    Args:
+        url: s3://, gs:// or az://, with a prefix or without.
+        silence_seconds: it may send nothing for so long; a large transfer may take longer.
+        signed: whether requests carry credentials.
+    """
+    silence = timedelta(seconds=silence_seconds)
     options: Any = {"connect_timeout": min(silence, timedelta(seconds=5)), "read_timeout": silence, "timeout": "1 day"}
     # Options passed here replace all that the environment sets, so its values are passed as well.
-    prefix = _ENVIRONMENT[url.scheme]
+    prefix = _ENVIRONMENT[urlsplit(url).scheme]
     for name in _CLIENT_OPTIONS:
         if (value := os.environ.get(f"{prefix}{name.upper()}")) is not None:
             options[name] = value
     retries: Any = {"max_retries": 3, "retry_timeout": silence}
-    return from_url(settings.effective_storage_url, client_options=options, retry_config=retries)
+    unsigned: dict[str, Any] = {} if signed else {"skip_signature": True}
+    return from_url(url, client_options=options, retry_config=retries, **unsigned)
 
 
 def _key(sha256: str) -> str:

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -38,7 +37,7 @@ from app.errors import (
     UploadUnfinished,
 )
 from app.settings import Settings
-from app.staging import PartialFile, StorageUnavailable
+from app.staging import PartialFile, StorageUnavailable, boot_id
 from app.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -128,7 +127,7 @@ def create(
             part_bytes=part_bytes,
             metadata_=metadata,
             place=place,
-            boot=_boot(),
+            boot=boot_id(),
             expires_at=now + timedelta(seconds=settings.upload_expires_seconds),
         )
         session.add(row)
@@ -241,7 +240,7 @@ class Append:
             self.size_bytes = row.size_bytes
             self._began_at = self._synced_at = offset_bytes
             # Bytes whose checksum is not known yet must not be taken for good ones after a crash.
-            boot = None if checksum is not None else _boot()
+            boot = None if checksum is not None else boot_id()
             if row.boot != boot:
                 self._move(boot)
         except BaseException:
@@ -289,7 +288,7 @@ class Append:
             found = self._hash.digest()
             if not complete or found != self._checksum.digest:
                 self._file.truncate(self._began_at)
-                row = self._move(_boot())
+                row = self._move(boot_id())
                 if complete:
                     raise ChecksumMismatch(
                         f"The bytes have the {self._checksum.algorithm} {found.hex()}, not "
@@ -307,7 +306,7 @@ class Append:
             with suppress(StorageUnavailable):
                 self._file.truncate(self._synced_at)
             raise
-        row = self._move(_boot())
+        row = self._move(boot_id())
         self._synced_at = self._file.size_bytes
         return row
 
@@ -406,7 +405,7 @@ def _require_whole(row: models.Upload) -> None:
         )
 
 
-def use(session: Session, id_: str, resource_id: str, spec: bytes) -> None:
+def use(session: Session, resource_id: str, *, id_: str, spec: bytes) -> None:
     """Note what an upload has become, in the transaction that makes it.
 
     Raises:
@@ -498,7 +497,7 @@ def _settled(engine: sa.Engine, id_: str, file: PartialFile) -> models.Upload:
     row = _row(engine, id_)
     if row.resource_id is not None:
         return row
-    trusted_bytes = row.size_bytes if row.boot is not None and row.boot == _boot() else row.offset_bytes
+    trusted_bytes = row.size_bytes if row.boot is not None and row.boot == boot_id() else row.offset_bytes
     offset_bytes = min(file.size_bytes, trusted_bytes)
     if file.size_bytes > offset_bytes:
         file.truncate(offset_bytes)
@@ -524,10 +523,3 @@ def _move(
     if row is None:
         raise _missing(id_)
     return row
-
-
-def _boot() -> str | None:
-    """Return the id of this machine's run: another one after it has started anew; None where the system has none."""
-    with suppress(OSError):
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return None

@@ -240,6 +240,26 @@ class CheckResult(TypedDict):
     seconds: float
 
 
+class OriginFile(TypedDict):
+    """A file as its source named it when it was fetched."""
+
+    name: str
+    size_bytes: int
+    etag: str | None
+    version: str | None
+    sha256: str | None
+
+
+class Origin(TypedDict):
+    """Where a file was fetched from."""
+
+    source: str
+    revision: str | None
+    fetched_at: str
+    n_files: int
+    files: list[OriginFile]
+
+
 class Preprocess(TypedDict):
     """Preprocessing of inputs: x * scale, then (x - mean) / std; for images resize, centre crop and colour come first,
     in grey levels 0 to 255."""
@@ -270,6 +290,7 @@ class Checkpoint(TypedDict):
     names_checked: bool
     preprocess: Preprocess | None
     tokenizer_sha256: str | None
+    origin: Origin | None
     metadata: dict[str, Any]
     created_at: str
 
@@ -554,6 +575,23 @@ class FeatureSet(TypedDict):
     created_at: str
 
 
+class Fetch(TypedDict):
+    """A file that a worker fetches, to become a checkpoint or a probe. Its progress counts bytes."""
+
+    id: str
+    makes: Literal["checkpoint", "probe"]
+    name: str
+    source: str
+    status: Literal["queued", "running", "succeeded", "failed", "cancelled"]
+    progress: Progress
+    resource_id: str | None
+    attempts: int
+    created_at: str
+    started_at: str | None
+    finished_at: str | None
+    problem: dict[str, Any] | None
+
+
 class Gate(TypedDict):
     """One version of a gate; it never changes."""
 
@@ -712,6 +750,7 @@ class Probe(TypedDict):
     preprocess: Preprocess | None
     tokenizer_sha256: str | None
     max_length: int | None
+    origin: Origin | None
     metadata: dict[str, Any]
     created_at: str
 

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("interplay")
 
+# Fetches of a worker at a time, beside its analysis. They take minutes: their start may wait a little.
+_FETCHES_AT_A_TIME = 2
+_FETCHES_POLLING_SECONDS = 0.5
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Work until SIGTERM or Ctrl-C; the next worker resumes the analyses that run then."""
@@ -116,6 +120,11 @@ def _join_queue(settings: Settings, engine: "sa.Engine", worker_id: str) -> None
     DBOS(config=config)
     DBOS.launch()
     DBOS.register_queue(queue.QUEUE, worker_concurrency=1, polling_interval_sec=settings.queue_polling_seconds)
+    DBOS.register_queue(
+        queue.FETCHES,
+        worker_concurrency=_FETCHES_AT_A_TIME,
+        polling_interval_sec=max(_FETCHES_POLLING_SECONDS, settings.queue_polling_seconds),
+    )
 
 
 def _watch_input(tell_to_begin: int, tell_to_stop: int) -> None:

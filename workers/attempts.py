@@ -1,12 +1,15 @@
-"""An attempt at an analysis as the database records it: begun, in progress, ended.
+"""An attempt at an analysis, or at a fetch, as the database records it: begun, in progress, ended.
 
-Each function is one transaction that locks the analysis's row, so it stays consistent beside concurrent writers: a
-client that cancels, or a worker that was assumed dead and still runs.
+Each function is one transaction that locks the run's row, so it stays consistent beside concurrent writers: a client
+that cancels, or a worker that was assumed dead and still runs.
 """
 
 import hashlib
 import json
-from collections.abc import Sequence
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 from uuid import uuid4
 
 import sqlalchemy as sa
@@ -20,10 +23,12 @@ from app.models import (
     AnalysisCheckpoint,
     Checkpoint,
     FeatureSet,
+    Fetch,
     MetadataEntry,
     Probe,
     Report,
     ReportMetric,
+    Run,
     now,
 )
 from app.schemas.metrics import metrics_of
@@ -35,26 +40,47 @@ from workers.tasks import Json, Progress, Result
 _REPORTS: TypeAdapter[AnyReport] = TypeAdapter(AnyReport)
 # Characters of a prefix that a checkpoint's row stores; a report has all of it.
 _MAX_PREFIX = 200
+# Pause between retries of a database that does not answer.
+_PAUSE_SECONDS = 1.0
+AnyRun = TypeVar("AnyRun", Analysis, Fetch)
+T = TypeVar("T")
+logger = logging.getLogger("interplay")
+
+
+class Ended(Exception):
+    """A run that something was made for has ended meanwhile."""
 
 
 def begin(engine: sa.Engine, analysis_id: str, max_attempts: int) -> tasks.FeatureSetTask | tasks.NetworkTask | None:
     """Count an attempt and return the task to compute; None if there is nothing left to do."""
     with write(engine) as session:
-        row = session.get(Analysis, analysis_id, with_for_update=True)
-        if row is None or row.outcome is not None:
-            return None
-        if row.cancel_requested_at is not None:
-            _end(row, Result(outcome="cancelled"))
-            return None
-        if row.attempts >= max_attempts:
-            detail = f"Its worker died in each of {row.attempts} attempts; it is not tried again."
-            body = problem("too-many-attempts", "The analysis was given up", detail, attempts=row.attempts)
-            _end(row, Result(outcome="failed", problem=body))
-            return None
-        row.attempts += 1
-        row.started_at = row.started_at or now()
-        row.progress_phase, row.progress_done, row.progress_total = "starting", 0, 0
-        return _task(session, row)
+        row = _begun(session, Analysis, analysis_id, max_attempts)
+        return None if row is None else _task(session, row)
+
+
+def begin_fetch(engine: sa.Engine, fetch_id: str, max_attempts: int) -> Fetch | None:
+    """Count an attempt and return the fetch; None if there is nothing left to do."""
+    with write(engine) as session:
+        return _begun(session, Fetch, fetch_id, max_attempts)
+
+
+def _begun(session: Session, model: type[AnyRun], id_: str, max_attempts: int) -> AnyRun | None:
+    row = session.get(model, id_, with_for_update=True)
+    if row is None or row.outcome is not None:
+        return None
+    if row.cancel_requested_at is not None:
+        _end(row, Result(outcome="cancelled"))
+        return None
+    if row.attempts >= max_attempts:
+        detail = f"Its worker died in each of {row.attempts} attempts; it is not tried again."
+        what = "The analysis was given up" if model is Analysis else "The fetch was given up"
+        body = problem("too-many-attempts", what, detail, attempts=row.attempts)
+        _end(row, Result(outcome="failed", problem=body))
+        return None
+    row.attempts += 1
+    row.started_at = row.started_at or now()
+    row.progress_phase, row.progress_done, row.progress_total = "starting", 0, 0
+    return row
 
 
 def evaluation_of(engine: sa.Engine, task: tasks.SeriesTask, checkpoint: tasks.Checkpoint) -> EvaluationReport | None:
@@ -78,10 +104,12 @@ def evaluation_of(engine: sa.Engine, task: tasks.SeriesTask, checkpoint: tasks.C
     return None
 
 
-def note(engine: sa.Engine, analysis_id: str, progress: Progress | None) -> bool:
-    """Store progress, if any; return whether the analysis is to be cancelled or has ended elsewhere."""
+def note(
+    engine: sa.Engine, run_id: str, progress: Progress | None, model: type[Analysis] | type[Fetch] = Analysis
+) -> bool:
+    """Store progress, if any; return whether the run is to be cancelled or has ended elsewhere."""
     with write(engine) as session:
-        row = session.get(Analysis, analysis_id, with_for_update=True)
+        row = session.get(model, run_id, with_for_update=True)
         if row is None or row.outcome is not None or row.cancel_requested_at is not None:
             return True
         if progress is not None:
@@ -106,7 +134,38 @@ def finish(engine: sa.Engine, analysis_id: str, result: Result) -> bool:
         return True
 
 
-def _end(row: Analysis, result: Result) -> None:
+def end(engine: sa.Engine, model: type[Analysis] | type[Fetch], run_id: str, result: Result) -> None:
+    """Record an outcome that leaves no report; nothing happens if one was already recorded."""
+    with write(engine) as session:
+        row = session.get(model, run_id, with_for_update=True)
+        if row is not None and row.outcome is None:
+            _end(row, result)
+
+
+def use(session: Session, resource_id: str, *, fetch_id: str) -> None:
+    """Record, in the transaction that makes the resource, what a fetch has become.
+
+    Raises:
+        Ended: it has ended meanwhile: cancelled, or by another worker.
+    """
+    row = session.get(Fetch, fetch_id, with_for_update=True)
+    if row is None or row.outcome is not None or row.cancel_requested_at is not None:
+        raise Ended
+    row.resource_id, row.progress_phase = resource_id, "finished"
+    _end(row, Result(outcome="succeeded"))
+
+
+def patiently(transaction: Callable[[], T]) -> T:
+    """Run a transaction, retrying while the database is unavailable: a restart must not lose an outcome."""
+    while True:
+        try:
+            return transaction()
+        except (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError) as error:
+            logger.warning("the database does not answer, trying again: %s", error)
+            time.sleep(_PAUSE_SECONDS)
+
+
+def _end(row: Run, result: Result) -> None:
     row.outcome, row.problem, row.finished_at = result.outcome, result.problem, now()
 
 

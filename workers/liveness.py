@@ -24,10 +24,11 @@ from dbos._error import DBOSException
 from app import queue
 from app.database import clock, read, write
 from app.errors import problem
-from app.models import Analysis, Worker, now
+from app.models import Analysis, Fetch, Worker, now
 from app.settings import Settings
 from app.storage import Storage
 from workers import attempts
+from workers.fetching.running import remove_leftovers
 from workers.tasks import Hello, Result
 
 logger = logging.getLogger("interplay")
@@ -141,6 +142,8 @@ class Presence:
         self._id = worker_id
         self._active = active
         self._stranded: dict[str, int] = {}
+        # Of the runs that were pending in the last round.
+        self._queue_of: dict[str, str] = {}
         self._rounds = 0
         # Since when every round has succeeded: a worker that was suspended itself must not judge others' silence.
         self._steady_since = self._last_round = time.monotonic()
@@ -183,9 +186,10 @@ class Presence:
                     return
                 self._resume_lost_work()
                 if self._rounds % 10 == 0:
-                    self._settle_lost_analyses()
+                    self._settle_lost_runs()
                 if self._rounds % 600 == 0:
                     self._storage.remove_abandoned()
+                    remove_leftovers(self._engine, self._storage)
                 if self._rounds % 3600 == 0:
                     self._forget_old_runs()
                 self._rounds += 1
@@ -203,6 +207,7 @@ class Presence:
             return True
 
     def _resume_lost_work(self) -> None:
+        self._queue_of.clear()
         owners = self._pending_by_owner()
         self._resume_stranded(owners.pop(self._id, []))
         with read(self._engine) as session:
@@ -227,42 +232,44 @@ class Presence:
 
     def _take_over(self, owner: str) -> None:
         # Listed again under the lock: a run that another worker has resumed meanwhile is no longer the owner's.
-        for analysis_id in self._pending_by_owner(owner).get(owner, []):
-            logger.warning("worker %s is gone; analysis %s is queued again", owner, analysis_id)
-            self._client.resume_workflow(analysis_id, queue_name=queue.QUEUE)
+        for run_id in self._pending_by_owner(owner).get(owner, []):
+            logger.warning("worker %s is gone; run %s is queued again", owner, run_id)
+            self._client.resume_workflow(run_id, queue_name=self._queue_of[run_id])
         with write(self._engine) as session:
             _mark_ended(session, owner)
 
     def _resume_stranded(self, pending: list[str]) -> None:
         """Resume runs that the queue assigns here but that do not run: an error in the queue ended their thread."""
-        idle = [analysis_id for analysis_id in pending if analysis_id not in self._active]
-        self._stranded = {analysis_id: self._stranded.get(analysis_id, 0) + 1 for analysis_id in idle}
-        for analysis_id, rounds in list(self._stranded.items()):
+        idle = [run_id for run_id in pending if run_id not in self._active]
+        self._stranded = {run_id: self._stranded.get(run_id, 0) + 1 for run_id in idle}
+        for run_id, rounds in list(self._stranded.items()):
             if rounds > _STRANDED_ROUNDS:
-                logger.warning("analysis %s was stranded; it is queued again", analysis_id)
-                self._client.resume_workflow(analysis_id, queue_name=queue.QUEUE)
-                del self._stranded[analysis_id]
+                logger.warning("run %s was stranded; it is queued again", run_id)
+                self._client.resume_workflow(run_id, queue_name=self._queue_of[run_id])
+                del self._stranded[run_id]
 
     def _pending_by_owner(self, owner: str | None = None) -> dict[str, list[str]]:
         runs = self._client.list_workflows(
-            status="PENDING", queue_name=queue.QUEUE, executor_id=owner, load_input=False, load_output=False
+            status="PENDING", queue_name=[*queue.QUEUES], executor_id=owner, load_input=False, load_output=False
         )
+        self._queue_of |= {run.workflow_id: run.queue_name or queue.QUEUE for run in runs}
         owners: dict[str, list[str]] = {}
         for run in runs:
             owners.setdefault(run.executor_id or "", []).append(run.workflow_id)
         return owners
 
-    def _settle_lost_analyses(self) -> None:
-        """Fail analyses whose run ended without an outcome: a fault of the service that must not look like waiting."""
-        ended = queue.has_status(self._engine.dialect.name, Analysis.id.expression, *queue.ENDED)
-        with read(self._engine) as session:
-            before = clock(session) - timedelta(seconds=10)
-            lost = sa.select(Analysis.id).where(Analysis.outcome.is_(None), Analysis.created_at < before, ended)
-            ids = list(session.scalars(lost.limit(100)))
-        for analysis_id in ids:
-            logger.error("the run of analysis %s ended without an outcome", analysis_id)
-            body = problem("internal-error", "Internal error", "Its run ended without an outcome; ask for it again.")
-            attempts.finish(self._engine, analysis_id, Result(outcome="failed", problem=body))
+    def _settle_lost_runs(self) -> None:
+        """Fail what ended in the queue without an outcome: a fault of the service that must not look like waiting."""
+        for model in (Analysis, Fetch):
+            ended = queue.has_status(self._engine.dialect.name, model.id.expression, *queue.ENDED)
+            with read(self._engine) as session:
+                before = clock(session) - timedelta(seconds=10)
+                lost = sa.select(model.id).where(model.outcome.is_(None), model.created_at < before, ended)
+                ids = list(session.scalars(lost.limit(100)))
+            for run_id in ids:
+                logger.error("run %s ended without an outcome", run_id)
+                body = problem("internal-error", "Internal error", "Its run ended without an outcome; ask again.")
+                attempts.end(self._engine, model, run_id, Result(outcome="failed", problem=body))
 
     def _forget_old_runs(self) -> None:
         before = (now() - _KEEP_RUNS).isoformat()

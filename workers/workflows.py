@@ -1,4 +1,4 @@
-"""The workflow that the queue runs. Each computed step is one durable step of it; everything else is repeatable.
+"""The workflows that the queue runs. Each computed step is a durable step of one; everything else is repeatable.
 
 A step's result is recorded once, but its body may run again: a kill between its end and the record repeats it. The
 workflow's own body runs again from the start at every resumption. So all writes go through `attempts`, whose functions
@@ -6,11 +6,9 @@ are idempotent.
 """
 
 import logging
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TypeVar
 
 import sqlalchemy as sa
 from dbos import DBOS
@@ -21,6 +19,7 @@ from app.settings import Settings
 from app.storage import Storage
 from workers import attempts, inputs, reuse
 from workers.child import ChildDied, ComputeChild
+from workers.fetching import running as fetching
 from workers.tasks import (
     Answer,
     FeatureSetTask,
@@ -40,12 +39,9 @@ from workers.tasks import (
 )
 
 logger = logging.getLogger("interplay")
-T = TypeVar("T")
 
 # A step whose child dies is retried once, in a fresh child.
 _CHILD_ATTEMPTS = 2
-# Pause between retries of a database that does not answer.
-_PAUSE_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -70,12 +66,20 @@ def register(host: Host) -> None:
     def run_analysis(analysis_id: str) -> None:
         host.active.add(analysis_id)
         try:
-            task = _patiently(lambda: attempts.begin(host.engine, analysis_id, host.settings.max_attempts))
+            task = attempts.patiently(lambda: attempts.begin(host.engine, analysis_id, host.settings.max_attempts))
             if task is not None:
                 result = _run(lambda step: Result.model_validate(compute(step)), task)
-                _patiently(lambda: attempts.finish(host.engine, analysis_id, result))
+                attempts.patiently(lambda: attempts.finish(host.engine, analysis_id, result))
         finally:
             host.active.discard(analysis_id)
+
+    @DBOS.workflow(name=queue.FETCH_WORKFLOW)
+    def run_fetch(fetch_id: str) -> None:
+        host.active.add(fetch_id)
+        try:
+            fetching.run(host.settings, host.engine, host.storage, fetch_id)
+        finally:
+            host.active.discard(fetch_id)
 
 
 def _run(compute: Callable[[WholeStep | PointStep | ReportStep], Result], task: FeatureSetTask | NetworkTask) -> Result:
@@ -110,7 +114,7 @@ def _compute(host: Host, step: WholeStep | PointStep | ReportStep) -> Result:
     if (begun := _begun(step)) and on_tick(begun):
         return Result(outcome="cancelled")
     if isinstance(step, SeriesPointTask):
-        existing = _patiently(lambda: reuse.existing_point(host.engine, step))
+        existing = attempts.patiently(lambda: reuse.existing_point(host.engine, step))
         if existing is not None:
             return Result(outcome="succeeded", body=existing.model_dump(mode="json", by_alias=True))
     with ExitStack() as stack:
@@ -142,13 +146,3 @@ def _begun(step: WholeStep | PointStep | ReportStep) -> Progress | None:
     if isinstance(step, ReportStep):
         return Progress(phase="report", done=len(step.points), total=len(step.points))
     return None
-
-
-def _patiently(transaction: Callable[[], T]) -> T:
-    """Run a transaction, retrying while the database is unavailable: a restart must not lose an outcome."""
-    while True:
-        try:
-            return transaction()
-        except (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError) as error:
-            logger.warning("the database does not answer, trying again: %s", error)
-            time.sleep(_PAUSE_SECONDS)

@@ -51,12 +51,15 @@ async def receive(
             in place of `spec`.
 
     Raises:
-        UnsupportedMedia: the body is not a multipart form.
+        UnsupportedMedia: the body is neither a multipart form nor JSON, which is then the spec and has no file.
         TooLarge: the file, the spec or the whole body exceeds its limit; counted as it arrives.
         UploadIncomplete: the body ended before the form did, or came slower than `min_upload_rate` for
             `upload_idle_seconds`.
         InvalidRequest: the form is malformed, or has unknown, repeated or missing parts.
     """
+    if spec_of is None and _is_json(request):
+        yield Upload(await _whole_spec(request, settings), None)
+        return
     parts = _Parts(settings, with_fields=spec_of is not None)
     parser = MultipartParser(_boundary(request), parts.callbacks())
     _refuse_announced_size(request, settings)
@@ -169,10 +172,28 @@ class _Writer:
             await asyncio.gather(self._writing, return_exceptions=True)
 
 
+def _is_json(request: Request) -> bool:
+    kind, _ = parse_options_header(request.headers.get("content-type", ""))
+    return kind.lower() == b"application/json"
+
+
+async def _whole_spec(request: Request, settings: Settings) -> bytes:
+    """Return a body that is the spec."""
+    body = bytearray()
+    limit = settings.max_spec_bytes + settings.max_tokenizer_bytes
+    async for chunk in _chunks(request, settings):
+        body += chunk
+        if len(body) > limit:
+            raise TooLarge(f"The spec has more than the {limit} bytes that are allowed.", limit_bytes=limit)
+    return bytes(body)
+
+
 def _boundary(request: Request) -> bytes:
     kind, options = parse_options_header(request.headers.get("content-type", ""))
     if kind != b"multipart/form-data":
-        raise UnsupportedMedia("Send multipart/form-data with a part 'spec' (JSON) and a part 'file'.")
+        raise UnsupportedMedia(
+            "Send multipart/form-data with a part 'spec' (JSON) and a part 'file', or the spec alone as JSON."
+        )
     boundary = options.get(b"boundary", b"")
     if not 0 < len(boundary) <= 200:
         raise InvalidRequest("The Content-Type has no usable boundary.")

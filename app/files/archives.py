@@ -1,11 +1,13 @@
-"""Read a Hugging Face folder in a zip or a tar: the network's description, and its weights in one file or in shards.
+"""Read a Hugging Face folder: the network's description, and its weights in one file or in shards.
 
-Nothing is unpacked under a name that the archive chose. The weights are rewritten as one safetensors file that holds
-the tensors of all shards. The service keeps this file, so the code behind this module handles one form.
+It comes in a zip or a tar, or lies where the service fetches it. Nothing is unpacked under a name that the archive
+chose. The weights are rewritten as one safetensors file that holds the tensors of all shards. The service keeps this
+file, so the code behind this module handles one form.
 """
 
 import bz2
 import gzip
+import io
 import json
 import lzma
 import tarfile
@@ -16,7 +18,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate, pairwise
+from itertools import accumulate, groupby, pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Protocol, cast
 
@@ -28,6 +30,8 @@ from app.files.zips import BROKEN_ZIP, bound_directory
 
 MAX_MEMBERS = 10_000
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+# Files of a folder that describe its network and its inputs.
+DESCRIPTIONS = ("config.json", "preprocessor_config.json", "tokenizer.json", "adapter_config.json")
 # Descriptions are read whole; an index names every tensor.
 _MAX_JSON_BYTES = 32 * 2**20
 _COPY_BYTES = 2**20
@@ -49,10 +53,19 @@ class Written(Protocol):
 
 @dataclass(frozen=True)
 class Member:
-    """A file of the archive: its size in bytes, and how to open it."""
+    """A file of the folder: its size in bytes, and how to open it."""
 
     size: int
     open: Callable[[], BinaryIO]
+
+
+@dataclass(frozen=True)
+class Extent:
+    """A range of bytes of a shard."""
+
+    name: str
+    begin: int
+    end: int
 
 
 @dataclass(frozen=True)
@@ -120,16 +133,37 @@ def open_folder(path: Path, *, max_bytes: int, of_adapter: bool = False) -> Iter
                 tar = _unpacked(path, unpack, stack, max_bytes) if unpack else stack.enter_context(path.open("rb"))
                 members = _tar_members(tar, stack)
             collected = _collected(members, max_bytes)
-            folder = _adapter_folder(collected) if of_adapter else _folder(collected)
+            folder = folder_of(collected, of_adapter=of_adapter)
         except _BROKEN as error:
             raise InvalidFile(f"The archive cannot be read: {first_line(error)}.") from None
         yield folder
 
 
+def folder_of(members: Mapping[PurePosixPath, Member], *, of_adapter: bool) -> Folder:
+    """Return what the service uses of these files; it reads the descriptions among them.
+
+    Raises:
+        InvalidFile: see `open_folder`.
+    """
+    return _adapter_folder(members) if of_adapter else _network_folder(members)
+
+
 def write_weights(folder: Folder, target: Written) -> None:
     """Write the tensors of all shards as one safetensors file; copy a single shard unchanged.
 
-    If several shards hold a name, the index decides which tensor is written.
+    Raises:
+        InvalidFile: see `merged`.
+    """
+    beginning, extents = merged(folder)
+    target.write(beginning)
+    for name, of_shard in groupby(extents, lambda extent: extent.name):
+        _copy(name, folder.shards[name], [*of_shard], target)
+
+
+def merged(folder: Folder) -> tuple[bytes, list[Extent]]:
+    """Return the one safetensors file of all shards' tensors: its beginning, and the ranges of shards that follow.
+
+    A single shard is taken as it is. If several shards hold a name, the index decides which tensor is taken.
 
     Raises:
         InvalidFile: a shard is broken, two hold a name that the index does not, or index and shards do not agree.
@@ -137,27 +171,27 @@ def write_weights(folder: Folder, target: Written) -> None:
     headers = {name: _shard(name, member) for name, member in folder.shards.items()}
     _check_index(folder, headers)
     if len(folder.shards) == 1:
-        [(name, member)] = folder.shards.items()
-        _copy(name, member, 0, target)
-        return
-    merged: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        return b"", [Extent(name, 0, member.size) for name, member in folder.shards.items()]
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    extents: list[Extent] = []
     offset = 0
-    cuts: dict[str, list[tuple[int, int]]] = {}
     for name, header in headers.items():
         elsewhere = {tensor for tensor in header.tensors if (folder.weight_map or {}).get(tensor, name) != name}
-        if twice := sorted((set(header.tensors) - elsewhere) & set(merged)):
+        if twice := sorted((set(header.tensors) - elsewhere) & set(entries)):
             raise InvalidFile(f"Two shards hold the tensor {twice[0]!r}; the second is {name!r}.", tensor=twice[0])
-        cuts[name] = _cuts(name, header, elsewhere)
-        ends, left_out = [end for _, end in cuts[name]], [0, *accumulate(end - begin for begin, end in cuts[name])]
+        cuts = _cuts(name, header, elsewhere)
+        ends, left_out = [end for _, end in cuts], [0, *accumulate(end - begin for begin, end in cuts)]
         for tensor, info in header.tensors.items():
             if tensor not in elsewhere:
                 shift = offset - left_out[bisect_right(ends, header.spans[tensor][0])]
                 span = [shift + end for end in header.spans[tensor]]
-                merged[tensor] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": span}
-        offset += folder.shards[name].size - header.data_start - left_out[-1]
-    target.write(tensorfile.header_bytes(merged))
-    for name, member in folder.shards.items():
-        _copy(name, member, headers[name].data_start, target, cuts[name])
+                entries[tensor] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": span}
+        size, start = folder.shards[name].size, header.data_start
+        begins = [start, *(start + end for end in ends)]
+        kept = zip(begins, [*(start + begin for begin, _ in cuts), size], strict=True)
+        extents += [Extent(name, begin, end) for begin, end in kept if begin < end]
+        offset += size - start - left_out[-1]
+    return tensorfile.header_bytes(entries), extents
 
 
 def _cuts(name: str, header: Header, elsewhere: Collection[str]) -> list[tuple[int, int]]:
@@ -178,7 +212,7 @@ def _shard(name: str, member: Member) -> Header:
     except InvalidFile as error:
         raise InvalidFile(f"In {name!r}: {error.detail}", file=name) from None
     except _BROKEN as error:
-        raise InvalidFile(f"{name!r} in the archive cannot be read: {first_line(error)}.", file=name) from None
+        raise InvalidFile(f"{name!r} in the folder cannot be read: {first_line(error)}.", file=name) from None
     data_bytes = member.size - header.data_start
     if any(not 0 <= begin <= end <= data_bytes for begin, end in header.spans.values()):
         raise InvalidFile(
@@ -187,25 +221,23 @@ def _shard(name: str, member: Member) -> Header:
     return header
 
 
-def _copy(name: str, member: Member, start: int, target: Written, cuts: Sequence[tuple[int, int]] = ()) -> None:
-    """Copy a member from `start` to its end, without the ranges in `cuts`, which are counted from `start`."""
-    at, left = 0, member.size - start
+def _copy(name: str, member: Member, extents: Sequence[Extent], target: Written) -> None:
+    """Copy these ranges of a member, in their order."""
+    at, left = 0, 0
     try:
         with member.open() as file:
-            _skip(file, start)
-            for begin, end in (*cuts, (left, left)):
-                left = begin - at
+            for extent in extents:
+                _skip(file, extent.begin - at)
+                at, left = extent.end, extent.end - extent.begin
                 while left and (chunk := file.read(min(_COPY_BYTES, left))):
                     target.write(chunk)
                     left -= len(chunk)
                 if left:
                     break
-                _skip(file, end - begin)
-                at = end
     except _BROKEN as error:
-        raise InvalidFile(f"{name!r} in the archive cannot be read: {first_line(error)}.", file=name) from None
+        raise InvalidFile(f"{name!r} in the folder cannot be read: {first_line(error)}.", file=name) from None
     if left:
-        raise InvalidFile(f"{name!r} in the archive ends {left} bytes early.", file=name)
+        raise InvalidFile(f"{name!r} in the folder ends {left} bytes early.", file=name)
 
 
 def _skip(file: BinaryIO, n_bytes: int) -> None:
@@ -224,7 +256,7 @@ def _check_index(folder: Folder, headers: Mapping[str, Header]) -> None:
         )
 
 
-def _folder(members: Mapping[PurePosixPath, Member]) -> Folder:
+def _network_folder(members: Mapping[PurePosixPath, Member]) -> Folder:
     adapters = sorted((path for path in members if is_adapter_config(path)), key=lambda path: len(path.parts))
     inside = {path.name: members[path] for path in adapters[:1]}
     refuse_foreign_folder(members, _json(inside, adapters[0].name) if adapters else None)
@@ -233,7 +265,7 @@ def _folder(members: Mapping[PurePosixPath, Member]) -> Folder:
         pickled = sorted(str(path) for path in members if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".distcp"))
         source = "FOLDER" if any(name.endswith(".distcp") for name in pickled) else "FILE"
         advice = f"; of {pickled[0]} it opens none: interplay convert {source} -o OUT.safetensors" if pickled else ""
-        raise InvalidFile(f"The archive holds no safetensors file{advice}.", members=sorted(map(str, members))[:20])
+        raise InvalidFile(f"The folder holds no safetensors file{advice}.", members=sorted(map(str, members))[:20])
     configs = [path for path in members if path.name == "config.json"]
     root = _outermost(configs or weights)
     inside = {path.name: member for path, member in members.items() if path.parent == root}
@@ -253,7 +285,7 @@ def _adapter_folder(members: Mapping[PurePosixPath, Member]) -> Folder:
     configs = [path for path in members if is_adapter_config(path)]
     if not configs:
         raise InvalidFile(
-            "The spec has a base_id, and the archive holds no adapter_config.json: it is no adapter as PEFT saves it. "
+            "The spec has a base_id, and the folder holds no adapter_config.json: it is no adapter as PEFT saves it. "
             "A whole network has no base: leave base_id out.",
             members=sorted(map(str, members))[:20],
         )
@@ -281,7 +313,7 @@ def _outermost(paths: Iterable[PurePosixPath]) -> PurePosixPath:
     beside = [str(folder) for folder in folders if len(folder.parts) == len(folders[0].parts)]
     if len(beside) > 1:
         raise InvalidFile(
-            f"The archive holds {len(beside)} folders of checkpoints side by side, {', '.join(beside[:20])}; send one.",
+            f"There are {len(beside)} folders of checkpoints side by side, {', '.join(beside[:20])}; send one.",
             folders=beside[:20],
         )
     return folders[0]
@@ -303,17 +335,31 @@ def _shards(inside: Mapping[str, Member]) -> tuple[list[str], dict[str, str] | N
         names = sorted(set(weight_map.values()))
         if absent := [name for name in names if name not in inside]:
             raise InvalidFile(
-                f"The index names {len(absent)} shards that the archive does not hold, first {absent[0]!r}.",
+                f"The index names {len(absent)} shards that the folder does not hold, first {absent[0]!r}.",
                 missing=absent[:20],
             )
         return names, weight_map
     if len(files) != 1:
         raise InvalidFile(
-            f"The archive's folder holds {len(files)} safetensors files and no model.safetensors.index.json that says "
+            f"The folder holds {len(files)} safetensors files and no model.safetensors.index.json that says "
             "how they belong together.",
             files=files[:20],
         )
     return files, None
+
+
+def shards_of_index(name: str, text: bytes) -> list[str]:
+    """Return the names of the shards of an index, which lie beside it.
+
+    Raises:
+        InvalidFile: it is no index, or a shard lies elsewhere.
+    """
+    shards = sorted(set(_weight_map(name, Member(len(text), partial(io.BytesIO, text))).values()))
+    if elsewhere := [shard for shard in shards if names.unsafe(shard) or "/" in shard]:
+        raise InvalidFile(f"{name!r} names a shard that does not lie beside it: {elsewhere[0][:200]!r}.")
+    if len(shards) > MAX_MEMBERS:
+        raise InvalidFile(f"{name!r} names {len(shards)} shards; at most {MAX_MEMBERS} are fetched.")
+    return shards
 
 
 def _weight_map(name: str, member: Member) -> dict[str, str]:
@@ -337,9 +383,9 @@ def _json(members: Mapping[str, Member], name: str) -> dict[str, Any] | None:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
-        raise InvalidFile(f"{name!r} in the archive is not JSON.") from None
+        raise InvalidFile(f"{name!r} in the folder is not JSON.") from None
     if not isinstance(value, dict):
-        raise InvalidFile(f"{name!r} in the archive is not a JSON object.")
+        raise InvalidFile(f"{name!r} in the folder is not a JSON object.")
     return value
 
 

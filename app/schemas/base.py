@@ -53,3 +53,5 @@ PositiveFloat = Annotated[FiniteFloat, Field(gt=0)]
 # A place on an axis: strict, as a plain float would accept true and "0.5".
 Number = Annotated[FiniteFloat, Field(strict=True)]
 Kind = Literal["evaluation", "comparison", "path", "pruning", "series"]
+# What a file can become that the service fetches by itself.
+Makes = Literal["checkpoint", "probe"]

@@ -6,7 +6,7 @@ from typing import Any, Generic, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from app.schemas.adapters import Adapter
-from app.schemas.base import Strict
+from app.schemas.base import Makes, Strict
 from app.schemas.requests import Axis
 from app.schemas.specs import Preprocess
 
@@ -38,6 +38,26 @@ class UploadParts(Strict):
     missing: list[UploadPart] = Field(description="The first of them; empty once the upload is complete.")
 
 
+class OriginFile(Strict):
+    """A file as its source named it when it was fetched."""
+
+    name: str
+    size_bytes: int
+    etag: str | None = Field(description="The source's own mark of the content; of the Hub's large files their sha256.")
+    version: str | None = Field(description="The bucket's version, if it keeps versions.")
+    sha256: str | None = Field(description="Of the bytes that came; null if only some of the file's were needed.")
+
+
+class Origin(Strict):
+    """Where a file was fetched from."""
+
+    source: str = Field(description="The address, without its query.")
+    revision: str | None = Field(description="Of the Hub: the commit.")
+    fetched_at: datetime
+    n_files: int = Field(description="1, or as many as a folder had that became one file.")
+    files: list[OriginFile] = Field(description="The first hundred of these.")
+
+
 class Checkpoint(Strict):
     id: str
     name: str
@@ -58,6 +78,7 @@ class Checkpoint(Strict):
     )
     preprocess: Preprocess | None
     tokenizer_sha256: str | None
+    origin: Origin | None = Field(description="Null if the file was sent.")
     metadata: dict[str, Any]
     created_at: datetime
 
@@ -82,6 +103,7 @@ class Probe(Strict):
     preprocess: Preprocess | None
     tokenizer_sha256: str | None
     max_length: int | None
+    origin: Origin | None = Field(description="Null if the file was sent.")
     metadata: dict[str, Any]
     created_at: datetime
 
@@ -121,6 +143,23 @@ class Progress(Strict):
 
 
 Status = Literal["queued", "running", "succeeded", "failed", "cancelled"]
+
+
+class Fetch(Strict):
+    """A file that a worker fetches, to become a checkpoint or a probe. Its progress counts bytes."""
+
+    id: str
+    makes: Makes
+    name: str = Field(description="Of the resource.")
+    source: str = Field(description="The address, without its query.")
+    status: Status
+    progress: Progress
+    resource_id: str | None = Field(description="What the file has become; null before it has succeeded.")
+    attempts: int
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    problem: dict[str, Any] | None
 
 
 class Analysis(Strict):

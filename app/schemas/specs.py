@@ -16,6 +16,17 @@ def _ending_with_a_dot(prefix: str) -> str:
 UploadId = Annotated[
     Id | None, Field(description="Instead of a file: the id of a complete resumable upload (docs/uploads.md).")
 ]
+# Parsed by app/sources.py, whose messages say what is wrong with it.
+SourceAddress = Annotated[
+    str | None,
+    Field(
+        min_length=1,
+        max_length=2000,
+        pattern=PLAIN_TEXT,
+        description="Instead of a file: where it lies, for a worker to fetch: s3://, gs://, az://, hf:// or https:// "
+        "(docs/sources.md). The answer is then 202 with the fetch.",
+    ),
+]
 Prefix = Annotated[str, Field(max_length=199, pattern=PLAIN_TEXT), AfterValidator(_ending_with_a_dot)]
 
 
@@ -48,6 +59,7 @@ class CheckpointSpec(Strict):
         default=None, description="Instead of a file: hash of a stored blob. Beside a file: its hash, which is checked."
     )
     upload_id: UploadId = None
+    source: SourceAddress = None
 
 
 Side = Annotated[int, Field(ge=1, le=4096)]
@@ -127,6 +139,7 @@ class ProbeSpec(Strict):
     metadata: Metadata = Field(default={})
     sha256: Sha256 | None = None
     upload_id: UploadId = None
+    source: SourceAddress = None
 
 
 class FeatureSetSpec(Strict):

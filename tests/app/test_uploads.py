@@ -15,6 +15,7 @@ from app import models, uploads
 from app.database import write
 from app.errors import ChecksumMismatch, NotFound, OffsetDiffers, UploadBusy
 from app.settings import Settings
+from app.staging import boot_id
 from app.storage import Storage, StorageFull, StorageUnavailable
 from app.uploads import Append, Checksum
 
@@ -59,7 +60,7 @@ def test_after_a_crash_of_the_machine_only_synced_bytes_count(
     with appending(0) as addition:
         addition.write(CONTENT[:1000])
         addition.finish()
-    for boot, expected in (("another", 1000), (None, 1000), (uploads._boot(), 1500)):
+    for boot, expected in (("another", 1000), (None, 1000), (boot_id(), 1500)):
         with _file(settings, upload).open("ab") as file:
             file.write(CONTENT[1000:1500])
         _set(engine, upload.id, boot=boot)
@@ -236,12 +237,12 @@ def test_file_of_a_resource_is_swept(
         addition.write(CONTENT)
         addition.finish()
     with write(engine) as session:
-        uploads.use(session, upload.id, "made", b"{}")
+        uploads.use(session, "made", id_=upload.id, spec=b"{}")
     uploads.sweep(engine, storage)
     assert storage.partials() == []
     assert uploads.get(engine, storage, upload.id).resource_id == "made"
     with pytest.raises(NotFound), write(engine) as session:
-        uploads.use(session, upload.id, "again", b"{}")
+        uploads.use(session, "again", id_=upload.id, spec=b"{}")
 
 
 def test_full_disk_keeps_what_was_kept(

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -13,7 +14,7 @@ from pydantic import BaseModel
 from starlette.responses import FileResponse
 from starlette.types import Message, Receive, Scope, Send
 
-from app import models, resources, schemas
+from app import fetches, models, resources, schemas
 from app.api.openapi import reference
 from app.api.routes import Service, ServiceDep, problems
 from app.api.uploads import receive
@@ -34,6 +35,9 @@ _FILE: dict[int | str, dict[str, Any]] = {
     206: {"content": _BYTES, "description": "The part that Range asks for"},
     **problems(404, 416, 503),
 }
+_FETCHING: dict[int | str, dict[str, Any]] = {
+    202: {"model": schemas.Fetch, "description": "The fetch of `spec.source`; `resource_id` is there at its end."}
+}
 _SUFFIXES = {"npz": "npz", "parquet": "parquet", "imagefolder": "zip", "csv": "csv", "jsonl": "jsonl"}
 
 
@@ -43,43 +47,46 @@ def _upload_body(spec: type[BaseModel], file: str) -> dict[str, Any]:
         "file": {"type": "string", "contentMediaType": "application/octet-stream", "description": file},
     }
     form = {"schema": {"type": "object", "required": ["spec"], "properties": properties}}
-    return {"requestBody": {"required": True, "content": {"multipart/form-data": form}}}
+    content = {"multipart/form-data": form, "application/json": {"schema": reference(spec)}}
+    return {"requestBody": {"required": True, "content": content}}
 
 
 @router.post(
     "/checkpoints",
     status_code=201,
-    response_model=schemas.Checkpoint,
-    openapi_extra=_upload_body(schemas.CheckpointSpec, "safetensors; left out where spec.sha256 names a blob"),
-    responses=problems(400, 404, 409, 413, 415, 422, 423, 503),
+    response_model=schemas.Checkpoint | schemas.Fetch,
+    openapi_extra=_upload_body(
+        schemas.CheckpointSpec, "safetensors; left out where the spec names a blob, an upload or a source"
+    ),
+    responses={**_FETCHING, **problems(400, 403, 404, 409, 413, 415, 422, 423, 503)},
 )
-async def create_checkpoint(request: Request, response: Response, service: ServiceDep) -> schemas.Checkpoint:
-    """Upload a checkpoint."""
+async def create_checkpoint(request: Request, response: Response, service: ServiceDep) -> Any:
+    """Upload a checkpoint, or have it fetched from `spec.source`. Without a file the spec may be the whole body."""
 
     def keep(upload: Upload) -> models.Checkpoint:
         return resources.create_checkpoint(service.engine, service.storage, service.settings, upload)
 
-    return await _create(request, response, service, schemas.Checkpoint, keep)
+    return await _create(request, response, service, schemas.Checkpoint, keep, "checkpoint")
 
 
 @router.post(
     "/probes",
     status_code=201,
-    response_model=schemas.Probe,
+    response_model=schemas.Probe | schemas.Fetch,
     openapi_extra=_upload_body(
         schemas.ProbeSpec,
         "safetensors or npz: inputs (N, ...), labels (N,), split (N,); or Parquet, a zip of class folders with images, "
         "CSV or JSON lines with texts and labels",
     ),
-    responses=problems(400, 404, 409, 413, 415, 422, 423, 503),
+    responses={**_FETCHING, **problems(400, 403, 404, 409, 413, 415, 422, 423, 503)},
 )
-async def create_probe(request: Request, response: Response, service: ServiceDep) -> schemas.Probe:
-    """Upload a probe dataset."""
+async def create_probe(request: Request, response: Response, service: ServiceDep) -> Any:
+    """Upload a probe dataset, or have it fetched from `spec.source`."""
 
     def keep(upload: Upload) -> models.Probe:
         return resources.create_probe(service.engine, service.storage, service.settings, upload)
 
-    return await _create(request, response, service, schemas.Probe, keep)
+    return await _create(request, response, service, schemas.Probe, keep, "probe")
 
 
 @router.post(
@@ -92,7 +99,7 @@ async def create_probe(request: Request, response: Response, service: ServiceDep
     ),
     responses=problems(400, 404, 409, 413, 415, 422, 423, 503),
 )
-async def create_feature_set(request: Request, response: Response, service: ServiceDep) -> schemas.FeatureSet:
+async def create_feature_set(request: Request, response: Response, service: ServiceDep) -> Any:
     """Upload features, labels and head of a network that the service cannot build."""
 
     def keep(upload: Upload) -> models.FeatureSet:
@@ -175,8 +182,15 @@ async def _create(
     service: ServiceDep,
     schema: type[Resource],
     keep: Callable[[Upload], resources.Owner],
-) -> Resource:
+    makes: schemas.Makes | None = None,
+) -> Resource | schemas.Fetch:
     async with receive(request, service.storage, service.settings) as upload:
+        if makes is not None:
+            ask = partial(fetches.create_if_asked, service.engine, service.queue, service.settings, makes, upload)
+            if (fetch := await run_in_threadpool(ask)) is not None:
+                response.status_code = 202
+                response.headers["Location"] = f"{request.url.path.rpartition('/')[0]}/fetches/{fetch.id}"
+                return fetch
         row = await run_in_threadpool(keep, upload)
     response.headers["Location"] = f"{request.url.path}/{row.id}"
     return _resource(schema, row)

@@ -169,7 +169,7 @@ def test_the_index_says_whose_tensor_is_meant(tmp_path: Path, pack: Packer, doub
 @pytest.mark.parametrize(
     ("files", "words", "members"),
     [
-        (without(SECOND), "1 shards that the archive does not hold", {"missing": [SECOND]}),
+        (without(SECOND), "1 shards that the folder does not hold", {"missing": [SECOND]}),
         (without(".index.json"), "2 safetensors files and no", {}),
         (without("safetensors"), "no safetensors file", {}),
         (changed("model.safetensors.index.json", b"[]"), "not a JSON object", {}),

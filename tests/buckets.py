@@ -64,7 +64,7 @@ class BucketServer:
         }
         (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
         (folder / "data").mkdir()
-        self._store = S3Store(
+        self.store = S3Store(
             _BUCKET,
             endpoint=endpoint,
             access_key_id=_KEY,
@@ -116,8 +116,8 @@ class BucketServer:
         assert self._process.poll() is None, (self._folder / "log").read_text()[-3000:]
         try:
             if self._started:
-                return len(obstore.get(self._store, "there").bytes()) == _LARGE_BYTES
-            obstore.put(self._store, "there", bytes(_LARGE_BYTES))
+                return len(obstore.get(self.store, "there").bytes()) == _LARGE_BYTES
+            obstore.put(self.store, "there", bytes(_LARGE_BYTES))
             self._started = True
             return False
         except (obstore.exceptions.BaseError, OSError):

@@ -25,6 +25,7 @@ _LONGEST = (
     "tests/workers/test_kills.py",
     "tests/workers/test_outages.py",
     "tests/workers/test_bucket.py",
+    "tests/workers/test_fetch_kills.py",
     "tests/packages/test_pythons.py",
     "tests/interplay/test_upload_kills.py",
 )

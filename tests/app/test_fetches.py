@@ -65,7 +65,7 @@ class Fetching:
 def fetching(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fetching]:
     with source_server() as server:
         sources = f"{server.url}/nets inside, hf://org, hf://datasets/org"
-        settings = {"sources": sources, "hub_url": server.url, "fetch_patience_seconds": "20"}
+        settings: dict[str, Any] = {"sources": sources, "hub_url": server.url, "fetch_patience_seconds": "20"}
         data_dir = tmp_path_factory.mktemp("fetching") / "data"
         with running(data_dir, worker_restart_max_seconds="0.2", **settings) as service:
             yield Fetching(service, server)
@@ -129,7 +129,7 @@ def test_while_it_runs_the_same_call_gives_the_same_fetch(fetching: Fetching, ml
     """A client whose answer was lost asks again; what has ended is fetched anew."""
     fetching.server.files["/nets/slow"] = mlp_checkpoint_file.read_bytes()
     fetching.server.faults.bytes_per_second = 8_000
-    spec = {"name": "slow", "source": f"{fetching.server.url}/nets/slow"}
+    spec: dict[str, Any] = {"name": "slow", "source": f"{fetching.server.url}/nets/slow"}
     try:
         first = fetching.post("checkpoints", **spec)
         assert fetching.post("checkpoints", **spec)["id"] == first["id"]
@@ -265,7 +265,7 @@ def test_a_signature_is_shown_nowhere(fetching: Fetching, mlp_checkpoint_file: P
 
 def test_fetches_are_listed_and_filtered(fetching: Fetching, mlp_checkpoint_file: Path) -> None:
     fetching.server.files["/nets/listed"] = mlp_checkpoint_file.read_bytes()
-    spec = {"source": f"{fetching.server.url}/nets/listed", "metadata": {"run": "listed"}}
+    spec: dict[str, Any] = {"source": f"{fetching.server.url}/nets/listed", "metadata": {"run": "listed"}}
     fetches = [fetching.ended(fetching.post("checkpoints", name=f"listed {n}", **spec)) for n in range(3)]
     client = fetching.service.client
 

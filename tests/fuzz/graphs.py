@@ -42,6 +42,8 @@ from app.files.exported.graphs import StoredAs, describe_graph, graph_of
 MAX_GROWTH_BYTES = 256 * 2**20
 # A batch runs where all its results together are no larger than this.
 _RUN_BYTES = 2**24
+# What a process of a long campaign has seen is told this often: it may be cut off.
+_TELL_SECONDS = 300.0
 _NUMBERS = (
     -1, 0, 1, 2, 3, 7, 64, 4096, 65_536, 2**31 - 1, 2**31, 2**40, 2**53, 2**63 - 1, -(2**63), 2**64, -7, 10**30,
     0.5, -0.0, 1e308, 1e-320,
@@ -334,14 +336,16 @@ def damaged_json(value: str, chance: random.Random) -> Any:
 
 
 def _refs(value: Any) -> Iterator[dict[str, Any]]:
-    if isinstance(value, dict):
-        if "ref" in value:
-            yield value
-        for one in value.values():
-            yield from _refs(one)
-    elif isinstance(value, list):
-        for one in value:
-            yield from _refs(one)
+    """Yield what names a result, in the order of the graph; what was damaged before may lie a thousand levels deep."""
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, dict):
+            if "ref" in one:
+                yield one
+            waiting += reversed(one.values())
+        elif isinstance(one, list):
+            waiting += reversed(one)
 
 
 def enter_worker(graph: Any) -> str:
@@ -429,6 +433,7 @@ def campaign(
     for warm in kinds.values():
         enter_worker(json.loads(warm.graph))
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    told_at = time.monotonic()
     for seed in seeds:
         if time.monotonic() > deadline:
             break
@@ -453,6 +458,9 @@ def campaign(
         found.growth_bytes = max(found.growth_bytes, (peak - base) * 1024)
         if seconds > max_seconds:
             found.faults.setdefault(f"slow {seed}", f"it took {seconds:.2f} s")
+        if time.monotonic() - told_at > _TELL_SECONDS:
+            told_at = time.monotonic()
+            print(f"{seed - seeds.start + 1} from {seeds.start}: {found}", file=sys.stderr, flush=True)
         if (peak - base) * 1024 > MAX_GROWTH_BYTES:
             found.faults.setdefault("memory", f"seed {seed} grew by {(peak - base) / 2**10:.0f} MiB")
             base = peak

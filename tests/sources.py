@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import ssl
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -20,22 +21,22 @@ class Faults:
     Attributes:
         cut_after_bytes: end the connection once so many bytes of a body were sent, ...
         cuts: ... so many times.
-        failing: answer 503 so many times.
+        failing: answer `status` so many times.
+        status: 503, or another one.
         bytes_per_second: send that slowly.
         without_ranges: ignore them.
         without_etags: give none.
         without_length: send bodies in chunks.
-        lying: announce another hash of large files of the Hub.
     """
 
     cut_after_bytes: int | None = None
     cuts: int = 0
     failing: int = 0
+    status: int = 503
     bytes_per_second: int | None = None
     without_ranges: bool = False
     without_etags: bool = False
     without_length: bool = False
-    lying: bool = False
 
 
 @dataclass
@@ -82,6 +83,9 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = 30
     server: "_Server"
 
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
     def do_GET(self) -> None:
         served, faults = self.server.served, self.server.served.faults
         path = unquote(urlsplit(self.path).path)
@@ -92,7 +96,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._refuse(401, "Invalid username or password.")
         if faults.failing:
             faults.failing -= 1
-            return self._refuse(503, "busy")
+            return self._refuse(faults.status, "busy")
         if path in served.redirects:
             self.send_response(302)
             self.send_header("Location", served.redirects[path])
@@ -129,7 +133,8 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self.send_header("Content-Length", str(end - begin))
         self.end_headers()
-        self._send_slowly(path, content[begin:end])
+        if self.command != "HEAD":
+            self._send_slowly(path, content[begin:end])
 
     def _send_slowly(self, path: str, body: bytes) -> None:
         served, faults = self.server.served, self.server.served.faults
@@ -171,11 +176,14 @@ class _Server(ThreadingHTTPServer):
 
 
 @contextmanager
-def source_server() -> Iterator[SourceServer]:
-    """Run a server for a block."""
+def source_server(tls: ssl.SSLContext | None = None) -> Iterator[SourceServer]:
+    """Run a server for a block, over TLS if there is a context with a certificate."""
     served = SourceServer()
     server = _Server(served)
     served.url = f"http://127.0.0.1:{server.server_address[1]}"
+    if tls is not None:
+        server.socket = tls.wrap_socket(server.socket, server_side=True)
+        served.url = f"https://localhost:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:

@@ -1,5 +1,6 @@
 """Files in buckets (s3://, gs://, az://), through obstore, which the blobs are stored with too."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import PurePosixPath
@@ -13,6 +14,9 @@ from app.storage import open_store
 from workers.fetching.origins import MOST_FILES, Changed, Found, Interrupted, Remote, around_index, is_index
 
 _CHUNK_BYTES = 2**20
+# What obstore says of answers that trying again does not change: 4xx but for those that ask for patience, which have no
+# class of their own, and a bucket of another region.
+_FINAL = re.compile(r"status code: 4(?!08|25|29)\d\d|incorrectly configured region|invalid peer certificate")
 
 
 class Bucket:
@@ -96,4 +100,10 @@ class Bucket:
         except PreconditionError:
             raise Changed(key) from None
         except (BaseError, OSError, ValueError) as error:
-            raise Interrupted(first_line(error)) from None
+            # What follows is a page of XML.
+            said = first_line(error).partition(": <?xml")[0]
+            if "status code: 404" in said:
+                raise SourceMissing(f"There is no bucket of {self._source.shown}: {said}.") from None
+            if _FINAL.search(said):
+                raise SourceDenied(f"The bucket of {self._source.shown} refuses: {said}.") from None
+            raise Interrupted(said) from None

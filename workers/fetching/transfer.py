@@ -299,6 +299,12 @@ class _Fetching:
     def write_extents(self) -> dict[str, str]:
         """Write the beginning, and the extents one after the other; return the hashes of files, by name."""
         plan, hashes = self._plan, dict[str, str]()
+        if not plan.beginning:
+            # One file, as it is: its hash is that of the target, which is made of the same bytes once.
+            [extent] = plan.extents
+            for chunk in self._chunks(extent):
+                self._target.write(chunk)
+            return {extent.name: self._target.file.sha256}
         self._target.write(plan.beginning)
         parts = Counter(extent.name for extent in plan.extents)
         for extent in plan.extents:

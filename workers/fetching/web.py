@@ -2,6 +2,7 @@
 
 import ipaddress
 import socket
+import ssl
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import PurePosixPath
@@ -22,6 +23,8 @@ _CONNECT_SECONDS = 10.0
 _PASSING = (408, 425, 429)
 # Addresses that stand for IPv4 ones.
 _TRANSLATED = ipaddress.IPv6Network("64:ff9b::/96")
+# All that the internet routes of IPv6; other ranges are local, or stand for addresses in ways of their own.
+_UNICAST = ipaddress.IPv6Network("2000::/3")
 
 # Says of a URL whether addresses inside are permitted there; None if nothing is.
 Reach = Callable[[Source], bool | None]
@@ -174,7 +177,18 @@ def _asked(client: httpx.Client, url: str, headers: dict[str, str], shown: str) 
     except httpx.TooManyRedirects:
         raise SourceMissing(f"The server of {shown} redirects more than {_MOST_REDIRECTS} times.") from None
     except (httpx.TransportError, httpx.InvalidURL) as error:
+        if _is_of_certificate(error):
+            raise SourceDenied(f"The server of {shown} has no valid certificate: {first_line(error)}.") from None
         raise Interrupted(first_line(error)) from None
+
+
+def _is_of_certificate(error: BaseException | None) -> bool:
+    """Return whether a connection failed because of its certificate, which trying again does not help."""
+    while error is not None:
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _total(response: httpx.Response) -> int | None:
@@ -284,4 +298,6 @@ def is_public(text: str) -> bool:
             stands_for = address.teredo[1]
         if stands_for is not None:
             return is_public(str(stands_for))
+        if address not in _UNICAST:
+            return False
     return address.is_global and not address.is_multicast

@@ -26,11 +26,19 @@ class Bucket:
         source: the address.
         signed: whether there are credentials; without, requests are those of a stranger.
         silence_seconds: a connection may bring nothing for so long.
+
+    Raises:
+        SourceDenied: what the environment holds cannot be credentials.
     """
 
     def __init__(self, source: Source, *, signed: bool, silence_seconds: float) -> None:
         self._source = source
-        self._store = open_store(f"{source.scheme}://{source.place}", silence_seconds, signed=signed)
+        try:
+            self._store = open_store(f"{source.scheme}://{source.place}", silence_seconds, signed=signed)
+        except (BaseError, ValueError) as error:
+            raise SourceDenied(
+                f"The credentials for {source.shown} are not complete, or none: {first_line(error)}."
+            ) from None
 
     def look(self) -> Found:
         """Return the object of this key, or, if there is none, those below it."""

@@ -187,6 +187,20 @@ def test_what_an_answer_of_a_bucket_means(
     assert caught.value.kind == kind
 
 
+@pytest.mark.parametrize(
+    ("source", "given"),
+    [("az://container/a", {}), ("gs://bucket/a", {"GOOGLE_SERVICE_ACCOUNT_KEY": "not JSON"})],
+)
+def test_credentials_that_are_none_are_named(
+    server: SourceServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, given: dict[str, str]
+) -> None:
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    scheme = source.partition(":")[0]
+    with pytest.raises(SourceDenied, match="credentials"):
+        Fetching(server, tmp_path / "one.fetch")(source, sources=f"{source} {scheme.upper()}")
+
+
 def test_a_bucket_that_does_not_exist_is_missing(
     s3: BucketServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: SourceServer
 ) -> None:

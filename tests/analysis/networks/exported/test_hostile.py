@@ -30,7 +30,7 @@ def test_the_campaign_finds_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
 
     kinds = graphs.originals()
     whole = json.loads(kinds["indexing"].graph)
-    monkeypatch.setattr(graphs, "enter_worker", lambda graph: "run" if graph == whole else fail(graph))
+    monkeypatch.setattr(graphs, "enter_worker", lambda graph, *_: "run" if graph == whole else fail(graph))
     found = graphs.campaign({"indexing": kinds["indexing"]}, range(20), float("inf"))
     [fault] = found.faults.values()
     assert "KeyError: 'a fault'" in fault

@@ -1,7 +1,7 @@
 """Analyses: requested, queued, cancelled, and shown to clients.
 
 The request, the request to cancel and the outcome are our columns; the queue knows which worker runs it now. Only
-`_status` combines the two into a status.
+`queue.status_of` combines the two into a status.
 """
 
 import hashlib

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..building import refused
@@ -118,9 +119,31 @@ def inner_size(node: Node, arguments: Mapping[str, Any]) -> int:
         return 2 * int(arguments["key"].shape[-2])
     if name in _RECURRENT:
         return 8 * int(arguments["input"].shape[-1])
+    if name in _POOLS:
+        window = arguments.get("kernel_size", 1)
+        # One number is the window's side in all dimensions.
+        return prod(window) if isinstance(window, list | tuple) and len(window) > 1 else prod([window] * _POOLS[name])
     of = _MULTIPLIED.get(name, ())
     sizes = [prod(found.shape[1:]) for place in of if isinstance(found := arguments.get(place), Tensor)]
     return max(sizes, default=1)
+
+
+def unfolded_bytes(node: Node, arguments: Mapping[str, Any], n_elements: int) -> int:
+    """Return the bytes of the windows that a convolution copies side by side before it multiplies.
+
+    It does so in types that the libraries of convolutions have not, which are wider than float32, or whole numbers.
+
+    Args:
+        node: of the graph.
+        arguments: its arguments, with tensors without memory.
+        n_elements: of its result.
+    """
+    weight, given = arguments.get("weight"), arguments.get("input")
+    if not _name(node).startswith("conv") or not isinstance(weight, Tensor) or weight.dtype in _DIRECT:
+        return 0
+    if ("transpose" in _name(node) or arguments.get("transposed")) and isinstance(given, Tensor):
+        n_elements = given.numel()
+    return n_elements // max(weight.shape[0], 1) * prod(weight.shape[1:]) * weight.element_size()
 
 
 def _name(node: Node) -> str:
@@ -203,6 +226,18 @@ def call_without_memory(
     return (output.new_empty(sizes), *states)
 
 
+_DIRECT = (torch.float32, torch.float16, torch.bfloat16)
+# Pools by windows, with their number of dimensions.
+_POOLS = {
+    "avg_pool1d": 1,
+    "avg_pool2d": 2,
+    "avg_pool3d": 3,
+    "max_pool1d": 1,
+    "max_pool2d": 2,
+    "max_pool2d_with_indices": 2,
+    "max_pool3d": 3,
+    "max_pool3d_with_indices": 3,
+}
 # Operations that multiply their input by another argument, which may be a weight.
 _MULTIPLIED: Mapping[str, tuple[str, ...]] = {
     "linear": ("weight",),

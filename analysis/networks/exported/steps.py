@@ -10,7 +10,7 @@ from ...errors import AnalysisError
 from ..building import refused
 from .graph import Graph, Node, Ref, Special
 from .operations import AUTOCAST_OFF, REGION_ENDS, SIZES, operations
-from .rules import call_without_memory, check_before, check_flags, inner_size, rewritten
+from .rules import call_without_memory, check_before, check_flags, inner_size, rewritten, unfolded_bytes
 
 DTYPES = {
     "bfloat16": torch.bfloat16, "bool": torch.bool, "complex64": torch.complex64, "float16": torch.float16,
@@ -122,6 +122,10 @@ class Step:
             inner = inner_size(self.node, named)
             results = list(result) if isinstance(result, tuple | list) else [result]
             n_bytes = [_bounded(one, self.where) for one in results]
+            elements = sum(one.numel() for one in results if isinstance(one, Tensor))
+            unfolded = unfolded_bytes(self.node, named, elements)
+            if unfolded > _MAX_RESULT_BYTES:
+                raise refused(f"{self.where} unfolds its input to {unfolded} bytes; {_MAX_RESULT_BYTES} are allowed")
         except AnalysisError:
             raise
         except Exception as error:
@@ -130,7 +134,6 @@ class Step:
             raise refused(f"{self.where} fails: {reason}") from error
         if len(results) != self.node.n_results and not self._lacks_gradients(len(results)):
             raise refused(f"{self.where} has {len(results)} results; the graph says {self.node.n_results}")
-        elements = sum(one.numel() for one in results if isinstance(one, Tensor))
         self.keep(result, values)
         return n_bytes, float(elements) * inner
 

@@ -68,6 +68,10 @@ def _shift(value: Any, first: int, by: int) -> None:
             _shift(one, first, by)
 
 
+def _zeros(size: list[int], dtype: str) -> list[Any]:
+    return ["aten.zeros.default", {"size": size, "dtype": {"dtype": dtype}}, 1]
+
+
 REFUSED: dict[str, tuple[Change, str]] = {
     "another form": (lambda g: g.update(version=2), "has the form 2; this worker reads 1"),
     "a member too many": (lambda g: g.update(code="x"), "must have the members"),
@@ -112,6 +116,24 @@ REFUSED: dict[str, tuple[Change, str]] = {
     ),
     "far too much memory": (
         _inserted(["aten.zeros.default", {"size": [2**20, 2**20]}, 1]), "makes a tensor of 4398046511104 bytes",
+    ),
+    "windows that are copied side by side": (
+        lambda g: (
+            _inserted(["aten.conv3d.default", {"input": {"ref": 9}, "weight": {"ref": 10}, "padding": [32] * 3}, 1])(g),
+            _inserted(_zeros([64, 64, 65, 65, 65], "float64"))(g),
+            _inserted(_zeros([1, 64, 64, 64, 64], "float64"))(g),
+            g["nodes"][2][1].update(input={"ref": 9}, weight={"ref": 10}),
+        ),
+        "unfolds its input to",
+    ),
+    "a pool of endless windows": (
+        lambda g: (
+            _inserted(["aten.max_pool3d.default", {"self": {"ref": 9}, "kernel_size": [2**11] * 3, "stride": [1] * 3,
+                                                   "padding": [2**10] * 3}, 1])(g),
+            _inserted(_zeros([1, 1, 2**10, 2**10, 2**10], "float32"))(g),
+            g["nodes"][1][1].update(self={"ref": 9}),
+        ),
+        "multiplications a batch",
     ),
     "far too many pieces": (
         lambda g: (

@@ -19,8 +19,8 @@ _OURS_SECRET = ("INTERPLAY_API_KEY", "INTERPLAY_DATABASE_URL")
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH", re.IGNORECASE)
 # No library downloads anything by itself, and none sends telemetry.
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
-# Prefixes of variables that obstore reads: for a store, by the scheme of its URL, and for its HTTP client.
-_STORES = {"s3": ("AWS_",), "gs": ("GOOGLE_",), "az": ("AZURE_",)}
+# How variables begin that obstore reads: for a store, by the scheme of its URL, and for its HTTP client.
+STORES = {"s3": "AWS_", "gs": "GOOGLE_", "az": "AZURE_"}
 _HTTP = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR")
 
 
@@ -48,7 +48,7 @@ def plain_environment(
     }
     if storage and settings is not None:
         scheme = urlsplit(settings.effective_storage_url).scheme
-        if prefixes := _STORES.get(scheme):
-            opens = (*prefixes, *_HTTP)
+        if prefix := STORES.get(scheme):
+            opens = (prefix, *_HTTP)
             found |= {name: value for name, value in given.items() if name.upper().startswith(opens)}
     return found | _OFFLINE

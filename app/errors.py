@@ -78,6 +78,10 @@ class ServiceError(Exception):
         self.detail = detail
         self.members = members
 
+    def problem(self) -> dict[str, Any]:
+        """Return the body of the problem, as that of a run that fails."""
+        return problem(self.kind, self.title, self.detail, **self.members)
+
 
 class InvalidRequest(ServiceError):
     kind, title, status = "invalid-request", "The request is not valid", 422
@@ -178,7 +182,7 @@ class IdempotencyConflict(ServiceError):
 
 
 class NotCancellable(ServiceError):
-    kind, title, status = "not-cancellable", "The analysis has already ended", 409
+    kind, title, status = "not-cancellable", "It has already ended", 409
 
 
 class TooManyStreams(ServiceError):

@@ -5,6 +5,7 @@ A fetch makes a checkpoint or a probe, which is there once the whole file is, an
 """
 
 import hashlib
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -13,13 +14,16 @@ from sqlalchemy.orm import Session
 
 from app import queue, schemas
 from app.database import read, write
-from app.errors import InvalidRequest, NotCancellable, NotFound, SourceNotAllowed
+from app.errors import InvalidRequest, NotCancellable, NotFound, SourceNotAllowed, Unavailable
 from app.listing import Listing, page
 from app.models import Fetch
-from app.resources import parse_spec
+from app.resources import check_before_file, parse_spec
 from app.settings import Settings
 from app.sources import entry_for, parse_source
 from app.storage import Upload
+
+# How often two callers may meet.
+_TRIES = 10
 
 
 def create_if_asked(
@@ -33,13 +37,13 @@ def create_if_asked(
         InvalidRequest: the source is no address, or there is a file or an upload beside it.
         SourceNotAllowed: the operator does not list it.
     """
-    if b'"source"' not in upload.spec:
+    if upload.file is not None:
         return None
     spec = _parsed(makes, upload.spec, settings)
     if spec.source is None:
         return None
-    if upload.file is not None or spec.upload_id is not None:
-        raise InvalidRequest("The spec names a source, and there is a file or an upload beside it; give one of them.")
+    if spec.upload_id is not None:
+        raise InvalidRequest("The spec names a source and an upload; give one of them.")
     try:
         source = parse_source(spec.source)
     except ValueError as error:
@@ -49,22 +53,30 @@ def create_if_asked(
             f"{source.shown} is not below an address that the service's operator lists in INTERPLAY_SOURCES.",
             address=source.shown,
         )
+    if isinstance(spec, schemas.CheckpointSpec):
+        check_before_file(engine, spec)
     digest = hashlib.sha256(makes.encode() + spec.model_dump_json().encode()).hexdigest()
-    with write(engine) as session:
-        same = sa.select(Fetch.id).where(Fetch.request_sha256 == digest, Fetch.outcome.is_(None))
-        if (earlier := session.scalar(same.where(Fetch.cancel_requested_at.is_(None)).limit(1))) is not None:
-            return _view(session, engine, earlier)
-        row = Fetch(
-            makes=makes,
-            name=spec.name,
-            source=source.shown,
-            spec=spec.model_dump_json(exclude_unset=True),
-            request_sha256=digest,
-        )
-        session.add(row)
-        session.flush()
-        queue.enqueue(client.get(), session, row.id, workflow=queue.FETCH_WORKFLOW, queue=queue.FETCHES)
-        return _view(session, engine, row.id)
+    row = Fetch(
+        makes=makes,
+        name=spec.name,
+        source=source.shown,
+        spec=spec.model_dump_json(exclude_unset=True),
+        request_sha256=digest,
+    )
+    same = sa.select(Fetch.id).where(
+        Fetch.request_sha256 == digest, Fetch.outcome.is_(None), Fetch.cancel_requested_at.is_(None)
+    )
+    for _ in range(_TRIES):
+        with read(engine) as session:
+            if (earlier := session.scalar(same)) is not None:
+                return _view(session, engine, earlier)
+        # Whoever comes second finds the index, and then the first one's row, unless it has just ended.
+        with suppress(sa.exc.IntegrityError), write(engine) as session:
+            session.add(row)
+            session.flush()
+            queue.enqueue(client.get(), session, row.id, workflow=queue.FETCH_WORKFLOW, queue=queue.FETCHES)
+            return _view(session, engine, row.id)
+    raise Unavailable("The same fetch is asked for many times at once; ask again.")
 
 
 def _parsed(makes: schemas.Makes, text: bytes, settings: Settings) -> schemas.CheckpointSpec | schemas.ProbeSpec:

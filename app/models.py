@@ -215,17 +215,27 @@ class Run(Resource):
     progress_phase: Mapped[str] = mapped_column(sa.String(30), default="queued")
 
 
+_GOES_ON = "outcome IS NULL AND cancel_requested_at IS NULL"
+
+
 class Fetch(Run):
     """A file that a worker fetches from where it lies, to become a checkpoint or a probe. Progress counts bytes."""
 
     __tablename__ = "fetches"
-    __table_args__ = (sa.Index(None, "created_at", "id"), sa.Index(None, "request_sha256"))
+    __table_args__ = (
+        sa.Index(None, "created_at", "id"),
+        # One at a time of each request.
+        sa.Index(
+            None, "request_sha256", unique=True, sqlite_where=sa.text(_GOES_ON), postgresql_where=sa.text(_GOES_ON)
+        ),
+    )
 
     makes: Mapped[Makes] = mapped_column(sa.String(20))
     name: Mapped[str] = mapped_column(sa.String(200), index=True)
     # Without its query, which may be a signature; the spec has it whole.
     source: Mapped[str] = mapped_column(sa.Text)
-    spec: Mapped[str] = mapped_column(sa.Text)
+    # With a tokenizer it has megabytes. Emptied at the end, as a source's query may be a signature.
+    spec: Mapped[str] = mapped_column(sa.Text, deferred=True)
     # Not a foreign key: a fetch outlives what it has made.
     resource_id: Mapped[str | None] = mapped_column(sa.String(36), index=True)
     progress_done: Mapped[int] = mapped_column(sa.BigInteger, default=0)

@@ -57,6 +57,7 @@ def create_checkpoint(engine: sa.Engine, storage: Storage, settings: Settings, u
     spec = parse_spec(schemas.CheckpointSpec, upload.spec, settings)
     if (made := _made_before(engine, models.Checkpoint, upload, spec)) is not None:
         return made
+    _require_no_source(upload, spec)
     base = _base(engine, spec)
     with (
         _received(engine, storage, upload, spec) as upload,
@@ -93,10 +94,36 @@ def create_checkpoint(engine: sa.Engine, storage: Storage, settings: Settings, u
         return _keep(engine, storage, [weights, tokenizer], checkpoint, upload)
 
 
+def _require_no_source(upload: Upload, spec: schemas.CheckpointSpec | schemas.ProbeSpec) -> None:
+    if spec.source is not None and upload.origin is None:
+        raise InvalidRequest("The spec names a source, and there is a file beside it; give one of them.")
+
+
+def check_before_file(engine: sa.Engine, spec: schemas.CheckpointSpec) -> None:
+    """Check what of a spec can be without its file, which may take an hour to come.
+
+    Raises:
+        InvalidRequest, NotFound: as `create_checkpoint`.
+    """
+    base = _base(engine, spec)
+    if base is None and spec.adapter is not None:
+        raise _without_base()
+    if spec.adapter is not None:
+        check_adapter(spec.adapter)
+    if spec.architecture is not None and spec.architecture.get("family") != "exported":
+        require_offered(engine, check_architecture(spec.architecture))
+    if spec.preprocess is not None:
+        given_preprocess(spec.preprocess)
+
+
+def _without_base() -> InvalidRequest:
+    return InvalidRequest("The spec has an adapter and no base_id: name the checkpoint whose weights it changes.")
+
+
 def _network(engine: sa.Engine, spec: schemas.CheckpointSpec, file: "tensorfile.TensorFile") -> dict[str, Any]:
     """Return what is kept of a whole network, by columns of its row."""
     if spec.adapter is not None:
-        raise InvalidRequest("The spec has an adapter and no base_id: name the checkpoint whose weights it changes.")
+        raise _without_base()
     refuse_adapter(file.tensors)
     architecture, operations = _architecture(spec, file)
     require_offered(engine, architecture, operations)
@@ -178,6 +205,7 @@ def create_probe(engine: sa.Engine, storage: Storage, settings: Settings, upload
     spec = parse_spec(schemas.ProbeSpec, upload.spec, settings)
     if (made := _made_before(engine, models.Probe, upload, spec)) is not None:
         return made
+    _require_no_source(upload, spec)
     with (
         _received(engine, storage, upload, spec) as upload,
         _blob_path(engine, storage, upload, spec) as path,

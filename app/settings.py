@@ -205,7 +205,7 @@ def load_settings(**given: Any) -> Settings:
         for wrong in error.errors():
             name = str(wrong["loc"][0])
             # A URL may hold a password.
-            value = "" if name.endswith(("_key", "_url")) else f" ({wrong['input']!r})"
+            value = "" if name.endswith(("_key", "_url", "sources")) else f" ({wrong['input']!r})"
             # Not logged: logging depends on the settings.
             sys.stderr.write(f"INTERPLAY_{name.upper()}{value} is not valid: {wrong['msg']}.\n")
         raise SystemExit(2) from None

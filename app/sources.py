@@ -20,6 +20,7 @@ SCHEMES = (*BUCKETS, "hf", *_WEB)
 MAX_LENGTH = 2000
 _PORTS = {"https": 443, "http": 80}
 _BUCKET = re.compile(r"[A-Za-z0-9$][A-Za-z0-9._-]{0,254}")
+_HOST = re.compile(r"[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*|\[[0-9a-f:.]+\]")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 # As the Hub has them: letters, digits and ._-, with no two dots or hyphens in a row and none at either end.
 _REPO = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9_]([A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?")
@@ -107,7 +108,8 @@ def parse_allowed(text: str) -> tuple[Allowed, ...]:
     Raises:
         ValueError: an entry has not the form `ADDRESS [CREDENTIALS] [inside]`; the message names it.
     """
-    return tuple(_entry(entry.split()) for entry in text.split(",") if entry.strip())
+    entries = [entry.split() for entry in text.split(",") if entry.strip()]
+    return tuple(_entry(number, words) for number, words in enumerate(entries, 1))
 
 
 def entry_for(allowed: Iterable[Allowed], source: Source) -> Allowed | None:
@@ -116,18 +118,19 @@ def entry_for(allowed: Iterable[Allowed], source: Source) -> Allowed | None:
     return max(covering, key=lambda entry: len(entry.beginning.shown), default=None)
 
 
-def _entry(words: list[str]) -> Allowed:
+def _entry(number: int, words: list[str]) -> Allowed:
+    """Return an entry; messages name it by its number, as people write secrets where their names belong."""
     address, *more = words
     inside = bool(more) and more[-1] == "inside"
     credentials = more[:-1] if inside else more
     if len(credentials) > 1 or not all(map(_VARIABLE.fullmatch, credentials)):
-        raise ValueError(f"{' '.join(words)!r} is not ADDRESS [NAME_OF_CREDENTIALS] [inside]")
+        raise ValueError(f"entry {number} is not ADDRESS [NAME_OF_CREDENTIALS] [inside]")
     try:
         beginning = _hub_beginning(address) if address.startswith("hf://") else parse_source(address)
         if beginning.query:
-            raise ValueError("it has a query")
+            raise ValueError("an address has no query here")
     except ValueError as error:
-        raise ValueError(f"{address!r}: {error}") from None
+        raise ValueError(f"in entry {number} {error}") from None
     return Allowed(beginning, "".join(credentials), inside)
 
 
@@ -185,20 +188,23 @@ def _web_source(text: str) -> Source:
     except UnicodeError:
         raise ValueError(f"{host[:80]!r} is no host") from None
     host = f"[{host}]" if ":" in host else host.rstrip(".")
-    if not re.fullmatch(r"[a-z0-9._-]+|\[[0-9a-f:.]+\]", host):
+    if not _HOST.fullmatch(host) or len(host) > 253:
         raise ValueError(f"{host[:80]!r} is no host")
     # As servers read it: a path that is written otherwise must not get round an entry.
     _check_path(unquote(parts.path).removeprefix("/"))
     place = host if port in (None, _PORTS[parts.scheme]) else f"{host}:{port}"
-    return Source(parts.scheme, place, parts.path.removeprefix("/"), query=parts.query)
+    # Letters beyond ASCII are written in one way, in entries and in what redirects say.
+    path = quote(parts.path.removeprefix("/"), safe="%/:@!$&'()*+,;=~")
+    return Source(parts.scheme, place, path, query=parts.query)
 
 
 def _check_path(path: str) -> None:
     segments = path.removesuffix("/").split("/") if path else []
-    if any(segment in ("", ".", "..") for segment in segments):
+    # Some servers take `..;x` and `.. ` for `..`.
+    if any(segment.partition(";")[0].strip() in ("", ".", "..") for segment in segments):
         raise ValueError("its path has an empty part, or one that is . or ..")
-    if not path.isprintable() or "\\" in path:
-        raise ValueError("its path has characters that are not printable, or backslashes")
+    if not path.isprintable() or "\\" in path or "\ufffd" in path:
+        raise ValueError("its path has characters that are not printable, not of UTF-8, or backslashes")
 
 
 def _is_below(beginning: str, path: str) -> bool:

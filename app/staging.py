@@ -209,12 +209,34 @@ class PartialFile(StagedFile):
     def truncate(self, size_bytes: int) -> None:
         """Cut off what lies beyond a size, from the hash as well."""
         with reaching_storage():
-            self._file.truncate(size_bytes)
-            self._file.seek(size_bytes)
+            if size_bytes < self.size_bytes and os.fstat(self._file.fileno()).st_nlink > 1:
+                self._part_from_blob(size_bytes)
+            else:
+                self._file.truncate(size_bytes)
+                self._file.seek(size_bytes)
         self.size_bytes = self._writing_bytes = size_bytes
         if self._hashed_bytes > size_bytes:
             self._forget()
             self._take_up()
+
+    def _part_from_blob(self, size_bytes: int) -> None:
+        """Go on in a file of this one's own: the storage has linked it as a blob, whose bytes must stay."""
+        new = self.path.with_suffix(f".{uuid4()}.part")
+        descriptor = os.open(new, os.O_RDWR | os.O_CLOEXEC | os.O_CREAT | os.O_EXCL, 0o666)
+        file = os.fdopen(descriptor, "r+b", buffering=0)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            with self.path.open("rb") as old:
+                copied = 0
+                while copied < size_bytes and (block := old.read(min(_HASH_BYTES, size_bytes - copied))):
+                    copied += file.write(block) or 0
+            new.replace(self.path)
+        except BaseException:
+            file.close()
+            new.unlink(missing_ok=True)
+            raise
+        self._file.close()
+        self._file = file
 
     def sync(self) -> None:
         super().sync()
@@ -264,13 +286,20 @@ class WholeFile(PartialFile):
     """A file that another process has written and hashed.
 
     Args:
-        path: where it lies.
+        path: where it lies. Beside it lies a `.plan`, of which that process has written the last line at the end.
         sha256: of its bytes.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        BlockingIOError: a process writes it, or has begun to write it again.
     """
 
     def __init__(self, path: Path, sha256: str) -> None:
         super().__init__(path, {}, create=False)
         self._sha256 = sha256
+        if not path.with_suffix(".plan").read_text().endswith(f"\n{sha256} {self.size_bytes}\n"):
+            self.close()
+            raise BlockingIOError(f"{path} is written again")
 
     @property
     def sha256(self) -> str:

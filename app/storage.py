@@ -22,6 +22,7 @@ import obstore
 from obstore.store import LocalStore, ObjectStore, from_url
 from sqlalchemy.orm import Session
 
+from app.environment import STORES
 from app.settings import Settings
 from app.staging import Hashed, PartialFile, StagedFile, StorageFull, StorageUnavailable, reaching_storage, sync_folder
 
@@ -33,10 +34,11 @@ _FEATURES = "features"
 _PARTIAL = ".upload"
 # How those of fetches end.
 _FETCHED = ".fetch"
+# Beside it lies what it is made of.
+_PLAN = ".plan"
 # Parts of a large file that are sent to a remote store at a time, each within the store's timeout.
 _PARTS = 4
-# Prefixes of the environment variables that obstore reads for a store, and the options of its HTTP client.
-_ENVIRONMENT = {"s3": "AWS_", "gs": "GOOGLE_", "az": "AZURE_"}
+# Options of obstore's HTTP client.
 _CLIENT_OPTIONS = (
     "allow_http",
     "allow_invalid_certificates",
@@ -193,7 +195,7 @@ class Storage:
     def fetched_names(self) -> list[str]:
         """Return the names of all fetches of which a file lies here."""
         with reaching_storage():
-            return sorted({path.stem for path in self._staging.glob(f"*{_FETCHED}")})
+            return sorted({path.stem for suffix in (_FETCHED, _PLAN) for path in self._staging.glob(f"*{suffix}")})
 
     def put(self, staged: StagedFile) -> None:
         """Give the staged file its final name, replacing an existing file: the same bytes, unless damaged."""
@@ -441,7 +443,7 @@ def open_store(url: str, silence_seconds: float, *, signed: bool = True) -> Obje
     silence = timedelta(seconds=silence_seconds)
     options: Any = {"connect_timeout": min(silence, timedelta(seconds=5)), "read_timeout": silence, "timeout": "1 day"}
     # Options passed here replace all that the environment sets, so its values are passed as well.
-    prefix = _ENVIRONMENT[urlsplit(url).scheme]
+    prefix = STORES[urlsplit(url).scheme]
     for name in _CLIENT_OPTIONS:
         if (value := os.environ.get(f"{prefix}{name.upper()}")) is not None:
             options[name] = value

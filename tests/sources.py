@@ -26,6 +26,10 @@ class Faults:
         bytes_per_second: send that slowly.
         without_ranges: ignore them.
         without_etags: give none.
+        weak_etags: give one that is the same for all contents.
+        modified: the time of the last change, told in place of an ETag.
+        marks_once: give marks only to whoever asks for the first byte.
+        redirect_body: sent with redirects.
         without_length: send bodies in chunks.
     """
 
@@ -36,6 +40,10 @@ class Faults:
     bytes_per_second: int | None = None
     without_ranges: bool = False
     without_etags: bool = False
+    weak_etags: bool = False
+    modified: str | None = None
+    marks_once: bool = False
+    redirect_body: bytes = b""
     without_length: bool = False
 
 
@@ -48,6 +56,7 @@ class SourceServer:
         redirects: addresses by path.
         token: what requests must carry, if anything.
         faults: see there.
+        failing_each: answer 503 to each such request; 0 to none.
         requests: the path and the Range of each request, in order.
         sent_bytes: of bodies, by path.
     """
@@ -57,6 +66,7 @@ class SourceServer:
     redirects: dict[str, str] = field(default_factory=dict)
     token: str | None = None
     faults: Faults = field(default_factory=Faults)
+    failing_each: int = 0
     requests: list[tuple[str, str | None]] = field(default_factory=list)
     tokens: dict[str, str | None] = field(default_factory=dict)
     sent_bytes: dict[str, int] = field(default_factory=dict)
@@ -94,14 +104,18 @@ class _Handler(BaseHTTPRequestHandler):
         served.tokens[path] = self.headers.get("Authorization")
         if served.token is not None and self.headers.get("Authorization") != f"Bearer {served.token}":
             return self._refuse(401, "Invalid username or password.")
+        if served.failing_each and len(served.requests) % served.failing_each == 0:
+            return self._refuse(503, "busy")
         if faults.failing:
             faults.failing -= 1
             return self._refuse(faults.status, "busy")
         if path in served.redirects:
             self.send_response(302)
             self.send_header("Location", served.redirects[path])
-            self.send_header("Content-Length", "0")
+            self.send_header("Content-Length", str(len(faults.redirect_body)))
             self.end_headers()
+            with suppress(OSError):
+                self.wfile.write(faults.redirect_body)
             return None
         if path not in served.files:
             return self._refuse(404, "Entry not found")
@@ -109,10 +123,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, path: str, content: bytes, asked: str | None) -> None:
         faults = self.server.served.faults
-        etag = f'"{hashlib.md5(content).hexdigest()}"'
+        etag = 'W/"a"' if faults.weak_etags else f'"{hashlib.md5(content).hexdigest()}"'
+        marks = {} if faults.without_etags or faults.modified else {"ETag": etag}
+        marks |= {"Last-Modified": faults.modified} if faults.modified else {}
         condition = self.headers.get("If-Range")
         begin, end = 0, len(content)
-        partial = asked is not None and not faults.without_ranges and condition in (None, etag)
+        partial = asked is not None and not faults.without_ranges and condition in (None, *marks.values())
         if partial and asked is not None:
             first, _, last = asked.removeprefix("bytes=").partition("-")
             begin, end = int(first), min(int(last) + 1 if last else len(content), len(content))
@@ -125,8 +141,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(206 if partial else 200)
         if partial:
             self.send_header("Content-Range", f"bytes {begin}-{end - 1}/{len(content)}")
-        if not faults.without_etags:
-            self.send_header("ETag", etag)
+        if not faults.marks_once or asked == "bytes=0-0":
+            for name, value in marks.items():
+                self.send_header(name, value)
         if faults.without_length:
             self.send_header("Connection", "close")
             self.close_connection = True

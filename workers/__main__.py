@@ -118,6 +118,8 @@ def _join_queue(settings: Settings, engine: "sa.Engine", worker_id: str) -> None
         "log_level": settings.log_level.upper(),
     }
     DBOS(config=config)
+    # Not those of a later version, whose workflows this one does not have.
+    DBOS.listen_queues(queue.QUEUES)
     DBOS.launch()
     DBOS.register_queue(queue.QUEUE, worker_concurrency=1, polling_interval_sec=settings.queue_polling_seconds)
     DBOS.register_queue(

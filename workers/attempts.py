@@ -59,9 +59,12 @@ def begin(engine: sa.Engine, analysis_id: str, max_attempts: int) -> tasks.Featu
 
 
 def begin_fetch(engine: sa.Engine, fetch_id: str, max_attempts: int) -> Fetch | None:
-    """Count an attempt and return the fetch; None if there is nothing left to do."""
+    """Count an attempt and return the fetch, with its spec; None if there is nothing left to do."""
     with write(engine) as session:
-        return _begun(session, Fetch, fetch_id, max_attempts)
+        row = _begun(session, Fetch, fetch_id, max_attempts)
+        if row is not None:
+            session.refresh(row, ["spec"])
+        return row
 
 
 def _begun(session: Session, model: type[AnyRun], id_: str, max_attempts: int) -> AnyRun | None:
@@ -166,6 +169,8 @@ def patiently(transaction: Callable[[], T]) -> T:
 
 
 def _end(row: Run, result: Result) -> None:
+    if isinstance(row, Fetch):
+        row.spec = ""
     row.outcome, row.problem, row.finished_at = result.outcome, result.problem, now()
 
 

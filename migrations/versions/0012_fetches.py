@@ -14,7 +14,8 @@ down_revision: str | None = "0011"
 branch_labels: str | None = None
 depends_on: str | None = None
 
-_INDEXES = (("name",), ("outcome",), ("request_sha256",), ("resource_id",), ("created_at", "id"))
+_INDEXES = (("name",), ("outcome",), ("resource_id",), ("created_at", "id"))
+_GOES_ON = sa.text("outcome IS NULL AND cancel_requested_at IS NULL")
 
 
 def upgrade() -> None:
@@ -41,6 +42,14 @@ def upgrade() -> None:
         sa.Column("progress_phase", sa.String(30), nullable=False),
         sa.PrimaryKeyConstraint("id", name="pk_fetches"),
     )
+    op.create_index(
+        "ix_fetches_request_sha256",
+        "fetches",
+        ["request_sha256"],
+        unique=True,
+        sqlite_where=_GOES_ON,
+        postgresql_where=_GOES_ON,
+    )
     for columns in _INDEXES:
         op.create_index(f"ix_fetches_{'_'.join(columns)}", "fetches", [*columns])
     for table in ("checkpoints", "probes"):
@@ -53,4 +62,5 @@ def downgrade() -> None:
         op.drop_column(table, "origin")
     for columns in reversed(_INDEXES):
         op.drop_index(f"ix_fetches_{'_'.join(columns)}", table_name="fetches")
+    op.drop_index("ix_fetches_request_sha256", table_name="fetches")
     op.drop_table("fetches")

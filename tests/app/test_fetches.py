@@ -2,10 +2,14 @@
 
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +18,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
+import migrations
+from app import fetches, queue
+from app.database import make_engine
+from app.settings import Settings
+from app.storage import Upload
 from tests.app.api.test_uploads import problem
 from tests.conftest import MLP
+from tests.databases import fresh_database
 from tests.services import Service, running, until
 from tests.sources import COMMIT, SourceServer, source_server
 from tests.workers.fetching.test_transfer import sha256
@@ -240,8 +250,6 @@ def test_what_is_fetched_is_checked_as_what_is_sent(fetching: Fetching, mlp_chec
     assert fetching.problem("checkpoints", name="a", source=f"{url}/none")["type"] == f"{kind}source-missing"
     wrong = fetching.problem("checkpoints", name="a", source=f"{url}/net", sha256="0" * 64)
     assert (wrong["type"], wrong["found"]) == (f"{kind}invalid-file", sha256(files["net"]))
-    base = fetching.problem("checkpoints", name="a", source=f"{url}/net", base_id="none")
-    assert base["type"] == f"{kind}not-found"
     until(lambda: not fetching.staged())
 
 
@@ -281,9 +289,58 @@ def test_fetches_are_listed_and_filtered(fetching: Fetching, mlp_checkpoint_file
     assert problem(client.post("/v1/fetches/none/cancel"), 404, "not-found")
 
 
+@pytest.mark.parametrize(
+    ("spec", "status", "kind"),
+    [
+        ({"base_id": "none"}, 404, "not-found"),
+        ({"adapter": {"r": 1}}, 422, "invalid-request"),
+        ({"architecture": {"family": "none"}}, 422, "invalid-request"),
+        ({"preprocess": {"crop": "a"}}, 422, "invalid-request"),
+        ({"unknown": 1}, 422, "invalid-request"),
+    ],
+)
+def test_what_is_wrong_without_the_file_is_told_at_once(
+    fetching: Fetching, spec: dict[str, Any], status: int, kind: str
+) -> None:
+    """Nobody waits for a download to hear of it."""
+    asked = len(fetching.server.requests)
+    answer = fetching.service.client.post(
+        "/v1/checkpoints", json={"name": "a", "source": f"{fetching.server.url}/nets/a", **spec}
+    )
+    assert problem(answer, status, kind)
+    assert len(fetching.server.requests) == asked
+
+
+def test_however_the_member_is_written(fetching: Fetching, mlp_checkpoint_file: Path) -> None:
+    """An escaped name is the same name: with a file beside it, it is refused."""
+    spec = f'{{"name": "a", "sour\\u0063e": "{fetching.server.url}/nets/none", "name": "b"}}'
+    files: dict[str, Any] = {"spec": (None, spec), "file": ("f", mlp_checkpoint_file.read_bytes())}
+    assert problem(fetching.service.client.post("/v1/checkpoints", files=files), 422, "invalid-request")
+    headers = {"Content-Type": "application/json"}
+    answer = fetching.service.client.post("/v1/checkpoints", content=spec, headers=headers)
+    assert answer.status_code == 202, answer.text
+
+
+def test_the_spec_is_gone_at_the_end(fetching: Fetching, mlp_checkpoint_file: Path) -> None:
+    """It may hold a signature, and megabytes of a tokenizer."""
+    fetching.server.files["/nets/kept"] = mlp_checkpoint_file.read_bytes()
+    source = f"{fetching.server.url}/nets/kept?signature=hidden"
+    for collection in ("checkpoints", "probes"):
+        fetching.ended(fetching.post(collection, name="a", source=source))
+    with closing(sqlite3.connect(fetching.service.data_dir / "interplay.db")) as database:
+        rows = database.execute("SELECT spec FROM fetches WHERE outcome IS NOT NULL").fetchall()
+    assert rows
+    assert {spec for (spec,) in rows} == {""}
+
+
 def test_sources_that_are_none_stop_the_start(tmp_path: Path) -> None:
-    """The message names the entry; a token that someone wrote there is not in it."""
-    for value, words in (("ftp://h", "ftp://h"), ("s3://b A B", "s3://b A B"), ("https://h/?a=1", "query")):
+    """The message gives the entry's number; a token that someone wrote there is not in it."""
+    for value, words in (
+        ("s3://a, ftp://SECRET", "in entry 2 an address begins"),
+        ("s3://b A B-SECRET", "entry 1 is not ADDRESS"),
+        ("https://h/?a=SECRET", "query"),
+        ("https://user:SECRET@h/", "neither a user"),
+    ):
         done = subprocess.run(
             [sys.executable, "-m", "app", "serve"],
             env={**os.environ, "INTERPLAY_SOURCES": value, "INTERPLAY_DATA_DIR": str(tmp_path)},
@@ -294,6 +351,7 @@ def test_sources_that_are_none_stop_the_start(tmp_path: Path) -> None:
         assert done.returncode == 2
         assert "INTERPLAY_SOURCES" in done.stderr
         assert words in done.stderr
+        assert "SECRET" not in done.stderr
 
 
 def test_a_killed_worker_goes_on(fetching: Fetching) -> None:
@@ -329,3 +387,22 @@ def test_the_answer_is_in_the_document(fetching: Fetching) -> None:
         call = document["paths"][f"/v1/{collection}"]["post"]
         assert {"201", "202", "403"} <= call["responses"].keys()
         assert {"application/json", "multipart/form-data"} == call["requestBody"]["content"].keys()
+
+
+def test_posts_at_the_same_time_are_one_fetch(postgres: str, tmp_path: Path) -> None:
+    """On PostgreSQL, where two transactions see nothing of each other: an index decides."""
+    with fresh_database(postgres) as url:
+        settings = Settings(data_dir=tmp_path, database_url=url, sources="hf://org")
+        engine = make_engine(settings)
+        migrations.upgrade(engine)
+        queue.migrate(engine)
+        client = queue.LateClient(engine)
+        for round_ in range(5):
+            spec = json.dumps({"name": f"round {round_}", "source": "hf://org/net"}).encode()
+            ask = partial(fetches.create_if_asked, engine, client, settings, "checkpoint", Upload(spec, None))
+            with ThreadPoolExecutor(4) as pool:
+                asked = [pool.submit(ask) for _ in range(4)]
+            found = {fetch.id for one in asked if (fetch := one.result()) is not None}
+            assert len(found) == 1
+        client.destroy()
+        engine.dispose()

@@ -63,13 +63,14 @@ class Bucket:
         """Yield a range of an object, if it is still the same."""
         options: dict[str, object] = {"range": (begin, end)}
         # Not by its version, which other permissions are needed for.
-        if file.etag is not None:
-            options["if_match"] = file.etag
+        if file.identity is not None:
+            options["if_match"] = file.identity
         left = end - begin
         with self._errors(file.address):
             result = obstore.get(self._store, file.address, options=options)  # type: ignore[arg-type]
-            if result.meta["size"] != file.size_bytes:
-                raise Changed(file.name)
+            # Also where the server does not know If-Match.
+            if (result.meta["size"], result.meta["e_tag"]) != (file.size_bytes, file.mark):
+                raise Changed(f"{file.name} is another file now")
             for chunk in result.stream(min_chunk_size=_CHUNK_BYTES):
                 left -= len(chunk)
                 yield bytes(chunk)
@@ -94,7 +95,9 @@ class Bucket:
 
     @staticmethod
     def _remote(entry: "obstore.ObjectMeta", name: str) -> Remote:
-        return Remote(name, entry["path"], entry["size"], entry["e_tag"], entry["version"])
+        mark = entry["e_tag"]
+        identity = None if mark is None or mark.startswith("W/") else mark
+        return Remote(name, entry["path"], entry["size"], mark, identity, entry["version"])
 
     @contextmanager
     def _errors(self, key: str) -> Iterator[None]:
@@ -106,10 +109,10 @@ class Bucket:
         except (PermissionDeniedError, UnauthenticatedError) as error:
             raise SourceDenied(f"The bucket of {self._source.shown} refuses: {first_line(error)}.") from None
         except PreconditionError:
-            raise Changed(key) from None
+            raise Changed(f"{key} is another file now") from None
         except (BaseError, OSError, ValueError) as error:
-            # What follows is a page of XML.
-            said = first_line(error).partition(": <?xml")[0]
+            # What follows is a page of XML; the address may hold a password.
+            said = re.sub(r"https?://\S+", "it", first_line(error).partition(": <?xml")[0])
             if "status code: 404" in said:
                 raise SourceMissing(f"There is no bucket of {self._source.shown}: {said}.") from None
             if _FINAL.search(said):

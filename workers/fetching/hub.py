@@ -22,14 +22,14 @@ _MAX_ANSWER_BYTES = 32 * 2**20
 
 def reach_of(hub_url: str, allowed: tuple[Allowed, ...]) -> web.Reach:
     """Return where requests for files of the Hub may go: to it, to its own stores, and where other entries allow it."""
-    hub, elsewhere = parse_source(hub_url), web.reach_of(allowed)
+    hub, elsewhere = parse_source(hub_url), web.reach_of(allowed, own=None)
 
-    def reach(source: Source) -> bool | None:
+    def reach(source: Source) -> web.Reached | None:
         if (source.scheme, source.place) == (hub.scheme, hub.place):
             # The operator has given its address.
-            return True
+            return web.Reached(inside=True, with_token=True)
         if hub_url == OFFICIAL and source.scheme == "https" and source.place.endswith(tuple(f".{s}" for s in _STORES)):
-            return False
+            return web.Reached(inside=False, with_token=False)
         return elsewhere(source)
 
     return reach
@@ -72,7 +72,7 @@ class Hub:
         return Found(None, found, commit)
 
     def read(self, file: Remote, begin: int, end: int) -> Iterator[bytes]:
-        return web.read_range(self._client, file, begin, end)
+        return web.read_range(self._client, file, begin, end, pinned=True)
 
     def close(self) -> None:
         self._client.close()
@@ -100,7 +100,8 @@ class Hub:
         sha256 = large.get("sha256") if isinstance(large, dict) else None
         sha256 = sha256 if isinstance(sha256, str) and len(sha256) == 64 else None
         mark = sha256 or entry.get("blobId")
-        return Remote(name, url, size_bytes, mark if isinstance(mark, str) else commit, sha256=sha256)
+        mark = mark if isinstance(mark, str) else commit
+        return Remote(name, url, size_bytes, mark, identity=commit, sha256=sha256)
 
 
 def _files(answer: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

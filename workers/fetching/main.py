@@ -9,13 +9,13 @@ import sys
 import threading
 from contextlib import closing
 
-from app.errors import ServiceError, SourceDenied, SourceNotAllowed, problem
+from app.errors import ServiceError, SourceDenied, SourceNotAllowed
 from app.files.apart import bound_this_process
 from app.sources import BUCKETS, Allowed, Source, entry_for, parse_allowed, parse_source
-from app.staging import StorageFull, StorageUnavailable
+from app.staging import StorageUnavailable
 from workers.fetching import hub, web
 from workers.fetching.buckets import Bucket
-from workers.fetching.messages import Order, Told
+from workers.fetching.messages import Order, Told, problem_of
 from workers.fetching.origins import Origin
 from workers.fetching.transfer import transfer
 
@@ -40,12 +40,8 @@ def main() -> None:
         source, allowed = parse_source(order.source), parse_allowed(order.sources)
         with closing(open_origin(order, source, allowed)) as origin:
             told = Told(fetched=transfer(origin, order, source.shown, lambda made: tell(Told(progress=made))))
-    except ServiceError as error:
-        told = Told(problem=problem(error.kind, error.title, error.detail, **error.members))
-    except StorageFull as error:
-        told = Told(problem=problem("insufficient-storage", "The disk or the storage is full", f"{error}."))
-    except StorageUnavailable as error:
-        told = Told(problem=problem("storage-unavailable", "The storage does not answer", f"{error}."))
+    except (ServiceError, StorageUnavailable) as error:
+        told = Told(problem=problem_of(error))
     tell(told)
     os._exit(0)
 
@@ -60,14 +56,14 @@ def open_origin(order: Order, source: Source, allowed: tuple[Allowed, ...]) -> O
     entry = entry_for(allowed, source)
     if entry is None:
         raise SourceNotAllowed(f"{source.shown} is not among INTERPLAY_SOURCES of the worker.", address=source.shown)
-    token = os.environ.get(TOKEN)
     if source.scheme in BUCKETS:
         return Bucket(source, signed=bool(entry.credentials), silence_seconds=order.silence_seconds)
+    token = os.environ.get(TOKEN)
     if entry.credentials and not token:
         raise SourceDenied(
             f"INTERPLAY_SOURCES names {entry.credentials}, which the worker's environment does not have."
         )
-    reach = hub.reach_of(order.hub_url, allowed) if source.scheme == "hf" else web.reach_of(allowed)
+    reach = hub.reach_of(order.hub_url, allowed) if source.scheme == "hf" else web.reach_of(allowed, own=entry)
     client = web.client_for(reach, token=token, silence_seconds=order.silence_seconds)
     return hub.Hub(source, order.hub_url, client) if source.scheme == "hf" else web.Web(source, client)
 

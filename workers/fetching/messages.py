@@ -5,7 +5,9 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from app.errors import ServiceError, first_line, problem
 from app.schemas.base import Makes
+from app.staging import StorageFull, StorageUnavailable
 from workers.tasks import Frozen, Json, Progress
 
 
@@ -97,3 +99,17 @@ class Told(Frozen):
 
 
 TOLD: TypeAdapter[Told] = TypeAdapter(Told)
+
+
+def problem_of(error: Exception) -> Json:
+    """Return the problem of a fetch that an error has ended."""
+    match error:
+        case ServiceError():
+            return error.problem()
+        case StorageFull():
+            return problem("insufficient-storage", "The disk or the storage is full", f"{error}.")
+        case StorageUnavailable():
+            return problem("storage-unavailable", "The storage does not answer", f"{error}.")
+        case BlockingIOError():
+            return problem("storage-unavailable", "The storage does not answer", "Another process writes the file.")
+    return problem("unavailable", "The database does not answer", f"{first_line(error)}.")

@@ -14,7 +14,13 @@ _INDEX = ".safetensors.index.json"
 
 
 class Interrupted(Exception):
-    """The source did not answer, or broke off: the same request may succeed later."""
+    """The source did not answer, or broke off: the same request may succeed later.
+
+    Attributes:
+        answered: whether it has answered other requests since it was last heard of.
+    """
+
+    answered = False
 
 
 class Changed(Exception):
@@ -29,19 +35,19 @@ class Remote:
         name: its name within its folder, or the last part of its address.
         address: the key in its bucket, or its URL.
         size_bytes: its size.
-        etag: the source's mark of its content; without one a transfer that broke off begins again.
+        mark: the source's own mark of its content, which is recorded; it may be weak, or a date.
+        identity: a mark that changes with any byte; without one a transfer that broke off begins again.
         version: the bucket's version.
         sha256: its hash, if the source announces it.
-        validator: of the web: what a request for a range names, so that it gets no bytes of another file.
     """
 
     name: str
     address: str
     size_bytes: int
-    etag: str | None = None
+    mark: str | None = None
+    identity: str | None = None
     version: str | None = None
     sha256: str | None = None
-    validator: str | None = None
 
 
 Files = Mapping[PurePosixPath, Remote]

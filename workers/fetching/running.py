@@ -15,19 +15,20 @@ import sqlalchemy as sa
 
 from app import resources, schemas
 from app.database import read
-from app.errors import ServiceError, Unavailable, problem
+from app.errors import ServiceError, Unavailable
 from app.models import Fetch
 from app.settings import Settings
 from app.staging import WholeFile
 from app.storage import Storage, StorageFull, StorageUnavailable, Upload
 from workers import attempts
 from workers.fetching import process
-from workers.fetching.messages import Fetched, Order
-from workers.tasks import Json, Progress, Result
+from workers.fetching.messages import Fetched, Order, problem_of
+from workers.tasks import Progress, Result
 
 logger = logging.getLogger("interplay")
 
 _PAUSE_SECONDS = 1.0
+_DATABASE_ERRORS = (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError)
 _CREATE = {"checkpoint": resources.create_checkpoint, "probe": resources.create_probe}
 
 
@@ -40,7 +41,7 @@ def run(settings: Settings, engine: sa.Engine, storage: Storage, fetch_id: str) 
     def on_tick(progress: Progress | None) -> bool:
         try:
             return attempts.note(engine, fetch_id, progress, Fetch)
-        except sa.exc.DBAPIError as error:
+        except sa.exc.SQLAlchemyError as error:
             logger.warning("progress of fetch %s was not stored: %s", fetch_id, error)
             return False
 
@@ -59,20 +60,14 @@ def _result(
 ) -> Result | None:
     """Return how a fetch has ended; None if its resource has recorded it, or it has ended elsewhere."""
     try:
-        order = _order(settings, storage, row)
-        fetched = process.run(settings, order, on_tick)
+        fetched = process.run(settings, _order(settings, storage, row), on_tick)
         if fetched is None:
             return Result(outcome="cancelled")
         if not isinstance(fetched, Fetched):
             return Result(outcome="failed", problem=fetched)
-        on_tick(Progress(phase="storing", done=fetched.size_bytes, total=fetched.size_bytes))
         return _keep(settings, engine, storage, row, fetched, on_tick)
-    except ServiceError as error:
-        return _failed(problem(error.kind, error.title, error.detail, **error.members))
-    except StorageFull as error:
-        return _failed(problem("insufficient-storage", "The disk or the storage is full", f"{error}."))
-    except StorageUnavailable as error:
-        return _failed(problem("storage-unavailable", "The storage does not answer", f"{error}."))
+    except (ServiceError, StorageUnavailable, *_DATABASE_ERRORS) as error:
+        return Result(outcome="failed", problem=problem_of(error))
 
 
 def _keep(
@@ -83,9 +78,13 @@ def _keep(
     fetched: Fetched,
     on_tick: Callable[[Progress | None], bool],
 ) -> Result | None:
-    """Make the resource; try again as long as the storage or the database may come back."""
-    deadline = time.monotonic() + settings.fetch_patience_seconds
-    while True:
+    """Make the resource; try again as long as the storage or the database may come back.
+
+    A cancel is heard between tries: a file that goes to the storage goes to its end.
+    """
+    deadline: float | None = None
+    progress = Progress(phase="storing", done=fetched.size_bytes, total=fetched.size_bytes)
+    while not on_tick(progress):
         try:
             with WholeFile(storage.fetched_path(row.id), fetched.sha256) as file:
                 upload = Upload(
@@ -98,16 +97,18 @@ def _keep(
                 _CREATE[row.makes](engine, storage, settings, upload)
             return None
         except attempts.Ended:
-            return Result(outcome="cancelled")
+            break
         except StorageFull:
             raise
-        except (StorageUnavailable, Unavailable, sa.exc.OperationalError, sa.exc.InterfaceError) as error:
+        except (StorageUnavailable, Unavailable, BlockingIOError, *_DATABASE_ERRORS) as error:
+            # Counted from the first failure: the file may have taken hours to get into the storage.
+            deadline = deadline or time.monotonic() + settings.fetch_patience_seconds
             if time.monotonic() > deadline:
                 raise
             logger.warning("fetch %s waits for the storage or the database: %s", row.id, error)
-            if on_tick(Progress(phase="waiting for the storage", done=0, total=0)):
-                return Result(outcome="cancelled")
+            progress = progress.model_copy(update={"phase": "waiting for the storage"})
             time.sleep(_PAUSE_SECONDS)
+    return Result(outcome="cancelled")
 
 
 def _order(settings: Settings, storage: Storage, row: Fetch) -> Order:
@@ -125,10 +126,6 @@ def _order(settings: Settings, storage: Storage, row: Fetch) -> Order:
         patience_seconds=settings.fetch_patience_seconds,
         max_bytes=settings.max_fetch_bytes,
     )
-
-
-def _failed(body: Json) -> Result:
-    return Result(outcome="failed", problem=body)
 
 
 def remove_leftovers(engine: sa.Engine, storage: Storage) -> None:

@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import math
+import platform
 import shutil
 import time
 import zipfile
@@ -23,6 +24,7 @@ from typing import Any, TypeVar, cast
 
 from app.errors import InsufficientStorage, InvalidFile, SourceChanged, SourceUnavailable, TooLarge
 from app.files.archives import Extent, Member, folder_of, merged
+from app.files.tensorfile import MAX_HEADER_BYTES
 from app.staging import PartialFile, boot_id
 from workers.fetching.messages import Fetched, FetchedFile, Order
 from workers.fetching.messages import Origin as Recorded
@@ -32,7 +34,11 @@ from workers.tasks import Progress
 T = TypeVar("T")
 Tell = Callable[[Progress], None]
 
+# Raise it when the same plan would write other bytes.
+_FORMAT = 1
 _HASH_BYTES = 2**20
+# Bytes a second that a source must bring, counted over the patience.
+_LEAST_RATE = 1024
 _MOST_CHANGES = 3
 _TELL_SECONDS = 0.5
 # Files of a folder that a resource's origin names.
@@ -79,23 +85,39 @@ class Plan:
 
         After a sudden end of the machine the file's size says nothing of what is on the disk.
         """
-        if any(file.etag is None for file in self.files.values()):
+        if any(file.identity is None for file in self.files.values()):
             return ""
         beginning = hashlib.sha256(self.beginning).hexdigest()
         extents, files = [*map(asdict, self.extents)], [*map(asdict, self.files.values())]
-        return hashlib.sha256(json.dumps([self.zipped, beginning, extents, files, boot_id()]).encode()).hexdigest()
+        # The library that writes a zip decides some of its bytes.
+        form = f"zip of Python {platform.python_version()}" if self.zipped else "extents"
+        text = json.dumps([_FORMAT, form, beginning, extents, files, boot_id()])
+        return hashlib.sha256(text.encode()).hexdigest()
 
 
 class Patience:
-    """Waits for a source that does not answer, longer each time, until it has brought nothing for too long."""
+    """Waits for a source that does not answer, longer each time, until it has brought too little for too long."""
 
     def __init__(self, seconds: float, tell: Tell) -> None:
         self._seconds, self._tell = seconds, tell
         self.heard()
 
     def heard(self) -> None:
-        """Note that the source has brought something."""
-        self._since, self._pause = time.monotonic(), _FIRST_PAUSE_SECONDS
+        """Note that the source has answered."""
+        self._since, self._came_bytes, self._pause = time.monotonic(), 0, _FIRST_PAUSE_SECONDS
+
+    def came(self, n_bytes: int) -> None:
+        """Note that the source has brought bytes, which count once they are enough.
+
+        Raises:
+            SourceUnavailable: they come too slowly.
+        """
+        self._came_bytes += n_bytes
+        self._pause = _FIRST_PAUSE_SECONDS
+        if self._came_bytes >= _LEAST_RATE * self._seconds:
+            self.heard()
+        elif time.monotonic() > self._since + self._seconds:
+            raise SourceUnavailable(f"The source brought {self._came_bytes} bytes in {self._seconds:g} s.")
 
     def wait(self, error: Interrupted, progress: Progress) -> None:
         """Wait before the next try.
@@ -103,9 +125,12 @@ class Patience:
         Raises:
             SourceUnavailable: it has been silent for too long.
         """
+        if error.answered:
+            self.heard()
         left = self._since + self._seconds - time.monotonic()
         if left <= 0:
-            raise SourceUnavailable(f"The source brought nothing for {self._seconds:g} s: {error}.") from None
+            came = f"{self._came_bytes} bytes" if self._came_bytes else "nothing"
+            raise SourceUnavailable(f"The source brought {came} for {self._seconds:g} s: {error}.") from None
         self._tell(progress.model_copy(update={"phase": "waiting for the source"}))
         time.sleep(min(self._pause, left))
         self._pause = min(2 * self._pause, _LONGEST_PAUSE_SECONDS)
@@ -137,14 +162,17 @@ def transfer(origin: Origin, order: Order, shown: str, tell: Tell) -> Fetched:
     """
     patience = Patience(order.patience_seconds, tell)
     path = Path(order.path)
+    why = ""
     for _ in range(_MOST_CHANGES):
         tell(Progress(phase="looking", done=0, total=0))
-        with suppress(Changed):
+        try:
             plan = _plan(origin, order, patience)
             _require_room(plan, order, path)
             with _locked(path, patience) as file:
                 return _filled(file, origin, plan, shown, patience, tell)
-    raise SourceChanged(f"{shown} has changed {_MOST_CHANGES} times while it was fetched.")
+        except Changed as error:
+            why = str(error)
+    raise SourceChanged(f"{shown} could not be fetched in {_MOST_CHANGES} tries: {why}.")
 
 
 def _locked(path: Path, patience: Patience) -> PartialFile:
@@ -188,7 +216,18 @@ def _probe_plan(found: Found) -> Plan:
         listed = (chosen or names)[:20]
         raise InvalidFile(f"The folder holds {wanted}: {', '.join(listed)}.", files=listed)
     files = {name: replace(found.files[PurePosixPath(name)], name=name) for name in chosen}
+    _require_identities(files)
     return Plan([_all_of(file) for file in files.values()], files, found.revision, zipped=len(files) > 1)
+
+
+def _require_identities(files: Mapping[str, Remote]) -> None:
+    """Check that several files can be joined: nobody would notice that one of them is of another version."""
+    without = [name for name, file in files.items() if file.identity is None]
+    if len(files) > 1 and without:
+        raise SourceUnavailable(
+            f"The source gives no strong ETag of {without[0]!r}, so nothing says that all {len(files)} files are "
+            "of one version. Send the folder instead, or join the files first."
+        )
 
 
 def _checkpoint_plan(origin: Origin, found: Found, order: Order, patience: Patience) -> Plan:
@@ -217,8 +256,10 @@ def _checkpoint_plan(origin: Origin, found: Found, order: Order, patience: Patie
     folder = folder_of(members, of_adapter=order.of_adapter)
     beginning, extents = merged(folder)
     files = {name: found.files[PurePosixPath(name)] for name in folder.shards}
+    _require_identities(files)
     first = {extent.name: extent.begin for extent in reversed(extents)}
-    heads = {name: read(files[name], 0, begin) for name, begin in first.items() if begin}
+    # More than a header is a tensor that is left out.
+    heads = {name: read(files[name], 0, begin) for name, begin in first.items() if 0 < begin <= MAX_HEADER_BYTES + 8}
     named = {name: getattr(folder, name) for name in ("config", "preprocessor", "tokenizer", "adapter")}
     descriptions = {name: value for name, value in named.items() if value is not None}
     return Plan(
@@ -249,10 +290,10 @@ def _require_room(plan: Plan, order: Order, path: Path) -> None:
 def _filled(file: PartialFile, origin: Origin, plan: Plan, shown: str, patience: Patience, tell: Tell) -> Fetched:
     """Bring what the file lacks, and return what it is."""
     beside = file.path.with_suffix(".plan")
-    known = beside.read_text() if beside.exists() else ""
+    known = beside.read_text().partition("\n")[0] if beside.exists() else ""
     if not plan.fingerprint or known != plan.fingerprint:
         file.truncate(0)
-        beside.write_text(plan.fingerprint)
+    beside.write_text(f"{plan.fingerprint}\n")
     tell(Progress(phase="hashing", done=0, total=plan.size_bytes))
     file.hash_rest()
     target = _Resumed(file)
@@ -261,10 +302,13 @@ def _filled(file: PartialFile, origin: Origin, plan: Plan, shown: str, patience:
     if target.at < file.size_bytes:
         # A plan is as long as its file: this one was written by something else.
         file.truncate(0)
-        raise Changed(file.path.name)
+        raise Changed("what was left of an earlier try is not its beginning")
     tell(Progress(phase="storing", done=plan.size_bytes, total=plan.size_bytes))
     file.sync()
-    return _fetched(file, plan, hashes, shown)
+    fetched = _fetched(file, plan, hashes, shown)
+    # Says that the file is whole, to whoever opens it next.
+    beside.write_text(f"{plan.fingerprint}\n{fetched.sha256} {fetched.size_bytes}\n")
+    return fetched
 
 
 class _Resumed(io.RawIOBase):
@@ -308,12 +352,14 @@ class _Fetching:
         self._target.write(plan.beginning)
         parts = Counter(extent.name for extent in plan.extents)
         for extent in plan.extents:
-            digest = hashlib.sha256(plan.heads.get(extent.name, b""))
+            head = plan.heads.get(extent.name, b"")
+            digest = hashlib.sha256(head)
             for chunk in self._chunks(extent):
                 self._target.write(chunk)
                 digest.update(chunk)
             # Of a file of which only parts are taken nobody knows the hash.
-            if parts[extent.name] == 1 and extent.end == plan.files[extent.name].size_bytes:
+            whole = len(head) == extent.begin and extent.end == plan.files[extent.name].size_bytes
+            if whole and parts[extent.name] == 1:
                 hashes[extent.name] = digest.hexdigest()
         return hashes
 
@@ -343,6 +389,8 @@ class _Fetching:
             yield from self._there(extent)
             while (begin := extent.begin + self._target.at - first) < extent.end:
                 yield from self._missing(extent, begin)
+            # However small it was.
+            self._patience.heard()
         except BaseException:
             self._target.ended = True
             raise
@@ -352,14 +400,14 @@ class _Fetching:
         remote = self._plan.files[extent.name]
         try:
             for chunk in self._origin.read(remote, begin, extent.end):
-                self._patience.heard()
+                self._patience.came(len(chunk))
                 yield chunk
                 self._note(len(chunk))
         except Interrupted as error:
             self._patience.wait(error, self._progress())
-            if remote.etag is None:
+            if remote.identity is None:
                 # Nothing says that what comes next is of the same file.
-                raise Changed(remote.name) from None
+                raise Changed(f"{remote.name} broke off, and its source gives no strong ETag to go on with") from None
 
     def _there(self, extent: Extent) -> Iterator[bytes]:
         """Yield what the file has of an extent that comes next."""
@@ -409,9 +457,9 @@ def _fetched(file: PartialFile, plan: Plan, hashes: Mapping[str, str], shown: st
 
 
 def _recorded(file: Remote, sha256: str | None) -> FetchedFile:
-    return FetchedFile(name=file.name, size_bytes=file.size_bytes, etag=file.etag, version=file.version, sha256=sha256)
+    return FetchedFile(name=file.name, size_bytes=file.size_bytes, etag=file.mark, version=file.version, sha256=sha256)
 
 
 def _require_announced(file: Remote, found: FetchedFile) -> None:
     if file.sha256 is not None and found.sha256 not in (None, file.sha256):
-        raise Changed(file.name)
+        raise Changed(f"{file.name} has not the sha256 that its source announces")

@@ -5,13 +5,16 @@ import socket
 import ssl
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from email.utils import parsedate_to_datetime
 from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import unquote
 
 import httpx
 
-from app.errors import SourceDenied, SourceMissing, SourceNotAllowed, SourceUnavailable, first_line
+from app.errors import ServiceError, SourceDenied, SourceMissing, SourceNotAllowed, SourceUnavailable, first_line
 from app.files.archives import DESCRIPTIONS, shards_of_index
 from app.sources import Allowed, Source, entry_for, parse_source
 from workers.fetching.origins import Changed, Found, Interrupted, Remote, is_index
@@ -26,16 +29,30 @@ _TRANSLATED = ipaddress.IPv6Network("64:ff9b::/96")
 # All that the internet routes of IPv6; other ranges are local, or stand for addresses in ways of their own.
 _UNICAST = ipaddress.IPv6Network("2000::/3")
 
-# Says of a URL whether addresses inside are permitted there; None if nothing is.
-Reach = Callable[[Source], bool | None]
+
+@dataclass(frozen=True)
+class Reached:
+    """What a request may do that goes to an address.
+
+    Attributes:
+        inside: whether the address may be one of a private network.
+        with_token: whether the token goes with it.
+    """
+
+    inside: bool
+    with_token: bool
 
 
-def reach_of(allowed: tuple[Allowed, ...]) -> Reach:
-    """Return where requests may go that begin at the operator's entries."""
+# Says what a request to an address may do; None if it may not go there.
+Reach = Callable[[Source], Reached | None]
 
-    def reach(source: Source) -> bool | None:
+
+def reach_of(allowed: tuple[Allowed, ...], *, own: Allowed | None) -> Reach:
+    """Return where requests may go: below the operator's entries, with the token below the source's own alone."""
+
+    def reach(source: Source) -> Reached | None:
         entry = entry_for(allowed, source)
-        return None if entry is None else entry.inside
+        return None if entry is None else Reached(inside=entry.inside, with_token=entry == own)
 
     return reach
 
@@ -66,11 +83,24 @@ class Web:
 
     def __init__(self, source: Source, client: httpx.Client) -> None:
         self._source, self._client = source, client
+        # What has been answered in a look that broke off; errors too, as most folders lack some descriptions.
+        self._probed: dict[str, Remote | ServiceError] = {}
 
     def look(self) -> Found:
         """Return the file; if it is an index, its shards and the descriptions beside it."""
+        probed = len(self._probed)
+        try:
+            found = self._look()
+        except Interrupted as error:
+            error.answered = len(self._probed) > probed
+            raise
+        # Looked at anew if it turns out to have changed.
+        self._probed.clear()
+        return found
+
+    def _look(self) -> Found:
         url = self._source.shown + (f"?{self._source.query}" if self._source.query else "")
-        file = probe(self._client, url, self._source.shown)
+        file = self._probe(url, self._source.shown)
         if not is_index(file.name):
             return Found(file, {})
         if file.size_bytes > _MAX_INDEX_BYTES:
@@ -80,11 +110,23 @@ class Web:
         files = {PurePosixPath(file.name): file}
         for name in (*shards, *DESCRIPTIONS):
             try:
-                files[PurePosixPath(name)] = probe(self._client, f"{folder}/{name}", f"{folder}/{name}")
-            except SourceMissing:
+                files[PurePosixPath(name)] = self._probe(f"{folder}/{name}", f"{folder}/{name}")
+            except (SourceMissing, SourceDenied):
+                # Some servers refuse what is not there.
                 if name in shards:
                     raise
         return Found(None, files)
+
+    def _probe(self, url: str, shown: str) -> Remote:
+        if url not in self._probed:
+            try:
+                self._probed[url] = probe(self._client, url, shown)
+            except ServiceError as error:
+                self._probed[url] = error
+        found = self._probed[url]
+        if isinstance(found, ServiceError):
+            raise found
+        return found
 
     def read(self, file: Remote, begin: int, end: int) -> Iterator[bytes]:
         return read_range(self._client, file, begin, end)
@@ -110,20 +152,34 @@ def probe(client: httpx.Client, url: str, shown: str) -> Remote:
         if size_bytes is None:
             raise SourceUnavailable(f"The server of {shown} does not say how large the file is.")
         etag, modified = response.headers.get("etag"), response.headers.get("last-modified")
-        strong = etag if etag is not None and not etag.startswith("W/") else None
         name = unquote(shown.rpartition("/")[2]) or "file"
-        return Remote(name, url, size_bytes, etag or modified, validator=strong or modified)
+        return Remote(name, url, size_bytes, etag or modified, _identity(response))
 
 
-def read_range(client: httpx.Client, file: Remote, begin: int, end: int) -> Iterator[bytes]:
-    """Yield a range of a file; see `Origin.read`."""
+def _identity(response: httpx.Response) -> str | None:
+    """Return a strong validator of an answer (RFC 9110, 8.8): its ETag, or the date of the last change.
+
+    A date counts seconds, so that it says nothing of a file that changed within the minute before the answer.
+    """
+    etag, modified = response.headers.get("etag"), response.headers.get("last-modified")
+    if etag is not None:
+        return None if etag.startswith("W/") else str(etag)
+    try:
+        age = parsedate_to_datetime(response.headers["date"]) - parsedate_to_datetime(modified or "")
+    except (KeyError, ValueError, TypeError):
+        return None
+    return modified if age >= timedelta(seconds=60) else None
+
+
+def read_range(client: httpx.Client, file: Remote, begin: int, end: int, *, pinned: bool = False) -> Iterator[bytes]:
+    """Yield a range of a file; see `Origin.read`. A pinned address is that of one content for ever."""
     headers = {"Range": f"bytes={begin}-{end - 1}"}
-    if file.validator is not None:
-        headers["If-Range"] = file.validator
+    if file.identity is not None and not pinned:
+        headers["If-Range"] = file.identity
     left = end - begin
     with _asked(client, file.address, headers, file.name) as response:
-        if _total(response) not in (None, file.size_bytes) or _differs(response, file):
-            raise Changed(file.name)
+        if _total(response) not in (None, file.size_bytes) or not (pinned or _is_same(response, file)):
+            raise Changed(f"{file.name} is another file now")
         at = _begin(response)
         if at > begin:
             raise Interrupted(f"the server of {file.name} sent another range than it was asked for")
@@ -166,7 +222,7 @@ def _asked(client: httpx.Client, url: str, headers: dict[str, str], shown: str) 
             if status in (412, 416):
                 if (total := _total(response)) == 0:
                     raise SourceMissing(f"{shown} is empty.")
-                raise Changed(f"{shown} ({total} bytes)")
+                raise Changed(f"{shown} is another file now, of {total} bytes")
             if status in _PASSING or status >= 500:
                 raise Interrupted(said)
             if status not in (200, 206):
@@ -176,6 +232,9 @@ def _asked(client: httpx.Client, url: str, headers: dict[str, str], shown: str) 
             yield response
     except httpx.TooManyRedirects:
         raise SourceMissing(f"The server of {shown} redirects more than {_MOST_REDIRECTS} times.") from None
+    except httpx.LocalProtocolError:
+        # What cannot be sent may be a secret.
+        raise SourceUnavailable(f"No request can be made for {shown}.") from None
     except (httpx.TransportError, httpx.InvalidURL) as error:
         if _is_of_certificate(error):
             raise SourceDenied(f"The server of {shown} has no valid certificate: {first_line(error)}.") from None
@@ -210,25 +269,26 @@ def _begin(response: httpx.Response) -> int:
     return int(text)
 
 
-def _differs(response: httpx.Response, file: Remote) -> bool:
-    """Return whether the answer is of another file than the one that was looked at."""
-    if file.validator is None:
-        return False
+def _is_same(response: httpx.Response, file: Remote) -> bool:
+    """Return whether the answer is of the file that was looked at, as far as its marks say."""
     marks = (response.headers.get("etag"), response.headers.get("last-modified"))
-    return any(marks) and file.validator not in marks
+    if file.identity is not None:
+        # An answer that does not name it may be of any file.
+        return file.identity in marks
+    return file.mark is None or not any(marks) or file.mark in marks
 
 
 class _Guarded(httpx.BaseTransport):
     """Sends a request only where it may go, to an address that was looked at before.
 
     The name of a host is resolved here, once, and the connection goes to what was found: a name that gives one
-    address to the check and another one to the connection gains nothing.
+    address to the check and another one to the connection gains nothing. Each host has connections of its own, as a
+    certificate is checked when one is opened, and two names may have one address.
     """
 
     def __init__(self, reach: Reach) -> None:
         self._reach = reach
-        # Of the environment only the certificates of authorities are taken, by SSL_CERT_FILE.
-        self._transport = httpx.HTTPTransport(trust_env=True)
+        self._transports: dict[str, httpx.HTTPTransport] = {}
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         url = request.url
@@ -236,33 +296,45 @@ class _Guarded(httpx.BaseTransport):
             source = parse_source(str(url))
         except ValueError as error:
             raise SourceNotAllowed(f"The source leads to an address that is none: {error}.") from None
-        inside = self._reach(source) if source.is_web else None
-        if inside is None:
+        reached = self._reach(source) if source.is_web else None
+        if reached is None:
             raise SourceNotAllowed(
                 f"The source leads to {source.shown}, which the service's operator does not list in INTERPLAY_SOURCES.",
                 address=source.shown,
             )
-        extensions: dict[str, Any] = {**request.extensions, "sni_hostname": url.host}
+        if not reached.with_token:
+            request.headers.pop("authorization", None)
+        # As it is asked for in the end, and not as people read it.
+        host = url.raw_host.decode("ascii")
+        response = self._sent(request, host, _addresses(host, url, inside=reached.inside))
+        if not response.has_redirect_location:
+            return response
+        # Only where it leads is of use; its body may have any size.
+        response.close()
+        return httpx.Response(response.status_code, headers={"Location": response.headers["Location"]})
+
+    def _sent(self, request: httpx.Request, host: str, addresses: list[str]) -> httpx.Response:
+        # Of the environment only the certificates of authorities are taken, by SSL_CERT_FILE.
+        transport = self._transports.setdefault(request.url.netloc.decode("ascii"), httpx.HTTPTransport(trust_env=True))
+        extensions: dict[str, Any] = {**request.extensions, "sni_hostname": host}
         failure: httpx.TransportError | None = None
-        for address in _addresses(url, inside=inside):
+        for address in addresses:
+            url = request.url.copy_with(host=address)
             sent = httpx.Request(
-                request.method,
-                url.copy_with(host=address),
-                headers=request.headers,
-                stream=request.stream,
-                extensions=extensions,
+                request.method, url, headers=request.headers, stream=request.stream, extensions=extensions
             )
             try:
-                return self._transport.handle_request(sent)
+                return transport.handle_request(sent)
             except (httpx.ConnectError, httpx.ConnectTimeout) as error:
                 failure = error
-        raise failure or httpx.ConnectError(f"{url.host} has no address")
+        raise failure or httpx.ConnectError(f"{host} has no address")
 
     def close(self) -> None:
-        self._transport.close()
+        for transport in self._transports.values():
+            transport.close()
 
 
-def _addresses(url: httpx.URL, *, inside: bool) -> list[str]:
+def _addresses(host: str, url: httpx.URL, *, inside: bool) -> list[str]:
     """Return the addresses of a URL's host.
 
     Raises:
@@ -270,13 +342,13 @@ def _addresses(url: httpx.URL, *, inside: bool) -> list[str]:
     """
     port = url.port or (443 if url.scheme == "https" else 80)
     try:
-        found = socket.getaddrinfo(url.host, port, type=socket.SOCK_STREAM)
-    except OSError as error:
-        raise httpx.ConnectError(f"{url.host} cannot be resolved: {error}") from None
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise httpx.ConnectError(f"{host} cannot be resolved: {error}") from None
     addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
     if not inside and (private := [address for address in addresses if not is_public(address)]):
         raise SourceNotAllowed(
-            f"{url.host} has the address {private[0]}, which is not of the public internet. An entry of "
+            f"{host} has the address {private[0]}, which is not of the public internet. An entry of "
             "INTERPLAY_SOURCES permits that by the word `inside`.",
             address=private[0],
         )

@@ -27,5 +27,5 @@ def get_fetch(id: schemas.Id, service: ServiceDep) -> schemas.Fetch:
 
 @router.post("/fetches/{id}/cancel", responses=problems(404, 409))
 def cancel_fetch(id: schemas.Id, service: ServiceDep) -> schemas.Fetch:
-    """Cancel a fetch: at once if it is queued, within a second if it runs."""
+    """Cancel a fetch: at once if it is queued, within seconds if it runs, unless its file goes to the storage now."""
     return fetches.cancel(service.engine, id)

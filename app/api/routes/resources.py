@@ -54,11 +54,15 @@ def _upload_body(spec: type[BaseModel], file: str) -> dict[str, Any]:
 @router.post(
     "/checkpoints",
     status_code=201,
-    response_model=schemas.Checkpoint | schemas.Fetch,
+    response_model=None,
     openapi_extra=_upload_body(
         schemas.CheckpointSpec, "safetensors; left out where the spec names a blob, an upload or a source"
     ),
-    responses={**_FETCHING, **problems(400, 403, 404, 409, 413, 415, 422, 423, 503)},
+    responses={
+        201: {"model": schemas.Checkpoint},
+        **_FETCHING,
+        **problems(400, 403, 404, 409, 413, 415, 422, 423, 503),
+    },
 )
 async def create_checkpoint(request: Request, response: Response, service: ServiceDep) -> Any:
     """Upload a checkpoint, or have it fetched from `spec.source`. Without a file the spec may be the whole body."""
@@ -72,13 +76,17 @@ async def create_checkpoint(request: Request, response: Response, service: Servi
 @router.post(
     "/probes",
     status_code=201,
-    response_model=schemas.Probe | schemas.Fetch,
+    response_model=None,
     openapi_extra=_upload_body(
         schemas.ProbeSpec,
         "safetensors or npz: inputs (N, ...), labels (N,), split (N,); or Parquet, a zip of class folders with images, "
         "CSV or JSON lines with texts and labels",
     ),
-    responses={**_FETCHING, **problems(400, 403, 404, 409, 413, 415, 422, 423, 503)},
+    responses={
+        201: {"model": schemas.Probe},
+        **_FETCHING,
+        **problems(400, 403, 404, 409, 413, 415, 422, 423, 503),
+    },
 )
 async def create_probe(request: Request, response: Response, service: ServiceDep) -> Any:
     """Upload a probe dataset, or have it fetched from `spec.source`."""

@@ -2,13 +2,17 @@
 
 import hashlib
 import json
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from safetensors.numpy import load, save
 
@@ -24,9 +28,12 @@ from app.errors import (
     TooLarge,
 )
 from app.files.archives import open_folder, write_weights
+from app.settings import Settings
 from app.sources import parse_allowed, parse_source
-from app.staging import StagedFile
+from app.staging import StagedFile, WholeFile
+from app.storage import Storage
 from tests.sources import COMMIT, SourceServer, source_server
+from workers.fetching import process
 from workers.fetching.main import TOKEN, open_origin
 from workers.fetching.messages import Fetched, Order
 from workers.fetching.transfer import transfer
@@ -178,6 +185,87 @@ def test_a_file_that_changes_meanwhile_is_fetched_again(fetching: Fetching) -> N
     assert fetching.a().sha256 == sha256(other)
 
 
+@pytest.mark.parametrize("size", [-10_000, 0])
+@pytest.mark.parametrize(
+    "marks",
+    [{"weak_etags": True}, {"without_etags": True}, {"marks_once": True}, {"modified": "NOW"}, {"modified": "OLD"}],
+)
+def test_versions_are_not_mixed_whatever_marks_there_are(fetching: Fetching, marks: dict[str, Any], size: int) -> None:
+    """A file that changes as its connection breaks comes whole, of one version, or is refused."""
+    other = CONTENT[::-1][: len(CONTENT) + size]
+    times = {"NOW": datetime.now(UTC), "OLD": datetime.now(UTC) - timedelta(days=1)}
+    for name, value in marks.items():
+        value = format_datetime(times[value], usegmt=True) if value in times else value
+        setattr(fetching.server.faults, name, value)
+
+    def change(told: Progress) -> None:
+        if told.phase == "waiting for the source":
+            fetching.server.files["/nets/a.bin"] = other
+            if marks.get("modified") == "OLD":
+                fetching.server.faults.modified = format_datetime(times["NOW"], usegmt=True)
+
+    fetching.server.faults.cut_after_bytes, fetching.server.faults.cuts = 2**20, 1
+    fetching.on_told = change
+    try:
+        found = fetching.a()
+    except SourceChanged:
+        assert "marks_once" in marks
+        return
+    assert found.sha256 == sha256(other)
+    assert fetching.path.read_bytes() == other
+
+
+def test_an_old_date_is_gone_on_with(fetching: Fetching) -> None:
+    """A file that has not changed for a day is the same one after a break."""
+    fetching.server.faults.modified = "Sat, 01 Aug 2026 12:00:00 GMT"
+    fetching.server.faults.cut_after_bytes, fetching.server.faults.cuts = 2**20, 1
+    assert fetching.a().sha256 == sha256(CONTENT)
+    assert fetching.server.sent_bytes["/nets/a.bin"] < 1.5 * len(CONTENT)
+
+
+def test_a_blob_that_the_file_has_become_is_not_written_into(fetching: Fetching, tmp_path: Path) -> None:
+    """A worker that dies between the storage and the database leaves a file that is the blob: it must stay."""
+    storage = Storage(Settings(data_dir=tmp_path))
+    fetching.path = storage.fetched_path("one")
+    found = fetching.a()
+    with WholeFile(fetching.path, found.sha256) as file:
+        storage.put(file)
+    other = CONTENT[::-1]
+    fetching.server.files["/nets/a.bin"] = other
+    assert fetching.a().sha256 == sha256(other)
+    assert storage.sha256_of(found.sha256) == found.sha256
+
+
+def test_a_file_that_is_written_again_is_not_taken(fetching: Fetching) -> None:
+    """Whoever fetched first finds that another one has begun anew, and puts nothing under its own hash."""
+    first = fetching.a()
+    WholeFile(fetching.path, first.sha256).close()
+    fetching.server.files["/nets/a.bin"] = CONTENT[::-1]
+    second = fetching.a()
+    with pytest.raises(BlockingIOError):
+        WholeFile(fetching.path, first.sha256)
+
+    def fail_after_looking(told: Progress) -> None:
+        if told.phase == "hashing":
+            fetching.server.faults.failing = 10_000
+
+    fetching.server.files["/nets/a.bin"] = bytes(len(CONTENT))
+    fetching.on_told = fail_after_looking
+    with pytest.raises(SourceUnavailable):
+        fetching.a(patience_seconds=0.2)
+    with pytest.raises(BlockingIOError):
+        WholeFile(fetching.path, second.sha256)
+
+
+def test_a_source_that_drips_is_given_up(fetching: Fetching) -> None:
+    """A few bytes now and then are no answer."""
+    fetching.server.faults.bytes_per_second = 20
+    begun = time.monotonic()
+    with pytest.raises(SourceUnavailable, match="bytes in 2 s"):
+        fetching.a(patience_seconds=2.0)
+    assert time.monotonic() - begun < 15
+
+
 class _Changing(dict[str, bytes]):
     """A server's files, of which one is another one each time it is looked at."""
 
@@ -188,7 +276,7 @@ class _Changing(dict[str, bytes]):
 
 def test_a_file_that_always_changes_is_given_up(fetching: Fetching) -> None:
     fetching.server.files = _Changing(fetching.server.files)
-    with pytest.raises(SourceChanged, match="3 times"):
+    with pytest.raises(SourceChanged, match=r"in 3 tries: a\.bin is another file now"):
         fetching.a()
 
 
@@ -245,6 +333,60 @@ def test_tokens_go_to_their_own_host_alone(fetching: Fetching, monkeypatch: pyte
         assert fetching(f"{fetching.server.url}/nets/b", sources=allowed).sha256 == sha256(CONTENT)
         assert fetching.server.tokens["/nets/b"] == "Bearer secret"
         assert other.tokens == {"/cdn/a": None}
+
+
+@pytest.mark.parametrize("other", ["OTHER_TOKEN", ""])
+def test_tokens_stay_below_their_own_entry(fetching: Fetching, monkeypatch: pytest.MonkeyPatch, other: str) -> None:
+    """A part of the same host that has other credentials, or none, does not get these."""
+    monkeypatch.setenv(TOKEN, "secret")
+    url = fetching.server.url
+    fetching.server.files["/b/a"] = CONTENT
+    fetching.server.redirects["/nets/b"] = f"{url}/b/a"
+    fetching(f"{url}/nets/b", sources=f"{url}/nets SOME_TOKEN inside, {url}/b {other} inside")
+    assert fetching.server.tokens == {"/nets/b": "Bearer secret", "/b/a": None}
+
+
+def test_bodies_of_redirects_are_not_read(fetching: Fetching) -> None:
+    """Only where they lead is of use."""
+    fetching.server.redirects["/nets/b"] = f"{fetching.server.url}/nets/a.bin"
+    fetching.server.faults.redirect_body = bytes(200 * 2**20)
+    before = psutil.Process().memory_info().rss
+    assert fetching(f"{fetching.server.url}/nets/b").sha256 == sha256(CONTENT)
+    assert psutil.Process().memory_info().rss - before < 100 * 2**20
+
+
+@pytest.mark.parametrize("token", ["secret\n", " secret "])
+def test_a_token_in_a_file_of_its_own_has_a_line_break(tmp_path: Path, token: str) -> None:
+    found = process.environment_of(_settings(tmp_path, "hf://org T"), _order("hf://org/a"), {"T": token})
+    assert found[TOKEN] == "secret"
+
+
+@pytest.mark.parametrize("token", ["sec\nret", "s\u00e9cret", "sec\x00ret"])
+def test_what_cannot_be_a_credential_is_not_told(tmp_path: Path, token: str) -> None:
+    for source, names in (("hf://org/a", "hf://org T"), ("s3://b/a", "s3://b T")):
+        with pytest.raises(SourceDenied, match="T") as caught:
+            process.environment_of(_settings(tmp_path, names), _order(source), {"T": token, "T_ACCESS_KEY_ID": token})
+        assert "ret" not in caught.value.detail
+
+
+def test_credentials_of_a_longer_name_stay_out(tmp_path: Path) -> None:
+    given = {"A_ACCESS_KEY_ID": "mine", "A_B_ACCESS_KEY_ID": "other's"}
+    settings = _settings(tmp_path, "s3://b A, s3://c A_B")
+    found = process.environment_of(settings, _order("s3://b/a"), given)
+    assert {name: value for name, value in found.items() if name.startswith("AWS_")} == {"AWS_ACCESS_KEY_ID": "mine"}
+    found = process.environment_of(settings, _order("s3://c/a"), given)
+    assert found["AWS_ACCESS_KEY_ID"] == "other's"
+
+
+def _settings(folder: Path, sources: str) -> Settings:
+    return Settings(data_dir=folder, sources=sources)
+
+
+def _order(source: str) -> Order:
+    return Order(
+        source=source, of_adapter=False, makes="probe", path="", sources="", hub_url="", silence_seconds=1,
+        patience_seconds=1, max_bytes=1,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("place", ["/elsewhere/a", "/nets/../elsewhere/a", "/netsa", "/nets%2f..%2felsewhere/a"])
@@ -411,6 +553,48 @@ def test_an_index_cannot_lead_out_of_its_folder(fetching: Fetching) -> None:
     with pytest.raises(InvalidFile, match="does not lie beside it"):
         fetching(f"{fetching.server.url}/nets/of/model.safetensors.index.json")
     assert len(fetching.server.requests) == 2
+
+
+def test_shards_that_nothing_ties_together_are_refused(fetching: Fetching) -> None:
+    """Without ETags a header of one version and the data of another would make a file."""
+    for name, content in shards().items():
+        fetching.server.files[f"/nets/of/{name}"] = content
+    fetching.server.faults.without_etags = True
+    with pytest.raises(SourceUnavailable, match="no strong ETag of 'model-00001-of-00002"):
+        fetching(f"{fetching.server.url}/nets/of/model.safetensors.index.json")
+
+
+def test_a_large_tensor_that_is_left_out_is_not_fetched(fetching: Fetching) -> None:
+    """One at the beginning of its shard, which the index gives to another one."""
+    left_out, kept = np.zeros(24 * 2**18), np.ones(7)
+    files = {
+        "model-1.safetensors": save({"a": left_out, "b": kept}),
+        "model-2.safetensors": save({"a": np.ones(3)}),
+        "model.safetensors.index.json": json.dumps(
+            {"weight_map": {"a": "model-2.safetensors", "b": "model-1.safetensors"}}
+        ).encode(),
+    }
+    fetching.server.add_repository("org/net", files)
+    found = fetching("hf://org/net")
+    assert fetching.server.sent_bytes[f"/org/net/resolve/{COMMIT}/model-1.safetensors"] < 2**20
+    assert {file.name: file.sha256 for file in found.origin.files}["model-1.safetensors"] is None
+    tensors = load(fetching.path.read_bytes())
+    assert np.array_equal(tensors["a"], np.ones(3))
+    assert np.array_equal(tensors["b"], kept)
+
+
+def test_an_index_of_many_files_is_looked_at_with_patience(fetching: Fetching) -> None:
+    """What has been answered is not asked for again, and counts as an answer."""
+    names = [f"s{number}.safetensors" for number in range(12)]
+    for number, name in enumerate(names):
+        fetching.server.files[f"/nets/of/{name}"] = save({f"t{number}": np.ones(3)})
+    index = {"weight_map": {f"t{number}": name for number, name in enumerate(names)}}
+    fetching.server.files["/nets/of/model.safetensors.index.json"] = json.dumps(index).encode()
+    asked = fetching.server.requests
+    fetching.server.failing_each = 3
+    fetching(f"{fetching.server.url}/nets/of/model.safetensors.index.json", patience_seconds=1.5)
+    probes = [path for path, wanted in asked if wanted == "bytes=0-0" and path.endswith(".safetensors")]
+    assert len(probes) <= 1.6 * len(names)
 
 
 def test_an_adapter_is_fetched_as_one(fetching: Fetching) -> None:

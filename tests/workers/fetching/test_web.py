@@ -7,19 +7,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from app.errors import ServiceError, SourceDenied, SourceMissing
+from app.errors import ServiceError, SourceDenied, SourceMissing, SourceUnavailable
 from app.sources import Allowed, Source, entry_for, parse_allowed, parse_source
 from tests.buckets import BucketServer
 from tests.sources import SourceServer, source_server
 from tests.workers.fetching.test_transfer import CONTENT, Fetching, sha256
 from workers.fetching import hub
-from workers.fetching.web import is_public
+from workers.fetching.web import Reached, client_for, is_public
 
 
 def certificate(folder: Path, name: str) -> tuple[ssl.SSLContext, Path]:
@@ -65,6 +66,35 @@ def test_tls_checks_the_name_although_the_address_was_looked_up(
                 fetching.a()
 
 
+def test_a_second_name_of_one_address_is_checked_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A redirect to another host at the same address and port opens a connection of its own, for its own name."""
+    context, authority = certificate(tmp_path, "localhost")
+    monkeypatch.setenv("SSL_CERT_FILE", str(authority))
+    with source_server(context) as server:
+        server.files["/nets/b"] = CONTENT
+        other = server.url.replace("localhost", "127.0.0.1")
+        server.redirects["/nets/a.bin"] = f"{other}/nets/b"
+        with pytest.raises(SourceDenied, match="certificate"):
+            Fetching(server, tmp_path / "one.fetch")(
+                f"{server.url}/nets/a.bin", sources=f"{server.url}/nets inside, {other}/nets inside"
+            )
+
+
+def test_a_host_is_asked_for_as_it_was_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that is written in ASCII is not read as letters, and written again by other rules."""
+    asked: list[str] = []
+
+    def resolve(host: str, *_: Any, **__: Any) -> list[Any]:
+        asked.append(host)
+        raise OSError("nobody")
+
+    monkeypatch.setattr("socket.getaddrinfo", resolve)
+    client = client_for(lambda _: Reached(inside=True, with_token=False), token=None, silence_seconds=1)
+    with pytest.raises(httpx.ConnectError), client:
+        client.get("http://xn--strae-oqa.example/a")
+    assert asked == ["xn--strae-oqa.example"]
+
+
 def test_a_certificate_of_nobody_is_refused(tmp_path: Path) -> None:
     context, _ = certificate(tmp_path, "localhost")
     with source_server(context) as server:
@@ -99,7 +129,9 @@ def test_what_the_hub_may_lead_to() -> None:
     allowed = parse_allowed("hf://org, https://cdn.example.com/a")
 
     def reach(hub_url: str, url: str) -> bool | None:
-        return hub.reach_of(hub_url, allowed)(parse_source(url))
+        """Return whether the request may go inside; None if it may not go at all."""
+        found = hub.reach_of(hub_url, allowed)(parse_source(url))
+        return None if found is None else found.inside
 
     assert reach(hub.OFFICIAL, "https://huggingface.co/x") is True
     assert reach(hub.OFFICIAL, "https://cas-bridge.xethub.hf.co/x?sig=1") is False
@@ -187,6 +219,17 @@ def test_what_an_answer_of_a_bucket_means(
     assert caught.value.kind == kind
 
 
+def test_the_password_of_an_endpoint_is_not_told(
+    server: SourceServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {"ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b", "REGION": "us-east-1", "ALLOW_HTTP": "true"}
+    for name, value in {**given, "ENDPOINT_URL": "http://user:SECRET@127.0.0.1:9"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    with pytest.raises(SourceUnavailable) as caught:
+        Fetching(server, tmp_path / "one.fetch")("s3://b/a", sources="s3://b AWS", patience_seconds=0.5)
+    assert "SECRET" not in caught.value.detail
+
+
 @pytest.mark.parametrize(
     ("source", "given"),
     [("az://container/a", {}), ("gs://bucket/a", {"GOOGLE_SERVICE_ACCOUNT_KEY": "not JSON"})],
@@ -208,6 +251,30 @@ def test_a_bucket_that_does_not_exist_is_missing(
         monkeypatch.setenv(name, value)
     with pytest.raises(SourceMissing):
         Fetching(server, tmp_path / "one.fetch")("s3://no-such-bucket/a", sources="s3://no-such-bucket AWS")
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["nets/../a", "nets/%2e%2e/a", "nets/.%2e/a", "nets/..;/a", "nets/%2e%2e;x/a", "nets/..%3b/a", "nets/..%20/a",
+     "nets/%c0%ae%c0%ae/a", "nets/..%5ca", "nets//a", "nets/./a", "nets/%00", "nets/;/a"],
+)  # fmt: skip
+def test_paths_that_servers_read_otherwise_are_refused(path: str) -> None:
+    with pytest.raises(ValueError, match="path"):
+        parse_source(f"https://h/{path}")
+
+
+@pytest.mark.parametrize(
+    "host", ["a" * 64 + ".example", "a..example", ".example", "a.example:x", "", "exa mple", "[::1"]
+)
+def test_hosts_that_are_none_are_refused(host: str) -> None:
+    with pytest.raises(ValueError, match=r"host|port|space|Invalid"):
+        parse_source(f"https://{host}/a")
+
+
+def test_letters_of_a_path_are_written_one_way() -> None:
+    allowed = parse_allowed("https://h/b\u00fccher")
+    for source in ("https://h/b\u00fccher/a", "https://h/b%C3%BCcher/a"):
+        assert entry_for(allowed, parse_source(source)) is not None
 
 
 def test_hosts_are_written_one_way() -> None:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 from cyclopts import Group, Parameter, validators
 
-from interplay.calls.pushing import CheckpointDescription
+from interplay.calls.descriptions import CheckpointDescription
 from interplay.client import DEFAULT_URL, Client
 from interplay.command import rendering
 from interplay.command.values import UsageError, finite, json_object, metadata_of, whole

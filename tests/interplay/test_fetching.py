@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,9 @@ import pytest
 from interplay import Client, FetchFailed, ProblemError, WaitTimeout
 from interplay.calls.fetching import name_of, source_of
 from tests.datafiles import mlp_adapter
+from tests.elsewhere import Elsewhere
 from tests.interplay.scripted import BREAK, answer, scripted
-from tests.services import Service, running, until
-from tests.sources import Faults, SourceServer, source_server
+from tests.services import until
 
 FETCH = {
     "id": "00000000-0000-4000-8000-00000000000f",
@@ -23,33 +22,10 @@ FETCH = {
 }
 
 
-@dataclass
-class Elsewhere:
-    """A service, and the server that it may fetch from: what lies below /nets, and all of `org` on the Hub."""
-
-    service: Service
-    server: SourceServer
-
-    def address(self, path: str) -> str:
-        return f"{self.server.url}/nets/{path}"
-
-
-@pytest.fixture(scope="module")
-def elsewhere(tmp_path_factory: pytest.TempPathFactory, mlp_checkpoint_file: Path) -> Iterator[Elsewhere]:
-    with source_server() as server:
-        server.files["/nets/mlp.safetensors"] = mlp_checkpoint_file.read_bytes()
-        sources = f"{server.url}/nets inside, hf://org, hf://datasets/org"
-        data_dir = tmp_path_factory.mktemp("fetching") / "data"
-        with running(data_dir, sources=sources, hub_url=server.url) as service:
-            yield Elsewhere(service, server)
-
-
 @pytest.fixture
 def client(elsewhere: Elsewhere) -> Iterator[Client]:
-    """Open a client; what the source does wrong in a test is over after it."""
     with Client(elsewhere.service.url) as opened:
         yield opened
-    elsewhere.server.faults = Faults()
 
 
 def test_a_checkpoint_and_a_probe(

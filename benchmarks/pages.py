@@ -179,6 +179,7 @@ def _pages(url: str, kinds: Mapping[str, str]) -> dict[str, str]:
         "checkpoints",
         "probes",
         "feature-sets",
+        "fetches",
         "gates",
         "baselines",
         "definitions",

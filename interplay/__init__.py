@@ -14,6 +14,8 @@ __all__ = [
     "ComparisonReport",
     "EvaluationReport",
     "FeatureSet",
+    "Fetch",
+    "FetchFailed",
     "InterplayError",
     "NotOne",
     "PathReport",
@@ -25,18 +27,22 @@ __all__ = [
     "SeriesReport",
     "ServiceUnreachable",
     "SucceededAnalysis",
+    "SucceededFetch",
     "WaitTimeout",
 ]
 
 _MODULES = {
     **dict.fromkeys(
-        ("AnalysisFailed", "Client", "InterplayError", "NotOne", "ProblemError", "ServiceUnreachable", "WaitTimeout"),
+        (
+            "AnalysisFailed", "Client", "FetchFailed", "InterplayError", "NotOne", "ProblemError", "ServiceUnreachable",
+            "WaitTimeout",
+        ),
         "interplay.client",
     ),
     **dict.fromkeys(
         (
-            "Analysis", "Checkpoint", "ComparisonReport", "EvaluationReport", "FeatureSet", "PathReport", "Probe",
-            "PruningReport", "Report", "ReportSummary", "SeriesReport", "SucceededAnalysis",
+            "Analysis", "Checkpoint", "ComparisonReport", "EvaluationReport", "FeatureSet", "Fetch", "PathReport",
+            "Probe", "PruningReport", "Report", "ReportSummary", "SeriesReport", "SucceededAnalysis", "SucceededFetch",
         ),
         "interplay.results",
     ),
@@ -61,6 +67,7 @@ if TYPE_CHECKING:
     from interplay.client import (
         AnalysisFailed,
         Client,
+        FetchFailed,
         InterplayError,
         NotOne,
         ProblemError,
@@ -73,6 +80,7 @@ if TYPE_CHECKING:
         ComparisonReport,
         EvaluationReport,
         FeatureSet,
+        Fetch,
         PathReport,
         Probe,
         PruningReport,
@@ -80,6 +88,7 @@ if TYPE_CHECKING:
         ReportSummary,
         SeriesReport,
         SucceededAnalysis,
+        SucceededFetch,
     )
 else:
 

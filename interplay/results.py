@@ -902,6 +902,23 @@ class SucceededAnalysis(TypedDict):
     problem: dict[str, Any] | None
 
 
+class SucceededFetch(TypedDict):
+    """It has made a resource."""
+
+    id: str
+    makes: Literal["checkpoint", "probe"]
+    name: str
+    source: str
+    status: Literal["succeeded"]
+    progress: Progress
+    resource_id: str
+    attempts: int
+    created_at: str
+    started_at: str | None
+    finished_at: str | None
+    problem: dict[str, Any] | None
+
+
 class Upload(TypedDict):
     """A resumable upload (tus 1.0.0)."""
 

@@ -4,6 +4,7 @@
     ├── ProblemError        the service responded with a problem (RFC 9457)
     ├── ServiceUnreachable  no response from the URL, or one that is not from an Interplay service
     ├── AnalysisFailed      an analysis that was waited for ended as failed or cancelled
+    ├── FetchFailed         the same of a fetch
     └── WaitTimeout         it had not ended when the timeout passed
 
 A request is retried if its failure may be transient (423, 429, 502, 503, 504, a broken connection, or one refused by a
@@ -87,12 +88,25 @@ class AnalysisFailed(InterplayError):
     def __init__(self, analysis: Mapping[str, Any]) -> None:
         self.analysis = analysis
         self.problem: Body | None = analysis.get("problem")
-        reason = f"{self.problem.get('title')}: {self.problem.get('detail')}" if self.problem else analysis["status"]
-        super().__init__(f"Analysis {analysis['id']}: {reason}")
+        super().__init__(f"Analysis {analysis['id']}: {_reason(analysis)}")
+
+
+class FetchFailed(InterplayError):
+    """A fetch that was waited for ended as `failed` or `cancelled`.
+
+    Attributes:
+        fetch: its last state.
+        problem: the service's problem; None if it was cancelled.
+    """
+
+    def __init__(self, fetch: Mapping[str, Any]) -> None:
+        self.fetch = fetch
+        self.problem: Body | None = fetch.get("problem")
+        super().__init__(f"Fetch {fetch['id']}: {_reason(fetch)}")
 
 
 class WaitTimeout(InterplayError):
-    """The analysis had not ended when the timeout passed; it continues."""
+    """The analysis or the fetch had not ended when the timeout passed; it continues."""
 
 
 class Retries:
@@ -295,6 +309,12 @@ class Transport:
                 "detail": response.text[:300].strip(),
             }
         return ProblemError(response.status_code, problem, _retry_after(response.headers.get("Retry-After", "")))
+
+
+def _reason(ended: Mapping[str, Any]) -> str:
+    """Return why an analysis or a fetch has nothing to show."""
+    problem = ended.get("problem")
+    return f"{problem.get('title')}: {problem.get('detail')}" if problem else str(ended["status"])
 
 
 def segment(identifier: str) -> str:

@@ -1,4 +1,4 @@
-"""Wait for an analysis: by server-sent events, and by polling where there are none.
+"""Wait for an analysis: by server-sent events, and by polling where there are none. Wait for a fetch: by polling.
 
 A stream may be missing (an older service, one with too many listeners), be buffered by a proxy, or end at any moment,
 as at a restart. So the service is polled between two streams. After a few streams without an event only polling goes
@@ -17,6 +17,8 @@ _SILENCE_SECONDS = 7.5
 # The last seconds before the timeout are polled: a read that has begun cannot be shortened.
 _TOO_SHORT_SECONDS = 10.0
 _USELESS_STREAMS = 3
+# Of fetches.
+_FIRST_POLL_SECONDS, _POLL_SECONDS, _OFTEN_SECONDS = 0.2, 1.0, 4.0
 
 
 def poll_states(
@@ -54,6 +56,29 @@ def poll_states(
         if _left(end) <= 0:
             raise WaitTimeout(f"Analysis {analysis_id} has not ended within {timeout_seconds:g} s; it continues.")
         time.sleep(min(poll_seconds, max(_left(end), 0.0)))
+
+
+def poll_fetch(transport: Transport, fetch_id: str, *, timeout_seconds: float | None) -> Iterator[Body]:
+    """Yield the states of a fetch, of which the service has no stream; the caller stops at the one that it waits for.
+
+    Args:
+        transport: to the service.
+        fetch_id: which.
+        timeout_seconds: give up after so long.
+
+    Raises:
+        WaitTimeout: the timeout has passed.
+        ProblemError, ServiceUnreachable: a poll failed, also after its retries.
+    """
+    began = time.monotonic()
+    end = None if timeout_seconds is None else began + timeout_seconds
+    while True:
+        yield transport.call("GET", f"/v1/fetches/{segment(fetch_id)}", repeatable=True)
+        if _left(end) <= 0:
+            raise WaitTimeout(f"Fetch {fetch_id} has not ended within {timeout_seconds:g} s; it continues.")
+        # A small file is there at once; of a large one nobody sees the difference.
+        pause = _FIRST_POLL_SECONDS if time.monotonic() - began < _OFTEN_SECONDS else _POLL_SECONDS
+        time.sleep(min(pause, max(_left(end), 0.0)))
 
 
 class _NoStream(InterplayError):

@@ -18,7 +18,9 @@ from app.settings import Settings
 from tests import services
 from tests.buckets import BucketServer, bucket_server
 from tests.databases import fresh_database, postgres_server
+from tests.elsewhere import Elsewhere, elsewhere_running
 from tests.shapes import without_shape_checks  # noqa: F401
+from tests.sources import Faults
 
 # Their tests take minutes: started last, one of them would run alone at the end while another core is idle.
 _LONGEST = (
@@ -80,6 +82,20 @@ def service_on_postgres(postgres: str, tmp_path_factory: pytest.TempPathFactory)
         services.running(data_dir, database_url=url, worker_restart_max_seconds="0.2") as service,
     ):
         yield service
+
+
+@pytest.fixture(scope="session")
+def _elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Elsewhere]:
+    with elsewhere_running(tmp_path_factory.mktemp("elsewhere") / "data") as running:
+        yield running
+
+
+@pytest.fixture
+def elsewhere(_elsewhere: Elsewhere, mlp_checkpoint_file: Path) -> Iterator[Elsewhere]:
+    """Return a service that may fetch, and a source with nets/mlp.safetensors; its faults end with the test."""
+    _elsewhere.server.files["/nets/mlp.safetensors"] = mlp_checkpoint_file.read_bytes()
+    yield _elsewhere
+    _elsewhere.server.faults = Faults()
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

@@ -34,7 +34,8 @@ def results_module() -> str:
     """Return the text of interplay/results.py."""
     _, document = models_json_schema([(model, "validation") for model in _models()], by_alias=True)
     schemas = {_name(key): schema for key, schema in document["$defs"].items()}
-    schemas["SucceededAnalysis"] = _succeeded(schemas["Analysis"])
+    schemas["SucceededAnalysis"] = _succeeded(schemas["Analysis"], "report_id", "It has a report.")
+    schemas["SucceededFetch"] = _succeeded(schemas["Fetch"], "resource_id", "It has made a resource.")
     parts = [_typed_dict(name, schema) for name, schema in _in_order(schemas) if schema.get("type") == "object"]
     kinds = " | ".join(model.__name__ for model in _report_kinds())
     parts.append(f'Report = {kinds}\n"""Told apart by `kind`."""')
@@ -42,10 +43,10 @@ def results_module() -> str:
     return _formatted(text)
 
 
-def _succeeded(analysis: dict[str, Any]) -> dict[str, Any]:
-    """Return the schema of an analysis that is known to have succeeded: it has a report."""
-    known = {"status": {"const": "succeeded"}, "report_id": {"type": "string"}}
-    return {**analysis, "properties": {**analysis["properties"], **known}, "description": "It has a report."}
+def _succeeded(ended: dict[str, Any], result: str, description: str) -> dict[str, Any]:
+    """Return the schema of what is known to have succeeded: it has a result."""
+    known = {"status": {"const": "succeeded"}, result: {"type": "string"}}
+    return {**ended, "properties": {**ended["properties"], **known}, "description": description}
 
 
 def _report_kinds() -> tuple[type[BaseModel], ...]:

@@ -12,7 +12,7 @@ from app.api.routes import ServiceDep, SubjectDep
 from app.database import read
 from app.listing import Listing
 from app.models import Checkpoint, FeatureSet, Probe
-from app.pages.rendering import page
+from app.pages.rendering import further_members, page
 from app.pages.visitors import AuthorDep, VisitorDep
 from app.schemas.kinds import KINDS
 
@@ -51,12 +51,14 @@ def show_analysis(request: Request, id: schemas.Id, visitor: VisitorDep, service
     analysis = analyses.get(service.engine, id)
     with read(service.engine) as session:
         subjects = _subjects(session, analysis)
-    further = {
-        key: value
-        for key, value in (analysis.problem or {}).items()
-        if key not in ("type", "title", "detail", "status", "instance")
-    }
-    return page(request, visitor, "analysis.html", analysis=analysis, subjects=subjects, further=further)
+    return page(
+        request,
+        visitor,
+        "analysis.html",
+        analysis=analysis,
+        subjects=subjects,
+        further=further_members(analysis.problem),
+    )
 
 
 @router.post("/analyses/{id}/cancel")

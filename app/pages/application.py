@@ -22,6 +22,7 @@ from app.pages import (
     assets,
     comparing,
     courses,
+    fetches,
     gates,
     home,
     leaderboard,
@@ -41,6 +42,7 @@ _ROUTERS = (
     # Before the page of one analysis, whose path would match too.
     asking.router,
     analyses.router,
+    fetches.router,
     resources.router,
     samples.router,
     courses.router,

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Form, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from starlette.responses import RedirectResponse
 
-from app import analyses
+from app import analyses, fetches
 from app.api.admission import is_key
 from app.api.readiness import Part, living_workers
 from app.api.routes import Service, ServiceDep
@@ -20,7 +20,7 @@ from app.pages import listed
 from app.pages.rendering import page, set_cookie
 from app.pages.visitors import AuthorDep, VisitorDep
 from app.reports import Ranking, Subject, page_of_reports
-from app.schemas import Analysis
+from app.schemas import Analysis, Fetch
 
 router = APIRouter()
 _NEWEST = 10
@@ -38,26 +38,28 @@ class _State:
 async def overview(request: Request, service: ServiceDep, visitor: VisitorDep) -> Response:
     """What runs, the newest reports, workers; on an empty service the first three steps."""
     parts = await service.readiness.look()
-    running, n_queued, reports, workers = await run_in_threadpool(_contents, service)
+    running, fetching, n_queued, reports, workers = await run_in_threadpool(_contents, service)
     return page(
         request,
         visitor,
         "home.html",
         parts=[_State(name, part.told, part == Part()) for name, part in parts.items()],
         running=running,
+        fetching=fetching,
         n_queued=n_queued,
         reports=reports,
         workers=workers,
     )
 
 
-def _contents(service: Service) -> tuple[list[Analysis], int, list[listed.ReportRow], list[Worker]]:
+def _contents(service: Service) -> tuple[list[Analysis], list[Fetch], int, list[listed.ReportRow], list[Worker]]:
     running = analyses.list_page(service.engine, Listing(limit=_RUNNING), status="running", checkpoint_id=None).items
+    fetching = fetches.list_page(service.engine, Listing(limit=_RUNNING), status="running").items
     n_queued = analyses.count_queued(service.engine)
     with read(service.engine) as session:
         ranking, everything = Ranking(show=list(listed.SHOWN)), Subject(None, None, None, None)
         newest = page_of_reports(session, Listing(limit=_NEWEST), everything, ranking).items
-        return running, n_queued, listed.rows(session, newest), list(living_workers(service.engine))
+        return running, fetching, n_queued, listed.rows(session, newest), list(living_workers(service.engine))
 
 
 @router.get("/login")

@@ -1,4 +1,4 @@
-"""The page that uploads: a checkpoint, a probe dataset or a feature set, by a form of its own each."""
+"""The page that uploads or has fetched: a checkpoint, a probe dataset or a feature set, by a form of its own each."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -8,13 +8,14 @@ from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from starlette.responses import RedirectResponse
 
-from app import resources, schemas
-from app.api.routes import ServiceDep
+from app import fetches, resources, schemas
+from app.api.routes import Service, ServiceDep
 from app.api.sessions import TOKEN_FIELD
 from app.api.uploads import receive
 from app.errors import InvalidRequest
 from app.pages.rendering import page
 from app.pages.visitors import VisitorDep, require_token
+from app.storage import Upload
 
 router = APIRouter()
 Collection = Literal["checkpoints", "probes", "feature-sets"]
@@ -23,6 +24,7 @@ _KEEP: Mapping[Collection, Callable[..., resources.Owner]] = {
     "probes": resources.create_probe,
     "feature-sets": resources.create_feature_set,
 }
+_FETCHED: Mapping[Collection, schemas.Makes] = {"checkpoints": "checkpoint", "probes": "probe"}
 # Fields whose text is JSON, and those that have one entry a line.
 _JSON, _LINES = ("architecture", "adapter", "preprocess"), ("class_names",)
 
@@ -42,8 +44,17 @@ async def push(request: Request, collection: Collection, visitor: VisitorDep, se
         return json.dumps(_spec(fields)).encode()
 
     async with receive(request, service.storage, service.settings, spec_of) as upload:
-        row = await run_in_threadpool(_KEEP[collection], service.engine, service.storage, service.settings, upload)
-    return RedirectResponse(f"{request.scope.get('root_path', '')}/{collection}/{row.id}", status_code=303)
+        made = await run_in_threadpool(_keep, service, collection, upload)
+    return RedirectResponse(f"{request.scope.get('root_path', '')}/{made}", status_code=303)
+
+
+def _keep(service: Service, collection: Collection, upload: Upload) -> str:
+    """Make the resource, or begin the fetch if the form names a source; return the path of its page."""
+    if (makes := _FETCHED.get(collection)) is not None:
+        fetch = fetches.create_if_asked(service.engine, service.queue, service.settings, makes, upload)
+        if fetch is not None:
+            return f"fetches/{fetch.id}"
+    return f"{collection}/{_KEEP[collection](service.engine, service.storage, service.settings, upload).id}"
 
 
 def _spec(fields: Mapping[str, str]) -> dict[str, Any]:

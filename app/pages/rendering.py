@@ -140,6 +140,12 @@ def metadata_filter(key: str, value: Any) -> list[str]:
     return [f"{key}={metadata_text(entry)}" for entry in (value if isinstance(value, list) else [value])]
 
 
+def further_members(problem: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return what a problem has beside the members that every problem has."""
+    usual = ("type", "title", "detail", "status", "instance")
+    return {key: value for key, value in (problem or {}).items() if key not in usual}
+
+
 def json_of(value: Mapping[str, Any]) -> str:
     """Return readable JSON of a small object, such as metadata."""
     return json.dumps(value, ensure_ascii=False, indent=2)

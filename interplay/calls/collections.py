@@ -7,10 +7,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, overload
 
-from interplay.results import Analysis, Baseline, Checkpoint, FeatureSet, GateSummary, Probe, ReportSummary
+from interplay.results import Analysis, Baseline, Checkpoint, FeatureSet, Fetch, GateSummary, Probe, ReportSummary
 from interplay.transport import Body, InterplayError, ProblemError, Transport, segment
 
-Collection = Literal["checkpoints", "probes", "feature-sets", "analyses", "reports", "gates", "baselines"]
+Collection = Literal["checkpoints", "probes", "feature-sets", "fetches", "analyses", "reports", "gates", "baselines"]
 _ID = re.compile(r"[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}")
 _BEGINNING = re.compile(r"[0-9a-f-]{4,36}")
 
@@ -24,10 +24,10 @@ class Filters(TypedDict, total=False):
 
     `id`, the first characters of an id, `name`, `search`, a part of a name, `created_after`, `created_before` and
     `metadata` are for every collection; `kind`, `checkpoint_id`, `probe_id` and `feature_set_id` for analyses and
-    reports; `status` for analyses. `sort`, in `order` desc (the default) or asc, is for reports the path of a metric
-    such as splits.test.accuracy, and for checkpoints, probes and feature sets a column or metadata.KEY. For reports:
-    `metric`, bounds such as splits.test.accuracy>=0.9; `show`, paths of metrics that each report's `metrics` shall
-    have.
+    reports; `status` for analyses and fetches. `sort`, in `order` desc (the default) or asc, is for reports the path of
+    a metric such as splits.test.accuracy, and for checkpoints, probes and feature sets a column or metadata.KEY. For
+    reports: `metric`, bounds such as splits.test.accuracy>=0.9; `show`, paths of metrics that each report's `metrics`
+    shall have.
     """
 
     id: str | None
@@ -140,6 +140,8 @@ class CollectionCalls:
     @overload
     def list(self, collection: Literal["feature-sets"], **page: Unpack[Page]) -> Iterator[FeatureSet]: ...
     @overload
+    def list(self, collection: Literal["fetches"], **page: Unpack[Page]) -> Iterator[Fetch]: ...
+    @overload
     def list(self, collection: Literal["analyses"], **page: Unpack[Page]) -> Iterator[Analysis]: ...
     @overload
     def list(self, collection: Literal["reports"], **page: Unpack[Page]) -> Iterator[ReportSummary]: ...
@@ -151,12 +153,12 @@ class CollectionCalls:
         """Yield the resources of a collection that match the filters, newest first unless sorted, page by page.
 
         Args:
-            collection: checkpoints, probes, feature-sets, analyses, reports, gates or baselines.
+            collection: checkpoints, probes, feature-sets, fetches, analyses, reports, gates or baselines.
             page: `limit`, the most resources to yield (default: all), and `page_size`, resources per request (default:
                 100). The filters `id`, `name`, `search`, `created_after`, `created_before` and `metadata` (for each key
                 a value, or a list of values, all of which a resource must have); for analyses and reports `kind`,
-                `checkpoint_id`, `probe_id`, `feature_set_id`; for analyses `status`; for all but these, gates and
-                baselines `sort`, `order`; for reports `metric`, `show`.
+                `checkpoint_id`, `probe_id`, `feature_set_id`; for analyses and fetches `status`; for checkpoints,
+                probes and feature sets `sort`, `order`; for reports `metric`, `show`.
         """
         left, page_size = page.pop("limit", None), page.pop("page_size", 100)
         query = _query(page)
@@ -180,7 +182,8 @@ def is_id(text: str) -> bool:
 
 def noun_of(collection: Collection) -> str:
     """Return what one resource of a collection is called."""
-    return "analysis" if collection == "analyses" else collection.removesuffix("s").replace("-", " ")
+    irregular = {"analyses": "analysis", "fetches": "fetch"}
+    return irregular.get(collection) or collection.removesuffix("s").replace("-", " ")
 
 
 def given(values: Mapping[str, Any]) -> Body:

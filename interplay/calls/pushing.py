@@ -1,12 +1,14 @@
-"""Calls that upload checkpoints, probes and feature sets."""
+"""Calls that upload checkpoints, probes and feature sets, or have the service fetch them."""
 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict, Unpack, cast
+from typing import Any, Unpack, cast
 
-from interplay.calls.collections import Collection, CollectionCalls, given
+from interplay.calls.collections import Collection, given
+from interplay.calls.descriptions import CheckpointDescription, ProbeDescription, checkpoint_spec, probe_spec
+from interplay.calls.fetching import FetchingCalls, source_of
 from interplay.folders import adapter_beside, packed_checkpoint, zipped_folder
 from interplay.results import Checkpoint, FeatureSet, Probe
 from interplay.resumable import Progress
@@ -14,21 +16,8 @@ from interplay.transport import Body, ProblemError
 from interplay.uploads import push
 
 
-class CheckpointDescription(TypedDict, total=False):
-    """The optional arguments of `push_checkpoint`, which documents them."""
-
-    base: str | None
-    adapter: Mapping[str, Any] | None
-    architecture: Mapping[str, Any] | None
-    head: str | None
-    prefix: str | None
-    preprocess: Mapping[str, Any] | None
-    tokenizer: Mapping[str, Any] | None
-    metadata: Mapping[str, Any] | None
-
-
-class PushingCalls(CollectionCalls):
-    """Calls that upload checkpoints, probes and feature sets."""
+class PushingCalls(FetchingCalls):
+    """Calls that upload checkpoints, probes and feature sets, or have the service fetch them."""
 
     def push_checkpoint(
         self,
@@ -47,6 +36,10 @@ class PushingCalls(CollectionCalls):
     ) -> Checkpoint:
         """Upload a safetensors checkpoint; it streams from disk, whatever its size.
 
+        A text such as s3://bucket/key, gs://, az://, hf://org/name or https:// is the address of a checkpoint that lies
+        elsewhere (docs/sources.md). The service fetches it, and this call waits until it has; if the wait is
+        interrupted, the fetch goes on. `create_fetch` begins one without waiting.
+
         A file over 64 MiB goes on where it was after a broken connection, a restart of the service or the end of this
         process: the next call with the same file (path, size and time) finds what is there. With a smaller file the
         client asks the service whether it has it, before it is sent again.
@@ -54,7 +47,7 @@ class PushingCalls(CollectionCalls):
         Args:
             path: the file (safetensors, or what torch.export.save wrote), or a Hugging Face folder: config.json,
                 weights in one file or in shards with their index, and optionally preprocessor_config.json and
-                tokenizer.json. An archive of one is accepted too.
+                tokenizer.json. An archive of one is accepted too. Or the address of any of these.
             name: display name; need not be unique.
             base: for an adapter of PEFT: id of the checkpoint whose weights it changes, pushed before. `path` is then
                 the adapter's folder, an archive of it, or its adapter_model.safetensors.
@@ -67,9 +60,11 @@ class PushingCalls(CollectionCalls):
             tokenizer: content of a tokenizer.json, for texts of probes without one.
             metadata: for example run, epoch, tags; text, numbers, booleans or lists of these.
             on_progress: called with the bytes of a file over 64 MiB that were sent, and with its size; after a break
-                with fewer than before.
+                with fewer than before. Of an address with the bytes that have come.
+
+        Raises:
+            FetchFailed: what lies at the address could not be fetched, or somebody cancelled the fetch.
         """
-        path = Path(path)
         described: CheckpointDescription = {
             "base": base,
             "adapter": adapter,
@@ -80,6 +75,9 @@ class PushingCalls(CollectionCalls):
             "tokenizer": tokenizer,
             "metadata": metadata,
         }
+        if (source := source_of(path)) is not None:
+            return cast(Checkpoint, self._fetched("checkpoints", source, name, described, on_progress))
+        path = Path(path)
         spec = _spec(path, name, described)
         if not path.is_dir():
             return cast(Checkpoint, self._push("checkpoints", path, spec, path, on_progress))
@@ -101,11 +99,14 @@ class PushingCalls(CollectionCalls):
     ) -> Probe:
         """Upload a probe dataset; its format is detected from its content.
 
+        A text that is an address is fetched by the service, as of a checkpoint.
+
         Args:
             path: safetensors or npz with `inputs`, `labels` and, optionally, `split`; Parquet with images or texts and
                 labels; CSV or JSON lines with texts and labels; a zip of class folders with images, or of Parquet
                 files; or a folder of either, which is zipped, uncompressed, in the temporary directory. For causal
-                language models texts, or `input_ids` in place of `inputs`, need no labels.
+                language models texts, or `input_ids` in place of `inputs`, need no labels. Or the address of any of
+                these.
             name: display name.
             class_names: one for each class, in the order of the labels. For a file with its own class names: all of
                 them in the order that the labels should have, or other names for them, in their sorted order.
@@ -118,16 +119,17 @@ class PushingCalls(CollectionCalls):
             metadata: as for a checkpoint.
             on_progress: as for a checkpoint.
         """
-        spec = {
-            "name": name,
-            "class_names": None if class_names is None else [*class_names],
+        described: ProbeDescription = {
+            "class_names": class_names,
             "preprocess": preprocess,
             "columns": columns,
             "tokenizer": tokenizer,
             "max_length": max_length,
             "metadata": metadata,
         }
-        path = Path(path)
+        if (source := source_of(path)) is not None:
+            return cast(Probe, self._fetched("probes", source, name, described, on_progress))
+        path, spec = Path(path), probe_spec(name, described)
         if not path.is_dir():
             return cast(Probe, self._push("probes", path, spec, path, on_progress))
         with zipped_folder(path) as archive:
@@ -156,11 +158,12 @@ class PushingCalls(CollectionCalls):
         """Push a checkpoint as `push_checkpoint` does, but do not send a file whose content the service already has.
 
         Returns:
-            The checkpoint, new in either case, and whether the file was sent. A folder is always sent.
+            The checkpoint, new in either case, and whether the file was sent. A folder is always sent, and what lies
+            elsewhere is always fetched: neither has a hash that the service could look for.
         """
-        path = Path(path)
-        if path.is_dir():
+        if source_of(path) is not None or Path(path).is_dir():
             return self.push_checkpoint(path, name=name, on_progress=on_progress, **described), True
+        path = Path(path)
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         spec = json.dumps(given({**_spec(path, name, described), "sha256": sha256})).encode()
@@ -185,8 +188,7 @@ class PushingCalls(CollectionCalls):
 
 def _spec(path: Path, name: str, described: CheckpointDescription) -> dict[str, Any]:
     """Return a checkpoint's spec; that of an adapter's bare tensors has the configuration beside them."""
-    spec = {"name": name, **described}
-    spec["base_id"] = spec.pop("base", None)
+    spec = checkpoint_spec(name, described)
     if spec["base_id"] is not None and spec.get("adapter") is None and path.suffix == ".safetensors":
         spec["adapter"] = adapter_beside(path)
     return spec

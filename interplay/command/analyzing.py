@@ -11,8 +11,9 @@ from cyclopts import Parameter, validators
 
 from interplay.client import AnalysisFailed, Client
 from interplay.command import rendering
+from interplay.command.fetching import follow_fetch
 from interplay.command.local import temporary_service
-from interplay.command.naming import Named, NamedOption, given_name, id_of
+from interplay.command.naming import Named, NamedOption, given_name, id_of, run_of
 from interplay.command.options import (
     COMMON,
     DESCRIBED_CHECKPOINT,
@@ -255,14 +256,17 @@ def series(
 
 
 def wait(analysis: Named, /, *, timeout: Timeout = None, common: Common = COMMON) -> None:
-    """Wait until an analysis ends, and show its report.
+    """Wait until an analysis ends, and show its report; or until a fetch ends, and show what it has made.
 
     Args:
-        analysis: Name or id of the analysis.
+        analysis: Name or id of the analysis or the fetch; of several with one name the newest.
     """
     with common.client() as client:
-        found = client.get("analyses", id_of(client, "analyses", analysis))
-        follow(client, found, Queue(wait=True, timeout=timeout), common)
+        collection, run = run_of(client, analysis)
+        if collection == "fetches":
+            follow_fetch(client, run, common, timeout=timeout, as_fetch=True)
+        else:
+            follow(client, run, Queue(wait=True, timeout=timeout), common)
 
 
 def _by_metadata(client: Client, wanted: Mapping[str, Sequence[str]], axis: str) -> dict[float, str]:

@@ -12,19 +12,28 @@ from urllib.parse import urlencode
 from cyclopts import Parameter, Token, validators
 
 from interplay import export
-from interplay.calls.collections import Collection, is_id
+from interplay.calls.collections import Collection, is_id, noun_of
 from interplay.client import Client, ProblemError
 from interplay.command import rendering
-from interplay.command.naming import Named, NamedOption, found_by, given_name, id_of, require_name
+from interplay.command.fetching import fetch_view
+from interplay.command.naming import Named, NamedOption, found_by, given_name, id_of, require_name, run_of
 from interplay.command.options import COMMON, EXIT_UNREACHABLE, EXIT_USAGE, Common, fail, note
 from interplay.command.values import UsageError, instant, values_by_key, whole
 
-Listed = Literal["checkpoints", "probes", "feature-sets", "analyses", "reports", "gates"]
+Listed = Literal["checkpoints", "probes", "feature-sets", "fetches", "analyses", "reports", "gates"]
 Stored = Literal["checkpoints", "probes", "feature-sets"]
 Written = Annotated[Path | None, Parameter(metavar="FILE", validator=validators.Path(dir_okay=False))]
 Instant = Annotated[datetime | None, Parameter(metavar="TIME", converter=instant)]
 # Where a name is looked for if it may be anything's, the likeliest first.
-_ANYWHERE: tuple[Collection, ...] = ("reports", "analyses", "checkpoints", "probes", "feature-sets", "gates")
+_ANYWHERE: tuple[Collection, ...] = (
+    "reports",
+    "analyses",
+    "checkpoints",
+    "probes",
+    "feature-sets",
+    "gates",
+    "fetches",
+)
 # A bound of a metric; the service refuses what has another form.
 _BOUND = re.compile(r"([^\s<>=]+)\s*([<>].*)", re.DOTALL)
 _SUFFIXES = {"npz": ".npz", "parquet": ".parquet", "imagefolder": ".zip", "csv": ".csv", "jsonl": ".jsonl"}
@@ -33,7 +42,7 @@ _SUFFIXES = {"npz": ".npz", "parquet": ".parquet", "imagefolder": ".zip", "csv":
 def _collection(_type: Any, tokens: Sequence[Token]) -> Any:
     """Convert the name of a collection, also in the singular, and `features` as `push` has it."""
     text = tokens[0].value
-    singular = {"analysis": "analyses", "features": "feature-sets"}
+    singular = {"analysis": "analyses", "fetch": "fetches", "features": "feature-sets"}
     name = singular.get(text, text if text.endswith("s") else f"{text}s")
     choices: tuple[str, ...] = getattr(_type, "__args__", ())
     if name not in choices:
@@ -53,19 +62,20 @@ def show(
     chart_name: Annotated[str, Parameter(metavar="NAME", show_default=True)] = "overview",
     common: Common = COMMON,
 ) -> None:
-    """Show a report or an analysis, or write a chart of a report to a file.
+    """Show a report, an analysis or a fetch, or write a chart of a report to a file.
 
-    Of an analysis it shows the status, the problem of one that failed, and the report of one that succeeded.
+    Of an analysis it shows the status, the problem of one that failed, and the report of one that succeeded. A name is
+    looked for in this order.
 
     Args:
-        report: Name or id of the report or the analysis.
+        report: Name or id of the report, the analysis or the fetch.
         chart: Write a chart to this file: .svg, .png, or .json for Vega-Lite.
         chart_name: Name of the chart, such as loss or mir.
     """
     if chart is not None:
         _require_format(chart)
     with common.client() as client:
-        collection, body = _anything(client, report, ("reports", "analyses"))
+        collection, body = _anything(client, report, ("reports", "analyses", "fetches"))
         page = client.page_of(collection, body["id"])
         analysis = body if collection == "analyses" else None
         if analysis is not None and (chart is not None or not common.as_json) and analysis["report_id"]:
@@ -73,11 +83,14 @@ def show(
             page = client.page_of("reports", body["id"])
         if chart is not None:
             if "schema_version" not in body:
-                raise UsageError(f"the analysis {body['id']} has no report, and so no chart", "--chart")
+                raise UsageError(f"the {noun_of(collection)} {body['id']} has no report, and so no chart", "--chart")
             _write_chart(client, body["id"], chart, chart_name, common)
             return
-    is_report = "schema_version" in body
-    common.print(body, rendering.report_view(body, page) if is_report else rendering.analysis_view(body, page))
+    if "schema_version" in body:
+        shown = rendering.report_view(body, page)
+    else:
+        shown = fetch_view(body, page) if collection == "fetches" else rendering.analysis_view(body, page)
+    common.print(body, shown)
 
 
 def open_page(
@@ -89,8 +102,8 @@ def open_page(
     """Open a page of the service in the browser, and print its address.
 
     Args:
-        resource: Name or id of a report, an analysis, a checkpoint, a probe, a feature set or a gate. Default: the
-            overview.
+        resource: Name or id of a report, an analysis, a checkpoint, a probe, a feature set, a gate or a fetch.
+            Default: the overview.
     """
     with common.client() as client:
         page = f"{client.url}/"
@@ -208,7 +221,7 @@ def list_collection(
         collection: The collection.
         name: Exactly this name.
         search: With this part in the name, in any case of letters.
-        status: Status of an analysis: queued, running, succeeded, failed or cancelled.
+        status: Status of an analysis or a fetch: queued, running, succeeded, failed or cancelled.
         kind: Kind of the analysis or report, such as evaluation.
         checkpoint: Analyses or reports of this checkpoint.
         probe: Analyses or reports on this probe.
@@ -229,6 +242,7 @@ def list_collection(
     inapplicable: dict[str, dict[str, Any]] = {
         "analyses": {"sort": sort, "metric": metric},
         "reports": {"status": status},
+        "fetches": {**of_subject, "sort": sort, "metric": metric},
         "gates": {"status": status, **of_subject, "sort": sort, "metric": metric},
     }
     for option, value in inapplicable.get(collection, {"status": status, **of_subject, "metric": metric}).items():
@@ -309,14 +323,15 @@ def _reports(
 
 
 def cancel(analysis: Named, /, *, common: Common = COMMON) -> None:
-    """Cancel an analysis; it stops at its next step.
+    """Cancel an analysis, which stops at its next step, or a fetch.
 
     Args:
-        analysis: Name or id of the analysis.
+        analysis: Name or id of the analysis or the fetch; of several with one name the newest.
     """
     with common.client() as client:
-        body = client.cancel(id_of(client, "analyses", analysis))
-    common.print(body, f"analysis {body['id']}, {body['status']}")
+        collection, run = run_of(client, analysis)
+        body: Any = client.cancel_fetch(run["id"]) if collection == "fetches" else client.cancel(run["id"])
+    common.print(body, f"{noun_of(collection)} {body['id']}, {body['status']}")
 
 
 def delete(collection: StoredCollection, resource: Named, /, *, common: Common = COMMON) -> None:

@@ -17,7 +17,7 @@ from urllib.parse import urlencode
 
 from cyclopts import Parameter
 
-from interplay.calls.pushing import CheckpointDescription
+from interplay.calls.descriptions import CheckpointDescription
 from interplay.client import AnalysisFailed, Body, Client, InterplayError, ProblemError, WaitTimeout
 from interplay.command import rendering
 from interplay.command.gatefile import GateFileError, line_of, read_gate

@@ -1,8 +1,9 @@
 """The `interplay` command: push, analyze, show, export, list, cancel and delete over HTTP, and the server's commands.
 
-Exit codes: 0 success; 1 the analysis failed or was cancelled; 2 usage, which includes every problem that the service
-responds with; 3 the service, or MLflow, cannot be reached; 6 the analysis took longer than --timeout. With --json
-stdout holds one JSON value and nothing else; errors and progress go to stderr. `interplay gate` has further exit codes.
+Exit codes: 0 success; 1 the analysis or the fetch failed or was cancelled; 2 usage, which includes every problem that
+the service responds with; 3 the service, or MLflow, cannot be reached; 6 the wait took longer than --timeout. With
+--json stdout holds one JSON value and nothing else; errors and progress go to stderr. `interplay gate` has further exit
+codes.
 """
 
 import importlib.metadata
@@ -16,7 +17,7 @@ from cyclopts import App, CycloptsError, CycloptsPanel, Group, MissingArgumentEr
 from rich.console import RenderableType
 
 from interplay import server
-from interplay.client import AnalysisFailed, ProblemError, ServiceUnreachable, WaitTimeout
+from interplay.client import AnalysisFailed, FetchFailed, ProblemError, ServiceUnreachable, WaitTimeout
 from interplay.command import analyzing, baselines, browsing, pushing
 from interplay.command.gate import judge_candidate
 from interplay.command.options import EXIT_FAILED, EXIT_TIMEOUT, EXIT_UNREACHABLE, EXIT_USAGE, MAIN, fail
@@ -41,6 +42,9 @@ def main() -> None:
     except AnalysisFailed as error:
         problem = error.problem or {"title": f"The analysis was {error.analysis['status']}", "detail": ""}
         fail(EXIT_FAILED, problem.get("title", "The analysis failed"), problem.get("detail", ""), problem)
+    except FetchFailed as error:
+        problem = error.problem or {"title": f"The fetch was {error.fetch['status']}", "detail": ""}
+        fail(EXIT_FAILED, problem.get("title", "The fetch failed"), problem.get("detail", ""), problem)
     except ProblemError as error:
         fail(EXIT_USAGE, *in_our_words(error))
     except ServiceUnreachable as error:
@@ -114,7 +118,7 @@ app = _new_app(
         "Files": {
             "push": _new_app(
                 "push",
-                "Upload a checkpoint, a probe dataset or a feature set.",
+                "Upload a checkpoint, a probe dataset or a feature set, or have the service fetch it.",
                 {
                     "Commands": {
                         "checkpoint": pushing.push_checkpoint,

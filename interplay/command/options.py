@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 from cyclopts import Group, Parameter, validators
 
-from interplay.calls.pushing import CheckpointDescription
+from interplay.calls.descriptions import CheckpointDescription
 from interplay.client import DEFAULT_URL, Client
 from interplay.command import rendering
 from interplay.command.values import UsageError, finite, json_object, metadata_of, whole
@@ -34,7 +34,15 @@ Timeout = Annotated[
         group=_QUEUE,
         metavar="SECONDS",
         validator=(validators.Number(gte=0), finite),
-        help="Stop waiting after this time, with exit code 6; the analysis continues.",
+        help="Stop waiting after this time, with exit code 6; what was waited for continues.",
+    ),
+]
+NoWait = Annotated[
+    bool,
+    Parameter(
+        "--no-wait",
+        group=_QUEUE,
+        help="Of an address: print the fetch and let it go on; `interplay wait` and `cancel` take its id.",
     ),
 ]
 Columns = Annotated[list[str] | None, Parameter("--column", metavar="ROLE=NAME")]
@@ -145,9 +153,9 @@ class Queue:
 class Described:
     """The description that every pushed resource has."""
 
-    name: Annotated[str | None, Parameter(help="Display name. Default: the name of the file without its suffix.")] = (
-        None
-    )
+    name: Annotated[
+        str | None, Parameter(help="Display name. Default: the file's without its suffix, or the repository's.")
+    ] = None
     metadata: Annotated[
         list[str] | None,
         Parameter("--metadata", metavar="KEY=VALUE", help="May be repeated; epoch=10 is stored as a number."),

@@ -1,4 +1,4 @@
-"""Show the progress of an analysis while the command waits for it."""
+"""Show the progress of an analysis or a transfer while the command waits for it."""
 
 import threading
 import time
@@ -10,6 +10,7 @@ from rich.progress import (
     BarColumn,
     DownloadColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -23,8 +24,8 @@ from interplay.results import Analysis, SucceededAnalysis
 
 # An analysis that has not begun after so long may wait for a worker that nobody has started.
 _NO_WORKER_SECONDS = 5.0
-# An upload that nobody watches on a terminal says where it is so often.
-_LINE_SECONDS = 10.0
+#: A transfer that nobody watches on a terminal says where it is so often.
+LINE_SECONDS = 10.0
 
 
 def wait_for(client: Client, analysis: Analysis, timeout: float | None) -> SucceededAnalysis:
@@ -34,7 +35,10 @@ def wait_for(client: Client, analysis: Analysis, timeout: float | None) -> Succe
     """
     latest = [analysis]
     try:
-        with _progress_shown() as (show_progress, say), _missing_worker_said(client, latest, say):
+        with (
+            _progress_shown() as (show_progress, say),
+            missing_worker_said(client, "analysis", lambda: latest[0]["status"], say),
+        ):
 
             def take(state: Analysis) -> None:
                 """Keep and show a state."""
@@ -48,14 +52,16 @@ def wait_for(client: Client, analysis: Analysis, timeout: float | None) -> Succe
 
 
 @contextmanager
-def _missing_worker_said(client: Client, latest: list[Analysis], say: Callable[[str], None]) -> Iterator[None]:
-    """Say once that no worker is there, if the analysis is still queued after a while."""
+def missing_worker_said(
+    client: Client, noun: str, status: Callable[[], str], say: Callable[[str], None]
+) -> Iterator[None]:
+    """Say once that no worker is there, if the analysis or the fetch is still queued after a while."""
 
     def look() -> None:
-        if latest[0]["status"] == "queued":
+        if status() == "queued":
             worker = (client.readiness() or {}).get("worker", "ok")
             if worker != "ok":
-                say(f"The analysis waits: {rendering.printable(worker)}. `interplay worker` starts one.")
+                say(f"The {noun} waits: {rendering.printable(worker)}. `interplay worker` starts one.")
 
     timer = threading.Timer(_NO_WORKER_SECONDS, look)
     timer.daemon = True
@@ -107,12 +113,24 @@ def upload_shown(name: str) -> Iterator[Callable[[int, int], None]]:
 
         def print_line(sent_bytes: int, size_bytes: int) -> None:
             """Print how much was sent, unless that was said a moment ago."""
-            if time.monotonic() - said_at[0] > _LINE_SECONDS:
+            if time.monotonic() - said_at[0] > LINE_SECONDS:
                 said_at[0] = time.monotonic()
                 note(f"{rendering.printable(name)}: {sent_bytes / 2**20:,.0f} of {size_bytes / 2**20:,.0f} MiB sent")
 
         yield print_line
         return
+    with transfer_bar(name) as (bar, task):
+
+        def move_bar(sent_bytes: int, size_bytes: int) -> None:
+            """Move the bar."""
+            bar.update(task, completed=sent_bytes, total=size_bytes, visible=True)
+
+        yield move_bar
+
+
+@contextmanager
+def transfer_bar(name: str) -> Iterator[tuple[Progress, TaskID]]:
+    """Yield a bar that counts bytes, and its one task, which is not seen before it is moved."""
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -120,11 +138,5 @@ def upload_shown(name: str) -> Iterator[Callable[[int, int], None]]:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=err, transient=True) as bar:
-        task = bar.add_task(rendering.printable(name), total=None, visible=False)
-
-        def move_bar(sent_bytes: int, size_bytes: int) -> None:
-            """Move the bar."""
-            bar.update(task, completed=sent_bytes, total=size_bytes, visible=True)
-
-        yield move_bar
+    with Progress(*columns, console=rendering.console(stderr=True), transient=True) as bar:
+        yield bar, bar.add_task(rendering.printable(name), total=None, visible=False)

@@ -1,4 +1,4 @@
-"""`interplay push` and `interplay convert`: upload files to the service, and convert them for it."""
+"""`interplay push` and `interplay convert`: upload files to the service or have it fetch them; convert them for it."""
 
 import importlib
 from pathlib import Path
@@ -6,7 +6,11 @@ from typing import Annotated
 
 from cyclopts import Parameter, validators
 
+from interplay.calls.descriptions import ProbeDescription
+from interplay.calls.fetching import name_of
+from interplay.client import Client
 from interplay.command import rendering
+from interplay.command.fetching import follow_fetch, print_fetch
 from interplay.command.naming import NamedOption, id_of
 from interplay.command.options import (
     COMMON,
@@ -19,6 +23,7 @@ from interplay.command.options import (
     Described,
     DescribedCheckpoint,
     FileOrJson,
+    NoWait,
     fail,
     print_body,
 )
@@ -28,42 +33,55 @@ from interplay.command.values import (
     columns_of,
     existing,
     existing_file,
+    existing_or_source,
     json_object,
     json_value,
     metadata_of,
     stem,
     whole,
 )
+from interplay.results import Fetch
 
 File = Annotated[Path, Parameter(converter=existing_file)]
 FileOrFolder = Annotated[Path, Parameter(converter=existing)]
+FileOrSource = Annotated[Path | str, Parameter("FILE|ADDRESS", converter=existing_or_source)]
 
 
 def push_checkpoint(
-    file: FileOrFolder,
+    file: FileOrSource,
     /,
     *,
     base: NamedOption = None,
+    no_wait: NoWait = False,
     described: DescribedCheckpoint = DESCRIBED_CHECKPOINT,
     common: Common = COMMON,
 ) -> None:
     """Upload a checkpoint: safetensors, a .pt2 of torch.export, a Hugging Face folder; with --base an adapter of PEFT.
 
+    From s3://, gs://, az://, hf:// and https:// the service fetches it by itself; the command waits and shows how far
+    it is, and Ctrl-C leaves it going on.
+
     Args:
         file: A file, or a folder with config.json and the weights in one file or in shards. Of an adapter its folder,
-            with adapter_config.json and adapter_model.safetensors.
+            with adapter_config.json and adapter_model.safetensors. Or the address of any of these.
         base: For an adapter: the checkpoint whose weights it changes, pushed before.
     """
+    _require_source(file, no_wait)
     parsed = described.parsed()
-    with common.client() as client, upload_shown(file.name) as show:
+    with common.client() as client:
         if base is not None:
             parsed["base"] = id_of(client, "checkpoints", base, "--base")
-        body = client.push_checkpoint(file, name=described.name or stem(file), on_progress=show, **parsed)
+        if isinstance(file, str):
+            name = described.name or name_of(file)
+            _follow(client, client.create_fetch("checkpoints", file, name=name, **parsed), no_wait, common)
+            return
+        with upload_shown(file.name) as show:
+            body = client.push_checkpoint(file, name=described.name or stem(file), on_progress=show, **parsed)
     common.print(body, rendering.resource_text("checkpoint", body))
 
 
 def push_probe(
-    file: FileOrFolder,
+    file: FileOrSource,
     /,
     *,
     class_names: FileOrJson = None,
@@ -71,39 +89,44 @@ def push_probe(
     column: Columns = None,
     tokenizer: FileOrJson = None,
     max_length: Annotated[int | None, Parameter(converter=whole, validator=validators.Number(gte=1))] = None,
+    no_wait: NoWait = False,
     described: Described = DESCRIBED,
     common: Common = COMMON,
 ) -> None:
     """Upload a probe dataset: tensors (safetensors, npz), or images or texts with labels.
 
     Images come as Parquet, as a zip of class folders, or as such a folder itself; texts as Parquet, CSV or JSON lines.
-    For causal language models texts, or tensors with input_ids, need no labels.
+    For causal language models texts, or tensors with input_ids, need no labels. From s3://, gs://, az://, hf:// and
+    https:// the service fetches it by itself, as a checkpoint.
 
     Args:
-        file: A file, or a folder of class folders or of Parquet files.
+        file: A file, or a folder of class folders or of Parquet files. Or the address of any of these.
         class_names: A list such as ["cat", "dog"], in the order of the labels.
         preprocess: Such as {"resize": 256, "crop": 224, "mean": [0.5], "std": [0.2]}.
         column: image, text, label or split, such as image=photo; label= for texts without labels; may be repeated.
         tokenizer: A tokenizer.json, for texts.
         max_length: Number of tokens of a text that are kept.
     """
+    _require_source(file, no_wait)
     names = json_value("--class-names", class_names)
     if names is not None and not (isinstance(names, list) and all(isinstance(entry, str) for entry in names)):
         raise UsageError("must be a JSON list of texts", "--class-names")
-    columns = columns_of(column)
-    prepared, metadata = json_object("--preprocess", preprocess), metadata_of(described.metadata)
-    with common.client() as client, upload_shown(file.name) as show:
-        body = client.push_probe(
-            file,
-            name=described.name or file.resolve().stem,
-            class_names=names,
-            preprocess=prepared,
-            columns=columns,
-            tokenizer=json_object("--tokenizer", tokenizer),
-            max_length=max_length,
-            metadata=metadata,
-            on_progress=show,
-        )
+    parsed: ProbeDescription = {
+        "class_names": names,
+        "preprocess": json_object("--preprocess", preprocess),
+        "columns": columns_of(column),
+        "tokenizer": json_object("--tokenizer", tokenizer),
+        "max_length": max_length,
+        "metadata": metadata_of(described.metadata),
+    }
+    with common.client() as client:
+        if isinstance(file, str):
+            name = described.name or name_of(file)
+            _follow(client, client.create_fetch("probes", file, name=name, **parsed), no_wait, common)
+            return
+        with upload_shown(file.name) as show:
+            name = described.name or file.resolve().stem
+            body = client.push_probe(file, name=name, on_progress=show, **parsed)
     common.print(body, rendering.resource_text("probe", body))
 
 
@@ -117,6 +140,18 @@ def push_features(file: File, /, *, described: Described = DESCRIBED, common: Co
     with common.client() as client, upload_shown(file.name) as show:
         body = client.push_feature_set(file, name=described.name or stem(file), metadata=metadata, on_progress=show)
     common.print(body, rendering.resource_text("feature set", body))
+
+
+def _require_source(file: Path | str, no_wait: bool) -> None:
+    if no_wait and not isinstance(file, str):
+        raise UsageError("is for addresses: a file is sent while the command runs", "--no-wait")
+
+
+def _follow(client: Client, fetch: Fetch, no_wait: bool, common: Common) -> None:
+    if no_wait:
+        print_fetch(fetch, common)
+    else:
+        follow_fetch(client, fetch, common)
 
 
 def convert(

@@ -66,11 +66,12 @@ _COMPARED = {
     "collapse.nc3": "NC3",
     "collapse.nc4": "NC4",
 }
-# Columns of a list: "outcome" is an analysis's report, or why it has none.
+# Columns of a list: "outcome" is an analysis's report, or what a fetch has made, or why there is none.
 _COLUMNS: dict[str, tuple[str, ...]] = {
     "checkpoints": ("id", "name", "created_at", "n_parameters", "metadata"),
     "probes": ("id", "name", "created_at", "n_samples", "n_classes", "content"),
     "feature-sets": ("id", "name", "created_at", "n_samples", "n_classes", "n_features", "metadata"),
+    "fetches": ("id", "name", "makes", "status", "source", "outcome"),
     "analyses": ("id", "name", "kind", "status", "created_at", "outcome"),
     "reports": ("id", "name", "kind", "created_at", "accuracy", "mir", "hdr"),
     "gates": ("id", "name", "version", "kind", "n_checks", "created_at", "description"),
@@ -175,7 +176,7 @@ def collection_view(
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     values = [[_entry(item, column, whole=whole_ids) for column in chosen] for item in items]
     for index, column in enumerate(chosen):
-        foldable = column in ("name", "metadata", "outcome", "description", "note", "architecture")
+        foldable = column in ("name", "metadata", "outcome", "source", "description", "note", "architecture")
         numeric = bool(values) and all(isinstance(_raw(item, column), int | float | None) for item in items)
         title = _TITLES.get(column) or (column if "." in column else column.replace("_", " "))
         justify: Literal["left", "right"] = "right" if numeric and column != "done" else "left"
@@ -543,7 +544,7 @@ def _raw(item: Body, column: str) -> Any:
         if item.get("problem"):
             problem = item["problem"]
             return ": ".join(filter(None, (problem.get("title"), problem.get("detail"))))
-        return item.get("report_id")
+        return item.get("report_id") or item.get("resource_id")
     metrics = item.get("metrics") or {}
     if column in SHORT_METRICS:
         return next((value for path in paths_of(column) if (value := metrics.get(path)) is not None), None)
@@ -553,7 +554,9 @@ def _raw(item: Body, column: str) -> Any:
 def _entry(item: Body, column: str, *, whole: bool) -> str:
     value = _raw(item, column)
     if column == "status" and value == "running" and item["progress"]["total"]:
-        return f"running {_cell('progress', item['progress'])}"
+        # A fetch counts bytes, which are long numbers.
+        done, total = item["progress"]["done"], item["progress"]["total"]
+        return f"running {done / total:.0%}" if "makes" in item else f"running {done}/{total}"
     is_id = column == "id" or column.endswith("_id") or (column == "outcome" and not item.get("problem"))
     if is_id and value is not None and not whole:
         return printable(value)[:_SHORT_ID]

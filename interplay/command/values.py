@@ -12,6 +12,8 @@ from typing import Any, NoReturn
 
 from cyclopts import Token
 
+from interplay.calls.fetching import source_of
+
 
 class UsageError(Exception):
     """The arguments are well-formed but cannot be used; the text is a sentence for the user.
@@ -57,12 +59,21 @@ def columns_of(entries: Sequence[str] | None) -> dict[str, str | None] | None:
     } or None
 
 
+def existing_or_source(_type: Any, tokens: Sequence[Token]) -> Path | str:
+    """Convert an option's text to a path, as `existing` does; what is an address of a file elsewhere stays a text."""
+    return source_of(tokens[0].value) or existing(_type, tokens)
+
+
 def existing(_type: Any, tokens: Sequence[Token]) -> Path:
     """Convert an option's text to the path of a file or folder; of a mistyped one, say what could be meant."""
     text = tokens[0].value
     path = Path(text)
     if text and path.exists():
         return path
+    if source_of(text):
+        raise ValueError(
+            f"{text!r} is no file here; `interplay push checkpoint` or `push probe` has the service fetch it"
+        )
     nearest = _nearest(path) if text else None
     if nearest is None:
         raise ValueError(f"{text!r} does not exist")

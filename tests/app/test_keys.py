@@ -100,7 +100,15 @@ def logged_in(client: httpx.Client, key: str = KEY, **fields: str) -> httpx.Resp
 def test_pages_need_the_key(guarded: Service) -> None:
     """Without a session every page leads to the login, and from there back; static files are for everybody."""
     with httpx.Client(base_url=guarded.url, trust_env=False) as client:
-        for path in ("/", "/reports?kind=path", "/checkpoints", "/analyses/x", "/definitions", "/reports/x.csv"):
+        for path in (
+            "/",
+            "/reports?kind=path",
+            "/checkpoints",
+            "/analyses/x",
+            "/fetches/x",
+            "/definitions",
+            "/reports/x.csv",
+        ):
             answer = client.get(path)
             assert answer.status_code == 303
             assert answer.headers["location"] == f"/login?next={quote(path, safe='')}"

@@ -74,8 +74,8 @@ def probe_of_images(service: Service) -> str:
 def everything(service: Service, reports: dict[str, Any]) -> list[str]:
     """Return the path of a page of each sort."""
     evaluation = reports["evaluation"]
-    lists = "/ /reports /leaderboard /analyses /checkpoints /probes /feature-sets /gates /baselines /definitions /push"
-    lists += " /analyses/new?kind=path"
+    lists = "/ /reports /leaderboard /analyses /checkpoints /probes /feature-sets /fetches /gates /baselines"
+    lists += " /definitions /push /analyses/new?kind=path"
     images = probe_of_images(service)
     return [
         *lists.split(),

@@ -51,7 +51,7 @@ def read(client: httpx.Client, path: str, *, status: int = 200) -> str:
     text = answer.text
     # The policy would stop these; a page that has none of them does not depend on it.
     assert not re.search(r"<script(?![^>]* src=)|<style|\sstyle=|\son\w+=|javascript:", text)
-    for address in re.findall(r"""(?:src|href|action|data-chart|data-events)="([^"]*)\"""", text):
+    for address in re.findall(r"""(?:src|href|action|data-chart|data-events|data-poll)="([^"]*)\"""", text):
         assert re.match(r"/(?!/)|#", address), address
     return text
 

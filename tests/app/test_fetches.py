@@ -5,6 +5,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -20,7 +21,7 @@ from safetensors.numpy import save
 
 import migrations
 from app import fetches, queue
-from app.database import make_engine
+from app.database import make_engine, write
 from app.settings import Settings
 from app.storage import Upload
 from tests.app.api.test_uploads import problem
@@ -404,5 +405,42 @@ def test_posts_at_the_same_time_are_one_fetch(postgres: str, tmp_path: Path) -> 
                 asked = [pool.submit(ask) for _ in range(4)]
             found = {fetch.id for one in asked if (fetch := one.result()) is not None}
             assert len(found) == 1
+        client.destroy()
+        engine.dispose()
+
+
+# Registers a queue, as a worker of a later version does, and ends.
+_LATER = """
+import sys
+import time
+from dbos import DBOS
+from app import queue
+from app.database import make_engine, write
+from app.settings import load_settings
+queue.close_pickle()
+DBOS(config={"name": queue.APPLICATION, "system_database_engine": make_engine(load_settings()),
+             "serializer": queue.serializer(), "executor_id": "later", "application_version": queue.VERSION,
+             "run_migrations": False})
+DBOS.listen_queues([])
+DBOS.launch()
+DBOS.register_queue("later", worker_concurrency=1, polling_interval_sec=0.1)
+DBOS.destroy()
+"""
+
+
+def test_a_worker_leaves_queues_alone_that_it_does_not_know(fetching: Fetching) -> None:
+    """In an upgrade from machine to machine, an older worker would claim what it cannot run, and hold it for ever."""
+    service = fetching.service
+    subprocess.run([sys.executable, "-c", _LATER], env=service.environment, check=True, timeout=60)
+    engine = make_engine(Settings(data_dir=service.data_dir))
+    client = queue.make_client(engine)
+    try:
+        with write(engine) as session:
+            queue.enqueue(client, session, "of-later", workflow="of_a_later_version", queue="later")
+        time.sleep(4)
+        [run] = client.list_workflows(workflow_ids=["of-later"])
+        assert run.status == "ENQUEUED"
+        client.cancel_workflow("of-later")
+    finally:
         client.destroy()
         engine.dispose()

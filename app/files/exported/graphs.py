@@ -340,12 +340,8 @@ class _Writer:
             case "as_int_lists":
                 return [[of_type(int, number) for number in of_type(list, one)] for one in of_type(list, given)]
             case "as_scalar_type":
-                if given not in _TYPES:
-                    raise InvalidFile(
-                        f"The program uses torch's type number {str(given)[:20]}, which has no plain form."
-                    )
-                return _Special({"dtype": _TYPES[given]})
-            case "as_memory_format" if given in _MEMORY_FORMATS:
+                return _Special({"dtype": _type_of(given)})
+            case "as_memory_format" if type(given) is int and given in _MEMORY_FORMATS:
                 return _Special({"memory_format": _MEMORY_FORMATS[given]})
             case "as_layout" if given == _STRIDED:
                 return None
@@ -387,9 +383,7 @@ class _Writer:
     def _shaped(self, name: str) -> list[Any]:
         """Return type and dimensions of a value of the program."""
         about = of_type(dict, self._about.get(name))
-        if about.get("dtype") not in _TYPES:
-            raise InvalidFile(f"The program's {name[:80]!r} is of a type that has no plain form.")
-        return [_TYPES[about["dtype"]], [self._size(one) for one in of_type(list, about.get("sizes"))]]
+        return [_type_of(about.get("dtype")), [self._size(one) for one in of_type(list, about.get("sizes"))]]
 
     def _size(self, size: Any) -> Any:
         kind, given = _union(size)
@@ -419,6 +413,13 @@ def _sizes(shape: list[Any]) -> list[int | None]:
     if len(shape) > _MAX_SHOWN or not all(type(size) is int or isinstance(size, list) for size in shape):
         raise InvalidFile("The file's graph has dimensions that are no sizes.")
     return [size if isinstance(size, int) else None for size in shape]
+
+
+def _type_of(number: Any) -> str:
+    """Return the name of one of torch's types by its number."""
+    if type(number) is not int or number not in _TYPES:
+        raise InvalidFile(f"The program uses torch's type number {str(number)[:20]}, which has no plain form.")
+    return _TYPES[number]
 
 
 def _union(value: Any) -> tuple[str, Any]:

@@ -99,6 +99,10 @@ def _entry(members: dict[str, Any]) -> Any:
     return members["config"]["fc.weight"]
 
 
+def _about(model: Any, name: str) -> Any:
+    return model["graph_module"]["graph"]["tensor_values"][name]
+
+
 def _first_node(model: Any) -> Any:
     return model["graph_module"]["graph"]["nodes"][1]
 
@@ -148,6 +152,17 @@ REFUSED: dict[str, tuple[Callable[[dict[str, bytes]], object], str]] = {
             {"custom_obj": {"arg": {"name": "x"}}}
         )),
         "holds what is no tensor, a custom_obj",
+    ),
+    "a list for the type of an input": (
+        _changed_json(MODEL, lambda j: _about(j, "x").update(dtype=[[]])), "type number [[]], which has no plain form",
+    ),
+    "a list for a type": (
+        _changed_json(MODEL, lambda j: _first_node(j)["inputs"][0].update(arg={"as_scalar_type": [1]})),
+        "type number [1], which has no plain form",
+    ),
+    "a list for a memory format": (
+        _changed_json(MODEL, lambda j: _first_node(j)["inputs"][0].update(arg={"as_memory_format": [1]})),
+        "argument of the kind 'as_memory_format'",
     ),
     "no logits": (_changed_json(MODEL, lambda j: j["graph_module"]["graph"].update(outputs=[])), "must be a tensor of"),
 }  # fmt: skip

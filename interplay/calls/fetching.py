@@ -96,7 +96,7 @@ class FetchingCalls(CollectionCalls):
         raise AssertionError("states are polled until the time is up, which raises")
 
     def cancel_fetch(self, fetch_id: str) -> Fetch:
-        """Stop a fetch within a second, and remove what has come."""
+        """Stop a fetch within seconds, unless its file goes to the storage now, and remove what has come."""
         return cast(Fetch, self._call("POST", f"/v1/fetches/{segment(fetch_id)}/cancel", repeatable=True))
 
     def _fetched(

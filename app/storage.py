@@ -14,17 +14,19 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import unquote, urlsplit
 from uuid import uuid4
 
 import obstore
 from obstore.store import LocalStore, ObjectStore, from_url
-from sqlalchemy.orm import Session
 
 from app.environment import STORES
 from app.settings import Settings
 from app.staging import Hashed, PartialFile, StagedFile, StorageFull, StorageUnavailable, reaching_storage, sync_folder
+
+if TYPE_CHECKING:
+    from sqlalchemy.orm import Session
 
 __all__ = ["BlobDamaged", "StagedFile", "Storage", "StorageFull", "StorageUnavailable", "StoredFeatures", "Upload"]
 
@@ -83,7 +85,7 @@ class Upload:
 
     spec: bytes
     file: StagedFile | None
-    use: Callable[[Session, str], None] | None = None
+    use: "Callable[[Session, str], None] | None" = None
     origin: dict[str, Any] | None = None
     brought: Mapping[str, Any] = field(default_factory=dict)
 

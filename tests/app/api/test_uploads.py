@@ -329,9 +329,13 @@ def test_bad_form_is_refused(service: Service, case: str) -> None:
 
 
 def test_another_media_type_is_refused(service: Service) -> None:
-    """An upload that is not a form is a problem."""
-    response = service.client.post("/v1/probes", content=b"{}", headers={"Content-Type": "application/json"})
-    problem(response, 415, "unsupported-media-type")
+    """An upload that is neither a form nor a spec in JSON is a problem."""
+    for kind in ("text/plain", "application/octet-stream", "application/jsonl", "json"):
+        response = service.client.post("/v1/probes", content=b"{}", headers={"Content-Type": kind})
+        problem(response, 415, "unsupported-media-type")
+    for kind in ("application/json", "Application/JSON; charset=utf-8"):
+        response = service.client.post("/v1/probes", content=b"{}", headers={"Content-Type": kind})
+        problem(response, 422, "invalid-request")
     problem(service.client.post("/v1/probes", content=b""), 415, "unsupported-media-type")
 
 

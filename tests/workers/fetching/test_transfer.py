@@ -594,7 +594,8 @@ def test_an_index_of_many_files_is_looked_at_with_patience(fetching: Fetching) -
     fetching.server.failing_each = 3
     fetching(f"{fetching.server.url}/nets/of/model.safetensors.index.json", patience_seconds=1.5)
     probes = [path for path, wanted in asked if wanted == "bytes=0-0" and path.endswith(".safetensors")]
-    assert len(probes) <= 1.6 * len(names)
+    # Of each three requests one fails, one reads the index again, and one gets on.
+    assert len(probes) <= 2 * len(names)
 
 
 def test_an_adapter_is_fetched_as_one(fetching: Fetching) -> None:

@@ -1,14 +1,16 @@
-"""`GET /metrics`: what an operator's Prometheus reads of this process, and of the queue, the workers and the blobs.
+"""What an operator sees: `GET /metrics` for Prometheus, and an id and a line of the log for each request.
 
 Figures of the database are the whole service's, whichever of its API processes is asked; they are read at most every
 few seconds. Those of requests are this process's own.
 """
 
 import logging
+import re
 import threading
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any
+from uuid import uuid4
 
 import sqlalchemy as sa
 from prometheus_client import CollectorRegistry, Histogram, ProcessCollector, disable_created_metrics
@@ -20,15 +22,19 @@ from app import queue
 from app.api.events import Events
 from app.api.readiness import living_workers
 from app.database import clock, read
+from app.logs import about
 from app.models import Analysis, Blob, Fetch, Report
 from app.storage import Storage, StorageUnavailable
 
 logger = logging.getLogger(__name__)
+access = logging.getLogger("interplay.access")
 
 # Prometheus asks every 15 s or so; several of them, or people, must not cost more.
 _KEEP_SECONDS = 5.0
 _BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0, 600.0)
 _PLACE = "interplay.route"
+_REQUEST_ID = b"x-request-id"
+_PLAIN = re.compile(r"[A-Za-z0-9._:/=+-]{1,64}")
 
 
 class Measures:
@@ -43,7 +49,7 @@ class Measures:
     def __init__(self, engine: sa.Engine, storage: Storage, events: Events) -> None:
         self.registry = CollectorRegistry()
         # The times at which counters began would be as many series again.
-        disable_created_metrics()
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self.requests = Histogram(
             "interplay_http_request_seconds",
             "Time from a request's first byte to its answer's last one, without streams of events.",
@@ -56,7 +62,11 @@ class Measures:
 
 
 class Measured:
-    """Measures each request; the outermost middleware, so that refusals count too."""
+    """Measures, names and logs each request; the outermost middleware, so that refusals count too.
+
+    A request has the id that its X-Request-ID gives, or a new one. The answer has it, and so has what is logged of it
+    here and where the analysis that it asks for is computed.
+    """
 
     def __init__(self, app: ASGIApp, *, measures: Measures) -> None:
         self._app, self._requests = app, measures.requests
@@ -67,6 +77,7 @@ class Measured:
             return
         began, status, streams = time.monotonic(), 500, False
         place: dict[str, str] = {}
+        request_id = _id_of(scope)
 
         async def note(message: Message) -> None:
             nonlocal status, streams
@@ -75,14 +86,25 @@ class Measured:
                 streams = (b"content-type", b"text/event-stream") in {
                     (name.lower(), value.partition(b";")[0]) for name, value in message["headers"]
                 }
+                headers = [*message["headers"], (_REQUEST_ID, request_id.encode())]
+                message = {**message, "headers": headers}
             await send(message)
 
-        try:
-            await self._app({**scope, _PLACE: place}, receive, note)
-        finally:
-            if not streams:
-                route = place.get("route", "none")
-                self._requests.labels(scope["method"], route, str(status)).observe(time.monotonic() - began)
+        with about(request_id=request_id):
+            try:
+                await self._app({**scope, _PLACE: place}, receive, note)
+            finally:
+                seconds, route = time.monotonic() - began, place.get("route", "none")
+                if not streams:
+                    self._requests.labels(scope["method"], route, str(status)).observe(seconds)
+                # Neither the path, which may be a name, nor the query, which may be anything.
+                about_it = {"method": scope["method"], "route": route, "status": status, "seconds": round(seconds, 6)}
+                access.info("%s %s: %d", scope["method"], route, status, extra=about_it)
+
+
+def _id_of(scope: Scope) -> str:
+    given = next((value for name, value in scope["headers"] if name == _REQUEST_ID), b"").decode("latin-1")
+    return given if _PLAIN.fullmatch(given) else uuid4().hex
 
 
 class Named:

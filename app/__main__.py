@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
-from app.settings import Settings, load_settings, start_logging
+from app.logs import start_logging
+from app.settings import Settings, load_settings
 
 if TYPE_CHECKING:
     from app.api.connections import Connections
@@ -176,6 +177,8 @@ def _run_server(settings: Settings, listener: socket.socket, worker: "_Supervise
         http=connections.make(),
         backlog=BACKLOG,
         log_config=None,
+        # Ours has the request's id, its route and its time, and no query.
+        access_log=False,
         log_level=settings.log_level,
         timeout_graceful_shutdown=3,
     )

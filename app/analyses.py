@@ -20,6 +20,7 @@ from app.descriptions.architectures import is_causal_lm
 from app.descriptions.labels import match_labels, require_suitable
 from app.errors import IdempotencyConflict, NotCancellable, NotFound
 from app.listing import Listing, page
+from app.logs import current_request
 from app.models import Analysis, AnalysisCheckpoint, Report
 
 
@@ -58,6 +59,7 @@ def create(
                 axis=body.get("axis"),
                 idempotency_key=idempotency_key,
                 request_sha256=digest,
+                request_id=current_request(),
             )
             session.add(row)
             session.flush()

@@ -16,6 +16,7 @@ from app import queue, schemas
 from app.database import read, write
 from app.errors import InvalidRequest, NotCancellable, NotFound, SourceNotAllowed, Unavailable
 from app.listing import Listing, page
+from app.logs import current_request
 from app.models import Fetch
 from app.resources import check_before_file, parse_spec
 from app.settings import Settings
@@ -62,6 +63,7 @@ def create_if_asked(
         source=source.shown,
         spec=spec.model_dump_json(exclude_unset=True),
         request_sha256=digest,
+        request_id=current_request(),
     )
     same = sa.select(Fetch.id).where(
         Fetch.request_sha256 == digest, Fetch.outcome.is_(None), Fetch.cancel_requested_at.is_(None)

@@ -13,6 +13,7 @@ from app.api import documents, problems
 from app.api.admission import Admission
 from app.api.drawing import Drawings
 from app.api.events import Events
+from app.api.measures import Measured, Measures, Named
 from app.api.openapi import Application
 from app.api.readiness import Readiness
 from app.api.routes import Service, analyses, fetches, gates, health, reports
@@ -46,7 +47,8 @@ def create_app(settings: Settings, tables: "Future[None] | None" = None) -> Fast
     storage = Storage(settings)
     readiness, drawings = Readiness(engine, storage), Drawings(settings)
     sessions = Sessions(settings)
-    service = Service(settings, engine, storage, queue.LateClient(engine), events, readiness, drawings)
+    measures = Measures(engine, storage, events)
+    service = Service(settings, engine, storage, queue.LateClient(engine), events, readiness, drawings, measures)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -69,10 +71,13 @@ def create_app(settings: Settings, tables: "Future[None] | None" = None) -> Fast
     )
     app.settings = settings
     app.state.service = service
+    # The first stands directly before the routes, the last sees a request first.
+    app.add_middleware(Named)
     app.add_middleware(Pages, service=service, sessions=sessions)
     app.add_middleware(WaitForTables, tables=tables)
     app.add_middleware(Admission, settings=settings, sessions=sessions)
     app.add_middleware(Tus)
+    app.add_middleware(Measured, measures=measures)
     problems.install(app)
     # FastAPI tries one route after the other, ten microseconds each: the most requested come first.
     routes = (reports, analyses, resource_routes, gates, health, upload_routes, fetches)

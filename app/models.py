@@ -204,6 +204,8 @@ class Run(Resource):
     __abstract__ = True
 
     request_sha256: Mapped[str] = mapped_column(sa.String(64))
+    # Of the HTTP request that asked for it, for logs.
+    request_id: Mapped[str | None] = mapped_column(sa.String(64))
     attempts: Mapped[int] = mapped_column(default=0)
     started_at: Mapped[datetime | None]
     cancel_requested_at: Mapped[datetime | None]

@@ -2,8 +2,6 @@
 
 import gc
 import ipaddress
-import logging
-import math
 import re
 import sys
 from functools import cached_property
@@ -13,7 +11,6 @@ from typing import Any
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from app.errors import first_line
 from app.sources import Allowed, parse_allowed, parse_source
 
 
@@ -129,6 +126,9 @@ class Settings(BaseSettings):
     log_level: str = Field(
         default="warning", pattern="^(debug|info|warning|error)$", description="Verbosity on stderr."
     )
+    log_format: str = Field(
+        default="text", pattern="^(text|json)$", description="Lines for people, or one JSON object each."
+    )
 
     @field_validator("database_url")
     @classmethod
@@ -211,37 +211,6 @@ def load_settings(**given: Any) -> Settings:
         raise SystemExit(2) from None
 
 
-class _Repeated(logging.Filter):
-    """Passes one log record of a kind in ten seconds, with the number of similar ones dropped since."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._said_at: dict[str, float] = {}
-        self._left_out: dict[str, int] = {}
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Return whether a record is the first of its kind for a while.
-
-        The kind is the text without arguments, and the exception.
-        """
-        kind = f"{record.msg} {record.exc_info[1]!r}" if record.exc_info else str(record.msg)
-        kind = first_line(kind)[:200]
-        if record.created - self._said_at.get(kind, -math.inf) < _REPEAT_SECONDS:
-            self._left_out[kind] = self._left_out.get(kind, 0) + 1
-            return False
-        if len(self._said_at) > 1000:
-            self._said_at.clear()
-        self._said_at[kind] = record.created
-        if left_out := self._left_out.pop(kind, 0):
-            record.msg = f"{record.msg} (and {left_out} more like it)"
-        return True
-
-
-# Loggers that clients and dependencies can make repeat the same message endlessly.
-_TALKATIVE = ("app.api.events", "app.api.problems", "asyncio", "uvicorn.error")
-_REPEAT_SECONDS = 10.0
-
-
 def freeze_loaded_objects() -> None:
     """Exclude loaded objects from later searches for reference cycles; call it once, when the process is ready.
 
@@ -250,14 +219,3 @@ def freeze_loaded_objects() -> None:
     """
     gc.collect()
     gc.freeze()
-
-
-def start_logging(settings: Settings) -> None:
-    """Log to standard error. Libraries log every step at level INFO; only `debug` shows those."""
-    level = settings.log_level.upper()
-    logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    for name in _TALKATIVE:
-        logging.getLogger(name).addFilter(_Repeated())
-    if level == "INFO":
-        for name in ("alembic", "dbos", "httpx"):
-            logging.getLogger(name).setLevel(logging.WARNING)

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 _PATIENCE_SECONDS = 30.0
 _SWEEP_SECONDS = 600.0
 # Beginnings of paths that are answered before the tables exist.
-_WITHOUT_TABLES = ("/healthz", "/readyz", "/docs", "/redoc", "/openapi.json", "/static/")
+_WITHOUT_TABLES = ("/healthz", "/readyz", "/metrics", "/docs", "/redoc", "/openapi.json", "/static/")
 
 
 class WaitForTables:

@@ -13,8 +13,9 @@ import threading
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
+from app.logs import start_logging
 from app.refusals import CannotStart, starting
-from app.settings import Settings, freeze_loaded_objects, load_settings, start_logging
+from app.settings import Settings, freeze_loaded_objects, load_settings
 from workers.child import ComputeChild
 
 if TYPE_CHECKING:

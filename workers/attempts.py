@@ -176,7 +176,7 @@ def _end(row: Run, result: Result) -> None:
 
 def _task(session: Session, row: Analysis) -> tasks.FeatureSetTask | tasks.NetworkTask:
     """Return the task that an analysis's row and the rows of its subjects describe."""
-    common: dict[str, object] = {"analysis_id": row.id, "options": row.options}
+    common: dict[str, object] = {"analysis_id": row.id, "request_id": row.request_id, "options": row.options}
     if row.feature_set_id is not None:
         feature_set = tasks.FeatureSet.of(session.get_one(FeatureSet, row.feature_set_id))
         return tasks.FeatureSetTask.model_validate({**common, "feature_set": feature_set})

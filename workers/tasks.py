@@ -122,6 +122,8 @@ class Task(Frozen):
     """A task for one analysis."""
 
     analysis_id: str
+    # Of the request that asked for it, for logs.
+    request_id: str | None = None
     options: EvaluationOptions
 
 

@@ -15,6 +15,7 @@ from dbos import DBOS
 
 from app import queue
 from app.errors import problem
+from app.logs import about
 from app.settings import Settings
 from app.storage import Storage
 from workers import attempts, inputs, reuse
@@ -66,10 +67,13 @@ def register(host: Host) -> None:
     def run_analysis(analysis_id: str) -> None:
         host.active.add(analysis_id)
         try:
-            task = attempts.patiently(lambda: attempts.begin(host.engine, analysis_id, host.settings.max_attempts))
+            with about(analysis_id=analysis_id):
+                task = attempts.patiently(lambda: attempts.begin(host.engine, analysis_id, host.settings.max_attempts))
             if task is not None:
-                result = _run(lambda step: Result.model_validate(compute(step)), task)
-                attempts.patiently(lambda: attempts.finish(host.engine, analysis_id, result))
+                with about(analysis_id=analysis_id, request_id=task.request_id):
+                    result = _run(lambda step: Result.model_validate(compute(step)), task)
+                    attempts.patiently(lambda: attempts.finish(host.engine, analysis_id, result))
+                    logger.info("the analysis has ended: %s", result.outcome)
         finally:
             host.active.discard(analysis_id)
 

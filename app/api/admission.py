@@ -112,7 +112,7 @@ class Admission:
             if not all(_names_this_machine(source) for source in sources if source):
                 return Forbidden("Without an API key the service answers only to 127.0.0.1, [::1] and localhost.")
         elif (
-            path.startswith("/v1/")
+            (path.startswith("/v1/") or path == "/metrics")
             and not holds_key(self._settings, headers.get(b"authorization", b""))
             and not self._sessions.admit(method, headers)
         ):

@@ -86,6 +86,11 @@ class Events:
             raise
         return EventStream(self, self._stream(state, seen))
 
+    @property
+    def n_open(self) -> int:
+        """The number of open streams."""
+        return self._open
+
     def leave(self) -> None:
         """Free the place of a stream that has ended, or never began."""
         self._open -= 1

@@ -12,6 +12,7 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from app.api.measures import Named
 from app.api.problems import DEPENDENCY_ERRORS, as_service_error
 from app.api.routes import Service
 from app.api.sessions import Sessions
@@ -86,6 +87,7 @@ def _create(service: Service, sessions: Sessions) -> FastAPI:
     }
     for error, handler in handlers.items():
         app.add_exception_handler(error, handler)
+    app.add_middleware(Named)
     for router in _ROUTERS:
         app.include_router(router)
     app.mount("/static", _Static(directory=STATIC), name="static")

@@ -10,13 +10,15 @@ import queue
 import signal
 import sys
 import threading
+import time
 
 from app.errors import first_line, problem
-from app.settings import freeze_loaded_objects, load_settings, start_logging
+from app.logs import about, start_logging
+from app.settings import freeze_loaded_objects, load_settings
 from app.storage import Storage
 from workers.tasks import Hello, OfAnalysis, Progress, Work
 
-logger = logging.getLogger("interplay")
+logger = logging.getLogger("interplay.compute")
 
 
 def main() -> None:
@@ -67,7 +69,10 @@ def _serve_tasks() -> None:
         def tell(phase: str, done: int, total: int, analysis_id: str = analysis_id) -> None:
             send(OfAnalysis(analysis_id=analysis_id, progress=Progress(phase=phase, done=done, total=total)))
 
-        body, refusal = steps.run(work, tell)
+        with about(analysis_id=analysis_id, request_id=work.step.request_id):
+            began = time.monotonic()
+            body, refusal = steps.run(work, tell)
+            logger.info("%s took %.3f s", work.step.step, time.monotonic() - began)
         try:
             send(OfAnalysis(analysis_id=analysis_id, body=body, problem=refusal))
         except ValueError:

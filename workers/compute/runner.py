@@ -21,7 +21,7 @@ from workers.compute.context import Context, Held, OnProgress
 from workers.compute.features import FeatureCache
 from workers.tasks import FeatureSetTask, Hello, Json, PointStep, ReportStep, WholeStep, Work
 
-logger = logging.getLogger("interplay")
+logger = logging.getLogger("interplay.compute")
 
 # Shortest time between two updates of progress: a batch of small inputs takes only microseconds.
 _PROGRESS_SECONDS = 0.1

@@ -16,6 +16,7 @@ import sqlalchemy as sa
 from app import resources, schemas
 from app.database import read
 from app.errors import ServiceError, Unavailable
+from app.logs import about
 from app.models import Fetch
 from app.settings import Settings
 from app.staging import WholeFile
@@ -34,21 +35,26 @@ _CREATE = {"checkpoint": resources.create_checkpoint, "probe": resources.create_
 
 def run(settings: Settings, engine: sa.Engine, storage: Storage, fetch_id: str) -> None:
     """Fetch a file and make its resource, unless it has been done or cancelled."""
-    row = attempts.patiently(lambda: attempts.begin_fetch(engine, fetch_id, settings.max_attempts))
-    if row is None:
-        return
+    with about(fetch_id=fetch_id):
+        row = attempts.patiently(lambda: attempts.begin_fetch(engine, fetch_id, settings.max_attempts))
+    if row is not None:
+        with about(fetch_id=fetch_id, request_id=row.request_id):
+            _run(settings, engine, storage, row)
 
+
+def _run(settings: Settings, engine: sa.Engine, storage: Storage, row: Fetch) -> None:
     def on_tick(progress: Progress | None) -> bool:
         try:
-            return attempts.note(engine, fetch_id, progress, Fetch)
+            return attempts.note(engine, row.id, progress, Fetch)
         except sa.exc.SQLAlchemyError as error:
-            logger.warning("progress of fetch %s was not stored: %s", fetch_id, error)
+            logger.warning("progress of fetch %s was not stored: %s", row.id, error)
             return False
 
     result = _result(settings, engine, storage, row, on_tick)
     if result is not None:
-        attempts.patiently(lambda: attempts.end(engine, Fetch, fetch_id, result))
-    _remove(storage, fetch_id)
+        attempts.patiently(lambda: attempts.end(engine, Fetch, row.id, result))
+    logger.info("the fetch has ended: %s", "succeeded" if result is None else result.outcome)
+    _remove(storage, row.id)
 
 
 def _result(

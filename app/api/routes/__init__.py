@@ -8,6 +8,7 @@ from fastapi import Depends, Query, Request
 
 from app.api.drawing import Drawings
 from app.api.events import Events
+from app.api.measures import Measures
 from app.api.openapi import problem_response
 from app.api.readiness import Readiness
 from app.queue import LateClient
@@ -28,6 +29,7 @@ class Service:
     events: Events
     readiness: Readiness
     drawings: Drawings
+    measures: Measures
 
 
 # Async, as all dependencies of routes: FastAPI runs each synchronous one in a thread.

@@ -7,6 +7,7 @@ from datetime import timedelta
 
 from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from app import schemas
 from app.api.admission import holds_key
@@ -42,6 +43,12 @@ async def readyz(service: ServiceDep, request: Request, response: Response) -> s
         name: f"{part.told}: {part.error}" if may_know and part.error else part.told for name, part in parts.items()
     }
     return schemas.Readiness(ready=ready, **words)
+
+
+@health.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}, **problems(401)})
+def metrics(service: ServiceDep) -> Response:
+    """Figures for Prometheus (docs/operations.md). With a key of the service, it is needed here too."""
+    return Response(generate_latest(service.measures.registry), media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/version", responses=problems(503))

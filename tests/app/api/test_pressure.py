@@ -15,7 +15,7 @@ import httpx
 import pytest
 import sqlalchemy as sa
 
-from app import settings
+from app import logs
 from app.database import make_engine, read
 from app.settings import Settings
 from tests import services
@@ -314,7 +314,7 @@ def test_upload_that_trickles_is_ended(tight: Service) -> None:
 
 def test_repeated_lines_are_counted_rather_than_written() -> None:
     """Lines that differ only in their arguments are logged once in ten seconds, with the number left out."""
-    repeated, written = settings._Repeated(), []
+    repeated, written = logs._Repeated(), []
 
     def log(text: str, at: float) -> None:
         record = logging.LogRecord("app.api.problems", logging.WARNING, __file__, 1, text, ("x",), None)

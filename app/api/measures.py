@@ -1,0 +1,210 @@
+"""What an operator sees: `GET /metrics` for Prometheus, and an id and a line of the log for each request.
+
+Figures of the database are the whole service's, whichever of its API processes is asked; they are read at most every
+few seconds. Those of requests are this process's own.
+"""
+
+import logging
+import re
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+from uuid import uuid4
+
+import sqlalchemy as sa
+from prometheus_client import CollectorRegistry, Histogram, ProcessCollector, disable_created_metrics
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app import queue
+from app.api.events import Events
+from app.api.readiness import living_workers
+from app.database import clock, read
+from app.logs import about
+from app.models import Analysis, Blob, Fetch, Report
+from app.storage import Storage, StorageUnavailable
+
+logger = logging.getLogger(__name__)
+access = logging.getLogger("interplay.access")
+
+# Prometheus asks every 15 s or so; several of them, or people, must not cost more.
+_KEEP_SECONDS = 5.0
+_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0, 600.0)
+_PLACE = "interplay.route"
+_REQUEST_ID = b"x-request-id"
+_PLAIN = re.compile(r"[A-Za-z0-9._:/=+-]{1,64}")
+
+
+class Measures:
+    """What this process measures, and what it reads for whoever asks.
+
+    Args:
+        engine: of the database.
+        storage: of the blobs.
+        events: the streams of this process.
+    """
+
+    def __init__(self, engine: sa.Engine, storage: Storage, events: Events) -> None:
+        self.registry = CollectorRegistry()
+        # The times at which counters began would be as many series again.
+        disable_created_metrics()  # type: ignore[no-untyped-call]
+        self.requests = Histogram(
+            "interplay_http_request_seconds",
+            "Time from a request's first byte to its answer's last one, without streams of events.",
+            ["method", "route", "status"],
+            buckets=_BUCKETS,
+            registry=self.registry,
+        )
+        ProcessCollector(registry=self.registry)
+        self.registry.register(_OfService(engine, storage, events))
+
+
+class Measured:
+    """Measures, names and logs each request; the outermost middleware, so that refusals count too.
+
+    A request has the id that its X-Request-ID gives, or a new one. The answer has it, and so has what is logged of it
+    here and where the analysis that it asks for is computed.
+    """
+
+    def __init__(self, app: ASGIApp, *, measures: Measures) -> None:
+        self._app, self._requests = app, measures.requests
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began, status, streams = time.monotonic(), 500, False
+        place: dict[str, str] = {}
+        request_id = _id_of(scope)
+
+        async def note(message: Message) -> None:
+            nonlocal status, streams
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                streams = (b"content-type", b"text/event-stream") in {
+                    (name.lower(), value.partition(b";")[0]) for name, value in message["headers"]
+                }
+                headers = [*message["headers"], (_REQUEST_ID, request_id.encode())]
+                message = {**message, "headers": headers}
+            await send(message)
+
+        with about(request_id=request_id):
+            try:
+                await self._app({**scope, _PLACE: place}, receive, note)
+            finally:
+                seconds, route = time.monotonic() - began, place.get("route", "none")
+                if not streams:
+                    self._requests.labels(scope["method"], route, str(status)).observe(seconds)
+                # Neither the path, which may be a name, nor the query, which may be anything.
+                about_it = {"method": scope["method"], "route": route, "status": status, "seconds": round(seconds, 6)}
+                access.info("%s %s: %d", scope["method"], route, status, extra=about_it)
+
+
+def _id_of(scope: Scope) -> str:
+    given = next((value for name, value in scope["headers"] if name == _REQUEST_ID), b"").decode("latin-1")
+    return given if _PLAIN.fullmatch(given) else uuid4().hex
+
+
+class Named:
+    """Tells `Measured` which route has answered; stands directly before the routes, which write it into the scope."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            route = scope.get("route")
+            if route is not None and _PLACE in scope:
+                # FastAPI gives the path within its router, of which those of the API have one prefix.
+                prefix = "/v1" if scope["path"].startswith("/v1/") else ""
+                scope[_PLACE]["route"] = prefix + route.path.removeprefix(prefix)
+
+
+class _OfService(Collector):
+    """Reads the figures of the whole service, no more often than every few seconds."""
+
+    def __init__(self, engine: sa.Engine, storage: Storage, events: Events) -> None:
+        self._engine, self._storage, self._events = engine, storage, events
+        self._reading = threading.Lock()
+        self._found: list[GaugeMetricFamily] = []
+        self._found_at = float("-inf")
+
+    def describe(self) -> Iterable[Any]:
+        """Return nothing: names are known once something was read, and none is registered twice."""
+        return ()
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        with self._reading:
+            if time.monotonic() - self._found_at > _KEEP_SECONDS:
+                self._found, self._found_at = [*self._read()], time.monotonic()
+            yield from self._found
+        yield _gauge("interplay_event_streams", "Streams of events that are open in this process.", self._events.n_open)
+
+    def _read(self) -> Iterator[GaugeMetricFamily]:
+        up = True
+        try:
+            yield from self._of_database()
+        except sa.exc.SQLAlchemyError as error:
+            logger.warning("the database does not answer: %s", error)
+            up = False
+        yield _gauge("interplay_database_up", "Whether the database answered.", up)
+        try:
+            free = self._storage.free_bytes()
+        except StorageUnavailable as error:
+            logger.warning("the storage does not answer: %s", error)
+        else:
+            yield _gauge("interplay_staging_free_bytes", "Room where this machine stages files.", free)
+
+    def _of_database(self) -> Iterator[GaugeMetricFamily]:
+        dialect = self._engine.dialect.name
+        runs = GaugeMetricFamily(
+            "interplay_runs", "Analyses and fetches that have not ended.", labels=["kind", "status"]
+        )
+        wait = GaugeMetricFamily(
+            "interplay_oldest_wait_seconds", "Time since the oldest queued run was asked for.", labels=["kind"]
+        )
+        attempts = GaugeMetricFamily(
+            "interplay_most_attempts", "Attempts of the run that has had most, of those that go on.", labels=["kind"]
+        )
+        with read(self._engine) as session:
+            now = clock(session)
+            for kind, status, n_runs, oldest, most in (
+                *session.execute(_open_runs(Analysis, Analysis.kind, dialect)),
+                *session.execute(_open_runs(Fetch, sa.literal("fetch"), dialect)),
+            ):
+                runs.add_metric([kind, status], n_runs)
+                if status == "queued":
+                    wait.add_metric([kind], (now - oldest).total_seconds())
+                attempts.add_metric([kind], most)
+            n_blobs, n_bytes = session.execute(sa.select(sa.func.count(), sa.func.sum(Blob.size_bytes))).one()
+            n_reports = session.scalar(sa.select(sa.func.count()).select_from(Report))
+        yield from (runs, wait, attempts)
+        yield _gauge("interplay_blobs", "Stored files.", n_blobs)
+        yield _gauge("interplay_blob_bytes", "Bytes of all stored files.", n_bytes or 0)
+        yield _gauge("interplay_reports", "Reports.", n_reports or 0)
+        workers = GaugeMetricFamily("interplay_workers", "Workers that have been heard of lately.", labels=["device"])
+        silence = GaugeMetricFamily(
+            "interplay_worker_silence_seconds", "Time since a worker's last heartbeat.", labels=["worker", "host"]
+        )
+        counts: dict[str, int] = {}
+        for worker in living_workers(self._engine):
+            counts[worker.device or "starting"] = counts.get(worker.device or "starting", 0) + 1
+            silence.add_metric([worker.id, worker.host], max((now - worker.heartbeat_at).total_seconds(), 0.0))
+        for device, n_workers in sorted(counts.items()):
+            workers.add_metric([device], n_workers)
+        yield from (workers, silence)
+
+
+def _open_runs(model: type[Analysis] | type[Fetch], kind: Any, dialect: str) -> sa.Select[Any]:
+    """Select kind, status, number, oldest request and most attempts of the runs that have not ended."""
+    status = queue.status_of(dialect, model)
+    columns = (kind, status, sa.func.count(), sa.func.min(model.created_at), sa.func.max(model.attempts))
+    return sa.select(*columns).where(model.outcome.is_(None)).group_by(kind, status)
+
+
+def _gauge(name: str, what: str, value: float) -> GaugeMetricFamily:
+    return GaugeMetricFamily(name, what, value=float(value))

@@ -1,0 +1,119 @@
+"""`GET /metrics`: what Prometheus reads, on a real service."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.services import Service, running, until
+
+ROOT = Path(__file__).parents[3]
+
+
+def figures(service: Service, **options: Any) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    """Return all samples by name and labels."""
+    answer = service.client.get("/metrics", **options)
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["content-type"].startswith("text/plain; version=")
+    return {
+        (sample.name, frozenset(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(answer.text)
+        for sample in family.samples
+    }
+
+
+def requests(service: Service, **labels: str) -> float:
+    """Return the number of requests with these labels."""
+    found = figures(service)
+    return sum(
+        value
+        for (name, given), value in found.items()
+        if name == "interplay_http_request_seconds_count" and labels.items() <= dict(given).items()
+    )
+
+
+def test_requests_are_counted_by_route(service: Service) -> None:
+    """By the route and not the address, so that there are as many figures as routes."""
+    calls = [
+        ("/v1/checkpoints/none", "/v1/checkpoints/{id}", "404"),
+        ("/v1/checkpoints/another", "/v1/checkpoints/{id}", "404"),
+        ("/v1/checkpoints?limit=0", "/v1/checkpoints", "422"),
+        ("/v1/nothing/here", "none", "404"),
+        ("/reports/none", "/reports/{id}", "404"),
+        ("/healthz", "/healthz", "200"),
+    ]
+    before = {call: requests(service, route=call[1], status=call[2]) for call in calls}
+    for path, _, status in calls:
+        assert service.client.get(path).status_code == int(status)
+    for call, count in before.items():
+        more = sum(1 for other in calls if other[1:] == call[1:])
+        assert requests(service, route=call[1], status=call[2]) >= count + more
+    assert service.client.head("/v1/checkpoints").status_code == 200
+    assert requests(service, method="HEAD", route="/v1/checkpoints") >= 1
+
+
+def test_what_waits_and_runs_is_counted(tmp_path: Path, mlp_checkpoint_file: Path, digits_probe_file: Path) -> None:
+    """Without a worker analyses wait; the oldest says since when. Blobs and reports are counted."""
+    with running(tmp_path / "data", command="api") as service:
+        ids = {
+            f"{noun}_id": service.post(f"/v1/{noun}s", {"name": noun}, file).json()["id"]
+            for noun, file in (("checkpoint", mlp_checkpoint_file), ("probe", digits_probe_file))
+        }
+        for _ in range(3):
+            service.analyze(**ids)
+        queued = ("interplay_runs", frozenset({("kind", "evaluation"), ("status", "queued")}))
+        found = until(lambda: found if (found := figures(service)).get(queued) == 3 else None)
+        [waited] = [value for (name, _), value in found.items() if name == "interplay_oldest_wait_seconds"]
+        assert 0 <= waited < 60
+        sizes = mlp_checkpoint_file.stat().st_size + digits_probe_file.stat().st_size
+        plain = {name: value for (name, labels), value in found.items() if not labels}
+        assert (plain["interplay_blobs"], plain["interplay_blob_bytes"], plain["interplay_reports"]) == (2, sizes, 0)
+        assert plain["interplay_database_up"] == 1
+        assert plain["interplay_staging_free_bytes"] > 0
+        assert not any(name == "interplay_workers" for name, _ in found)
+        # The lasting figures are read every few seconds, however often somebody asks.
+        service.analyze(**ids)
+        assert figures(service)[queued] == 3
+        until(lambda: figures(service).get(queued) == 4)
+
+
+def test_workers_and_streams_are_counted(service: Service) -> None:
+    with_device = ("interplay_workers", frozenset({("device", "cpu")}))
+    found = until(lambda: found if with_device in (found := figures(service)) else None)
+    silences = [value for (name, _), value in found.items() if name == "interplay_worker_silence_seconds"]
+    assert silences
+    assert all(0 <= value < 15 for value in silences)
+    assert ("interplay_event_streams", frozenset()) in found
+    assert ("process_resident_memory_bytes", frozenset()) in found
+
+
+def test_streams_do_not_count_as_slow_requests(service: Service) -> None:
+    """A stream lasts as long as somebody listens: its time says nothing."""
+    stream = "/v1/analyses/{id}/events"
+    before = requests(service, route=stream, status="200")
+    assert service.client.get("/v1/analyses/none/events").status_code == 404
+    assert requests(service, route=stream, status="200") == before
+
+
+def test_the_key_is_needed(tmp_path: Path) -> None:
+    """What a service does is told to whoever holds its key; refusals are counted too."""
+    with running(tmp_path / "data", command="api", api_key="secret") as service:
+        assert service.client.get("/metrics").status_code == 401
+        headers = {"Authorization": "Bearer secret"}
+        found = figures(service, headers=headers)
+        refused = frozenset({("method", "GET"), ("route", "none"), ("status", "401")})
+        assert found[("interplay_http_request_seconds_count", refused)] == 1
+
+
+@pytest.mark.parametrize("file", ["docs/operations.md"])
+def test_figures_are_documented(service: Service, file: str) -> None:
+    """Each is in the document, and none is there that is not."""
+    text = (ROOT / file).read_text()
+    families = text_string_to_metric_families(httpx.get(f"{service.url}/metrics").text)
+    ours = {family.name for family in families if family.name.startswith("interplay_")}
+    # Those of runs are there while there are any.
+    ours |= {"interplay_oldest_wait_seconds", "interplay_most_attempts"}
+    assert set(re.findall(r"`(interplay_[a-z_]+)`", text)) == ours

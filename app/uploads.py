@@ -265,9 +265,10 @@ class Append:
             NotFound: the upload was removed meanwhile.
             StorageUnavailable: the disk failed, or is full.
         """
-        if self._file.size_bytes + len(data) > self.size_bytes:
+        came_bytes = self._file.size_bytes - self._began_at + len(data)
+        if self._began_at + came_bytes > self.size_bytes:
             self._file.truncate(self._began_at)
-            self.require_room(self._file.size_bytes - self._began_at + len(data))
+            self.require_room(came_bytes)
         self._file.write(data)
         if self._hash is not None:
             self._hash.update(data)

@@ -78,7 +78,7 @@ def test_settings_of_the_containers_are_valid(monkeypatch: pytest.MonkeyPatch) -
         environment = {**image, **services()[name]["environment"]}
         for key, value in environment.items():
             if key.startswith("INTERPLAY_") and "${INTERPLAY_API_KEY" not in value:
-                monkeypatch.setenv(key, re.sub(r"\$\{POSTGRES_PASSWORD:-(\w+)\}", r"\1", value))
+                monkeypatch.setenv(key, re.sub(r"\$\{\w+:-(\w*)\}", r"\1", value))
         settings = Settings()
         shared.add((settings.effective_database_url, settings.effective_storage_url, settings.data_dir))
         monkeypatch.delenv("INTERPLAY_DEVICE", raising=False)

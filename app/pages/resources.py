@@ -4,7 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+import sqlalchemy as sa
 from fastapi import APIRouter, Depends, Request, Response
+from sqlalchemy.orm import Session
 from starlette.responses import RedirectResponse
 
 from app import models, resources, schemas
@@ -90,6 +92,7 @@ def _show(request: Request, id: schemas.Id, visitor: VisitorDep, service: Servic
     with read(service.engine) as session:
         row = resources.get(session, collection.model, id)
         base = row.base if isinstance(row, models.Checkpoint) else None
+        adapters = _adapters(session, id)
         used = _subject(collection, id)
         found = page_of_reports(session, Listing(limit=_NEWEST), used, Ranking(show=list(listed.SHOWN)))
         reports = listed.rows(session, found.items)
@@ -101,6 +104,7 @@ def _show(request: Request, id: schemas.Id, visitor: VisitorDep, service: Servic
         collection=collection,
         row=row,
         base=base,
+        adapters=adapters,
         charts=charts,
         run=courses.run_and_axis(row) if isinstance(row, models.Checkpoint) else None,
         has_samples=isinstance(row, models.Probe) and samples.shows_samples(row),
@@ -109,6 +113,14 @@ def _show(request: Request, id: schemas.Id, visitor: VisitorDep, service: Servic
         more=found.next_cursor is not None,
         used=used,
     )
+
+
+def _adapters(session: Session, id_: str) -> Sequence[sa.Row[str, str]]:
+    """Return id and name of the newest adapters of a checkpoint."""
+    columns = models.Checkpoint.id, models.Checkpoint.name
+    newest = models.Checkpoint.created_at.desc(), models.Checkpoint.id.desc()
+    query = sa.select(*columns).where(models.Checkpoint.base_id == id_).order_by(*newest).limit(_NEWEST)
+    return session.execute(query).all()
 
 
 def _delete(request: Request, id: schemas.Id, _: AuthorDep, service: ServiceDep) -> Response:

@@ -305,6 +305,9 @@ def test_the_page_of_a_report_names_both(
     report = service.report(service.wait(service.analyze(checkpoint_id=adapter["id"], probe_id=probe)["id"]))
     page = service.client.get(f"/reports/{report['id']}").text
     assert f'dora adapter of rank 3, merged into <a href="/checkpoints/{base["id"]}">' in page
+    of_base = service.client.get(f"/checkpoints/{base['id']}").text
+    assert "Adapters, the newest first" in of_base
+    assert f'<a href="/checkpoints/{adapter["id"]}">' in of_base
     assert "base &lt;&amp;&gt;" in page
     assert f"sha256 <code>{base['sha256'][:12]}</code>" in page
 

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 
 from app import models, uploads
 from app.database import write
-from app.errors import ChecksumMismatch, NotFound, OffsetDiffers, UploadBusy
+from app.errors import ChecksumMismatch, NotFound, OffsetDiffers, TooLarge, UploadBusy
 from app.settings import Settings
 from app.staging import boot_id
 from app.storage import Storage, StorageFull, StorageUnavailable
@@ -71,6 +71,22 @@ def test_after_a_crash_of_the_machine_only_synced_bytes_count(
         addition.finish()
     with uploads.whole_file(engine, storage, upload.id) as whole:
         assert whole.sha256 == hashlib.sha256(CONTENT).hexdigest()
+
+
+def test_more_than_is_lacking_is_refused_whichever_batch_brings_it(
+    storage: Storage, upload: models.Upload, appending: Callable[..., Append]
+) -> None:
+    """A batch that alone would fit is too much after others: nothing of the request is kept, nor put in its place."""
+    with appending(0) as addition:
+        addition.write(CONTENT[:10])
+        addition.finish()
+    with appending(10) as addition:
+        addition.write(CONTENT[10:-5])
+        with pytest.raises(TooLarge) as caught:
+            addition.write(CONTENT[:20])
+    assert caught.value.members["limit_bytes"] == len(CONTENT) - 10
+    with storage.partial(upload.id) as file:
+        assert file.path.read_bytes() == CONTENT[:10]
 
 
 def test_lost_bytes_are_asked_for_again(

@@ -120,9 +120,10 @@ def inner_size(node: Node, arguments: Mapping[str, Any]) -> int:
     if name in _RECURRENT:
         return 8 * int(arguments["input"].shape[-1])
     if name in _POOLS:
-        window = arguments.get("kernel_size", 1)
+        given = arguments.get("kernel_size", 1)
+        sides = list(given) if isinstance(given, list | tuple) else [given]
         # One number is the window's side in all dimensions.
-        return prod(window) if isinstance(window, list | tuple) and len(window) > 1 else prod([window] * _POOLS[name])
+        return prod(map(int, sides if len(sides) > 1 else sides * _POOLS[name]))
     of = _MULTIPLIED.get(name, ())
     sizes = [prod(found.shape[1:]) for place in of if isinstance(found := arguments.get(place), Tensor)]
     return max(sizes, default=1)

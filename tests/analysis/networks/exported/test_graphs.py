@@ -10,7 +10,9 @@ from torch import nn
 
 from analysis.errors import AnalysisError
 from analysis.networks import exported as family
+from analysis.networks.exported.graph import Node
 from analysis.networks.exported.operations import allowed, operations
+from analysis.networks.exported.rules import inner_size
 from analysis.networks.loading import available_families, names_of
 from tests.analysis.networks.exported.conftest import Exported, graph_of
 
@@ -252,6 +254,13 @@ class _Loop(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self.fc(self.cells(x)[0].mean(1))
         return logits
+
+
+@pytest.mark.parametrize(("sides", "cost"), [(3, 27), ([3], 27), ([2, 3, 4], 24)])
+def test_windows_of_pools_count_as_cost(sides: int | list[int], cost: int) -> None:
+    """One side is that of all dimensions, also as a list of one."""
+    node = Node("aten.max_pool3d.default", {}, 0, 1)
+    assert inner_size(node, {"self": torch.zeros(1, 1, 4, 4, 4, device="meta"), "kernel_size": sides}) == cost
 
 
 def test_a_long_loop_is_not_run_to_be_looked_at() -> None:

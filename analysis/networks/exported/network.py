@@ -21,7 +21,7 @@ from ..building import refused
 from .graph import Graph, Input, Node, Ref, Size, Stored, sizes_text
 from .operations import AUTOCAST_OFF, REGION_ENDS, SHRINKING, allowed
 from .rules import LinearMap, is_batch_normalisation, linear_map, multiplied
-from .steps import Step, dtype_of, narrow_type, plan_frees, storage_of
+from .steps import MAX_RESULT_BYTES, Step, dtype_of, narrow_type, plan_frees, storage_of
 
 # Most multiplications of a batch: days of any machine.
 _MAX_COST = 2.0**60
@@ -260,6 +260,9 @@ class ExportedNetwork(nn.Module):
                 time, or its logits have not the dimensions that it states.
         """
         meta = torch.device("meta")
+        for one, shape, dtype in zip(self._graph.inputs, shapes, self._dtypes, strict=True):
+            if (size := prod(shape) * dtype.itemsize) > MAX_RESULT_BYTES:
+                raise refused(f"The graph's input {one.name!r} has {size} bytes; {MAX_RESULT_BYTES} are allowed")
         inputs = [
             torch.empty(shape, dtype=dtype, device=meta) for shape, dtype in zip(shapes, self._dtypes, strict=True)
         ]

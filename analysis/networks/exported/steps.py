@@ -25,7 +25,7 @@ _MEMORY_FORMATS = {
 }
 _FLOATING = ("bfloat16", "float16", "float64")
 # Most bytes of one result: far beyond what a pass has room for.
-_MAX_RESULT_BYTES = 2**34
+MAX_RESULT_BYTES = 2**34
 # Sizes that arithmetic of sizes may reach.
 _MAX_NUMBER = 2**53
 
@@ -124,8 +124,8 @@ class Step:
             n_bytes = [_bounded(one, self.where) for one in results]
             elements = sum(one.numel() for one in results if isinstance(one, Tensor))
             unfolded = unfolded_bytes(self.node, named, elements)
-            if unfolded > _MAX_RESULT_BYTES:
-                raise refused(f"{self.where} unfolds its input to {unfolded} bytes; {_MAX_RESULT_BYTES} are allowed")
+            if unfolded > MAX_RESULT_BYTES:
+                raise refused(f"{self.where} unfolds its input to {unfolded} bytes; {MAX_RESULT_BYTES} are allowed")
         except AnalysisError:
             raise
         except Exception as error:
@@ -299,6 +299,6 @@ def _bounded(result: Any, where: str) -> int:
     if not isinstance(result, Tensor):
         return 0
     n_bytes = result.numel() * result.element_size()
-    if n_bytes > _MAX_RESULT_BYTES:
-        raise refused(f"{where} makes a tensor of {n_bytes} bytes; at most {_MAX_RESULT_BYTES} are allowed")
+    if n_bytes > MAX_RESULT_BYTES:
+        raise refused(f"{where} makes a tensor of {n_bytes} bytes; at most {MAX_RESULT_BYTES} are allowed")
     return n_bytes

@@ -116,6 +116,9 @@ REFUSED: dict[str, tuple[Change, str]] = {
         ),
         "writes into a weight, a buffer or an input",
     ),
+    "an input of endless sizes": (
+        lambda g: g["inputs"][0].__setitem__(2, [2**31 - 1, 2**31 - 1, 6, 3]), "The graph's input 'x' has",
+    ),
     "far too much memory": (
         _inserted(["aten.zeros.default", {"size": [2**20, 2**20]}, 1]), "makes a tensor of 4398046511104 bytes",
     ),

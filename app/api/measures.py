@@ -52,7 +52,7 @@ class Measures:
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.requests = Histogram(
             "interplay_http_request_seconds",
-            "Time from a request's first byte to its answer's last one, without streams of events.",
+            "Time from a request's headers to its answer's last byte, without streams of events.",
             ["method", "route", "status"],
             buckets=_BUCKETS,
             registry=self.registry,

@@ -58,7 +58,7 @@ def reach_of(allowed: tuple[Allowed, ...], *, own: Allowed | None) -> Reach:
 
 
 def client_for(reach: Reach, *, token: str | None, silence_seconds: float) -> httpx.Client:
-    """Return a client that goes only where `reach` permits; it sends the token to the first host alone."""
+    """Return a client that goes only where `reach` permits, and sends the token where `reach` says so."""
     headers = {"User-Agent": "interplay", "Accept-Encoding": "identity"}
     if token is not None:
         headers["Authorization"] = f"Bearer {token}"
@@ -288,6 +288,8 @@ class _Guarded(httpx.BaseTransport):
 
     def __init__(self, reach: Reach) -> None:
         self._reach = reach
+        # Of the environment only the certificates of authorities are taken, by SSL_CERT_FILE. Reading them takes long.
+        self._authorities = httpx.create_ssl_context(trust_env=True)
         self._transports: dict[str, httpx.HTTPTransport] = {}
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
@@ -314,8 +316,10 @@ class _Guarded(httpx.BaseTransport):
         return httpx.Response(response.status_code, headers={"Location": response.headers["Location"]})
 
     def _sent(self, request: httpx.Request, host: str, addresses: list[str]) -> httpx.Response:
-        # Of the environment only the certificates of authorities are taken, by SSL_CERT_FILE.
-        transport = self._transports.setdefault(request.url.netloc.decode("ascii"), httpx.HTTPTransport(trust_env=True))
+        place = request.url.netloc.decode("ascii")
+        if place not in self._transports:
+            self._transports[place] = httpx.HTTPTransport(verify=self._authorities, trust_env=False)
+        transport = self._transports[place]
         extensions: dict[str, Any] = {**request.extensions, "sni_hostname": host}
         failure: httpx.TransportError | None = None
         for address in addresses:

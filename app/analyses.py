@@ -18,7 +18,7 @@ from app.database import read, write
 from app.descriptions.alike import require_comparable, require_one_network
 from app.descriptions.architectures import is_causal_lm
 from app.descriptions.labels import match_labels, require_suitable
-from app.errors import IdempotencyConflict, NotCancellable, NotFound
+from app.errors import IdempotencyConflict, NotFound
 from app.listing import Listing, page
 from app.logs import current_request
 from app.models import Analysis, AnalysisCheckpoint, Report
@@ -97,10 +97,7 @@ def cancel(engine: sa.Engine, id_: str) -> schemas.Analysis:
         row = session.get(Analysis, id_, with_for_update=True)
         if row is None:
             raise NotFound(f"There is no analysis {id_!r}.")
-        if row.outcome not in (None, "cancelled"):
-            raise NotCancellable(f"The analysis {id_!r} has {row.outcome} already.")
-        if row.outcome is None:
-            queue.cancel(session, engine.dialect.name, row)
+        queue.cancel(session, engine.dialect.name, row)
         session.flush()
         return _view(session, engine, id_)
 

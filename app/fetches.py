@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 
 from app import queue, schemas
 from app.database import read, write
-from app.errors import InvalidRequest, NotCancellable, NotFound, SourceNotAllowed, Unavailable
+from app.errors import InvalidRequest, NotFound, SourceNotAllowed, Unavailable
 from app.listing import Listing, page
 from app.logs import current_request
 from app.models import Fetch
@@ -102,10 +102,7 @@ def cancel(engine: sa.Engine, id_: str) -> schemas.Fetch:
         row = session.get(Fetch, id_, with_for_update=True)
         if row is None:
             raise _missing(id_)
-        if row.outcome not in (None, "cancelled"):
-            raise NotCancellable(f"The fetch {id_!r} has {row.outcome} already.")
-        if row.outcome is None:
-            queue.cancel(session, engine.dialect.name, row)
+        queue.cancel(session, engine.dialect.name, row)
         session.flush()
         return _view(session, engine, id_)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
+from app.errors import NotCancellable
 from app.models import Run, now
 
 # The library takes a third of a second to load: an API process loads it once it answers, a worker while torch loads.
@@ -121,7 +122,15 @@ def status_of(dialect: str, run: type[Run]) -> sa.ColumnElement[str]:
 
 
 def cancel(session: Session, dialect: str, row: Run) -> None:
-    """Record the request to cancel a locked run; a queued one ends here, a running one is stopped by its worker."""
+    """Record the request to cancel a locked run; a queued one ends here, a running one is stopped by its worker.
+
+    Raises:
+        NotCancellable: it has already succeeded or failed.
+    """
+    if row.outcome not in (None, "cancelled"):
+        raise NotCancellable(f"{row.id!r} has {row.outcome} already.")
+    if row.outcome is not None:
+        return
     row.cancel_requested_at = row.cancel_requested_at or now()
     if not session.scalar(sa.select(is_claimed(dialect, sa.literal(row.id)))):
         row.outcome, row.finished_at = "cancelled", now()

@@ -13,7 +13,7 @@ from interplay.calls.collections import Collection
 from interplay.client import Client, FetchFailed
 from interplay.command import rendering
 from interplay.command.options import Common, note
-from interplay.command.progress import LINE_SECONDS, missing_worker_said, transfer_bar
+from interplay.command.progress import LINE_SECONDS, followed, transfer_bar
 from interplay.results import Fetch, SucceededFetch
 
 
@@ -68,22 +68,8 @@ def fetch_view(fetch: Mapping[str, Any], page: str) -> RenderableType:
 
 def _wait_for(client: Client, fetch: Fetch, timeout: float | None) -> SucceededFetch:
     """Wait for a fetch and show its progress; after Ctrl-C, print how to cancel it."""
-    latest = [fetch]
-    try:
-        with (
-            _progress_shown(fetch["name"]) as (show_progress, say),
-            missing_worker_said(client, "fetch", lambda: latest[0]["status"], say),
-        ):
-
-            def take(state: Fetch) -> None:
-                """Keep and show a state."""
-                latest[0] = state
-                show_progress(state)
-
-            return client.wait_for_fetch(fetch["id"], timeout_seconds=timeout, on_progress=take)
-    except KeyboardInterrupt:
-        note(f"The fetch continues. To cancel it: interplay cancel {fetch['id']}")
-        raise
+    with followed(client, "fetch", fetch, _progress_shown(fetch["name"])) as take:
+        return client.wait_for_fetch(fetch["id"], timeout_seconds=timeout, on_progress=take)
 
 
 @contextmanager

@@ -3,8 +3,8 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Literal, TypeVar
 
 from rich.progress import (
     BarColumn,
@@ -20,7 +20,7 @@ from rich.progress import (
 from interplay.client import Client
 from interplay.command import rendering
 from interplay.command.options import note
-from interplay.results import Analysis, SucceededAnalysis
+from interplay.results import Analysis, Fetch, SucceededAnalysis
 
 # An analysis that has not begun after so long may wait for a worker that nobody has started.
 _NO_WORKER_SECONDS = 5.0
@@ -33,21 +33,38 @@ def wait_for(client: Client, analysis: Analysis, timeout: float | None) -> Succe
 
     If no worker is there to begin it, a line says so.
     """
-    latest = [analysis]
-    try:
-        with (
-            _progress_shown() as (show_progress, say),
-            missing_worker_said(client, "analysis", lambda: latest[0]["status"], say),
-        ):
+    with followed(client, "analysis", analysis, _progress_shown()) as take:
+        return client.wait(analysis["id"], timeout_seconds=timeout, on_progress=take)
 
-            def take(state: Analysis) -> None:
+
+Run = TypeVar("Run", Analysis, Fetch)
+Shown = AbstractContextManager[tuple[Callable[[Run], None], Callable[[str], None]]]
+
+
+@contextmanager
+def followed(
+    client: Client, noun: Literal["analysis", "fetch"], run: Run, shown: Shown[Run]
+) -> Iterator[Callable[[Run], None]]:
+    """Yield a function that shows each state of what is waited for; after Ctrl-C, print how to cancel it.
+
+    Args:
+        client: of the service.
+        noun: what it is.
+        run: its state so far.
+        shown: gives two functions: one shows a state, the other prints a line beside it.
+    """
+    latest = [run]
+    try:
+        with shown as (show_progress, say), missing_worker_said(client, noun, lambda: latest[0]["status"], say):
+
+            def take(state: Run) -> None:
                 """Keep and show a state."""
                 latest[0] = state
                 show_progress(state)
 
-            return client.wait(analysis["id"], timeout_seconds=timeout, on_progress=take)
+            yield take
     except KeyboardInterrupt:
-        note(f"The analysis continues. To cancel it: interplay cancel {analysis['id']}")
+        note(f"The {noun} continues. To cancel it: interplay cancel {run['id']}")
         raise
 
 

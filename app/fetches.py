@@ -12,13 +12,13 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from app import queue, schemas
+from app import checkpoints, queue, schemas
 from app.database import read, write
 from app.errors import InvalidRequest, NotFound, SourceNotAllowed, Unavailable
 from app.listing import Listing, page
 from app.logs import current_request
 from app.models import Fetch
-from app.resources import check_before_file, parse_spec
+from app.resources import parse_spec
 from app.settings import Settings
 from app.sources import entry_for, parse_source
 from app.storage import Upload
@@ -55,7 +55,7 @@ def create_if_asked(
             address=source.shown,
         )
     if isinstance(spec, schemas.CheckpointSpec):
-        check_before_file(engine, spec)
+        checkpoints.check_before_file(engine, spec)
     digest = hashlib.sha256(makes.encode() + spec.model_dump_json().encode()).hexdigest()
     row = Fetch(
         makes=makes,

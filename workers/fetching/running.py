@@ -13,7 +13,7 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
-from app import resources, schemas
+from app import checkpoints, resources, schemas
 from app.database import read
 from app.errors import ServiceError, Unavailable
 from app.logs import about
@@ -98,7 +98,7 @@ def _keep(
                     file,
                     use=partial(attempts.use, fetch_id=row.id),
                     origin=fetched.origin.model_dump(mode="json"),
-                    brought=resources.members_of(**fetched.descriptions),
+                    brought=checkpoints.members_of(**fetched.descriptions),
                 )
                 _CREATE[row.makes](engine, storage, settings, upload)
             return None

@@ -3,16 +3,17 @@
 import logging
 import math
 import sys
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any
 
 from app.errors import first_line
 from app.settings import Settings
 
 # What this thread or task works for: request_id, analysis_id, fetch_id.
-_about: ContextVar[dict[str, str]] = ContextVar("about", default={})  # noqa: B039 - never changed in place
+_about: ContextVar[Mapping[str, str]] = ContextVar("about", default=MappingProxyType({}))
 # Loggers that clients and dependencies can make repeat the same message endlessly.
 _TALKATIVE = ("app.api.events", "app.api.problems", "asyncio", "uvicorn.error")
 _REPEAT_SECONDS = 10.0

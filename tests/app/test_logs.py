@@ -48,15 +48,11 @@ def test_json_follows_a_request_to_its_compute_process(
 
 
 @pytest.mark.parametrize(
-    ("sent", "kept"), [("a-1.b_2:c/d=e+f", True), ("", False), ("a b", False), ("a\nb", False), ("x" * 65, False)]
+    ("sent", "kept"), [("a-1.b_2:c/d=e+f", True), ("", False), ("a b", False), ('a"b', False), ("x" * 65, False)]
 )
 def test_an_answer_names_its_request(service: Service, sent: str, kept: bool) -> None:
     """An id that is given is taken if it can stand in a log."""
-    try:
-        answer = service.client.get("/healthz", headers={"X-Request-ID": sent})
-    except Exception:  # noqa: BLE001  the client does not send a line break at all
-        assert "\n" in sent
-        return
+    answer = service.client.get("/healthz", headers={"X-Request-ID": sent})
     assert (answer.headers["X-Request-ID"] == sent) is kept
     assert answer.headers["X-Request-ID"]
 

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import PurePosixPath
+from typing import TYPE_CHECKING
 
 import obstore
 from obstore.exceptions import BaseError, PermissionDeniedError, PreconditionError, UnauthenticatedError
@@ -12,6 +13,9 @@ from app.errors import SourceDenied, SourceMissing, first_line
 from app.sources import Source
 from app.storage import open_store
 from workers.fetching.origins import MOST_FILES, Changed, Found, Interrupted, Remote, around_index, is_index
+
+if TYPE_CHECKING:
+    from obstore import GetOptions
 
 _CHUNK_BYTES = 2**20
 # What obstore says of answers that trying again does not change: 4xx but for those that ask for patience, which have no
@@ -61,13 +65,13 @@ class Bucket:
 
     def read(self, file: Remote, begin: int, end: int) -> Iterator[bytes]:
         """Yield a range of an object, if it is still the same."""
-        options: dict[str, object] = {"range": (begin, end)}
+        options: GetOptions = {"range": (begin, end)}
         # Not by its version, which other permissions are needed for.
         if file.identity is not None:
             options["if_match"] = file.identity
         left = end - begin
         with self._errors(file.address):
-            result = obstore.get(self._store, file.address, options=options)  # type: ignore[arg-type]
+            result = obstore.get(self._store, file.address, options=options)
             # Also where the server does not know If-Match.
             if (result.meta["size"], result.meta["e_tag"]) != (file.size_bytes, file.mark):
                 raise Changed(f"{file.name} is another file now")

@@ -19,7 +19,8 @@ from workers.fetching.messages import Order, Told, problem_of
 from workers.fetching.origins import Origin
 from workers.fetching.transfer import transfer
 
-TOKEN = "SOURCE_TOKEN"  # noqa: S105 - a name
+# The variable with the bearer token of this source.
+BEARER = "SOURCE_BEARER"
 # A description of the largest size takes some hundred MB.
 _MOST_MEMORY_BYTES = 4 * 2**30
 
@@ -58,7 +59,7 @@ def open_origin(order: Order, source: Source, allowed: tuple[Allowed, ...]) -> O
         raise SourceNotAllowed(f"{source.shown} is not among INTERPLAY_SOURCES of the worker.", address=source.shown)
     if source.scheme in BUCKETS:
         return Bucket(source, signed=bool(entry.credentials), silence_seconds=order.silence_seconds)
-    token = os.environ.get(TOKEN)
+    token = os.environ.get(BEARER)
     if entry.credentials and not token:
         raise SourceDenied(
             f"INTERPLAY_SOURCES names {entry.credentials}, which the worker's environment does not have."

@@ -4,7 +4,10 @@ import io
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 # Files of a folder that are looked at.
 MOST_FILES = 200_000
@@ -108,12 +111,13 @@ class Ranged(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        end = min(self._at + len(buffer), self._size_bytes)
+    def readinto(self, buffer: "WriteableBuffer") -> int:
+        target = memoryview(buffer)
+        end = min(self._at + len(target), self._size_bytes)
         if end == self._at:
             return 0
         data = self._read(self._at, end)
-        buffer[: len(data)] = data
+        target[: len(data)] = data
         self._at = end
         return len(data)
 

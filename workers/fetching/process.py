@@ -14,7 +14,7 @@ from app.environment import STORES, plain_environment
 from app.errors import SourceDenied, problem
 from app.settings import Settings
 from app.sources import BUCKETS, entry_for, parse_source
-from workers.fetching.main import TOKEN
+from workers.fetching.main import BEARER
 from workers.fetching.messages import TOLD, Fetched, Order, Told
 from workers.tasks import Json, Progress
 
@@ -133,7 +133,7 @@ def environment_of(settings: Settings, order: Order, given: Mapping[str, str] = 
     if not name:
         return found
     if source.scheme not in BUCKETS:
-        return found | ({TOKEN: _one_line(name, given[name])} if given.get(name) else {})
+        return found | ({BEARER: _one_line(name, given[name])} if given.get(name) else {})
     # PARTNER_B's variables begin with PARTNER_ too.
     longer = tuple(f"{one.credentials}_" for one in settings.allowed_sources if one.credentials.startswith(f"{name}_"))
     begin = STORES[source.scheme]

@@ -1,39 +1,18 @@
 """Pages in a real browser, Debian's chromium: charts, live progress, keyboard, small screens, accessibility, print."""
 
-import os
 import re
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 
 from tests.app.pages.test_pages import HOSTILE
 from tests.app.test_analyses import SLOW, pair
+from tests.browsers import AXE, window
 from tests.datafiles import encoded, picture, zipped
 from tests.services import Service, running, until
-
-_AXE = (resources.files("axe_playwright_python") / "axe.min.js").read_text(encoding="utf-8")
-_PATIENCE_MS = 30_000
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """Run chromium; continuous integration must have one (REQUIRE_BROWSER)."""
-    program = shutil.which("chromium")
-    if program is None:
-        if os.environ.get("REQUIRE_BROWSER"):
-            pytest.fail("chromium is not on this machine")
-        pytest.skip("a browser (Debian's package chromium) is not on this machine")
-    with sync_playwright() as playwright:
-        # Its own sandbox does not work for root, as which continuous integration runs; a container's /dev/shm is small.
-        started = playwright.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-dev-shm-usage"])
-        yield started
-        started.close()
 
 
 @pytest.fixture
@@ -41,28 +20,6 @@ def page(browser: Browser, service: Service, request: pytest.FixtureRequest) -> 
     """Open a window on the service."""
     with window(browser, service, **getattr(request, "param", {})) as opened:
         yield opened
-
-
-@contextmanager
-def window(browser: Browser, service: Service, **options: Any) -> Iterator[Page]:
-    """Open a window; an error that it logs, such as a breach of the policy, or a request elsewhere fails the test."""
-    context = browser.new_context(base_url=service.url, **options)
-    opened = context.new_page()
-    opened.set_default_timeout(_PATIENCE_MS)
-    errors: list[str] = []
-    # A refusal that a page shows is among them too.
-    opened.on(
-        "console",
-        lambda message: (
-            errors.append(message.text) if message.type == "error" and "status of 4" not in message.text else None
-        ),
-    )
-    opened.on("pageerror", lambda error: errors.append(str(error)))
-    own = (f"{service.url}/", "data:", "blob:", "about:")
-    opened.on("request", lambda sent: None if sent.url.startswith(own) else errors.append(f"a request to {sent.url}"))
-    yield opened
-    context.close()
-    assert errors == []
 
 
 def probe_of_images(service: Service) -> str:
@@ -299,7 +256,7 @@ def test_nothing_is_inaccessible(page: Page, service: Service, reports: dict[str
         page.goto(path)
         page.wait_for_load_state("networkidle")
         # Through the debugger, as the policy of the page lets no other script in.
-        page.evaluate(_AXE)
+        page.evaluate(AXE)
         found = page.evaluate("axe.run(document, {resultTypes: ['violations']})")
         violations = [
             (violation["id"], [node["html"][:200] for node in violation["nodes"][:3]])

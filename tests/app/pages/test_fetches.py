@@ -9,8 +9,8 @@ import httpx
 import pytest
 from playwright.sync_api import Browser
 
-from tests.app.pages.test_browser import _AXE, browser, window  # noqa: F401  a fixture
 from tests.app.pages.test_pages import HOSTILE, read, token_of
+from tests.browsers import AXE, window
 from tests.elsewhere import Elsewhere
 from tests.services import until
 from tests.sources import COMMIT
@@ -131,7 +131,7 @@ def test_names_and_addresses_are_text(client: httpx.Client, elsewhere: Elsewhere
 
 
 @pytest.mark.parametrize("size", [(360, 740), (1280, 800)], ids=["phone", "desk"])
-def test_progress_is_live_in_a_browser(browser: Browser, elsewhere: Elsewhere, size: tuple[int, int]) -> None:  # noqa: F811
+def test_progress_is_live_in_a_browser(browser: Browser, elsewhere: Elsewhere, size: tuple[int, int]) -> None:
     """The form leads to the fetch; bytes are counted while they come, and in the end a link leads on."""
     name = f"live {uuid4().hex}"
     # Longer than all that is looked at meanwhile takes on a busy machine.
@@ -159,7 +159,7 @@ def test_progress_is_live_in_a_browser(browser: Browser, elsewhere: Elsewhere, s
         fetch = page.url
         for path in (fetch, "/fetches", "/push"):
             page.goto(path)
-            page.evaluate(_AXE)
+            page.evaluate(AXE)
             found = page.evaluate("axe.run(document, {resultTypes: ['violations']})")
             assert [violation["id"] for violation in found["violations"]] == [], path
             assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), path
@@ -168,13 +168,13 @@ def test_progress_is_live_in_a_browser(browser: Browser, elsewhere: Elsewhere, s
         elsewhere.server.faults.bytes_per_second = None
         page.get_by_role("link", name="Go to the checkpoint").click()
         page.get_by_role("heading", name="Where it was fetched from").wait_for()
-        page.evaluate(_AXE)
+        page.evaluate(AXE)
         found = page.evaluate("axe.run(document, {resultTypes: ['violations']})")
         assert [violation["id"] for violation in found["violations"]] == []
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
 
 
-def test_without_javascript_the_page_loads_itself_again(browser: Browser, elsewhere: Elsewhere) -> None:  # noqa: F811
+def test_without_javascript_the_page_loads_itself_again(browser: Browser, elsewhere: Elsewhere) -> None:
     """Who has no scripts pushes, and sees the end without a touch."""
     elsewhere.server.faults.bytes_per_second = 1000
     with window(browser, elsewhere.service, java_script_enabled=False) as page:

@@ -168,8 +168,8 @@ def test_a_process_has_the_credentials_of_its_source_alone(monkeypatch: pytest.M
     assert secrets("s3://own/a") == {"AWS_ACCESS_KEY_ID": "the service's"}
     assert secrets("s3://theirs/a") == {"AWS_ACCESS_KEY_ID": "a partner's"}
     assert secrets("s3://open/a") == {}
-    assert secrets("hf://org/a") == {"SOURCE_TOKEN": "a token"}
-    assert secrets("https://h/a") == {"SOURCE_TOKEN": "another token"}
+    assert secrets("hf://org/a") == {"SOURCE_BEARER": "a token"}
+    assert secrets("https://h/a") == {"SOURCE_BEARER": "another token"}
     assert secrets("https://elsewhere/a") == {}
 
 

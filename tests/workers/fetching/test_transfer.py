@@ -34,7 +34,7 @@ from app.staging import StagedFile, WholeFile
 from app.storage import Storage
 from tests.sources import COMMIT, SourceServer, source_server
 from workers.fetching import process
-from workers.fetching.main import TOKEN, open_origin
+from workers.fetching.main import BEARER, open_origin
 from workers.fetching.messages import Fetched, Order
 from workers.fetching.transfer import transfer
 from workers.tasks import Progress
@@ -324,7 +324,7 @@ def test_a_file_larger_than_the_disk_is_refused(fetching: Fetching, monkeypatch:
 
 def test_tokens_go_to_their_own_host_alone(fetching: Fetching, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A redirect to another host takes the file from there, and the token does not go with it."""
-    monkeypatch.setenv(TOKEN, "secret")
+    monkeypatch.setenv(BEARER, "secret")
     fetching.server.token = "secret"
     with source_server() as other:
         other.files["/cdn/a"] = CONTENT
@@ -338,7 +338,7 @@ def test_tokens_go_to_their_own_host_alone(fetching: Fetching, monkeypatch: pyte
 @pytest.mark.parametrize("other", ["OTHER_TOKEN", ""])
 def test_tokens_stay_below_their_own_entry(fetching: Fetching, monkeypatch: pytest.MonkeyPatch, other: str) -> None:
     """A part of the same host that has other credentials, or none, does not get these."""
-    monkeypatch.setenv(TOKEN, "secret")
+    monkeypatch.setenv(BEARER, "secret")
     url = fetching.server.url
     fetching.server.files["/b/a"] = CONTENT
     fetching.server.redirects["/nets/b"] = f"{url}/b/a"
@@ -358,7 +358,7 @@ def test_bodies_of_redirects_are_not_read(fetching: Fetching) -> None:
 @pytest.mark.parametrize("token", ["secret\n", " secret "])
 def test_a_token_in_a_file_of_its_own_has_a_line_break(tmp_path: Path, token: str) -> None:
     found = process.environment_of(_settings(tmp_path, "hf://org T"), _order("hf://org/a"), {"T": token})
-    assert found[TOKEN] == "secret"
+    assert found[BEARER] == "secret"
 
 
 @pytest.mark.parametrize("token", ["sec\nret", "s\u00e9cret", "sec\x00ret"])

@@ -63,7 +63,7 @@ def create(
             )
             session.add(row)
             session.flush()
-            queue.enqueue(client.get(), session, row.id)
+            queue.enqueue_analysis(client.get(), session, row)
             return _view(session, engine, row.id)
     except sa.exc.IntegrityError:
         # A concurrent request with the same key committed first.

@@ -261,6 +261,39 @@ class Analysis(Run):
     idempotency_key: Mapped[str | None] = mapped_column(sa.String(255), unique=True)
 
 
+class Point(Base):
+    """A step of a planned analysis: a point, a side of a comparison, or, at no place, the report of all."""
+
+    __tablename__ = "points"
+
+    analysis_id: Mapped[str] = mapped_column(sa.ForeignKey("analyses.id"), primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True)
+    place: Mapped[float | None] = mapped_column(sa.Double)
+    # The turn that computes it, or has computed it; null while it waits.
+    turn_id: Mapped[str | None] = mapped_column(sa.String(50))
+    attempts: Mapped[int] = mapped_column(default=0)
+    finished_at: Mapped[datetime | None]
+    # Kept until the report is made of it.
+    answer: Mapped[str | None] = mapped_column(sa.Text, deferred=True)
+    problem: Mapped[dict[str, Any] | None]
+
+
+_OPEN = "ended_at IS NULL"
+
+
+class Turn(Base):
+    """A turn at a planned analysis: a run of the queue, in which a worker computes points one after the other."""
+
+    __tablename__ = "turns"
+    __table_args__ = (sa.Index(None, "analysis_id", sqlite_where=sa.text(_OPEN), postgresql_where=sa.text(_OPEN)),)
+
+    analysis_id: Mapped[str] = mapped_column(sa.ForeignKey("analyses.id"))
+    id: Mapped[str] = mapped_column(sa.String(50), primary_key=True)
+    created_at: Mapped[datetime]
+    began_at: Mapped[datetime | None]
+    ended_at: Mapped[datetime | None]
+
+
 class AnalysisCheckpoint(Base):
     """A checkpoint that an analysis uses: one, the two ends of a path, or a series in order."""
 

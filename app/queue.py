@@ -2,6 +2,9 @@
 
 Our tables `analyses` and `fetches` own the request, the request to cancel and the outcome; the queue owns which worker
 runs it now. The id of an analysis, or of a fetch, is the id of its workflow, and a workflow's only input is that id.
+
+An analysis of one step waits on the queue of those who compute. A planned one has a plan, which holds no device and
+waits on a queue of its own, and turns on the queue of those who compute.
 """
 
 import threading
@@ -10,8 +13,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
+from app.database import clock
 from app.errors import NotCancellable
-from app.models import Run, now
+from app.models import Analysis, Run, Turn, now
+from app.schemas.kinds import PLANNED
 
 # The library takes a third of a second to load: an API process loads it once it answers, a worker while torch loads.
 if TYPE_CHECKING:
@@ -20,14 +25,19 @@ if TYPE_CHECKING:
 
 QUEUE = "analyses"
 WORKFLOW = "run_analysis"
+TURN_WORKFLOW = "run_turn"
+PLANS = "plans"
+PLAN_WORKFLOW = "run_plan"
 # Fetches need no device, so they wait for none.
 FETCHES = "fetches"
 FETCH_WORKFLOW = "run_fetch"
-QUEUES = (QUEUE, FETCHES)
+QUEUES = (QUEUE, PLANS, FETCHES)
 APPLICATION = "interplay"
 # Increase it only when the order of a workflow's steps changes, and after draining the queue: a worker runs only
 # workflows of its own version. The library's default hashes source code, which strands runs at every upgrade.
-VERSION = "engine-1"
+VERSION = "engine-2"
+# Versions whose waiting runs this one adopts, once its tables are made.
+_ADOPTED = ("engine-1",)
 # Lower goes first, and runs without a priority go before all others: so every analysis has one.
 PRIORITY = 100
 # The queue's statuses of a run that has ended.
@@ -57,10 +67,28 @@ def close_pickle() -> None:
 
 
 def migrate(engine: sa.Engine) -> None:
-    """Create or upgrade the queue's own tables; harmless if they are up to date."""
+    """Create or upgrade the queue's own tables, once ours are made; harmless if they are up to date."""
     import dbos
 
     dbos.DBOS.migrate(engine.url.render_as_string(hide_password=False))
+    with engine.begin() as connection:
+        _adopt(connection)
+
+
+def _adopt(connection: sa.Connection) -> None:
+    """Make runs of earlier versions, queued or of workers that have stopped, runs of this one.
+
+    Planned analyses were one run with a step for each point; what has been computed of them is computed again.
+    """
+    runs = _runs(connection.dialect.name, "application_version", "queue_name", "name")
+    theirs = sa.update(runs).where(runs.c.application_version.in_(_ADOPTED), runs.c.status.in_(("ENQUEUED", "PENDING")))
+    planned = sa.select(Analysis.id).where(Analysis.kind.in_(PLANNED))
+    connection.execute(
+        theirs.where(runs.c.name == WORKFLOW, runs.c.workflow_uuid.in_(planned)).values(
+            name=PLAN_WORKFLOW, queue_name=PLANS
+        )
+    )
+    connection.execute(theirs.values(application_version=VERSION))
 
 
 def make_client(engine: sa.Engine) -> "Client":
@@ -100,8 +128,26 @@ class LateClient:
                 self._client.destroy()
 
 
+def enqueue_analysis(client: "Client", session: Session, row: Analysis) -> None:
+    """Queue an analysis in the caller's transaction; a planned one with its first turn, which has its place."""
+    if row.kind in PLANNED:
+        enqueue(client, session, row.id, workflow=PLAN_WORKFLOW, queue=PLANS)
+        enqueue_turn(client, session, row.id)
+    else:
+        enqueue(client, session, row.id)
+
+
+def enqueue_turn(client: "Client", session: Session, analysis_id: str) -> None:
+    """Queue a further turn at a planned analysis, whose row the caller has locked or just made."""
+    turns = sa.select(sa.func.count()).select_from(Turn).where(Turn.analysis_id == analysis_id)
+    turn = Turn(id=f"{analysis_id}.{session.scalar(turns)}", analysis_id=analysis_id, created_at=clock(session))
+    session.add(turn)
+    session.flush()
+    enqueue(client, session, turn.id, workflow=TURN_WORKFLOW)
+
+
 def enqueue(client: "Client", session: Session, run_id: str, *, workflow: str = WORKFLOW, queue: str = QUEUE) -> None:
-    """Queue an analysis or a fetch in the caller's transaction: it runs if, and only if, the transaction commits."""
+    """Queue a run in the caller's transaction: it runs if, and only if, the transaction commits."""
     client.enqueue_in_transaction(
         session,
         {
@@ -116,9 +162,14 @@ def enqueue(client: "Client", session: Session, run_id: str, *, workflow: str = 
 
 
 def status_of(dialect: str, run: type[Run]) -> sa.ColumnElement[str]:
-    """Return SQL of the status that clients see, of the two that own it: our outcome, else the queue's claim."""
-    claimed = is_claimed(dialect, run.id.expression)
-    return sa.func.coalesce(run.outcome, sa.case((claimed, "running"), else_="queued"))
+    """Return SQL of the status that clients see, of the two that own it: our outcome, else the queue's claim.
+
+    A planned analysis runs once its first point was begun: workers hold its points, not the analysis.
+    """
+    runs = is_claimed(dialect, run.id.expression)
+    if issubclass(run, Analysis):
+        runs = sa.case((run.kind.in_(PLANNED), run.started_at.is_not(None)), else_=runs)
+    return sa.func.coalesce(run.outcome, sa.case((runs, "running"), else_="queued"))
 
 
 def cancel(session: Session, dialect: str, row: Run) -> None:
@@ -132,7 +183,11 @@ def cancel(session: Session, dialect: str, row: Run) -> None:
     if row.outcome is not None:
         return
     row.cancel_requested_at = row.cancel_requested_at or now()
-    if not session.scalar(sa.select(is_claimed(dialect, sa.literal(row.id)))):
+    if isinstance(row, Analysis) and row.kind in PLANNED:
+        runs = row.started_at is not None
+    else:
+        runs = bool(session.scalar(sa.select(is_claimed(dialect, sa.literal(row.id)))))
+    if not runs:
         row.outcome, row.finished_at = "cancelled", now()
 
 
@@ -143,6 +198,20 @@ def is_claimed(dialect: str, run_id: sa.ColumnElement[str]) -> sa.ColumnElement[
 
 def has_status(dialect: str, run_id: sa.ColumnElement[str], *statuses: str) -> sa.ColumnElement[bool]:
     """Return SQL that is true where the queue gives a run one of these statuses of its own."""
-    schema = None if dialect == "sqlite" else "dbos"
-    runs = sa.table("workflow_status", sa.column("workflow_uuid"), sa.column("status"), schema=schema)
+    runs = _runs(dialect)
     return sa.exists().where(runs.c.workflow_uuid == run_id, runs.c.status.in_(statuses))
+
+
+def count_waiting(session: Session, workflow: str, *, most: int) -> int:
+    """Return how many runs of a workflow wait for a worker that computes, counted up to a number."""
+    runs = _runs(session.get_bind().dialect.name, "queue_name", "name")
+    waiting = sa.select(runs.c.workflow_uuid).where(
+        runs.c.queue_name == QUEUE, runs.c.status == "ENQUEUED", runs.c.name == workflow
+    )
+    return session.scalar(sa.select(sa.func.count()).select_from(waiting.limit(most).subquery())) or 0
+
+
+def _runs(dialect: str, *columns: str) -> sa.TableClause:
+    """Return the queue's table of runs, with its id, its status and further columns."""
+    schema = None if dialect == "sqlite" else "dbos"
+    return sa.table("workflow_status", *map(sa.column, ("workflow_uuid", "status", *columns)), schema=schema)

@@ -77,6 +77,11 @@ class Settings(BaseSettings):
     max_features_bytes: int = Field(
         default=10 * 2**30, ge=0, description="Features kept for analyses that come again; 0 keeps none."
     )
+    max_loaded_bytes: int = Field(
+        default=2 * 2**30,
+        ge=0,
+        description="Networks and probes that a compute process keeps of analyses beside its current one.",
+    )
     cache_bytes: int = Field(
         default=100 * 2**30, ge=0, description="Blobs of a remote store that a machine keeps; the least used go first."
     )

@@ -123,7 +123,8 @@ def _step(sizes: list[int], folder: Path, prefix: str) -> tuple[Work, int]:
         options=PathOptions(grid=NamedGrid(values=_GRID), null_permutations=0),
         checkpoints=tuple(checkpoints),
         probe=probe,
-        known=(),
+        number=0,
+        place=0.0,
     )
     settings = Settings()
     files = Files(paths=paths, dataset=Limits.of(settings), image_pixels=settings.max_image_pixels)
@@ -133,14 +134,16 @@ def _step(sizes: list[int], folder: Path, prefix: str) -> tuple[Work, int]:
 def _walk(work: Work, device: torch.device) -> None:
     assert isinstance(work.step, PathPointTask)
     # A path keeps no features.
-    runner = Runner(device, FeatureCache(Storage(Settings()), 0))
+    runner = Runner(device, FeatureCache(Storage(Settings()), 0), 0)
     task = PathTask.model_validate({name: getattr(work.step, name) for name in PathTask.model_fields})
     answers: list[Answer] = []
-    while not (answers and answers[-1].last):
-        step = point_step(task, answers)
-        body, refusal = runner.run(Work(step=step, files=work.files), lambda phase, done, total: None)
-        assert body is not None, refusal
-        answers.append(answer_of(task, body))
+    while places := task.further(answers):
+        for place in places:
+            first = answers[0].known if answers else None
+            step = point_step(task, number=len(answers), place=place, first=first)
+            body, refusal = runner.run(Work(step=step, files=work.files), lambda phase, done, total: None)
+            assert body is not None, refusal
+            answers.append(answer_of(task, body))
 
 
 def _resident_bytes(field: str) -> int:

@@ -11,7 +11,8 @@ from analysis.networks.loading import LoadedNetwork, build
 from analysis.passes.extraction import extract_features
 from analysis.passes.precision import arithmetic
 from analysis.probes.probe import Probe
-from analysis.sweeps.paths import Path, even_grid
+from analysis.sweeps.grids import even_grid
+from analysis.sweeps.paths import Path
 
 Row = dict[str, object]
 # The demo's network, and one whose pass takes seconds: only a few of its points, each the same work. The last two

@@ -447,6 +447,14 @@ class ProbeSubject(TypedDict):
     next_tokens: NotRequired[NextTokens | None]
 
 
+class ComputedOn(TypedDict):
+    """What decides the last digits of a pass beside the code: numbers are equal where these are."""
+
+    device: str
+    threads: int
+    torch_version: str
+
+
 class ProvenanceComparisonOptions(TypedDict):
     interplay_version: str
     code_sha256: str
@@ -462,6 +470,7 @@ class ProvenanceComparisonOptions(TypedDict):
     batch_size: int | None
     features_reused: NotRequired[bool]
     options: ComparisonOptions
+    computed_on: NotRequired[list[ComputedOn] | None]
 
 
 class SubjectBase(TypedDict):
@@ -538,6 +547,7 @@ class ProvenanceEvaluationOptions(TypedDict):
     batch_size: int | None
     features_reused: NotRequired[bool]
     options: EvaluationOptions
+    computed_on: NotRequired[list[ComputedOn] | None]
 
 
 class EvaluationReport(TypedDict):
@@ -713,6 +723,7 @@ class ProvenancePathOptions(TypedDict):
     batch_size: int | None
     features_reused: NotRequired[bool]
     options: PathOptions
+    computed_on: NotRequired[list[ComputedOn] | None]
 
 
 class PathReport(TypedDict):
@@ -784,6 +795,7 @@ class ProvenancePruningOptions(TypedDict):
     batch_size: int | None
     features_reused: NotRequired[bool]
     options: PruningOptions
+    computed_on: NotRequired[list[ComputedOn] | None]
 
 
 class PruningPoint(TypedDict):

@@ -28,6 +28,9 @@ logger = logging.getLogger("interplay")
 # Fetches of a worker at a time, beside its analysis. They take minutes: their start may wait a little.
 _FETCHES_AT_A_TIME = 2
 _FETCHES_POLLING_SECONDS = 0.5
+# Plans of a worker at a time, beside what it computes. They only look after what turns do by themselves.
+_PLANS_AT_A_TIME = 16
+_PLANS_POLLING_SECONDS = 0.5
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -64,11 +67,13 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _work(settings: Settings, child: ComputeChild, told_to_stop: int) -> None:
     import migrations
+    from app import queue
     from app.database import make_engine
     from app.storage import Storage
     from workers import offers
     from workers.liveness import Presence
-    from workers.workflows import Host, register
+    from workers.steps import Host
+    from workers.workflows import register
 
     # A fresh id for each process, so that it does not count another process's unfinished work as its own.
     worker_id = str(uuid4())
@@ -87,7 +92,7 @@ def _work(settings: Settings, child: ComputeChild, told_to_stop: int) -> None:
     presence.register(child.description)
     found = offers.Offers(child.description.families, child.description.untried)
     offers.start(found, settings.data_dir / "workers", engine, worker_id)
-    register(Host(settings, engine, storage, child, active))
+    register(Host(worker_id, settings, engine, queue.make_client(engine), storage, child, active))
     _join_queue(settings, engine, worker_id)
     logger.info("worker %s is ready", worker_id)
     freeze_loaded_objects()
@@ -123,6 +128,11 @@ def _join_queue(settings: Settings, engine: "sa.Engine", worker_id: str) -> None
     DBOS.listen_queues(queue.QUEUES)
     DBOS.launch()
     DBOS.register_queue(queue.QUEUE, worker_concurrency=1, polling_interval_sec=settings.queue_polling_seconds)
+    DBOS.register_queue(
+        queue.PLANS,
+        worker_concurrency=_PLANS_AT_A_TIME,
+        polling_interval_sec=max(_PLANS_POLLING_SECONDS, settings.queue_polling_seconds),
+    )
     DBOS.register_queue(
         queue.FETCHES,
         worker_concurrency=_FETCHES_AT_A_TIME,

@@ -29,6 +29,7 @@ from app.models import (
     Report,
     ReportMetric,
     Run,
+    Worker,
     now,
 )
 from app.schemas.metrics import metrics_of
@@ -47,15 +48,23 @@ T = TypeVar("T")
 logger = logging.getLogger("interplay")
 
 
+class TakenOver(Exception):
+    """Other workers have taken this one for dead, and its work over."""
+
+
 class Ended(Exception):
     """A run that something was made for has ended meanwhile."""
 
 
-def begin(engine: sa.Engine, analysis_id: str, max_attempts: int) -> tasks.FeatureSetTask | tasks.NetworkTask | None:
-    """Count an attempt and return the task to compute; None if there is nothing left to do."""
+def begin(engine: sa.Engine, analysis_id: str, max_attempts: int) -> tasks.WholeStep | None:
+    """Count an attempt at an analysis of one step and return it; None if there is nothing left to do."""
     with write(engine) as session:
         row = _begun(session, Analysis, analysis_id, max_attempts)
-        return None if row is None else _task(session, row)
+        if row is None:
+            return None
+        task = task_of(session, row)
+        assert isinstance(task, tasks.WholeStep)
+        return task
 
 
 def begin_fetch(engine: sa.Engine, fetch_id: str, max_attempts: int) -> Fetch | None:
@@ -77,8 +86,7 @@ def _begun(session: Session, model: type[AnyRun], id_: str, max_attempts: int) -
     if row.attempts >= max_attempts:
         detail = f"Its worker died in each of {row.attempts} attempts; it is not tried again."
         what = "The analysis was given up" if model is Analysis else "The fetch was given up"
-        body = problem("too-many-attempts", what, detail, attempts=row.attempts)
-        _end(row, Result(outcome="failed", problem=body))
+        _end(row, Result(outcome="failed", problem=problem("too-many-attempts", what, detail, attempts=row.attempts)))
         return None
     row.attempts += 1
     row.started_at = row.started_at or now()
@@ -120,21 +128,42 @@ def note(
         return False
 
 
-def finish(engine: sa.Engine, analysis_id: str, result: Result) -> bool:
-    """Record the outcome and the report once; return False if an outcome was already recorded."""
+def finish(engine: sa.Engine, worker_id: str, analysis_id: str, result: Result) -> bool:
+    """Record the outcome and the report once; return False if an outcome was already recorded.
+
+    Raises:
+        TakenOver: others have taken this worker for dead.
+    """
     with write(engine) as session:
         row = session.get(Analysis, analysis_id, with_for_update=True)
+        require_alive(session, worker_id)
         if row is None or row.outcome is not None:
             return False
-        if result.body is not None:
-            report = _report(row, result.body)
-            subjects = _subjects(report)
-            _store(session, row, report)
-            session.add_all(MetadataEntry.entries(report.id, _metadata(subjects)))
-            _note_names(session, subjects)
-            row.progress_phase, row.progress_done = "finished", row.progress_total
-        _end(row, result)
+        record(session, row, result)
         return True
+
+
+def record(session: Session, row: Analysis, result: Result) -> None:
+    """Record the outcome, and the report if there is one, of a locked analysis without an outcome."""
+    if result.body is not None:
+        report = _report(row, result.body)
+        subjects = _subjects(report)
+        _store(session, row, report)
+        session.add_all(MetadataEntry.entries(report.id, _metadata(subjects)))
+        _note_names(session, subjects)
+        row.progress_phase, row.progress_done = "finished", row.progress_total
+    _end(row, result)
+
+
+def require_alive(session: Session, worker_id: str) -> None:
+    """Check that others have not taken this worker for dead: they do its work now, and it must not write.
+
+    Raises:
+        TakenOver: they have.
+    """
+    worker = session.get(Worker, worker_id)
+    if worker is None or worker.ended_at is not None:
+        raise TakenOver(worker_id)
 
 
 def end(engine: sa.Engine, model: type[Analysis] | type[Fetch], run_id: str, result: Result) -> None:
@@ -174,7 +203,7 @@ def _end(row: Run, result: Result) -> None:
     row.outcome, row.problem, row.finished_at = result.outcome, result.problem, now()
 
 
-def _task(session: Session, row: Analysis) -> tasks.FeatureSetTask | tasks.NetworkTask:
+def task_of(session: Session, row: Analysis) -> tasks.FeatureSetTask | tasks.NetworkTask:
     """Return the task that an analysis's row and the rows of its subjects describe."""
     common: dict[str, object] = {"analysis_id": row.id, "request_id": row.request_id, "options": row.options}
     if row.feature_set_id is not None:

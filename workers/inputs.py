@@ -10,14 +10,15 @@ from app.files.datafile import Limits
 from app.settings import Settings
 from app.storage import BlobDamaged, Storage, StorageUnavailable
 from workers.tasks import (
+    AnyStep,
+    ComparisonReportTask,
     FeatureSetTask,
     Files,
-    PointStep,
     Progress,
     ReportStep,
     Result,
     SeriesPointTask,
-    WholeStep,
+    SideTask,
 )
 
 logger = logging.getLogger("interplay")
@@ -30,7 +31,7 @@ _PATIENCE_SECONDS = 600.0
 def fetch(
     storage: Storage,
     settings: Settings,
-    step: WholeStep | PointStep | ReportStep,
+    step: AnyStep,
     stack: ExitStack,
     on_tick: Callable[[Progress | None], bool],
 ) -> Files | Result:
@@ -75,15 +76,15 @@ def fetch(
             time.sleep(_PAUSE_SECONDS)
 
 
-def _needed(step: WholeStep | PointStep | ReportStep) -> list[str]:
+def _needed(step: AnyStep) -> list[str]:
     """Return the sha256 of the blobs that a step needs, each once."""
-    if isinstance(step, ReportStep):
+    if isinstance(step, ReportStep) and not isinstance(step, ComparisonReportTask):
         return []
     if isinstance(step, FeatureSetTask):
         return [step.feature_set.sha256]
     checkpoints = step.checkpoints
-    if isinstance(step, SeriesPointTask):
-        checkpoints = (checkpoints[len(step.known)],)
+    if isinstance(step, SeriesPointTask | SideTask):
+        checkpoints = (checkpoints[step.number],)
     tokenizers = [step.probe.tokenizer_sha256, *(checkpoint.tokenizer_sha256 for checkpoint in step.checkpoints)]
     bases = [checkpoint.base.sha256 for checkpoint in checkpoints if checkpoint.base is not None]
     needed = [*(one.sha256 for one in checkpoints), *bases, step.probe.sha256, *filter(None, tokenizers)]

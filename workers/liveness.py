@@ -27,7 +27,7 @@ from app.errors import problem
 from app.models import Analysis, Fetch, Worker, now
 from app.settings import Settings
 from app.storage import Storage
-from workers import attempts
+from workers import attempts, turns
 from workers.fetching.running import remove_leftovers
 from workers.tasks import Hello, Result
 
@@ -280,6 +280,7 @@ class Presence:
             self._client.delete_workflows([run.workflow_id for run in runs])
         with write(self._engine) as session:
             session.execute(sa.delete(Worker).where(Worker.ended_at < clock(session) - _KEEP_RUNS))
+            turns.clean(session, clock(session) - _KEEP_RUNS)
 
 
 def _mark_ended(session: sa.orm.Session, worker_id: str) -> None:

@@ -2,21 +2,20 @@
 
 import sqlalchemy as sa
 
-from app.schemas.reports import EvaluationReport, SeriesPoint
+from app.schemas.reports import ComputedOn, EvaluationReport, SeriesPoint
 from workers import attempts
 from workers.tasks import Known, SeriesAnswer, SeriesPointTask
 
 
 def existing_point(engine: sa.Engine, task: SeriesPointTask) -> SeriesAnswer | None:
-    """Return the next point of a series from an existing report; None if it must be computed."""
-    done, total = len(task.known), len(task.checkpoints)
-    checkpoint = task.checkpoints[done]
+    """Return a point of a series from an existing report; None if it must be computed."""
+    checkpoint = task.checkpoints[task.number]
     report = attempts.evaluation_of(engine, task, checkpoint)
     if report is None or not _has_the_same_inputs(task, report):
         return None
     return SeriesAnswer(
         point=SeriesPoint(
-            x=task.axis.values[done],
+            x=task.place,
             checkpoint_id=checkpoint.id,
             reused_report_id=report.id,
             # As in a point that is computed.
@@ -25,11 +24,15 @@ def existing_point(engine: sa.Engine, task: SeriesPointTask) -> SeriesAnswer | N
                 for name, split in report.splits.items()
             },
         ),
-        known=Known.model_validate({**dict(report.subject), "probe": report.probe}),
+        known=Known.model_validate(
+            {**dict(report.subject), "probe": report.probe, "computed_on": _computed_on(report)}
+        ),
         timings_seconds={},
-        last=done == total - 1,
-        total=total,
     )
+
+
+def _computed_on(report: EvaluationReport) -> ComputedOn:
+    return ComputedOn(**{name: getattr(report.provenance, name) for name in ComputedOn.model_fields})
 
 
 def _has_the_same_inputs(task: SeriesPointTask, report: EvaluationReport) -> bool:

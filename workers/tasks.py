@@ -1,9 +1,9 @@
 """What a worker asks of its compute process, and what it answers: one frozen type for each kind and step.
 
-An evaluation and a comparison take one step, whose answer is the body of the report. A path, a pruning sweep and a
-series take one step for each point and a last one for the report. An answer for a point holds the point, the facts
-that later points and the report need, and whether it was the last. So each point is recorded when it is computed, and
-a kill costs one point.
+An evaluation takes one step, whose answer is the body of the report. All other kinds are planned: they take a step for
+each point, or for each side of a comparison, and a last one for the report. An answer for a point holds the point and
+the facts that the other points, or the report, need. Each point is recorded when it is computed, so a kill costs one
+point, and points that need nothing of each other are computed by several workers.
 
 Tasks and answers cross between processes as JSON and are validated on arrival.
 """
@@ -15,10 +15,19 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue, TypeAdapter
 
+from analysis.sweeps.grids import even_grid, next_points
 from app.files.datafile import Format, Limits
-from app.schemas import Axis, ComparisonOptions, EvaluationOptions, Kind, PathOptions, PruningOptions
+from app.schemas import (
+    Axis,
+    ComparisonOptions,
+    EvaluationOptions,
+    EvenGrid,
+    Kind,
+    PathOptions,
+    PruningOptions,
+)
 from app.schemas.adapters import Adapter
-from app.schemas.reports import Alignment, PathPoint, ProbeSubject, PruningPoint, SeriesPoint
+from app.schemas.reports import Alignment, ComputedOn, PathPoint, ProbeSubject, PruningPoint, SeriesPoint
 
 Json = dict[str, JsonValue]
 Row = TypeVar("Row", bound="_Row")
@@ -147,15 +156,49 @@ class EvaluationTask(NetworkTask):
     step: Literal["evaluation"] = "evaluation"
 
 
-class ComparisonTask(NetworkTask):
-    """Compare two checkpoints on a probe."""
+class PlannedTask(NetworkTask):
+    """A task of several steps, which several workers may compute."""
 
-    step: Literal["comparison"] = "comparison"
+    def further(self, answers: Sequence["Answer"]) -> list[float]:
+        """Return the places of the next points, all of which may be computed at once.
+
+        Args:
+            answers: for all points so far, in the order in which their places were returned.
+
+        Returns:
+            The places on the axis; none if these were all points, and the report comes next.
+        """
+        raise NotImplementedError
+
+
+class ComparisonTask(PlannedTask):
+    """Compare two checkpoints on a probe. The points are its two sides."""
+
     options: ComparisonOptions
 
+    def further(self, answers: Sequence["Answer"]) -> list[float]:
+        """Return both sides at once, in a comparison whose features can be kept."""
+        # A name of kept features cannot cover the operator's own code, so the last step computes both sides.
+        if answers or any(checkpoint.architecture["family"] == "custom" for checkpoint in self.checkpoints):
+            return []
+        return [0.0, 1.0]
 
-class PointsTask(NetworkTask):
+
+class PointsTask(PlannedTask):
     """A task whose report has points."""
+
+    def place_name(self) -> str:
+        """Return what a place on the axis is, as a failure names it."""
+        raise NotImplementedError
+
+    def places(self) -> list[float]:
+        """Return the places of all points, in the order in which they are computed."""
+        raise NotImplementedError
+
+    def further(self, answers: Sequence["Answer"]) -> list[float]:
+        """Return the first place, whose facts all others need, and then all others."""
+        places = self.places()
+        return places[:1] if not answers else places[len(answers) :]
 
 
 class PathTask(PointsTask):
@@ -163,17 +206,52 @@ class PathTask(PointsTask):
 
     options: PathOptions
 
+    def place_name(self) -> str:
+        """Return the name of a path's axis."""
+        return "w"
+
+    def further(self, answers: Sequence["Answer"]) -> list[float]:
+        """Return A, then B and all points between them, or the rounds of an adaptive grid."""
+        known = [answer.known for answer in answers if isinstance(answer.known, KnownOfPath)]
+        look = known[0].look if known else None
+        seen = None if look is None else dict(zip(look.ws, look.losses, strict=True))
+        grid = self.options.grid
+        if grid == "adaptive":
+            places: Sequence[float] | Literal["adaptive"] = "adaptive"
+        else:
+            # Both ends first, because points between them are measured from the ends.
+            points = even_grid(grid.points) if isinstance(grid, EvenGrid) else grid.values
+            places = [0.0, 1.0, *sorted({float(w) for w in points} - {0.0, 1.0})]
+        following = next_points(places, {one.w: one.loss for one in known}, seen)
+        return following if known else following[:1]
+
 
 class PruningTask(PointsTask):
     """Prune a checkpoint and evaluate it at each sparsity."""
 
     options: PruningOptions
 
+    def place_name(self) -> str:
+        """Return the name of a sweep's axis."""
+        return "sparsity"
+
+    def places(self) -> list[float]:
+        """Return the sparsities."""
+        return list(self.options.sparsities)
+
 
 class SeriesTask(PointsTask):
     """Evaluate checkpoints in order."""
 
     axis: Axis
+
+    def place_name(self) -> str:
+        """Return the name that the request gave the axis."""
+        return self.axis.name
+
+    def places(self) -> list[float]:
+        """Return the values on the axis."""
+        return list(self.axis.values)
 
 
 # Answers for points. A member with a default is missing from points that an earlier version recorded, which may have
@@ -195,12 +273,13 @@ class Network(BaseModel):
 
 
 class Known(Network):
-    """Facts of a point that later points and the report need."""
+    """Facts of a point that other points and the report need."""
 
     n_features: int
     n_classes: int
     batch_size: int | None = None
     probe: ProbeSubject | None = None
+    computed_on: ComputedOn | None = None
 
 
 class Look(Frozen):
@@ -212,7 +291,7 @@ class Look(Frozen):
 
 
 class KnownOfPath(Known):
-    """Facts of a point of a path; distances are known at the last point, the look at the first."""
+    """Facts of a point of a path; distances, ends and a look are known at the first."""
 
     w: FiniteFloat
     loss: FiniteFloat
@@ -234,16 +313,18 @@ class Answer(Frozen):
     """The answer for a point.
 
     Attributes:
-        known: facts that later points and the report need.
+        known: facts that other points and the report need.
         timings_seconds: elapsed time by phase.
-        last: whether no point follows.
-        total: points that the analysis will have, as far as is known.
     """
 
     known: Known
     timings_seconds: dict[str, FiniteFloat]
-    last: bool
-    total: int
+
+
+class SideAnswer(Answer):
+    """The answer for a side of a comparison, whose features are kept; `reused` if an earlier analysis kept them."""
+
+    reused: bool
 
 
 class PathAnswer(Answer):
@@ -266,15 +347,40 @@ class SeriesAnswer(Answer):
     point: SeriesPoint
 
 
-# Steps of the kinds with points.
+# Steps of the planned kinds.
 
 
-class PathPointTask(PathTask):
-    """Compute the next point of a path."""
+class AtPlace(Frozen):
+    """Where a point is.
+
+    Attributes:
+        number: of the point in the order of its plan, from 0.
+        place: its place on the axis.
+    """
+
+    number: int
+    place: FiniteFloat
+
+
+class SideTask(ComparisonTask, AtPlace):
+    """Compute and keep the features of one side of a comparison."""
+
+    step: Literal["comparison.side"] = "comparison.side"
+    first: Known | None = None
+
+
+class ComparisonReportTask(ComparisonTask):
+    """Compare both sides; without answers, compute them first."""
+
+    step: Literal["comparison.report"] = "comparison.report"
+    points: tuple[SideAnswer, ...]
+
+
+class PathPointTask(PathTask, AtPlace):
+    """Compute a point of a path."""
 
     step: Literal["path.point"] = "path.point"
-    known: tuple[KnownOfPath, ...]
-    total: int = 0
+    first: KnownOfPath | None = None
 
 
 class PathReportTask(PathTask):
@@ -284,12 +390,11 @@ class PathReportTask(PathTask):
     points: tuple[PathAnswer, ...]
 
 
-class PruningPointTask(PruningTask):
-    """Compute the next point of a pruning sweep."""
+class PruningPointTask(PruningTask, AtPlace):
+    """Compute a point of a pruning sweep."""
 
     step: Literal["pruning.point"] = "pruning.point"
-    known: tuple[KnownOfPruning, ...]
-    total: int = 0
+    first: KnownOfPruning | None = None
 
 
 class PruningReportTask(PruningTask):
@@ -299,12 +404,11 @@ class PruningReportTask(PruningTask):
     points: tuple[PruningAnswer, ...]
 
 
-class SeriesPointTask(SeriesTask):
-    """Compute the next point of a series."""
+class SeriesPointTask(SeriesTask, AtPlace):
+    """Compute a point of a series."""
 
     step: Literal["series.point"] = "series.point"
-    known: tuple[Known, ...]
-    total: int = 0
+    first: Known | None = None
 
 
 class SeriesReportTask(SeriesTask):
@@ -314,22 +418,23 @@ class SeriesReportTask(SeriesTask):
     points: tuple[SeriesAnswer, ...]
 
 
-WholeStep = FeatureSetTask | EvaluationTask | ComparisonTask
-PointStep = PathPointTask | PruningPointTask | SeriesPointTask
-ReportStep = PathReportTask | PruningReportTask | SeriesReportTask
-Step = Annotated[WholeStep | PointStep | ReportStep, Field(discriminator="step")]
+WholeStep = FeatureSetTask | EvaluationTask
+PointStep = SideTask | PathPointTask | PruningPointTask | SeriesPointTask
+ReportStep = ComparisonReportTask | PathReportTask | PruningReportTask | SeriesReportTask
+AnyStep = WholeStep | PointStep | ReportStep
+Step = Annotated[AnyStep, Field(discriminator="step")]
 
 
 @dataclass(frozen=True)
 class _Steps:
     """The types of a kind's steps, and of its answer for a point."""
 
-    point: type[PathPointTask] | type[PruningPointTask] | type[SeriesPointTask]
-    report: type[PathReportTask] | type[PruningReportTask] | type[SeriesReportTask]
+    point: type[PointStep]
+    report: type[ReportStep]
     answer: type[Answer]
 
 
-# The task of each kind of analysis of checkpoints, and the steps of the kinds that have points.
+# The task of each kind of analysis of checkpoints, and the steps of the kinds that are planned.
 TASKS: dict[Kind, type[NetworkTask]] = {
     "evaluation": EvaluationTask,
     "comparison": ComparisonTask,
@@ -337,26 +442,25 @@ TASKS: dict[Kind, type[NetworkTask]] = {
     "pruning": PruningTask,
     "series": SeriesTask,
 }
-_STEPS: dict[type[PointsTask], _Steps] = {
+_STEPS: dict[type[PlannedTask], _Steps] = {
+    ComparisonTask: _Steps(SideTask, ComparisonReportTask, SideAnswer),
     PathTask: _Steps(PathPointTask, PathReportTask, PathAnswer),
     PruningTask: _Steps(PruningPointTask, PruningReportTask, PruningAnswer),
     SeriesTask: _Steps(SeriesPointTask, SeriesReportTask, SeriesAnswer),
 }
 
 
-def point_step(task: PointsTask, answers: Sequence[Answer]) -> PointStep:
-    """Return the step that computes the point after these."""
-    known = tuple(answer.known for answer in answers)
-    total = answers[-1].total if answers else 0
-    return _STEPS[type(task)].point.model_validate({**dict(task), "known": known, "total": total})
+def point_step(task: PlannedTask, *, number: int, place: float, first: Known | None) -> PointStep:
+    """Return the step that computes a point; `first` has the facts of the first, if it is another."""
+    return _STEPS[type(task)].point.model_validate({**dict(task), "number": number, "place": place, "first": first})
 
 
-def report_step(task: PointsTask, answers: Sequence[Answer]) -> ReportStep:
+def report_step(task: PlannedTask, answers: Sequence[Answer]) -> ReportStep:
     """Return the step that makes the report of these points, which are all."""
     return _STEPS[type(task)].report.model_validate({**dict(task), "points": tuple(answers)})
 
 
-def answer_of(task: PointsTask, body: Json) -> Answer:
+def answer_of(task: PlannedTask, body: Json) -> Answer:
     """Return the answer for a point, as recorded or as it comes from the compute process."""
     return _STEPS[type(task)].answer.model_validate(body)
 

@@ -16,7 +16,8 @@ from ..evaluation import EvaluationOptions, capture
 from ..networks.loading import LoadedNetwork
 from ..probes.probe import Probe, stratified_rows
 from ..probes.sequences import IGNORED
-from .paths import LOOKS, Path, next_look, recalibrate
+from .grids import LOOKS, next_look
+from .paths import Path, recalibrate
 
 # Samples of a look: a batch of the evaluation up to the first number, which a network passes at once; at least this
 # share of a large probe; and no fewer than the last number.

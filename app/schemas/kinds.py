@@ -21,6 +21,7 @@ class KindOfAnalysis:
         choices: paths in `provenance` (options) or the report (axis) that change numbers as much as the checkpoint
             does; two reports are comparable only where they agree.
         metrics: pattern of the paths by which lists of its reports are sorted and filtered.
+        planned: whether it has several steps, which several workers may compute.
         also_judged_as: another kind whose gates judge its reports too, beside gates of its own kind.
     """
 
@@ -32,6 +33,7 @@ class KindOfAnalysis:
     choices: tuple[str, ...] = ()
     further: tuple[str, ...] = ()
     metrics: str = r"(splits|summary)(\.[a-z]\w*)+"
+    planned: bool = True
     also_judged_as: Kind | None = None
 
 
@@ -55,7 +57,9 @@ _FURTHER = (
     "nc4",
 )
 KINDS: Mapping[Kind, KindOfAnalysis] = {
-    "evaluation": KindOfAnalysis(EvaluationReport, ("mir", "hdr"), further=("classes", "confusion", "reliability")),
+    "evaluation": KindOfAnalysis(
+        EvaluationReport, ("mir", "hdr"), further=("classes", "confusion", "reliability"), planned=False
+    ),
     "comparison": KindOfAnalysis(
         ComparisonReport,
         ("accuracy", "loss", "mir", "hdr"),
@@ -82,3 +86,5 @@ KINDS: Mapping[Kind, KindOfAnalysis] = {
     ),
     "series": KindOfAnalysis(SeriesReport, _OF_MODEL, further=_FURTHER, place="x", grows=True, choices=("axis.name",)),
 }
+#: Kinds of several steps.
+PLANNED = tuple(kind for kind, properties in KINDS.items() if properties.planned)

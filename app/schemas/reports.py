@@ -245,6 +245,14 @@ class ProbeSubject(Strict):
 Options = TypeVar("Options", bound=EvaluationOptions)
 
 
+class ComputedOn(Strict):
+    """What decides the last digits of a pass beside the code: numbers are equal where these are."""
+
+    device: str
+    threads: int
+    torch_version: str
+
+
 class Provenance(Strict, Generic[Options]):
     interplay_version: str
     code_sha256: str
@@ -264,6 +272,10 @@ class Provenance(Strict, Generic[Options]):
         default=False, description="Whether features and logits are those of an earlier analysis."
     )
     options: Options
+    computed_on: list[ComputedOn] | None = Field(
+        default=None,
+        description="Of each point, or of each side of a comparison, where unlike workers computed them; else null.",
+    )
 
 
 class _Report(Strict):

@@ -10,6 +10,7 @@ import pytest
 import sqlalchemy as sa
 from dbos import DBOSClient
 
+import migrations
 from app import queue
 from app.database import make_engine, read, write
 from app.settings import Settings
@@ -20,6 +21,7 @@ def engine(empty_database: Settings) -> Iterator[sa.Engine]:
     """Return an engine on a database that has the queue's tables."""
     engine = make_engine(empty_database)
     try:
+        migrations.upgrade(engine)
         queue.migrate(engine)
         yield engine
     finally:

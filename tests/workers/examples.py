@@ -139,21 +139,21 @@ def series_task(*values: float) -> SeriesTask:
     )
 
 
-def path_answer(w: float, splits: Splits, *, cosine: float | None = 0.5, last: bool = False) -> PathAnswer:
-    """Return a point of a path; with distances if it is the last one."""
+def path_answer(w: float, splits: Splits, *, cosine: float | None = 0.5) -> PathAnswer:
+    """Return a point of a path, with distances."""
     found = KnownOfPath(**dict(known()), w=w, loss=1.0, l2_distance=1.0, cosine=cosine)
     point = PathPoint(w=w, splits=splits)
-    return PathAnswer(point=point, known=found, timings_seconds={"features": 0.5}, last=last, total=3)
+    return PathAnswer(point=point, known=found, timings_seconds={"features": 0.5})
 
 
-def pruning_answer(sparsity: float, splits: Splits, *, last: bool = False) -> PruningAnswer:
+def pruning_answer(sparsity: float, splits: Splits) -> PruningAnswer:
     """Return a point of a pruning sweep."""
     found = KnownOfPruning(**dict(known()), n_prunable=2)
     point = PruningPoint(sparsity=sparsity, n_pruned=0, splits=splits)
-    return PruningAnswer(point=point, known=found, timings_seconds={}, last=last, total=2)
+    return PruningAnswer(point=point, known=found, timings_seconds={})
 
 
-def series_answer(x: float, splits: Splits, *, last: bool = False) -> SeriesAnswer:
+def series_answer(x: float, splits: Splits) -> SeriesAnswer:
     """Return a point of a series."""
     point = SeriesPoint(x=x, checkpoint_id=f"{x:g}", reused_report_id=None, splits=splits)
-    return SeriesAnswer(point=point, known=known(), timings_seconds={}, last=last, total=2)
+    return SeriesAnswer(point=point, known=known(), timings_seconds={})

@@ -20,16 +20,18 @@ from workers.tasks import Answer, PointsTask, Work, answer_of, point_step, repor
 
 SPLITS: Splits = {"all": split(0.5)}
 CASES: list[tuple[PointsTask, list[Answer]]] = [
-    (path_task(), [path_answer(0.0, SPLITS), path_answer(1.0, SPLITS, last=True)]),
-    (pruning_task(), [pruning_answer(0.0, SPLITS), pruning_answer(0.5, SPLITS, last=True)]),
-    (series_task(1.0, 2.0), [series_answer(1.0, SPLITS), series_answer(2.0, SPLITS, last=True)]),
+    (path_task(), [path_answer(0.0, SPLITS), path_answer(1.0, SPLITS)]),
+    (pruning_task(), [pruning_answer(0.0, SPLITS), pruning_answer(0.5, SPLITS)]),
+    (series_task(1.0, 2.0), [series_answer(1.0, SPLITS), series_answer(2.0, SPLITS)]),
 ]
 
 
 @pytest.mark.parametrize(("task", "answers"), CASES, ids=["path", "pruning", "series"])
 def test_steps_and_answers_arrive_as_they_were_sent(task: PointsTask, answers: list[Answer]) -> None:
     """Steps and answers arrive unchanged, for each kind with points: the first point, the next and the report."""
-    for step in (point_step(task, []), point_step(task, answers[:1]), report_step(task, answers)):
+    first = point_step(task, number=0, place=0.0, first=None)
+    second = point_step(task, number=1, place=1.0, first=answers[0].known)
+    for step in (first, second, report_step(task, answers)):
         work = Work(step=step, files=FILES)
         assert Work.model_validate_json(work.model_dump_json(by_alias=True)) == work
     for answer in answers:

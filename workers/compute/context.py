@@ -1,6 +1,6 @@
 """What every step is computed with, and the parts of reports that several kinds share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TypeVar
 
@@ -23,37 +23,74 @@ T = TypeVar("T")
 
 
 class Held:
-    """What the points of one analysis share, such as loaded networks and the probe: loaded once, then held.
+    """What the points of an analysis share, such as loaded networks and the probe: loaded once, then held.
 
-    There is one value of each type.
+    There is one value of each type for an analysis. A worker goes from one analysis to another and back, so those of
+    other analyses are held too, as far as the limit allows; the one that was worked for longest ago goes first.
+
+    Args:
+        max_bytes: most bytes of tensors that are held for other analyses than the current one.
     """
 
-    def __init__(self) -> None:
-        self._analysis_id: str | None = None
-        self._values: dict[type, object] = {}
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        # By analysis, in the order of their last use.
+        self._values: dict[str, dict[type, object]] = {}
 
     def get(self, analysis_id: str, kind: type[T], load: Callable[[], T]) -> T:
         """Return the value of a type that is held for an analysis; load it if none is."""
-        self.keep_only(analysis_id)
-        value = self._values.get(kind)
+        values = self._values.setdefault(analysis_id, {})
+        value = values.get(kind)
         if not isinstance(value, kind):
             value = load()
-            self._analysis_id, self._values[kind] = analysis_id, value
+            values[kind] = value
         return value
 
-    def drop(self, kind: type) -> None:
-        """Free the value of a type."""
-        self._values.pop(kind, None)
+    def drop(self, analysis_id: str, kind: type) -> None:
+        """Free the value of a type of an analysis."""
+        self._values.get(analysis_id, {}).pop(kind, None)
 
-    def keep_only(self, analysis_id: str) -> None:
-        """Free the memory that another analysis, possibly failed, still holds."""
-        if self._analysis_id != analysis_id:
-            self.clear()
+    def begin(self, analysis_id: str) -> None:
+        """Make an analysis the current one, and free what is held for others beyond the limit."""
+        self._values[analysis_id] = self._values.pop(analysis_id, {})
+        others = {id_: n_bytes(values) for id_, values in self._values.items() if id_ != analysis_id}
+        for id_ in list(others):
+            if sum(others.values()) > self._max_bytes or not others[id_]:
+                del self._values[id_], others[id_]
 
-    def clear(self) -> None:
-        """Free what is held."""
-        self._analysis_id = None
-        self._values.clear()
+    def keep_only(self, analysis_id: str) -> bool:
+        """Free what is held for other analyses; return whether there was any."""
+        others = [id_ for id_ in self._values if id_ != analysis_id]
+        for id_ in others:
+            del self._values[id_]
+        return bool(others)
+
+    def forget(self, analysis_id: str) -> None:
+        """Free what is held for an analysis, which is finished."""
+        self._values.pop(analysis_id, None)
+
+
+def n_bytes(value: object) -> int:
+    """Return the bytes of all tensors that a value refers to, each storage once."""
+    storages: dict[int, int] = {}
+    seen: set[int] = set()
+    pending = [value]
+    while pending:
+        one = pending.pop()
+        if id(one) in seen or isinstance(one, str | bytes | int | float | type):
+            continue
+        seen.add(id(one))
+        if isinstance(one, torch.Tensor):
+            storages[one.untyped_storage().data_ptr()] = one.untyped_storage().nbytes()
+        elif isinstance(one, torch.nn.Module):
+            pending += [*one.parameters(), *one.buffers()]
+        elif isinstance(one, Mapping):
+            pending += one.values()
+        elif isinstance(one, Sequence):
+            pending += one
+        else:
+            pending += getattr(one, "__dict__", {}).values()
+    return sum(storages.values())
 
 
 @dataclass(frozen=True)
@@ -64,7 +101,7 @@ class Context:
         files: paths of the step's files, and limits on them.
         device: device of all passes and of the mathematics.
         cache: cache of features.
-        held: what the points of the analysis share.
+        held: what the points of an analysis share.
         provenance: members of `provenance` that reports of all kinds share.
         on_progress: called with phase, done and total as the work proceeds.
     """

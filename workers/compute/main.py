@@ -59,7 +59,7 @@ def _serve_tasks() -> None:
     except OSError as error:
         # The worker reports it in one sentence, possibly a moment later.
         raise SystemExit(f"its storage cannot be used: {first_line(error)}") from error
-    steps = runner.Runner(device, FeatureCache(storage, settings.max_features_bytes))
+    steps = runner.Runner(device, FeatureCache(storage, settings.max_features_bytes), settings.max_loaded_bytes)
     send(runner.describe(device))
     freeze_loaded_objects()
     while True:

@@ -19,7 +19,7 @@ from app.errors import problem
 from workers.compute import kinds
 from workers.compute.context import Context, Held, OnProgress
 from workers.compute.features import FeatureCache
-from workers.tasks import FeatureSetTask, Hello, Json, PointStep, ReportStep, WholeStep, Work
+from workers.tasks import AnyStep, FeatureSetTask, Hello, Json, PointStep, Work
 
 logger = logging.getLogger("interplay.compute")
 
@@ -60,15 +60,16 @@ def describe(device: torch.device) -> Hello:
 
 
 class Runner:
-    """Computes steps on one device, with what is held between the points of an analysis.
+    """Computes steps on one device, with what is held between the points of analyses.
 
     Args:
         device: the device.
         cache: cache of features.
+        max_loaded_bytes: most bytes that are held for other analyses than the current one.
     """
 
-    def __init__(self, device: torch.device, cache: FeatureCache) -> None:
-        self._device, self._cache, self._held = device, cache, Held()
+    def __init__(self, device: torch.device, cache: FeatureCache, max_loaded_bytes: int) -> None:
+        self._device, self._cache, self._held = device, cache, Held(max_loaded_bytes)
 
     def run(self, work: Work, on_progress: OnProgress) -> tuple[Json | None, Json | None]:
         """Compute a step; return its body, as documented in `kinds.compute`, or else a problem."""
@@ -80,8 +81,9 @@ class Runner:
             provenance=_provenance(work.step, self._device),
             on_progress=_throttled(on_progress),
         )
+        self._held.begin(work.step.analysis_id)
         try:
-            return kinds.compute(work.step, context), None
+            return self._compute(work.step, context), None
         except AnalysisError as error:
             return None, problem(error.kind, error.title, error.detail, **error.members)
         except Exception as error:
@@ -89,9 +91,27 @@ class Runner:
             logger.exception("analysis %s failed", work.step.analysis_id)
             detail = f"This is a fault of the service: {type(error).__name__}. The worker's log says more."
             return None, problem("internal-error", "Internal error", detail)
+        finally:
+            # A report is the end of its analysis, and an evaluation has no other step.
+            if not isinstance(work.step, PointStep):
+                self._held.forget(work.step.analysis_id)
+
+    def _compute(self, step: AnyStep, context: Context) -> Json:
+        """Compute a step; where memory runs out beside other analyses' networks, once more without them."""
+        try:
+            return kinds.compute(step, context)
+        except (AnalysisError, MemoryError, torch.OutOfMemoryError) as error:
+            if isinstance(error, AnalysisError) and error.kind != "out-of-memory":
+                raise
+            if not self._held.keep_only(step.analysis_id):
+                raise
+            logger.warning("memory ran out beside networks of other analyses; they are freed")
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        return kinds.compute(step, context)
 
 
-def _provenance(step: WholeStep | PointStep | ReportStep, device: torch.device) -> Json:
+def _provenance(step: AnyStep, device: torch.device) -> Json:
     """Return the provenance that reports of all kinds share; each kind adds its own members."""
     checkpoints = () if isinstance(step, FeatureSetTask) else step.checkpoints
     return {

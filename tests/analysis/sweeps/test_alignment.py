@@ -19,7 +19,8 @@ from analysis.sweeps.alignment import (
     permuted,
     weight_matching,
 )
-from analysis.sweeps.paths import Path, barrier, even_grid
+from analysis.sweeps.grids import barrier, even_grid
+from analysis.sweeps.paths import Path
 from tests.analysis.tiny import ARCHITECTURES, network_of, probe_of
 
 

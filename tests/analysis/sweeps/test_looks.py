@@ -12,8 +12,9 @@ from analysis.networks.loading import LoadedNetwork
 from analysis.probes.images import Images
 from analysis.probes.preprocess import Preprocess
 from analysis.probes.probe import Probe
+from analysis.sweeps.grids import barrier, peaks
 from analysis.sweeps.looks import look
-from analysis.sweeps.paths import Path, barrier, peaks, recalibrate
+from analysis.sweeps.paths import Path, recalibrate
 from tests.analysis.tiny import network_of, probe_of
 
 CPU = torch.device("cpu")

@@ -69,15 +69,20 @@ from app.schemas.requests import ScalingOptions
 class ScalingTask(PointsTask):
     options: ScalingOptions
 
+    def place_name(self) -> str:
+        return "factor"
+
+    def places(self) -> list[float]:
+        return self.options.factors
+
 
 class ScalingAnswer(Answer):
     point: ScalingPoint
 
 
-class ScalingPointTask(ScalingTask):
+class ScalingPointTask(ScalingTask, AtPlace):
     step: Literal["scaling.point"] = "scaling.point"
-    known: tuple[Known, ...]
-    total: int = 0
+    first: Known | None = None
 
 
 class ScalingReportTask(ScalingTask):
@@ -88,7 +93,7 @@ class ScalingReportTask(ScalingTask):
 """,
         ),
         ("SeriesPointTask\nReportStep", "ScalingPointTask | "),
-        ("SeriesReportTask\nStep", "ScalingReportTask | "),
+        ("SeriesReportTask\nAnyStep", "ScalingReportTask | "),
         ('    "series": SeriesTask,', '    "scaling": ScalingTask,\n'),
         (
             "    SeriesTask: _Steps(",
@@ -104,10 +109,6 @@ class ScalingReportTask(ScalingTask):
         (
             "            case SeriesPointTask():\n                return series.series_point",
             "            case ScalingPointTask():\n                return scaling.scaling_point(step, context)\n",
-        ),
-        (
-            "        case SeriesPointTask():\n            return series.place",
-            "        case ScalingPointTask():\n            return scaling.place_in_scaling(step)\n",
         ),
     ],
 }

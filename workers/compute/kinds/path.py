@@ -14,44 +14,33 @@ from analysis.evaluation import Evaluation, EvaluationOptions, evaluate_network
 from analysis.networks.loading import LoadedNetwork
 from analysis.networks.ties import untie
 from analysis.probes.inputs import Inputs
-from analysis.sweeps import paths
+from analysis.sweeps import grids
+from analysis.sweeps.grids import CONNECTED, barrier, instability, midpoint_barrier
 from analysis.sweeps.looks import look
-from analysis.sweeps.paths import (
-    CONNECTED,
-    Path,
-    barrier,
-    even_grid,
-    instability,
-    midpoint_barrier,
-    next_point,
-    recalibrate,
-    require_variances,
-)
+from analysis.sweeps.paths import Path, recalibrate, require_variances
 from analysis.sweeps.sameness import require_same_function
 from app.descriptions.labels import own_class_names
-from app.schemas import EvenGrid
 from app.schemas.reports import Alignment, Barrier, BarrierForms, PathLook, PathPoint, PathSplit, PathSummary
 from workers.compute.context import Context, load, network_facts, options_of
 from workers.compute.kinds.points import (
     MEASURED,
     LoadedProbe,
     common_members,
-    counting_points,
     defined,
     described_with,
     known_of,
     load_probe,
     measured,
+    options_of_point,
     splits_of_point,
     timings_of,
+    within_point,
 )
 from workers.tasks import Json, KnownOfPath, Look, Network, PathAnswer, PathPointTask, PathReportTask, PathTask
 
 # Inputs on which an aligned network must give the same results as before; for a language model, which gives logits of a
 # whole vocabulary at each token, sequences.
 _CHECKED_INPUTS, _CHECKED_SEQUENCES = 64, 4
-# Least number of points of an adaptive grid, the first total of its progress.
-_ADAPTIVE_POINTS = 17
 _ROUNDING = 1e-12
 
 
@@ -64,13 +53,10 @@ class _LoadedPath:
 
 
 def path_point(task: PathPointTask, context: Context) -> PathAnswer:
-    """Compute the next point of a path."""
-    grid, losses, (_, w) = _grid(task), _losses(task), place_on_path(task)
-    total = len(grid) if grid != "adaptive" else max(_ADAPTIVE_POINTS, len(losses) + 1)
-    clock, options = Clock(), options_of(EvaluationOptions, task)
-    counting = counting_points(context, len(losses), total)
+    """Compute a point of a path; the first also finds what the others and the report need."""
+    clock, options, w, within = Clock(), options_of_point(task), task.place, within_point(context)
     with clock.phase("load"):
-        loaded = context.held.get(task.analysis_id, _LoadedPath, lambda: _load_path(task, counting))
+        loaded = context.held.get(task.analysis_id, _LoadedPath, lambda: _load_path(task, within))
     with clock.phase("mix"):
         network = loaded.path.move_to(w)
     layers = None
@@ -79,27 +65,25 @@ def path_point(task: PathPointTask, context: Context) -> PathAnswer:
         require_variances(network, w)
     elif w not in (0.0, 1.0):
         with clock.phase("recalibrate"):
-            counting.on_progress("recalibrating", 0, 0)
-            size = task.known[0].batch_size
-            assert size is not None, "the first point has it"
+            within.on_progress("recalibrating", 0, 0)
+            size = options.batch_size
+            assert size is not None, "the first point, which is an end, has it"
             layers = recalibrate(
                 network, loaded.probe.probe, device=context.device, batch_size=size, precision=options.precision
             )
     evaluation = evaluate_network(
-        network, loaded.probe.probe, device=context.device, options=options, progress=counting.on_progress
+        network, loaded.probe.probe, device=context.device, options=options, progress=within.on_progress
     )
     loss = evaluation.splits["all"].loss
     assert loss is not None, "a loss is defined where there are samples"
-    first_look = None
-    if grid == "adaptive" and not losses:
-        first_look = _look(task, context, loaded, evaluation, clock)
-    last = next_point(grid, {**losses, w: loss}, _looked(first_look) or _seen(task)) is None
-    distance = cosine = None
-    if last:
+    first_look = distance = cosine = None
+    if task.first is None:
+        if task.options.grid == "adaptive":
+            first_look = _look(task, context, loaded, evaluation, clock)
         with clock.phase("distances"):
             distance, cosine = loaded.path.distances()
     known = KnownOfPath(
-        **dict(known_of(network, evaluation, loaded.probe.about)),
+        **dict(known_of(network, evaluation, loaded.probe.about, context)),
         w=w,
         loss=loss,
         l2_distance=distance,
@@ -113,8 +97,6 @@ def path_point(task: PathPointTask, context: Context) -> PathAnswer:
         point=PathPoint.model_validate({"w": w, "splits": splits_of_point(evaluation)}),
         known=known,
         timings_seconds=timings_of(clock, evaluation),
-        last=last,
-        total=len(losses) + 1 if last else total,
     )
 
 
@@ -123,17 +105,17 @@ def path_report(task: PathReportTask, context: Context) -> Json:
     answers = sorted(task.points, key=lambda answer: answer.known.w)
     points = [answer.point for answer in answers]
     layers = [answer.known.recalibrated_layers for answer in answers if answer.known.recalibrated_layers is not None]
-    first, last = task.points[0].known, task.points[-1].known
+    first = task.points[0].known
     ends: Sequence[Network | None] = first.ends or (None, None)
-    assert last.l2_distance is not None, "the last point has the distances"
+    assert first.l2_distance is not None, "the first point has the distances"
     resolution, summary_of_look = _looked_at(first.look, [point.w for point in points])
     summary = PathSummary(
         splits={split: _path_split(points, split) for split in points[0].splits},
         measured=MEASURED,
-        l2_distance=last.l2_distance,
-        cosine=last.cosine,
-        reasons={"cosine": "zero_length"} if last.cosine is None else {},
-        alignment=last.alignment,
+        l2_distance=first.l2_distance,
+        cosine=first.cosine,
+        reasons={"cosine": "zero_length"} if first.cosine is None else {},
+        alignment=first.alignment,
         recalibrated_layers=max(layers, default=None),
         resolution=resolution,
         look=summary_of_look,
@@ -145,40 +127,8 @@ def path_report(task: PathReportTask, context: Context) -> Json:
         ],
         "points": [point.model_dump(mode="json", by_alias=True) for point in points],
         "summary": summary.model_dump(mode="json"),
-        **common_members(task, task.points, context),
+        **common_members(task, answers, context),
     }
-
-
-def place_on_path(task: PathPointTask) -> tuple[str, float]:
-    """Return the name of a path's axis, and the next point's place on it."""
-    w = next_point(_grid(task), _losses(task), _seen(task))
-    assert w is not None, "the last point has said that it was the last"
-    return "w", w
-
-
-def _grid(task: PathTask) -> Sequence[float] | Literal["adaptive"]:
-    """Return the points of a path, both ends first, because points between them are measured from the ends."""
-    grid = task.options.grid
-    if grid == "adaptive":
-        return "adaptive"
-    points = even_grid(grid.points) if isinstance(grid, EvenGrid) else grid.values
-    return [0.0, 1.0, *sorted({float(w) for w in points} - {0.0, 1.0})]
-
-
-def _losses(task: PathPointTask) -> dict[float, float]:
-    return {known.w: known.loss for known in task.known}
-
-
-def _seen(task: PathPointTask) -> dict[float, float] | None:
-    """Return the losses that the look of an adaptive path found, by w, recorded with the first point.
-
-    None if there is no point yet, or if an earlier version computed it.
-    """
-    return _looked(task.known[0].look) if task.known else None
-
-
-def _looked(look: Look | None) -> dict[float, float] | None:
-    return None if look is None else dict(zip(look.ws, look.losses, strict=True))
 
 
 def _look(task: PathTask, context: Context, loaded: _LoadedPath, evaluation: Evaluation, clock: Clock) -> Look:
@@ -266,7 +216,7 @@ def _path_split(points: Sequence[PathPoint], split: Literal["all", "train", "tes
 def _highest(
     ws: Sequence[float],
     values: Sequence[float | None],
-    form: Callable[[Sequence[float], Sequence[float]], paths.Barrier],
+    form: Callable[[Sequence[float], Sequence[float]], grids.Barrier],
 ) -> Barrier | None:
     """Return a barrier in one of its forms; None if a value is undefined."""
     defined = [value for value in values if value is not None]

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 from analysis.clock import Clock
-from analysis.evaluation import Evaluation
+from analysis.evaluation import Evaluation, EvaluationOptions
 from analysis.networks.loading import LoadedNetwork
 from analysis.probes.probe import Probe
-from app.schemas.reports import Interplay, Measured, ProbeSubject, SplitEvaluation, Subject
-from workers.compute.context import Context, described, network_facts
+from app.schemas.reports import ComputedOn, Interplay, Measured, ProbeSubject, SplitEvaluation, Subject
+from workers.compute.context import Context, described, network_facts, options_of
 from workers.compute.probes import ProbeFacts, described_probe, read_probe
-from workers.tasks import Answer, Checkpoint, Json, Known, Network, PointsTask
+from workers.tasks import Answer, Checkpoint, Json, Known, Network, PathPointTask, PointsTask, PruningPointTask
 
 MEASURED = Measured(level="sample", centring="global")
 
@@ -32,13 +32,22 @@ def load_probe(task: PointsTask, context: Context, network: LoadedNetwork, check
     return LoadedProbe(probe.prepared(context.device), described_probe(task.probe, facts))
 
 
-def counting_points(context: Context, done: int, total: int) -> Context:
-    """Return a context whose progress within a point has its phase, but counts points."""
+def within_point(context: Context) -> Context:
+    """Return a context that tells only the phase of a point: the worker counts points, not samples."""
     tell = context.on_progress
-    return replace(context, on_progress=lambda phase, _done, _total: tell(phase, done, total))
+    return replace(context, on_progress=lambda phase, _done, _total: tell(phase, 0, 0))
 
 
-def known_of(network: LoadedNetwork, evaluation: Evaluation, about: ProbeSubject) -> Known:
+def options_of_point(task: PathPointTask | PruningPointTask) -> EvaluationOptions:
+    """Return the options of a point's evaluation, with the batch size of the first point.
+
+    All points are then passed alike, whichever workers compute them.
+    """
+    options = options_of(EvaluationOptions, task)
+    return options if task.first is None else replace(options, batch_size=task.first.batch_size)
+
+
+def known_of(network: LoadedNetwork, evaluation: Evaluation, about: ProbeSubject, context: Context) -> Known:
     """Return the facts that points of all kinds have."""
     return Known(
         **dict(network_facts(network)),
@@ -46,7 +55,13 @@ def known_of(network: LoadedNetwork, evaluation: Evaluation, about: ProbeSubject
         n_classes=evaluation.n_classes,
         batch_size=evaluation.batch_size,
         probe=about,
+        computed_on=computed_on(context.provenance),
     )
+
+
+def computed_on(provenance: Json) -> ComputedOn:
+    """Return what of a provenance decides the last digits."""
+    return ComputedOn.model_validate({name: provenance[name] for name in ComputedOn.model_fields})
 
 
 def splits_of_point(evaluation: Evaluation) -> Json:
@@ -73,6 +88,7 @@ def common_members(task: PointsTask, points: Sequence[Answer], context: Context)
         "probe": about.model_dump(mode="json"),
         "provenance": {
             **context.provenance,
+            **where_computed([point.known for point in points]),
             "feature_dtype": "float32",
             "precision": task.options.precision,
             "batch_size": min(sizes, default=None),
@@ -80,6 +96,16 @@ def common_members(task: PointsTask, points: Sequence[Answer], context: Context)
         },
         "timings_seconds": {**timings},
     }
+
+
+def where_computed(known: Sequence[Known]) -> Json:
+    """Return members of `provenance`: what computed the first point and, where they differ, what computed each."""
+    found = [one.computed_on for one in known if one.computed_on is not None]
+    if not found:
+        return {}
+    alike = all(one == found[0] for one in found)
+    every = None if alike or len(found) < len(known) else [one.model_dump() for one in found]
+    return {**found[0].model_dump(), "computed_on": every}
 
 
 def described_with(checkpoint: Checkpoint, known: Known, network: Network | None = None) -> Subject:

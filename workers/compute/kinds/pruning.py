@@ -5,20 +5,21 @@ from dataclasses import dataclass
 from typing import Literal
 
 from analysis.clock import Clock
-from analysis.evaluation import EvaluationOptions, evaluate_network
+from analysis.evaluation import evaluate_network
 from analysis.sweeps.pruning import Pruning, knee
 from app.schemas.reports import PruningPoint, PruningSplit, PruningSummary
-from workers.compute.context import Context, load, options_of
+from workers.compute.context import Context, load
 from workers.compute.kinds.points import (
     LoadedProbe,
     common_members,
-    counting_points,
     defined,
     described_with,
     known_of,
     load_probe,
+    options_of_point,
     splits_of_point,
     timings_of,
+    within_point,
 )
 from workers.tasks import Json, KnownOfPruning, PruningAnswer, PruningPointTask, PruningReportTask, PruningTask
 
@@ -30,30 +31,27 @@ class _LoadedPruning:
 
 
 def pruning_point(task: PruningPointTask, context: Context) -> PruningAnswer:
-    """Compute the next point of a pruning sweep."""
-    (_, sparsity), total, done = place_in_sweep(task), len(task.options.sparsities), len(task.known)
-    clock, counting = Clock(), counting_points(context, done, total)
+    """Compute a point of a pruning sweep."""
+    clock, within = Clock(), within_point(context)
     with clock.phase("load"):
-        loaded = context.held.get(task.analysis_id, _LoadedPruning, lambda: _load_pruning(task, counting))
+        loaded = context.held.get(task.analysis_id, _LoadedPruning, lambda: _load_pruning(task, within))
     pruning = loaded.pruning
     with clock.phase("prune"):
-        n_pruned = pruning.prune_to(sparsity)
+        n_pruned = pruning.prune_to(task.place)
     evaluation = evaluate_network(
         pruning.network,
         loaded.probe.probe,
         device=context.device,
-        options=options_of(EvaluationOptions, task),
-        progress=counting.on_progress,
+        options=options_of_point(task),
+        progress=within.on_progress,
     )
-    known = known_of(pruning.network, evaluation, loaded.probe.about)
+    known = known_of(pruning.network, evaluation, loaded.probe.about, context)
     return PruningAnswer(
         point=PruningPoint.model_validate(
-            {"sparsity": sparsity, "n_pruned": n_pruned, "splits": splits_of_point(evaluation)}
+            {"sparsity": task.place, "n_pruned": n_pruned, "splits": splits_of_point(evaluation)}
         ),
         known=KnownOfPruning(**dict(known), n_prunable=pruning.n_prunable),
         timings_seconds=timings_of(clock, evaluation),
-        last=done == total - 1,
-        total=total,
     )
 
 
@@ -70,11 +68,6 @@ def pruning_report(task: PruningReportTask, context: Context) -> Json:
         "summary": summary.model_dump(mode="json"),
         **common_members(task, task.points, context),
     }
-
-
-def place_in_sweep(task: PruningPointTask) -> tuple[str, float]:
-    """Return the name of a sweep's axis, and the next point's place on it."""
-    return "sparsity", task.options.sparsities[len(task.known)]
 
 
 def _load_pruning(task: PruningTask, context: Context) -> _LoadedPruning:

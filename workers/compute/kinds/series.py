@@ -19,7 +19,6 @@ from workers.compute.kinds.points import (
     MEASURED,
     LoadedProbe,
     common_members,
-    counting_points,
     defined,
     described_with,
     known_of,
@@ -27,6 +26,7 @@ from workers.compute.kinds.points import (
     measured,
     splits_of_point,
     timings_of,
+    within_point,
 )
 from workers.tasks import Checkpoint, Json, Known, SeriesAnswer, SeriesPointTask, SeriesReportTask, SeriesTask
 
@@ -65,29 +65,27 @@ class _LoadedBase:
 
 
 def series_point(task: SeriesPointTask, context: Context) -> SeriesAnswer:
-    """Compute the next point of a series."""
-    (_, x), total, done = place_in_series(task), len(task.checkpoints), len(task.known)
-    clock, counting, checkpoint = Clock(), counting_points(context, done, total), task.checkpoints[done]
+    """Compute a point of a series."""
+    clock, within, checkpoint = Clock(), within_point(context), task.checkpoints[task.number]
     with clock.phase("load"):
         network = network_of(task, checkpoint, context)
-        probe = _probe_for(task, checkpoint, network, counting)
+        probe = _probe_for(task, checkpoint, network, within)
     evaluation = evaluate_network(
         network,
         probe.probe,
         device=context.device,
         options=options_of(EvaluationOptions, task),
-        progress=counting.on_progress,
+        progress=within.on_progress,
     )
-    known = known_of(network, evaluation, probe.about)
+    known = known_of(network, evaluation, probe.about, context)
     # Checked at each point and not only at the end, since a series may be long.
-    require_comparable([*task.known, known])
-    point = {"x": x, "checkpoint_id": checkpoint.id, "reused_report_id": None, "splits": splits_of_point(evaluation)}
+    if task.first is not None:
+        require_comparable(task.first, known)
+    point = {"x": task.place, "checkpoint_id": checkpoint.id, "reused_report_id": None}
     return SeriesAnswer(
-        point=SeriesPoint.model_validate(point),
+        point=SeriesPoint.model_validate({**point, "splits": splits_of_point(evaluation)}),
         known=known,
         timings_seconds=timings_of(clock, evaluation),
-        last=done == total - 1,
-        total=total,
     )
 
 
@@ -97,9 +95,9 @@ def series_report(task: SeriesReportTask, context: Context) -> Json:
     from analysis.sweeps.series import generalisation
 
     known, points = [answer.known for answer in task.points], [answer.point for answer in task.points]
-    for position in range(len(known)):
+    for one in known[1:]:
         # Points reused from existing reports have not been checked yet.
-        require_comparable(known[: position + 1])
+        require_comparable(known[0], one)
     names = points[0].splits
     came = None
     if "train" in names and "test" in names:
@@ -121,35 +119,30 @@ def series_report(task: SeriesReportTask, context: Context) -> Json:
     }
 
 
-def place_in_series(task: SeriesPointTask) -> tuple[str, float]:
-    """Return the name of a series' axis, and the next point's place on it."""
-    return task.axis.name, task.axis.values[len(task.known)]
-
-
-def require_comparable(points: Sequence[Known]) -> None:
-    """Check that the last point has the same classes and inputs as the first.
+def require_comparable(first: Known, other: Known) -> None:
+    """Check that a point has the same classes and inputs as the first.
 
     Args:
-        points: the facts of each, in order, from computing it or from an existing report.
+        first: facts of the first point, from computing it or from an existing report.
+        other: facts of the point.
 
     Raises:
         AnalysisError: `architectures-differ` for another number of classes; `invalid-probe` for inputs that were
             prepared differently.
     """
-    first, last = points[0], points[-1]
-    if _classes(first) != _classes(last):
-        differing = [{"member": "n_classes", "expected": first.n_classes, "found": last.n_classes}]
+    if _classes(first) != _classes(other):
+        differing = [{"member": "n_classes", "expected": first.n_classes, "found": other.n_classes}]
         raise AnalysisError(
             "architectures-differ",
-            f"It has {last.n_classes} classes where the first checkpoint has {first.n_classes}: accuracy, MIR "
+            f"It has {other.n_classes} classes where the first checkpoint has {first.n_classes}: accuracy, MIR "
             "and HDR of the two say nothing beside each other.",
             differing=differing,
         )
     others = [
         what
         for what, differs in (
-            ("preprocessing", _preprocess(first) != _preprocess(last)),
-            ("tokenizer", _tokenizer(first) != _tokenizer(last)),
+            ("preprocessing", _preprocess(first) != _preprocess(other)),
+            ("tokenizer", _tokenizer(first) != _tokenizer(other)),
         )
         if differs
     ]
@@ -187,7 +180,7 @@ def _probe_for(task: SeriesTask, checkpoint: Checkpoint, network: LoadedNetwork,
 
     held = context.held.get(task.analysis_id, _LoadedProbe, read)
     if held.architecture != checkpoint.architecture:
-        context.held.drop(_LoadedProbe)
+        context.held.drop(task.analysis_id, _LoadedProbe)
         held = context.held.get(task.analysis_id, _LoadedProbe, read)
     return held.loaded
 
@@ -196,7 +189,7 @@ def network_of(task: SeriesTask, checkpoint: Checkpoint, context: Context) -> Lo
     """Return a checkpoint's network; that of a base and its adapters is loaded once for those in a row."""
     origin = _Origin.of(checkpoint)
     if not any(one.base is not None and _Origin.of(one) == origin for one in task.checkpoints):
-        context.held.drop(_LoadedBase)
+        context.held.drop(task.analysis_id, _LoadedBase)
         return load(context, checkpoint)
 
     def load_base() -> _LoadedBase:
@@ -206,7 +199,7 @@ def network_of(task: SeriesTask, checkpoint: Checkpoint, context: Context) -> Lo
     if held.origin != origin:
         # Its variable too, or two networks would be in memory while the second loads.
         del held
-        context.held.drop(_LoadedBase)
+        context.held.drop(task.analysis_id, _LoadedBase)
         held = context.held.get(task.analysis_id, _LoadedBase, load_base)
     return put_on(context, checkpoint, held.network)
 

@@ -21,13 +21,11 @@ from workers.tasks import Answer, PointsTask, report_step
 def context(tmp_path: Path) -> Context:
     cache = FeatureCache(Storage(Settings(data_dir=tmp_path)), 0)
     provenance = {"device": "cpu"}
-    return Context(FILES, torch.device("cpu"), cache, Held(), dict(provenance), lambda phase, done, total: None)
+    return Context(FILES, torch.device("cpu"), cache, Held(0), dict(provenance), lambda phase, done, total: None)
 
 
 def _path(context: Context, accuracies: dict[float, float], cosine: float | None = 0.5) -> PathSummary:
-    answers = [
-        path_answer(w, {"all": split(accuracy)}, cosine=cosine, last=w == 1.0) for w, accuracy in accuracies.items()
-    ]
+    answers = [path_answer(w, {"all": split(accuracy)}, cosine=cosine) for w, accuracy in accuracies.items()]
     return PathSummary.model_validate(_body(context, path_task(), answers)["summary"])
 
 
@@ -59,7 +57,7 @@ def test_missing_members_of_a_path_have_a_reason(context: Context) -> None:
 
 def test_points_of_a_path_are_in_the_order_of_w(context: Context) -> None:
     """Points of a path are in the order of w, though ends are computed first; timings are the sums over all points."""
-    body = _body(context, path_task(), [path_answer(w, {"all": split(1.0)}, last=w == 0.5) for w in (0.0, 1.0, 0.5)])
+    body = _body(context, path_task(), [path_answer(w, {"all": split(1.0)}) for w in (0.0, 1.0, 0.5)])
     assert [point["w"] for point in body["points"]] == [0.0, 0.5, 1.0]
     assert body["timings_seconds"] == {"features": 1.5}
 
@@ -67,7 +65,7 @@ def test_points_of_a_path_are_in_the_order_of_w(context: Context) -> None:
 def test_missing_members_of_a_series_have_a_reason(context: Context) -> None:
     """Missing members of a series have a reason: a distance that a point lacks, an accuracy that no point reaches."""
     answers = [
-        series_answer(x, {"train": split(train, distance), "test": split(0.5)}, last=x == 2.0)
+        series_answer(x, {"train": split(train, distance), "test": split(0.5)})
         for x, train, distance in ((1.0, 0.5, 0.1), (2.0, 1.0, None))
     ]
     summary = SeriesSummary.model_validate(_body(context, series_task(1.0, 2.0), answers)["summary"])

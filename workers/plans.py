@@ -1,0 +1,76 @@
+"""The plan and the turns of a planned analysis, as the queue runs them. Their state is in the database (`turns`).
+
+A plan holds no device. It looks after its analysis once a second, until that has ended. A turn computes points. Either
+may be killed at any time: it begins again on another worker, and finds in the database what is left.
+"""
+
+import logging
+import time
+from functools import partial
+
+from app.logs import about
+from workers import attempts, turns
+from workers.steps import Host, compute
+from workers.tasks import Known, PointStep, Progress
+
+logger = logging.getLogger("interplay")
+
+_ROUND_SECONDS = 1.0
+# How often a turn looks whether others wait, where points are shorter than this.
+_LOOK_SECONDS = 0.2
+
+
+def look_after(host: Host, analysis_id: str) -> None:
+    """Look after an analysis until it has ended."""
+    while not attempts.patiently(lambda: turns.heal(host.engine, host.client, analysis_id)):
+        time.sleep(_ROUND_SECONDS)
+    logger.info("the analysis has ended")
+
+
+def take(host: Host, turn_id: str) -> None:
+    """Compute points of an analysis until none waits, or others wait for this worker."""
+    begun = attempts.patiently(lambda: turns.begin(host.engine, host.client, host.worker_id, turn_id))
+    if begun is None:
+        return
+    with about(analysis_id=begun.task.analysis_id, request_id=begun.task.request_id):
+        try:
+            _compute_points(host, turn_id, begun)
+        finally:
+            attempts.patiently(lambda: turns.end(host.engine, host.client, host.worker_id, turn_id))
+
+
+def _compute_points(host: Host, turn_id: str, begun: turns.Begun) -> None:
+    task, began = begun.task, time.monotonic()
+    first: Known | None = None
+    looked = began
+
+    def note(progress: Progress | None) -> bool:
+        return turns.note(host.engine, host.worker_id, task.analysis_id, progress)
+
+    while True:
+        claimed = attempts.patiently(
+            partial(
+                turns.claim,
+                host.engine,
+                host.worker_id,
+                turn_id,
+                task,
+                max_attempts=host.settings.max_attempts,
+                first=first,
+            )
+        )
+        if claimed is None:
+            return
+        if isinstance(claimed.step, PointStep):
+            first = claimed.step.first
+        result = compute(host, claimed.step, note)
+        attempts.patiently(
+            partial(turns.finish, host.engine, host.client, host.worker_id, task, claimed.number, result)
+        )
+        now = time.monotonic()
+        if now - looked > _LOOK_SECONDS:
+            looked = now
+            if turns.lets_others(
+                host.engine, task.analysis_id, used_seconds=now - began, waited_seconds=begun.waited_seconds
+            ):
+                return

@@ -1,0 +1,79 @@
+"""Compute one step: in the compute process, with its files, as long as nobody wants it cancelled."""
+
+import logging
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+from dbos import DBOSClient
+
+from app.errors import problem
+from app.settings import Settings
+from app.storage import Storage
+from workers import attempts, inputs, reuse
+from workers.child import ChildDied, ComputeChild
+from workers.tasks import AnyStep, Progress, Result, SeriesPointTask, Work
+
+logger = logging.getLogger("interplay")
+
+OnTick = Callable[[Progress | None], bool]
+
+# A step whose child dies is retried once, in a fresh child.
+_CHILD_ATTEMPTS = 2
+
+
+@dataclass(frozen=True)
+class Host:
+    """The resources of a worker process; `active` holds the ids of the queue's runs that run in it now."""
+
+    worker_id: str
+    settings: Settings
+    engine: sa.Engine
+    client: DBOSClient
+    storage: Storage
+    child: ComputeChild
+    active: set[str]
+
+
+def compute(host: Host, step: AnyStep, note: OnTick) -> Result:
+    """Compute a step, or take its result from an existing report.
+
+    Args:
+        host: the worker.
+        step: the step.
+        note: stores progress, if any, and returns whether the step is to be cancelled.
+    """
+
+    def on_tick(progress: Progress | None) -> bool:
+        try:
+            return note(progress)
+        except sa.exc.DBAPIError as error:
+            # The computation continues while the database is unavailable; the next tick retries.
+            logger.warning("progress of analysis %s was not stored: %s", step.analysis_id, error)
+            return False
+
+    if isinstance(step, SeriesPointTask):
+        existing = attempts.patiently(lambda: reuse.existing_point(host.engine, step))
+        if existing is not None:
+            return Result(outcome="succeeded", body=existing.model_dump(mode="json", by_alias=True))
+    with ExitStack() as stack:
+        files = inputs.fetch(host.storage, host.settings, step, stack, on_tick)
+        if isinstance(files, Result):
+            return files
+        return _compute_in_child(host.child, Work(step=step, files=files), on_tick)
+
+
+def _compute_in_child(child: ComputeChild, work: Work, on_tick: OnTick) -> Result:
+    """Compute in the child process, again in a fresh one if it dies; failures are results too."""
+    reason = ""
+    for _ in range(_CHILD_ATTEMPTS):
+        try:
+            return child.run(work, on_tick)
+        except ChildDied as death:
+            reason = str(death)
+            logger.error("the compute process died during analysis %s: %s", work.step.analysis_id, reason)
+            if on_tick(Progress(phase="starting again", done=0, total=0)):
+                return Result(outcome="cancelled")
+    detail = f"The compute process died {_CHILD_ATTEMPTS} times on this task: {reason}. Memory may have run out."
+    return Result(outcome="failed", problem=problem("compute-crashed", "The compute process died", detail))

@@ -1,0 +1,365 @@
+"""The points of planned analyses in the database: planned, taken in turns, finished, and made into a report.
+
+A planned analysis goes in rounds. The points of a round need nothing of each other; the first round has one point,
+whose facts all others need. When a round is finished, the transaction that finishes it plans the next one, or the
+report. Workers take points in turns: a turn is a run of the queue for one analysis, in which a worker computes one
+point after the other. There are as many turns as workers can use, and each transaction here that makes or frees work
+sees to that.
+
+Every function is one transaction that locks the analysis's row first, so that workers see each other's points whole.
+"""
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+import sqlalchemy as sa
+from dbos import DBOSClient
+from sqlalchemy.orm import Session
+
+from app import queue
+from app.database import clock, read, write
+from app.errors import problem
+from app.models import Analysis, Point, Turn, Worker, now
+from workers import attempts
+from workers.tasks import (
+    Answer,
+    Known,
+    PlannedTask,
+    PointStep,
+    Progress,
+    ReportStep,
+    Result,
+    answer_of,
+    point_step,
+    report_step,
+)
+
+logger = logging.getLogger("interplay")
+
+# Shortest time that a worker stays with a planned analysis while others wait.
+_QUANTUM_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """What decides how many turns an analysis has.
+
+    Attributes:
+        workers: living workers.
+        analyses: planned analyses that have turns.
+        turns: turns of all analyses, waiting and under way.
+    """
+
+    workers: int
+    analyses: int
+    turns: int
+
+    @classmethod
+    def now(cls, session: Session) -> "Fleet":
+        """Return the fleet as the database knows it."""
+        workers = session.scalar(sa.select(sa.func.count()).where(Worker.ended_at.is_(None)))
+        analyses, turns = session.execute(
+            sa.select(sa.func.count(Turn.analysis_id.distinct()), sa.func.count()).where(Turn.ended_at.is_(None))
+        ).one()
+        return cls(workers or 0, analyses, turns)
+
+    def share(self, own_turns: int) -> int:
+        """Return how many turns an analysis may have: its share of the workers, and those that nobody else uses."""
+        share = -(-self.workers // max(self.analyses, 1))
+        return max(share, own_turns + self.workers - self.turns, 1)
+
+
+@dataclass(frozen=True)
+class Claimed:
+    """A step that a turn has taken.
+
+    Attributes:
+        number: of the point; the report's follows those of all points.
+        step: what is to be computed.
+    """
+
+    number: int
+    step: PointStep | ReportStep
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A turn that has begun: its task, and the seconds that it waited for a worker."""
+
+    task: PlannedTask
+    waited_seconds: float
+
+
+def begin(engine: sa.Engine, client: DBOSClient, worker_id: str, turn_id: str) -> Begun | None:
+    """Begin a turn, and plan the analysis if nobody has; None if there is nothing left to do."""
+    with write(engine) as session:
+        turn = session.get(Turn, turn_id)
+        if turn is None or turn.ended_at is not None:
+            return None
+        row = _going_on(session, worker_id, turn.analysis_id)
+        moment = clock(session)
+        if row is None:
+            turn.ended_at = moment
+            return None
+        turn.began_at = turn.began_at or moment
+        task = attempts.task_of(session, row)
+        assert isinstance(task, PlannedTask)
+        planned = sa.exists().where(Point.analysis_id == row.id)
+        if not session.scalar(sa.select(planned)):
+            _plan_further(session, row, task)
+            supply(session, client, row.id)
+        return Begun(task, (turn.began_at - turn.created_at).total_seconds())
+
+
+def claim(
+    engine: sa.Engine, worker_id: str, turn_id: str, task: PlannedTask, *, max_attempts: int, first: Known | None
+) -> Claimed | None:
+    """Take the next point for a turn, or the report, and count an attempt at it.
+
+    Args:
+        engine: of the database.
+        worker_id: the worker.
+        turn_id: the turn; a point that it took and did not finish comes first.
+        task: the analysis's task.
+        max_attempts: most attempts at a point; after them the analysis fails.
+        first: facts of the first point, if the turn knows them.
+
+    Returns:
+        The step; None if no point waits, or the analysis has ended.
+    """
+    with write(engine) as session:
+        row = _going_on(session, worker_id, task.analysis_id)
+        if row is None:
+            return None
+        point = session.scalar(
+            sa.select(Point)
+            .where(
+                Point.analysis_id == row.id,
+                Point.finished_at.is_(None),
+                sa.or_(Point.turn_id.is_(None), Point.turn_id == turn_id),
+            )
+            .order_by(Point.turn_id.is_(None), Point.number)
+            .limit(1)
+        )
+        if point is None:
+            return None
+        if point.attempts >= max_attempts:
+            what = "the report" if point.place is None else f"point {point.number + 1}"
+            detail = f"Its worker died in each of {point.attempts} attempts at {what}; it is not tried again."
+            body = problem(
+                "too-many-attempts",
+                "The analysis was given up",
+                detail,
+                attempts=point.attempts,
+                point=point.number + 1,
+            )
+            _end(session, row, Result(outcome="failed", problem=body))
+            return None
+        point.turn_id, point.attempts = turn_id, point.attempts + 1
+        row.attempts, row.started_at = max(row.attempts, point.attempts), row.started_at or now()
+        row.progress_phase = "report" if point.place is None else "point"
+        _count(session, row)
+        if point.place is None:
+            return Claimed(point.number, report_step(task, _answers(session, task)))
+        if point.number == 0:
+            first = None
+        elif first is None:
+            first = next((answer.known for answer in _answers(session, task, Point.number == 0)), None)
+        return Claimed(point.number, point_step(task, number=point.number, place=point.place, first=first))
+
+
+def note(engine: sa.Engine, worker_id: str, analysis_id: str, progress: Progress | None) -> bool:
+    """Store progress within a point, if any; return whether the turn is to stop: the analysis ends, or this worker.
+
+    Progress without a total counts points.
+    """
+    with read(engine) as session:
+        going_on = sa.select(Analysis.id).where(
+            Analysis.id == analysis_id, Analysis.outcome.is_(None), Analysis.cancel_requested_at.is_(None)
+        )
+        alive = sa.select(Worker.id).where(Worker.id == worker_id, Worker.ended_at.is_(None))
+        if not (session.scalar(going_on) and session.scalar(alive)):
+            return True
+    if progress is not None:
+        with write(engine) as session:
+            row = session.get(Analysis, analysis_id, with_for_update=True)
+            if row is not None and row.outcome is None:
+                row.progress_phase, row.progress_done, row.progress_total = (
+                    progress.phase,
+                    progress.done,
+                    progress.total,
+                )
+                if not progress.total:
+                    _count(session, row)
+    return False
+
+
+def finish(
+    engine: sa.Engine, client: DBOSClient, worker_id: str, task: PlannedTask, number: int, result: Result
+) -> None:
+    """Record how a point ended, once; plan the next round, or end the analysis, if it was the last that was missing."""
+    with write(engine) as session:
+        row = _going_on(session, worker_id, task.analysis_id)
+        if row is None:
+            return
+        point = session.get_one(Point, (row.id, number))
+        if point.finished_at is not None:
+            return
+        if result.outcome == "cancelled":
+            _end(session, row, result)
+        elif point.place is None:
+            point.finished_at = now()
+            _end(session, row, result)
+        else:
+            point.finished_at, point.problem = now(), result.problem
+            point.answer = None if result.body is None else json.dumps(result.body)
+            session.flush()
+            _plan_further(session, row, task)
+            _count(session, row)
+            supply(session, client, row.id)
+
+
+def end(engine: sa.Engine, client: DBOSClient, worker_id: str, turn_id: str) -> None:
+    """End a turn; what it leaves goes to further turns."""
+    with write(engine) as session:
+        turn = session.get_one(Turn, turn_id)
+        row = _going_on(session, worker_id, turn.analysis_id)
+        turn.ended_at = turn.ended_at or clock(session)
+        session.flush()
+        if row is not None:
+            supply(session, client, row.id)
+
+
+def supply(session: Session, client: DBOSClient, analysis_id: str) -> None:
+    """Queue turns, so that a locked analysis has as many as it can use."""
+    unfinished = session.scalar(
+        sa.select(sa.func.count()).where(Point.analysis_id == analysis_id, Point.finished_at.is_(None))
+    )
+    own = session.scalar(sa.select(sa.func.count()).where(Turn.analysis_id == analysis_id, Turn.ended_at.is_(None)))
+    assert own is not None
+    for _ in range(min(unfinished or 0, Fleet.now(session).share(own)) - own):
+        queue.enqueue_turn(client, session, analysis_id)
+
+
+def heal(engine: sa.Engine, client: DBOSClient, analysis_id: str) -> bool:
+    """Free points of turns that were lost, queue turns for workers that came, cancel; return whether it has ended."""
+    with write(engine) as session:
+        row = session.get(Analysis, analysis_id, with_for_update=True)
+        if row is None or row.outcome is not None:
+            return True
+        if row.cancel_requested_at is not None:
+            _end(session, row, Result(outcome="cancelled"))
+            return True
+        ended = queue.has_status(engine.dialect.name, Turn.id.expression, *queue.ENDED)
+        lost = sa.select(Turn).where(Turn.analysis_id == analysis_id, Turn.ended_at.is_(None), ended)
+        for turn in session.scalars(lost):
+            logger.warning("turn %s ended without saying so", turn.id)
+            turn.ended_at = clock(session)
+        session.flush()
+        # Also of turns that ended in the middle of a point: by an error, or told to stop.
+        over = sa.select(Turn.id).where(Turn.analysis_id == analysis_id, Turn.ended_at.is_not(None))
+        held = sa.update(Point).where(Point.analysis_id == analysis_id, Point.finished_at.is_(None))
+        session.execute(held.where(Point.turn_id.in_(over)).values(turn_id=None))
+        has_points = session.scalar(sa.select(sa.exists().where(Point.analysis_id == analysis_id)))
+        has_turns = session.scalar(
+            sa.select(sa.exists().where(Turn.analysis_id == analysis_id, Turn.ended_at.is_(None)))
+        )
+        if has_points:
+            supply(session, client, analysis_id)
+        elif not has_turns:
+            queue.enqueue_turn(client, session, analysis_id)
+        return False
+
+
+def lets_others(engine: sa.Engine, analysis_id: str, *, used_seconds: float, waited_seconds: float) -> bool:
+    """Return whether a turn should end between two points, because others wait for a worker.
+
+    An analysis of one step is let before the next point; where more of them wait than there are workers, a turn goes
+    on for as long as it has waited itself. Other planned analyses are let where this one has more than its share of
+    the workers, and else every ten seconds, since a worker must load what they need.
+    """
+    with read(engine) as session:
+        fleet = Fleet.now(session)
+        whole = queue.count_waiting(session, queue.WORKFLOW, most=fleet.workers + 1)
+        if whole and (whole <= fleet.workers or used_seconds >= waited_seconds):
+            return True
+        waiting = sa.exists().where(Turn.analysis_id != analysis_id, Turn.began_at.is_(None), Turn.ended_at.is_(None))
+        if not session.scalar(sa.select(waiting)):
+            return False
+        own = sa.select(sa.func.count()).where(
+            Turn.analysis_id == analysis_id, Turn.began_at.is_not(None), Turn.ended_at.is_(None)
+        )
+        has_too_many = (session.scalar(own) or 0) > -(-fleet.workers // max(fleet.analyses, 1))
+        return has_too_many or used_seconds >= max(_QUANTUM_SECONDS, waited_seconds)
+
+
+def _going_on(session: Session, worker_id: str, analysis_id: str) -> Analysis | None:
+    """Return an analysis, locked, unless it has ended; end it if that was asked for.
+
+    Raises:
+        TakenOver: others have taken this worker for dead.
+    """
+    row = session.get(Analysis, analysis_id, with_for_update=True, populate_existing=True)
+    attempts.require_alive(session, worker_id)
+    if row is None or row.outcome is not None:
+        return None
+    if row.cancel_requested_at is not None:
+        _end(session, row, Result(outcome="cancelled"))
+        return None
+    return row
+
+
+def _plan_further(session: Session, row: Analysis, task: PlannedTask) -> None:
+    """Plan the points of the next round, or the report, once all of the last round are finished.
+
+    After a failure nothing more is begun. The failure that is told is that of the point with the lowest number, however
+    many workers there are: points are begun in the order of their numbers, so those before it are under way or done.
+    """
+    of_this = Point.analysis_id == row.id
+    unfinished = sa.select(Point.number).where(of_this, Point.finished_at.is_(None))
+    failed = sa.select(Point).where(of_this, Point.problem.is_not(None)).order_by(Point.number).limit(1)
+    if (point := session.scalar(failed)) is not None:
+        session.execute(sa.delete(Point).where(of_this, Point.finished_at.is_(None), Point.turn_id.is_(None)))
+        if session.scalar(unfinished.where(Point.number < point.number)) is None:
+            _end(session, row, Result(outcome="failed", problem=point.problem))
+        return
+    if session.scalar(unfinished.limit(1)) is not None:
+        return
+    answers = _answers(session, task)
+    places: Sequence[float | None] = task.further(answers) or [None]
+    for number, place in enumerate(places, start=len(answers)):
+        session.add(Point(analysis_id=row.id, number=number, place=place))
+    session.flush()
+
+
+def _answers(session: Session, task: PlannedTask, *which: sa.ColumnElement[bool]) -> list[Answer]:
+    """Return the answers for points, in the order of their numbers."""
+    query = sa.select(Point.answer).where(Point.analysis_id == task.analysis_id, Point.answer.is_not(None), *which)
+    return [answer_of(task, json.loads(text)) for text in session.scalars(query.order_by(Point.number)) if text]
+
+
+def _count(session: Session, row: Analysis) -> None:
+    """Count the points of an analysis as its progress."""
+    session.flush()
+    done, total = session.execute(
+        sa.select(sa.func.count(Point.finished_at), sa.func.count()).where(
+            Point.analysis_id == row.id, Point.place.is_not(None)
+        )
+    ).one()
+    row.progress_done, row.progress_total = done, total
+
+
+def _end(session: Session, row: Analysis, result: Result) -> None:
+    """Record the outcome, and forget the answers, which the report has."""
+    attempts.record(session, row, result)
+    session.execute(sa.update(Point).where(Point.analysis_id == row.id).values(answer=None))
+
+
+def clean(session: Session, before: datetime) -> None:
+    """Forget points and turns of analyses that ended before an instant."""
+    old = sa.select(Analysis.id).where(Analysis.finished_at < before)
+    for model in (Point, Turn):
+        session.execute(sa.delete(model).where(model.analysis_id.in_(old)))

@@ -29,6 +29,8 @@ from app.schemas import (
 from app.schemas.adapters import Adapter
 from app.schemas.reports import Alignment, ComputedOn, PathPoint, ProbeSubject, PruningPoint, SeriesPoint
 
+# Points of the first round: two workers are busy from the start, and the ends of a path come first.
+_IN_FIRST_ROUND = 2
 Json = dict[str, JsonValue]
 Row = TypeVar("Row", bound="_Row")
 
@@ -196,9 +198,9 @@ class PointsTask(PlannedTask):
         raise NotImplementedError
 
     def further(self, answers: Sequence["Answer"]) -> list[float]:
-        """Return the first place, whose facts all others need, and then all others."""
+        """Return the first places, the facts of the first of which all later ones need, and then all others."""
         places = self.places()
-        return places[:1] if not answers else places[len(answers) :]
+        return places[len(answers) :] if answers else places[:_IN_FIRST_ROUND]
 
 
 class PathTask(PointsTask):
@@ -211,19 +213,19 @@ class PathTask(PointsTask):
         return "w"
 
     def further(self, answers: Sequence["Answer"]) -> list[float]:
-        """Return A, then B and all points between them, or the rounds of an adaptive grid."""
+        """Return both ends, then all points between them, or the rounds of an adaptive grid."""
+        if not answers:
+            return [0.0, 1.0]
         known = [answer.known for answer in answers if isinstance(answer.known, KnownOfPath)]
-        look = known[0].look if known else None
+        look = known[0].look
         seen = None if look is None else dict(zip(look.ws, look.losses, strict=True))
         grid = self.options.grid
         if grid == "adaptive":
             places: Sequence[float] | Literal["adaptive"] = "adaptive"
         else:
-            # Both ends first, because points between them are measured from the ends.
             points = even_grid(grid.points) if isinstance(grid, EvenGrid) else grid.values
-            places = [0.0, 1.0, *sorted({float(w) for w in points} - {0.0, 1.0})]
-        following = next_points(places, {one.w: one.loss for one in known}, seen)
-        return following if known else following[:1]
+            places = sorted({float(w) for w in points})
+        return next_points(places, {one.w: one.loss for one in known}, seen)
 
 
 class PruningTask(PointsTask):

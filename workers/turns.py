@@ -1,10 +1,9 @@
 """The points of planned analyses in the database: planned, taken in turns, finished, and made into a report.
 
-A planned analysis goes in rounds. The points of a round need nothing of each other; the first round has one point,
-whose facts all others need. When a round is finished, the transaction that finishes it plans the next one, or the
-report. Workers take points in turns: a turn is a run of the queue for one analysis, in which a worker computes one
-point after the other. There are as many turns as workers can use, and each transaction here that makes or frees work
-sees to that.
+A planned analysis goes in rounds. The points of a round need nothing of each other; all rounds but the first need the
+facts of the first point. The transaction that finishes a round plans the next one, or the report. Workers take points
+in turns: a turn is a run of the queue for one analysis, in which a worker computes one point after the other. There are
+as many turns as workers can use, and each transaction here that makes or frees work sees to that.
 
 Every function is one transaction that locks the analysis's row first, so that workers see each other's points whole.
 """

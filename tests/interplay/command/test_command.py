@@ -424,10 +424,10 @@ def test_cancel_and_unknown_ids(service: Service, mlp_checkpoint_file: Path, dig
     cancelled = interplay("cancel", queued["id"], url=service.url)
     assert cancelled.returncode == 0, cancelled.stderr
     assert queued["id"] in cancelled.stdout
-    for arguments in (("show", "x"), ("cancel", "x"), ("delete", "probes", "x")):
+    for arguments in (("show", "no-such"), ("cancel", "no-such"), ("delete", "probes", "no-such")):
         ran = interplay(*arguments, url=service.url)
         assert (ran.returncode, ran.stdout) == (2, "")
-        assert "'x'" in ran.stderr
+        assert "'no-such'" in ran.stderr
 
 
 def test_features_from_elsewhere(service: Service, tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def path_point(task: PathPointTask, context: Context) -> PathAnswer:
     loss = evaluation.splits["all"].loss
     assert loss is not None, "a loss is defined where there are samples"
     first_look = distance = cosine = None
-    if task.first is None:
+    if task.number == 0:
         if task.options.grid == "adaptive":
             first_look = _look(task, context, loaded, evaluation, clock)
         with clock.phase("distances"):

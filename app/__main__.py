@@ -1,6 +1,6 @@
-"""`python -m app serve|api|migrate|verify`: the service with its worker, the HTTP side alone, the tables, the blobs.
+"""`python -m app serve|api|migrate|verify`: the service with its workers, the HTTP side alone, the tables, the blobs.
 
-The worker starts before anything large is imported here: its compute process takes longest to load.
+Workers start before anything large is imported here: their compute processes take longest to load.
 """
 
 import argparse
@@ -9,11 +9,9 @@ import ctypes
 import logging
 import signal
 import socket
-import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING
@@ -22,6 +20,7 @@ import uvicorn
 
 from app.logs import start_logging
 from app.settings import Settings, load_settings
+from app.supervision import DEVICES, Workers, devices_of
 
 if TYPE_CHECKING:
     from app.api.connections import Connections
@@ -29,8 +28,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("interplay")
 
-# How long a started process has to stop by itself before it is killed.
-_STOP_SECONDS = 5.0
 # The C library's number of the parameter M_ARENA_MAX.
 _ARENA_MAX = -8
 
@@ -40,12 +37,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="interplay", description="Settings are environment variables: INTERPLAY_...")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in (
-        ("serve", "the HTTP service and one worker on this machine; migrates the database first"),
+        ("serve", "the HTTP service and its workers on this machine; migrates the database first"),
         ("api", "the HTTP service alone"),
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("--host", help="address to bind (INTERPLAY_HOST)")
         command.add_argument("--port", type=int, help="port to bind, 0 for a free one (INTERPLAY_PORT)")
+        if name == "serve":
+            command.add_argument("--devices", help=DEVICES)
     commands.add_parser("migrate", help="create or upgrade the tables of the service and of its queue")
     text = "read and hash every stored file; say which are damaged, and which reports rest on them"
     scrub = commands.add_parser("verify", help=text, description=f"{text}. Status 1 where one is.")
@@ -64,7 +63,11 @@ def main(arguments: list[str] | None = None) -> int:
             f"Refusing to bind {settings.host}: everybody who reaches it could use the service. Set INTERPLAY_API_KEY, "
             "or bind 127.0.0.1 (the default)."
         )
-    return _serve(settings, with_worker=options.command == "serve")
+    try:
+        devices = devices_of(options.devices, settings) if options.command == "serve" else []
+    except ValueError as error:
+        return _refuse(str(error))
+    return _serve(settings, devices)
 
 
 def _refusing(settings: Settings, run: Callable[[], int]) -> int:
@@ -117,10 +120,8 @@ def _verify(settings: Settings, *, set_aside: bool) -> int:
         engine.dispose()
 
 
-def _make_tables(
-    settings: Settings, tables: "Future[None]", worker: "_SupervisedWorker", server: "_AnnouncedServer"
-) -> None:
-    """Upgrade the database to the current schema and let the worker begin; on failure, end the server."""
+def _make_tables(settings: Settings, tables: "Future[None]", workers: Workers, server: "_AnnouncedServer") -> None:
+    """Upgrade the database to the current schema and let the workers begin; on failure, end the server."""
     try:
         _migrate(settings)
     except Exception as error:  # noqa: BLE001  raised again by who waits for the tables
@@ -128,27 +129,25 @@ def _make_tables(
         server.should_exit = True
     else:
         tables.set_result(None)
-        worker.let_begin()
+        workers.let_begin()
 
 
-def _serve(settings: Settings, *, with_worker: bool) -> int:
+def _serve(settings: Settings, devices: Sequence[str]) -> int:
     try:
         listener = _bind(settings)
     except OSError as error:
         return _refuse(f"Cannot bind {settings.host}:{settings.port}: {error.strerror or error}.")
     _share_memory()
-    worker = _SupervisedWorker(settings) if with_worker else None
+    workers = Workers(settings, devices)
     # Both ways of being stopped end in the `finally` below; uvicorn raises the signal again once it has shut down.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        if worker is not None:
-            worker.start()
-        return _refusing(settings, lambda: _run_server(settings, listener, worker))
+        workers.start()
+        return _refusing(settings, lambda: _run_server(settings, listener, workers if devices else None))
     except KeyboardInterrupt:
         return 0
     finally:
-        if worker is not None:
-            worker.stop()
+        workers.stop()
         listener.close()
 
 
@@ -162,7 +161,7 @@ def _share_memory() -> None:
         ctypes.CDLL(None).mallopt(_ARENA_MAX, 1)
 
 
-def _run_server(settings: Settings, listener: socket.socket, worker: "_SupervisedWorker | None") -> int:
+def _run_server(settings: Settings, listener: socket.socket, workers: Workers | None) -> int:
     import migrations
     from app.api.connections import BACKLOG, Connections
     from app.main import create_app
@@ -183,13 +182,13 @@ def _run_server(settings: Settings, listener: socket.socket, worker: "_Supervise
         timeout_graceful_shutdown=3,
     )
     server = _AnnouncedServer(config, settings, app.state.service.events, connections)
-    if worker is None:
+    if workers is None:
         tables.set_result(None)
     else:
         # A database that does not answer must fail before the service announces that it listens. Creating the tables
         # takes as long as everything else, and happens while serving.
         migrations.current(app.state.service.engine)
-        server.then = partial(_make_tables, settings, tables, worker, server)
+        server.then = partial(_make_tables, settings, tables, workers, server)
     server.run(sockets=[listener])
     if tables.done():
         tables.result()
@@ -252,77 +251,6 @@ class _AnnouncedServer(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._events.close()
         await super().shutdown(sockets)
-
-
-class _SupervisedWorker:
-    """A worker process that is restarted whenever it dies, after ever longer pauses.
-
-    It loads its modules at once, but begins only when allowed: the tables must exist.
-    """
-
-    def __init__(self, settings: Settings) -> None:
-        self._telling = threading.Lock()
-        self._may_begin = False
-        self._process: subprocess.Popen[bytes] | None = None
-        self._longest_pause = settings.worker_restart_max_seconds
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._supervise, name="worker-supervisor", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def let_begin(self) -> None:
-        with self._telling:
-            self._may_begin = True
-            self._tell()
-
-    def stop(self) -> None:
-        self._stopping.set()
-        if self._thread.ident is not None:
-            self._thread.join()
-
-    def _tell(self) -> None:
-        if self._may_begin and self._process is not None:
-            assert self._process.stdin is not None
-            # It has died, and its successor gets the message; or it is stopping.
-            with contextlib.suppress(BrokenPipeError, ValueError):
-                self._process.stdin.write(b"begin\n")
-                self._process.stdin.flush()
-
-    def _supervise(self) -> None:
-        pause = 0.5
-        while not self._stopping.is_set():
-            started = time.monotonic()
-            # The worker stops when its standard input ends, so it does not outlive this process, however that dies.
-            # It has a session of its own: Ctrl-C reaches only this process, which then stops the worker.
-            process = subprocess.Popen(
-                [sys.executable, "-m", "workers", "--stop-at-end-of-input", "--wait-for-input"],
-                stdin=subprocess.PIPE,
-                start_new_session=True,
-            )
-            with self._telling:
-                self._process = process
-                self._tell()
-            while process.poll() is None and not self._stopping.wait(0.2):
-                pass
-            if self._stopping.is_set():
-                _stop(process)
-                return
-            lived = time.monotonic() - started
-            pause = 0.5 if lived > 60 else min(pause * 2, self._longest_pause)
-            logger.error("the worker died with status %s and starts again in %.1f s", process.returncode, pause)
-            self._stopping.wait(pause)
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    assert process.stdin is not None
-    process.stdin.close()
-    process.terminate()
-    try:
-        process.wait(_STOP_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
 
 
 if __name__ == "__main__":

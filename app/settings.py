@@ -13,6 +13,9 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from app.sources import Allowed, parse_allowed, parse_source
 
+#: Pattern of a device's name.
+DEVICE = r"(auto|cpu|cuda(:\d+)?)"
+
 
 class Settings(BaseSettings):
     """What an operator can choose. The same values must be given to every process of one service."""
@@ -35,7 +38,7 @@ class Settings(BaseSettings):
     )
     hub_url: str = Field(default="https://huggingface.co", description="The Hub of hf:// sources, or a mirror of it.")
     device: str = Field(
-        default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N; auto prefers CUDA."
+        default="auto", pattern=rf"^{DEVICE}$", description="auto, cpu, cuda or cuda:N; auto prefers CUDA."
     )
     threads: int = Field(default=0, ge=0, description="CPU threads of a compute process; 0: torch's own choice.")
     max_upload_bytes: int = Field(default=20 * 2**30, ge=1, description="Largest file accepted in one upload.")

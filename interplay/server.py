@@ -42,9 +42,9 @@ class ServerCommand:
 
 
 COMMANDS = {
-    "serve": ServerCommand(("app", "serve"), "Run the API and one worker.", "worker", "torch"),
+    "serve": ServerCommand(("app", "serve"), "Run the API and its workers.", "worker", "torch"),
     "api": ServerCommand(("app", "api"), "Run the API alone."),
-    "worker": ServerCommand(("workers",), "Run one worker.", "worker", "torch"),
+    "worker": ServerCommand(("workers",), "Run a worker, or several.", "worker", "torch"),
     "migrate": ServerCommand(("app", "migrate"), "Bring the database to the current schema."),
     "verify": ServerCommand(("app", "verify"), "Read and hash every stored file; name reports on damaged ones."),
 }

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,13 +96,15 @@ def running(
     site: Path = OPERATORS,
     tree: Path | None = None,
     port: int = 0,
+    arguments: Sequence[str] = (),
     **settings: str,
 ) -> Iterator[Service]:
     """Run a service in its own folder; at the end it must stop by itself, with every process that it started.
 
     `serve` has a worker, and the block begins once an analysis would run. `api` has none and starts in a third of the
     time; it creates no tables, which are made here if `tables` says so. `site` has the sitecustomize of its processes,
-    `tree` the service's packages if they are not these. `port` is that of a service before, for whoever knows its URL.
+    `tree` the service's packages if they are not these. `port` is that of a service before, for whoever knows its URL;
+    `arguments` follow on the command line.
     """
     environment = {
         **{key: value for key, value in os.environ.items() if not key.startswith("INTERPLAY_")},
@@ -121,7 +123,7 @@ def running(
         _make_tables(data_dir)
     with (data_dir / "stderr.txt").open("a") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "app", command, "--port", str(port)],
+            [sys.executable, "-m", "app", command, "--port", str(port), *arguments],
             env=environment,
             cwd=tree,
             stdout=subprocess.PIPE,

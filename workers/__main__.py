@@ -16,6 +16,7 @@ from uuid import uuid4
 from app.logs import start_logging
 from app.refusals import CannotStart, starting
 from app.settings import Settings, freeze_loaded_objects, load_settings
+from app.supervision import DEVICES, Workers, devices_of
 from workers.child import ComputeChild
 
 if TYPE_CHECKING:
@@ -34,7 +35,10 @@ _PLANS_POLLING_SECONDS = 0.5
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Work until SIGTERM or Ctrl-C; the next worker resumes the analyses that run then."""
+    """Work until SIGTERM or Ctrl-C; the next worker resumes the analyses that run then.
+
+    With `--devices`, supervise a worker process for each device.
+    """
     parser = argparse.ArgumentParser(prog="interplay worker", description="Settings are INTERPLAY_... variables.")
     parser.add_argument(
         "--stop-at-end-of-input", action="store_true", help="stop when standard input ends, as it does with its parent"
@@ -42,9 +46,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--wait-for-input", action="store_true", help="begin once a line comes on standard input: the tables are there"
     )
+    parser.add_argument("--devices", help=DEVICES)
+    parser.add_argument("--count-gpus", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if options.count_gpus:
+        import torch
+
+        sys.stdout.write(f"{torch.cuda.device_count()}\n")
+        return
     settings = load_settings()
     start_logging(settings)
+    if options.devices is not None:
+        _supervise(settings, options.devices)
+        return
     # A pipe, because a signal handler may run while its own thread holds a lock that it would need.
     told_to_stop, tell_to_stop = os.pipe()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -63,6 +77,25 @@ def main(arguments: list[str] | None = None) -> None:
         sys.stderr.write(f"{refusal}\n")
         child.kill()
         sys.exit(2)
+
+
+def _supervise(settings: Settings, devices: str) -> None:
+    """Run a worker process for each device until SIGTERM or Ctrl-C."""
+    try:
+        workers = Workers(settings, devices_of(devices, settings))
+    except ValueError as error:
+        sys.stderr.write(f"{error}\n")
+        sys.exit(2)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.default_int_handler)
+    try:
+        workers.start()
+        workers.let_begin()
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        return
+    finally:
+        workers.stop()
 
 
 def _work(settings: Settings, child: ComputeChild, told_to_stop: int) -> None:

@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
+import torch
 
 from analysis.errors import KINDS
 from app import errors
 from app.schemas.reports import EvaluationReport
 from app.settings import Settings
+from app.supervision import devices_of
 from tests import services
 from tests.app.api.test_uploads import problem
 from tests.services import Service, until
@@ -262,3 +265,52 @@ def test_other_requests_are_quick_during_an_upload(service: Service) -> None:
             return answers
 
     assert asyncio.run(scenario()) > 10
+
+
+def test_a_worker_for_each_device(tmp_path: Path) -> None:
+    """`--devices` of `serve` and of `worker` runs one process each; dead ones are started again."""
+    with services.running(
+        tmp_path / "data", arguments=("--devices", "cpu,cpu"), threads="0", worker_restart_max_seconds="0.2"
+    ) as service:
+
+        def workers() -> int:
+            return len(service.client.get("/v1/version").json()["workers"])
+
+        until(lambda: workers() == 2)
+        processes = [child for child in psutil.Process(service.process.pid).children() if "workers" in child.cmdline()]
+        cores = max((os.cpu_count() or 1) // 2, 1)
+        assert [child.environ()["INTERPLAY_THREADS"] for child in processes] == [str(cores)] * 2
+        processes[0].kill()
+        processes[0].wait(15)
+        until(lambda: workers() == 2 and len(psutil.Process(service.process.pid).children()) >= 2)
+        command = [sys.executable, "-m", "workers", "--devices", "cpu,cpu"]
+        with subprocess.Popen(command, env=service.environment) as further:
+            until(lambda: workers() == 4)
+            started = psutil.Process(further.pid).children(recursive=True)
+            assert len(started) == 4
+            further.terminate()
+            assert further.wait(15) == 0
+        _, alive = psutil.wait_procs(started, timeout=15)
+        assert not alive
+        until(lambda: workers() == 2)
+
+
+@pytest.mark.parametrize("module", ["app", "workers"])
+def test_an_unknown_device_is_refused(tmp_path: Path, module: str) -> None:
+    """A name that is no device's ends the command with status 2, and the message has it."""
+    arguments = [*(["serve"] if module == "app" else []), "--devices", "cuda:0,tpu"]
+    environment = {**os.environ, "INTERPLAY_DATA_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert done.stderr == "--devices takes `all`, or names such as cuda:0,cuda:1 or cpu, not 'tpu'.\n"
+
+
+def test_all_devices_of_a_machine_without_a_gpu(tmp_path: Path) -> None:
+    """Without a GPU `all` is the processor; the count comes from torch, in a process of its own."""
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    assert devices_of("all", Settings(data_dir=tmp_path)) == ["cpu"]
+    assert devices_of(None, Settings(data_dir=tmp_path, device="cuda:3")) == ["cuda:3"]
+    assert devices_of("cpu, cuda:1", Settings(data_dir=tmp_path)) == ["cpu", "cuda:1"]

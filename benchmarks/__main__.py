@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import adapters, decoding, graphs, losses, memory, pages, paths, service, spectra
+from benchmarks import adapters, decoding, fanout, graphs, losses, memory, pages, paths, service, spectra
 from workers.child import ARITHMETIC
 
 PARTS = {
@@ -21,6 +21,7 @@ PARTS = {
     "memory": memory,
     "decoding": decoding,
     "service": service,
+    "fanout": fanout,
     "pages": pages,
 }
 

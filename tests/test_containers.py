@@ -87,8 +87,9 @@ def test_settings_of_the_containers_are_valid(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("name", OURS)
 def test_commands_are_subcommands(name: str) -> None:
-    """Each service of ours runs a command that `interplay` has."""
-    (command,) = services()[name]["command"]
+    """Each service of ours runs a command that `interplay` has; the one on GPUs with a worker for each."""
+    command, *options = services()[name]["command"]
+    assert options == (["--devices", "all"] if name == "worker-gpu" else [])
     shown = subprocess.run([sys.executable, "-m", "interplay.command", "--help"], capture_output=True, text=True)
     assert re.search(rf"^\W*{command}\s", shown.stdout, flags=re.MULTILINE), shown.stdout
 

@@ -9,6 +9,7 @@ import re
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from datetime import datetime, timedelta
 from typing import Any
 from uuid import uuid4
 
@@ -16,6 +17,7 @@ import sqlalchemy as sa
 from prometheus_client import CollectorRegistry, Histogram, ProcessCollector, disable_created_metrics
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
+from sqlalchemy.orm import Session
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app import queue
@@ -23,7 +25,7 @@ from app.api.events import Events
 from app.api.readiness import living_workers
 from app.database import clock, read
 from app.logs import about
-from app.models import Analysis, Blob, Fetch, Report
+from app.models import Analysis, Blob, Fetch, Point, Report, Turn
 from app.storage import Storage, StorageUnavailable
 
 logger = logging.getLogger(__name__)
@@ -31,6 +33,7 @@ access = logging.getLogger("interplay.access")
 
 # Prometheus asks every 15 s or so; several of them, or people, must not cost more.
 _KEEP_SECONDS = 5.0
+_RECENTLY = timedelta(minutes=1)
 _BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0, 600.0)
 _PLACE = "interplay.route"
 _REQUEST_ID = b"x-request-id"
@@ -180,6 +183,7 @@ class _OfService(Collector):
                 if status == "queued":
                     wait.add_metric([kind], (now - oldest).total_seconds())
                 attempts.add_metric([kind], most)
+            yield from _of_points(session, now)
             n_blobs, n_bytes = session.execute(sa.select(sa.func.count(), sa.func.sum(Blob.size_bytes))).one()
             n_reports = session.scalar(sa.select(sa.func.count()).select_from(Report))
         yield from (runs, wait, attempts)
@@ -197,6 +201,31 @@ class _OfService(Collector):
         for device, n_workers in sorted(counts.items()):
             workers.add_metric([device], n_workers)
         yield from (workers, silence)
+
+
+def _of_points(session: Session, now: datetime) -> Iterator[GaugeMetricFamily]:
+    """Count the points of planned analyses that go on, the turns at them, and the points of the last minute."""
+    points = GaugeMetricFamily(
+        "interplay_points", "Points of planned analyses that go on and are planned so far.", labels=["status"]
+    )
+    status = sa.case(
+        (Point.finished_at.is_not(None), "finished"), (Point.turn_id.is_not(None), "running"), else_="waiting"
+    )
+    going_on = sa.select(Analysis.id).where(Analysis.outcome.is_(None))
+    counted = sa.select(status, sa.func.count()).where(Point.analysis_id.in_(going_on)).group_by(status)
+    for name, n_points in session.execute(counted):
+        points.add_metric([name], n_points)
+    turns = GaugeMetricFamily("interplay_turns", "Turns at planned analyses that have not ended.", labels=["status"])
+    began = sa.case((Turn.began_at.is_(None), "waiting"), else_="running")
+    for name, n_turns in session.execute(
+        sa.select(began, sa.func.count()).where(Turn.ended_at.is_(None)).group_by(began)
+    ):
+        turns.add_metric([name], n_turns)
+    recent = sa.select(sa.func.count()).where(Point.finished_at > now - _RECENTLY)
+    yield from (points, turns)
+    yield _gauge(
+        "interplay_points_finished_recently", "Points finished in the last minute.", session.scalar(recent) or 0
+    )
 
 
 def _open_runs(model: type[Analysis] | type[Fetch], kind: Any, dialect: str) -> sa.Select[Any]:

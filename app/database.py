@@ -21,6 +21,8 @@ _LONGEST_WAIT_SECONDS = 10.0
 _PATIENT_SECONDS = 24 * 3600.0
 # The server itself ends a statement that takes too long; this much later its silence counts as a failure.
 _GRACE_SECONDS = 2.0
+# Longest pause inside a transaction, after which PostgreSQL ends the session.
+_IDLE_MS = 60_000
 
 
 def make_engine(settings: Settings, *, patient: bool = False) -> sa.Engine:
@@ -122,7 +124,9 @@ def _postgresql_engine(url: sa.URL, patience_seconds: float) -> sa.Engine:
         connection.patience_seconds = patience_seconds + _GRACE_SECONDS
         # Not as a connection option: poolers such as PgBouncer do not pass those on.
         milliseconds = math.ceil(patience_seconds * 1000)
-        connection.execute("SELECT set_config('statement_timeout', %s, false)", [str(milliseconds)])
+        # A process that is suspended between two statements must not hold its locks for as long.
+        for name, value in (("statement_timeout", milliseconds), ("idle_in_transaction_session_timeout", _IDLE_MS)):
+            connection.execute("SELECT set_config(%s, %s, false)", [name, str(value)])
         connection.commit()
         return connection
 

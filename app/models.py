@@ -278,16 +278,13 @@ class Point(Base):
     problem: Mapped[dict[str, Any] | None]
 
 
-_OPEN = "ended_at IS NULL"
-
-
 class Turn(Base):
     """A turn at a planned analysis: a run of the queue, in which a worker computes points one after the other."""
 
     __tablename__ = "turns"
-    __table_args__ = (sa.Index(None, "analysis_id", sqlite_where=sa.text(_OPEN), postgresql_where=sa.text(_OPEN)),)
+    __table_args__ = (sa.Index(None, "ended_at", "began_at", "analysis_id"),)
 
-    analysis_id: Mapped[str] = mapped_column(sa.ForeignKey("analyses.id"))
+    analysis_id: Mapped[str] = mapped_column(sa.ForeignKey("analyses.id"), index=True)
     id: Mapped[str] = mapped_column(sa.String(50), primary_key=True)
     created_at: Mapped[datetime]
     began_at: Mapped[datetime | None]

@@ -132,18 +132,28 @@ def enqueue_analysis(client: "Client", session: Session, row: Analysis) -> None:
     """Queue an analysis in the caller's transaction; a planned one with its first turn, which has its place."""
     if row.kind in PLANNED:
         enqueue(client, session, row.id, workflow=PLAN_WORKFLOW, queue=PLANS)
-        enqueue_turn(client, session, row.id)
+        enqueue_turns(client, session, row.id, 1)
     else:
         enqueue(client, session, row.id)
 
 
-def enqueue_turn(client: "Client", session: Session, analysis_id: str) -> None:
-    """Queue a further turn at a planned analysis, whose row the caller has locked or just made."""
-    turns = sa.select(sa.func.count()).select_from(Turn).where(Turn.analysis_id == analysis_id)
-    turn = Turn(id=f"{analysis_id}.{session.scalar(turns)}", analysis_id=analysis_id, created_at=clock(session))
-    session.add(turn)
+def enqueue_turns(client: "Client", session: Session, analysis_id: str, count: int) -> None:
+    """Queue further turns at a planned analysis, whose row the caller has locked or just made."""
+    if count <= 0:
+        return
+    before = session.scalar(sa.select(sa.func.count()).where(Turn.analysis_id == analysis_id)) or 0
+    moment = clock(session)
+    ids = [f"{analysis_id}.{number}" for number in range(before, before + count)]
+    session.add_all(Turn(id=id_, analysis_id=analysis_id, created_at=moment) for id_ in ids)
     session.flush()
-    enqueue(client, session, turn.id, workflow=TURN_WORKFLOW)
+    for id_ in ids:
+        enqueue(client, session, id_, workflow=TURN_WORKFLOW)
+
+
+def close_turns(session: Session, analysis_id: str) -> None:
+    """End all turns at an analysis, which has ended: those that wait find nothing to do."""
+    still = sa.update(Turn).where(Turn.analysis_id == analysis_id, Turn.ended_at.is_(None))
+    session.execute(still.values(ended_at=clock(session)))
 
 
 def enqueue(client: "Client", session: Session, run_id: str, *, workflow: str = WORKFLOW, queue: str = QUEUE) -> None:
@@ -189,6 +199,7 @@ def cancel(session: Session, dialect: str, row: Run) -> None:
         runs = bool(session.scalar(sa.select(is_claimed(dialect, sa.literal(row.id)))))
     if not runs:
         row.outcome, row.finished_at = "cancelled", now()
+        close_turns(session, row.id)
 
 
 def is_claimed(dialect: str, run_id: sa.ColumnElement[str]) -> sa.ColumnElement[bool]:
@@ -204,9 +215,12 @@ def has_status(dialect: str, run_id: sa.ColumnElement[str], *statuses: str) -> s
 
 def count_waiting(session: Session, workflow: str, *, most: int) -> int:
     """Return how many runs of a workflow wait for a worker that computes, counted up to a number."""
-    runs = _runs(session.get_bind().dialect.name, "queue_name", "name")
+    runs = _runs(session.get_bind().dialect.name, "queue_name", "name", "application_version")
     waiting = sa.select(runs.c.workflow_uuid).where(
-        runs.c.queue_name == QUEUE, runs.c.status == "ENQUEUED", runs.c.name == workflow
+        runs.c.queue_name == QUEUE,
+        runs.c.status == "ENQUEUED",
+        runs.c.name == workflow,
+        runs.c.application_version == VERSION,
     )
     return session.scalar(sa.select(sa.func.count()).select_from(waiting.limit(most).subquery())) or 0
 

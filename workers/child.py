@@ -84,7 +84,14 @@ class ComputeChild:
                 was idle.
         """
         with self._one_at_a_time:
-            return self._run(work, on_tick)
+            try:
+                return self._run(work, on_tick)
+            except ChildDied:
+                raise
+            except BaseException:
+                # It would go on, and its answer would be taken for that to the next step.
+                self.kill()
+                raise
 
     def _run(self, work: Work, on_tick: Callable[[Progress | None], bool]) -> Result:
         self.start()

@@ -231,12 +231,14 @@ class Presence:
                         self._take_over(owner)
 
     def _take_over(self, owner: str) -> None:
+        # First, so that it writes nothing once another has its work. A crash after this leaves runs without an owner's
+        # row, which are resumed as well.
+        with write(self._engine) as session:
+            _mark_ended(session, owner)
         # Listed again under the lock: a run that another worker has resumed meanwhile is no longer the owner's.
         for run_id in self._pending_by_owner(owner).get(owner, []):
             logger.warning("worker %s is gone; run %s is queued again", owner, run_id)
             self._client.resume_workflow(run_id, queue_name=self._queue_of[run_id])
-        with write(self._engine) as session:
-            _mark_ended(session, owner)
 
     def _resume_stranded(self, pending: list[str]) -> None:
         """Resume runs that the queue assigns here but that do not run: an error in the queue ended their thread."""

@@ -8,10 +8,11 @@ import logging
 import time
 from functools import partial
 
+from app.errors import problem
 from app.logs import about
 from workers import attempts, turns
 from workers.steps import Host, compute
-from workers.tasks import Known, PointStep, Progress
+from workers.tasks import Known, PointStep, Progress, Result
 
 logger = logging.getLogger("interplay")
 
@@ -22,29 +23,41 @@ _LOOK_SECONDS = 0.2
 
 def look_after(host: Host, analysis_id: str) -> None:
     """Look after an analysis until it has ended."""
-    while not attempts.patiently(lambda: turns.heal(host.engine, host.client, analysis_id)):
+    while not attempts.patiently(lambda: turns.heal(host.engine, host.client, host.worker_id, analysis_id)):
         time.sleep(_ROUND_SECONDS)
     logger.info("the analysis has ended")
 
 
 def take(host: Host, turn_id: str) -> None:
     """Compute points of an analysis until none waits, or others wait for this worker."""
-    begun = attempts.patiently(lambda: turns.begin(host.engine, host.client, host.worker_id, turn_id))
-    if begun is None:
-        return
-    with about(analysis_id=begun.task.analysis_id, request_id=begun.task.request_id):
-        try:
-            _compute_points(host, turn_id, begun)
-        finally:
-            attempts.patiently(lambda: turns.end(host.engine, host.client, host.worker_id, turn_id))
+    try:
+        begun = attempts.patiently(lambda: turns.begin(host.engine, host.client, host.worker_id, turn_id))
+        if begun is not None:
+            with about(analysis_id=begun.task.analysis_id, request_id=begun.task.request_id):
+                _compute_points(host, turn_id, begun)
+    except attempts.TakenOver:
+        raise
+    except Exception as error:
+        # Another turn would meet it again, and another after that.
+        logger.exception("turn %s failed", turn_id)
+        detail = f"This is a fault of the service: {type(error).__name__}. The worker's log says more."
+        fault = Result(outcome="failed", problem=problem("internal-error", "Internal error", detail))
+        attempts.patiently(lambda: turns.give_up(host.engine, host.worker_id, turn_id, fault))
+    attempts.patiently(lambda: turns.end(host.engine, host.client, host.worker_id, turn_id))
 
 
 def _compute_points(host: Host, turn_id: str, begun: turns.Begun) -> None:
     task, began = begun.task, time.monotonic()
     first: Known | None = None
     looked = began
+    phase = ""
 
     def note(progress: Progress | None) -> bool:
+        # Within a point only its phases are told: many workers would write one row.
+        nonlocal phase
+        if progress is not None and not progress.total and progress.phase == phase:
+            progress = None
+        phase = progress.phase if progress else phase
         return turns.note(host.engine, host.worker_id, task.analysis_id, progress)
 
     while True:
@@ -62,7 +75,7 @@ def _compute_points(host: Host, turn_id: str, begun: turns.Begun) -> None:
         if claimed is None:
             return
         if isinstance(claimed.step, PointStep):
-            first = claimed.step.first
+            first = claimed.step.first or first
         result = compute(host, claimed.step, note)
         attempts.patiently(
             partial(turns.finish, host.engine, host.client, host.worker_id, task, claimed.number, result)

@@ -48,7 +48,7 @@ def compute(host: Host, step: AnyStep, note: OnTick) -> Result:
     def on_tick(progress: Progress | None) -> bool:
         try:
             return note(progress)
-        except sa.exc.DBAPIError as error:
+        except sa.exc.SQLAlchemyError as error:
             # The computation continues while the database is unavailable; the next tick retries.
             logger.warning("progress of analysis %s was not stored: %s", step.analysis_id, error)
             return False

@@ -11,7 +11,7 @@ Tasks and answers cross between processes as JSON and are validated on arrival.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue, TypeAdapter
 
@@ -29,8 +29,6 @@ from app.schemas import (
 from app.schemas.adapters import Adapter
 from app.schemas.reports import Alignment, ComputedOn, PathPoint, ProbeSubject, PruningPoint, SeriesPoint
 
-# Points of the first round: two workers are busy from the start, and the ends of a path come first.
-_IN_FIRST_ROUND = 2
 Json = dict[str, JsonValue]
 Row = TypeVar("Row", bound="_Row")
 
@@ -161,6 +159,9 @@ class EvaluationTask(NetworkTask):
 class PlannedTask(NetworkTask):
     """A task of several steps, which several workers may compute."""
 
+    # Points of the first round, which are computed without the facts of the first point.
+    n_first: ClassVar[int] = 2
+
     def further(self, answers: Sequence["Answer"]) -> list[float]:
         """Return the places of the next points, all of which may be computed at once.
 
@@ -200,7 +201,7 @@ class PointsTask(PlannedTask):
     def further(self, answers: Sequence["Answer"]) -> list[float]:
         """Return the first places, the facts of the first of which all later ones need, and then all others."""
         places = self.places()
-        return places[len(answers) :] if answers else places[:_IN_FIRST_ROUND]
+        return places[len(answers) :] if answers else places[: self.n_first]
 
 
 class PathTask(PointsTask):
@@ -243,8 +244,9 @@ class PruningTask(PointsTask):
 
 
 class SeriesTask(PointsTask):
-    """Evaluate checkpoints in order."""
+    """Evaluate checkpoints in order. Each must be comparable with the first."""
 
+    n_first = 1
     axis: Axis
 
     def place_name(self) -> str:

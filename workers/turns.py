@@ -40,6 +40,8 @@ logger = logging.getLogger("interplay")
 
 # Shortest time that a worker stays with a planned analysis while others wait.
 _QUANTUM_SECONDS = 10.0
+# Longest time that a turn stays because it has waited as long: workers may have been away for hours.
+_MOST_CREDIT_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,8 @@ def claim(
     """
     with write(engine) as session:
         row = _going_on(session, worker_id, task.analysis_id)
-        if row is None:
+        # A turn that was closed meanwhile, as one of a worker that was thought dead, takes nothing more.
+        if row is None or session.get_one(Turn, turn_id).ended_at is not None:
             return None
         point = session.scalar(
             sa.select(Point)
@@ -163,7 +166,7 @@ def claim(
         _count(session, row)
         if point.place is None:
             return Claimed(point.number, report_step(task, _answers(session, task)))
-        if point.number == 0:
+        if point.number < task.n_first:
             first = None
         elif first is None:
             first = next((answer.known for answer in _answers(session, task, Point.number == 0)), None)
@@ -173,7 +176,7 @@ def claim(
 def note(engine: sa.Engine, worker_id: str, analysis_id: str, progress: Progress | None) -> bool:
     """Store progress within a point, if any; return whether the turn is to stop: the analysis ends, or this worker.
 
-    Progress without a total counts points.
+    Progress without a total is a phase alone; points stay counted.
     """
     with read(engine) as session:
         going_on = sa.select(Analysis.id).where(
@@ -186,13 +189,9 @@ def note(engine: sa.Engine, worker_id: str, analysis_id: str, progress: Progress
         with write(engine) as session:
             row = session.get(Analysis, analysis_id, with_for_update=True)
             if row is not None and row.outcome is None:
-                row.progress_phase, row.progress_done, row.progress_total = (
-                    progress.phase,
-                    progress.done,
-                    progress.total,
-                )
-                if not progress.total:
-                    _count(session, row)
+                row.progress_phase = progress.phase
+                if progress.total:
+                    row.progress_done, row.progress_total = progress.done, progress.total
     return False
 
 
@@ -224,12 +223,19 @@ def finish(
 def end(engine: sa.Engine, client: DBOSClient, worker_id: str, turn_id: str) -> None:
     """End a turn; what it leaves goes to further turns."""
     with write(engine) as session:
-        turn = session.get_one(Turn, turn_id)
-        row = _going_on(session, worker_id, turn.analysis_id)
-        turn.ended_at = turn.ended_at or clock(session)
-        session.flush()
-        if row is not None:
+        analysis_id = _analysis_of(turn_id)
+        row = _going_on(session, worker_id, analysis_id)
+        _close(session, [turn_id])
+        if row is not None and not _after_failure(session, row):
             supply(session, client, row.id)
+
+
+def give_up(engine: sa.Engine, worker_id: str, turn_id: str, fault: Result) -> None:
+    """End the analysis of a turn that met a fault of the service."""
+    with write(engine) as session:
+        row = _going_on(session, worker_id, _analysis_of(turn_id))
+        if row is not None:
+            _end(session, row, fault)
 
 
 def supply(session: Session, client: DBOSClient, analysis_id: str) -> None:
@@ -239,29 +245,25 @@ def supply(session: Session, client: DBOSClient, analysis_id: str) -> None:
     )
     own = session.scalar(sa.select(sa.func.count()).where(Turn.analysis_id == analysis_id, Turn.ended_at.is_(None)))
     assert own is not None
-    for _ in range(min(unfinished or 0, Fleet.now(session).share(own)) - own):
-        queue.enqueue_turn(client, session, analysis_id)
+    wanted = min(unfinished or 0, Fleet.now(session).share(own))
+    queue.enqueue_turns(client, session, analysis_id, wanted - own)
 
 
-def heal(engine: sa.Engine, client: DBOSClient, analysis_id: str) -> bool:
+def heal(engine: sa.Engine, client: DBOSClient, worker_id: str, analysis_id: str) -> bool:
     """Free points of turns that were lost, queue turns for workers that came, cancel; return whether it has ended."""
     with write(engine) as session:
-        row = session.get(Analysis, analysis_id, with_for_update=True)
-        if row is None or row.outcome is not None:
-            return True
-        if row.cancel_requested_at is not None:
-            _end(session, row, Result(outcome="cancelled"))
+        row = _going_on(session, worker_id, analysis_id)
+        if row is None:
             return True
         ended = queue.has_status(engine.dialect.name, Turn.id.expression, *queue.ENDED)
-        lost = sa.select(Turn).where(Turn.analysis_id == analysis_id, Turn.ended_at.is_(None), ended)
-        for turn in session.scalars(lost):
-            logger.warning("turn %s ended without saying so", turn.id)
-            turn.ended_at = clock(session)
-        session.flush()
-        # Also of turns that ended in the middle of a point: by an error, or told to stop.
-        over = sa.select(Turn.id).where(Turn.analysis_id == analysis_id, Turn.ended_at.is_not(None))
-        held = sa.update(Point).where(Point.analysis_id == analysis_id, Point.finished_at.is_(None))
-        session.execute(held.where(Point.turn_id.in_(over)).values(turn_id=None))
+        lost = list(
+            session.scalars(sa.select(Turn.id).where(Turn.analysis_id == analysis_id, Turn.ended_at.is_(None), ended))
+        )
+        if lost:
+            logger.warning("turns ended without saying so: %s", ", ".join(lost))
+            _close(session, lost)
+            if _after_failure(session, row):
+                return row.outcome is not None
         has_points = session.scalar(sa.select(sa.exists().where(Point.analysis_id == analysis_id)))
         has_turns = session.scalar(
             sa.select(sa.exists().where(Turn.analysis_id == analysis_id, Turn.ended_at.is_(None)))
@@ -269,7 +271,7 @@ def heal(engine: sa.Engine, client: DBOSClient, analysis_id: str) -> bool:
         if has_points:
             supply(session, client, analysis_id)
         elif not has_turns:
-            queue.enqueue_turn(client, session, analysis_id)
+            queue.enqueue_turns(client, session, analysis_id, 1)
         return False
 
 
@@ -277,11 +279,11 @@ def lets_others(engine: sa.Engine, analysis_id: str, *, used_seconds: float, wai
     """Return whether a turn should end between two points, because others wait for a worker.
 
     An analysis of one step is let before the next point; where more of them wait than there are workers, a turn goes
-    on for as long as it has waited itself. Other planned analyses are let where this one has more than its share of
-    the workers, and else every ten seconds, since a worker must load what they need.
+    on for as long as it has waited itself, a minute at most. Other planned analyses are let where this one has more
+    than its share of the workers, and else every ten seconds, since a worker must load what they need.
     """
     with read(engine) as session:
-        fleet = Fleet.now(session)
+        fleet, waited_seconds = Fleet.now(session), min(waited_seconds, _MOST_CREDIT_SECONDS)
         whole = queue.count_waiting(session, queue.WORKFLOW, most=fleet.workers + 1)
         if whole and (whole <= fleet.workers or used_seconds >= waited_seconds):
             return True
@@ -312,19 +314,10 @@ def _going_on(session: Session, worker_id: str, analysis_id: str) -> Analysis | 
 
 
 def _plan_further(session: Session, row: Analysis, task: PlannedTask) -> None:
-    """Plan the points of the next round, or the report, once all of the last round are finished.
-
-    After a failure nothing more is begun. The failure that is told is that of the point with the lowest number, however
-    many workers there are: points are begun in the order of their numbers, so those before it are under way or done.
-    """
-    of_this = Point.analysis_id == row.id
-    unfinished = sa.select(Point.number).where(of_this, Point.finished_at.is_(None))
-    failed = sa.select(Point).where(of_this, Point.problem.is_not(None)).order_by(Point.number).limit(1)
-    if (point := session.scalar(failed)) is not None:
-        session.execute(sa.delete(Point).where(of_this, Point.finished_at.is_(None), Point.turn_id.is_(None)))
-        if session.scalar(unfinished.where(Point.number < point.number)) is None:
-            _end(session, row, Result(outcome="failed", problem=point.problem))
+    """Plan the points of the next round, or the report, once all of the last round are finished."""
+    if _after_failure(session, row):
         return
+    unfinished = sa.select(Point.number).where(Point.analysis_id == row.id, Point.finished_at.is_(None))
     if session.scalar(unfinished.limit(1)) is not None:
         return
     answers = _answers(session, task)
@@ -332,6 +325,37 @@ def _plan_further(session: Session, row: Analysis, task: PlannedTask) -> None:
     for number, place in enumerate(places, start=len(answers)):
         session.add(Point(analysis_id=row.id, number=number, place=place))
     session.flush()
+
+
+def _after_failure(session: Session, row: Analysis) -> bool:
+    """Return whether a point has failed; if so nothing beyond it is begun, and with all before it the analysis ends.
+
+    The failure that is told is that of the point with the lowest number, however many workers there are: points are
+    begun in the order of their numbers, so those before it are under way, or done, or wait again.
+    """
+    of_this = Point.analysis_id == row.id
+    failed = sa.select(Point).where(of_this, Point.problem.is_not(None)).order_by(Point.number).limit(1)
+    point = session.scalar(failed)
+    if point is None:
+        return False
+    unfinished = sa.select(Point.number).where(of_this, Point.finished_at.is_(None), Point.number < point.number)
+    if session.scalar(unfinished.limit(1)) is None:
+        _end(session, row, Result(outcome="failed", problem=point.problem))
+    beyond = sa.delete(Point).where(of_this, Point.number > point.number)
+    session.execute(beyond.where(Point.finished_at.is_(None), Point.turn_id.is_(None)))
+    return True
+
+
+def _close(session: Session, turn_ids: Sequence[str]) -> None:
+    """End turns; points that they took and did not finish wait again."""
+    still = sa.update(Turn).where(Turn.id.in_(turn_ids), Turn.ended_at.is_(None))
+    session.execute(still.values(ended_at=clock(session)))
+    held = sa.update(Point).where(Point.analysis_id == _analysis_of(turn_ids[0]), Point.finished_at.is_(None))
+    session.execute(held.where(Point.turn_id.in_(turn_ids)).values(turn_id=None))
+
+
+def _analysis_of(turn_id: str) -> str:
+    return turn_id.rpartition(".")[0]
 
 
 def _answers(session: Session, task: PlannedTask, *which: sa.ColumnElement[bool]) -> list[Answer]:
@@ -352,9 +376,10 @@ def _count(session: Session, row: Analysis) -> None:
 
 
 def _end(session: Session, row: Analysis, result: Result) -> None:
-    """Record the outcome, and forget the answers, which the report has."""
+    """Record the outcome, close all turns, and forget the answers, which the report has."""
     attempts.record(session, row, result)
     session.execute(sa.update(Point).where(Point.analysis_id == row.id).values(answer=None))
+    queue.close_turns(session, row.id)
 
 
 def clean(session: Session, before: datetime) -> None:

@@ -7,6 +7,7 @@ network that changes its head's output, or has two heads, the measures would des
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -24,6 +25,10 @@ from .batching import first_batch_size
 from .precision import Precision, arithmetic
 
 Progress = Callable[[str, int, int], None]
+
+#: Frees memory that others than the pass hold, and returns whether there was any. It is called when memory runs out,
+#: before a batch is made smaller, so that the size of a batch does not depend on what else is loaded.
+reclaim: ContextVar[Callable[[], bool]] = ContextVar("reclaim", default=lambda: False)
 """Called with a phase (`features`, `spectra`, `null`, `metrics`), what is done and of how much."""
 
 # Tolerance of logits against those from features and head, as a share of the product of lengths: 84 roundings of
@@ -164,9 +169,10 @@ def pass_over(
             if not _is_out_of_memory(error):
                 raise
         # Outside the handler: the error's traceback holds the tensors of the batch.
-        if size <= least:
-            raise AnalysisError("out-of-memory", f"Memory ran out with {size} inputs at a time.", batch_size=size)
-        size = max(size // 2, least)
+        if not reclaim.get()():
+            if size <= least:
+                raise AnalysisError("out-of-memory", f"Memory ran out with {size} inputs at a time.", batch_size=size)
+            size = max(size // 2, least)
         if options.device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -38,8 +38,8 @@ def upgrade() -> None:
         sa.Column("began_at", UTCDateTime(), nullable=True),
         sa.Column("ended_at", UTCDateTime(), nullable=True),
     )
-    still = sa.text("ended_at IS NULL")
-    op.create_index(op.f("ix_turns_analysis_id"), "turns", ["analysis_id"], sqlite_where=still, postgresql_where=still)
+    op.create_index(op.f("ix_turns_analysis_id"), "turns", ["analysis_id"])
+    op.create_index(op.f("ix_turns_ended_at_began_at_analysis_id"), "turns", ["ended_at", "began_at", "analysis_id"])
 
 
 def downgrade() -> None:

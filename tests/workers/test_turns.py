@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 from uuid import uuid4
 
 import pytest
@@ -15,9 +16,12 @@ from app import queue
 from app.database import make_engine, read, write
 from app.models import Analysis, AnalysisCheckpoint, Blob, Checkpoint, Point, Probe, Turn, Worker, now
 from app.settings import Settings
+from app.storage import Storage
 from tests.workers.examples import known, split
-from workers import turns
+from workers import plans, turns
 from workers.attempts import TakenOver
+from workers.child import ComputeChild
+from workers.steps import Host
 from workers.tasks import Json, Known, PruningAnswer, PruningTask, Result
 from workers.turns import Fleet
 
@@ -132,6 +136,7 @@ def test_rounds_follow_each_other(engine: sa.Engine, client: DBOSClient) -> None
     finished(engine, client, task, 0)
     assert open_turns(engine, id_) == [first, f"{id_}.2"]
     for number in (2, 3, 4):
+        # The points of the first round have no such facts, whether or not the first was finished before them.
         found = turns.claim(engine, "w0", first, task, max_attempts=3, first=None)
         assert found is not None
         assert found.number == number
@@ -185,7 +190,7 @@ def test_a_lost_turn_leaves_its_points_to_others(engine: sa.Engine, client: DBOS
     task = begun(engine, client, first)
     assert claimed(engine, task, first) == 0
     client.cancel_workflow(first)
-    assert not turns.heal(engine, client, id_)
+    assert not turns.heal(engine, client, "w0", id_)
     assert open_turns(engine, id_) == [second, f"{id_}.2"]
     assert claimed(engine, task, second, "w1") == 0
     with read(engine) as session:
@@ -196,7 +201,7 @@ def test_an_analysis_without_any_turn_gets_one(engine: sa.Engine, client: DBOSCl
     """A plan whose first turn was lost before it began makes another."""
     id_ = sweep(engine, client)
     client.cancel_workflow(f"{id_}.0")
-    assert not turns.heal(engine, client, id_)
+    assert not turns.heal(engine, client, "w0", id_)
     assert open_turns(engine, id_) == [f"{id_}.1"]
 
 
@@ -228,9 +233,78 @@ def test_a_wish_to_cancel_ends_an_analysis_wherever_it_is_seen(engine: sa.Engine
             assert task is not None
             assert turns.claim(engine, "w0", turn, task, max_attempts=3, first=None) is None
         else:
-            assert turns.heal(engine, client, id_)
+            assert turns.heal(engine, client, "w0", id_)
         with read(engine) as session:
             assert row_of(session, id_).outcome == "cancelled"
+
+
+def test_a_point_of_the_first_round_never_knows_the_first(engine: sa.Engine, client: DBOSClient) -> None:
+    """One worker gives the second point what two workers give it, though the first is finished when it begins."""
+    id_ = sweep(engine, client)
+    turn = f"{id_}.0"
+    task = begun(engine, client, turn)
+    assert claimed(engine, task, turn) == 0
+    finished(engine, client, task, 0)
+    found = turns.claim(engine, "w0", turn, task, max_attempts=3, first=known())
+    assert found is not None
+    assert (found.number, found.step.first) == (1, None)  # type: ignore[union-attr]
+
+
+def test_the_failure_with_the_lowest_number_is_told(engine: sa.Engine, client: DBOSClient) -> None:
+    """A point before a failed one is finished, or begun again, before the analysis ends; none after it is begun."""
+    id_ = sweep(engine, client)
+    first, second = f"{id_}.0", f"{id_}.1"
+    task = begun(engine, client, first)
+    begun(engine, client, second, "w1")
+    for number in (0, 1):
+        claimed(engine, task, first)
+        finished(engine, client, task, number)
+    assert [claimed(engine, task, first), claimed(engine, task, second, "w1")] == [2, 3]
+    turns.finish(engine, client, "w1", task, 3, Result(outcome="failed", problem={"type": "later"}))
+    assert turns.claim(engine, "w1", second, task, max_attempts=3, first=None) is None
+    # The turn that has the earlier point is lost; another takes it, and it fails too.
+    client.cancel_workflow(first)
+    assert not turns.heal(engine, client, "w1", id_)
+    assert claimed(engine, task, second, "w1") == 2
+    turns.finish(engine, client, "w1", task, 2, Result(outcome="failed", problem={"type": "earlier"}))
+    with read(engine) as session:
+        row = row_of(session, id_)
+        assert (row.outcome, row.problem) == ("failed", {"type": "earlier"})
+    assert open_turns(engine, id_) == []
+
+
+def test_a_turn_that_ends_in_the_middle_leaves_its_point(engine: sa.Engine, client: DBOSClient) -> None:
+    """A turn that ends without finishing its point leaves it to others at once, and takes nothing more itself."""
+    id_ = sweep(engine, client)
+    first, second = f"{id_}.0", f"{id_}.1"
+    task = begun(engine, client, first)
+    assert claimed(engine, task, first) == 0
+    turns.end(engine, client, "w0", first)
+    assert turns.claim(engine, "w0", first, task, max_attempts=3, first=None) is None
+    assert claimed(engine, task, second, "w1") == 0
+    assert open_turns(engine, id_) == [second, f"{id_}.2"]
+
+
+def test_a_fault_of_the_service_ends_the_analysis(engine: sa.Engine, client: DBOSClient, tmp_path: Path) -> None:
+    """An answer that cannot be read, as of another version, fails the analysis; it does not come back for ever."""
+    id_ = sweep(engine, client)
+    turn = f"{id_}.0"
+    task = begun(engine, client, turn)
+    for number in (0, 1):
+        claimed(engine, task, turn)
+        finished(engine, client, task, number)
+    with write(engine) as session:
+        session.execute(sa.update(Point).where(Point.number == 0).values(answer='{"of": "another version"}'))
+    settings = Settings(data_dir=tmp_path)
+    host = Host("w0", settings, engine, client, Storage(settings), ComputeChild(settings), set())
+    plans.take(host, turn)
+    with read(engine) as session:
+        row = row_of(session, id_)
+        assert row.outcome == "failed"
+        assert row.problem is not None
+        assert row.problem["type"] == "urn:interplay:problem:internal-error"
+        assert "ValidationError" in row.problem["detail"]
+    assert open_turns(engine, id_) == []
 
 
 def test_a_turn_lets_others_in_their_turn(engine: sa.Engine, client: DBOSClient) -> None:
@@ -260,6 +334,7 @@ def test_a_turn_lets_others_in_their_turn(engine: sa.Engine, client: DBOSClient)
             queue.enqueue(client, session, str(uuid4()))
     assert not lets(0.1, waited_seconds=20.0)
     assert lets(21.0, waited_seconds=20.0)
+    assert lets(61.0, waited_seconds=36_000.0)
 
 
 @pytest.mark.parametrize(
@@ -298,7 +373,7 @@ def test_runs_of_the_version_before_are_adopted(engine: sa.Engine, client: DBOSC
         id_: (queue.PLAN_WORKFLOW, queue.PLANS, queue.VERSION),
         evaluation: (queue.WORKFLOW, queue.QUEUE, queue.VERSION),
     }
-    assert not turns.heal(engine, client, id_)
+    assert not turns.heal(engine, client, "w0", id_)
     assert open_turns(engine, id_) == [f"{id_}.0"]
 
 

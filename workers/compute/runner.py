@@ -15,6 +15,7 @@ import torch
 import analysis
 from analysis.errors import AnalysisError
 from analysis.networks.loading import available_families
+from analysis.passes.extraction import reclaim
 from app.errors import problem
 from workers.compute import kinds
 from workers.compute.context import Context, Held, OnProgress
@@ -82,6 +83,8 @@ class Runner:
             on_progress=_throttled(on_progress),
         )
         self._held.begin(work.step.analysis_id)
+        # The size of a batch, and with it the last digits, must not depend on what else is loaded.
+        reclaim.set(lambda: self._held.keep_only(work.step.analysis_id))
         try:
             return self._compute(work.step, context), None
         except AnalysisError as error:
@@ -100,9 +103,7 @@ class Runner:
         """Compute a step; where memory runs out beside other analyses' networks, once more without them."""
         try:
             return kinds.compute(step, context)
-        except (AnalysisError, MemoryError, torch.OutOfMemoryError) as error:
-            if isinstance(error, AnalysisError) and error.kind != "out-of-memory":
-                raise
+        except (MemoryError, torch.OutOfMemoryError):
             if not self._held.keep_only(step.analysis_id):
                 raise
             logger.warning("memory ran out beside networks of other analyses; they are freed")
@@ -165,7 +166,7 @@ def _throttled(on_progress: OnProgress) -> OnProgress:
     def report(phase: str, done: int, total: int) -> None:
         nonlocal last_phase, last_time
         now = time.monotonic()
-        if phase != last_phase or done == total or now - last_time > _PROGRESS_SECONDS:
+        if phase != last_phase or (total and done == total) or now - last_time > _PROGRESS_SECONDS:
             last_phase, last_time = phase, now
             on_progress(phase, done, total)
 

@@ -17,6 +17,7 @@ from analysis.evaluation import (
     capture,
     extract_features,
 )
+from analysis.passes.extraction import reclaim
 from tests.analysis.tiny import ARCHITECTURES, loaded, network_of, probe_of, small_network, small_probe
 
 CPU = torch.device("cpu")
@@ -56,6 +57,29 @@ def test_the_batch_is_halved_until_it_fits(error: type[RuntimeError], message: s
     with pytest.raises(AnalysisError) as caught:
         extract_features(narrow, probe, device=CPU)
     assert caught.value.kind == "out-of-memory"
+
+
+def test_what_else_is_loaded_is_freed_before_a_batch_is_made_smaller() -> None:
+    """A pass that finds room after others were freed keeps its batch size, and with it its last digits."""
+    module = _Narrow(small_network().module, 16, torch.OutOfMemoryError, "CUDA out of memory.")
+    freed: list[int] = []
+
+    def free() -> bool:
+        freed.append(module.limit)
+        if len(freed) == 1:
+            module.limit = 64
+            return True
+        return False
+
+    token = reclaim.set(free)
+    try:
+        *_, size = extract_features(loaded(module, "inner.3"), small_probe(), device=CPU, batch_size=64)
+        assert (size, freed) == (64, [16])
+        module.limit = 20
+        *_, size = extract_features(loaded(module, "inner.3"), small_probe(), device=CPU, batch_size=64)
+        assert (size, freed) == (16, [16, 20, 20])
+    finally:
+        reclaim.reset(token)
 
 
 class _Tokens(nn.Module):

@@ -140,18 +140,24 @@ class ComputeChild:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
+            assert self._process.stdin is not None
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
 
     def _send(self, work: Work) -> None:
         assert self._process is not None
         assert self._process.stdin is not None
-        # A dead process closes its end of the pipe; the reader detects and reports that too.
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(work.model_dump_json(by_alias=True).encode() + b"\n")
+        line = work.model_dump_json(by_alias=True).encode() + b"\n"
+        # A dead process closes its end of the pipe; the reader detects and reports that too. So it does where another
+        # thread has killed it, which closes this end.
+        with contextlib.suppress(BrokenPipeError, ValueError):
+            self._process.stdin.write(line)
             self._process.stdin.flush()
 
     def _read(self, process: subprocess.Popen[bytes], messages: "queue.SimpleQueue[OfAnalysis | None]") -> None:
         assert process.stdout is not None
-        with contextlib.suppress(ValueError):  # a last line that was cut off in the middle
+        # A last line may be cut off in the middle.
+        with process.stdout, contextlib.suppress(ValueError):
             for line in process.stdout:
                 message = MESSAGES.validate_json(line)
                 if isinstance(message, Hello):

@@ -28,10 +28,10 @@ logger = logging.getLogger("interplay")
 
 # Fetches of a worker at a time, beside its analysis. They take minutes: their start may wait a little.
 _FETCHES_AT_A_TIME = 2
-_FETCHES_POLLING_SECONDS = 0.5
+_FETCHES_POLLING_SECONDS = 1.0
 # Plans of a worker at a time, beside what it computes. They only look after what turns do by themselves.
 _PLANS_AT_A_TIME = 16
-_PLANS_POLLING_SECONDS = 0.5
+_PLANS_POLLING_SECONDS = 1.0
 
 
 def main(arguments: list[str] | None = None) -> None:

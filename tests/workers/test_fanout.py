@@ -18,6 +18,7 @@ from app.database import make_engine, read
 from app.models import Point, Turn
 from app.settings import Settings
 from tests import services
+from tests.campaigns import campaign
 from tests.conftest import MLP
 from tests.databases import fresh_database
 from tests.services import Service, until
@@ -25,9 +26,9 @@ from tests.services import Service, until
 FEW = {"null_permutations": 0}
 
 
-@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+@pytest.fixture(scope="module", params=campaign(["sqlite", "postgresql"], often=["postgresql"]))
 def fleet(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """Run a service with one worker, once on each database; tests add workers."""
+    """Run a service with one worker, always on PostgreSQL and in campaigns on SQLite too; tests add workers."""
     data_dir = tmp_path_factory.mktemp("fleet") / "data"
     with ExitStack() as stack:
         url = ""
@@ -100,7 +101,7 @@ def test_reports_do_not_depend_on_the_number_of_workers(fleet: Service, ids: dic
                 stack.enter_context(services.worker(fleet))
             until(partial(has_workers, fleet, 1 + further))
             for name, request in requests(ids).items():
-                analysis = fleet.wait(fleet.analyze(**request)["id"])
+                analysis = fleet.wait(fleet.analyze(**request)["id"], seconds=300)
                 found[name].append(comparable(fleet.report(analysis)))
                 assert analysis["attempts"] == 1
                 turns = {point.turn_id for point in points_of(fleet, analysis["id"])}

@@ -195,11 +195,12 @@ def cancel(session: Session, dialect: str, row: Run) -> None:
     row.cancel_requested_at = row.cancel_requested_at or now()
     if isinstance(row, Analysis) and row.kind in PLANNED:
         runs = row.started_at is not None
+        if not runs:
+            close_turns(session, row.id)
     else:
         runs = bool(session.scalar(sa.select(is_claimed(dialect, sa.literal(row.id)))))
     if not runs:
         row.outcome, row.finished_at = "cancelled", now()
-        close_turns(session, row.id)
 
 
 def is_claimed(dialect: str, run_id: sa.ColumnElement[str]) -> sa.ColumnElement[bool]:
@@ -213,13 +214,13 @@ def has_status(dialect: str, run_id: sa.ColumnElement[str], *statuses: str) -> s
     return sa.exists().where(runs.c.workflow_uuid == run_id, runs.c.status.in_(statuses))
 
 
-def count_waiting(session: Session, workflow: str, *, most: int) -> int:
-    """Return how many runs of a workflow wait for a worker that computes, counted up to a number."""
+def count_waiting(session: Session, *, most: int) -> int:
+    """Return how many analyses of one step wait for a worker, counted up to a number."""
     runs = _runs(session.get_bind().dialect.name, "queue_name", "name", "application_version")
     waiting = sa.select(runs.c.workflow_uuid).where(
         runs.c.queue_name == QUEUE,
         runs.c.status == "ENQUEUED",
-        runs.c.name == workflow,
+        runs.c.name == WORKFLOW,
         runs.c.application_version == VERSION,
     )
     return session.scalar(sa.select(sa.func.count()).select_from(waiting.limit(most).subquery())) or 0

@@ -4,16 +4,20 @@ import json
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+import sqlalchemy as sa
 import torch
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import save_file as save_tensors
 
+import migrations
 import tests.operators.sitecustomize  # noqa: F401  this process too may import torchvision
 from analysis.networks.loading import build
+from app import queue
+from app.database import make_engine
 from app.settings import Settings
 from tests import services
 from tests.buckets import BucketServer, bucket_server
@@ -21,6 +25,10 @@ from tests.databases import fresh_database, postgres_server
 from tests.elsewhere import Elsewhere, elsewhere_running
 from tests.shapes import without_shape_checks  # noqa: F401
 from tests.sources import Faults
+
+# The library takes a third of a second to load, and few processes of the tests use it.
+if TYPE_CHECKING:
+    from dbos import DBOSClient
 
 # Their tests take minutes: started last, one of them would run alone at the end while another core is idle.
 _LONGEST = (
@@ -106,6 +114,25 @@ def empty_database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[S
         return
     with fresh_database(request.getfixturevalue("postgres")) as url:
         yield Settings(data_dir=tmp_path, database_url=url)
+
+
+@pytest.fixture
+def engine_with_tables(empty_database: Settings) -> Iterator[sa.Engine]:
+    """Return an engine on a database that has our tables and the queue's, once on each."""
+    engine = make_engine(empty_database)
+    try:
+        migrations.upgrade(engine)
+        queue.migrate(engine)
+        yield engine
+    finally:
+        engine.dispose()
+
+
+@pytest.fixture
+def queue_client(engine_with_tables: sa.Engine) -> Iterator["DBOSClient"]:
+    client = queue.make_client(engine_with_tables)
+    yield client
+    client.destroy()
 
 
 @pytest.fixture(scope="session", params=["sqlite", "postgresql"])

@@ -49,6 +49,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--devices", help=DEVICES)
     parser.add_argument("--count-gpus", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if options.devices is not None and (options.stop_at_end_of_input or options.wait_for_input):
+        parser.error("--devices supervises workers, which get the other options from it")
     if options.count_gpus:
         import torch
 

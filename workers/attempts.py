@@ -192,9 +192,17 @@ def patiently(transaction: Callable[[], T]) -> T:
     while True:
         try:
             return transaction()
-        except (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError) as error:
+        except (sa.exc.DBAPIError, sa.exc.TimeoutError) as error:
+            if not _is_outage(error):
+                raise
             logger.warning("the database does not answer, trying again: %s", error)
             time.sleep(_PAUSE_SECONDS)
+
+
+def _is_outage(error: sa.exc.DBAPIError | sa.exc.TimeoutError) -> bool:
+    """Return whether a transaction failed because the database was away, or had ended the session."""
+    away = isinstance(error, sa.exc.OperationalError | sa.exc.InterfaceError | sa.exc.TimeoutError)
+    return away or (isinstance(error, sa.exc.DBAPIError) and error.connection_invalidated)
 
 
 def _end(row: Run, result: Result) -> None:

@@ -83,7 +83,6 @@ def _compute_points(host: Host, turn_id: str, begun: turns.Begun) -> None:
         now = time.monotonic()
         if now - looked > _LOOK_SECONDS:
             looked = now
-            if turns.lets_others(
-                host.engine, task.analysis_id, used_seconds=now - began, waited_seconds=begun.waited_seconds
-            ):
+            lets = partial(turns.lets_others, host.engine, task.analysis_id)
+            if attempts.patiently(partial(lets, used_seconds=now - began, waited_seconds=begun.waited_seconds)):
                 return

@@ -8,6 +8,7 @@ point, and points that need nothing of each other are computed by several worker
 Tasks and answers cross between processes as JSON and are validated on arrival.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,12 +157,13 @@ class EvaluationTask(NetworkTask):
     step: Literal["evaluation"] = "evaluation"
 
 
-class PlannedTask(NetworkTask):
+class PlannedTask(NetworkTask, ABC):
     """A task of several steps, which several workers may compute."""
 
     # Points of the first round, which are computed without the facts of the first point.
     n_first: ClassVar[int] = 2
 
+    @abstractmethod
     def further(self, answers: Sequence["Answer"]) -> list[float]:
         """Return the places of the next points, all of which may be computed at once.
 
@@ -171,7 +173,6 @@ class PlannedTask(NetworkTask):
         Returns:
             The places on the axis; none if these were all points, and the report comes next.
         """
-        raise NotImplementedError
 
 
 class ComparisonTask(PlannedTask):
@@ -190,13 +191,13 @@ class ComparisonTask(PlannedTask):
 class PointsTask(PlannedTask):
     """A task whose report has points."""
 
+    @abstractmethod
     def place_name(self) -> str:
         """Return what a place on the axis is, as a failure names it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def places(self) -> list[float]:
-        """Return the places of all points, in the order in which they are computed."""
-        raise NotImplementedError
+        """Return the places of all points that are known from the start, in the order in which they are computed."""
 
     def further(self, answers: Sequence["Answer"]) -> list[float]:
         """Return the first places, the facts of the first of which all later ones need, and then all others."""
@@ -213,20 +214,22 @@ class PathTask(PointsTask):
         """Return the name of a path's axis."""
         return "w"
 
+    def places(self) -> list[float]:
+        """Return both ends, from which points between them are measured, and the points of a fixed grid."""
+        grid, ends = self.options.grid, [0.0, 1.0]
+        if grid == "adaptive":
+            return ends
+        points = even_grid(grid.points) if isinstance(grid, EvenGrid) else grid.values
+        return [*ends, *sorted({float(w) for w in points} - set(ends))]
+
     def further(self, answers: Sequence["Answer"]) -> list[float]:
         """Return both ends, then all points between them, or the rounds of an adaptive grid."""
-        if not answers:
-            return [0.0, 1.0]
+        if self.options.grid != "adaptive" or not answers:
+            return super().further(answers)
         known = [answer.known for answer in answers if isinstance(answer.known, KnownOfPath)]
         look = known[0].look
         seen = None if look is None else dict(zip(look.ws, look.losses, strict=True))
-        grid = self.options.grid
-        if grid == "adaptive":
-            places: Sequence[float] | Literal["adaptive"] = "adaptive"
-        else:
-            points = even_grid(grid.points) if isinstance(grid, EvenGrid) else grid.values
-            places = sorted({float(w) for w in points})
-        return next_points(places, {one.w: one.loss for one in known}, seen)
+        return next_points({one.w: one.loss for one in known}, seen)
 
 
 class PruningTask(PointsTask):

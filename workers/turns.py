@@ -67,10 +67,14 @@ class Fleet:
         ).one()
         return cls(workers or 0, analyses, turns)
 
-    def share(self, own_turns: int) -> int:
+    @property
+    def share(self) -> int:
+        """An analysis's share of the workers, if they are shared alike."""
+        return max(-(-self.workers // max(self.analyses, 1)), 1)
+
+    def most_turns(self, own_turns: int) -> int:
         """Return how many turns an analysis may have: its share of the workers, and those that nobody else uses."""
-        share = -(-self.workers // max(self.analyses, 1))
-        return max(share, own_turns + self.workers - self.turns, 1)
+        return max(self.share, own_turns + self.workers - self.turns)
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,7 @@ def begin(engine: sa.Engine, client: DBOSClient, worker_id: str, turn_id: str) -
         planned = sa.exists().where(Point.analysis_id == row.id)
         if not session.scalar(sa.select(planned)):
             _plan_further(session, row, task)
-            supply(session, client, row.id)
+            supply(session, client, row)
         return Begun(task, (turn.began_at - turn.created_at).total_seconds())
 
 
@@ -215,9 +219,9 @@ def finish(
             point.finished_at, point.problem = now(), result.problem
             point.answer = None if result.body is None else json.dumps(result.body)
             session.flush()
-            _plan_further(session, row, task)
             _count(session, row)
-            supply(session, client, row.id)
+            _plan_further(session, row, task)
+            supply(session, client, row)
 
 
 def end(engine: sa.Engine, client: DBOSClient, worker_id: str, turn_id: str) -> None:
@@ -226,8 +230,9 @@ def end(engine: sa.Engine, client: DBOSClient, worker_id: str, turn_id: str) -> 
         analysis_id = _analysis_of(turn_id)
         row = _going_on(session, worker_id, analysis_id)
         _close(session, [turn_id])
-        if row is not None and not _after_failure(session, row):
-            supply(session, client, row.id)
+        if row is not None:
+            _after_failure(session, row)
+            supply(session, client, row)
 
 
 def give_up(engine: sa.Engine, worker_id: str, turn_id: str, fault: Result) -> None:
@@ -238,14 +243,17 @@ def give_up(engine: sa.Engine, worker_id: str, turn_id: str, fault: Result) -> N
             _end(session, row, fault)
 
 
-def supply(session: Session, client: DBOSClient, analysis_id: str) -> None:
-    """Queue turns, so that a locked analysis has as many as it can use."""
+def supply(session: Session, client: DBOSClient, row: Analysis) -> None:
+    """Queue turns, so that a locked analysis has as many as it can use, unless it has ended meanwhile."""
+    if row.outcome is not None:
+        return
+    analysis_id = row.id
     unfinished = session.scalar(
         sa.select(sa.func.count()).where(Point.analysis_id == analysis_id, Point.finished_at.is_(None))
     )
     own = session.scalar(sa.select(sa.func.count()).where(Turn.analysis_id == analysis_id, Turn.ended_at.is_(None)))
     assert own is not None
-    wanted = min(unfinished or 0, Fleet.now(session).share(own))
+    wanted = min(unfinished or 0, Fleet.now(session).most_turns(own))
     queue.enqueue_turns(client, session, analysis_id, wanted - own)
 
 
@@ -262,17 +270,16 @@ def heal(engine: sa.Engine, client: DBOSClient, worker_id: str, analysis_id: str
         if lost:
             logger.warning("turns ended without saying so: %s", ", ".join(lost))
             _close(session, lost)
-            if _after_failure(session, row):
-                return row.outcome is not None
+            _after_failure(session, row)
         has_points = session.scalar(sa.select(sa.exists().where(Point.analysis_id == analysis_id)))
         has_turns = session.scalar(
             sa.select(sa.exists().where(Turn.analysis_id == analysis_id, Turn.ended_at.is_(None)))
         )
         if has_points:
-            supply(session, client, analysis_id)
+            supply(session, client, row)
         elif not has_turns:
             queue.enqueue_turns(client, session, analysis_id, 1)
-        return False
+        return row.outcome is not None
 
 
 def lets_others(engine: sa.Engine, analysis_id: str, *, used_seconds: float, waited_seconds: float) -> bool:
@@ -284,7 +291,7 @@ def lets_others(engine: sa.Engine, analysis_id: str, *, used_seconds: float, wai
     """
     with read(engine) as session:
         fleet, waited_seconds = Fleet.now(session), min(waited_seconds, _MOST_CREDIT_SECONDS)
-        whole = queue.count_waiting(session, queue.WORKFLOW, most=fleet.workers + 1)
+        whole = queue.count_waiting(session, most=fleet.workers + 1)
         if whole and (whole <= fleet.workers or used_seconds >= waited_seconds):
             return True
         waiting = sa.exists().where(Turn.analysis_id != analysis_id, Turn.began_at.is_(None), Turn.ended_at.is_(None))
@@ -293,7 +300,7 @@ def lets_others(engine: sa.Engine, analysis_id: str, *, used_seconds: float, wai
         own = sa.select(sa.func.count()).where(
             Turn.analysis_id == analysis_id, Turn.began_at.is_not(None), Turn.ended_at.is_(None)
         )
-        has_too_many = (session.scalar(own) or 0) > -(-fleet.workers // max(fleet.analyses, 1))
+        has_too_many = (session.scalar(own) or 0) > fleet.share
         return has_too_many or used_seconds >= max(_QUANTUM_SECONDS, waited_seconds)
 
 

@@ -25,11 +25,11 @@ from .batching import first_batch_size
 from .precision import Precision, arithmetic
 
 Progress = Callable[[str, int, int], None]
+"""Called with a phase (`features`, `spectra`, `null`, `metrics`), what is done and of how much."""
 
 #: Frees memory that others than the pass hold, and returns whether there was any. It is called when memory runs out,
 #: before a batch is made smaller, so that the size of a batch does not depend on what else is loaded.
 reclaim: ContextVar[Callable[[], bool]] = ContextVar("reclaim", default=lambda: False)
-"""Called with a phase (`features`, `spectra`, `null`, `metrics`), what is done and of how much."""
 
 # Tolerance of logits against those from features and head, as a share of the product of lengths: 84 roundings of
 # float32. In bfloat16 weights and logits are rounded to 8 bits.

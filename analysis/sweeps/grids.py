@@ -6,7 +6,6 @@ Nothing here needs torch, so that a process which plans a path does not load it.
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
 
 from ..errors import AnalysisError
 
@@ -105,32 +104,22 @@ def next_look(seen: Mapping[float, float]) -> float | None:
     return next(iter(_unknown(_look(), seen)), None)
 
 
-def next_points(
-    grid: Sequence[float] | Literal["adaptive"],
-    known: Mapping[float, float],
-    seen: Mapping[float, float] | None = None,
-) -> list[float]:
-    """Return the next points of a grid, which need nothing of each other.
+def next_points(known: Mapping[float, float], seen: Mapping[float, float] | None = None) -> list[float]:
+    """Return the next points of an adaptive grid, which need nothing of each other.
 
-    An adaptive grid begins with 17 points and those that a look found: up to four peaks of the loss over its chord,
+    It begins with 17 points and those that a look found: up to four peaks of the loss over its chord,
     each with a neighbour on both sides. Without a look it begins with 65 points. Then it goes in rounds, each of which
     halves the intervals beside the peaks, until the highest one is resolved and two successive rounds move it by less
     than 1e-3, or 36 points were added: at most 65 after a look. A round depends only on the values, in whatever order
     they came, so an interrupted path continues as it would have.
 
     Args:
-        grid: the points in order, or `adaptive`.
         known: loss by w, of the points taken so far.
         seen: loss by w, of a look along the path (`next_look`); only the places of its peaks count, not their heights.
 
     Returns:
         The points of the round that are not known yet; none when the grid is complete.
-
-    >>> next_points([0.0, 1.0, 0.5], {0.0: 2.0})
-    [1.0, 0.5]
     """
-    if grid != "adaptive":
-        return [w for w in grid if w not in known]
     return _unknown(_refine(seen), known)
 
 

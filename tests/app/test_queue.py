@@ -2,7 +2,6 @@
 
 import base64
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 from uuid import uuid4
 
@@ -10,29 +9,18 @@ import pytest
 import sqlalchemy as sa
 from dbos import DBOSClient
 
-import migrations
 from app import queue
-from app.database import make_engine, read, write
-from app.settings import Settings
+from app.database import read, write
 
 
 @pytest.fixture
-def engine(empty_database: Settings) -> Iterator[sa.Engine]:
-    """Return an engine on a database that has the queue's tables."""
-    engine = make_engine(empty_database)
-    try:
-        migrations.upgrade(engine)
-        queue.migrate(engine)
-        yield engine
-    finally:
-        engine.dispose()
+def engine(engine_with_tables: sa.Engine) -> sa.Engine:
+    return engine_with_tables
 
 
 @pytest.fixture
-def client(engine: sa.Engine) -> Iterator[DBOSClient]:
-    client = queue.make_client(engine)
-    yield client
-    client.destroy()
+def client(queue_client: DBOSClient) -> DBOSClient:
+    return queue_client
 
 
 def test_enqueueing_commits_and_rolls_back_with_our_transaction(engine: sa.Engine, client: DBOSClient) -> None:

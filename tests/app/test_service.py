@@ -307,10 +307,9 @@ def test_an_unknown_device_is_refused(tmp_path: Path, module: str) -> None:
     assert done.stderr == "--devices takes `all`, or names such as cuda:0,cuda:1 or cpu, not 'tpu'.\n"
 
 
-def test_all_devices_of_a_machine_without_a_gpu(tmp_path: Path) -> None:
-    """Without a GPU `all` is the processor; the count comes from torch, in a process of its own."""
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
-    assert devices_of("all", Settings(data_dir=tmp_path)) == ["cpu"]
+def test_the_devices_of_workers(tmp_path: Path) -> None:
+    """`all` is each GPU, as torch counts them in a process of its own, or else the processor; names are as given."""
+    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    assert devices_of("all", Settings(data_dir=tmp_path)) == (gpus or ["cpu"])
     assert devices_of(None, Settings(data_dir=tmp_path, device="cuda:3")) == ["cuda:3"]
     assert devices_of("cpu, cuda:1", Settings(data_dir=tmp_path)) == ["cpu", "cuda:1"]

@@ -10,9 +10,8 @@ import pytest
 import sqlalchemy as sa
 from dbos import DBOSClient
 
-import migrations
 from app import queue
-from app.database import make_engine, read, write
+from app.database import read, write
 from app.models import Analysis, Worker, now
 from app.settings import Settings
 from tests.services import until
@@ -23,27 +22,19 @@ DESCRIPTION = Hello(device="cpu", torch_version="2", families=["builtin"], untri
 
 
 @pytest.fixture
-def settings(empty_database: Settings) -> Settings:
+def engine(engine_with_tables: sa.Engine) -> sa.Engine:
+    return engine_with_tables
+
+
+@pytest.fixture
+def settings(engine: sa.Engine, empty_database: Settings) -> Settings:
     """Return settings of a database that has all tables."""
-    engine = make_engine(empty_database)
-    migrations.upgrade(engine)
-    queue.migrate(engine)
-    engine.dispose()
     return empty_database
 
 
 @pytest.fixture
-def engine(settings: Settings) -> Iterator[sa.Engine]:
-    engine = make_engine(settings)
-    yield engine
-    engine.dispose()
-
-
-@pytest.fixture
-def client(engine: sa.Engine) -> Iterator[DBOSClient]:
-    client = queue.make_client(engine)
-    yield client
-    client.destroy()
+def client(queue_client: DBOSClient) -> DBOSClient:
+    return queue_client
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """Points and turns in the database, on both: who may take what, and what a lost turn leaves."""
 
 import json
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from uuid import uuid4
@@ -11,9 +10,8 @@ import sqlalchemy as sa
 from dbos import DBOSClient
 from sqlalchemy.orm import Session
 
-import migrations
 from app import queue
-from app.database import make_engine, read, write
+from app.database import read, write
 from app.models import Analysis, AnalysisCheckpoint, Blob, Checkpoint, Point, Probe, Turn, Worker, now
 from app.settings import Settings
 from app.storage import Storage
@@ -22,32 +20,24 @@ from workers import plans, turns
 from workers.attempts import TakenOver
 from workers.child import ComputeChild
 from workers.steps import Host
-from workers.tasks import Json, Known, PruningAnswer, PruningTask, Result
+from workers.tasks import Json, Known, PruningAnswer, PruningPointTask, PruningReportTask, PruningTask, Result
 from workers.turns import Fleet
 
 SPARSITIES = [0.0, 0.2, 0.4, 0.6, 0.8]
 
 
 @pytest.fixture
-def engine(empty_database: Settings) -> Iterator[sa.Engine]:
+def engine(engine_with_tables: sa.Engine) -> sa.Engine:
     """Return an engine on a database with all tables and two living workers, `w0` and `w1`."""
-    engine = make_engine(empty_database)
-    try:
-        migrations.upgrade(engine)
-        queue.migrate(engine)
-        with write(engine) as session:
-            for name in ("w0", "w1"):
-                session.add(Worker(id=name, host="h", pid=1, started_at=now(), heartbeat_at=now()))
-        yield engine
-    finally:
-        engine.dispose()
+    with write(engine_with_tables) as session:
+        for name in ("w0", "w1"):
+            session.add(Worker(id=name, host="h", pid=1, started_at=now(), heartbeat_at=now()))
+    return engine_with_tables
 
 
 @pytest.fixture
-def client(engine: sa.Engine) -> Iterator[DBOSClient]:
-    client = queue.make_client(engine)
-    yield client
-    client.destroy()
+def client(queue_client: DBOSClient) -> DBOSClient:
+    return queue_client
 
 
 def sweep(engine: sa.Engine, client: DBOSClient) -> str:
@@ -95,11 +85,20 @@ def begun(engine: sa.Engine, client: DBOSClient, turn: str, worker: str = "w0") 
     return found.task
 
 
-def claimed(engine: sa.Engine, task: PruningTask, turn: str, worker: str = "w0", first: Known | None = None) -> int:
+def claimed(engine: sa.Engine, task: PruningTask, turn: str, worker: str = "w0") -> int:
     """Take the next point; return its number."""
+    return taken(engine, task, turn, worker).number
+
+
+def taken(
+    engine: sa.Engine, task: PruningTask, turn: str, worker: str = "w0", *, first: Known | None = None
+) -> PruningPointTask:
+    """Take the next point; return its step."""
     found = turns.claim(engine, worker, turn, task, max_attempts=3, first=first)
     assert found is not None
-    return found.number
+    assert isinstance(found.step, PruningPointTask)
+    assert found.step.number == found.number
+    return found.step
 
 
 def answer(sparsity: float) -> Json:
@@ -129,7 +128,7 @@ def test_rounds_follow_each_other(engine: sa.Engine, client: DBOSClient) -> None
     assert open_turns(engine, id_) == [first, second]
     assert turns.begin(engine, client, "w1", second) is not None
     assert [claimed(engine, task, first), claimed(engine, task, second, "w1")] == [0, 1]
-    assert turns.claim(engine, "w0", first, task, max_attempts=3, first=None).number == 0  # type: ignore[union-attr]
+    assert claimed(engine, task, first) == 0
     finished(engine, client, task, 1, "w1")
     assert turns.claim(engine, "w1", second, task, max_attempts=3, first=None) is None
     turns.end(engine, client, "w1", second)
@@ -137,14 +136,14 @@ def test_rounds_follow_each_other(engine: sa.Engine, client: DBOSClient) -> None
     assert open_turns(engine, id_) == [first, f"{id_}.2"]
     for number in (2, 3, 4):
         # The points of the first round have no such facts, whether or not the first was finished before them.
-        found = turns.claim(engine, "w0", first, task, max_attempts=3, first=None)
-        assert found is not None
-        assert found.number == number
-        assert found.step.first is not None  # type: ignore[union-attr]
+        step = taken(engine, task, first)
+        assert step.number == number
+        assert step.first is not None
         finished(engine, client, task, number)
     report = turns.claim(engine, "w0", first, task, max_attempts=3, first=None)
     assert report is not None
-    assert [point.point.sparsity for point in report.step.points] == SPARSITIES  # type: ignore[union-attr]
+    assert isinstance(report.step, PruningReportTask)
+    assert [point.point.sparsity for point in report.step.points] == SPARSITIES
     with read(engine) as session:
         assert (row_of(session, id_).progress_done, row_of(session, id_).progress_total) == (5, 5)
 
@@ -245,9 +244,8 @@ def test_a_point_of_the_first_round_never_knows_the_first(engine: sa.Engine, cli
     task = begun(engine, client, turn)
     assert claimed(engine, task, turn) == 0
     finished(engine, client, task, 0)
-    found = turns.claim(engine, "w0", turn, task, max_attempts=3, first=known())
-    assert found is not None
-    assert (found.number, found.step.first) == (1, None)  # type: ignore[union-attr]
+    step = taken(engine, task, turn, first=known())
+    assert (step.number, step.first) == (1, None)
 
 
 def test_the_failure_with_the_lowest_number_is_told(engine: sa.Engine, client: DBOSClient) -> None:
@@ -271,6 +269,41 @@ def test_the_failure_with_the_lowest_number_is_told(engine: sa.Engine, client: D
         row = row_of(session, id_)
         assert (row.outcome, row.problem) == ("failed", {"type": "earlier"})
     assert open_turns(engine, id_) == []
+
+
+def test_a_point_before_a_failed_one_is_not_left_behind(engine: sa.Engine, client: DBOSClient) -> None:
+    """Where the turn of an earlier point is lost after a later one failed, another turn computes it."""
+    id_ = sweep(engine, client)
+    first, second = f"{id_}.0", f"{id_}.1"
+    task = begun(engine, client, first)
+    begun(engine, client, second, "w1")
+    assert [claimed(engine, task, first), claimed(engine, task, second, "w1")] == [0, 1]
+    turns.finish(engine, client, "w1", task, 1, Result(outcome="failed", problem={"type": "later"}))
+    turns.end(engine, client, "w1", second)
+    assert open_turns(engine, id_) == [first]
+    turns.end(engine, client, "w0", first)
+    [third] = open_turns(engine, id_)
+    assert claimed(engine, begun(engine, client, third), third) == 0
+    finished(engine, client, task, 0)
+    with read(engine) as session:
+        assert row_of(session, id_).problem == {"type": "later"}
+
+
+def test_an_ended_analysis_gets_no_turns(engine: sa.Engine, client: DBOSClient) -> None:
+    """Points that are under way when an earlier one fails make no further turns."""
+    id_ = sweep(engine, client)
+    first, second = f"{id_}.0", f"{id_}.1"
+    task = begun(engine, client, first)
+    begun(engine, client, second, "w1")
+    assert [claimed(engine, task, first), claimed(engine, task, second, "w1")] == [0, 1]
+    turns.finish(engine, client, "w0", task, 0, Result(outcome="failed", problem={"type": "first"}))
+    assert turns.note(engine, "w1", id_, None)
+    finished(engine, client, task, 1, "w1")
+    turns.end(engine, client, "w1", second)
+    assert open_turns(engine, id_) == []
+    with read(engine) as session:
+        assert row_of(session, id_).problem == {"type": "first"}
+        assert session.scalar(sa.select(sa.func.count()).where(Turn.analysis_id == id_)) == 2
 
 
 def test_a_turn_that_ends_in_the_middle_leaves_its_point(engine: sa.Engine, client: DBOSClient) -> None:
@@ -338,7 +371,7 @@ def test_a_turn_lets_others_in_their_turn(engine: sa.Engine, client: DBOSClient)
 
 
 @pytest.mark.parametrize(
-    ("fleet", "own", "share"),
+    ("fleet", "own", "most"),
     [
         (Fleet(workers=1, analyses=1, turns=1), 1, 1),
         (Fleet(workers=8, analyses=1, turns=1), 1, 8),
@@ -349,9 +382,9 @@ def test_a_turn_lets_others_in_their_turn(engine: sa.Engine, client: DBOSClient)
         (Fleet(workers=0, analyses=0, turns=0), 0, 1),
     ],
 )
-def test_workers_are_shared_between_analyses(fleet: Fleet, own: int, share: int) -> None:
+def test_workers_are_shared_between_analyses(fleet: Fleet, own: int, most: int) -> None:
     """An analysis has its share of the workers, those that nobody uses, and one turn at least."""
-    assert fleet.share(own) == share
+    assert fleet.most_turns(own) == most
 
 
 def test_runs_of_the_version_before_are_adopted(engine: sa.Engine, client: DBOSClient) -> None:

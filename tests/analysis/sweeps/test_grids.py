@@ -55,9 +55,9 @@ def test_points_beyond_the_ends_do_not_count() -> None:
 Known = dict[float, float]
 
 
-def _followed(loss: Callable[[float], float], grid: list[float] | None = None) -> Known:
+def _followed(loss: Callable[[float], float]) -> Known:
     known: Known = {}
-    while ws := next_points(grid or "adaptive", known):
+    while ws := next_points(known):
         assert not set(ws) & set(known)
         assert len(set(ws)) == len(ws)
         # In another order than they were asked for, as several workers answer.
@@ -73,7 +73,7 @@ def _looked_and_followed(loss: Callable[[float], float], on_part: Callable[[floa
         seen[w] = (on_part or loss)(w)
     assert len(seen) <= 290
     known: Known = {}
-    while ws := next_points("adaptive", known, seen):
+    while ws := next_points(known, seen):
         assert not set(ws) & set(known)
         known |= {w: loss(w) for w in ws}
     assert len(known) <= 65
@@ -148,19 +148,18 @@ def test_an_adaptive_grid_goes_on_as_it_would_have() -> None:
         return -((w - 0.3) ** 2)
 
     known: Known = {}
-    while ws := next_points("adaptive", known):
+    while ws := next_points(known):
         for count in {0, 1, len(ws) // 2, len(ws) - 1}:
             part = known | {w: loss(w) for w in reversed(ws[:count])}
-            assert next_points("adaptive", dict(reversed(part.items()))) == ws[count:]
+            assert next_points(dict(reversed(part.items()))) == ws[count:]
         known |= {w: loss(w) for w in ws}
     assert len(known) > 66
 
 
 def test_rounds_are_as_many_as_they_need_to_be() -> None:
-    """Even and named points are one round; of an adaptive path of some 40 points there are at most nine."""
-    assert next_points([0.0, 1.0, 0.5], {}) == [0.0, 1.0, 0.5]
+    """An adaptive path of some 30 points takes at most nine rounds."""
     known: Known = {}
     rounds = 0
-    while ws := next_points("adaptive", known, {w: 1 + 4 * w * (1 - w) for w in even_grid(257)}):
+    while ws := next_points(known, {w: 1 + 4 * w * (1 - w) for w in even_grid(257)}):
         known, rounds = known | {w: BUMPS["two"](w) for w in ws}, rounds + 1
     assert rounds <= 9

@@ -83,10 +83,11 @@ def test_workers_outlive_an_outage_of_the_database(
         ids = pair(service, mlp_checkpoint_file, digits_probe_file)
         until(lambda: len(service.client.get("/v1/version").json()["workers"]) == 2)
         first = service.worker()
+        # Points of a sweep begin and end while it is away.
         sweep = {
             "kind": "pruning",
             **ids,
-            "options": {"null_permutations": 1, "sparsities": [i / 200 for i in range(200)]},
+            "options": {"null_permutations": 1, "sparsities": [number / 60 for number in range(60)]},
         }
         running = [service.analyze(**ids, options={"null_permutations": 100}), service.analyze(**sweep)]
         until(lambda: all(status(service, one)["status"] == "running" for one in running))

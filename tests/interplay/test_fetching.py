@@ -34,7 +34,8 @@ def test_a_checkpoint_and_a_probe(
     """Both are as if they had been sent, with all that their specs say, and know where they come from."""
     told: list[tuple[int, int]] = []
     size = mlp_checkpoint_file.stat().st_size
-    elsewhere.server.faults.bytes_per_second = size
+    # Slow enough to be seen under way, however busy the machine is.
+    elsewhere.server.faults.bytes_per_second = size // 4
     address = elsewhere.address("mlp.safetensors")
     checkpoint = client.push_checkpoint(
         f"{address}?signature=secret", name="fetched", metadata={"epoch": 3}, on_progress=lambda *at: told.append(at)

@@ -8,6 +8,7 @@ waits on a queue of its own, and turns on the queue of those who compute.
 """
 
 import threading
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import sqlalchemy as sa
@@ -224,6 +225,27 @@ def count_waiting(session: Session, *, most: int) -> int:
         runs.c.application_version == VERSION,
     )
     return session.scalar(sa.select(sa.func.count()).select_from(waiting.limit(most).subquery())) or 0
+
+
+@dataclass(frozen=True)
+class ClaimedRun:
+    """A run that a worker holds, and the queue that it came from."""
+
+    id: str
+    queue: str
+
+
+def claimed(session: Session, worker_id: str | None = None) -> dict[str, list[ClaimedRun]]:
+    """Return the runs that workers hold, by worker; those of one worker alone if it is given."""
+    runs = _runs(session.get_bind().dialect.name, "queue_name", "executor_id")
+    held = sa.select(runs.c.executor_id, runs.c.workflow_uuid, runs.c.queue_name)
+    held = held.where(runs.c.status == "PENDING", runs.c.queue_name.in_(QUEUES))
+    if worker_id is not None:
+        held = held.where(runs.c.executor_id == worker_id)
+    found: dict[str, list[ClaimedRun]] = {}
+    for owner, run_id, queue in session.execute(held):
+        found.setdefault(owner or "", []).append(ClaimedRun(run_id, queue))
+    return found
 
 
 def _runs(dialect: str, *columns: str) -> sa.TableClause:

@@ -75,7 +75,7 @@ class Service:
 
 def until(probe: Callable[[], T | None], *, seconds: float = PATIENCE_SECONDS) -> T:
     """Return the first true value of `probe`; a connection error counts as not yet."""
-    deadline = time.monotonic() + seconds
+    began = time.monotonic()
     while True:
         try:
             result = probe()
@@ -83,8 +83,10 @@ def until(probe: Callable[[], T | None], *, seconds: float = PATIENCE_SECONDS) -
             result = None
         if result:
             return result
-        assert time.monotonic() < deadline, "this took too long"
-        time.sleep(0.05)
+        waited = time.monotonic() - began
+        assert waited < seconds, "this took too long"
+        # Asking takes time from what is waited for.
+        time.sleep(min(0.05 + waited / 20, 0.2))
 
 
 @contextmanager

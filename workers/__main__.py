@@ -28,10 +28,10 @@ logger = logging.getLogger("interplay")
 
 # Fetches of a worker at a time, beside its analysis. They take minutes: their start may wait a little.
 _FETCHES_AT_A_TIME = 2
-_FETCHES_POLLING_SECONDS = 1.0
+_FETCHES_POLLING_SECONDS = 2.0
 # Plans of a worker at a time, beside what it computes. They only look after what turns do by themselves.
 _PLANS_AT_A_TIME = 16
-_PLANS_POLLING_SECONDS = 1.0
+_PLANS_POLLING_SECONDS = 2.0
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -156,6 +156,8 @@ def _join_queue(settings: Settings, engine: "sa.Engine", worker_id: str) -> None
         "executor_id": worker_id,
         "application_version": queue.VERSION,
         "run_migrations": False,
+        # Of its notifications, which nothing here sends; by default it looks for them a hundred times a second.
+        "notification_coalesce_sec": 1.0,
         "log_level": settings.log_level.upper(),
     }
     DBOS(config=config)

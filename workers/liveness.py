@@ -141,9 +141,8 @@ class Presence:
         self._engine = engine
         self._id = worker_id
         self._active = active
-        self._stranded: dict[str, int] = {}
-        # Of the runs that were pending in the last round.
-        self._queue_of: dict[str, str] = {}
+        # Runs that the queue assigns to this worker but that do not run here, with the number of rounds.
+        self._stranded: dict[queue.ClaimedRun, int] = {}
         self._rounds = 0
         # Since when every round has succeeded: a worker that was suspended itself must not judge others' silence.
         self._steady_since = self._last_round = time.monotonic()
@@ -207,13 +206,12 @@ class Presence:
             return True
 
     def _resume_lost_work(self) -> None:
-        self._queue_of.clear()
-        owners = self._pending_by_owner()
-        self._resume_stranded(owners.pop(self._id, []))
         with read(self._engine) as session:
+            owners = queue.claimed(session)
             rows = {row.id: row for row in session.scalars(sa.select(Worker).where(Worker.ended_at.is_(None)))}
             # Read after the rows, so that no heartbeat in them is later.
             moment = clock(session)
+        self._resume_stranded(owners.pop(self._id, []))
         rows.pop(self._id, None)
         steady = timedelta(seconds=time.monotonic() - self._steady_since)
         for owner in {*owners, *rows}:
@@ -236,29 +234,21 @@ class Presence:
         with write(self._engine) as session:
             _mark_ended(session, owner)
         # Listed again under the lock: a run that another worker has resumed meanwhile is no longer the owner's.
-        for run_id in self._pending_by_owner(owner).get(owner, []):
-            logger.warning("worker %s is gone; run %s is queued again", owner, run_id)
-            self._client.resume_workflow(run_id, queue_name=self._queue_of[run_id])
+        with read(self._engine) as session:
+            lost = queue.claimed(session, owner).get(owner, [])
+        for run in lost:
+            logger.warning("worker %s is gone; run %s is queued again", owner, run.id)
+            self._client.resume_workflow(run.id, queue_name=run.queue)
 
-    def _resume_stranded(self, pending: list[str]) -> None:
+    def _resume_stranded(self, pending: list[queue.ClaimedRun]) -> None:
         """Resume runs that the queue assigns here but that do not run: an error in the queue ended their thread."""
-        idle = [run_id for run_id in pending if run_id not in self._active]
-        self._stranded = {run_id: self._stranded.get(run_id, 0) + 1 for run_id in idle}
-        for run_id, rounds in list(self._stranded.items()):
+        idle = [run for run in pending if run.id not in self._active]
+        self._stranded = {run: self._stranded.get(run, 0) + 1 for run in idle}
+        for run, rounds in list(self._stranded.items()):
             if rounds > _STRANDED_ROUNDS:
-                logger.warning("run %s was stranded; it is queued again", run_id)
-                self._client.resume_workflow(run_id, queue_name=self._queue_of[run_id])
-                del self._stranded[run_id]
-
-    def _pending_by_owner(self, owner: str | None = None) -> dict[str, list[str]]:
-        runs = self._client.list_workflows(
-            status="PENDING", queue_name=[*queue.QUEUES], executor_id=owner, load_input=False, load_output=False
-        )
-        self._queue_of |= {run.workflow_id: run.queue_name or queue.QUEUE for run in runs}
-        owners: dict[str, list[str]] = {}
-        for run in runs:
-            owners.setdefault(run.executor_id or "", []).append(run.workflow_id)
-        return owners
+                logger.warning("run %s was stranded; it is queued again", run.id)
+                self._client.resume_workflow(run.id, queue_name=run.queue)
+                del self._stranded[run]
 
     def _settle_lost_runs(self) -> None:
         """Fail what ended in the queue without an outcome: a fault of the service that must not look like waiting."""

@@ -1,7 +1,7 @@
 """The plan and the turns of a planned analysis, as the queue runs them. Their state is in the database (`turns`).
 
-A plan holds no device. It looks after its analysis once a second, until that has ended. A turn computes points. Either
-may be killed at any time: it begins again on another worker, and finds in the database what is left.
+A plan holds no device. It looks after its analysis every two seconds, until that has ended. A turn computes points.
+Either may be killed at any time: it begins again on another worker, and finds in the database what is left.
 """
 
 import logging
@@ -16,7 +16,7 @@ from workers.tasks import Known, PointStep, Progress, Result
 
 logger = logging.getLogger("interplay")
 
-_ROUND_SECONDS = 1.0
+_ROUND_SECONDS = 2.0
 # How often a turn looks whether others wait, where points are shorter than this.
 _LOOK_SECONDS = 0.2
 

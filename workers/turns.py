@@ -183,11 +183,11 @@ def note(engine: sa.Engine, worker_id: str, analysis_id: str, progress: Progress
     Progress without a total is a phase alone; points stay counted.
     """
     with read(engine) as session:
-        going_on = sa.select(Analysis.id).where(
+        going_on = sa.exists().where(
             Analysis.id == analysis_id, Analysis.outcome.is_(None), Analysis.cancel_requested_at.is_(None)
         )
-        alive = sa.select(Worker.id).where(Worker.id == worker_id, Worker.ended_at.is_(None))
-        if not (session.scalar(going_on) and session.scalar(alive)):
+        alive = sa.exists().where(Worker.id == worker_id, Worker.ended_at.is_(None))
+        if not session.scalar(sa.select(sa.and_(going_on, alive))):
             return True
     if progress is not None:
         with write(engine) as session:

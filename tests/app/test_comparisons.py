@@ -11,6 +11,7 @@ import pytest
 from app.schemas.reports import ComparisonReport
 from tests.app.api.test_uploads import problem
 from tests.app.test_points import FEW, _checkpoint, _noisy, _normed, _report
+from tests.campaigns import on_one_database
 from tests.services import Service
 
 
@@ -55,6 +56,7 @@ def test_a_comparison_of_two_checkpoints(any_service: Service, pair: dict[str, s
     assert report["id"] in [item["id"] for item in listed["items"]]
 
 
+@on_one_database
 def test_networks_of_different_architectures(any_service: Service, mlp_checkpoint_file: Path, probe_id: str) -> None:
     """Networks of different widths, which cannot lie on a path, can be compared."""
     ids = {

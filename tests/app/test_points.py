@@ -14,6 +14,7 @@ from app.models import Report
 from app.schemas.reports import PathReport, PruningReport, SeriesReport
 from app.settings import Settings
 from tests.app.api.test_uploads import problem
+from tests.campaigns import on_one_database
 from tests.conftest import MLP
 from tests.services import Service
 
@@ -97,6 +98,7 @@ def test_a_path_between_two_checkpoints(any_service: Service, ends: tuple[str, s
     assert report["summary"]["measured"] == {"level": "sample", "centring": "global"}
 
 
+@on_one_database
 def test_a_path_finds_its_own_points(any_service: Service, ends: tuple[str, str], probe_id: str) -> None:
     """Named points get both ends and are sorted; points beyond them need permission; adaptive takes over 17 points."""
     first, second = ends
@@ -156,6 +158,7 @@ def test_an_adaptive_path_looks_before_it_evaluates(service: Service, digits_pro
     assert rows["value"] == pytest.approx(losses[1] - chord, rel=0.05)
 
 
+@on_one_database
 def test_recalibration_changes_what_lies_between_the_ends(any_service: Service, probe_id: str) -> None:
     """Statistics are recomputed only between the ends, reproducibly; the report counts the layers."""
     ids = [_checkpoint(any_service, _normed(seed), architecture=NORMED) for seed in (0, 1)]
@@ -171,6 +174,7 @@ def test_recalibration_changes_what_lies_between_the_ends(any_service: Service, 
     assert fresh["summary"]["recalibrated_layers"] == 1
 
 
+@on_one_database
 def test_alignment_takes_a_permutation_out_of_a_path(
     any_service: Service, mlp_checkpoint_file: Path, probe_id: str
 ) -> None:
@@ -247,6 +251,7 @@ def test_a_series_reuses_evaluations_that_there_are(
     assert [point["reused_report_id"] for point in other["points"]] == [None] * 3
 
 
+@on_one_database
 def test_precision_is_named_and_takes_part_in_what_is_reused(
     any_service: Service, ends: tuple[str, str], probe_id: str
 ) -> None:
@@ -277,6 +282,7 @@ def test_precision_is_named_and_takes_part_in_what_is_reused(
     assert reports[0]["summary"]["alignment"]["change_of_logits"] < 1e-5
 
 
+@on_one_database
 def test_reports_from_before_an_option_are_reused(any_service: Service, ends: tuple[str, str], probe_id: str) -> None:
     """An evaluation whose report does not name the precision counts as float32; one of another form is passed over."""
     own = _report(any_service, checkpoint_id=ends[0], probe_id=probe_id, options=FEW)
@@ -300,6 +306,7 @@ def test_reports_from_before_an_option_are_reused(any_service: Service, ends: tu
     engine.dispose()
 
 
+@on_one_database
 def test_analyses_of_several_checkpoints_are_found_by_each(
     any_service: Service, ends: tuple[str, str], probe_id: str
 ) -> None:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.campaigns import on_one_database
 from tests.datafiles import mlp_adapter
 from tests.services import Service
 
@@ -14,6 +15,7 @@ def _verify(service: Service, *arguments: str) -> subprocess.CompletedProcess[st
     return subprocess.run(command, env=service.environment, capture_output=True, text=True, check=False, timeout=120)
 
 
+@on_one_database
 def test_a_damaged_checkpoint(
     any_service: Service, mlp_checkpoint_file: Path, digits_probe_file: Path, tmp_path: Path
 ) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from tests import services
+from tests.campaigns import campaign
 from tests.services import Service
 
 _MEBIBYTE = 2**20
@@ -178,9 +179,10 @@ def killed_at_random(folder: Path, size_bytes: int, n_kills: int, seed: int, say
         assert len(campaign.service.client.get("/v1/feature-sets").json()["items"]) == 1
 
 
-def test_killed_ten_times(tmp_path: Path) -> None:
-    """Kill -9 of client or service at 10 random moments of 100 MiB: the right file, and at most 2 % sent twice."""
-    killed_at_random(tmp_path, 100 * _MEBIBYTE, 10, 0, print)
+@pytest.mark.parametrize("kills", campaign([4, 10], often=[4]))
+def test_killed_some_times(tmp_path: Path, kills: int) -> None:
+    """Kill -9 of client or service at random moments of 100 MiB: the right file, and at most 2 % sent twice."""
+    killed_at_random(tmp_path, 100 * _MEBIBYTE, kills, 0, print)
 
 
 @pytest.mark.slow

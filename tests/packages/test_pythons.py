@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
+from tests.campaigns import campaign
 from tests.packages import wheels
 from tests.packages.interpreters import SUPPORTED, interpreter
 from tests.services import Service
@@ -17,7 +18,7 @@ CI = wheels.ROOT / "examples" / "ci"
 VERSION = tomllib.loads((wheels.ROOT / "pyproject.toml").read_text())["project"]["version"]
 
 
-@pytest.mark.parametrize("version", SUPPORTED)
+@pytest.mark.parametrize("version", campaign(SUPPORTED, often=[SUPPORTED[0], *SUPPORTED[2:]]))
 def test_client(
     version: str,
     service: Service,

@@ -18,7 +18,7 @@ from app.database import make_engine, read
 from app.models import Point, Turn
 from app.settings import Settings
 from tests import services
-from tests.campaigns import campaign
+from tests.campaigns import DATABASES, campaign
 from tests.conftest import MLP
 from tests.databases import fresh_database
 from tests.services import Service, until
@@ -26,7 +26,7 @@ from tests.services import Service, until
 FEW = {"null_permutations": 0}
 
 
-@pytest.fixture(scope="module", params=campaign(["sqlite", "postgresql"], often=["postgresql"]))
+@pytest.fixture(scope="module", params=campaign(DATABASES, often=["postgresql"]))
 def fleet(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """Run a service with one worker, always on PostgreSQL and in campaigns on SQLite too; tests add workers."""
     data_dir = tmp_path_factory.mktemp("fleet") / "data"
@@ -58,7 +58,10 @@ def requests(ids: dict[str, str]) -> dict[str, dict[str, Any]]:
     return {
         "even": {"kind": "path", **ids, "options": {**options, "grid": {"points": 9}}},
         "adaptive": {"kind": "path", **ids, "options": {**options, "grid": "adaptive", "alignment": "weight_matching"}},
-        "pruning": {"kind": "pruning", "checkpoint_id": pair[0], **probe, "options": options},
+        "pruning": {
+            "kind": "pruning", "checkpoint_id": pair[0], **probe,
+            "options": {**options, "sparsities": [0.0, 0.2, 0.5, 0.7, 0.9, 0.95]},
+        },
         "series": {
             "kind": "series", "checkpoint_ids": [*pair, *pair, pair[0]], **probe, "axis": axis, "options": options,
         },

@@ -14,7 +14,7 @@ import psutil
 import pytest
 from safetensors.numpy import load_file, save
 
-from tests.campaigns import campaign
+from tests.campaigns import DATABASES, campaign
 from tests.conftest import MLP
 from tests.databases import fresh_database
 from tests.interplay.test_upload_kills import write_features
@@ -64,7 +64,7 @@ class Campaign:
         return dict(self.service.client.get(f"/v1/fetches/{fetch['id']}").json())
 
 
-@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+@pytest.fixture(scope="module", params=campaign(DATABASES, often=["postgresql"]))
 def service_of(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Campaign]:
     with ExitStack() as stack:
         server = stack.enter_context(source_server())

@@ -12,12 +12,11 @@ import pytest
 
 from tests import services
 from tests.app.test_analyses import pair, without_identity
-from tests.campaigns import campaign
+from tests.campaigns import DATABASES, campaign
 from tests.services import Service, until
 
 # Long enough to be killed during the computation, short enough to be repeated.
 OPTIONS = {"null_permutations": 300}
-DATABASES = ["sqlite", "postgresql"]
 
 
 def reports_of(service: Service, analysis: dict[str, Any]) -> list[dict[str, Any]]:

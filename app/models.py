@@ -258,6 +258,8 @@ class Analysis(Run):
     feature_set_id: Mapped[str | None] = mapped_column(sa.String(36), index=True)
     options: Mapped[dict[str, Any]]
     axis: Mapped[dict[str, Any] | None]
+    # Device memory that a worker must have for it; null until one had too little.
+    needs_bytes: Mapped[int | None] = mapped_column(sa.BigInteger)
     idempotency_key: Mapped[str | None] = mapped_column(sa.String(255), unique=True)
 
 
@@ -382,6 +384,8 @@ class Worker(Base):
     pid: Mapped[int]
     device: Mapped[str | None] = mapped_column(sa.String(200))
     torch_version: Mapped[str | None] = mapped_column(sa.String(50))
+    # Of its device; on a CPU, of the machine.
+    memory_bytes: Mapped[int | None] = mapped_column(sa.BigInteger)
     # Families of networks: those that it can import, those that it has not tried, and why it cannot import the others.
     families: Mapped[list[str] | None]
     untried: Mapped[list[str] | None]

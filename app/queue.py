@@ -4,10 +4,12 @@ Our tables `analyses` and `fetches` own the request, the request to cancel and t
 runs it now. The id of an analysis, or of a fetch, is the id of its workflow, and a workflow's only input is that id.
 
 An analysis of one step waits on the queue of those who compute. A planned one has a plan, which holds no device and
-waits on a queue of its own, and turns on the queue of those who compute.
+waits on a queue of its own, and turns on the queue of those who compute. Whatever needs more device memory than some
+workers have is planned, and its turns wait on queues of workers that have enough.
 """
 
 import threading
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -33,6 +35,10 @@ PLAN_WORKFLOW = "run_plan"
 FETCHES = "fetches"
 FETCH_WORKFLOW = "run_fetch"
 QUEUES = (QUEUE, PLANS, FETCHES)
+# Of the workers whose device has a certain memory: what needs more than others have. Begins so.
+_SIZED = f"{QUEUE}-"
+# At the end of the id of a plan whose analysis began as one step, which has its id.
+_OF_PLAN = ".plan"
 APPLICATION = "interplay"
 # Increase it only when the order of a workflow's steps changes, and after draining the queue: a worker runs only
 # workflows of its own version. The library's default hashes source code, which strands runs at every upgrade.
@@ -138,8 +144,31 @@ def enqueue_analysis(client: "Client", session: Session, row: Analysis) -> None:
         enqueue(client, session, row.id)
 
 
-def enqueue_turns(client: "Client", session: Session, analysis_id: str, count: int) -> None:
-    """Queue further turns at a planned analysis, whose row the caller has locked or just made."""
+def sized(memory_bytes: int) -> str:
+    """Return the queue of the workers whose device has so much memory."""
+    return f"{_SIZED}{memory_bytes}"
+
+
+def is_planned(row: Analysis) -> bool:
+    """Return whether an analysis has a plan and turns: by its kind, or as it needs more memory than a worker had."""
+    return row.kind in PLANNED or row.needs_bytes is not None
+
+
+def plan_later(client: "Client", session: Session, row: Analysis, needs_bytes: int) -> None:
+    """Make a locked analysis of one step, which a worker has taken that has too little memory, a planned one."""
+    row.needs_bytes = needs_bytes
+    enqueue(client, session, f"{row.id}{_OF_PLAN}", workflow=PLAN_WORKFLOW, queue=PLANS)
+
+
+def analysis_of_plan(plan_id: str) -> str:
+    """Return the id of a plan's analysis."""
+    return plan_id.removesuffix(_OF_PLAN)
+
+
+def enqueue_turns(
+    client: "Client", session: Session, analysis_id: str, count: int, queues: Sequence[str] = (QUEUE,)
+) -> None:
+    """Queue further turns at a planned analysis, whose row the caller has locked or just made, on these queues."""
     if count <= 0:
         return
     before = session.scalar(sa.select(sa.func.count()).where(Turn.analysis_id == analysis_id)) or 0
@@ -147,8 +176,8 @@ def enqueue_turns(client: "Client", session: Session, analysis_id: str, count: i
     ids = [f"{analysis_id}.{number}" for number in range(before, before + count)]
     session.add_all(Turn(id=id_, analysis_id=analysis_id, created_at=moment) for id_ in ids)
     session.flush()
-    for id_ in ids:
-        enqueue(client, session, id_, workflow=TURN_WORKFLOW)
+    for number, id_ in enumerate(ids, start=before):
+        enqueue(client, session, id_, workflow=TURN_WORKFLOW, queue=queues[number % len(queues)])
 
 
 def close_turns(session: Session, analysis_id: str) -> None:
@@ -179,7 +208,8 @@ def status_of(dialect: str, run: type[Run]) -> sa.ColumnElement[str]:
     """
     runs = is_claimed(dialect, run.id.expression)
     if issubclass(run, Analysis):
-        runs = sa.case((run.kind.in_(PLANNED), run.started_at.is_not(None)), else_=runs)
+        planned = sa.or_(run.kind.in_(PLANNED), run.needs_bytes.is_not(None))
+        runs = sa.case((planned, run.started_at.is_not(None)), else_=runs)
     return sa.func.coalesce(run.outcome, sa.case((runs, "running"), else_="queued"))
 
 
@@ -194,7 +224,7 @@ def cancel(session: Session, dialect: str, row: Run) -> None:
     if row.outcome is not None:
         return
     row.cancel_requested_at = row.cancel_requested_at or now()
-    if isinstance(row, Analysis) and row.kind in PLANNED:
+    if isinstance(row, Analysis) and is_planned(row):
         runs = row.started_at is not None
         if not runs:
             close_turns(session, row.id)
@@ -239,13 +269,32 @@ def claimed(session: Session, worker_id: str | None = None) -> dict[str, list[Cl
     """Return the runs that workers hold, by worker; those of one worker alone if it is given."""
     runs = _runs(session.get_bind().dialect.name, "queue_name", "executor_id")
     held = sa.select(runs.c.executor_id, runs.c.workflow_uuid, runs.c.queue_name)
-    held = held.where(runs.c.status == "PENDING", runs.c.queue_name.in_(QUEUES))
+    ours = sa.or_(runs.c.queue_name.in_(QUEUES), runs.c.queue_name.startswith(_SIZED, autoescape=True))
+    held = held.where(runs.c.status == "PENDING", ours)
     if worker_id is not None:
         held = held.where(runs.c.executor_id == worker_id)
     found: dict[str, list[ClaimedRun]] = {}
     for owner, run_id, queue in session.execute(held):
         found.setdefault(owner or "", []).append(ClaimedRun(run_id, queue))
     return found
+
+
+def has_ended(dialect: str, run: type[Run]) -> sa.ColumnElement[bool]:
+    """Return SQL that is true once the queue runs nothing more for an analysis, or for a fetch."""
+    run_id = run.id.expression
+    if issubclass(run, Analysis):
+        later = sa.and_(run.kind.not_in(PLANNED), run.needs_bytes.is_not(None))
+        run_id = sa.case((later, run.id + _OF_PLAN), else_=run.id)
+    return has_status(dialect, run_id, *ENDED)
+
+
+def waiting_for_nobody(session: Session, analysis_id: str, queues: Collection[str]) -> list[str]:
+    """Return turns at an analysis that wait for workers of a certain memory, on none of these queues."""
+    runs = _runs(session.get_bind().dialect.name, "queue_name")
+    waiting = sa.select(Turn.id).join(runs, runs.c.workflow_uuid == Turn.id)
+    waiting = waiting.where(Turn.analysis_id == analysis_id, Turn.ended_at.is_(None), runs.c.status == "ENQUEUED")
+    elsewhere = sa.and_(runs.c.queue_name.startswith(_SIZED, autoescape=True), runs.c.queue_name.not_in([*queues]))
+    return list(session.scalars(waiting.where(elsewhere)))
 
 
 def _runs(dialect: str, *columns: str) -> sa.TableClause:

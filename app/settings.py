@@ -80,6 +80,9 @@ class Settings(BaseSettings):
     max_features_bytes: int = Field(
         default=10 * 2**30, ge=0, description="Features kept for analyses that come again; 0 keeps none."
     )
+    device_memory_bytes: int | None = Field(
+        default=None, ge=1, description="Device memory that a worker's analyses may use. Default: all."
+    )
     max_loaded_bytes: int = Field(
         default=2 * 2**30,
         ge=0,

@@ -976,6 +976,7 @@ class Verdict(TypedDict):
 class WorkerVersion(TypedDict):
     id: str
     device: str | None
+    memory_bytes: int | None
     torch_version: str | None
     families: list[str] | None
     untried: list[str]

@@ -32,6 +32,8 @@ _FETCHES_POLLING_SECONDS = 2.0
 # Plans of a worker at a time, beside what it computes. They only look after what turns do by themselves.
 _PLANS_AT_A_TIME = 16
 _PLANS_POLLING_SECONDS = 2.0
+# What needs more device memory than others have waits on a queue of its own.
+_LARGE_POLLING_SECONDS = 2.0
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -128,7 +130,7 @@ def _work(settings: Settings, child: ComputeChild, told_to_stop: int) -> None:
     found = offers.Offers(child.description.families, child.description.untried)
     offers.start(found, settings.data_dir / "workers", engine, worker_id)
     register(Host(worker_id, settings, engine, queue.make_client(engine), storage, child, active))
-    _join_queue(settings, engine, worker_id)
+    _join_queue(settings, engine, worker_id, child.description.memory_bytes)
     logger.info("worker %s is ready", worker_id)
     freeze_loaded_objects()
     stopping = threading.Event()
@@ -143,7 +145,7 @@ def _work(settings: Settings, child: ComputeChild, told_to_stop: int) -> None:
         os._exit(0)
 
 
-def _join_queue(settings: Settings, engine: "sa.Engine", worker_id: str) -> None:
+def _join_queue(settings: Settings, engine: "sa.Engine", worker_id: str, memory_bytes: int) -> None:
     from dbos import DBOS, DBOSConfig
 
     from app import queue
@@ -162,9 +164,15 @@ def _join_queue(settings: Settings, engine: "sa.Engine", worker_id: str) -> None
     }
     DBOS(config=config)
     # Not those of a later version, whose workflows this one does not have.
-    DBOS.listen_queues(queue.QUEUES)
+    large = queue.sized(memory_bytes)
+    DBOS.listen_queues([*queue.QUEUES, large])
     DBOS.launch()
     DBOS.register_queue(queue.QUEUE, worker_concurrency=1, polling_interval_sec=settings.queue_polling_seconds)
+    DBOS.register_queue(
+        large,
+        worker_concurrency=1,
+        polling_interval_sec=max(_LARGE_POLLING_SECONDS, settings.queue_polling_seconds),
+    )
     DBOS.register_queue(
         queue.PLANS,
         worker_concurrency=_PLANS_AT_A_TIME,

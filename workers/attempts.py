@@ -13,9 +13,11 @@ from typing import TypeVar
 from uuid import uuid4
 
 import sqlalchemy as sa
+from dbos import DBOSClient
 from pydantic import JsonValue, TypeAdapter, ValidationError
 from sqlalchemy.orm import Session
 
+from app import queue
 from app.database import read, write
 from app.errors import problem
 from app.models import (
@@ -35,7 +37,7 @@ from app.models import (
 from app.schemas.metrics import metrics_of
 from app.schemas.reports import DEFINITIONS_VERSION, SCHEMA_VERSION, EvaluationReport, Subject
 from app.schemas.reports import Report as AnyReport
-from workers import tasks
+from workers import memory, tasks
 from workers.tasks import Json, Progress, Result
 
 _REPORTS: TypeAdapter[AnyReport] = TypeAdapter(AnyReport)
@@ -56,14 +58,22 @@ class Ended(Exception):
     """A run that something was made for has ended meanwhile."""
 
 
-def begin(engine: sa.Engine, analysis_id: str, max_attempts: int) -> tasks.WholeStep | None:
-    """Count an attempt at an analysis of one step and return it; None if there is nothing left to do."""
+def begin(
+    engine: sa.Engine, client: DBOSClient, worker_id: str, analysis_id: str, max_attempts: int
+) -> tasks.WholeStep | None:
+    """Count an attempt at an analysis of one step and return it; None if there is nothing to do here.
+
+    One that needs more memory than this worker has is planned, for those that have enough.
+    """
     with write(engine) as session:
         row = _begun(session, Analysis, analysis_id, max_attempts)
         if row is None:
             return None
         task = task_of(session, row)
         assert isinstance(task, tasks.WholeStep)
+        if task.needs_bytes > memory.of_worker(session, worker_id):
+            _plan_later(session, client, row, task.needs_bytes)
+            return None
         return task
 
 
@@ -80,6 +90,8 @@ def _begun(session: Session, model: type[AnyRun], id_: str, max_attempts: int) -
     row = session.get(model, id_, with_for_update=True)
     if row is None or row.outcome is not None:
         return None
+    if isinstance(row, Analysis) and row.needs_bytes is not None:
+        return None  # its turns go on
     if row.cancel_requested_at is not None:
         _end(row, Result(outcome="cancelled"))
         return None
@@ -128,8 +140,10 @@ def note(
         return False
 
 
-def finish(engine: sa.Engine, worker_id: str, analysis_id: str, result: Result) -> bool:
-    """Record the outcome and the report once; return False if an outcome was already recorded.
+def finish(engine: sa.Engine, client: DBOSClient, worker_id: str, analysis_id: str, result: Result) -> bool:
+    """Record the outcome and the report once; return False if an outcome was already recorded, or none is yet.
+
+    An analysis for which this worker's memory was too little is planned, for workers that have more.
 
     Raises:
         TakenOver: others have taken this worker for dead.
@@ -139,8 +153,22 @@ def finish(engine: sa.Engine, worker_id: str, analysis_id: str, result: Result) 
         require_alive(session, worker_id)
         if row is None or row.outcome is not None:
             return False
+        needs = memory.needed(result, memory.of_worker(session, worker_id))
+        if needs is not None and row.cancel_requested_at is None:
+            largest = memory.Memories.now(session).largest
+            if largest >= needs:
+                _plan_later(session, client, row, needs)
+                return False
+            result = memory.too_little(needs, largest, result.problem)
         record(session, row, result)
         return True
+
+
+def _plan_later(session: Session, client: DBOSClient, row: Analysis, needs_bytes: int) -> None:
+    """Plan an analysis of one step for workers with more memory; it waits as if nobody had begun it."""
+    queue.plan_later(client, session, row, needs_bytes)
+    row.attempts, row.started_at, row.progress_phase = row.attempts - 1, None, "queued"
+    row.progress_done = row.progress_total = 0
 
 
 def record(session: Session, row: Analysis, result: Result) -> None:
@@ -211,7 +239,7 @@ def _end(row: Run, result: Result) -> None:
     row.outcome, row.problem, row.finished_at = result.outcome, result.problem, now()
 
 
-def task_of(session: Session, row: Analysis) -> tasks.FeatureSetTask | tasks.NetworkTask:
+def task_of(session: Session, row: Analysis) -> tasks.TurnTask:
     """Return the task that an analysis's row and the rows of its subjects describe."""
     common: dict[str, object] = {"analysis_id": row.id, "request_id": row.request_id, "options": row.options}
     if row.feature_set_id is not None:
@@ -222,7 +250,9 @@ def task_of(session: Session, row: Analysis) -> tasks.FeatureSetTask | tasks.Net
     common["probe"] = tasks.Probe.of(session.get_one(Probe, row.probe_id))
     if row.axis is not None:
         common["axis"] = row.axis
-    return tasks.TASKS[row.kind].model_validate(common)
+    task = tasks.TASKS[row.kind].model_validate(common)
+    assert isinstance(task, tasks.TurnTask)
+    return task
 
 
 def _subjects(report: AnyReport) -> Sequence[Subject]:

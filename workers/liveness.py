@@ -253,7 +253,7 @@ class Presence:
     def _settle_lost_runs(self) -> None:
         """Fail what ended in the queue without an outcome: a fault of the service that must not look like waiting."""
         for model in (Analysis, Fetch):
-            ended = queue.has_status(self._engine.dialect.name, model.id.expression, *queue.ENDED)
+            ended = queue.has_ended(self._engine.dialect.name, model)
             with read(self._engine) as session:
                 before = clock(session) - timedelta(seconds=10)
                 lost = sa.select(model.id).where(model.outcome.is_(None), model.created_at < before, ended)

@@ -80,6 +80,8 @@ def _compute_points(host: Host, turn_id: str, begun: turns.Begun) -> None:
         attempts.patiently(
             partial(turns.finish, host.engine, host.client, host.worker_id, task, claimed.number, result)
         )
+        if host.slot.is_wanted:
+            return
         now = time.monotonic()
         if now - looked > _LOOK_SECONDS:
             looked = now

@@ -1,9 +1,10 @@
 """Compute one step: in the compute process, with its files, as long as nobody wants it cancelled."""
 
 import logging
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 
 import sqlalchemy as sa
 from dbos import DBOSClient
@@ -23,6 +24,31 @@ OnTick = Callable[[Progress | None], bool]
 _CHILD_ATTEMPTS = 2
 
 
+class Slot:
+    """The place of a worker that computes: one run at a time, although it takes runs from two queues."""
+
+    def __init__(self) -> None:
+        self._free, self._counting = threading.Lock(), threading.Lock()
+        self._waiting = 0
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Wait for the place, and hold it for a block."""
+        self._count(1)
+        with self._free:
+            self._count(-1)
+            yield
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether another run of this worker waits for it."""
+        return self._waiting > 0
+
+    def _count(self, change: int) -> None:
+        with self._counting:
+            self._waiting += change
+
+
 @dataclass(frozen=True)
 class Host:
     """The resources of a worker process; `active` holds the ids of the queue's runs that run in it now."""
@@ -34,6 +60,7 @@ class Host:
     storage: Storage
     child: ComputeChild
     active: set[str]
+    slot: Slot = field(default_factory=Slot)
 
 
 def compute(host: Host, step: AnyStep, note: OnTick) -> Result:

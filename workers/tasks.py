@@ -31,6 +31,7 @@ from app.schemas.adapters import Adapter
 from app.schemas.reports import Alignment, ComputedOn, PathPoint, ProbeSubject, PruningPoint, SeriesPoint
 
 Json = dict[str, JsonValue]
+_WEIGHT_BYTES = 4
 Row = TypeVar("Row", bound="_Row")
 
 
@@ -136,6 +137,11 @@ class Task(Frozen):
     request_id: str | None = None
     options: EvaluationOptions
 
+    @property
+    def needs_bytes(self) -> int:
+        """The device memory that the analysis needs at least, as far as its rows say."""
+        return 0
+
 
 class FeatureSetTask(Task):
     """Evaluate a feature set."""
@@ -147,8 +153,19 @@ class FeatureSetTask(Task):
 class NetworkTask(Task):
     """A task on one or several checkpoints and a probe."""
 
+    # How often the weights of a network lie on the device at a time.
+    weight_copies: ClassVar[int] = 1
     checkpoints: tuple[Checkpoint, ...] = Field(min_length=1)
     probe: Probe
+
+    @property
+    def needs_bytes(self) -> int:
+        """The device memory that the weights take, as float32.
+
+        A pass needs more, which is known once memory has run out with one input at a time.
+        """
+        largest = max(checkpoint.n_parameters for checkpoint in self.checkpoints)
+        return _WEIGHT_BYTES * self.weight_copies * largest
 
 
 class EvaluationTask(NetworkTask):
@@ -208,6 +225,8 @@ class PointsTask(PlannedTask):
 class PathTask(PointsTask):
     """Evaluate points of the line between two checkpoints."""
 
+    # Both ends, and what lies between them.
+    weight_copies = 3
     options: PathOptions
 
     def place_name(self) -> str:
@@ -235,6 +254,8 @@ class PathTask(PointsTask):
 class PruningTask(PointsTask):
     """Prune a checkpoint and evaluate it at each sparsity."""
 
+    # Before and after.
+    weight_copies = 2
     options: PruningOptions
 
     def place_name(self) -> str:
@@ -429,6 +450,8 @@ WholeStep = FeatureSetTask | EvaluationTask
 PointStep = SideTask | PathPointTask | PruningPointTask | SeriesPointTask
 ReportStep = ComparisonReportTask | PathReportTask | PruningReportTask | SeriesReportTask
 AnyStep = WholeStep | PointStep | ReportStep
+# What a turn works at. One step has a turn if it needs a worker with more memory than the one that took it first.
+TurnTask = PlannedTask | WholeStep
 Step = Annotated[AnyStep, Field(discriminator="step")]
 
 
@@ -462,8 +485,15 @@ def point_step(task: PlannedTask, *, number: int, place: float, first: Known | N
     return _STEPS[type(task)].point.model_validate({**dict(task), "number": number, "place": place, "first": first})
 
 
-def report_step(task: PlannedTask, answers: Sequence[Answer]) -> ReportStep:
+def next_places(task: TurnTask, answers: Sequence[Answer]) -> list[float]:
+    """Return the places of the next points; none if the report comes next, as it does at once for one step."""
+    return task.further(answers) if isinstance(task, PlannedTask) else []
+
+
+def report_step(task: TurnTask, answers: Sequence[Answer]) -> ReportStep | WholeStep:
     """Return the step that makes the report of these points, which are all."""
+    if not isinstance(task, PlannedTask):
+        return task
     return _STEPS[type(task)].report.model_validate({**dict(task), "points": tuple(answers)})
 
 
@@ -503,12 +533,14 @@ class Hello(Frozen):
 
     Attributes:
         device: the GPU's name, or `cpu`.
+        memory_bytes: the device's memory, or as much as the operator allows.
         torch_version: version of torch.
         families: families that need no import.
         untried: families that are installed and not tried yet.
     """
 
     device: str
+    memory_bytes: int
     torch_version: str
     families: list[str]
     untried: list[str]

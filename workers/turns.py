@@ -11,7 +11,7 @@ Every function is one transaction that locks the analysis's row first, so that w
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 import sqlalchemy as sa
@@ -22,7 +22,7 @@ from app import queue
 from app.database import clock, read, write
 from app.errors import problem
 from app.models import Analysis, Point, Turn, Worker, now
-from workers import attempts
+from workers import attempts, memory
 from workers.tasks import (
     Answer,
     Known,
@@ -31,7 +31,10 @@ from workers.tasks import (
     Progress,
     ReportStep,
     Result,
+    TurnTask,
+    WholeStep,
     answer_of,
+    next_places,
     point_step,
     report_step,
 )
@@ -49,7 +52,7 @@ class Fleet:
     """What decides how many turns an analysis has.
 
     Attributes:
-        workers: living workers.
+        workers: living workers, or those of them that have enough memory for an analysis.
         analyses: planned analyses that have turns.
         turns: turns of all analyses, waiting and under way.
     """
@@ -87,19 +90,22 @@ class Claimed:
     """
 
     number: int
-    step: PointStep | ReportStep
+    step: PointStep | ReportStep | WholeStep
 
 
 @dataclass(frozen=True)
 class Begun:
     """A turn that has begun: its task, and the seconds that it waited for a worker."""
 
-    task: PlannedTask
+    task: TurnTask
     waited_seconds: float
 
 
 def begin(engine: sa.Engine, client: DBOSClient, worker_id: str, turn_id: str) -> Begun | None:
-    """Begin a turn, and plan the analysis if nobody has; None if there is nothing left to do."""
+    """Begin a turn, and plan the analysis if nobody has; None if there is nothing to do here.
+
+    A worker with too little memory does nothing but queue turns for those that have enough.
+    """
     with write(engine) as session:
         turn = session.get(Turn, turn_id)
         if turn is None or turn.ended_at is not None:
@@ -109,9 +115,13 @@ def begin(engine: sa.Engine, client: DBOSClient, worker_id: str, turn_id: str) -
         if row is None:
             turn.ended_at = moment
             return None
-        turn.began_at = turn.began_at or moment
         task = attempts.task_of(session, row)
-        assert isinstance(task, PlannedTask)
+        needs = max(task.needs_bytes, row.needs_bytes or 0)
+        if needs > memory.of_worker(session, worker_id):
+            row.needs_bytes, turn.ended_at = needs, moment
+            supply(session, client, row)
+            return None
+        turn.began_at = turn.began_at or moment
         planned = sa.exists().where(Point.analysis_id == row.id)
         if not session.scalar(sa.select(planned)):
             _plan_further(session, row, task)
@@ -120,7 +130,7 @@ def begin(engine: sa.Engine, client: DBOSClient, worker_id: str, turn_id: str) -
 
 
 def claim(
-    engine: sa.Engine, worker_id: str, turn_id: str, task: PlannedTask, *, max_attempts: int, first: Known | None
+    engine: sa.Engine, worker_id: str, turn_id: str, task: TurnTask, *, max_attempts: int, first: Known | None
 ) -> Claimed | None:
     """Take the next point for a turn, or the report, and count an attempt at it.
 
@@ -133,12 +143,14 @@ def claim(
         first: facts of the first point, if the turn knows them.
 
     Returns:
-        The step; None if no point waits, or the analysis has ended.
+        The step; None if no point waits, the analysis has ended, or the worker has too little memory.
     """
     with write(engine) as session:
         row = _going_on(session, worker_id, task.analysis_id)
         # A turn that was closed meanwhile, as one of a worker that was thought dead, takes nothing more.
         if row is None or session.get_one(Turn, turn_id).ended_at is not None:
+            return None
+        if (row.needs_bytes or 0) > memory.of_worker(session, worker_id):
             return None
         point = session.scalar(
             sa.select(Point)
@@ -170,6 +182,7 @@ def claim(
         _count(session, row)
         if point.place is None:
             return Claimed(point.number, report_step(task, _answers(session, task)))
+        assert isinstance(task, PlannedTask)
         if point.number < task.n_first:
             first = None
         elif first is None:
@@ -199,16 +212,21 @@ def note(engine: sa.Engine, worker_id: str, analysis_id: str, progress: Progress
     return False
 
 
-def finish(
-    engine: sa.Engine, client: DBOSClient, worker_id: str, task: PlannedTask, number: int, result: Result
-) -> None:
-    """Record how a point ended, once; plan the next round, or end the analysis, if it was the last that was missing."""
+def finish(engine: sa.Engine, client: DBOSClient, worker_id: str, task: TurnTask, number: int, result: Result) -> None:
+    """Record how a point ended, once; plan the next round, or end the analysis, if it was the last that was missing.
+
+    A point for which this worker's memory was too little waits again, for workers that have more.
+    """
     with write(engine) as session:
         row = _going_on(session, worker_id, task.analysis_id)
         if row is None:
             return
         point = session.get_one(Point, (row.id, number))
         if point.finished_at is not None:
+            return
+        result, waits = _unless_a_larger_one_has_room(session, worker_id, row, result)
+        if waits:
+            point.turn_id, point.attempts = None, point.attempts - 1
             return
         if result.outcome == "cancelled":
             _end(session, row, result)
@@ -247,18 +265,27 @@ def supply(session: Session, client: DBOSClient, row: Analysis) -> None:
     """Queue turns, so that a locked analysis has as many as it can use, unless it has ended meanwhile."""
     if row.outcome is not None:
         return
-    analysis_id = row.id
-    unfinished = session.scalar(
-        sa.select(sa.func.count()).where(Point.analysis_id == analysis_id, Point.finished_at.is_(None))
-    )
+    analysis_id, fleet, queues = row.id, Fleet.now(session), [queue.QUEUE]
+    if row.needs_bytes is not None:
+        queues = memory.Memories.now(session).queues(row.needs_bytes)
+        fleet = replace(fleet, workers=len(queues))
+    if not queues:
+        return
+    points, finished = session.execute(
+        sa.select(sa.func.count(), sa.func.count(Point.finished_at)).where(Point.analysis_id == analysis_id)
+    ).one()
     own = session.scalar(sa.select(sa.func.count()).where(Turn.analysis_id == analysis_id, Turn.ended_at.is_(None)))
     assert own is not None
-    wanted = min(unfinished or 0, Fleet.now(session).most_turns(own))
-    queue.enqueue_turns(client, session, analysis_id, wanted - own)
+    # The first turn plans the points.
+    usable = points - finished if points else 1
+    queue.enqueue_turns(client, session, analysis_id, min(usable, fleet.most_turns(own)) - own, queues)
 
 
 def heal(engine: sa.Engine, client: DBOSClient, worker_id: str, analysis_id: str) -> bool:
-    """Free points of turns that were lost, queue turns for workers that came, cancel; return whether it has ended."""
+    """Free points of turns that were lost, queue turns for workers that came; return whether the analysis has ended.
+
+    It ends here if it is to be cancelled, and if it needs more memory than any worker has.
+    """
     with write(engine) as session:
         row = _going_on(session, worker_id, analysis_id)
         if row is None:
@@ -267,18 +294,17 @@ def heal(engine: sa.Engine, client: DBOSClient, worker_id: str, analysis_id: str
         lost = list(
             session.scalars(sa.select(Turn.id).where(Turn.analysis_id == analysis_id, Turn.ended_at.is_(None), ended))
         )
+        if row.needs_bytes is not None:
+            memories = memory.Memories.now(session)
+            if memories.largest < row.needs_bytes:
+                _end(session, row, memory.too_little(row.needs_bytes, memories.largest))
+                return True
+            lost += queue.waiting_for_nobody(session, analysis_id, memories.queues(row.needs_bytes))
         if lost:
             logger.warning("turns ended without saying so: %s", ", ".join(lost))
             _close(session, lost)
             _after_failure(session, row)
-        has_points = session.scalar(sa.select(sa.exists().where(Point.analysis_id == analysis_id)))
-        has_turns = session.scalar(
-            sa.select(sa.exists().where(Turn.analysis_id == analysis_id, Turn.ended_at.is_(None)))
-        )
-        if has_points:
-            supply(session, client, row)
-        elif not has_turns:
-            queue.enqueue_turns(client, session, analysis_id, 1)
+        supply(session, client, row)
         return row.outcome is not None
 
 
@@ -320,7 +346,21 @@ def _going_on(session: Session, worker_id: str, analysis_id: str) -> Analysis | 
     return row
 
 
-def _plan_further(session: Session, row: Analysis, task: PlannedTask) -> None:
+def _unless_a_larger_one_has_room(
+    session: Session, worker_id: str, row: Analysis, result: Result
+) -> tuple[Result, bool]:
+    """Return the result of a step, and whether the step is to be computed by a worker that has more memory instead."""
+    needs = memory.needed(result, memory.of_worker(session, worker_id))
+    if needs is None:
+        return result, False
+    row.needs_bytes = max(needs, row.needs_bytes or 0)
+    largest = memory.Memories.now(session).largest
+    if largest >= row.needs_bytes:
+        return result, True
+    return memory.too_little(row.needs_bytes, largest, result.problem), False
+
+
+def _plan_further(session: Session, row: Analysis, task: TurnTask) -> None:
     """Plan the points of the next round, or the report, once all of the last round are finished."""
     if _after_failure(session, row):
         return
@@ -328,7 +368,7 @@ def _plan_further(session: Session, row: Analysis, task: PlannedTask) -> None:
     if session.scalar(unfinished.limit(1)) is not None:
         return
     answers = _answers(session, task)
-    places: Sequence[float | None] = task.further(answers) or [None]
+    places: Sequence[float | None] = next_places(task, answers) or [None]
     for number, place in enumerate(places, start=len(answers)):
         session.add(Point(analysis_id=row.id, number=number, place=place))
     session.flush()
@@ -365,8 +405,10 @@ def _analysis_of(turn_id: str) -> str:
     return turn_id.rpartition(".")[0]
 
 
-def _answers(session: Session, task: PlannedTask, *which: sa.ColumnElement[bool]) -> list[Answer]:
+def _answers(session: Session, task: TurnTask, *which: sa.ColumnElement[bool]) -> list[Answer]:
     """Return the answers for points, in the order of their numbers."""
+    if not isinstance(task, PlannedTask):
+        return []
     query = sa.select(Point.answer).where(Point.analysis_id == task.analysis_id, Point.answer.is_not(None), *which)
     return [answer_of(task, json.loads(text)) for text in session.scalars(query.order_by(Point.number)) if text]
 

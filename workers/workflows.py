@@ -34,22 +34,32 @@ def register(host: Host) -> None:
 
     @DBOS.workflow(name=queue.WORKFLOW)
     def run_analysis(analysis_id: str) -> None:
-        with _active(host, analysis_id), about(analysis_id=analysis_id):
-            step = attempts.patiently(lambda: attempts.begin(host.engine, analysis_id, host.settings.max_attempts))
+        with _active(host, analysis_id), about(analysis_id=analysis_id), host.slot.hold():
+            step = attempts.patiently(
+                lambda: attempts.begin(
+                    host.engine, host.client, host.worker_id, analysis_id, host.settings.max_attempts
+                )
+            )
             if step is not None:
                 with about(analysis_id=analysis_id, request_id=step.request_id):
                     result = Result.model_validate(compute_whole(step))
-                    attempts.patiently(lambda: attempts.finish(host.engine, host.worker_id, analysis_id, result))
-                    logger.info("the analysis has ended: %s", result.outcome)
+                    ended = attempts.patiently(
+                        lambda: attempts.finish(host.engine, host.client, host.worker_id, analysis_id, result)
+                    )
+                    logger.info(
+                        "the analysis has ended: %s" if ended else "the analysis goes on elsewhere, or has ended: %s",
+                        result.outcome,
+                    )
 
     @DBOS.workflow(name=queue.PLAN_WORKFLOW)
-    def run_plan(analysis_id: str) -> None:
-        with _active(host, analysis_id), about(analysis_id=analysis_id):
+    def run_plan(plan_id: str) -> None:
+        analysis_id = queue.analysis_of_plan(plan_id)
+        with _active(host, plan_id), about(analysis_id=analysis_id):
             plans.look_after(host, analysis_id)
 
     @DBOS.workflow(name=queue.TURN_WORKFLOW)
     def run_turn(turn_id: str) -> None:
-        with _active(host, turn_id):
+        with _active(host, turn_id), host.slot.hold():
             plans.take(host, turn_id)
 
     @DBOS.workflow(name=queue.FETCH_WORKFLOW)

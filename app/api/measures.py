@@ -194,13 +194,20 @@ class _OfService(Collector):
         silence = GaugeMetricFamily(
             "interplay_worker_silence_seconds", "Time since a worker's last heartbeat.", labels=["worker", "host"]
         )
+        memory = GaugeMetricFamily(
+            "interplay_worker_memory_bytes",
+            "Memory of a worker's device, or as much of it as analyses may use.",
+            labels=["worker", "host", "device"],
+        )
         counts: dict[str, int] = {}
         for worker in living_workers(self._engine):
             counts[worker.device or "starting"] = counts.get(worker.device or "starting", 0) + 1
+            if worker.device is not None and worker.memory_bytes is not None:
+                memory.add_metric([worker.id, worker.host, worker.device], worker.memory_bytes)
             silence.add_metric([worker.id, worker.host], max((now - worker.heartbeat_at).total_seconds(), 0.0))
         for device, n_workers in sorted(counts.items()):
             workers.add_metric([device], n_workers)
-        yield from (workers, silence)
+        yield from (workers, silence, memory)
 
 
 def _of_points(session: Session, now: datetime) -> Iterator[GaugeMetricFamily]:

@@ -228,6 +228,7 @@ class Readiness(Strict):
 class WorkerVersion(Strict):
     id: str
     device: str | None
+    memory_bytes: int | None = Field(description="Memory of the device, or as much of it as analyses may use.")
     torch_version: str | None
     families: list[str] | None = Field(description="Families of networks whose libraries the worker has imported.")
     untried: list[str] = Field(description="Installed families not tried yet; a worker tries them when it starts.")

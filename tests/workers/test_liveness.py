@@ -18,7 +18,7 @@ from tests.services import until
 from workers.liveness import Presence
 from workers.tasks import Hello
 
-DESCRIPTION = Hello(device="cpu", torch_version="2", families=["builtin"], untried=[])
+DESCRIPTION = Hello(memory_bytes=2**30, device="cpu", torch_version="2", families=["builtin"], untried=[])
 
 
 @pytest.fixture

@@ -40,14 +40,14 @@ def client(queue_client: DBOSClient) -> DBOSClient:
     return queue_client
 
 
-def sweep(engine: sa.Engine, client: DBOSClient) -> str:
-    """Queue a pruning sweep of five sparsities; return its id."""
+def sweep(engine: sa.Engine, client: DBOSClient, *, n_parameters: int = 1) -> str:
+    """Queue a pruning sweep of five sparsities, of a network of so many parameters; return its id."""
     with write(engine) as session:
         sha256 = uuid4().hex * 2
         session.add(Blob(sha256=sha256, size_bytes=1))
         session.flush()
         checkpoint = Checkpoint(
-            name="c", sha256=sha256, size_bytes=1, n_parameters=1, metadata_={}, prefix="", ignored={},
+            name="c", sha256=sha256, size_bytes=1, n_parameters=n_parameters, metadata_={}, prefix="", ignored={},
             architecture={"family": "builtin", "name": "mlp", "args": {}},
         )  # fmt: skip
         probe = Probe(

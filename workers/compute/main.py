@@ -53,14 +53,14 @@ def _serve_tasks() -> None:
 
     settings = load_settings()
     start_logging(settings)
-    device = runner.set_up(settings.device, settings.threads)
+    device = runner.set_up(settings.device, settings.threads, settings.device_memory_bytes)
     try:
         storage = Storage(settings)
     except OSError as error:
         # The worker reports it in one sentence, possibly a moment later.
         raise SystemExit(f"its storage cannot be used: {first_line(error)}") from error
     steps = runner.Runner(device, FeatureCache(storage, settings.max_features_bytes), settings.max_loaded_bytes)
-    send(runner.describe(device))
+    send(runner.describe(device, settings.device_memory_bytes))
     freeze_loaded_objects()
     while True:
         work = tasks.get()

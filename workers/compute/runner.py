@@ -3,7 +3,9 @@
 import hashlib
 import importlib.metadata
 import logging
+import os
 import platform
+import sys
 import time
 from collections.abc import Sequence
 from functools import cache
@@ -26,10 +28,17 @@ logger = logging.getLogger("interplay.compute")
 
 # Shortest time between two updates of progress: a batch of small inputs takes only microseconds.
 _PROGRESS_SECONDS = 0.1
+# Where Linux tells the limit of a container's memory.
+_OF_CONTAINER = Path("/sys/fs/cgroup/memory.max")
 
 
-def set_up(device: str, threads: int) -> torch.device:
+def set_up(device: str, threads: int, memory_bytes: int | None = None) -> torch.device:
     """Choose the device, once for the process; `auto` takes CUDA if available.
+
+    Args:
+        device: the device's name in torch, or `auto`.
+        threads: of the CPU; 0 leaves torch's default.
+        memory_bytes: as much of a GPU's memory as the process may use. Default: all.
 
     Raises:
         SystemExit: the requested device does not exist here.
@@ -44,15 +53,24 @@ def set_up(device: str, threads: int) -> torch.device:
             raise SystemExit(
                 f"INTERPLAY_DEVICE is {device}; this machine has {torch.cuda.device_count()} CUDA devices."
             )
+        if memory_bytes is not None:
+            share = memory_bytes / torch.cuda.get_device_properties(index).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(share, 1.0), index)
     return torch.device(device)
 
 
-def describe(device: torch.device) -> Hello:
-    """Describe this worker: device, torch version and families."""
+def describe(device: torch.device, memory_bytes: int | None = None) -> Hello:
+    """Describe this worker: device and its memory, torch version and families.
+
+    Args:
+        device: the device.
+        memory_bytes: as much of its memory as analyses may use. Default: all.
+    """
     certain = ("builtin", "custom")
     found = available_families()
     return Hello(
         device=_device_name(device),
+        memory_bytes=min(memory_bytes or sys.maxsize, _memory_bytes(device)),
         torch_version=torch.__version__,
         families=[name for name in found if name in certain],
         # torchvision first: whatever makes it fail makes timm fail too, with the same message.
@@ -131,6 +149,17 @@ def _provenance(step: AnyStep, device: torch.device) -> Json:
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def _memory_bytes(device: torch.device) -> int:
+    """Return the memory of a device; of a CPU the machine's, or as much as the process's container may use."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    of_machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        return min(of_machine, int(_OF_CONTAINER.read_text()))
+    except (OSError, ValueError):  # not in a container, or one without a limit, which says "max"
+        return of_machine
 
 
 def _libraries(architectures: Sequence[Json]) -> str | None:

@@ -72,6 +72,7 @@ async def version(service: ServiceDep) -> schemas.Version:
             schemas.WorkerVersion(
                 id=row.id,
                 device=row.device,
+                memory_bytes=row.memory_bytes,
                 torch_version=row.torch_version,
                 families=row.families,
                 untried=row.untried or [],

@@ -10,7 +10,6 @@ workers have is planned, and its turns wait on queues of workers that have enoug
 
 import threading
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import sqlalchemy as sa
@@ -257,26 +256,35 @@ def count_waiting(session: Session, *, most: int) -> int:
     return session.scalar(sa.select(sa.func.count()).select_from(waiting.limit(most).subquery())) or 0
 
 
-@dataclass(frozen=True)
-class ClaimedRun:
-    """A run that a worker holds, and the queue that it came from."""
-
-    id: str
-    queue: str
-
-
-def claimed(session: Session, worker_id: str | None = None) -> dict[str, list[ClaimedRun]]:
-    """Return the runs that workers hold, by worker; those of one worker alone if it is given."""
+def claimed(session: Session) -> dict[str, list[str]]:
+    """Return the runs that workers hold, by worker."""
     runs = _runs(session.get_bind().dialect.name, "queue_name", "executor_id")
-    held = sa.select(runs.c.executor_id, runs.c.workflow_uuid, runs.c.queue_name)
-    ours = sa.or_(runs.c.queue_name.in_(QUEUES), runs.c.queue_name.startswith(_SIZED, autoescape=True))
-    held = held.where(runs.c.status == "PENDING", ours)
-    if worker_id is not None:
-        held = held.where(runs.c.executor_id == worker_id)
-    found: dict[str, list[ClaimedRun]] = {}
-    for owner, run_id, queue in session.execute(held):
-        found.setdefault(owner or "", []).append(ClaimedRun(run_id, queue))
+    held = sa.select(runs.c.executor_id, runs.c.workflow_uuid).where(runs.c.status == "PENDING", _is_ours(runs))
+    found: dict[str, list[str]] = {}
+    for owner, run_id in session.execute(held):
+        found.setdefault(owner or "", []).append(run_id)
     return found
+
+
+def release(session: Session, worker_id: str, run_ids: Collection[str] | None = None) -> list[str]:
+    """Queue the runs again that a worker holds, or those of them that are given; return their ids.
+
+    Runs that another worker has claimed meanwhile are left alone; the library's own call resumes a run whoever holds
+    it.
+    """
+    columns = ("queue_name", "executor_id", "owner_xid", "started_at_epoch_ms", "recovery_attempts")
+    runs = _runs(session.get_bind().dialect.name, *columns)
+    held = sa.update(runs).where(runs.c.status == "PENDING", runs.c.executor_id == worker_id, _is_ours(runs))
+    if run_ids is not None:
+        held = held.where(runs.c.workflow_uuid.in_(run_ids))
+    # Attempts are counted in our tables: the library must not give up a run by its own count.
+    again = held.values(status="ENQUEUED", owner_xid=None, started_at_epoch_ms=None, recovery_attempts=0)
+    return list(session.scalars(again.returning(runs.c.workflow_uuid)))
+
+
+def _is_ours(runs: sa.TableClause) -> sa.ColumnElement[bool]:
+    """Return SQL that is true for runs of our queues, not of those that the library keeps for itself."""
+    return sa.or_(runs.c.queue_name.in_(QUEUES), runs.c.queue_name.startswith(_SIZED, autoescape=True))
 
 
 def has_ended(dialect: str, run: type[Run]) -> sa.ColumnElement[bool]:

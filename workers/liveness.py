@@ -142,7 +142,7 @@ class Presence:
         self._id = worker_id
         self._active = active
         # Runs that the queue assigns to this worker but that do not run here, with the number of rounds.
-        self._stranded: dict[queue.ClaimedRun, int] = {}
+        self._stranded: dict[str, int] = {}
         self._rounds = 0
         # Since when every round has succeeded: a worker that was suspended itself must not judge others' silence.
         self._steady_since = self._last_round = time.monotonic()
@@ -229,26 +229,23 @@ class Presence:
                         self._take_over(owner)
 
     def _take_over(self, owner: str) -> None:
-        # First, so that it writes nothing once another has its work. A crash after this leaves runs without an owner's
-        # row, which are resumed as well.
+        # At once: it writes nothing from the moment on at which others may have its work.
         with write(self._engine) as session:
             _mark_ended(session, owner)
-        # Listed again under the lock: a run that another worker has resumed meanwhile is no longer the owner's.
-        with read(self._engine) as session:
-            lost = queue.claimed(session, owner).get(owner, [])
-        for run in lost:
-            logger.warning("worker %s is gone; run %s is queued again", owner, run.id)
-            self._client.resume_workflow(run.id, queue_name=run.queue)
+            lost = queue.release(session, owner)
+        logger.warning("worker %s is gone; its runs are queued again: %s", owner, ", ".join(lost) or "none")
 
-    def _resume_stranded(self, pending: list[queue.ClaimedRun]) -> None:
-        """Resume runs that the queue assigns here but that do not run: an error in the queue ended their thread."""
-        idle = [run for run in pending if run.id not in self._active]
-        self._stranded = {run: self._stranded.get(run, 0) + 1 for run in idle}
-        for run, rounds in list(self._stranded.items()):
-            if rounds > _STRANDED_ROUNDS:
-                logger.warning("run %s was stranded; it is queued again", run.id)
-                self._client.resume_workflow(run.id, queue_name=run.queue)
-                del self._stranded[run]
+    def _resume_stranded(self, pending: list[str]) -> None:
+        """Queue runs again that this worker holds but does not run: an error in the queue ended their thread."""
+        idle = [run_id for run_id in pending if run_id not in self._active]
+        self._stranded = {run_id: self._stranded.get(run_id, 0) + 1 for run_id in idle}
+        stranded = [run_id for run_id, rounds in self._stranded.items() if rounds > _STRANDED_ROUNDS]
+        if stranded:
+            logger.warning("runs were stranded; they are queued again: %s", ", ".join(stranded))
+            with write(self._engine) as session:
+                queue.release(session, self._id, stranded)
+            for run_id in stranded:
+                del self._stranded[run_id]
 
     def _settle_lost_runs(self) -> None:
         """Fail what ended in the queue without an outcome: a fault of the service that must not look like waiting."""

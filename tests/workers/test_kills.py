@@ -234,24 +234,23 @@ def test_worker_killed_in_the_middle_of_a_path(
     }
     expected = any_service.report(any_service.wait(any_service.analyze(**path)["id"]))
     analysis = any_service.analyze(**path)
-    done_before: list[int] = []
-    for kill, wanted in enumerate(kills, start=1):
-        until(partial(_at_point, any_service, analysis, attempt=kill, point=wanted))
-        done_before.append(status(any_service, analysis)["progress"]["done"])
+    for wanted in kills:
+        until(partial(_at_point, any_service, analysis, point=wanted))
+        done_before = status(any_service, analysis)["progress"]["done"]
         killed(any_service.worker())
-    lowest: dict[int, int] = {}
+    lowest = 25
     while not has_ended(any_service, analysis):
         now = status(any_service, analysis)
         if now["progress"]["total"] == 25:
-            lowest[now["attempts"]] = min(lowest.get(now["attempts"], 25), now["progress"]["done"])
+            lowest = min(lowest, now["progress"]["done"])
         time.sleep(0.02)
     done = any_service.wait(analysis["id"])
-    assert done["attempts"] == len(kills) + 1
+    # A kill between two points costs nothing, and one within a point this point.
+    assert 1 <= done["attempts"] <= len(kills) + 1
     assert any_service.report(done)["points"] == expected["points"]
-    # Only the step in progress when the worker died may run again.
-    assert lowest[len(kills) + 1] >= done_before[-1] - 1
+    assert lowest >= done_before
 
 
-def _at_point(service: Service, analysis: dict[str, Any], *, attempt: int, point: int) -> bool:
+def _at_point(service: Service, analysis: dict[str, Any], *, point: int) -> bool:
     now = status(service, analysis)
-    return bool(now["attempts"] == attempt and now["progress"]["total"] == 25 and now["progress"]["done"] >= point)
+    return bool(now["progress"]["total"] == 25 and now["progress"]["done"] >= point)

@@ -10,6 +10,7 @@ workers have is planned, and its turns wait on queues of workers that have enoug
 
 import threading
 from collections.abc import Collection, Sequence
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import sqlalchemy as sa
@@ -17,7 +18,7 @@ from sqlalchemy.orm import Session
 
 from app.database import clock
 from app.errors import NotCancellable
-from app.models import Analysis, Run, Turn, now
+from app.models import Analysis, Run, Turn, Worker, now
 from app.schemas.kinds import PLANNED
 
 # The library takes a third of a second to load: an API process loads it once it answers, a worker while torch loads.
@@ -256,13 +257,27 @@ def count_waiting(session: Session, *, most: int) -> int:
     return session.scalar(sa.select(sa.func.count()).select_from(waiting.limit(most).subquery())) or 0
 
 
-def claimed(session: Session) -> dict[str, list[str]]:
-    """Return the runs that workers hold, by worker."""
+def waiting(dialect: str, queues: Sequence[str]) -> sa.Select[*tuple[bool, ...]]:
+    """Return SQL of one row: for each of these queues, whether a run waits there that this version may claim."""
+    runs = _runs(dialect, "queue_name", "application_version")
+    # SQLite takes an index of the runs in flight only where a literal of its condition stands in the query.
+    in_flight: list[sa.ColumnElement[str]] = [sa.literal_column(f"'{status}'") for status in ("ENQUEUED", "PENDING")]
+    waits = sa.exists().where(runs.c.status == in_flight[0], runs.c.status.in_(in_flight))
+    ours = sa.or_(runs.c.application_version == VERSION, runs.c.application_version.is_(None))
+    return sa.select(*(waits.where(runs.c.queue_name == name, ours).label(name) for name in queues))
+
+
+def held(session: Session, worker_id: str, seen_since: datetime) -> dict[str, list[str]]:
+    """Return the runs of a worker, and those of owners that are no worker with a heartbeat since then, by owner."""
     runs = _runs(session.get_bind().dialect.name, "queue_name", "executor_id")
-    held = sa.select(runs.c.executor_id, runs.c.workflow_uuid).where(runs.c.status == "PENDING", _is_ours(runs))
+    alive = sa.select(Worker.id).where(Worker.ended_at.is_(None), Worker.heartbeat_at >= seen_since)
+    owner = sa.func.coalesce(runs.c.executor_id, "")
+    theirs = sa.or_(owner == worker_id, owner.not_in(alive))
     found: dict[str, list[str]] = {}
-    for owner, run_id in session.execute(held):
-        found.setdefault(owner or "", []).append(run_id)
+    for name, run_id in session.execute(
+        sa.select(owner, runs.c.workflow_uuid).where(runs.c.status == "PENDING", _is_ours(runs), theirs)
+    ):
+        found.setdefault(name, []).append(run_id)
     return found
 
 

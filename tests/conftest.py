@@ -2,10 +2,12 @@
 
 import json
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import hypothesis
 import numpy as np
 import pytest
 import sqlalchemy as sa
@@ -41,9 +43,30 @@ _LONGEST = (
 )
 
 
-def pytest_configure() -> None:
+# A slow machine is no fault of what is tested; tests that hang have the limit of pytest-timeout.
+hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.load_profile("any machine")
+
+
+def pytest_configure(config: pytest.Config) -> None:
     """Restore the default handling of Ctrl-C here and in child processes: background jobs start with it ignored."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    config.pluginmanager.register(_Failures(config))
+
+
+class _Failures:
+    """Prints each failure when it happens: a run that is ended from outside never comes to its summary."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config, self._began = config, time.monotonic()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        terminal = self._config.pluginmanager.get_plugin("terminalreporter")
+        if report.failed and terminal is not None:
+            seconds = time.monotonic() - self._began
+            crash = getattr(report.longrepr, "reprcrash", None)
+            reason = " ".join((report.longreprtext if crash is None else crash.message).split())[:300]
+            terminal.write_line(f"\nafter {seconds:.0f} s: {report.nodeid} ({report.when}): {reason}")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -26,14 +26,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("interplay")
 
-# Fetches of a worker at a time, beside its analysis. They take minutes: their start may wait a little.
+# Fetches of a worker at a time, beside its analysis.
 _FETCHES_AT_A_TIME = 2
-_FETCHES_POLLING_SECONDS = 2.0
 # Plans of a worker at a time, beside what it computes. They only look after what turns do by themselves.
 _PLANS_AT_A_TIME = 16
-_PLANS_POLLING_SECONDS = 2.0
-# What needs more device memory than others have waits on a queue of its own.
-_LARGE_POLLING_SECONDS = 2.0
+# Nobody notices when these start a little later.
+_OTHERS_POLLING_SECONDS = 1.0
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -146,9 +144,10 @@ def _work(settings: Settings, child: ComputeChild, told_to_stop: int) -> None:
 
 
 def _join_queue(settings: Settings, engine: "sa.Engine", worker_id: str, memory_bytes: int) -> None:
-    from dbos import DBOS, DBOSConfig
+    from dbos import DBOS, DBOSConfig, Queue
 
     from app import queue
+    from workers.demand import Demand, launch
 
     queue.close_pickle()
     config: DBOSConfig = {
@@ -162,27 +161,25 @@ def _join_queue(settings: Settings, engine: "sa.Engine", worker_id: str, memory_
         "notification_coalesce_sec": 1.0,
         "log_level": settings.log_level.upper(),
     }
-    DBOS(config=config)
+    library = DBOS(config=config)
     # Not those of a later version, whose workflows this one does not have.
     large = queue.sized(memory_bytes)
-    DBOS.listen_queues([*queue.QUEUES, large])
-    DBOS.launch()
-    DBOS.register_queue(queue.QUEUE, worker_concurrency=1, polling_interval_sec=settings.queue_polling_seconds)
-    DBOS.register_queue(
-        large,
-        worker_concurrency=1,
-        polling_interval_sec=max(_LARGE_POLLING_SECONDS, settings.queue_polling_seconds),
-    )
-    DBOS.register_queue(
-        queue.PLANS,
-        worker_concurrency=_PLANS_AT_A_TIME,
-        polling_interval_sec=max(_PLANS_POLLING_SECONDS, settings.queue_polling_seconds),
-    )
-    DBOS.register_queue(
-        queue.FETCHES,
-        worker_concurrency=_FETCHES_AT_A_TIME,
-        polling_interval_sec=max(_FETCHES_POLLING_SECONDS, settings.queue_polling_seconds),
-    )
+    names = [*queue.QUEUES, large]
+    DBOS.listen_queues(names)
+    seconds = settings.queue_polling_seconds
+    others = max(_OTHERS_POLLING_SECONDS, seconds)
+
+    def register() -> list[Queue]:
+        return [
+            DBOS.register_queue(queue.QUEUE, worker_concurrency=1, polling_interval_sec=seconds),
+            DBOS.register_queue(large, worker_concurrency=1, polling_interval_sec=others),
+            DBOS.register_queue(queue.PLANS, worker_concurrency=_PLANS_AT_A_TIME, polling_interval_sec=others),
+            DBOS.register_queue(queue.FETCHES, worker_concurrency=_FETCHES_AT_A_TIME, polling_interval_sec=others),
+        ]
+
+    # The thread of the first queue asks for all of them.
+    ages = {name: seconds / 2 if name == queue.QUEUE else others for name in names}
+    launch(library, register, Demand(engine, ages))
 
 
 def _watch_input(tell_to_begin: int, tell_to_stop: int) -> None:

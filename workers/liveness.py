@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -133,6 +134,21 @@ class AdvisoryLocks:
         return bool(self._connection.exec_driver_sql(f"SELECT {function}({key})").scalar())
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """What a round finds in the database.
+
+    Attributes:
+        own_runs: the runs that the queue assigns to this worker.
+        silences: of other workers without a recent heartbeat, since when.
+        ended: owners of runs that are no living worker.
+    """
+
+    own_runs: list[str]
+    silences: dict[str, timedelta]
+    ended: set[str]
+
+
 class Presence:
     """Sends this worker's heartbeat and resumes the work of dead workers, in one round each second."""
 
@@ -180,10 +196,11 @@ class Presence:
             self._last_round = time.monotonic()
             try:
                 self._locks.hold(self._id)
-                if not self._beat():
+                seen = self._beat()
+                if seen is None:
                     logger.error("other workers have taken this one for dead, and its work over; it ends")
                     return
-                self._resume_lost_work()
+                self._resume_lost_work(seen)
                 if self._rounds % 10 == 0:
                     self._settle_lost_runs()
                 if self._rounds % 600 == 0:
@@ -197,27 +214,29 @@ class Presence:
                 logger.warning("a liveness round failed: %s", error)
                 self._steady_since = time.monotonic()
 
-    def _beat(self) -> bool:
-        with write(self._engine) as session:
-            row = session.get(Worker, self._id, with_for_update=True)
-            if row is None or row.ended_at is not None:
-                return False
-            row.heartbeat_at = clock(session)
-            return True
+    def _beat(self) -> "_Seen | None":
+        """Write the heartbeat and look at other workers; return None if this one was marked as ended.
 
-    def _resume_lost_work(self) -> None:
-        with read(self._engine) as session:
-            owners = queue.claimed(session)
-            rows = {row.id: row for row in session.scalars(sa.select(Worker).where(Worker.ended_at.is_(None)))}
-            # Read after the rows, so that no heartbeat in them is later.
+        One transaction, since every worker does this every second.
+        """
+        with write(self._engine) as session:
             moment = clock(session)
-        self._resume_stranded(owners.pop(self._id, []))
-        rows.pop(self._id, None)
+            own = sa.update(Worker).where(Worker.id == self._id, Worker.ended_at.is_(None))
+            if not session.execute(own.values(heartbeat_at=moment)).rowcount:  # type: ignore[attr-defined]
+                return None
+            before = moment - self._dead_after
+            owners = queue.held(session, self._id, before)
+            others = sa.select(Worker.id, Worker.heartbeat_at).where(
+                Worker.id != self._id, Worker.ended_at.is_(None), Worker.heartbeat_at <= before
+            )
+            silences = {worker_id: moment - heartbeat for worker_id, heartbeat in session.execute(others)}
+        return _Seen(owners.pop(self._id, []), silences, {*owners} - {*silences})
+
+    def _resume_lost_work(self, seen: "_Seen") -> None:
+        self._resume_stranded(seen.own_runs)
         steady = timedelta(seconds=time.monotonic() - self._steady_since)
-        for owner in {*owners, *rows}:
-            row = rows.get(owner)
-            silence = moment - row.heartbeat_at if row else _HUNG_AFTER
-            silence = min(silence, steady)
+        for owner, told in {**seen.silences, **dict.fromkeys(seen.ended, _HUNG_AFTER)}.items():
+            silence = min(told, steady)
             if silence < self._dead_after:
                 continue
             with self._locks.attempt(owner) as dead:

@@ -72,6 +72,7 @@ def test_dynamics_are_one_command(service: Service, tmp_path: Path) -> None:
     assert (output / "dynamics.svg").read_text().startswith("<svg")
 
 
+@pytest.mark.slow
 def test_connectivity_compares_paths(quick: Quick, tmp_path: Path) -> None:
     """One row for each number of shared epochs and one for another start, whose path is not connected."""
     paths, middles, errors, losses = quick("connectivity")
@@ -85,6 +86,7 @@ def test_connectivity_compares_paths(quick: Quick, tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "pictures").iterdir()} == {f"connectivity-{name}.svg" for name in names}
 
 
+@pytest.mark.slow
 def test_smoothing_costs_cross_entropy(quick: Quick, tmp_path: Path) -> None:
     """Trained towards smoothed targets a network is less sure of them, so its cross-entropy is higher."""
     tables = quick("smoothing")
@@ -105,6 +107,7 @@ def test_pruning_names_its_knees(quick: Quick, tmp_path: Path) -> None:
         assert knee(column(table, "sparsity"), accuracies) in column(table, "sparsity")
 
 
+@pytest.mark.slow
 def test_grokking_sees_both_halves(quick: Quick, tmp_path: Path) -> None:
     """After ten steps something of the training half is learnt and nothing of the other."""
     points, _ = quick("grokking")

@@ -151,6 +151,7 @@ def _alike(file: Path, index: int) -> Path:
     return copy
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_calls_while_the_server_is_away(own: InBucket, mlp_checkpoint_file: Path, digits_probe_file: Path) -> None:
     """Without the bucket each call ends within its deadline, and others are answered; once it is back all is well."""

@@ -4,6 +4,7 @@ Each test is named after an issue of dbos-inc/dbos-transact-py, all of which are
 the library (docs/upgrading.md says how to change it).
 """
 
+import time
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -22,8 +23,9 @@ from app.database import make_engine, read, write
 from app.models import Worker, now
 from app.settings import Settings
 from tests.databases import fresh_database, postgres_server
-from tests.services import until
+from tests.services import Service, until
 from tests.workers.test_liveness import DESCRIPTION, claim, present, queued, status_of
+from workers.demand import Demand
 
 
 @pytest.fixture
@@ -97,7 +99,7 @@ def test_742_a_takeover_with_an_old_list_leaves_what_another_has_claimed(engine:
     for run in (taken, left):
         claim(engine, run, dead)
     with read(engine) as session:
-        seen_by_both = queue.claimed(session)[dead]
+        seen_by_both = queue.held(session, third, now() - timedelta(seconds=5))[dead]
     assert set(seen_by_both) == {taken, left}
     claim(engine, taken, third)
     with write(engine) as session:
@@ -148,3 +150,63 @@ def test_attempts_are_not_counted_by_the_library(engine: sa.Engine, client: DBOS
     with read(engine) as session:
         query = sa.text(f"SELECT status, recovery_attempts FROM {table} WHERE workflow_uuid = :id")
         assert tuple(session.execute(query, {"id": run}).one()) == ("ENQUEUED", 0)
+
+
+def test_a_worker_knows_where_something_waits(engine: sa.Engine, client: DBOSClient) -> None:
+    """Of the queues, those with a run that this version may claim; an answer serves for as long as it may."""
+
+    def asked(names: list[str]) -> list[bool]:
+        demand = Demand(engine, dict.fromkeys(names, 0.0))
+        return [demand.waits(name) for name in names]
+
+    names = [*queue.QUEUES, queue.sized(5)]
+    assert asked(names) == [False] * 4
+    run = queued(engine, client)
+    assert asked(names) == [name == queue.QUEUE for name in names]
+    assert Demand(engine, {queue.PLANS: 0.0}).waits("a queue that it was not given")
+    kept = Demand(engine, dict.fromkeys(names, 3600.0))
+    assert kept.waits(queue.QUEUE)
+    claim(engine, run, worker_row(engine))
+    assert asked(names) == [False] * 4
+    assert kept.waits(queue.QUEUE)
+    table = "workflow_status" if engine.dialect.name == "sqlite" else "dbos.workflow_status"
+    with write(engine) as session:
+        again = f"UPDATE {table} SET status = 'ENQUEUED', application_version = 'another'"
+        session.execute(sa.text(again))
+    assert asked(names) == [False] * 4
+
+
+def test_runs_of_living_workers_are_not_looked_at(engine: sa.Engine, client: DBOSClient) -> None:
+    """A round reads its own runs, those of silent and of ended workers, and those that belong to nobody known."""
+    own, living, silent, ended = worker_row(engine), worker_row(engine), worker_row(engine), worker_row(engine)
+    with write(engine) as session:
+        session.execute(sa.update(Worker).where(Worker.id.in_([own, living])).values(heartbeat_at=now()))
+        session.execute(sa.update(Worker).where(Worker.id == ended).values(heartbeat_at=now(), ended_at=now()))
+    owners = [own, living, silent, ended, "nobody"]
+    runs = {owner: queued(engine, client) for owner in owners}
+    for owner, run in runs.items():
+        claim(engine, run, owner)
+    with read(engine) as session:
+        found = queue.held(session, own, now() - timedelta(seconds=5))
+    assert found == {owner: [run] for owner, run in runs.items() if owner != living}
+
+
+def test_an_idle_worker_asks_the_database_little(service_on_postgres: Service) -> None:
+    """The library's threads ask for nothing but what waits: what `workers.demand` replaces is still what they call."""
+    url = service_on_postgres.environment["INTERPLAY_DATABASE_URL"]
+    service_on_postgres.worker()
+    transactions = "SELECT xact_commit + xact_rollback FROM pg_stat_database WHERE datname = current_database()"
+
+    def in_five_seconds() -> int:
+        with psycopg.connect(url, autocommit=True) as connection:
+            before = connection.execute(transactions).fetchone()
+            time.sleep(5)
+            connection.execute("SELECT pg_stat_clear_snapshot()")
+            after = connection.execute(transactions).fetchone()
+        assert before is not None
+        assert after is not None
+        return int(after[0]) - int(before[0])
+
+    # Two looks for work and a round of heartbeats a second, and tests of connections. Without `demand` it is 150.
+
+    until(lambda: in_five_seconds() < 60, seconds=60)

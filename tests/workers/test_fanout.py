@@ -95,26 +95,33 @@ def points_of(service: Service, analysis_id: str) -> list[Point]:
 
 
 @pytest.mark.timeout(600)
-def test_reports_do_not_depend_on_the_number_of_workers(fleet: Service, ids: dict[str, str]) -> None:
-    """One and two workers give the same report of each planned kind bit for bit, and four that of a path."""
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in requests(ids)}
-    for further in (0, 1, 3):
+@pytest.mark.parametrize(
+    ("counts", "kinds"),
+    [
+        pytest.param([1, 2], ["even", "adaptive", "comparison"], id="two workers"),
+        pytest.param([1, 2], ["pruning", "series"], id="sweeps", marks=pytest.mark.slow),
+        pytest.param([1, 4], ["even", "adaptive"], id="four workers", marks=pytest.mark.slow),
+    ],
+)
+def test_reports_do_not_depend_on_the_number_of_workers(
+    counts: list[int], kinds: list[str], fleet: Service, ids: dict[str, str]
+) -> None:
+    """Several workers give the report of one bit for bit."""
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in kinds}
+    for count in counts:
         with ExitStack() as stack:
-            for _ in range(further):
+            for _ in range(count - 1):
                 stack.enter_context(services.worker(fleet))
-            until(partial(has_workers, fleet, 1 + further))
-            for name, request in requests(ids).items():
-                if further == 3 and name not in ("even", "adaptive"):
-                    continue
-                analysis = fleet.wait(fleet.analyze(**request)["id"], seconds=300)
+            until(partial(has_workers, fleet, count))
+            for name in kinds:
+                analysis = fleet.wait(fleet.analyze(**requests(ids)[name])["id"], seconds=300)
                 found[name].append(comparable(fleet.report(analysis)))
                 assert analysis["attempts"] == 1
                 turns = {point.turn_id for point in points_of(fleet, analysis["id"])}
-                if name == "even" and further:
+                if name == "even" and count > 1:
                     assert len(turns) > 1
-    for name, reports in found.items():
-        assert len(reports) >= 2
-        assert all(report == reports[0] for report in reports), name
+    for name, (first, second) in found.items():
+        assert first == second, name
 
 
 def test_a_short_evaluation_is_let_between_two_points(fleet: Service, ids: dict[str, str]) -> None:

@@ -199,6 +199,7 @@ def test_missing_blob_fails_the_analysis(service: Service, mlp_checkpoint_file: 
     assert sha256 in failed["problem"]["detail"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("any_service", campaign(DATABASES, often=["postgresql"]), indirect=True)
 def test_two_workers_share_the_work(any_service: Service, mlp_checkpoint_file: Path, digits_probe_file: Path) -> None:
     """A second worker takes over the work of a worker that is killed and not restarted."""

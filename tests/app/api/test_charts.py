@@ -17,6 +17,7 @@ from app.api.charts.rendering import svg
 from app.api.charts.reports import describe
 from app.settings import Settings
 from tests.app.api.test_uploads import problem
+from tests.campaigns import campaign
 from tests.services import Service
 
 FURTHER = [
@@ -35,7 +36,7 @@ NAMES = {
 DRAWN = {kind: [name for name in names if name not in FURTHER[1:]] for kind, names in NAMES.items()}
 
 
-@pytest.mark.parametrize("kind", NAMES)
+@pytest.mark.parametrize("kind", campaign(NAMES, often=["evaluation", "path"]))
 def test_every_chart_is_drawn_in_every_format(service: Service, reports: dict[str, Any], kind: str) -> None:
     """Each chart exists as valid SVG with a description, as PNG of a legible size, and as the specification of both."""
     url = f"/v1/reports/{reports[kind]['id']}/charts"

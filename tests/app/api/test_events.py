@@ -132,7 +132,8 @@ def test_many_listeners_leave_room_for_others(any_service: Service, ids: Callabl
 
     waits, ends = asyncio.run(scenario())
     assert ends == ["cancelled"] * 100
-    assert sorted(waits)[len(waits) // 2] < 0.25, waits
+    # Without room nobody answers before the listeners have ended, which takes a minute.
+    assert sorted(waits)[len(waits) // 2] < 2, waits
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -244,10 +244,13 @@ def test_a_file_is_pushed_with_progress(page: Page, mlp_checkpoint_file: Path) -
 @pytest.mark.parametrize(
     "page",
     [
-        {"viewport": {"width": 360, "height": 740}, "color_scheme": "dark"},
-        {"viewport": {"width": 2560, "height": 1440}, "color_scheme": "light"},
+        pytest.param({"viewport": {"width": 360, "height": 740}, "color_scheme": "dark"}, id="phone, dark"),
+        pytest.param(
+            {"viewport": {"width": 2560, "height": 1440}, "color_scheme": "light"},
+            id="wall, light",
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["phone, dark", "wall, light"],
     indirect=True,
 )
 def test_nothing_is_inaccessible(page: Page, service: Service, reports: dict[str, Any]) -> None:

@@ -130,7 +130,7 @@ def test_names_and_addresses_are_text(client: httpx.Client, elsewhere: Elsewhere
         assert "\u202e" not in page
 
 
-@pytest.mark.parametrize("size", [(360, 740), (1280, 800)], ids=["phone", "desk"])
+@pytest.mark.parametrize("size", [pytest.param((360, 740), marks=pytest.mark.slow), (1280, 800)], ids=["phone", "desk"])
 def test_progress_is_live_in_a_browser(browser: Browser, elsewhere: Elsewhere, size: tuple[int, int]) -> None:
     """The form leads to the fetch; bytes are counted while they come, and in the end a link leads on."""
     name = f"live {uuid4().hex}"

@@ -126,8 +126,8 @@ def test_the_same_weights_are_pruned(name: str, include_head: bool, scope: Scope
     [
         ("encoder", "head"),
         ("transformers GPT2", "lm_head"),
-        ("transformers Bert", "classifier"),
-        ("timm eca_nfnet_l0", "head.fc"),
+        pytest.param("transformers Bert", "classifier", marks=pytest.mark.slow),
+        pytest.param("timm eca_nfnet_l0", "head.fc", marks=pytest.mark.slow),
     ],
 )
 def test_weights_of_every_kind_are_prunable(name: str, head: str, exported: Exported) -> None:

@@ -1,0 +1,79 @@
+"""Make an idle worker cheap: one query asks for all its queues whether anything waits.
+
+The queue's library reads each queue's settings and its waiting runs in two transactions at every look, and looks for
+delayed and timed out runs, which there are none of, every second: fifty statements a second in a worker that does
+nothing. Here a queue's thread claims only where something waits. docs/decisions/0069-idle-workers.md has the
+measurements.
+"""
+
+import math
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING
+
+import sqlalchemy as sa
+
+from app import queue
+
+if TYPE_CHECKING:
+    from dbos import DBOS, Queue
+
+# The library's own jobs, none of which this service needs.
+_BACKGROUND_SECONDS = 60.0
+# Its own queue, on which this service puts nothing either.
+_OF_THE_LIBRARY = "_dbos_internal_queue"
+
+
+class Demand:
+    """Tells which queues have runs that wait, in one query for all of them.
+
+    Args:
+        engine: of the queue's database.
+        ages: the queues that the worker listens to, and how old an answer may be for each, in seconds.
+    """
+
+    def __init__(self, engine: sa.Engine, ages: Mapping[str, float]) -> None:
+        # Without BEGIN and COMMIT around a single statement.
+        self._engine = engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._ages = {_OF_THE_LIBRARY: max(ages.values()), **ages}
+        self._query = queue.waiting(engine.dialect.name, [*self._ages])
+        self._asking = threading.Lock()
+        self._asked_at = -math.inf
+        self._waiting: frozenset[str] = frozenset()
+
+    def waits(self, name: str) -> bool:
+        """Return whether a run waits on a queue; true of a queue that is not among those of `ages`."""
+        if name not in self._ages:
+            return True
+        with self._asking:
+            if time.monotonic() - self._asked_at > self._ages[name]:
+                with self._engine.connect() as connection:
+                    row = connection.execute(self._query).one()
+                self._waiting = frozenset(name for name, waits in zip(self._ages, row, strict=True) if waits)
+                self._asked_at = time.monotonic()
+            return name in self._waiting
+
+
+def launch(library: "DBOS", register: Callable[[], Iterable["Queue"]], demand: Demand) -> None:
+    """Launch the queue's library; its threads claim by demand, and take the queues as they were registered.
+
+    What is replaced is no public interface of the library; tests/workers/test_contract.py fails where an upgrade
+    changes it.
+
+    Args:
+        library: configured.
+        register: registers all queues that the worker listens to, once the library is launched.
+        demand: asked before every claim.
+    """
+    from dbos import _workflow_commands
+
+    _workflow_commands._BACKGROUND_JOBS_INTERVAL_SEC = _BACKGROUND_SECONDS
+    library.launch()
+    own = {one.name: one for one in register()}
+    for one in own.values():
+        one.database_backed_queue = False
+    system = library._sys_db
+    system.get_queue = lambda name, **_: own.get(name)  # type: ignore[method-assign]
+    system.list_queues = lambda **_: list(own.values())  # type: ignore[method-assign]
+    system.dequeue_scopes = lambda queue_name: [None] if demand.waits(queue_name) else []  # type: ignore[method-assign]

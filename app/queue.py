@@ -139,7 +139,7 @@ def enqueue_analysis(client: "Client", session: Session, row: Analysis) -> None:
     """Queue an analysis in the caller's transaction; a planned one with its first turn, which has its place."""
     if row.kind in PLANNED:
         enqueue(client, session, row.id, workflow=PLAN_WORKFLOW, queue=PLANS)
-        enqueue_turns(client, session, row.id, 1)
+        enqueue_turns(client, session, row.id, [QUEUE])
     else:
         enqueue(client, session, row.id)
 
@@ -165,19 +165,17 @@ def analysis_of_plan(plan_id: str) -> str:
     return plan_id.removesuffix(_OF_PLAN)
 
 
-def enqueue_turns(
-    client: "Client", session: Session, analysis_id: str, count: int, queues: Sequence[str] = (QUEUE,)
-) -> None:
-    """Queue further turns at a planned analysis, whose row the caller has locked or just made, on these queues."""
-    if count <= 0:
+def enqueue_turns(client: "Client", session: Session, analysis_id: str, queues: Sequence[str]) -> None:
+    """Queue a turn at a planned analysis, whose row the caller has locked or just made, on each of these queues."""
+    if not queues:
         return
     before = session.scalar(sa.select(sa.func.count()).where(Turn.analysis_id == analysis_id)) or 0
     moment = clock(session)
-    ids = [f"{analysis_id}.{number}" for number in range(before, before + count)]
+    ids = [f"{analysis_id}.{number}" for number, _ in enumerate(queues, start=before)]
     session.add_all(Turn(id=id_, analysis_id=analysis_id, created_at=moment) for id_ in ids)
     session.flush()
-    for number, id_ in enumerate(ids, start=before):
-        enqueue(client, session, id_, workflow=TURN_WORKFLOW, queue=queues[number % len(queues)])
+    for id_, name in zip(ids, queues, strict=True):
+        enqueue(client, session, id_, workflow=TURN_WORKFLOW, queue=name)
 
 
 def close_turns(session: Session, analysis_id: str) -> None:
@@ -309,6 +307,19 @@ def has_ended(dialect: str, run: type[Run]) -> sa.ColumnElement[bool]:
         later = sa.and_(run.kind.not_in(PLANNED), run.needs_bytes.is_not(None))
         run_id = sa.case((later, run.id + _OF_PLAN), else_=run.id)
     return has_status(dialect, run_id, *ENDED)
+
+
+def turns_on(session: Session, queues: Collection[str]) -> dict[str, int]:
+    """Return how many turns wait or run on each of these queues that has any."""
+    runs = _runs(session.get_bind().dialect.name, "queue_name")
+    open_ones = (
+        sa.select(runs.c.queue_name, sa.func.count())
+        .join(runs, runs.c.workflow_uuid == Turn.id)
+        .where(Turn.ended_at.is_(None), runs.c.queue_name.in_(queues), runs.c.status.in_(("ENQUEUED", "PENDING")))
+        .group_by(runs.c.queue_name)
+        .select_from(Turn)
+    )
+    return dict(iter(session.execute(open_ones)))
 
 
 def waiting_for_nobody(session: Session, analysis_id: str, queues: Collection[str]) -> list[str]:

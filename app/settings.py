@@ -120,6 +120,11 @@ class Settings(BaseSettings):
         le=60,
         description="Pause between a worker's looks for work; longer costs less when idle, and starts later.",
     )
+    memory_patience_seconds: float = Field(
+        default=60.0,
+        ge=0,
+        description="How long what needs more device memory than any worker has waits for one that has it, then fails.",
+    )
     stall_seconds: float = Field(
         default=600.0,
         gt=0,

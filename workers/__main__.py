@@ -20,9 +20,8 @@ from app.supervision import DEVICES, Workers, devices_of
 from workers.child import ComputeChild
 
 if TYPE_CHECKING:
-    import sqlalchemy as sa
-
     from workers.liveness import Presence
+    from workers.steps import Host
 
 logger = logging.getLogger("interplay")
 
@@ -127,8 +126,9 @@ def _work(settings: Settings, child: ComputeChild, told_to_stop: int) -> None:
     presence.register(child.description)
     found = offers.Offers(child.description.families, child.description.untried)
     offers.start(found, settings.data_dir / "workers", engine, worker_id)
-    register(Host(worker_id, settings, engine, queue.make_client(engine), storage, child, active))
-    _join_queue(settings, engine, worker_id, child.description.memory_bytes)
+    host = Host(worker_id, settings, engine, queue.make_client(engine), storage, child, active)
+    register(host)
+    _join_queue(host, child.description.memory_bytes)
     logger.info("worker %s is ready", worker_id)
     freeze_loaded_objects()
     stopping = threading.Event()
@@ -143,7 +143,7 @@ def _work(settings: Settings, child: ComputeChild, told_to_stop: int) -> None:
         os._exit(0)
 
 
-def _join_queue(settings: Settings, engine: "sa.Engine", worker_id: str, memory_bytes: int) -> None:
+def _join_queue(host: "Host", memory_bytes: int) -> None:
     from dbos import DBOS, DBOSConfig, Queue
 
     from app import queue
@@ -152,34 +152,35 @@ def _join_queue(settings: Settings, engine: "sa.Engine", worker_id: str, memory_
     queue.close_pickle()
     config: DBOSConfig = {
         "name": queue.APPLICATION,
-        "system_database_engine": engine,
+        "system_database_engine": host.engine,
         "serializer": queue.serializer(),
-        "executor_id": worker_id,
+        "executor_id": host.worker_id,
         "application_version": queue.VERSION,
         "run_migrations": False,
         # Of its notifications, which nothing here sends; by default it looks for them a hundred times a second.
         "notification_coalesce_sec": 1.0,
-        "log_level": settings.log_level.upper(),
+        "log_level": host.settings.log_level.upper(),
     }
     library = DBOS(config=config)
     # Not those of a later version, whose workflows this one does not have.
     large = queue.sized(memory_bytes)
     names = [*queue.QUEUES, large]
     DBOS.listen_queues(names)
-    seconds = settings.queue_polling_seconds
+    seconds = host.settings.queue_polling_seconds
     others = max(_OTHERS_POLLING_SECONDS, seconds)
 
     def register() -> list[Queue]:
         return [
             DBOS.register_queue(queue.QUEUE, worker_concurrency=1, polling_interval_sec=seconds),
-            DBOS.register_queue(large, worker_concurrency=1, polling_interval_sec=others),
+            DBOS.register_queue(large, worker_concurrency=1, polling_interval_sec=seconds),
             DBOS.register_queue(queue.PLANS, worker_concurrency=_PLANS_AT_A_TIME, polling_interval_sec=others),
             DBOS.register_queue(queue.FETCHES, worker_concurrency=_FETCHES_AT_A_TIME, polling_interval_sec=others),
         ]
 
     # The thread of the first queue asks for all of them.
     ages = {name: seconds / 2 if name == queue.QUEUE else others for name in names}
-    launch(library, register, Demand(engine, ages))
+    demand = Demand(host.engine, ages, [queue.QUEUE, large], lambda: host.slot.is_taken)
+    launch(library, register, demand)
 
 
 def _watch_input(tell_to_begin: int, tell_to_stop: int) -> None:

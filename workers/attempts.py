@@ -64,9 +64,13 @@ def begin(
     """Count an attempt at an analysis of one step and return it; None if there is nothing to do here.
 
     One that needs more memory than this worker has is planned, for those that have enough.
+
+    Raises:
+        TakenOver: others have taken this worker for dead.
     """
     with write(engine) as session:
         row = _begun(session, Analysis, analysis_id, max_attempts)
+        require_alive(session, worker_id)
         if row is None:
             return None
         task = task_of(session, row)
@@ -93,12 +97,16 @@ def _begun(session: Session, model: type[AnyRun], id_: str, max_attempts: int) -
     if isinstance(row, Analysis) and row.needs_bytes is not None:
         return None  # its turns go on
     if row.cancel_requested_at is not None:
-        _end(row, Result(outcome="cancelled"))
+        _end(session, row, Result(outcome="cancelled"))
         return None
     if row.attempts >= max_attempts:
         detail = f"Its worker died in each of {row.attempts} attempts; it is not tried again."
         what = "The analysis was given up" if model is Analysis else "The fetch was given up"
-        _end(row, Result(outcome="failed", problem=problem("too-many-attempts", what, detail, attempts=row.attempts)))
+        _end(
+            session,
+            row,
+            Result(outcome="failed", problem=problem("too-many-attempts", what, detail, attempts=row.attempts)),
+        )
         return None
     row.attempts += 1
     row.started_at = row.started_at or now()
@@ -140,10 +148,18 @@ def note(
         return False
 
 
-def finish(engine: sa.Engine, client: DBOSClient, worker_id: str, analysis_id: str, result: Result) -> bool:
+def finish(
+    engine: sa.Engine,
+    client: DBOSClient,
+    worker_id: str,
+    analysis_id: str,
+    result: Result,
+    *,
+    memory_patience_seconds: float,
+) -> bool:
     """Record the outcome and the report once; return False if an outcome was already recorded, or none is yet.
 
-    An analysis for which this worker's memory was too little is planned, for workers that have more.
+    An analysis for which its worker's memory was too little is planned, for workers that have more.
 
     Raises:
         TakenOver: others have taken this worker for dead.
@@ -153,13 +169,13 @@ def finish(engine: sa.Engine, client: DBOSClient, worker_id: str, analysis_id: s
         require_alive(session, worker_id)
         if row is None or row.outcome is not None:
             return False
-        needs = memory.needed(result, memory.of_worker(session, worker_id))
+        needs = memory.needed(result)
         if needs is not None and row.cancel_requested_at is None:
-            largest = memory.Memories.now(session).largest
-            if largest >= needs:
+            memories = memory.Memories.now(session, memory_patience_seconds)
+            if memories.may_have(needs):
                 _plan_later(session, client, row, needs)
                 return False
-            result = memory.too_little(needs, largest, result.problem)
+            result = memory.too_little(needs, memories.largest, result.problem)
         record(session, row, result)
         return True
 
@@ -167,6 +183,9 @@ def finish(engine: sa.Engine, client: DBOSClient, worker_id: str, analysis_id: s
 def _plan_later(session: Session, client: DBOSClient, row: Analysis, needs_bytes: int) -> None:
     """Plan an analysis of one step for workers with more memory; it waits as if nobody had begun it."""
     queue.plan_later(client, session, row, needs_bytes)
+    # At once, as the plan itself may wait behind others.
+    if queues := memory.living(session, needs_bytes):
+        queue.enqueue_turns(client, session, row.id, memory.least_taken(session, queues, 1))
     row.attempts, row.started_at, row.progress_phase = row.attempts - 1, None, "queued"
     row.progress_done = row.progress_total = 0
 
@@ -180,7 +199,7 @@ def record(session: Session, row: Analysis, result: Result) -> None:
         session.add_all(MetadataEntry.entries(report.id, _metadata(subjects)))
         _note_names(session, subjects)
         row.progress_phase, row.progress_done = "finished", row.progress_total
-    _end(row, result)
+    _end(session, row, result)
 
 
 def require_alive(session: Session, worker_id: str) -> None:
@@ -199,7 +218,7 @@ def end(engine: sa.Engine, model: type[Analysis] | type[Fetch], run_id: str, res
     with write(engine) as session:
         row = session.get(model, run_id, with_for_update=True)
         if row is not None and row.outcome is None:
-            _end(row, result)
+            _end(session, row, result)
 
 
 def use(session: Session, resource_id: str, *, fetch_id: str) -> None:
@@ -212,7 +231,7 @@ def use(session: Session, resource_id: str, *, fetch_id: str) -> None:
     if row is None or row.outcome is not None or row.cancel_requested_at is not None:
         raise Ended
     row.resource_id, row.progress_phase = resource_id, "finished"
-    _end(row, Result(outcome="succeeded"))
+    _end(session, row, Result(outcome="succeeded"))
 
 
 def patiently(transaction: Callable[[], T]) -> T:
@@ -233,9 +252,11 @@ def _is_outage(error: sa.exc.DBAPIError | sa.exc.TimeoutError) -> bool:
     return away or (isinstance(error, sa.exc.DBAPIError) and error.connection_invalidated)
 
 
-def _end(row: Run, result: Result) -> None:
+def _end(session: Session, row: Run, result: Result) -> None:
     if isinstance(row, Fetch):
         row.spec = ""
+    elif isinstance(row, Analysis) and queue.is_planned(row):
+        queue.close_turns(session, row.id)
     row.outcome, row.problem, row.finished_at = result.outcome, result.problem, now()
 
 

@@ -1,4 +1,4 @@
-"""Make an idle worker cheap: one query asks for all its queues whether anything waits.
+"""Say when a worker claims: one query asks for all its queues whether anything waits, and an idle worker is cheap.
 
 The queue's library reads each queue's settings and its waiting runs in two transactions at every look, and looks for
 delayed and timed out runs, which there are none of, every second: fifty statements a second in a worker that does
@@ -9,7 +9,7 @@ measurements.
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
@@ -21,38 +21,62 @@ if TYPE_CHECKING:
 
 # The library's own jobs, none of which this service needs.
 _BACKGROUND_SECONDS = 60.0
+# Longer than a claim takes.
+_CLAIM_SECONDS = 2.0
 # Its own queue, on which this service puts nothing either.
 _OF_THE_LIBRARY = "_dbos_internal_queue"
 
 
 class Demand:
-    """Tells which queues have runs that wait, in one query for all of them.
+    """Tells which queues have runs that wait, in one query for all of them, and from which of them to claim.
+
+    A worker computes one run at a time, whichever of its queues it comes from: while it does, nothing is claimed from
+    these, so that other workers may have it. Where runs wait on several of them, they take turns.
 
     Args:
         engine: of the queue's database.
         ages: the queues that the worker listens to, and how old an answer may be for each, in seconds.
+        computing: those of them whose runs compute.
+        is_busy: returns whether a run of these is under way here.
     """
 
-    def __init__(self, engine: sa.Engine, ages: Mapping[str, float]) -> None:
+    def __init__(
+        self, engine: sa.Engine, ages: Mapping[str, float], computing: Collection[str], is_busy: Callable[[], bool]
+    ) -> None:
         # Without BEGIN and COMMIT around a single statement.
         self._engine = engine.execution_options(isolation_level="AUTOCOMMIT")
         self._ages = {_OF_THE_LIBRARY: max(ages.values()), **ages}
+        self._computing, self._is_busy = computing, is_busy
         self._query = queue.waiting(engine.dialect.name, [*self._ages])
         self._asking = threading.Lock()
         self._asked_at = -math.inf
         self._waiting: frozenset[str] = frozenset()
+        # The queue that was last told to claim, among those whose runs compute, and when.
+        self._last, self._told_at = "", -math.inf
 
-    def waits(self, name: str) -> bool:
-        """Return whether a run waits on a queue; true of a queue that is not among those of `ages`."""
+    def is_for(self, name: str) -> bool:
+        """Return whether to claim from a queue now; true of a queue that is not among those of `ages`."""
         if name not in self._ages:
             return True
         with self._asking:
+            computes = name in self._computing
+            if computes and self._is_busy():
+                return False
             if time.monotonic() - self._asked_at > self._ages[name]:
                 with self._engine.connect() as connection:
                     row = connection.execute(self._query).one()
                 self._waiting = frozenset(name for name, waits in zip(self._ages, row, strict=True) if waits)
                 self._asked_at = time.monotonic()
-            return name in self._waiting
+            return name in self._waiting and (not computes or self._is_next(name))
+
+    def _is_next(self, name: str) -> bool:
+        """Return whether a queue comes next of those whose runs compute."""
+        if name != self._last and time.monotonic() - self._told_at < _CLAIM_SECONDS:
+            return False  # the thread of the last one may be claiming
+        if name == self._last and any(other in self._waiting for other in self._computing if other != name):
+            return time.monotonic() - self._told_at > 2 * _CLAIM_SECONDS  # unless nobody takes it
+        self._last, self._told_at = name, time.monotonic()
+        return True
 
 
 def launch(library: "DBOS", register: Callable[[], Iterable["Queue"]], demand: Demand) -> None:
@@ -76,4 +100,4 @@ def launch(library: "DBOS", register: Callable[[], Iterable["Queue"]], demand: D
     system = library._sys_db
     system.get_queue = lambda name, **_: own.get(name)  # type: ignore[method-assign]
     system.list_queues = lambda **_: list(own.values())  # type: ignore[method-assign]
-    system.dequeue_scopes = lambda queue_name: [None] if demand.waits(queue_name) else []  # type: ignore[method-assign]
+    system.dequeue_scopes = lambda queue_name: [None] if demand.is_for(queue_name) else []  # type: ignore[method-assign]

@@ -6,6 +6,7 @@ worker has goes to workers that have enough. It fails where none has, with both 
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -14,13 +15,9 @@ from sqlalchemy.orm import Session
 
 from app import queue
 from app.database import clock
-from app.errors import problem, problem_type
+from app.errors import problem
 from app.models import Worker
 from workers.tasks import Json, Result
-
-# A worker that restarts, as all do at an upgrade, is waited for so long.
-_PATIENCE = timedelta(seconds=60)
-_OUT_OF_MEMORY = problem_type("out-of-memory")
 
 
 @dataclass(frozen=True)
@@ -28,27 +25,54 @@ class Memories:
     """The device memory of workers, in bytes.
 
     Attributes:
-        living: of each living worker that has told it.
-        largest: the largest of these, and of those that ended within the last minute; 0 if there are none.
+        living: of each living worker.
+        largest: the largest of these, and of those that ended a short while ago; 0 if there are none.
+        is_settled: whether some worker has lived for that while, so that others had the time to start.
     """
 
     living: tuple[int, ...]
     largest: int
+    is_settled: bool
 
     @classmethod
-    def now(cls, session: Session) -> "Memories":
-        """Return the memories of the fleet as the database knows it."""
-        late = sa.or_(Worker.ended_at.is_(None), Worker.ended_at > clock(session) - _PATIENCE)
-        rows = session.execute(
-            sa.select(Worker.memory_bytes, Worker.ended_at).where(Worker.memory_bytes.is_not(None), late)
+    def now(cls, session: Session, patience_seconds: float) -> "Memories":
+        """Return the memories of the fleet as the database knows it; the short while is `patience_seconds`."""
+        since = clock(session) - timedelta(seconds=patience_seconds)
+        late = sa.or_(Worker.ended_at.is_(None), Worker.ended_at > since)
+        told = session.execute(
+            sa.select(Worker.memory_bytes, Worker.started_at, Worker.ended_at).where(
+                Worker.memory_bytes.is_not(None), late
+            )
         ).all()
-        told = [(memory, ended_at is None) for memory, ended_at in rows if memory is not None]
-        living = tuple(sorted(memory for memory, lives in told if lives))
-        return cls(living, max((memory for memory, _ in told), default=0))
+        living = [(memory, started) for memory, started, ended in told if ended is None and memory is not None]
+        return cls(
+            tuple(sorted(memory for memory, _ in living)),
+            max((memory for memory, _, _ in told if memory is not None), default=0),
+            any(started <= since for _, started in living),
+        )
 
-    def queues(self, needs_bytes: int) -> list[str]:
-        """Return the queues of the living workers that have enough, one for each worker."""
-        return [queue.sized(memory) for memory in self.living if memory >= needs_bytes]
+    def may_have(self, needs_bytes: int) -> bool:
+        """Return whether a worker has enough, or one that is about to start may have."""
+        return self.largest >= needs_bytes or not self.is_settled
+
+
+def living(session: Session, needs_bytes: int) -> list[str]:
+    """Return the queues of the living workers that have enough, one for each worker, smallest memory first."""
+    enough = sa.select(Worker.memory_bytes).where(Worker.ended_at.is_(None), Worker.memory_bytes >= needs_bytes)
+    return [queue.sized(memory) for memory in session.scalars(enough.order_by(Worker.memory_bytes)) if memory]
+
+
+def least_taken(session: Session, queues: Sequence[str], count: int) -> list[str]:
+    """Return on which of these queues, one for each worker, so many further turns wait for the fewest others."""
+    workers = {name: queues.count(name) for name in queues}
+    turns = dict.fromkeys(workers, 0) | queue.turns_on(session, [*workers])
+    chosen: list[str] = []
+    for _ in range(count):
+        # Of equals the first one, which has the least memory.
+        name = min(workers, key=lambda name: (turns[name] + 1) / workers[name])
+        turns[name] += 1
+        chosen.append(name)
+    return chosen
 
 
 def of_worker(session: Session, worker_id: str) -> int:
@@ -57,10 +81,9 @@ def of_worker(session: Session, worker_id: str) -> int:
     return sys.maxsize if memory_bytes is None else memory_bytes
 
 
-def needed(result: Result, memory_bytes: int) -> int | None:
-    """Return what a step needs at least that ran out of a worker's memory; None if it did not."""
-    ran_out = result.problem is not None and result.problem["type"] == _OUT_OF_MEMORY
-    return memory_bytes + 1 if ran_out and memory_bytes < sys.maxsize else None
+def needed(result: Result) -> int | None:
+    """Return what a step needs at least that ran out of its worker's device memory; None if it did not."""
+    return None if result.too_little_bytes is None else result.too_little_bytes + 1
 
 
 def too_little(needs_bytes: int, largest_bytes: int, cause: Json | None = None) -> Result:

@@ -23,7 +23,15 @@ _LOOK_SECONDS = 0.2
 
 def look_after(host: Host, analysis_id: str) -> None:
     """Look after an analysis until it has ended."""
-    while not attempts.patiently(lambda: turns.heal(host.engine, host.client, host.worker_id, analysis_id)):
+    heal = partial(
+        turns.heal,
+        host.engine,
+        host.client,
+        host.worker_id,
+        analysis_id,
+        memory_patience_seconds=host.settings.memory_patience_seconds,
+    )
+    while not attempts.patiently(heal):
         time.sleep(_ROUND_SECONDS)
     logger.info("the analysis has ended")
 
@@ -78,13 +86,22 @@ def _compute_points(host: Host, turn_id: str, begun: turns.Begun) -> None:
             first = claimed.step.first or first
         result = compute(host, claimed.step, note)
         attempts.patiently(
-            partial(turns.finish, host.engine, host.client, host.worker_id, task, claimed.number, result)
+            partial(
+                turns.finish,
+                host.engine,
+                host.client,
+                host.worker_id,
+                task,
+                claimed.number,
+                result,
+                memory_patience_seconds=host.settings.memory_patience_seconds,
+            )
         )
         if host.slot.is_wanted:
             return
         now = time.monotonic()
         if now - looked > _LOOK_SECONDS:
             looked = now
-            lets = partial(turns.lets_others, host.engine, task.analysis_id)
+            lets = partial(turns.lets_others, host.engine, host.worker_id, task.analysis_id)
             if attempts.patiently(partial(lets, used_seconds=now - began, waited_seconds=begun.waited_seconds)):
                 return

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import sqlalchemy as sa
 from dbos import DBOSClient
 
-from app.errors import problem
+from app.errors import problem, problem_type
 from app.settings import Settings
 from app.storage import Storage
 from workers import attempts, inputs, reuse
@@ -22,10 +22,14 @@ OnTick = Callable[[Progress | None], bool]
 
 # A step whose child dies is retried once, in a fresh child.
 _CHILD_ATTEMPTS = 2
+_OUT_OF_MEMORY = problem_type("out-of-memory")
 
 
 class Slot:
-    """The place of a worker that computes: one run at a time, although it takes runs from two queues."""
+    """The place of a worker that computes: one run at a time, although it takes runs from two queues.
+
+    It takes none while the place is taken (`demand`), so a run waits for it only if both were claimed at one moment.
+    """
 
     def __init__(self) -> None:
         self._free, self._counting = threading.Lock(), threading.Lock()
@@ -38,6 +42,11 @@ class Slot:
         with self._free:
             self._count(-1)
             yield
+
+    @property
+    def is_taken(self) -> bool:
+        """Whether a run holds it."""
+        return self._free.locked()
 
     @property
     def is_wanted(self) -> bool:
@@ -88,7 +97,12 @@ def compute(host: Host, step: AnyStep, note: OnTick) -> Result:
         files = inputs.fetch(host.storage, host.settings, step, stack, on_tick)
         if isinstance(files, Result):
             return files
-        return _compute_in_child(host.child, Work(step=step, files=files), on_tick)
+        result = _compute_in_child(host.child, Work(step=step, files=files), on_tick)
+    if result.problem is None or result.problem["type"] != _OUT_OF_MEMORY or result.problem.get("of") == "host":
+        return result
+    # Here, as the result may be recorded and judged by another worker.
+    assert host.child.description is not None
+    return result.model_copy(update={"too_little_bytes": host.child.description.memory_bytes})
 
 
 def _compute_in_child(child: ComputeChild, work: Work, on_tick: OnTick) -> Result:

@@ -521,11 +521,19 @@ class Progress(Frozen):
 
 
 class Result(Frozen):
-    """How a step ended: with the body of a report or an answer, with a problem, or, if cancelled, with neither."""
+    """How a step ended: with the body of a report or an answer, with a problem, or, if cancelled, with neither.
+
+    Attributes:
+        outcome: as the API names it.
+        body: of a report, or an answer for a point.
+        problem: of a failure.
+        too_little_bytes: the device memory that ran out, of the worker that computed.
+    """
 
     outcome: Literal["succeeded", "failed", "cancelled"]
     body: Json | None = None
     problem: Json | None = None
+    too_little_bytes: int | None = None
 
 
 class Hello(Frozen):

@@ -11,7 +11,7 @@ Every function is one transaction that locks the analysis's row first, so that w
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 
 import sqlalchemy as sa
@@ -53,8 +53,8 @@ class Fleet:
 
     Attributes:
         workers: living workers, or those of them that have enough memory for an analysis.
-        analyses: planned analyses that have turns.
-        turns: turns of all analyses, waiting and under way.
+        analyses: planned analyses that have turns and share these workers.
+        turns: their turns, waiting and under way.
     """
 
     workers: int
@@ -62,13 +62,13 @@ class Fleet:
     turns: int
 
     @classmethod
-    def now(cls, session: Session) -> "Fleet":
-        """Return the fleet as the database knows it."""
-        workers = session.scalar(sa.select(sa.func.count()).where(Worker.ended_at.is_(None)))
-        analyses, turns = session.execute(
-            sa.select(sa.func.count(Turn.analysis_id.distinct()), sa.func.count()).where(Turn.ended_at.is_(None))
-        ).one()
-        return cls(workers or 0, analyses, turns)
+    def now(cls, session: Session, workers: int, which: sa.ColumnElement[bool]) -> "Fleet":
+        """Return the fleet of so many workers, shared by those of the planned analyses for which `which` holds."""
+        shared = sa.select(sa.func.count(Turn.analysis_id.distinct()), sa.func.count()).join(
+            Analysis, Analysis.id == Turn.analysis_id
+        )
+        analyses, turns = session.execute(shared.where(Turn.ended_at.is_(None), which)).one()
+        return cls(workers, analyses, turns)
 
     @property
     def share(self) -> int:
@@ -119,6 +119,7 @@ def begin(engine: sa.Engine, client: DBOSClient, worker_id: str, turn_id: str) -
         needs = max(task.needs_bytes, row.needs_bytes or 0)
         if needs > memory.of_worker(session, worker_id):
             row.needs_bytes, turn.ended_at = needs, moment
+            session.flush()
             supply(session, client, row)
             return None
         turn.began_at = turn.began_at or moment
@@ -165,7 +166,9 @@ def claim(
         if point is None:
             return None
         if point.attempts >= max_attempts:
-            what = "the report" if point.place is None else f"point {point.number + 1}"
+            what = f"point {point.number + 1}"
+            if point.place is None:
+                what = "the report" if isinstance(task, PlannedTask) else "the analysis"
             detail = f"Its worker died in each of {point.attempts} attempts at {what}; it is not tried again."
             body = problem(
                 "too-many-attempts",
@@ -212,10 +215,19 @@ def note(engine: sa.Engine, worker_id: str, analysis_id: str, progress: Progress
     return False
 
 
-def finish(engine: sa.Engine, client: DBOSClient, worker_id: str, task: TurnTask, number: int, result: Result) -> None:
+def finish(
+    engine: sa.Engine,
+    client: DBOSClient,
+    worker_id: str,
+    task: TurnTask,
+    number: int,
+    result: Result,
+    *,
+    memory_patience_seconds: float,
+) -> None:
     """Record how a point ended, once; plan the next round, or end the analysis, if it was the last that was missing.
 
-    A point for which this worker's memory was too little waits again, for workers that have more.
+    A point for which its worker's memory was too little waits again, for workers that have more.
     """
     with write(engine) as session:
         row = _going_on(session, worker_id, task.analysis_id)
@@ -224,10 +236,14 @@ def finish(engine: sa.Engine, client: DBOSClient, worker_id: str, task: TurnTask
         point = session.get_one(Point, (row.id, number))
         if point.finished_at is not None:
             return
-        result, waits = _unless_a_larger_one_has_room(session, worker_id, row, result)
-        if waits:
-            point.turn_id, point.attempts = None, point.attempts - 1
-            return
+        needs = memory.needed(result)
+        if needs is not None:
+            memories = memory.Memories.now(session, memory_patience_seconds)
+            if memories.may_have(needs):
+                row.needs_bytes = max(needs, row.needs_bytes or 0)
+                point.turn_id, point.attempts = None, point.attempts - 1
+                return
+            result = memory.too_little(needs, memories.largest, result.problem)
         if result.outcome == "cancelled":
             _end(session, row, result)
         elif point.place is None:
@@ -265,23 +281,31 @@ def supply(session: Session, client: DBOSClient, row: Analysis) -> None:
     """Queue turns, so that a locked analysis has as many as it can use, unless it has ended meanwhile."""
     if row.outcome is not None:
         return
-    analysis_id, fleet, queues = row.id, Fleet.now(session), [queue.QUEUE]
-    if row.needs_bytes is not None:
-        queues = memory.Memories.now(session).queues(row.needs_bytes)
-        fleet = replace(fleet, workers=len(queues))
-    if not queues:
-        return
+    queues: list[str] = []
+    if row.needs_bytes is None:
+        workers = session.scalar(sa.select(sa.func.count()).where(Worker.ended_at.is_(None))) or 0
+        fleet = Fleet.now(session, workers, sa.true())
+    else:
+        queues = memory.living(session, row.needs_bytes)
+        if not queues:
+            return
+        # Turns that any worker may take make room for these when their time is over.
+        fleet = Fleet.now(session, len(queues), Analysis.needs_bytes.is_not(None))
     points, finished = session.execute(
-        sa.select(sa.func.count(), sa.func.count(Point.finished_at)).where(Point.analysis_id == analysis_id)
+        sa.select(sa.func.count(), sa.func.count(Point.finished_at)).where(Point.analysis_id == row.id)
     ).one()
-    own = session.scalar(sa.select(sa.func.count()).where(Turn.analysis_id == analysis_id, Turn.ended_at.is_(None)))
+    own = session.scalar(sa.select(sa.func.count()).where(Turn.analysis_id == row.id, Turn.ended_at.is_(None)))
     assert own is not None
     # The first turn plans the points.
     usable = points - finished if points else 1
-    queue.enqueue_turns(client, session, analysis_id, min(usable, fleet.most_turns(own)) - own, queues)
+    count = max(min(usable, fleet.most_turns(own)) - own, 0)
+    where = memory.least_taken(session, queues, count) if queues else [queue.QUEUE] * count
+    queue.enqueue_turns(client, session, row.id, where)
 
 
-def heal(engine: sa.Engine, client: DBOSClient, worker_id: str, analysis_id: str) -> bool:
+def heal(
+    engine: sa.Engine, client: DBOSClient, worker_id: str, analysis_id: str, *, memory_patience_seconds: float
+) -> bool:
     """Free points of turns that were lost, queue turns for workers that came; return whether the analysis has ended.
 
     It ends here if it is to be cancelled, and if it needs more memory than any worker has.
@@ -294,21 +318,25 @@ def heal(engine: sa.Engine, client: DBOSClient, worker_id: str, analysis_id: str
         lost = list(
             session.scalars(sa.select(Turn.id).where(Turn.analysis_id == analysis_id, Turn.ended_at.is_(None), ended))
         )
+        stray: list[str] = []
         if row.needs_bytes is not None:
-            memories = memory.Memories.now(session)
-            if memories.largest < row.needs_bytes:
+            memories = memory.Memories.now(session, memory_patience_seconds)
+            if not memories.may_have(row.needs_bytes) and not _after_failure(session, row):
                 _end(session, row, memory.too_little(row.needs_bytes, memories.largest))
                 return True
-            lost += queue.waiting_for_nobody(session, analysis_id, memories.queues(row.needs_bytes))
+            stray = queue.waiting_for_nobody(session, analysis_id, memory.living(session, row.needs_bytes))
         if lost:
             logger.warning("turns ended without saying so: %s", ", ".join(lost))
-            _close(session, lost)
+        if lost or stray:
+            _close(session, [*lost, *stray])
             _after_failure(session, row)
         supply(session, client, row)
         return row.outcome is not None
 
 
-def lets_others(engine: sa.Engine, analysis_id: str, *, used_seconds: float, waited_seconds: float) -> bool:
+def lets_others(
+    engine: sa.Engine, worker_id: str, analysis_id: str, *, used_seconds: float, waited_seconds: float
+) -> bool:
     """Return whether a turn should end between two points, because others wait for a worker.
 
     An analysis of one step is let before the next point; where more of them wait than there are workers, a turn goes
@@ -316,11 +344,20 @@ def lets_others(engine: sa.Engine, analysis_id: str, *, used_seconds: float, wai
     than its share of the workers, and else every ten seconds, since a worker must load what they need.
     """
     with read(engine) as session:
-        fleet, waited_seconds = Fleet.now(session), min(waited_seconds, _MOST_CREDIT_SECONDS)
+        workers = session.scalar(sa.select(sa.func.count()).where(Worker.ended_at.is_(None))) or 0
+        # What needs more memory than this worker has would not be let by it.
+        takes = sa.func.coalesce(Analysis.needs_bytes, 0) <= memory.of_worker(session, worker_id)
+        fleet, waited_seconds = Fleet.now(session, workers, takes), min(waited_seconds, _MOST_CREDIT_SECONDS)
         whole = queue.count_waiting(session, most=fleet.workers + 1)
         if whole and (whole <= fleet.workers or used_seconds >= waited_seconds):
             return True
-        waiting = sa.exists().where(Turn.analysis_id != analysis_id, Turn.began_at.is_(None), Turn.ended_at.is_(None))
+        waiting = sa.exists().where(
+            Turn.analysis_id != analysis_id,
+            Turn.began_at.is_(None),
+            Turn.ended_at.is_(None),
+            Analysis.id == Turn.analysis_id,
+            takes,
+        )
         if not session.scalar(sa.select(waiting)):
             return False
         own = sa.select(sa.func.count()).where(
@@ -344,20 +381,6 @@ def _going_on(session: Session, worker_id: str, analysis_id: str) -> Analysis | 
         _end(session, row, Result(outcome="cancelled"))
         return None
     return row
-
-
-def _unless_a_larger_one_has_room(
-    session: Session, worker_id: str, row: Analysis, result: Result
-) -> tuple[Result, bool]:
-    """Return the result of a step, and whether the step is to be computed by a worker that has more memory instead."""
-    needs = memory.needed(result, memory.of_worker(session, worker_id))
-    if needs is None:
-        return result, False
-    row.needs_bytes = max(needs, row.needs_bytes or 0)
-    largest = memory.Memories.now(session).largest
-    if largest >= row.needs_bytes:
-        return result, True
-    return memory.too_little(row.needs_bytes, largest, result.problem), False
 
 
 def _plan_further(session: Session, row: Analysis, task: TurnTask) -> None:
@@ -428,7 +451,6 @@ def _end(session: Session, row: Analysis, result: Result) -> None:
     """Record the outcome, close all turns, and forget the answers, which the report has."""
     attempts.record(session, row, result)
     session.execute(sa.update(Point).where(Point.analysis_id == row.id).values(answer=None))
-    queue.close_turns(session, row.id)
 
 
 def clean(session: Session, before: datetime) -> None:

@@ -44,7 +44,14 @@ def register(host: Host) -> None:
                 with about(analysis_id=analysis_id, request_id=step.request_id):
                     result = Result.model_validate(compute_whole(step))
                     ended = attempts.patiently(
-                        lambda: attempts.finish(host.engine, host.client, host.worker_id, analysis_id, result)
+                        lambda: attempts.finish(
+                            host.engine,
+                            host.client,
+                            host.worker_id,
+                            analysis_id,
+                            result,
+                            memory_patience_seconds=host.settings.memory_patience_seconds,
+                        )
                     )
                     logger.info(
                         "the analysis has ended: %s" if ended else "the analysis goes on elsewhere, or has ended: %s",

@@ -156,19 +156,19 @@ def test_a_worker_knows_where_something_waits(engine: sa.Engine, client: DBOSCli
     """Of the queues, those with a run that this version may claim; an answer serves for as long as it may."""
 
     def asked(names: list[str]) -> list[bool]:
-        demand = Demand(engine, dict.fromkeys(names, 0.0))
-        return [demand.waits(name) for name in names]
+        demand = Demand(engine, dict.fromkeys(names, 0.0), [], lambda: False)
+        return [demand.is_for(name) for name in names]
 
     names = [*queue.QUEUES, queue.sized(5)]
     assert asked(names) == [False] * 4
     run = queued(engine, client)
     assert asked(names) == [name == queue.QUEUE for name in names]
-    assert Demand(engine, {queue.PLANS: 0.0}).waits("a queue that it was not given")
-    kept = Demand(engine, dict.fromkeys(names, 3600.0))
-    assert kept.waits(queue.QUEUE)
+    assert Demand(engine, {queue.PLANS: 0.0}, [], lambda: False).is_for("a queue that it was not given")
+    kept = Demand(engine, dict.fromkeys(names, 3600.0), [], lambda: False)
+    assert kept.is_for(queue.QUEUE)
     claim(engine, run, worker_row(engine))
     assert asked(names) == [False] * 4
-    assert kept.waits(queue.QUEUE)
+    assert kept.is_for(queue.QUEUE)
     table = "workflow_status" if engine.dialect.name == "sqlite" else "dbos.workflow_status"
     with write(engine) as session:
         again = f"UPDATE {table} SET status = 'ENQUEUED', application_version = 'another'"

@@ -12,12 +12,14 @@ from dbos import DBOSClient
 
 from app import queue
 from app.database import read, write
-from app.models import Analysis, AnalysisCheckpoint, Worker, now
+from app.models import Analysis, AnalysisCheckpoint, Point, Turn, Worker, now
 from tests import services
 from tests.services import Service, until
 from tests.workers.test_turns import open_turns, sweep
 from workers import attempts, turns
+from workers.demand import Demand
 from workers.tasks import EvaluationTask, Json, Result
+from workers.turns import Begun
 
 # What a worker tells of one input at a time.
 RAN_OUT: Json = {
@@ -34,7 +36,16 @@ def engine(engine_with_tables: sa.Engine) -> sa.Engine:
     """Return an engine on a database with three living workers, which are named after their memory."""
     with write(engine_with_tables) as session:
         for name, memory in (("small", SMALL), ("middle", MIDDLE), ("large", LARGE)):
-            session.add(Worker(id=name, host="h", pid=1, memory_bytes=memory, started_at=now(), heartbeat_at=now()))
+            session.add(
+                Worker(
+                    id=name,
+                    host="h",
+                    pid=1,
+                    memory_bytes=memory,
+                    started_at=now() - timedelta(hours=1),
+                    heartbeat_at=now(),
+                )
+            )
     return engine_with_tables
 
 
@@ -84,6 +95,23 @@ def row(engine: sa.Engine, analysis_id: str) -> Analysis:
         return session.get_one(Analysis, analysis_id)
 
 
+def ran_out(memory_bytes: int) -> Result:
+    """Return the result of a step for which a worker of so much memory was too small."""
+    return Result(outcome="failed", problem=RAN_OUT, too_little_bytes=memory_bytes)
+
+
+def heal(engine: sa.Engine, client: DBOSClient, id_: str) -> bool:
+    return turns.heal(engine, client, "small", id_, memory_patience_seconds=60)
+
+
+def finish_whole(engine: sa.Engine, client: DBOSClient, worker: str, id_: str, result: Result) -> bool:
+    return attempts.finish(engine, client, worker, id_, result, memory_patience_seconds=60)
+
+
+def finish(engine: sa.Engine, client: DBOSClient, worker: str, begun: Begun, number: int, result: Result) -> None:
+    turns.finish(engine, client, worker, begun.task, number, result, memory_patience_seconds=60)
+
+
 def begin_whole(engine: sa.Engine, client: DBOSClient, worker: str, id_: str) -> Any:
     return attempts.begin(engine, client, worker, id_, 3)
 
@@ -96,7 +124,7 @@ def test_an_evaluation_goes_to_a_worker_that_has_enough(engine: sa.Engine, clien
     assert (row(engine, id_).attempts, row(engine, id_).needs_bytes) == (0, 12_000)
     # The run is repeated if its worker dies now: it has nothing to do.
     assert begin_whole(engine, client, "large", id_) is None
-    assert turns.heal(engine, client, "small", id_) is False
+    assert heal(engine, client, id_) is False
     (turn,) = open_turns(engine, id_)
     assert queues_of(engine, client, [turn]) == [queue.sized(LARGE)]
     begun = turns.begin(engine, client, "large", turn)
@@ -105,20 +133,19 @@ def test_an_evaluation_goes_to_a_worker_that_has_enough(engine: sa.Engine, clien
     assert claimed is not None
     assert isinstance(claimed.step, EvaluationTask)
     assert status(engine, id_) == "running"
-    turns.finish(engine, client, "large", begun.task, claimed.number, Result(outcome="failed", problem={"type": "x"}))
+    finish(engine, client, "large", begun, claimed.number, Result(outcome="failed", problem={"type": "x"}))
     assert status(engine, id_) == "failed"
     assert (row(engine, id_).attempts, row(engine, id_).problem) == (1, {"type": "x"})
     assert open_turns(engine, id_) == []
-    assert turns.heal(engine, client, "small", id_) is True
+    assert heal(engine, client, id_) is True
 
 
 def test_an_evaluation_that_ran_out_of_memory_goes_to_a_larger_worker(engine: sa.Engine, client: DBOSClient) -> None:
     """What the estimate did not say is learnt: it goes to the next larger workers, and fails on the largest."""
     id_ = evaluation(engine, client, n_parameters=1)
-    ran_out = Result(outcome="failed", problem=RAN_OUT)
     assert begin_whole(engine, client, "small", id_) is not None
-    assert attempts.finish(engine, client, "small", id_, ran_out) is False
-    assert turns.heal(engine, client, "small", id_) is False
+    assert finish_whole(engine, client, "small", id_, ran_out(SMALL)) is False
+    assert heal(engine, client, id_) is False
     for worker, memory in (("middle", MIDDLE), ("large", LARGE)):
         (turn,) = open_turns(engine, id_)
         assert queue.sized(memory) in (queue.sized(MIDDLE), *queues_of(engine, client, [turn]))
@@ -126,7 +153,7 @@ def test_an_evaluation_that_ran_out_of_memory_goes_to_a_larger_worker(engine: sa
         assert begun is not None
         claimed = turns.claim(engine, worker, turn, begun.task, max_attempts=3, first=None)
         assert claimed is not None
-        turns.finish(engine, client, worker, begun.task, claimed.number, ran_out)
+        finish(engine, client, worker, begun, claimed.number, ran_out(memory))
         assert turns.claim(engine, worker, turn, begun.task, max_attempts=3, first=None) is None
         turns.end(engine, client, worker, turn)
     problem = row(engine, id_).problem
@@ -143,7 +170,7 @@ def test_without_a_larger_worker_the_first_failure_ends_it(engine: sa.Engine, cl
     """Alike workers do not try one after the other what has been too much for one of them."""
     id_ = evaluation(engine, client, n_parameters=1)
     assert begin_whole(engine, client, "large", id_) is not None
-    assert attempts.finish(engine, client, "large", id_, Result(outcome="failed", problem=RAN_OUT)) is True
+    assert finish_whole(engine, client, "large", id_, ran_out(LARGE)) is True
     assert status(engine, id_) == "failed"
     problem = row(engine, id_).problem
     assert problem is not None
@@ -160,10 +187,10 @@ def test_what_no_worker_can_take_fails_with_both_figures(engine: sa.Engine, clie
         id_ = evaluation(engine, client, n_parameters=3000)
         assert begin_whole(engine, client, "small", id_) is None
     end_workers(engine, "large", ago=timedelta(seconds=30))
-    assert turns.heal(engine, client, "small", id_) is False
+    assert heal(engine, client, id_) is False
     assert open_turns(engine, id_) == []
     end_workers(engine, "large", ago=timedelta(seconds=90))
-    assert turns.heal(engine, client, "small", id_) is True
+    assert heal(engine, client, id_) is True
     problem = row(engine, id_).problem
     assert problem is not None
     assert (problem["needs_bytes"], problem["largest_bytes"]) == (12_000, MIDDLE)
@@ -178,7 +205,7 @@ def test_points_wait_for_workers_that_have_enough(engine: sa.Engine, client: DBO
     assert begun is not None
     claimed = turns.claim(engine, "small", f"{id_}.0", begun.task, max_attempts=3, first=None)
     assert claimed is not None
-    turns.finish(engine, client, "small", begun.task, claimed.number, Result(outcome="failed", problem=RAN_OUT))
+    finish(engine, client, "small", begun, claimed.number, ran_out(SMALL))
     assert turns.claim(engine, "small", f"{id_}.0", begun.task, max_attempts=3, first=None) is None
     turns.end(engine, client, "small", f"{id_}.0")
     # One had been queued for anybody before: whoever is too small passes it on.
@@ -199,12 +226,12 @@ def test_turns_leave_the_queue_of_a_worker_that_is_gone(engine: sa.Engine, clien
     """A turn that waits for workers of one memory goes to others once none of them lives."""
     id_ = evaluation(engine, client, n_parameters=500)
     assert begin_whole(engine, client, "small", id_) is None
-    assert turns.heal(engine, client, "small", id_) is False
+    assert heal(engine, client, id_) is False
     (turn,) = open_turns(engine, id_)
     (before,) = queues_of(engine, client, [turn])
     name, other = ("middle", LARGE) if before == queue.sized(MIDDLE) else ("large", MIDDLE)
     end_workers(engine, name)
-    assert turns.heal(engine, client, "small", id_) is False
+    assert heal(engine, client, id_) is False
     (moved,) = open_turns(engine, id_)
     assert moved != turn
     assert queues_of(engine, client, [moved]) == [queue.sized(other)]
@@ -214,7 +241,7 @@ def test_a_cancelled_one_ends(engine: sa.Engine, client: DBOSClient) -> None:
     """One that waits for a larger worker can be cancelled, and its turn then finds nothing to do."""
     id_ = evaluation(engine, client, n_parameters=3000)
     assert begin_whole(engine, client, "small", id_) is None
-    turns.heal(engine, client, "small", id_)
+    heal(engine, client, id_)
     (turn,) = open_turns(engine, id_)
     with write(engine) as session:
         queue.cancel(session, engine.dialect.name, session.get_one(Analysis, id_))
@@ -235,11 +262,111 @@ def test_a_run_that_ended_is_not_taken_for_lost(engine: sa.Engine, client: DBOSC
         assert session.scalar(ended)
 
 
+def test_a_result_is_of_the_worker_that_computed_it(engine: sa.Engine, client: DBOSClient) -> None:
+    """A worker that dies before it records how it ended leaves that to a larger one, which has not tried it."""
+    id_ = evaluation(engine, client, n_parameters=1)
+    assert begin_whole(engine, client, "middle", id_) is not None
+    assert finish_whole(engine, client, "large", id_, ran_out(MIDDLE)) is False
+    assert row(engine, id_).needs_bytes == MIDDLE + 1
+    (turn,) = open_turns(engine, id_)
+    assert queues_of(engine, client, [turn]) == [queue.sized(LARGE)]
+
+
+def test_what_needs_more_is_spread_over_workers(engine: sa.Engine, client: DBOSClient) -> None:
+    """Of two workers of 4,000 bytes and three of 16,000 each gets two of ten evaluations that both can take."""
+    with write(engine) as session:
+        for name, memory in (("middle 2", MIDDLE), ("large 2", LARGE), ("large 3", LARGE)):
+            about = {"host": "h", "pid": 1, "started_at": now(), "heartbeat_at": now()}
+            session.add(Worker(id=name, memory_bytes=memory, **about))
+    waiting = []
+    for _ in range(10):
+        id_ = evaluation(engine, client, n_parameters=500)
+        assert begin_whole(engine, client, "small", id_) is None
+        waiting += open_turns(engine, id_)
+    found = queues_of(engine, client, waiting)
+    assert [found.count(queue.sized(memory)) for memory in (MIDDLE, LARGE)] == [4, 6]
+
+
+def test_a_fleet_that_starts_is_waited_for(engine: sa.Engine, client: DBOSClient) -> None:
+    """As at an upgrade: while no worker has lived for a minute, a larger one may be about to start."""
+    end_workers(engine, "large", "middle", ago=timedelta(hours=1))
+    with write(engine) as session:
+        session.execute(sa.update(Worker).where(Worker.id == "small").values(started_at=now() - timedelta(seconds=50)))
+    id_, ran = evaluation(engine, client, n_parameters=3000), evaluation(engine, client, n_parameters=1)
+    assert begin_whole(engine, client, "small", id_) is None
+    assert heal(engine, client, id_) is False
+    assert begin_whole(engine, client, "small", ran) is not None
+    assert finish_whole(engine, client, "small", ran, ran_out(SMALL)) is False
+    with write(engine) as session:
+        session.execute(sa.update(Worker).where(Worker.id == "small").values(started_at=now() - timedelta(seconds=70)))
+    for one in (id_, ran):
+        assert heal(engine, client, one) is True
+        assert status(engine, one) == "failed"
+
+
+def test_the_failure_of_a_point_is_told_before_that_of_the_fleet(engine: sa.Engine, client: DBOSClient) -> None:
+    """A point for which no worker is large enough ends the analysis when those before it are done, with its number."""
+    id_ = sweep(engine, client, n_parameters=1)
+    end_workers(engine, "middle", "large", ago=timedelta(hours=1))
+    begun = turns.begin(engine, client, "small", f"{id_}.0")
+    assert begun is not None
+    numbers = []
+    for _ in range(2):
+        claimed = turns.claim(engine, "small", f"{id_}.0", begun.task, max_attempts=3, first=None)
+        assert claimed is not None
+        numbers.append(claimed.number)
+        with write(engine) as session:
+            session.execute(sa.update(Point).where(Point.number == claimed.number).values(turn_id="another"))
+    finish(engine, client, "small", begun, numbers[1], ran_out(SMALL))
+    assert heal(engine, client, id_) is False
+    done = Result(outcome="failed", problem={"type": "of an earlier point"})
+    finish(engine, client, "small", begun, numbers[0], done)
+    assert row(engine, id_).problem == {"type": "of an earlier point"}
+
+
+def test_a_small_worker_stays_though_larger_ones_are_waited_for(engine: sa.Engine, client: DBOSClient) -> None:
+    """Its turn is not over because of a turn that it could not take."""
+    other = evaluation(engine, client, n_parameters=500)
+    assert begin_whole(engine, client, "small", other) is None
+    client.cancel_workflow(other)  # its first run, which has ended
+    id_ = sweep(engine, client, n_parameters=1)
+    assert turns.begin(engine, client, "small", f"{id_}.0") is not None
+    with write(engine) as session:
+        session.execute(sa.update(Turn).where(Turn.analysis_id.not_in([other, id_])).values(ended_at=now()))
+    used = {"used_seconds": 3600.0, "waited_seconds": 0.0}
+    assert not turns.lets_others(engine, "small", id_, **used)
+    assert turns.lets_others(engine, "middle", id_, **used)
+
+
+def test_a_worker_claims_from_one_queue_at_a_time(engine: sa.Engine, client: DBOSClient) -> None:
+    """Nothing while it computes; where both queues have work they take turns, and one alone does not wait."""
+    large = queue.sized(SMALL)
+    busy = False
+    demand = Demand(engine, {queue.QUEUE: 0.0, large: 0.0}, [queue.QUEUE, large], lambda: busy)
+    assert not demand.is_for(queue.QUEUE)
+    evaluation(engine, client, n_parameters=1)
+    assert demand.is_for(queue.QUEUE)
+    assert demand.is_for(queue.QUEUE)
+    with write(engine) as session:
+        queue.enqueue(client, session, "sized", queue=large)
+    # The other thread may still be claiming; then it is this queue's turn.
+    assert not demand.is_for(large)
+    assert not demand.is_for(queue.QUEUE)
+    until(lambda: demand.is_for(large), seconds=10)
+    busy = True
+    assert not demand.is_for(queue.QUEUE)
+    assert not demand.is_for(large)
+    busy = False
+    until(lambda: demand.is_for(queue.QUEUE), seconds=10)
+
+
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """Run a service whose worker may use a thousand bytes; tests add a larger one."""
     data_dir = tmp_path_factory.mktemp("mixed") / "data"
-    with services.running(data_dir, device_memory_bytes="1000", queue_polling_seconds="0.1") as service:
+    with services.running(
+        data_dir, device_memory_bytes="1000", memory_patience_seconds="0", queue_polling_seconds="0.1"
+    ) as service:
         yield service
 
 

@@ -112,7 +112,7 @@ def answer(sparsity: float) -> Json:
 def finished(engine: sa.Engine, client: DBOSClient, task: PruningTask, number: int, worker: str = "w0") -> None:
     """Finish a point as computed."""
     result = Result(outcome="succeeded", body=answer(SPARSITIES[number]))
-    turns.finish(engine, client, worker, task, number, result)
+    turns.finish(engine, client, worker, task, number, result, memory_patience_seconds=60)
 
 
 def row_of(session: Session, analysis_id: str) -> Analysis:
@@ -154,7 +154,9 @@ def test_a_point_is_finished_once(engine: sa.Engine, client: DBOSClient) -> None
     task = begun(engine, client, f"{id_}.0")
     claimed(engine, task, f"{id_}.0")
     finished(engine, client, task, 0)
-    turns.finish(engine, client, "w1", task, 0, Result(outcome="failed", problem={"type": "late"}))
+    turns.finish(
+        engine, client, "w1", task, 0, Result(outcome="failed", problem={"type": "late"}), memory_patience_seconds=60
+    )
     with read(engine) as session:
         point = session.get_one(Point, (id_, 0))
         assert point.problem is None
@@ -189,7 +191,7 @@ def test_a_lost_turn_leaves_its_points_to_others(engine: sa.Engine, client: DBOS
     task = begun(engine, client, first)
     assert claimed(engine, task, first) == 0
     client.cancel_workflow(first)
-    assert not turns.heal(engine, client, "w0", id_)
+    assert not turns.heal(engine, client, "w0", id_, memory_patience_seconds=60)
     assert open_turns(engine, id_) == [second, f"{id_}.2"]
     assert claimed(engine, task, second, "w1") == 0
     with read(engine) as session:
@@ -200,7 +202,7 @@ def test_an_analysis_without_any_turn_gets_one(engine: sa.Engine, client: DBOSCl
     """A plan whose first turn was lost before it began makes another."""
     id_ = sweep(engine, client)
     client.cancel_workflow(f"{id_}.0")
-    assert not turns.heal(engine, client, "w0", id_)
+    assert not turns.heal(engine, client, "w0", id_, memory_patience_seconds=60)
     assert open_turns(engine, id_) == [f"{id_}.1"]
 
 
@@ -232,7 +234,7 @@ def test_a_wish_to_cancel_ends_an_analysis_wherever_it_is_seen(engine: sa.Engine
             assert task is not None
             assert turns.claim(engine, "w0", turn, task, max_attempts=3, first=None) is None
         else:
-            assert turns.heal(engine, client, "w0", id_)
+            assert turns.heal(engine, client, "w0", id_, memory_patience_seconds=60)
         with read(engine) as session:
             assert row_of(session, id_).outcome == "cancelled"
 
@@ -258,13 +260,17 @@ def test_the_failure_with_the_lowest_number_is_told(engine: sa.Engine, client: D
         claimed(engine, task, first)
         finished(engine, client, task, number)
     assert [claimed(engine, task, first), claimed(engine, task, second, "w1")] == [2, 3]
-    turns.finish(engine, client, "w1", task, 3, Result(outcome="failed", problem={"type": "later"}))
+    turns.finish(
+        engine, client, "w1", task, 3, Result(outcome="failed", problem={"type": "later"}), memory_patience_seconds=60
+    )
     assert turns.claim(engine, "w1", second, task, max_attempts=3, first=None) is None
     # The turn that has the earlier point is lost; another takes it, and it fails too.
     client.cancel_workflow(first)
-    assert not turns.heal(engine, client, "w1", id_)
+    assert not turns.heal(engine, client, "w1", id_, memory_patience_seconds=60)
     assert claimed(engine, task, second, "w1") == 2
-    turns.finish(engine, client, "w1", task, 2, Result(outcome="failed", problem={"type": "earlier"}))
+    turns.finish(
+        engine, client, "w1", task, 2, Result(outcome="failed", problem={"type": "earlier"}), memory_patience_seconds=60
+    )
     with read(engine) as session:
         row = row_of(session, id_)
         assert (row.outcome, row.problem) == ("failed", {"type": "earlier"})
@@ -278,7 +284,9 @@ def test_a_point_before_a_failed_one_is_not_left_behind(engine: sa.Engine, clien
     task = begun(engine, client, first)
     begun(engine, client, second, "w1")
     assert [claimed(engine, task, first), claimed(engine, task, second, "w1")] == [0, 1]
-    turns.finish(engine, client, "w1", task, 1, Result(outcome="failed", problem={"type": "later"}))
+    turns.finish(
+        engine, client, "w1", task, 1, Result(outcome="failed", problem={"type": "later"}), memory_patience_seconds=60
+    )
     turns.end(engine, client, "w1", second)
     assert open_turns(engine, id_) == [first]
     turns.end(engine, client, "w0", first)
@@ -296,7 +304,9 @@ def test_an_ended_analysis_gets_no_turns(engine: sa.Engine, client: DBOSClient) 
     task = begun(engine, client, first)
     begun(engine, client, second, "w1")
     assert [claimed(engine, task, first), claimed(engine, task, second, "w1")] == [0, 1]
-    turns.finish(engine, client, "w0", task, 0, Result(outcome="failed", problem={"type": "first"}))
+    turns.finish(
+        engine, client, "w0", task, 0, Result(outcome="failed", problem={"type": "first"}), memory_patience_seconds=60
+    )
     assert turns.note(engine, "w1", id_, None)
     finished(engine, client, task, 1, "w1")
     turns.end(engine, client, "w1", second)
@@ -347,7 +357,7 @@ def test_a_turn_lets_others_in_their_turn(engine: sa.Engine, client: DBOSClient)
     begun(engine, client, f"{id_}.1", "w1")
 
     def lets(used_seconds: float, waited_seconds: float = 0.0) -> bool:
-        return turns.lets_others(engine, id_, used_seconds=used_seconds, waited_seconds=waited_seconds)
+        return turns.lets_others(engine, "w0", id_, used_seconds=used_seconds, waited_seconds=waited_seconds)
 
     assert not lets(1000.0)
     other = sweep(engine, client)
@@ -406,7 +416,7 @@ def test_runs_of_the_version_before_are_adopted(engine: sa.Engine, client: DBOSC
         id_: (queue.PLAN_WORKFLOW, queue.PLANS, queue.VERSION),
         evaluation: (queue.WORKFLOW, queue.QUEUE, queue.VERSION),
     }
-    assert not turns.heal(engine, client, "w0", id_)
+    assert not turns.heal(engine, client, "w0", id_, memory_patience_seconds=60)
     assert open_turns(engine, id_) == [f"{id_}.0"]
 
 

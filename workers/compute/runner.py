@@ -107,6 +107,10 @@ class Runner:
             return self._compute(work.step, context), None
         except AnalysisError as error:
             return None, problem(error.kind, error.title, error.detail, **error.members)
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            # Outside of a pass, which would have taken smaller batches.
+            of = "device" if self._device.type == "cpu" or isinstance(error, torch.OutOfMemoryError) else "host"
+            return None, problem("out-of-memory", "Memory ran out", f"The {of}'s memory ran out.", of=of)
         except Exception as error:
             # A bug in the service fails this analysis and is logged; the next one runs.
             logger.exception("analysis %s failed", work.step.analysis_id)
@@ -121,8 +125,9 @@ class Runner:
         """Compute a step; where memory runs out beside other analyses' networks, once more without them."""
         try:
             return kinds.compute(step, context)
-        except (MemoryError, torch.OutOfMemoryError):
-            if not self._held.keep_only(step.analysis_id):
+        except (MemoryError, torch.OutOfMemoryError, AnalysisError) as error:
+            ran_out = not isinstance(error, AnalysisError) or error.kind == "out-of-memory"
+            if not ran_out or not self._held.keep_only(step.analysis_id):
                 raise
             logger.warning("memory ran out beside networks of other analyses; they are freed")
         if self._device.type == "cuda":

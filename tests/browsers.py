@@ -11,7 +11,7 @@ from tests.services import Service
 
 #: axe-core, which finds what is not accessible; run it in a page by `axe.run`.
 AXE = (resources.files("axe_playwright_python") / "axe.min.js").read_text(encoding="utf-8")
-_PATIENCE_MS = 30_000
+_PATIENCE_MS = 90_000
 
 
 @contextmanager

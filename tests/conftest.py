@@ -70,14 +70,8 @@ class _Failures:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the longest files first; tell xdist which tests belong together, as they share services.
-
-    These are the tests of a file, and all tests of whatever file that run on PostgreSQL, of which one process has one.
-    """
+    """Run the longest files first. xdist keeps the tests of a file together, as they share services."""
     items.sort(key=lambda item: not item.nodeid.startswith(_LONGEST))
-    for item in items:
-        on_postgres = isinstance(item, pytest.Function) and item.name.endswith("]") and "postgresql" in item.name
-        item.add_marker(pytest.mark.xdist_group("postgresql" if on_postgres else item.nodeid.partition("::")[0]))
 
 
 MLP = {"family": "builtin", "name": "mlp", "args": {"sizes": [64, 32, 10], "activation": "relu", "norm": "none"}}

@@ -172,6 +172,7 @@ def test_rounding_is_not_significant(dtype: torch.dtype, interval: Literal["delt
         assert [path for path, entry in values if entry.significant] == []
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_shape_checks")
 def test_what_a_pinched_spectrum_leaves_open_is_not_significant() -> None:
     """Reordered units change the probes' signs: MIR moves within the stated error, and beyond its interval."""
@@ -255,6 +256,7 @@ def test_scales_beyond_squares_are_compared() -> None:
         assert scaled[path].standard_error == pytest.approx(found[path].standard_error, rel=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_shape_checks")
 def test_intervals_near_a_kink() -> None:
     """If the entropies of features and head are equal within their error, MIR and HDR may lie on either side."""

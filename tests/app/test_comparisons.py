@@ -87,6 +87,7 @@ def test_what_is_refused(any_service: Service, pair: dict[str, str], probe_id: s
     problem(any_service.client.post("/v1/analyses", json={**request, "checkpoint_a_id": "none"}), 404, "not-found")
 
 
+@pytest.mark.slow
 def test_the_command(service: Service, mlp_checkpoint_file: Path, digits_probe_file: Path) -> None:
     """`interplay compare --wait` shows the differences of each split; --json the analysis."""
     ids = [_checkpoint(service, content) for content in (mlp_checkpoint_file, _noisy(mlp_checkpoint_file, 0.1))]

@@ -189,6 +189,7 @@ def test_a_worker_without_the_family_says_what_to_install(without_timm: Service,
     assert "pip install 'interplay-server[timm]'" in failed["problem"]["detail"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA, as PyPI's torchvision wants")
 def test_what_is_installed_and_does_not_import_is_not_announced(tmp_path: Path) -> None:
     """PyPI's torchvision beside a CPU build of torch removes three families, with the library's own message."""

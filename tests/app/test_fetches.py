@@ -106,6 +106,7 @@ def test_a_checkpoint_and_a_probe_are_fetched_and_analysed(
     assert not fetching.staged()
 
 
+@pytest.mark.slow
 def test_a_repository_is_fetched_with_its_description(fetching: Fetching, tiny_bert: dict[str, bytes]) -> None:
     """config.json and tokenizer.json of the Hub describe the network, and the commit is recorded."""
     fetching.server.add_repository("org/bert", tiny_bert)
@@ -136,6 +137,7 @@ def tiny_bert() -> dict[str, bytes]:
     }
 
 
+@pytest.mark.slow
 def test_while_it_runs_the_same_call_gives_the_same_fetch(fetching: Fetching, mlp_checkpoint_file: Path) -> None:
     """A client whose answer was lost asks again; what has ended is fetched anew."""
     fetching.server.files["/nets/slow"] = mlp_checkpoint_file.read_bytes()
@@ -181,6 +183,7 @@ def test_progress_counts_bytes_and_a_fetch_can_be_cancelled(fetching: Fetching) 
     assert client.post(f"{path}/cancel").json()["status"] == "cancelled"
 
 
+@pytest.mark.slow
 def test_what_has_succeeded_cannot_be_cancelled(fetching: Fetching, mlp_checkpoint_file: Path) -> None:
     fetching.server.files["/nets/done"] = mlp_checkpoint_file.read_bytes()
     fetch = fetching.ended(fetching.post("checkpoints", name="a", source=f"{fetching.server.url}/nets/done"))
@@ -238,6 +241,7 @@ def test_a_form_may_name_a_source(fetching: Fetching) -> None:
     assert answer.headers["Location"] == f"/v1/fetches/{answer.json()['id']}"
 
 
+@pytest.mark.slow
 def test_what_is_fetched_is_checked_as_what_is_sent(fetching: Fetching, mlp_checkpoint_file: Path) -> None:
     """A file that would be refused is refused, with the same problem, and nothing of it stays."""
     files = {"text": b"words", "bare": save({}), "net": mlp_checkpoint_file.read_bytes()}
@@ -272,6 +276,7 @@ def test_a_signature_is_shown_nowhere(fetching: Fetching, mlp_checkpoint_file: P
     assert "hidden" not in (fetching.service.data_dir / "stderr.txt").read_text()
 
 
+@pytest.mark.slow
 def test_fetches_are_listed_and_filtered(fetching: Fetching, mlp_checkpoint_file: Path) -> None:
     fetching.server.files["/nets/listed"] = mlp_checkpoint_file.read_bytes()
     spec: dict[str, Any] = {"source": f"{fetching.server.url}/nets/listed", "metadata": {"run": "listed"}}
@@ -322,6 +327,7 @@ def test_however_the_member_is_written(fetching: Fetching, mlp_checkpoint_file: 
     assert answer.status_code == 202, answer.text
 
 
+@pytest.mark.slow
 def test_the_spec_is_gone_at_the_end(fetching: Fetching, mlp_checkpoint_file: Path) -> None:
     """It may hold a signature, and megabytes of a tokenizer."""
     fetching.server.files["/nets/kept"] = mlp_checkpoint_file.read_bytes()

@@ -179,6 +179,7 @@ def test_a_part_of_the_sequences(service: Service, tmp_path: Path) -> None:
         assert losses[0] == losses[1] != losses[2]
 
 
+@pytest.mark.slow
 def test_what_varies(service: Service, tmp_path: Path) -> None:
     """A path, aligned or not, a pruning and a series work for networks with tied embeddings."""
     first = models.saved_language_model("GPT2", tmp_path / "0")
@@ -269,6 +270,7 @@ def test_probes_that_do_not_suit_are_refused_when_asked_for(service: Service, tm
     assert (told["n_tokens"], told["n_positions"]) == (21, 20)
 
 
+@pytest.mark.slow
 def test_what_only_the_worker_sees_fails_with_words(service: Service, tmp_path: Path) -> None:
     """Ids or labels out of the vocabulary, too long texts, texts of one token and plain inputs fail with a reason."""
     checkpoint = _checkpoint(service, models.saved_language_model("Llama", tmp_path))

@@ -267,6 +267,7 @@ def test_other_requests_are_quick_during_an_upload(service: Service) -> None:
     assert asyncio.run(scenario()) > 10
 
 
+@pytest.mark.slow
 def test_a_worker_for_each_device(tmp_path: Path) -> None:
     """`--devices` of `serve` and of `worker` runs one process each; dead ones are started again."""
     with services.running(

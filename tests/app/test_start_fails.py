@@ -108,6 +108,7 @@ def test_an_sqlite_that_the_queue_cannot_use(python: tuple[int, ...], sqlite: tu
         _require_recent_sqlite(python, sqlite)
 
 
+@pytest.mark.slow
 def test_a_worker_without_its_device_says_so_and_does_not_count(tmp_path: Path) -> None:
     """A worker whose device is missing exits with its own status, not by an abort, and the service is not ready."""
     if torch.cuda.device_count() > 99:

@@ -231,6 +231,7 @@ def test_list_of_many_pages(bucket: Settings) -> None:
     assert set(storage.blobs_older_than(-60)) == names
 
 
+@pytest.mark.slow
 def test_bucket_that_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While the server is down every call ends within its deadline; once it is back, nothing is missing."""
     with bucket_server() as server:

@@ -150,6 +150,7 @@ def test_demo_shows_collapse_and_keeps_the_service_up(tmp_path: Path) -> None:
     assert (mir_0 < 0.5, mir_5 > 0.7, hdr_0 > 0.2, hdr_5 < 0.15, nc1_5 < nc1_0 / 3) == (True,) * 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_interrupted_demo_stops_what_it_started(tmp_path: Path, number: signal.Signals) -> None:
     """A signal in the middle of the training leaves no service behind."""
@@ -164,6 +165,7 @@ def test_interrupted_demo_stops_what_it_started(tmp_path: Path, number: signal.S
         assert not started_for(tmp_path)
 
 
+@pytest.mark.slow
 def test_service_that_does_not_start_is_shown(tmp_path: Path) -> None:
     """The demo fails with what the service said on its stderr."""
     with demo(tmp_path, INTERPLAY_DEVICE="abacus") as process:

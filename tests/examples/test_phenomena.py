@@ -98,6 +98,7 @@ def test_smoothing_costs_cross_entropy(quick: Quick, tmp_path: Path) -> None:
     assert (tmp_path / "pictures" / "smoothing.svg").exists()
 
 
+@pytest.mark.slow
 def test_pruning_names_its_knees(quick: Quick, tmp_path: Path) -> None:
     """A table for each scope, whose knees are those of its accuracies."""
     tables = quick("pruning")
@@ -116,6 +117,7 @@ def test_grokking_sees_both_halves(quick: Quick, tmp_path: Path) -> None:
     assert (tmp_path / "pictures" / "grokking.svg").exists()
 
 
+@pytest.mark.slow
 def test_loss_is_compared_seed_by_seed(quick: Quick, tmp_path: Path) -> None:
     """Both methods without and with the loss, gains only where there is something to compare with."""
     [table] = quick("semisupervised")

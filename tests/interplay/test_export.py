@@ -245,6 +245,7 @@ def test_evaluation_as_a_run(mlflow: str, tmp_path: Path) -> None:
     assert json.loads(Path(written).read_text()) == report
 
 
+@pytest.mark.slow
 def test_points_are_steps(mlflow: str, reports: dict[str, Any]) -> None:
     """A series over whole epochs uses them as steps, a path the index of its points; places are metrics too."""
     client = client_of(mlflow)
@@ -262,6 +263,7 @@ def test_points_are_steps(mlflow: str, reports: dict[str, Any]) -> None:
     assert client.get_experiment_by_name("interplay") is not None
 
 
+@pytest.mark.slow
 def test_names_that_mlflow_does_not_take(mlflow: str) -> None:
     """Metadata with keys that MLflow refuses or texts that are too long does not prevent an export."""
     report = evaluation_report()
@@ -272,6 +274,7 @@ def test_names_that_mlflow_does_not_take(mlflow: str) -> None:
     assert len(params["subject.metadata.gr__e"]) == 5000
 
 
+@pytest.mark.slow
 def test_run_that_could_not_be_completed_is_marked(mlflow: str) -> None:
     """A run whose artifacts cannot be stored is marked as failed."""
     client = client_of(mlflow)

@@ -60,6 +60,7 @@ def test_a_checkpoint_and_a_probe(
     assert probe["sha256"] == client.push_probe(digits_probe_file, name="sent", class_names=names)["sha256"]
 
 
+@pytest.mark.slow
 def test_an_adapter_of_what_was_fetched(client: Client, elsewhere: Elsewhere, tmp_path: Path) -> None:
     """With `base` the folder is an adapter's; nothing is looked for on this machine."""
     base = client.push_checkpoint(elsewhere.address("mlp.safetensors"), name="base")
@@ -117,6 +118,7 @@ def test_what_cannot_be_fetched(client: Client, elsewhere: Elsewhere) -> None:
     assert refused.value.status == 422
 
 
+@pytest.mark.slow
 def test_nothing_is_hashed_or_read_of_an_address(client: Client, elsewhere: Elsewhere) -> None:
     """`push_checkpoint_once` has what lies elsewhere fetched each time; a Path of the same letters is a file."""
     address = elsewhere.address("mlp.safetensors")

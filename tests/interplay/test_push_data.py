@@ -36,6 +36,7 @@ def _pushed(*arguments: str | Path, url: str) -> dict[str, Any]:
     return dict(json.loads(ran.stdout))
 
 
+@pytest.mark.slow
 def test_a_folder_of_class_folders(service: Service, folder: Path, tmp_path: Path) -> None:
     """A folder is zipped and a part of it analysed, with the checkpoint's own preprocessing."""
     probe = _pushed("probe", folder, url=service.url)

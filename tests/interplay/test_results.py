@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tools import result_types
 
 RIGHT = """
@@ -57,6 +59,7 @@ def test_results_are_the_services() -> None:
     assert result_types.FILE.read_text() == result_types.results_module()
 
 
+@pytest.mark.slow
 def test_types_help_people_who_check_their_scripts(tmp_path: Path) -> None:
     """mypy --strict accepts a correct script and finds every mistake of a wrong one."""
     (tmp_path / "right.py").write_text(RIGHT)

@@ -68,6 +68,7 @@ class Seen:
             raise Break
 
 
+@pytest.mark.slow
 def test_large_file_goes_in_many_requests(api: Service, file: Path, tmp_path: Path) -> None:
     """A file over the limit arrives whole, progress never goes back, and no note is left."""
     seen = Seen()
@@ -92,6 +93,7 @@ def test_small_file_goes_in_a_form(api: Service, tmp_path: Path) -> None:
     assert seen.offsets == []
 
 
+@pytest.mark.slow
 def test_next_process_goes_on(api: Service, file: Path, tmp_path: Path) -> None:
     """A push that ended half way is continued by the next one of the same file, and only by that."""
     with Client(api.url) as client:
@@ -112,6 +114,7 @@ def test_next_process_goes_on(api: Service, file: Path, tmp_path: Path) -> None:
         assert other["id"] != made["id"]
 
 
+@pytest.mark.slow
 def test_changed_file_begins_anew(api: Service, file: Path) -> None:
     """A file that was written since is another one."""
     with Client(api.url) as client:
@@ -166,6 +169,7 @@ def test_two_at_a_time_do_not_meet(api: Service, file: Path) -> None:
     assert len(set(made)) == 2
 
 
+@pytest.mark.slow
 def test_expired_upload_begins_anew(tmp_path: Path, file: Path) -> None:
     """If the service has forgotten an upload, the file is sent from its beginning."""
     with (

@@ -179,6 +179,7 @@ def killed_at_random(folder: Path, size_bytes: int, n_kills: int, seed: int, say
         assert len(campaign.service.client.get("/v1/feature-sets").json()["items"]) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kills", campaign([4, 10], often=[4]))
 def test_killed_some_times(tmp_path: Path, kills: int) -> None:
     """Kill -9 of client or service at random moments of 100 MiB: the right file, and at most 2 % sent twice."""

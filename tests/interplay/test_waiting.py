@@ -140,6 +140,7 @@ def test_wait_is_one_request(service: Service, mlp_checkpoint_file: Path, digits
         assert client.get_report(ended["report_id"], "evaluation")["splits"]["all"]["n_samples"] == 1797
 
 
+@pytest.mark.slow
 def test_service_that_starts_again_under_a_wait(
     tmp_path: Path, mlp_checkpoint_file: Path, digits_probe_file: Path
 ) -> None:

@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+import pytest
 from safetensors import safe_open
 
 from tests.packages import wheels
@@ -10,6 +11,7 @@ from tests.packages import wheels
 OWN = ("analysis", "app", "migrations", "workers")
 
 
+@pytest.mark.slow
 def test_a_project_with_packages_of_the_same_names(built: tuple[Path, Path], tmp_path: Path) -> None:
     """The script trains with InterplayLoss and saves checkpoint and features with the wheel and its extra `train`."""
     project, environment = tmp_path / "project", tmp_path / "environment"

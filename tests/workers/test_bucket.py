@@ -70,6 +70,7 @@ def test_everything_works_in_a_bucket(own: InBucket, mlp_checkpoint_file: Path, 
     assert service.client.delete(f"/v1/probes/{ids['probe_id']}").status_code == 204
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kills", campaign([1, 3], often=[1]))
 def test_server_killed_under_uploads(
     own: InBucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kills: int
@@ -183,6 +184,7 @@ def test_calls_while_the_server_is_away(own: InBucket, mlp_checkpoint_file: Path
     assert service.post("/v1/checkpoints", {"name": "a"}, mlp_checkpoint_file).status_code == 201
 
 
+@pytest.mark.slow
 def test_machines_share_a_bucket(tmp_path: Path, postgres: str, s3: BucketServer, mlp_checkpoint_file: Path) -> None:
     """What came in through one API another one has, from the bucket; each stages resumable uploads of its own."""
     with fresh_database(postgres) as url, pytest.MonkeyPatch.context() as patch:

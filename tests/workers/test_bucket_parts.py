@@ -106,6 +106,7 @@ def test_parts_become_a_resource(api: Service, place: str, file: Path) -> None:
     assert [left.name for left in (api.data_dir / "staging").iterdir()] == ["place"]
 
 
+@pytest.mark.slow
 def test_part_of_another_size_is_missing(api: Service, place: str, file: Path) -> None:
     """A part with too few or too many bytes counts as none; damage of its bytes is found by the hash of all."""
     content = bytearray(file.read_bytes())
@@ -134,6 +135,7 @@ def test_urls_take_one_part_and_nothing_else(api: Service, file: Path) -> None:
     problem(api.client.get(f"{path}/parts"), 404, "not-found")
 
 
+@pytest.mark.slow
 def test_storage_without_signatures_has_no_parts(tmp_path: Path) -> None:
     """With a folder as its storage the service takes bytes by PATCH, and says so."""
     with services.running(tmp_path / "data", command="api") as service:
@@ -171,6 +173,7 @@ def test_client_that_does_not_reach_the_bucket(api: Service, file: Path, monkeyp
     assert made["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
 
 
+@pytest.mark.slow
 def test_parts_of_no_upload_are_swept(api: Service, place: str, s3: BucketServer, file: Path, tmp_path: Path) -> None:
     """Parts of uploads that have expired, or that there are none of, go; those of open ones stay."""
     obstore.put(from_url(place), "parts/00000000-0000-0000-0000-000000000000/00000", b"x")

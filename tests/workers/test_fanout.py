@@ -176,6 +176,7 @@ def test_a_killed_worker_costs_a_point(fleet: Service, ids: dict[str, str]) -> N
     assert done["attempts"] == max(attempts)
 
 
+@pytest.mark.slow
 def test_unlike_workers_are_told_point_by_point(fleet: Service, ids: dict[str, str]) -> None:
     """Workers with other numbers of threads compute one path: provenance has what computed each point."""
     with services.worker(fleet, threads="2"):
@@ -188,6 +189,7 @@ def test_unlike_workers_are_told_point_by_point(fleet: Service, ids: dict[str, s
     assert provenance["computed_on"][0]["threads"] == provenance["threads"]
 
 
+@pytest.mark.slow
 def test_the_first_of_several_failures_is_told(fleet: Service, ids: dict[str, str], tmp_path: Path) -> None:
     """Of a series whose last three checkpoints fail, the failure is that of the first of them, with two workers too."""
     args = {"sizes": [64, 32, 16, 10], "activation": "relu", "norm": "none"}

@@ -131,6 +131,7 @@ def _ended(state: dict[str, Any]) -> dict[str, Any] | None:
     return state if state["status"] in ("succeeded", "failed", "cancelled") else None
 
 
+@pytest.mark.slow
 def test_a_worker_that_stops_leaves_its_fetch_to_the_next(killing: Campaign, tmp_path: Path) -> None:
     """SIGTERM ends the process that fetches with its worker, and the next one goes on."""
     write_features(tmp_path / "weights", 4 * _MEBIBYTE)

@@ -98,6 +98,7 @@ def has_ended(service: Service, analysis: dict[str, Any]) -> bool:
     return status(service, analysis)["status"] in ("succeeded", "failed", "cancelled")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("any_service", campaign(DATABASES, often=["sqlite"]), indirect=True)
 def test_compute_child_killed(any_service: Service, mlp_checkpoint_file: Path, digits_probe_file: Path) -> None:
     """After one death of the compute process a new one takes over; two on one task fail it, and the worker lives."""
@@ -149,6 +150,7 @@ def test_cancel_survives_the_death_of_the_worker(
     assert reports_of(strict, analysis) == []
 
 
+@pytest.mark.slow
 def test_attempts_are_limited(strict: Service, mlp_checkpoint_file: Path, digits_probe_file: Path) -> None:
     """An analysis whose worker dies in every attempt fails with a problem."""
     ids = pair(strict, mlp_checkpoint_file, digits_probe_file)
@@ -215,6 +217,7 @@ def test_two_workers_share_the_work(any_service: Service, mlp_checkpoint_file: P
             assert len(reports_of(any_service, one)) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("kills", campaign([[10], [4, 10, 17]], often=[[10]]))
 @pytest.mark.parametrize("any_service", campaign(DATABASES, often=["postgresql"]), indirect=True)

@@ -32,6 +32,7 @@ def test_the_families_are_those_of_the_networks() -> None:
     assert tuple(FAMILIES) == offers._FAMILIES
 
 
+@pytest.mark.slow
 def test_a_library_that_ends_its_process_costs_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A library that crashes its process costs one process: the others are still tried, and results are cached."""
     site = tmp_path / "site"

@@ -41,6 +41,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OnPostgres]:
         yield OnPostgres(service, server)
 
 
+@pytest.mark.slow
 def test_a_stream_outlives_an_outage(own: OnPostgres, mlp_checkpoint_file: Path, digits_probe_file: Path) -> None:
     """A stream outlives a restart of the database, and then sends the end."""
     service = own.service
@@ -73,6 +74,7 @@ def test_postgres_restarted_under_queued_work(
         assert len(reports_of(service, analysis)) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_workers_outlive_an_outage_of_the_database(
     own: OnPostgres, mlp_checkpoint_file: Path, digits_probe_file: Path

@@ -69,7 +69,7 @@ def test_the_loss_is_that_of_the_plain_definitions(n: int, d: int, c: int, centr
 
 
 @pytest.mark.parametrize("centring", ["none", "global"])
-@pytest.mark.parametrize(("n", "d", "c"), campaign([(6, 9, 3), (12, 5, 4), (14, 3, 2)], often=[(6, 9, 3), (14, 3, 2)]))
+@pytest.mark.parametrize(("n", "d", "c"), campaign([(6, 9, 3), (12, 5, 4), (14, 3, 2)], often=[(14, 3, 2)]))
 def test_gradients_are_exact(n: int, d: int, c: int, centring: Centring) -> None:
     """gradcheck agrees with finite differences; from the second case on there are more samples than dimensions."""
     features, head, labels = _batch(n + d, n, d, c)
@@ -373,6 +373,7 @@ def test_wrong_arguments_are_named() -> None:
         assert (caught.value.kind, caught.value.members["tensor"]) == ("non-finite-values", name)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_shape_checks")
 @pytest.mark.parametrize("weight", campaign([0.01, 0.1, 1.0], often=[0.1]))
 def test_a_network_trains_on_five_labels_a_class(weight: float) -> None:

@@ -19,6 +19,7 @@ from analysis.networks.naming import Entry
 from tests.analysis import models
 from tests.analysis.adapters import SavedAdapter, adapter_of, saved_adapter
 from tests.analysis.models import IMAGE_MODELS, LANGUAGE_MODELS, TEXT_MODELS, N, Saved
+from tests.campaigns import campaign
 
 CNN = {"family": "builtin", "name": "cnn", "args": {"n_classes": 4, "channels": [6, 8], "norm": "batch"}}
 
@@ -77,7 +78,7 @@ ADAPTERS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "config"), ADAPTERS)
+@pytest.mark.parametrize(("name", "config"), campaign(ADAPTERS, often=ADAPTERS[::2]))
 def test_logits_are_those_that_peft_merges(name: str, config: dict[str, Any], tmp_path: Path) -> None:
     """The logits are those of PEFT's merged network, and of its network with the adapter beside it, to 1e-5."""
     saved, batch = _saved(name, tmp_path)

@@ -153,6 +153,7 @@ print(network.bert.embeddings.position_ids.sum().item())
 """
 
 
+@pytest.mark.slow
 def test_parameters_that_a_file_will_replace_take_no_memory() -> None:
     """BERT base, of 438 MB, is built within a few MB, and its table of positions has values."""
     sizes, positions = _printed(SECOND_BUILD, PYTHONPATH=str(OPERATORS))

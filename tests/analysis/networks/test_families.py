@@ -27,6 +27,7 @@ from tests.analysis.models import (
     labelled,
 )
 from tests.analysis.tiny import error_of
+from tests.campaigns import campaign
 
 CPU = torch.device("cpu")
 
@@ -73,7 +74,7 @@ def test_text_classifiers_of_transformers(name: str, tmp_path: Path) -> None:
     assert network.head_name == heads.get(name, "classifier")
 
 
-@pytest.mark.parametrize("name", TIMM_MODELS)
+@pytest.mark.parametrize("name", campaign(TIMM_MODELS, often=[*TIMM_MODELS][::2]))
 def test_networks_of_timm(name: str, tmp_path: Path) -> None:
     """The head is timm's classifier, which may be a 1x1 convolution."""
     saved = models.saved_timm(name, TIMM_MODELS[name], tmp_path)
@@ -81,7 +82,7 @@ def test_networks_of_timm(name: str, tmp_path: Path) -> None:
     assert network.module.get_submodule(network.head_name) is getattr(network.module, "get_classifier")()  # noqa: B009
 
 
-@pytest.mark.parametrize("name", TORCHVISION_MODELS)
+@pytest.mark.parametrize("name", campaign(TORCHVISION_MODELS, often=[*TORCHVISION_MODELS][::2]))
 def test_networks_of_torchvision(name: str, tmp_path: Path) -> None:
     """The head is the last linear module."""
     _check_against_library(models.saved_torchvision(name, TORCHVISION_MODELS[name], tmp_path), models.images(N, 64))

@@ -109,6 +109,7 @@ print(json.dumps({name: _numbers(asdict(split)) for name, split in found.splits.
 """
 
 
+@pytest.mark.slow
 def test_two_processes_agree() -> None:
     """Another process with another number of threads sums in another order: only the last bits may differ."""
     printed = subprocess.run([sys.executable, "-c", _PROCESS], capture_output=True, text=True, check=True).stdout

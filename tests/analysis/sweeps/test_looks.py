@@ -16,6 +16,7 @@ from analysis.sweeps.grids import barrier, peaks
 from analysis.sweeps.looks import look
 from analysis.sweeps.paths import Path, recalibrate
 from tests.analysis.tiny import network_of, probe_of
+from tests.campaigns import campaign
 
 CPU = torch.device("cpu")
 OPTIONS = EvaluationOptions(null_permutations=0)
@@ -64,7 +65,10 @@ def test_a_look_at_all_samples_has_the_losses_of_evaluations() -> None:
     assert barrier(sorted(coarse), [coarse[w] for w in sorted(coarse)]).value < 0.01
 
 
-@pytest.mark.parametrize(("n", "batch_size", "looked_at"), [(1000, 32, 62), (100, 16, 32), (600, 2048, 512)])
+@pytest.mark.parametrize(
+    ("n", "batch_size", "looked_at"),
+    campaign([(1000, 32, 62), (100, 16, 32), (600, 2048, 512)], often=[(100, 16, 32)]),
+)
 def test_a_look_takes_a_part_of_a_large_probe(n: int, batch_size: int, looked_at: int) -> None:
     """A batch, or a sixteenth of it, with classes in proportion, so that the peak is that of all samples."""
     seen: list[tuple[int, int]] = []

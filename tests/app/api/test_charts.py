@@ -255,6 +255,7 @@ def test_values_that_are_all_the_same_have_a_scale_to_read(reports: dict[str, An
     assert {"−0.0005", "0", "0.0005"} <= set(_tick_labels(describe(comparison, "accuracy")))
 
 
+@pytest.mark.slow
 def test_long_names_do_not_widen_a_picture(reports: dict[str, Any]) -> None:
     """Names of 200 wide characters and an axis name of 100 are cut in the middle, and pictures keep their size."""
     for kind in NAMES:

@@ -337,6 +337,7 @@ def test_service_killed_before_the_upload_became_a_resource(killable: Any) -> No
         assert use(service, path).json()["sha256"] == hashlib.sha256(content).hexdigest()
 
 
+@pytest.mark.slow
 def test_uploads_expire(killable: Any) -> None:
     """An upload that gets no bytes is told when it ends, is not there then, and its file is swept at the next start."""
     with killable(upload_expires_seconds="1") as service:
@@ -403,6 +404,7 @@ def test_key_is_needed(killable: Any) -> None:
         assert bring(service, path, 0, b"1", **key).status_code == 204
 
 
+@pytest.mark.slow
 def test_file_on_another_machine(tmp_path: Path, postgres: str) -> None:
     """With a storage of blobs for all machines each has its own staged files: the other one says so."""
     content = features(8)

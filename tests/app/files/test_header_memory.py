@@ -24,6 +24,7 @@ def _peak_kib(service: Service) -> int:
     return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
 
 
+@pytest.mark.slow
 def test_many_large_headers_take_the_memory_of_one(tmp_path: Path) -> None:
     """Six uploads at once after one take no more memory: they reuse the memory of the first."""
     content = _file(N_TENSORS)

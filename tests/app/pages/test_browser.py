@@ -48,6 +48,7 @@ def everything(service: Service, reports: dict[str, Any]) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_charts_answer_the_mouse(page: Page, reports: dict[str, Any]) -> None:
     """Each picture is replaced by a chart of the same numbers; the page's policy allows no eval and no inline style."""
     for kind in ("evaluation", "path"):
@@ -61,6 +62,7 @@ def test_charts_answer_the_mouse(page: Page, reports: dict[str, Any]) -> None:
             drawing.locator("img").wait_for(state="hidden")
 
 
+@pytest.mark.slow
 def test_chosen_reports_are_compared(page: Page, reports: dict[str, Any]) -> None:
     """Two boxes in the list and a press lead to the page that has both side by side, with charts."""
     page.goto("/reports")
@@ -130,6 +132,7 @@ def test_progress_is_live(page: Page, service: Service, mlp_checkpoint_file: Pat
     assert service.wait(analysis["id"])["status"] == "cancelled"
 
 
+@pytest.mark.slow
 def test_progress_of_a_path_is_live(page: Page, service: Service, reports: dict[str, Any]) -> None:
     """The overview counts while a path runs, and from its card the path is cancelled."""
     before = reports["path"]
@@ -288,6 +291,7 @@ def test_the_keyboard_is_enough(page: Page, reports: dict[str, Any]) -> None:
     page.wait_for_url("**/definitions#*")
 
 
+@pytest.mark.slow
 def test_a_report_is_printed(page: Page, reports: dict[str, Any], tmp_path: Path) -> None:
     """The PDF has the title, no navigation, and no table that is cut at the paper's edge."""
     page.goto(f"/reports/{reports['evaluation']['id']}")

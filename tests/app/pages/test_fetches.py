@@ -66,6 +66,7 @@ def test_a_form_has_a_file_fetched(client: httpx.Client, elsewhere: Elsewhere) -
     assert "Where it was fetched from" not in read(client, f"/checkpoints/{sent['id']}")
 
 
+@pytest.mark.slow
 def test_what_a_form_may_not_ask_for(client: httpx.Client, elsewhere: Elsewhere) -> None:
     """A source that is not listed, none at all, one beside a file, and one of features are refused on a page."""
     address = elsewhere.address("mlp.safetensors")
@@ -174,6 +175,7 @@ def test_progress_is_live_in_a_browser(browser: Browser, elsewhere: Elsewhere, s
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
 
 
+@pytest.mark.slow
 def test_without_javascript_the_page_loads_itself_again(browser: Browser, elsewhere: Elsewhere) -> None:
     """Who has no scripts pushes, and sees the end without a touch."""
     elsewhere.server.faults.bytes_per_second = 1000

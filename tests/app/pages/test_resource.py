@@ -74,6 +74,7 @@ def test_a_run_lies_over_its_epochs(service: Service, run: dict[str, Any]) -> No
             assert own == {epoch: values[place] for epoch, values in expected.items()}
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_no_run_lies_over_time(service: Service, run: dict[str, Any]) -> None:
     """Its own evaluations follow on each other."""
     title, rows = course_of(service, f"/checkpoints/{run['ids'][3]}")

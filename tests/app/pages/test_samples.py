@@ -263,6 +263,7 @@ def test_samples_are_for_people_who_have_logged_in(tmp_path: Path) -> None:
                 assert answer.content == b""
 
 
+@pytest.mark.slow
 def test_of_a_remote_store_small_files_are_fetched(tmp_path: Path) -> None:
     """A large one is not fetched for a look, and the page says why there are no samples."""
     contents = {f"{name}/0.png": encoded(picture(0)) for name in "ab"}

@@ -199,6 +199,7 @@ def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         yield service
 
 
+@pytest.mark.slow
 def test_a_missing_key_names_the_option(locked: Service) -> None:
     """Without a key, and with a wrong one, the message says how to give it."""
     without = interplay("list", "probes", url=locked.url)
@@ -209,6 +210,7 @@ def test_a_missing_key_names_the_option(locked: Service) -> None:
     assert wrong.stderr == said
 
 
+@pytest.mark.slow
 def test_a_missing_worker_is_said(locked: Service, tmp_path: Path) -> None:
     """After five seconds in the queue the command says that no worker is there, and how to start one."""
     frame = (np.eye(3) - 1 / 3).astype(np.float32)

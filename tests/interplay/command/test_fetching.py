@@ -177,6 +177,7 @@ def test_progress_bar_on_a_terminal() -> None:
         assert said in shown.decode()
 
 
+@pytest.mark.slow
 def test_a_missing_worker_is_said(tmp_path: Path) -> None:
     """A fetch that is queued for some seconds says that no worker is there."""
     with running(tmp_path / "data", command="api", sources="hf://org") as service:

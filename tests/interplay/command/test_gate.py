@@ -222,6 +222,7 @@ def test_undefined_is_5(place: Place) -> None:
     assert place.judge({"min_change": 0, "when_undefined": "pass"}).returncode == 0
 
 
+@pytest.mark.slow
 def test_unreachable_is_3(place: Place) -> None:
     """No service, or a proxy that responds in its place, gives 3; JUnit reports it too."""
     junit = place.folder / "unreachable.xml"

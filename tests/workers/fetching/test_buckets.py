@@ -120,6 +120,7 @@ def test_what_is_not_there_is_missing(bucket: Bucket) -> None:
     assert bucket.kind("none/") == "source-missing"
 
 
+@pytest.mark.slow
 def test_what_is_not_listed_is_refused(bucket: Bucket) -> None:
     """Also once the worker no longer lists what the service still did."""
     bucket.put("a", CONTENT)
@@ -180,6 +181,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Bucke
         yield Bucket(server, tmp_path, monkeypatch), server
 
 
+@pytest.mark.slow
 def test_a_server_that_is_killed_is_waited_for(own: tuple[Bucket, BucketServer], tmp_path: Path) -> None:
     """A fetch that finds no server begins once there is one."""
     bucket, server = own

@@ -583,6 +583,7 @@ def test_a_large_tensor_that_is_left_out_is_not_fetched(fetching: Fetching) -> N
     assert np.array_equal(tensors["b"], kept)
 
 
+@pytest.mark.slow
 def test_an_index_of_many_files_is_looked_at_with_patience(fetching: Fetching) -> None:
     """What has been answered is not asked for again, and counts as an answer."""
     names = [f"s{number}.safetensors" for number in range(12)]

@@ -330,6 +330,6 @@ ZOO: dict[str, Callable[[], Case]] = {
 }
 # Those that every run of the tests looks at; the others belong to the campaign.
 OFTEN = (
-    *HAND_WRITTEN, "timm resnet18", "torchvision mobilenet_v3_small", "transformers Bert", "transformers Llama",
+    *HAND_WRITTEN, "timm resnet18", "transformers Llama",
     "transformers ViT", "builtin wide_resnet",
 )  # fmt: skip

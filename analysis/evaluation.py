@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float64, Int, Int64
@@ -26,7 +25,7 @@ from .measures.spectrum import (
     sample_entropies_of_all,
 )
 from .networks.loading import LoadedNetwork
-from .passes.extraction import Progress, extract_features
+from .passes.extraction import Progress, extract_features, extract_predictions
 from .passes.positions import extract_positions
 from .passes.precision import Precision
 from .probes.feature_set import FeatureSet, rows_of_splits
@@ -176,7 +175,7 @@ def capture(
 
     For a causal language model, samples are positions, as in `positions.extract_positions`.
     """
-    extract = extract_positions if network.predicts_tokens else _extract_samples
+    extract = extract_positions if network.predicts_tokens else extract_predictions
     return extract(
         network,
         probe,
@@ -216,12 +215,6 @@ def evaluate_features(
         for name, tensor in (("features", feature_set.features), ("head", feature_set.head)):
             check_finite(name, tensor)
     return _evaluate(feature_set, "invalid-feature-set", None, options or EvaluationOptions(), progress, clock)
-
-
-def _extract_samples(network: LoadedNetwork, probe: Probe, **how: Any) -> tuple[FeatureSet, int]:
-    """Return the feature set of a classifier, one row a sample."""
-    features, logits, batch_size = extract_features(network, probe, **how)
-    return FeatureSet(features, probe.labels, network.weight, None, logits, probe.split), batch_size
 
 
 def _evaluate(
@@ -282,16 +275,14 @@ class _Split:
         clock: Clock,
         steps: Steps,
     ) -> None:
-        def select(tensor: Tensor) -> Tensor:
-            """Return the rows of the split."""
-            return tensor if rows is None else tensor[rows]
-
-        self.features, self.labels = squarable(select(data.features)), select(data.labels).long()
+        labels = data.labels.long()
+        # Of all samples: they may be more than memory holds twice.
+        self.features, self.predicted = squarable(data.features), predictions.predicted
+        self.predictions = predictions if rows is None else predictions.take(rows)
+        self.labels = labels if rows is None else labels[rows]
         self.head = squarable(data.head.double())
-        self.predicted, self.confidence = select(predictions.predicted), select(predictions.confidence)
-        self.losses = select(predictions.loss)
         self.options, self.clock, self.steps = options, clock, steps
-        self.statistics = class_statistics(self.features, self.labels, len(data.head))
+        self.statistics = class_statistics(self.features, labels, len(data.head), rows=rows)
         self.class_counts: list[int] = torch.bincount(self.labels, minlength=len(data.head)).tolist()
         self.n_absent = _n_classes(data) - len(self.statistics.classes)
         self.ideal = {
@@ -312,11 +303,12 @@ class _Split:
             self.steps.end("null")
         self.steps.end("metrics")
         with self.clock.phase("predictions"):
-            correct = self.predicted == self.labels
-            accuracy, loss = float(correct.double().mean()), float(self.losses.mean())
-            calibration = calibration_error(self.confidence, correct)
-            classes = by_class(self.predicted, self.labels, len(self.head))
-            diagram = reliability(self.confidence, correct)
+            predicted, confidence = self.predictions.predicted, self.predictions.confidence
+            correct = predicted == self.labels
+            accuracy, loss = float(correct.double().mean()), float(self.predictions.loss.mean())
+            calibration = calibration_error(confidence, correct)
+            classes = by_class(predicted, self.labels, len(self.head))
+            diagram = reliability(confidence, correct)
         entropy = levels["sample"]["global"].entropy_features
         return SplitEvaluation(
             n_samples=len(self.labels),
@@ -357,7 +349,8 @@ class _Split:
         """
         tolerance, sets = self.options.tolerance, [pairing.labelled for pairing in pairings]
         if not any(pairing.alone for pairing in pairings):
-            collapse = CollapsePass(self.statistics, self.head, self.predicted, computing_dtype(self.features))
+            dtype = computing_dtype(self.features, len(self.labels))
+            collapse = CollapsePass(self.statistics, self.head, self.predicted, dtype)
             generators = [self._generator() for _ in sets]
             with self.clock.phase("entropies"):
                 found = sample_entropies_of_all(

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Float64, Int
+from jaxtyping import Bool, Float, Float64, Int, Int64
 from torch import Tensor
 
 from ..errors import AnalysisError
@@ -52,14 +52,24 @@ class ClassStatistics:
         return self.means.mean(dim=0)
 
 
-def computing_dtype(features: Float[Tensor, "n d"]) -> torch.dtype:
-    """Return float64 for features of that type and for small sets, float32 otherwise."""
-    small = features.dtype == torch.float64 or features.numel() <= _SMALL_SET
-    return torch.float64 if small else torch.float32
+def computing_dtype(features: Float[Tensor, "n d"], n_samples: int | None = None) -> torch.dtype:
+    """Return float64 for features of that type and for small sets, float32 otherwise.
+
+    Args:
+        features: the features.
+        n_samples: how many of them are computed with. Default: all.
+    """
+    size = features.numel() if n_samples is None else n_samples * features.shape[1]
+    return torch.float64 if features.dtype == torch.float64 or size <= _SMALL_SET else torch.float32
 
 
 def class_statistics(
-    features: Float[Tensor, "n d"], labels: Int[Tensor, " n"], n_classes: int, *, at_once: bool = False
+    features: Float[Tensor, "n d"],
+    labels: Int[Tensor, " n"],
+    n_classes: int,
+    *,
+    rows: Int64[Tensor, " m"] | None = None,
+    at_once: bool = False,
 ) -> ClassStatistics:
     """Sort samples by class and compute the means.
 
@@ -67,6 +77,7 @@ def class_statistics(
         features: one sample a row, at least one.
         labels: 0 to n_classes - 1.
         n_classes: C; classes without samples are left out.
+        rows: the samples that count, in rising order; they are not copied. Default: all.
         at_once: whether each class is converted to float64 as a whole. Its sums then have another order, and the means
             may differ in the last digit.
 
@@ -79,9 +90,11 @@ def class_statistics(
     Numerics: sums in float64, a few rows at a time unless `at_once`; one pass over the features.
     """
     _check_one_each(features, labels, n_classes)
-    counts = torch.bincount(labels, minlength=n_classes)
+    chosen = labels if rows is None else labels[rows]
+    counts = torch.bincount(chosen, minlength=n_classes)
     classes = counts.nonzero()[:, 0]
-    order = torch.argsort(labels, stable=True)
+    order = torch.argsort(chosen, stable=True)
+    order = order if rows is None else rows[order]
     members = torch.tensor_split(order, counts[classes].cumsum(0)[:-1].cpu())
     if at_once:
         means, sizes = zip(*(_mean_at_once(features, rows) for rows in members), strict=True)
@@ -147,7 +160,7 @@ class LabelledFeatures:
     @property
     def dtype(self) -> torch.dtype:
         """Float64 for features of that type and for small sets, float32 otherwise."""
-        return computing_dtype(self.features)
+        return computing_dtype(self.features, self.n_samples)
 
     def directions(self, rows: Int[Tensor, " m"]) -> Float64[Tensor, "k d"]:
         """Return unit vectors of these samples, without those that have no direction."""

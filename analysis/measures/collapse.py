@@ -84,7 +84,7 @@ class CollapsePass:
     Args:
         statistics: of the features.
         head: one row a class, including absent classes.
-        predicted: the network's class of each sample.
+        predicted: the network's class of each row of the features.
         dtype: in which deviations are projected, for example from `classes.computing_dtype`.
 
     Numerics: O(N d C) time, in float64; deviations of large float32 sets from class means are projected in float32,
@@ -166,7 +166,7 @@ class CollapsePass:
         if self.rank == 0 and len(self.means) > 1:
             reasons["nc4"] = "equal_means"
             return None
-        return self.differing / len(self.predicted)
+        return self.differing / sum(map(len, self.statistics.members))
 
     def _variability(self, reasons: dict[str, str]) -> tuple[float | None, float | None]:
         """Return NC1 and the condition number of Sigma_B."""
@@ -192,14 +192,14 @@ def neural_collapse(
 
     Args:
         features: one sample a row.
-        statistics: of these features.
+        statistics: of these features, or of some rows of them.
         head: one row a class, including absent classes.
-        predicted: the network's class of each sample.
+        predicted: the network's class of each row.
 
     Returns:
         The measures.
     """
-    one_pass = CollapsePass(statistics, head, predicted, computing_dtype(features))
+    one_pass = CollapsePass(statistics, head, predicted, computing_dtype(features, sum(map(len, statistics.members))))
     for position, members in enumerate(statistics.members):
         for rows in torch.split(members, _CHUNK):
             one_pass.take(position, rows, features.index_select(0, rows))

@@ -34,6 +34,7 @@ from jaxtyping import Bool, Float32, Float64, Int, Shaped
 from torch import Tensor
 
 from ..clock import Tell, silent
+from .entropy import eigh_in_place
 
 # Lanczos steps for each shift: until the gap between the bounds is below this share of the sum, or up to the first of
 # these numbers; up to the second if only further steps can close the gap.
@@ -79,17 +80,27 @@ class KeptPart:
 
     Attributes:
         rows: their indices, by offset of their class and rank in it.
-        matrix: the joint matrix on these rows.
-        eigenvalues: of the matrix.
+        couplings: the joint matrix on these rows, with zeros on the diagonal: rows of one class are orthogonal.
+        eigenvalues: of the joint matrix on these rows.
         vectors: its eigenvectors, in columns.
+        along: the squares of the rows' lengths, averaged over each eigenvector.
         rest: mass of all other rows, including those that are not in memory.
     """
 
     rows: Int[Tensor, " k"]
-    matrix: Float64[Tensor, "k k"]
+    couplings: Float32[Tensor, "k k"]
     eigenvalues: Float64[Tensor, " k"]
-    vectors: Float64[Tensor, "k k"]
+    vectors: Float32[Tensor, "k k"]
+    along: Float64[Tensor, " k"]
     rest: float
+
+    @classmethod
+    def of(cls, rows: Int[Tensor, " k"], matrix: Float64[Tensor, "k k"], rest: float) -> "KeptPart":
+        """Return the part on some rows; `matrix` is the joint matrix on them, and is overwritten."""
+        couplings, lengths = matrix.float().fill_diagonal_(0), matrix.diagonal().clone()
+        eigenvalues, vectors = eigh_in_place(matrix)
+        narrow = vectors.float()
+        return cls(rows, couplings, eigenvalues, narrow, lengths @ vectors.square_(), rest)
 
 
 @dataclass(frozen=True)
@@ -319,16 +330,14 @@ class _Dropped:
 
     def __init__(self, couplings: Couplings, part: KeptPart) -> None:
         self.couplings, self.kept = couplings, part.rows
-        # Rows of one class are orthogonal, so only couplings are beside the diagonal.
-        self.within = (part.matrix - part.matrix.diagonal().diag()).float()
-        self.eigenvalues, self.vectors = part.eigenvalues.clamp(min=0), part.vectors.float()
+        self.within, self.along = part.couplings, part.along
+        self.eigenvalues, self.vectors = part.eigenvalues.clamp(min=0), part.vectors
         self.tail = couplings.values.index_fill(0, part.rows, 0.0)
         self.most = max(float(self.eigenvalues[-1]), float(self.tail.max()))
         inside = torch.zeros_like(self.tail, dtype=torch.bool).index_fill_(0, part.rows, True)
         self.masks = [mask[0] for mask in couplings.by_class(inside[None])]
         # The leading rows of each class are kept, so a few leading rows of a block include all kept ones.
         self.leading = [int(mask.any(dim=0).sum()) for mask in self.masks]
-        self.along = part.matrix.diagonal() @ part.vectors.square()
 
     def at(self, vectors: Float32[Tensor, "q m"], shift: float) -> Float32[Tensor, "q m"]:
         """Return Delta_s times vectors."""

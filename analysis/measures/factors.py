@@ -11,8 +11,8 @@ from .couplings import FactorBlock
 from .entropy import Spectral, gram_spectrum, spectral
 from .products import coordinates
 
-# Most numbers of the factors held for couplings: half a GiB.
-MOST_NUMBERS = 2**27
+# Most numbers of the factors held for couplings, a quarter of a GiB, and how many times as many before some go.
+MOST_NUMBERS, _SLACK = 2**26, 1.25
 # All eigenvalues of this many times the kept rows cost about as much as eigenvectors and probes of the kept rows.
 EXACT = 3
 
@@ -56,7 +56,7 @@ class Factors:
         if self.held > EXACT * self.largest and not self._all_are_needed():
             self.held = self._prune()
         self.blocks_held += self.blocks[-1].values.numel()
-        if self.blocks_held > 2 * self.most_rows:
+        if self.blocks_held > _SLACK * self.most_rows:
             self.blocks_held = self._prune_blocks()
 
     def finish(self) -> None:

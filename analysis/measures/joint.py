@@ -19,6 +19,10 @@ from .products import product_matrix
 _SMALL = 1024
 # With fewer rows a class, couplings between classes are most of the spectrum, and costly: C x C at every step.
 _FEW = 8
+# Rows of a matrix that are multiplied at a time.
+_STRIP = 512
+# A part of this share of the largest one is not computed before it.
+_NEARLY = 0.8
 # Number of rows kept at first.
 _FIRST_KEPT = 640
 
@@ -81,9 +85,12 @@ class JointSpectrum:
         rows = torch.cat([rows[:count] for rows, count in zip(self.factors.rows, counts.tolist(), strict=True)])
         rows = rows[(counts.cumsum(0) - counts)[classes] + within]
         matrix = rows @ rows.T
-        directions = self.head[classes]
-        matrix *= directions @ directions.T
-        matrix /= self.factors.n
+        del rows
+        directions = self.head[classes] / self.factors.n
+        # In strips, as a second matrix of this size would be the largest thing in memory.
+        for strip in torch.split(torch.arange(kept), _STRIP):
+            part = slice(int(strip[0]), int(strip[-1]) + 1)
+            matrix[part] *= directions[part] @ self.head[classes].T
         return matrix
 
     def exact_matrix(self) -> Float64[Tensor, "m m"]:
@@ -185,13 +192,12 @@ def joint_entropy(
         if EXACT * kept > spectrum.exact and within_reach:
             return exact_entropy(spectral(torch.linalg.eigvalsh(spectrum.exact_matrix())), spectrum.exact, bounds)
         tell(start)
-        matrix = spectrum.matrix(kept)
-        eigenvalues, vectors = torch.linalg.eigh(matrix)
-        pinched = spectral(torch.cat([eigenvalues, spectrum.values[kept:]]))
         places = spectrum.couplings.offsets[spectrum.classes[:kept]] + spectrum.within[:kept]
         mass = spectrum.tails[kept]
+        part = KeptPart.of(places, spectrum.matrix(kept), mass)
+        pinched = spectral(torch.cat([part.eigenvalues, spectrum.values[kept:]]))
         worth = spectrum.couplings.worth(
-            KeptPart(places, matrix, eigenvalues, vectors, mass),
+            part,
             error=error,
             generator=generator,
             last=kept == largest,
@@ -207,7 +213,10 @@ def joint_entropy(
             most = max(min(worth.most - taken, certain), 0.0)
             return joint, Method("pinched", kept, total, mass, bounds.error(most, pinched))
         # The worth of the dropped couplings falls about in proportion to the number of rows kept.
-        kept = min(math.ceil(kept * min(max(likely / error, 1.25), 4.0)), largest)
+        kept = math.ceil(kept * min(max(likely / error, 1.25), 4.0))
+        # Near the largest, another step to it would cost as much again.
+        kept = largest if kept > _NEARLY * largest else kept
+        del part
         # The number of rounds is unknown in advance: each counts as half of the rest.
         start, span = start + span, span / 2
 

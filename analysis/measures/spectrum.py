@@ -31,6 +31,8 @@ from .products import product_matrix
 LARGEST_KEPT = 4096
 # The share of a spectrum's time that reading counts for in reports of progress.
 _READING = 0.2
+# Sets of at most so many numbers are read together.
+_ONE_READING = 2**24
 # Number of rows whose products with all others are held at a time.
 _ORDER_TWO_ROWS = 512
 
@@ -103,6 +105,8 @@ def sample_entropies_of_all(
 ) -> list[Entropies | None]:
     """Return `sample_entropies` of sets that differ only in centre and head, from one pass over their features.
 
+    Large sets are read once for each, so that the factors of one at a time are in memory.
+
     Args:
         sets: of the same features and classes.
         tolerance: as of `sample_entropies`.
@@ -114,6 +118,31 @@ def sample_entropies_of_all(
     Returns:
         The entropies of each set.
     """
+    if sets[0].n_samples * sets[0].features.shape[1] <= _ONE_READING:
+        return _read_at_once(sets, tolerance, largest, generators, observe, tell)
+    found: list[Entropies | None] = []
+    share = 1 / len(sets)
+    for number, (entry, generator) in enumerate(zip(sets, generators, strict=True)):
+        found += _read_at_once(
+            [entry],
+            tolerance,
+            largest,
+            [generator],
+            None if number else observe,
+            lambda done, number=number: tell(share * (number + done)),  # type: ignore[misc]
+        )
+    return found
+
+
+def _read_at_once(
+    sets: Sequence[LabelledFeatures],
+    tolerance: float,
+    largest: int,
+    generators: Sequence[torch.Generator],
+    observe: Observer | None,
+    tell: Tell,
+) -> list[Entropies | None]:
+    """Return the entropies of sets from one reading, with the factors of all of them in memory."""
     factors = [Factors(entry, _rows_kept(entry, tolerance, largest)) for entry in sets]
     read = 0
     for blocks in blocks_of_all(sets, observe):
@@ -121,10 +150,14 @@ def sample_entropies_of_all(
             held.add(block)
         read += len(blocks[0].positions)
         tell(_READING * read / len(sets[0].members))
-    found, span = [], (1 - _READING) / len(sets)
-    for number, (held, generator) in enumerate(zip(factors, generators, strict=True)):
+    found: list[Entropies | None] = []
+    span = (1 - _READING) / len(sets)
+    for number, generator in enumerate(generators):
         start = _READING + number * span
+        # Freed before the next set's spectrum is computed.
+        held = factors.pop(0)
         found.append(_entropies(held, tolerance, generator, lambda share, start=start: tell(start + span * share)))  # type: ignore[misc]
+        del held
         tell(start + span)
     return found
 

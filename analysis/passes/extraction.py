@@ -12,15 +12,19 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int64, Shaped
+from jaxtyping import Float, Int64, Integer, Shaped
 from torch import Tensor, nn
 
 from ..errors import AnalysisError
 from ..measures.entropy import check_finite
+from ..measures.labels import check_labels
+from ..measures.predictions import Predictions, joined, predictions_of
 from ..networks.exported.network import GraphLinear, batch_bounds, filled_up
 from ..networks.loading import LoadedNetwork
+from ..probes.feature_set import FeatureSet
 from ..probes.inputs import Inputs, each, each_input, n_samples
 from ..probes.probe import Probe
+from . import scratch
 from .batching import first_batch_size
 from .precision import Precision, arithmetic
 
@@ -129,6 +133,43 @@ def extract_features(
         check_finite("features", features)
         check_finite("logits", logits)
     return features, logits, size
+
+
+def extract_predictions(
+    network: LoadedNetwork,
+    probe: Probe,
+    *,
+    device: torch.device,
+    batch_size: int | None = None,
+    precision: Precision = "float32",
+    progress: Progress | None = None,
+) -> tuple[FeatureSet, int]:
+    """Return the head's inputs for every sample of a probe with the network's predictions, which take less than logits.
+
+    Args:
+        network: as of `extract_features`.
+        probe: as of `extract_features`; its labels are those of the network's classes.
+        device: as of `extract_features`.
+        batch_size: as of `extract_features`.
+        precision: as of `extract_features`.
+        progress: as of `extract_features`.
+
+    Returns:
+        Features, labels, head and split with predictions, and the batch size of the pass. On the processor features of
+        more than 256 MiB lie in a mapped file (`scratch.folder`).
+
+    Raises:
+        AnalysisError: as `extract_features`; `invalid-probe` for labels that are no classes.
+    """
+    check_labels(probe.labels, len(network.weight), "invalid-probe")
+    samples, size = pass_over(
+        network,
+        probe,
+        lambda: _Predicted(network, probe.labels, device, precision),
+        PassOptions(device, batch_size, precision, progress),
+    )
+    found = samples.predictions()
+    return FeatureSet(samples.features, probe.labels, network.weight, None, None, probe.split, found), size
 
 
 def pass_over(
@@ -373,6 +414,38 @@ class _Samples:
         first = rows.start == 0
         found = features_and_logits(self._network, passed, self._precision, first=first)
         self.features[rows], self.logits[rows] = found
+
+
+class _Predicted:
+    """Collects features and predictions, one row a sample: 3 numbers in place of c logits."""
+
+    def __init__(
+        self, network: LoadedNetwork, labels: Integer[Tensor, " n"], device: torch.device, precision: Precision
+    ) -> None:
+        self.features = scratch.rows(len(labels), network.weight.shape[1], device)
+        self._network, self._labels, self._precision = network, labels, precision
+        self._parts: list[Predictions] = []
+        self._wrong = torch.zeros((), dtype=torch.int64, device=device)
+
+    def take(self, rows: slice, passed: Passed) -> None:
+        """Take features of one batch, and the predictions that follow from its logits."""
+        first = rows.start == 0
+        self.features[rows], logits = features_and_logits(self._network, passed, self._precision, first=first)
+        self._parts.append(predictions_of(logits, self._labels[rows].to(logits.device)))
+        self._wrong += (~torch.isfinite(logits)).sum()
+
+    def predictions(self) -> Predictions:
+        """Return the predictions of all samples.
+
+        Raises:
+            AnalysisError: `non-finite-values` in features or logits.
+        """
+        check_finite("features", self.features)
+        if wrong := int(self._wrong):
+            n_logits = len(self._labels) * len(self._network.weight)
+            detail = f"{wrong} of {n_logits} values of the logits are NaN or infinite."
+            raise AnalysisError("non-finite-values", detail, tensor="logits")
+        return joined(self._parts)
 
 
 def _head_call(

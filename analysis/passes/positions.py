@@ -17,6 +17,7 @@ from ..probes.feature_set import FeatureSet, Vocabulary
 from ..probes.inputs import Inputs
 from ..probes.probe import Probe
 from ..probes.sequences import IGNORED
+from . import scratch
 from .extraction import (
     Passed,
     PassOptions,
@@ -96,7 +97,7 @@ class _Collected:
         self, network: LoadedNetwork, labels: Int32[Tensor, "n t"], device: torch.device, precision: Precision
     ) -> None:
         n = int((labels != IGNORED).sum())
-        self.features = torch.empty(n, network.weight.shape[1], device=device)
+        self.features = scratch.rows(n, network.weight.shape[1], device)
         self.predicted = torch.empty(n, dtype=torch.int64, device=device)
         self.confidence = torch.empty(n, dtype=torch.float64, device=device)
         self.loss = torch.empty(n, dtype=torch.float64, device=device)

@@ -136,6 +136,19 @@ def test_what_is_kept_is_found_again(tmp_path: Path) -> None:
     assert (found.network, found.batch_size, found.probe) == (Network(head="fc"), 7, entry.probe)
 
 
+def test_what_is_much_stays_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large features are not read into memory; they are the same once their entry was evicted."""
+    storage, cache = _cache(tmp_path, 10**6)
+    monkeypatch.setattr("workers.compute.features._MAPPED", 1000)
+    entry = _entry(1)
+    cache.keep(_name(1), entry)
+    found = cache.find(_name(1))
+    assert found is not None
+    assert _name(1) in Path("/proc/self/maps").read_text()
+    storage.delete_features(_name(1))
+    assert torch.equal(found.feature_set.features, entry.feature_set.features)
+
+
 def test_the_oldest_goes_first(tmp_path: Path) -> None:
     """The cache never exceeds its bound: the oldest goes first, more than half of it is not cached, 0 disables it."""
     storage, cache = _cache(tmp_path, 20_000)

@@ -1,4 +1,4 @@
-"""Cache of a checkpoint's features and logits on a probe, in the storage, for repeated analyses. Runs in the child.
+"""Cache of a checkpoint's features and predictions on a probe, in the storage, for repeated analyses. In the child.
 
 An entry's name hashes everything that it depends on, so a hit is the same features. The cache never fails an analysis:
 an entry that cannot be read is computed, and one that cannot be written is not cached.
@@ -34,6 +34,8 @@ logger = logging.getLogger("interplay")
 
 # Share of the cache that one entry may take, so that one evaluation does not evict all others.
 _LARGEST_SHARE = 0.5
+# Tensors of more bytes are not read into memory.
+_MAPPED = 2**28
 # Libraries that build networks or turn files into inputs.
 _LIBRARIES = ("numpy", "pillow", "pyarrow", "timm", "tokenizers", "torchvision", "transformers")
 _DTYPES = {
@@ -79,8 +81,9 @@ class FeatureCache:
             return None
         try:
             with self._storage.features(name) as path, safe_open(path, framework="pt", device="cpu") as file:
-                # Copies, since tensors mapped to the file must not outlive it.
-                tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+                # What is much stays mapped: the file may be removed meanwhile, and its content is there until then.
+                mapped = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                tensors = {key: one if one.nbytes > _MAPPED else one.clone() for key, one in mapped.items()}
                 about = file.metadata()["about"]
                 if _checksum(tensors, about) != file.metadata()["sha256"]:
                     raise ValueError("their checksum is another")

@@ -59,7 +59,12 @@ def _serve_tasks() -> None:
     except OSError as error:
         # The worker reports it in one sentence, possibly a moment later.
         raise SystemExit(f"its storage cannot be used: {first_line(error)}") from error
-    steps = runner.Runner(device, FeatureCache(storage, settings.max_features_bytes), settings.max_loaded_bytes)
+    steps = runner.Runner(
+        device,
+        FeatureCache(storage, settings.max_features_bytes),
+        settings.max_loaded_bytes,
+        settings.data_dir / "staging",
+    )
     send(runner.describe(device, settings.device_memory_bytes))
     freeze_loaded_objects()
     while True:

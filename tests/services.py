@@ -119,10 +119,9 @@ def running(
     }
     data_dir.mkdir(parents=True, exist_ok=True)
     if command == "serve":
-        (data_dir / "workers").mkdir(exist_ok=True)
-        _share_what_was_found(data_dir / "workers")
+        share_what_was_found(data_dir / "workers")
     if command == "api" and tables:
-        _make_tables(data_dir)
+        _make_tables(Settings(data_dir=data_dir, database_url=settings.get("database_url", "")))
     with (data_dir / "stderr.txt").open("a") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "app", command, "--port", str(port), *arguments],
@@ -157,18 +156,19 @@ def running(
         assert not alive, f"left running: {alive}"
 
 
-def _make_tables(data_dir: Path) -> None:
-    engine = make_engine(Settings(data_dir=data_dir))
+def _make_tables(settings: Settings) -> None:
+    engine = make_engine(settings)
     migrations.upgrade(engine)
     queue.migrate(engine)
     engine.dispose()
 
 
-def _share_what_was_found(folder: Path) -> None:
+def share_what_was_found(folder: Path) -> None:
     """Share the worker's cache of importable libraries, named by the installed packages: one import is enough for all.
 
     It is also shared with pytest's other processes, whose folders lie beside each other.
     """
+    folder.mkdir(exist_ok=True)
     run = next((above for above in folder.parents if above.name.startswith("pytest-")), folder)
 
     def found() -> list[Path]:

@@ -8,9 +8,9 @@ ARGS   ?=
 # services; tests/conftest.py says which files come first. (Groups of pytest-xdist 3.8 do nothing beside pytest 9.2.)
 TESTS  ?= -n 3 --dist loadfile --no-loadscope-reorder
 # Written bytecode saves each of the tests' many processes from compiling this repository again.
-test test-all fuzz: export PYTHONDONTWRITEBYTECODE =
+test test-all fuzz campaign: export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: setup demo phenomena test test-all fuzz bench cuda check format types wheels lock clean
+.PHONY: setup demo phenomena test test-all fuzz campaign bench cuda check format types wheels lock clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -36,6 +36,11 @@ test: setup
 # The campaigns of minutes as well, which are marked slow.
 test-all: setup
 	$(BIN)/python -m pytest $(TESTS) -m "slow or not slow" $(ARGS)
+
+# Workers that are killed, stopped and cut off, and restarts of PostgreSQL, whole: hours. docs/reliability.md.
+campaign: export CAMPAIGN_SCALE ?= 1
+campaign: setup
+	$(BIN)/python -m pytest tests/reliability $(ARGS)
 
 # Damaged files and schemathesis, for as long as you like; .ci/run gives them two minutes. ARGS: --seed 7 --seconds 3600.
 fuzz: setup

@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float64, Int, Int64
 from torch import Tensor
 
+from . import memory
 from .clock import Clock, Steps
 from .errors import AnalysisError, Kind
 from .measures.by_class import ByClass, ReliabilityBin, by_class, reliability
@@ -47,6 +49,8 @@ __all__ = [
 
 # Progress counts the spectra of two centrings, their nulls, and the rest.
 _PARTS_OF_A_SPLIT = 5
+# Features of more numbers are worth the time that it takes to give memory back to the system at once.
+_LARGE = 2**25
 
 
 @dataclass(frozen=True)
@@ -225,8 +229,9 @@ def _evaluate(
     progress: Progress | None,
     clock: Clock,
 ) -> Evaluation:
+    is_large = data.features.numel() > _LARGE
     # Time that no other phase claims counts as statistics.
-    with clock.phase("statistics"):
+    with clock.phase("statistics"), memory.returned_soon() if is_large else nullcontext():
         check_finite("head", data.head)
         with clock.phase("predictions"):
             check_labels(data.labels, len(data.head), label_error)

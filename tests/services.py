@@ -23,6 +23,8 @@ from app.settings import Settings
 T = TypeVar("T")
 # Makes torchvision importable beside a CPU build of torch, in every process of a service.
 OPERATORS = Path(__file__).parent / "operators"
+# pytest's own folder for what runs leave to later ones.
+_OF_RUNS_BEFORE = Path(__file__).parents[1] / ".pytest_cache" / "found"
 # No step here is slow, but a shared machine may be.
 PATIENCE_SECONDS = 90.0
 
@@ -153,6 +155,7 @@ def running(
         _, alive = psutil.wait_procs(started, timeout=15)
         for left in alive:
             left.kill()
+        _keep_what_was_found(data_dir / "workers")
         assert not alive, f"left running: {alive}"
 
 
@@ -163,16 +166,26 @@ def _make_tables(settings: Settings) -> None:
     engine.dispose()
 
 
+def _keep_what_was_found(folder: Path) -> None:
+    _OF_RUNS_BEFORE.mkdir(parents=True, exist_ok=True)
+    for found in folder.glob("networks-*.json"):
+        if not (_OF_RUNS_BEFORE / found.name).exists():
+            # In one step: another process may read it.
+            partly = Path(shutil.copy(found, _OF_RUNS_BEFORE / f"{os.getpid()}.part"))
+            partly.rename(_OF_RUNS_BEFORE / found.name)
+
+
 def share_what_was_found(folder: Path) -> None:
     """Share the worker's cache of importable libraries, named by the installed packages: one import is enough for all.
 
-    It is also shared with pytest's other processes, whose folders lie beside each other.
+    It is also shared with pytest's other processes, whose folders lie beside each other, and with later runs.
     """
     folder.mkdir(exist_ok=True)
     run = next((above for above in folder.parents if above.name.startswith("pytest-")), folder)
 
     def found() -> list[Path]:
-        return [*run.glob("*/data/workers/networks-*.json"), *run.glob("*/*/data/workers/networks-*.json")]
+        here = [*run.glob("*/data/workers/networks-*.json"), *run.glob("*/*/data/workers/networks-*.json")]
+        return here or [*_OF_RUNS_BEFORE.glob("networks-*.json")]
 
     try:
         (run / "first-service").mkdir()

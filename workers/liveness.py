@@ -35,7 +35,7 @@ from workers.tasks import Hello, Result
 logger = logging.getLogger("interplay")
 
 _ROUND_SECONDS = 1.0
-_DEAD_AFTER = timedelta(seconds=5)
+_DEAD_AFTER = timedelta(seconds=4)
 _HUNG_AFTER = timedelta(seconds=60)
 # Rounds after which a run that the queue assigns to this worker, but that does not run here, is resumed.
 _STRANDED_ROUNDS = 3

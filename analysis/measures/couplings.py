@@ -34,7 +34,6 @@ from jaxtyping import Bool, Float32, Float64, Int, Shaped
 from torch import Tensor
 
 from ..clock import Tell, silent
-from .entropy import eigh_in_place
 
 # Lanczos steps for each shift: until the gap between the bounds is below this share of the sum, or up to the first of
 # these numbers; up to the second if only further steps can close the gap.
@@ -45,6 +44,8 @@ _ROUNDING = 2e-3
 # The smallest rows, with this share of the tail's mass, need no shifts of their own; nor do rows whose worth is at most
 # this share of the gap between the bounds.
 _NEGLIGIBLE, _UNSEEN = 1e-5, 0.1
+# Most numbers of Cholesky factors that are kept from one batch of probes to the next.
+_FACTORS = 2**24
 # Couplings among kept rows may cancel in float32 if the remainder counts for less than this, in nats.
 _ROUNDED = 1e-11
 # Number of probes in a batch, and most batches.
@@ -81,26 +82,40 @@ class KeptPart:
     Attributes:
         rows: their indices, by offset of their class and rank in it.
         couplings: the joint matrix on these rows, with zeros on the diagonal: rows of one class are orthogonal.
-        eigenvalues: of the joint matrix on these rows.
-        vectors: its eigenvectors, in columns.
-        along: the squares of the rows' lengths, averaged over each eigenvector.
+        lengths: its diagonal, the squared lengths of the rows.
+        eigenvalues: of the joint matrix on these rows, in rising order.
         rest: mass of all other rows, including those that are not in memory.
     """
 
     rows: Int[Tensor, " k"]
-    couplings: Float32[Tensor, "k k"]
+    couplings: Float64[Tensor, "k k"]
+    lengths: Float64[Tensor, " k"]
     eigenvalues: Float64[Tensor, " k"]
-    vectors: Float32[Tensor, "k k"]
-    along: Float64[Tensor, " k"]
     rest: float
 
     @classmethod
     def of(cls, rows: Int[Tensor, " k"], matrix: Float64[Tensor, "k k"], rest: float) -> "KeptPart":
         """Return the part on some rows; `matrix` is the joint matrix on them, and is overwritten."""
-        couplings, lengths = matrix.float().fill_diagonal_(0), matrix.diagonal().clone()
-        eigenvalues, vectors = eigh_in_place(matrix)
-        narrow = vectors.float()
-        return cls(rows, couplings, eigenvalues, narrow, lengths @ vectors.square_(), rest)
+        eigenvalues: Float64[Tensor, " k"] = torch.linalg.eigvalsh(matrix)
+        lengths = matrix.diagonal().clone()
+        return cls(rows, matrix.fill_diagonal_(0), lengths, eigenvalues, rest)
+
+    def factor(self, shift: float) -> Float32[Tensor, "k k"]:
+        """Return the Cholesky factor L of the kept part with a shift of its eigenvalues: L L^T = D + s.
+
+        If the smallest eigenvalues are rounding, and the shift is below it, the least shift that is not.
+        """
+        own, size = torch.empty_like(self.couplings).mT, len(self.rows)
+        info = torch.zeros((), dtype=torch.int32, device=own.device)
+        least = size * torch.finfo(torch.float64).eps * float(self.eigenvalues[-1])
+        while True:
+            # In place, for a moment: a copy would be the largest thing in memory.
+            self.couplings.diagonal().copy_(self.lengths + shift)
+            torch.linalg.cholesky_ex(self.couplings, out=(own, info))
+            self.couplings.fill_diagonal_(0)
+            if int(info) == 0:
+                return own.float()
+            shift = max(2 * shift, least)
 
 
 @dataclass(frozen=True)
@@ -255,7 +270,7 @@ class Couplings:
         least = float(smallest[min(first, len(smallest) - 1)])
         start, stop = math.log(max(least, 1e-30)) - _SHIFT_STEP, math.log(operator.most)
         count = max(math.ceil((stop - start) / _SHIFT_STEP), 1) + 1
-        eigenvalues = torch.cat([operator.tail, operator.eigenvalues])
+        eigenvalues = torch.cat([operator.tail, operator.part.eigenvalues])
         shifts = []
         for index in reversed(range(count)):
             shift = math.exp(start + _SHIFT_STEP * index)
@@ -284,10 +299,11 @@ class Couplings:
         # From the largest shift down: Delta_s is small there, and one step is enough.
         for number, (shift, unseen) in enumerate(shifts):
             tell(number / len(shifts))
-            start = operator.at(signs, shift)
+            shifted = operator.at(shift)
+            start = shifted.times(signs)
             squares = torch.linalg.vector_norm(start, dim=1).double().square()
             least = shift / (operator.most + shift)
-            for steps, (diagonal, beside) in enumerate(_lanczos(operator, start, shift), 1):
+            for steps, (diagonal, beside) in enumerate(_lanczos(shifted, start), 1):
                 low, high = (
                     squares * _radau(diagonal, beside, node, least) * shift * _SHIFT_STEP
                     for node in (self.largest, least - 1)
@@ -299,6 +315,7 @@ class Couplings:
             between += gap
             below.append(low)
             above.append(high)
+            del shifted  # the factor of the next shift takes its place
             if unseen <= _UNSEEN * between:
                 break
         # Above the largest shift s tr h falls like 1/s, below the smallest like s: under half a term at each end.
@@ -326,48 +343,71 @@ def _spread(
 
 
 class _Dropped:
-    """delta = J - D, where D keeps the couplings among some rows, and (D + s)^-1/2."""
+    """delta = J - D, where D keeps the couplings among some rows, and an inverse square root of D + s.
+
+    On the kept rows that is L^-T, with the Cholesky factor L of D + s: L^-1 delta L^-T has the eigenvalues of
+    (D + s)^-1/2 delta (D + s)^-1/2, at a fraction of the time and memory that eigenvectors take.
+    """
 
     def __init__(self, couplings: Couplings, part: KeptPart) -> None:
-        self.couplings, self.kept = couplings, part.rows
-        self.within, self.along = part.couplings, part.along
-        self.eigenvalues, self.vectors = part.eigenvalues.clamp(min=0), part.vectors
+        self.couplings, self.part, self.kept = couplings, part, part.rows
         self.tail = couplings.values.index_fill(0, part.rows, 0.0)
-        self.most = max(float(self.eigenvalues[-1]), float(self.tail.max()))
+        self.most = max(float(part.eigenvalues[-1]), float(self.tail.max()))
         inside = torch.zeros_like(self.tail, dtype=torch.bool).index_fill_(0, part.rows, True)
         self.masks = [mask[0] for mask in couplings.by_class(inside[None])]
         # The leading rows of each class are kept, so a few leading rows of a block include all kept ones.
         self.leading = [int(mask.any(dim=0).sum()) for mask in self.masks]
+        self._factors: dict[float, Float32[Tensor, "k k"]] = {}
 
-    def at(self, vectors: Float32[Tensor, "q m"], shift: float) -> Float32[Tensor, "q m"]:
-        """Return Delta_s times vectors."""
-        whitened = self._whiten(vectors, shift)
-        if self._rounding(shift) < _ROUNDED:
-            product = self.couplings.product(whitened)
-            product[:, self.kept] -= whitened[:, self.kept] @ self.within
+    def at(self, shift: float) -> "_Shifted":
+        """Return Delta_s at a shift."""
+        factor = self._factors.get(shift)
+        if factor is None:
+            if (len(self._factors) + 1) * len(self.kept) ** 2 > _FACTORS:
+                self._factors.clear()
+            factor = self._factors[shift] = self.part.factor(shift)
+        return _Shifted(self, shift, factor)
+
+
+class _Shifted:
+    """Delta_s at one shift, as an operator on vectors."""
+
+    def __init__(self, dropped: _Dropped, shift: float, factor: Float32[Tensor, "k k"]) -> None:
+        self._dropped, self._shift, self._factor = dropped, shift, factor
+        self._scales = (dropped.tail + shift).rsqrt().float()
+        self._subtracts: bool | None = None
+
+    def times(self, vectors: Float32[Tensor, "q m"]) -> Float32[Tensor, "q m"]:
+        """Return Delta_s times vectors; the first ones are random signs."""
+        dropped = self._dropped
+        kept, couplings = dropped.kept, dropped.couplings
+        whitened = vectors * self._scales
+        # x L = v has the solution L^-T v, as rows.
+        whitened[:, kept] = torch.linalg.solve_triangular(self._factor, vectors[:, kept], upper=False, left=False)
+        if self._subtracts is None:
+            self._subtracts = self._rounding(whitened[:, kept]) < _ROUNDED
+        if self._subtracts:
+            product = couplings.product(whitened)
+            product[:, kept] -= (whitened[:, kept].double() @ dropped.part.couplings).float()
         else:
-            product = self.couplings.product_without(whitened, self.masks, self.leading)
-        return self._whiten(product, shift)
+            product = couplings.product_without(whitened, dropped.masks, dropped.leading)
+        onto_kept = torch.linalg.solve_triangular(self._factor.mT, product[:, kept], upper=True, left=False)
+        product *= self._scales
+        product[:, kept] = onto_kept
+        return product
 
-    def _rounding(self, shift: float) -> float:
-        """Return the error that the difference of two float32 products adds to the integrand at a shift, times that.
+    def _rounding(self, whitened: Float32[Tensor, "q k"]) -> float:
+        """Return the error that the difference of two float32 products adds to the integrand, times the shift.
 
         It is 6e-8 of the lengths of both rows on each pair of kept rows, of random sign, divided by D + s; the
-        integrand gets half its squared norm.
+        integrand gets half its squared norm. The trace of the lengths over D + s is the mean over random signs.
         """
-        left = 6e-8 * float((self.along / (self.eigenvalues + shift)).sum())
-        return shift * _SHIFT_STEP * left**2 / 2
-
-    def _whiten(self, vectors: Float32[Tensor, "q m"], shift: float) -> Float32[Tensor, "q m"]:
-        """Return (D + s)^-1/2 times vectors."""
-        whitened = vectors * (self.tail + shift).rsqrt().float()
-        turned = vectors[:, self.kept] @ self.vectors
-        whitened[:, self.kept] = (turned * (self.eigenvalues + shift).rsqrt().float()) @ self.vectors.T
-        return whitened
+        lengths = (whitened.double().square() @ self._dropped.part.lengths).mean()
+        return self._shift * _SHIFT_STEP * (6e-8 * float(lengths)) ** 2 / 2
 
 
 def _lanczos(
-    operator: _Dropped, start: Float32[Tensor, "q m"], shift: float
+    operator: _Shifted, start: Float32[Tensor, "q m"]
 ) -> Iterator[tuple[Float64[Tensor, "q p"], Float64[Tensor, "q p"]]]:
     """Yield Lanczos' matrix of Delta_s, a step larger each time: its diagonal, and the squares beside it."""
     following, previous = start, torch.zeros_like(start)
@@ -377,7 +417,7 @@ def _lanczos(
     while True:
         # If nothing is left the space is exhausted; zeros then have no weight.
         current = following * torch.where(length > 0, 1 / length, 0.0)[:, None]
-        following = operator.at(current, shift) - (length[:, None] * previous if diagonal else 0.0)
+        following = operator.times(current) - (length[:, None] * previous if diagonal else 0.0)
         along = (following * current).sum(dim=1)
         following -= along[:, None] * current
         length, previous = torch.linalg.vector_norm(following, dim=1), current

@@ -50,22 +50,6 @@ def check_finite(name: str, tensor: Tensor) -> None:
         )
 
 
-def eigh_in_place(matrix: Float64[Tensor, "n n"]) -> tuple[Float64[Tensor, " n"], Float64[Tensor, "n n"]]:
-    """Return the eigenvalues of a symmetric matrix, in rising order, and its eigenvectors, in columns.
-
-    Args:
-        matrix: its lower triangle is read. On the processor the eigenvectors are written over it, which saves a
-            quarter of the memory that `torch.linalg.eigh` takes.
-    """
-    if matrix.device.type != "cpu" or not matrix.is_contiguous():
-        values, vectors = torch.linalg.eigh(matrix)
-        return values, vectors
-    # LAPACK takes columns, so the transposed matrix is read and written where it lies.
-    values, vectors = torch.empty(len(matrix), dtype=matrix.dtype), matrix.mT
-    torch.linalg.eigh(vectors, UPLO="U", out=(values, vectors))
-    return values, vectors
-
-
 def squarable(vectors: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
     """Divide vectors by a power of two if their squares would overflow or vanish in float64.
 

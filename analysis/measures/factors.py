@@ -11,9 +11,9 @@ from .couplings import FactorBlock
 from .entropy import Spectral, gram_spectrum, spectral
 from .products import coordinates
 
-# Most numbers of the factors held for couplings, a quarter of a GiB, and how many times as many before some go.
-MOST_NUMBERS, _SLACK = 2**26, 1.25
-# All eigenvalues of this many times the kept rows cost about as much as eigenvectors and probes of the kept rows.
+# Most numbers of the factors held for couplings, an eighth of a GiB, and how many times as many before some go.
+MOST_NUMBERS, _SLACK = 2**25, 1.25
+# All eigenvalues of this many times the kept rows cost about as much as factors and probes of the kept rows.
 EXACT = 3
 
 
@@ -114,7 +114,7 @@ class Factors:
             above = max(int((block.values >= threshold).sum(dim=1).max()), 1)
             if block.rows.shape[1] > above:
                 rows = block.rows[:, :above].clone()
-                self.blocks[index] = FactorBlock(block.positions, block.values[:, :above], rows)
+                self.blocks[index] = FactorBlock(block.positions, block.values[:, :above].clone(), rows)
         return sum(block.values.numel() for block in self.blocks)
 
     def _threshold(self, largest: int) -> float:

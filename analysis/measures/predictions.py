@@ -1,6 +1,5 @@
 """A network's predictions for each sample, and their quality: loss, confidence, calibration."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +26,19 @@ class Predictions:
     confidence: Float64[Tensor, " n"]
     loss: Float64[Tensor, " n"]
 
+    @classmethod
+    def room(cls, n: int, device: torch.device) -> "Predictions":
+        """Return room for the predictions of so many samples, for `put`.
+
+        Made before the parts: what stays, between large blocks that go, would keep the system from having these back.
+        """
+        numbers = torch.empty(2, n, dtype=torch.float64, device=device)
+        return cls(torch.empty(n, dtype=torch.int64, device=device), *numbers)
+
+    def put(self, rows: slice, found: "Predictions") -> None:
+        """Store the predictions of some samples."""
+        self.predicted[rows], self.confidence[rows], self.loss[rows] = found.predicted, found.confidence, found.loss
+
     def take(self, rows: Int64[Tensor, " m"]) -> "Predictions":
         """Return only the predictions of these samples, in their order."""
         return Predictions(self.predicted[rows], self.confidence[rows], self.loss[rows])
@@ -45,21 +57,17 @@ def predictions_of(logits: Float[Tensor, "n c"], labels: Int[Tensor, " n"]) -> P
 
     Numerics: float64, some rows at a time, so that no float64 copy of all logits is made.
     """
-    parts = []
-    size = rows_at_a_time(logits.shape[1])
-    for part, target in zip(torch.split(logits, size), torch.split(labels, size), strict=True):
+    found, size = Predictions.room(len(logits), logits.device), rows_at_a_time(logits.shape[1])
+    for start in range(0, len(logits), size):
+        rows = slice(start, start + size)
+        part, target = logits[rows], labels[rows]
         # From the logits: log-probabilities are equal if logits are closer than 1e-16.
         largest = part.max(dim=1).indices
         logarithms = part.double().log_softmax(dim=1)
         confidence = logarithms.gather(1, largest[:, None])[:, 0].exp()
-        parts.append(Predictions(largest, confidence, -logarithms.gather(1, target.long()[:, None])[:, 0]))
-    return joined(parts)
-
-
-def joined(parts: Sequence[Predictions]) -> Predictions:
-    """Return the predictions of the samples of all parts, in their order."""
-    columns = zip(*((part.predicted, part.confidence, part.loss) for part in parts), strict=True)
-    return Predictions(*(torch.cat(column) for column in columns))
+        loss = -logarithms.gather(1, target.long()[:, None])[:, 0]
+        found.put(rows, Predictions(largest, confidence, loss))
+    return found
 
 
 def rows_at_a_time(n_classes: int) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..errors import AnalysisError
 from ..measures.entropy import check_finite
 from ..measures.labels import check_labels
-from ..measures.predictions import Predictions, joined, predictions_of
+from ..measures.predictions import Predictions, predictions_of
 from ..networks.exported.network import GraphLinear, batch_bounds, filled_up
 from ..networks.loading import LoadedNetwork
 from ..probes.feature_set import FeatureSet
@@ -424,14 +424,14 @@ class _Predicted:
     ) -> None:
         self.features = scratch.rows(len(labels), network.weight.shape[1], device)
         self._network, self._labels, self._precision = network, labels, precision
-        self._parts: list[Predictions] = []
+        self._found = Predictions.room(len(labels), device)
         self._wrong = torch.zeros((), dtype=torch.int64, device=device)
 
     def take(self, rows: slice, passed: Passed) -> None:
         """Take features of one batch, and the predictions that follow from its logits."""
         first = rows.start == 0
         self.features[rows], logits = features_and_logits(self._network, passed, self._precision, first=first)
-        self._parts.append(predictions_of(logits, self._labels[rows].to(logits.device)))
+        self._found.put(rows, predictions_of(logits, self._labels[rows].to(logits.device)))
         self._wrong += (~torch.isfinite(logits)).sum()
 
     def predictions(self) -> Predictions:
@@ -445,7 +445,7 @@ class _Predicted:
             n_logits = len(self._labels) * len(self._network.weight)
             detail = f"{wrong} of {n_logits} values of the logits are NaN or infinite."
             raise AnalysisError("non-finite-values", detail, tensor="logits")
-        return joined(self._parts)
+        return self._found
 
 
 def _head_call(

@@ -5,6 +5,8 @@ a whole vocabulary are never held: for each batch only the predictions are kept,
 against the logits before these are freed.
 """
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Bool, Float, Int32, Int64
 from torch import Tensor
@@ -74,11 +76,11 @@ def extract_positions(
         PassOptions(device, batch_size, precision, progress),
     )
     check_finite("features", collected.features)
-    check_finite("logits", collected.loss)
+    check_finite("logits", collected.predictions.loss)
     sequences, places = (probe.labels != IGNORED).nonzero().unbind(1)
     tokens, labels = torch.unique(probe.labels[sequences, places].long(), return_inverse=True)
     tokens, labels = tokens.to(device), labels.to(device)
-    predictions = Predictions(_places(collected.predicted, tokens), collected.confidence, collected.loss)
+    predictions = replace(collected.predictions, predicted=_places(collected.predictions.predicted, tokens))
     split = None if probe.split is None else probe.split[sequences]
     head, vocabulary = network.weight[tokens], Vocabulary(tokens, len(network.weight))
     return FeatureSet(collected.features, labels, head, None, None, split, predictions, vocabulary), size
@@ -98,9 +100,7 @@ class _Collected:
     ) -> None:
         n = int((labels != IGNORED).sum())
         self.features = scratch.rows(n, network.weight.shape[1], device)
-        self.predicted = torch.empty(n, dtype=torch.int64, device=device)
-        self.confidence = torch.empty(n, dtype=torch.float64, device=device)
-        self.loss = torch.empty(n, dtype=torch.float64, device=device)
+        self.predictions = Predictions.room(n, device)
         self._network, self._labels, self._precision = network, labels, precision
         self._done, self._looked_back = 0, False
 
@@ -125,12 +125,9 @@ class _Collected:
             features, logits = received.flatten(0, 1)[part].float(), output.flatten(0, 1)[part].float()
             if not untouched:
                 check_identity(network, features, logits, self._precision)
-            predictions = predictions_of(logits, labels.flatten()[part])
             kept_rows = slice(self._done, self._done + len(part))
             self.features[kept_rows] = features
-            self.predicted[kept_rows] = predictions.predicted
-            self.confidence[kept_rows] = predictions.confidence
-            self.loss[kept_rows] = predictions.loss
+            self.predictions.put(kept_rows, predictions_of(logits, labels.flatten()[part]))
             self._done = kept_rows.stop
 
 

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int64, Integer
 from torch import Tensor
 
 from ..measures.entropy import check_finite
-from ..measures.predictions import Predictions, joined, predictions_of, rows_at_a_time
+from ..measures.predictions import Predictions, predictions_of, rows_at_a_time
 
 #: Numbers of the splits in a set's `split`.
 SPLITS = {"train": 0, "test": 1}
@@ -86,14 +86,14 @@ class FeatureSet:
         """
         if self.predictions is not None:
             return self.predictions
-        parts = []
+        found = Predictions.room(len(self.labels), self.labels.device)
         # Features become float64 too, so the wider of the two determines how many rows fit.
         for rows in torch.split(torch.arange(len(self.labels)), rows_at_a_time(max(self.head.shape))):
             part = slice(int(rows[0]), int(rows[-1]) + 1)
             logits = self._logits(part)
             check_finite("logits", logits)
-            parts.append(predictions_of(logits, self.labels[part]))
-        return joined(parts)
+            found.put(part, predictions_of(logits, self.labels[part]))
+        return found
 
     def take(self, rows: Int64[Tensor, " m"]) -> "FeatureSet":
         """Return only the samples of these rows, in their order."""

@@ -231,7 +231,8 @@ def _argument_of(kind: str, known: int, chance: random.Random) -> Any:
         ]
     match kind:
         case "Tensor":
-            return {"ref": chance.randrange(known)}
+            # Damage before may have made the number of results whatever a float can be.
+            return {"ref": chance.randrange(max(int(min(known, 2**31)), 1))}
         case "int" | "SymInt":
             return (
                 chance.choice((-2, -1, 0, 1, 1, 2, 3, 4, 5, 8, 64))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import random
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+import pytest
 import sqlalchemy as sa
 import torch
 from safetensors.numpy import save as save_arrays
@@ -27,14 +29,17 @@ from app.settings import Settings
 from tests import services
 from tests.services import Service, until
 
-BOUNDARIES = Path(__file__).parent / "boundaries"
+# 1 for the whole campaign.
+_SCALE = float(os.environ.get("CAMPAIGN_SCALE", "0.02"))
+_SEED = int(os.environ.get("CAMPAIGN_SEED", "0"))
+_BOUNDARIES = Path(__file__).parent / "boundaries"
 WORKERS = 3
 _SIZES, _SAMPLES = [64, 32, 10], 300
 _IN_FLIGHT = 3
 _LOOK_SECONDS = 0.02
 # A run that a dead worker held is looked at so often until another has it.
 _FOLLOW_SECONDS = 0.05
-_PATIENCE_SECONDS = 180.0
+_PATIENCE_SECONDS = 300.0
 _ENDED = ("SUCCESS", "ERROR", "CANCELLED", "MAX_RECOVERY_ATTEMPTS_EXCEEDED")
 
 
@@ -112,9 +117,8 @@ class Fleet:
         folder: for the fleet's own files.
     """
 
-    def __init__(self, service: Service, seed: int, folder: Path, **settings: str) -> None:
-        self.service, self.figures, self.random = service, Figures(), random.Random(seed)
-        self._folder, self._settings = folder, {f"INTERPLAY_{key.upper()}": value for key, value in settings.items()}
+    def __init__(self, service: Service, seed: int, folder: Path) -> None:
+        self.service, self.figures, self.random, self._folder = service, Figures(), random.Random(seed), folder
         url = service.environment.get("INTERPLAY_DATABASE_URL", "")
         self.engine = make_engine(Settings(data_dir=service.data_dir, database_url=url))
         self.lives: list[Life] = []
@@ -132,8 +136,12 @@ class Fleet:
 
     def prepare(self) -> None:
         """Send what is analyzed, and compute each report once without a disturbance."""
-        services.share_what_was_found(self.service.data_dir / "workers")
+        found = self.service.data_dir / "workers"
+        services.share_what_was_found(found)
         self._requests = _requests(self.service)
+        # Of what can be imported one worker makes a list; those that begin meanwhile would all do so.
+        self.lives.append(self._born_life())
+        until(lambda: list(found.glob("networks-*.json")), seconds=_PATIENCE_SECONDS)
         self.keep_alive()
         for name, request in self._requests.items():
             done = self.service.wait(self.service.analyze(**request)["id"])
@@ -187,6 +195,11 @@ class Fleet:
     def ready(self) -> list[Life]:
         """The workers that live and take work."""
         return [life for life in self.lives if life.is_ready]
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether analyses are under way."""
+        return bool(self._in_flight)
 
     def finish(self) -> None:
         """Ask for nothing more, wait for what is under way, and check that nothing was lost or done twice."""
@@ -244,7 +257,7 @@ class Fleet:
         self.n_born += 1
         armed = self._folder / f"armed-{self.n_born}"
         special = self.special.pop() if self.special else {}
-        environment = {**self.service.environment, **self._settings, **special}
+        environment = {**self.service.environment, **special}
         if (place := self.places()) is not None:
             environment["KILLED_AT"] = f"{place.function} {place.moment} {armed}"
         with (self.service.data_dir / "stderr.txt").open("a") as log:
@@ -287,12 +300,15 @@ class Fleet:
                 del self._orphans[run_id]
 
     def _ask(self) -> None:
-        """Note which analyses have ended, and ask for others in their place."""
+        """Note which analyses have ended, and ask for others in their place once all workers are there.
+
+        What a worker needs to start is not taken by others that compute: what is under way is little.
+        """
         if self._in_flight:
             with suppress(sa.exc.OperationalError), read(self.engine) as session:  # if it is away: at the next look
                 ended = sa.select(Analysis.id).where(Analysis.id.in_(self._in_flight), Analysis.outcome.is_not(None))
                 self._in_flight.difference_update(session.scalars(ended))
-        while self._asks and len(self._in_flight) < _IN_FLIGHT:
+        while self._asks and len(self.ready) == WORKERS and len(self._in_flight) < _IN_FLIGHT:
             name = self.random.choice(list(self._requests))
             answer = self.service.client.post("/v1/analyses", json=self._requests[name])
             if answer.status_code == 503:
@@ -384,15 +400,45 @@ def _quantiles(values: Sequence[float]) -> dict[str, float] | None:
 
 
 @contextmanager
-def fleet_of(service: Service, seed: int, **settings: str) -> Iterator[Fleet]:
-    """Run workers of a service, and end them."""
-    with tempfile.TemporaryDirectory(prefix="interplay-fleet-") as folder:
-        fleet = Fleet(service, seed, Path(folder), **settings)
+def campaign(data_dir: Path, url: str, name: str, capsys: pytest.CaptureFixture[str]) -> Iterator[Fleet]:
+    """Run a service with three workers on a database; afterwards tell what was seen.
+
+    It is printed, and added to the file that CAMPAIGN_OUTPUT names.
+    """
+    with (
+        services.running(
+            data_dir,
+            command="api",
+            site=_BOUNDARIES,
+            database_url=url,
+            queue_polling_seconds="0.1",
+            max_attempts="1000",
+        ) as service,
+        tempfile.TemporaryDirectory(prefix="interplay-fleet-") as folder,
+    ):
+        fleet = Fleet(service, _SEED, Path(folder))
         try:
             fleet.prepare()
             yield fleet
         finally:
             fleet.close()
+    line = json.dumps({"campaign": name, "scale": _SCALE, "seed": _SEED, **fleet.figures.summary()})
+    with capsys.disabled():
+        print(f"\n{line}")
+    if output := os.environ.get("CAMPAIGN_OUTPUT"):
+        with Path(output).open("a") as file:
+            file.write(line + "\n")
+
+
+def scaled(whole: int) -> int:
+    """Return how many of the whole campaign's disturbances are to be made."""
+    return max(round(whole * _SCALE), 1)
+
+
+def kill(life: Life) -> None:
+    """Kill -9 a worker, and wait until it is gone."""
+    life.process.kill()
+    life.process.wait()
 
 
 @contextmanager

@@ -15,7 +15,6 @@ from torch import Tensor
 from analysis.errors import AnalysisError
 from analysis.measures import entropy
 from analysis.measures.entropy import (
-    eigh_in_place,
     hdr,
     joint_entropy,
     matrix_entropy,
@@ -167,17 +166,3 @@ def test_wrong_arguments_are_named() -> None:
         with pytest.raises(AnalysisError) as caught:
             call()
         assert (caught.value.kind, caught.value.members["tensor"]) == ("non-finite-values", name)
-
-
-def test_eigenvectors_are_written_over_the_matrix() -> None:
-    """They are those of a copy; a matrix that is no block of memory is left as it is."""
-    rows = torch.randn(60, 60, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    matrix = rows @ rows.T
-    expected, place = torch.linalg.eigh(matrix), matrix.data_ptr()
-    part = matrix[:40, :40]
-    torch.testing.assert_close(eigh_in_place(part)[0], torch.linalg.eigvalsh(part))
-    assert torch.equal(matrix, rows @ rows.T)
-    values, vectors = eigh_in_place(matrix)
-    assert vectors.data_ptr() == place
-    torch.testing.assert_close(values, expected.eigenvalues, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(vectors.abs(), expected.eigenvectors.abs(), rtol=1e-9, atol=1e-9)

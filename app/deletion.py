@@ -88,9 +88,10 @@ def _remove_reports(session: Session, ids: Sequence[str]) -> None:
     session.execute(sa.delete(Report).where(Report.id.in_(ids)))
 
 
-def of_baselines() -> sa.Select[str]:
-    """Return SQL of the ids of the analyses whose reports baselines point at."""
-    return sa.select(Report.analysis_id).join(Baseline, Baseline.report_id == Report.id).correlate(None)
+def is_of_baseline() -> sa.ColumnElement[bool]:
+    """Return SQL that is true for an analysis at whose report a baseline points."""
+    report = aliased(Report)
+    return sa.exists().where(report.analysis_id == Analysis.id, Baseline.report_id == report.id).correlate(Analysis)
 
 
 def require_no_baseline_on(session: Session, noun: str, id_: str) -> None:
@@ -115,7 +116,7 @@ def _require_no_baseline(session: Session, what: str, report_ids: Sequence[str])
     pointing = sa.select(Baseline.name).where(Baseline.report_id.in_(report_ids)).order_by(Baseline.name)
     if names := session.scalars(pointing.limit(_NAMED)).all():
         listed = ", ".join(map(repr, names))
-        noun, it = ("baseline", "it") if len(names) == 1 else ("baselines", "them")
+        which = "the baseline" if len(names) == 1 else "the baselines"
         raise InUse(
-            f"{what} the {noun} {listed}. Move {it} to another report, or delete {it} first.", baselines=[*names]
+            f"{what} {which} {listed}. Move {which} to another report, or delete {which}, first.", baselines=[*names]
         )

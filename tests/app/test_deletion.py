@@ -161,7 +161,7 @@ def test_what_a_baseline_needs_is_kept(
     gate = {"name": f"gate-{uuid4().hex[:8]}", "checks": [{"metric": "splits.test.accuracy", "min_change": -0.5}]}
     gate_id = any_service.client.post("/v1/gates", json=gate).json()["id"]
     page = any_service.client.get(f"/baselines/{names[0]}", params={"gate": gate_id}).text
-    assert "which was deleted" in page
+    assert f"<code>{analysis['report_id']}</code> (deleted)" in page
     assert "from a report that was deleted" in page
     assert "there is nothing to compare with" in page
     assert set(mentions(engine, analysis["report_id"])) == {"baseline_moves"}

@@ -400,6 +400,34 @@ def test_what_another_transaction_holds_stays_for_now(world: World) -> None:
     assert world.remove(settings) == []
 
 
+@pytest.mark.parametrize("empty_database", ["postgresql"], indirect=True)
+def test_an_analysis_that_is_queued_before_the_lock(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that commits after the removal began to look, and before it locks the row, is seen all the same."""
+    page = retention._page
+
+    def slow_page(*given: Any) -> Any:
+        return page(*given).where(sa.cast(sa.func.pg_sleep(1.0), sa.Text).is_not(None))
+
+    monkeypatch.setattr("app.retention._page", slow_page)
+    used = world.resource(days=1)
+    looking = sa.text(
+        "SELECT count(*) FROM pg_stat_activity WHERE state = 'active' AND query LIKE '%feature_sets%pg_sleep%UPDATE%' "
+        "AND pid <> pg_backend_pid() AND wait_event = 'PgSleep'"
+    )
+
+    def looks() -> bool:
+        with world.engine.connect() as connection:
+            return bool(connection.scalar(looking))
+
+    with ThreadPoolExecutor(1) as pool:
+        removing = pool.submit(world.remove, world.keeping(keep_files_days=0))
+        until(looks)
+        request = EvaluationRequest(kind="evaluation", feature_set_id=used)
+        analyses.create(world.engine, world.client, request, None)
+        assert removing.result(30) == []
+    assert used in world.ids()
+
+
 def test_a_baseline_that_moves_meanwhile(world: World) -> None:
     """However moves and removals meet, a baseline points at a report that is there."""
     made = [world.analysis(1) for _ in range(30)]

@@ -1,4 +1,4 @@
-"""`python -m app serve|api|migrate|verify`: the service with its workers, the HTTP side alone, the tables, the blobs.
+"""`python -m app serve|api|migrate|verify|retention`: the service, its HTTP side alone, tables, files, what goes.
 
 Workers start before anything large is imported here: their compute processes take longest to load.
 """
@@ -6,12 +6,13 @@ Workers start before anything large is imported here: their compute processes ta
 import argparse
 import contextlib
 import ctypes
+import json
 import logging
 import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING
@@ -23,6 +24,8 @@ from app.settings import Settings, load_settings
 from app.supervision import DEVICES, Workers, devices_of
 
 if TYPE_CHECKING:
+    import sqlalchemy as sa
+
     from app.api.connections import Connections
     from app.api.events import Events
 
@@ -51,6 +54,10 @@ def main(arguments: list[str] | None = None) -> int:
     scrub.add_argument(
         "--set-aside", action="store_true", help="move damaged files away, so that they can be sent again"
     )
+    text = "delete what is older than INTERPLAY_KEEP_... say, as the service itself does every ten minutes"
+    retain = commands.add_parser("retention", help=text, description=f"{text}; docs/operations.md has the rules.")
+    retain.add_argument("--dry-run", action="store_true", help="list what would go, and delete nothing")
+    retain.add_argument("--json", action="store_true", help="print one JSON value on standard output")
     options = parser.parse_args(arguments)
     settings = load_settings(host=getattr(options, "host", None), port=getattr(options, "port", None))
     start_logging(settings)
@@ -58,6 +65,8 @@ def main(arguments: list[str] | None = None) -> int:
         return _refusing(settings, lambda: _migrate_alone(settings))
     if options.command == "verify":
         return _refusing(settings, lambda: _verify(settings, set_aside=options.set_aside))
+    if options.command == "retention":
+        return _refusing(settings, lambda: _retain(settings, dry_run=options.dry_run, as_json=options.json))
     if not settings.binds_loopback and settings.api_key is None:
         return _refuse(
             f"Refusing to bind {settings.host}: everybody who reaches it could use the service. Set INTERPLAY_API_KEY, "
@@ -106,16 +115,46 @@ def _migrate(settings: Settings) -> None:
 
 
 def _verify(settings: Settings, *, set_aside: bool) -> int:
-    import migrations
     from app import verification
-    from app.database import make_engine
     from app.storage import Storage
+
+    with _engine_with_tables(settings) as engine:
+        return 1 if verification.verify(engine, Storage(settings), set_aside=set_aside) else 0
+
+
+def _retain(settings: Settings, *, dry_run: bool, as_json: bool) -> int:
+    from app import queue, retention
+    from app.storage import Storage
+
+    if not retention.is_set(settings):
+        sys.stderr.write("Nothing goes by its age: no INTERPLAY_KEEP_DAYS, _FAILED_DAYS or _FILES_DAYS is set.\n")
+    with _engine_with_tables(settings) as engine:
+        held = retention.kept(engine, settings)
+        if dry_run:
+            items = list(retention.would_go(engine, settings))
+        else:
+            client = queue.LateClient(engine)
+            with retention.alone(engine, settings, wait=True):
+                items = list(retention.remove(engine, client, Storage(settings), settings))
+            client.destroy()
+    if as_json:
+        sys.stdout.write(json.dumps(retention.as_json(items, held, dry_run=dry_run), indent=2) + "\n")
+    else:
+        sys.stdout.writelines(f"{line}\n" for line in retention.text_of(items, held, dry_run=dry_run))
+    return 0
+
+
+@contextlib.contextmanager
+def _engine_with_tables(settings: Settings) -> "Iterator[sa.Engine]":
+    """Yield a patient engine on a database with the tables of this version."""
+    import migrations
+    from app.database import make_engine
 
     engine = make_engine(settings, patient=True)
     try:
         if lacking := migrations.lacking(engine):
             raise migrations.OtherTables(lacking)
-        return 1 if verification.verify(engine, Storage(settings), set_aside=set_aside) else 0
+        yield engine
     finally:
         engine.dispose()
 

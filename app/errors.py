@@ -19,6 +19,7 @@
     ├── NotFound            404
     ├── RangeOutside        416  a part of a file that is not there
     ├── InUse               409  a resource to delete is needed
+    ├── NotEnded            409  an analysis to delete waits or runs
     ├── IdempotencyConflict 409
     ├── NotCancellable      409
     ├── TooManyStreams      503  of events
@@ -175,6 +176,10 @@ class RangeOutside(ServiceError):
 
 class InUse(ServiceError):
     kind, title, status = "in-use", "The resource is in use", 409
+
+
+class NotEnded(ServiceError):
+    kind, title, status = "not-ended", "It has not ended", 409
 
 
 class IdempotencyConflict(ServiceError):

@@ -246,7 +246,7 @@ class Fetch(Run):
 
 class Analysis(Run):
     __tablename__ = "analyses"
-    __table_args__ = (sa.Index(None, "created_at", "id"),)
+    __table_args__ = (sa.Index(None, "created_at", "id"), sa.Index(None, "finished_at", "id"))
 
     kind: Mapped[Kind] = mapped_column(sa.String(30), index=True)
     name: Mapped[str] = mapped_column(sa.String(200))
@@ -368,7 +368,8 @@ class BaselineMove(Resource):
     __table_args__ = (sa.Index(None, "created_at", "id"),)
 
     baseline_id: Mapped[str] = mapped_column(sa.ForeignKey("baselines.id"), index=True)
-    report_id: Mapped[str] = mapped_column(sa.ForeignKey("reports.id"))
+    # Not foreign keys: the history outlives the reports of earlier moves.
+    report_id: Mapped[str] = mapped_column(sa.String(36))
     before_report_id: Mapped[str | None] = mapped_column(sa.String(36))
     done: Mapped[bool]
     note: Mapped[str | None] = mapped_column(sa.String(500))

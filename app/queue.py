@@ -8,6 +8,7 @@ waits on a queue of its own, and turns on the queue of those who compute. Whatev
 workers have is planned, and its turns wait on queues of workers that have enough.
 """
 
+import logging
 import threading
 from collections.abc import Collection, Sequence
 from datetime import datetime
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from app.database import clock
+from app.database import clock, read
 from app.errors import NotCancellable
 from app.models import Analysis, Run, Turn, Worker, now
 from app.schemas.kinds import PLANNED
@@ -25,6 +26,8 @@ from app.schemas.kinds import PLANNED
 if TYPE_CHECKING:
     from dbos import DBOSClient as Client
     from dbos import DBOSPortableJSONSerializer
+
+logger = logging.getLogger(__name__)
 
 QUEUE = "analyses"
 WORKFLOW = "run_analysis"
@@ -47,6 +50,9 @@ VERSION = "engine-2"
 _ADOPTED = ("engine-1",)
 # Lower goes first, and runs without a priority go before all others: so every analysis has one.
 PRIORITY = 100
+# Ids of plans and of turns begin with their analysis's.
+_ID_CHARACTERS = 36
+_MOST_STRAYS = 1000
 # The queue's statuses of a run that has ended.
 ENDED = ("SUCCESS", "ERROR", "CANCELLED", "MAX_RECOVERY_ATTEMPTS_EXCEEDED")
 
@@ -157,7 +163,12 @@ def is_planned(row: Analysis) -> bool:
 def plan_later(client: "Client", session: Session, row: Analysis, needs_bytes: int) -> None:
     """Make a locked analysis of one step, which a worker has taken that has too little memory, a planned one."""
     row.needs_bytes = needs_bytes
-    enqueue(client, session, f"{row.id}{_OF_PLAN}", workflow=PLAN_WORKFLOW, queue=PLANS)
+    enqueue(client, session, plan_of(row.id), workflow=PLAN_WORKFLOW, queue=PLANS)
+
+
+def plan_of(analysis_id: str) -> str:
+    """Return the id of the plan of an analysis that began as one step; other plans have that of their analysis."""
+    return f"{analysis_id}{_OF_PLAN}"
 
 
 def analysis_of_plan(plan_id: str) -> str:
@@ -307,6 +318,44 @@ def has_ended(dialect: str, run: type[Run]) -> sa.ColumnElement[bool]:
         later = sa.and_(run.kind.not_in(PLANNED), run.needs_bytes.is_not(None))
         run_id = sa.case((later, run.id + _OF_PLAN), else_=run.id)
     return has_status(dialect, run_id, *ENDED)
+
+
+def forget(client: LateClient, engine: sa.Engine, run_ids: Sequence[str]) -> None:
+    """Delete the queue's record of runs whose analyses are gone, those that a worker holds excepted.
+
+    Such a one finds nothing to do and ends; `forget_strays` deletes it then, as it does what a kill has left.
+    """
+    runs = _runs(engine.dialect.name)
+    ours = sa.select(runs.c.workflow_uuid).where(runs.c.workflow_uuid.in_(run_ids), runs.c.status != "PENDING")
+    with read(engine) as session:
+        found = list(session.scalars(ours))
+    _delete(client, found)
+
+
+def forget_strays(client: LateClient, engine: sa.Engine) -> None:
+    """Delete the queue's record of ended runs of analyses that are gone, at most a thousand at a time."""
+    runs = _runs(engine.dialect.name, "name")
+    analysis_id = sa.func.substr(runs.c.workflow_uuid, 1, _ID_CHARACTERS)
+    strays = sa.select(runs.c.workflow_uuid).where(
+        runs.c.status.in_(ENDED),
+        runs.c.name.in_((WORKFLOW, PLAN_WORKFLOW, TURN_WORKFLOW)),
+        ~sa.exists().where(Analysis.id == analysis_id),
+    )
+    with read(engine) as session:
+        found = list(session.scalars(strays.limit(_MOST_STRAYS)))
+    _delete(client, found)
+
+
+def _delete(client: LateClient, run_ids: list[str]) -> None:
+    from dbos._error import DBOSException
+
+    if not run_ids:
+        return
+    try:
+        client.get().delete_workflows(run_ids)
+    except (sa.exc.SQLAlchemyError, DBOSException) as error:
+        # Nothing refers to these records, and what they are of has gone: the next sweep tries again.
+        logger.warning("the records of %d runs were not deleted: %s", len(run_ids), error)
 
 
 def turns_on(session: Session, queues: Collection[str]) -> dict[str, int]:

@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from pydantic import ValidationError
 from sqlalchemy.orm import Session
 
-from app import checkpoints, models, schemas, uploads
+from app import checkpoints, deletion, models, schemas, uploads
 from app.database import read, write
 from app.descriptions.preprocessing import given_preprocess
 from app.errors import InUse, InvalidFile, InvalidRequest, NotFound, TooLarge, invalid_request
@@ -36,8 +36,8 @@ _HOLD_BLOB = sa.text(
     "INSERT INTO blobs (sha256, size_bytes) VALUES (:sha256, :size_bytes) "
     "ON CONFLICT (sha256) DO UPDATE SET size_bytes = excluded.size_bytes"
 )
-# Every column that refers to a blob.
-_USES = (
+#: Every column that refers to a blob.
+USES = (
     models.Checkpoint.sha256,
     models.Probe.sha256,
     models.FeatureSet.sha256,
@@ -180,7 +180,7 @@ def delete(engine: sa.Engine, storage: Storage, model: type[OwnerType], id_: str
 
     Raises:
         NotFound: the resource does not exist.
-        InUse: an analysis that has not ended needs it, or an adapter whose base it is.
+        InUse: an analysis that has not ended needs it, a baseline, or an adapter whose base it is.
     """
     analyses = models.Analysis
     places = models.AnalysisCheckpoint
@@ -204,15 +204,23 @@ def delete(engine: sa.Engine, storage: Storage, model: type[OwnerType], id_: str
             raise InUse(
                 f"The checkpoint is the base of {len(ids)} adapters; delete them first.", checkpoint_ids=list(ids)
             )
-        session.execute(sa.delete(models.MetadataEntry).where(models.MetadataEntry.resource_id == id_))
-        session.delete(row)
-    for sha256 in _hashes(row):
-        _release(engine, storage, sha256)
+        deletion.require_no_baseline_on(session, noun_of(model), id_)
+        remove(session, row)
+    for sha256 in hashes_of(row):
+        if release(engine, storage, sha256) is not None:
+            _forget_features(storage, sha256)
     if isinstance(row, models.Probe) and row.data_sha256 is not None:
         with read(engine) as session:
             held = session.scalar(sa.select(sa.exists().where(models.Probe.data_sha256 == row.data_sha256)))
         if not held:
             _forget_features(storage, row.data_sha256)
+
+
+def remove(session: Session, row: Owner) -> None:
+    """Delete the row of a resource that the caller has locked; its blobs are then the caller's to `release`."""
+    session.execute(sa.delete(models.MetadataEntry).where(models.MetadataEntry.resource_id == row.id))
+    session.delete(row)
+    session.flush()
 
 
 def sweep(engine: sa.Engine, storage: Storage) -> None:
@@ -223,18 +231,27 @@ def sweep(engine: sa.Engine, storage: Storage) -> None:
     with read(engine) as session:
         hashes = list(session.scalars(unused))
         known = set(session.scalars(sa.select(models.Blob.sha256)))
-        data = set(session.scalars(sa.select(models.Probe.data_sha256).where(models.Probe.data_sha256.is_not(None))))
     for sha256 in hashes:
-        _release(engine, storage, sha256)
+        release(engine, storage, sha256)
     # An upload stores its file moments before its row, so only old files are orphans.
     for sha256 in storage.blobs_older_than(_ORPHAN_SECONDS):
         if sha256 not in known:
             # With this row, a concurrent upload of the same file waits for its lock, or already uses it.
             with write(engine) as session:
                 session.execute(_HOLD_BLOB, {"sha256": sha256, "size_bytes": 0})
-            _release(engine, storage, sha256)
-    for entry in storage.list_features():
-        if not entry.origins <= (known - set(hashes)) | data:
+            release(engine, storage, sha256)
+    sweep_features(engine, storage)
+
+
+def sweep_features(engine: sa.Engine, storage: Storage) -> None:
+    """Remove kept features of checkpoints and probes that are gone."""
+    # Before the rows: whoever keeps features has had a row for its files.
+    entries = storage.list_features()
+    with read(engine) as session:
+        known = set(session.scalars(sa.select(models.Blob.sha256)))
+        known |= set(session.scalars(sa.select(models.Probe.data_sha256).where(models.Probe.data_sha256.is_not(None))))
+    for entry in entries:
+        if not entry.origins <= known:
             storage.delete_features(entry.name)
 
 
@@ -252,7 +269,7 @@ def _keep(
         # Sorted, so that two uploads of the same files never wait for each other.
         for sha256 in sorted({row.sha256, *files}):
             if sha256 in files:
-                # Locks the row against `_release`, also if it exists already.
+                # Locks the row against `release`, also if it exists already.
                 session.execute(_HOLD_BLOB, {"sha256": sha256, "size_bytes": files[sha256].size_bytes})
             elif session.get(models.Blob, sha256, with_for_update=True) is None:
                 raise NotFound(f"The service no longer holds a blob with the sha256 {sha256}.")
@@ -266,15 +283,20 @@ def _keep(
     return row
 
 
-def _release(engine: sa.Engine, storage: Storage, sha256: str) -> None:
+def release(engine: sa.Engine, storage: Storage, sha256: str) -> int | None:
+    """Delete a blob unless a row refers to it; return its bytes, None if it stays.
+
+    Raises:
+        StorageUnavailable: the file stays, and so does the blob's row, for the next sweep.
+    """
     with write(engine) as session:
         blob = session.get(models.Blob, sha256, with_for_update=True)
         if blob is None or not session.scalar(sa.select(sa.and_(*_no_use(sha256)))):
-            return
+            return None
         session.delete(blob)
         session.flush()
         storage.delete(sha256)
-    _forget_features(storage, sha256)
+    return blob.size_bytes
 
 
 def _forget_features(storage: Storage, sha256: str) -> None:
@@ -286,10 +308,11 @@ def _forget_features(storage: Storage, sha256: str) -> None:
 
 def _no_use(sha256: Any) -> list[sa.ColumnElement[bool]]:
     """Return conditions that are all true for a blob that no row refers to."""
-    return [~sa.exists().where(column == sha256) for column in _USES]
+    return [~sa.exists().where(column == sha256) for column in USES]
 
 
-def _hashes(row: Owner) -> list[str]:
+def hashes_of(row: Owner) -> list[str]:
+    """Return the sha256 of the blobs that a resource has."""
     return [sha256 for sha256 in (row.sha256, getattr(row, "tokenizer_sha256", None)) if sha256 is not None]
 
 

@@ -139,6 +139,27 @@ class Settings(BaseSettings):
     worker_restart_max_seconds: float = Field(
         default=30.0, gt=0, description="Longest pause of `serve` before it restarts a worker that died."
     )
+    keep_days: float | None = Field(
+        default=None,
+        ge=0,
+        le=36525,
+        description="Analyses that ended so long ago go, with their reports. Default: none.",
+    )
+    keep_failed_days: float | None = Field(
+        default=None, ge=0, le=36525, description="The same of failed and cancelled ones. Default: as keep_days."
+    )
+    keep_files_days: float | None = Field(
+        default=None,
+        ge=0,
+        le=36525,
+        description="Checkpoints, probes and feature sets that nothing uses go so long after they came. Default: none.",
+    )
+    keep_if: str = Field(
+        default="", description="Metadata of what always stays: KEY=VALUE with commas, * in a VALUE is any text."
+    )
+    keep_unless: str = Field(
+        default="", description="Metadata without which nothing goes, in the form of keep_if; empty: all may go."
+    )
     log_level: str = Field(
         default="warning", pattern="^(debug|info|warning|error)$", description="Verbosity on stderr."
     )
@@ -158,6 +179,12 @@ class Settings(BaseSettings):
     def _known_storage(cls, value: str) -> str:
         if value and not re.match(r"(file:///|memory:///|(s3|gs|az)://.)", value):
             raise ValueError("must be file:///FOLDER, s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or az://CONTAINER/PREFIX")
+        return value
+
+    @field_validator("keep_if", "keep_unless")
+    @classmethod
+    def _known_metadata(cls, value: str) -> str:
+        parse_metadata(value)
         return value
 
     @field_validator("sources")
@@ -188,6 +215,14 @@ class Settings(BaseSettings):
         return value
 
     @cached_property
+    def keeps_if(self) -> tuple[tuple[str, str], ...]:
+        return parse_metadata(self.keep_if)
+
+    @cached_property
+    def keeps_unless(self) -> tuple[tuple[str, str], ...]:
+        return parse_metadata(self.keep_unless)
+
+    @cached_property
     def allowed_sources(self) -> tuple[Allowed, ...]:
         return parse_allowed(self.sources)
 
@@ -207,6 +242,19 @@ class Settings(BaseSettings):
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return False
+
+
+def parse_metadata(text: str) -> tuple[tuple[str, str], ...]:
+    """Return the pairs of KEY=VALUE,KEY=VALUE.
+
+    Raises:
+        ValueError: it has not that form.
+    """
+    pairs = [part.strip().partition("=") for part in text.split(",") if part.strip()]
+    for key, separator, _ in pairs:
+        if not key.strip() or not separator:
+            raise ValueError("must be KEY=VALUE, several with commas, such as release=true, branch=main")
+    return tuple((key.strip(), value.strip()) for key, _, value in pairs)
 
 
 def load_settings(**given: Any) -> Settings:

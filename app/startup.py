@@ -1,4 +1,4 @@
-"""Startup work in the background of the first requests: create tables, load slow modules, sweep leftovers.
+"""Startup work in the background of the first requests: create tables, load slow modules, sweep what goes.
 
 The process answers /healthz before that. A call that needs the tables waits for them.
 """
@@ -11,7 +11,7 @@ from concurrent.futures import Future
 import sqlalchemy as sa
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from app import resources
+from app import queue, resources, retention
 from app.api.routes import Service
 from app.errors import first_line
 from app.settings import freeze_loaded_objects
@@ -40,7 +40,7 @@ class WaitForTables:
 
 
 def settle(service: Service, tables: "Future[None]", ending: threading.Event) -> None:
-    """Load what requests need once the tables exist; remove leftovers of crashes now and every ten minutes.
+    """Load what requests need once the tables exist; remove what is old, and leftovers, now and every ten minutes.
 
     Args:
         service: the running service.
@@ -60,5 +60,21 @@ def settle(service: Service, tables: "Future[None]", ending: threading.Event) ->
         except (sa.exc.SQLAlchemyError, StorageUnavailable, OSError) as error:
             # The service works with leftovers; the next round retries.
             logger.warning("what earlier crashes left behind was not swept: %s", first_line(error))
+        try:
+            _retain(service)
+        except (sa.exc.SQLAlchemyError, StorageUnavailable, OSError) as error:
+            logger.warning("what is older than INTERPLAY_KEEP_... say was not removed: %s", first_line(error))
         if ending.wait(_SWEEP_SECONDS):
             return
+
+
+def _retain(service: Service) -> None:
+    """Delete what goes by its age, unless another process does, and what the queue has of analyses that are gone."""
+    queue.forget_strays(service.queue, service.engine)
+    if not retention.is_set(service.settings):
+        return
+    with retention.alone(service.engine, service.settings) as free:
+        if free:
+            for item in retention.remove(service.engine, service.queue, service.storage, service.settings):
+                service.measures.count_removed(item.what, item.size_bytes)
+            service.measures.note_retention()

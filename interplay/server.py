@@ -47,6 +47,9 @@ COMMANDS = {
     "worker": ServerCommand(("workers",), "Run a worker, or several.", "worker", "torch"),
     "migrate": ServerCommand(("app", "migrate"), "Bring the database to the current schema."),
     "verify": ServerCommand(("app", "verify"), "Read and hash every stored file; name reports on damaged ones."),
+    "retention": ServerCommand(
+        ("app", "retention"), "Delete what is older than INTERPLAY_KEEP_... say; --dry-run lists it."
+    ),
 }
 
 

@@ -30,9 +30,13 @@ HEARTBEAT_SECONDS = 5.0
 
 @dataclass
 class _Watched:
-    """An analysis with listeners. `changed` is set, and replaced by a new event, when its state changes."""
+    """An analysis with listeners. `changed` is set, and replaced by a new event, when its state changes.
+
+    `gone` once it was deleted, which may happen before its end was seen.
+    """
 
     state: schemas.Analysis
+    gone: bool = False
     listeners: int = 0
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -109,7 +113,7 @@ class Events:
                 self._polling = asyncio.create_task(self._poll())
             yield b"retry: 1000\n\n"
             last: schemas.Analysis | None = None
-            while not self._closed:
+            while not self._closed and not watched.gone:
                 changed, state = watched.changed, watched.state
                 ended = state.status in _ENDED
                 if state != last:
@@ -135,8 +139,9 @@ class Events:
         """Poll all analyses that have listeners, until none has."""
         while self._watched and not self._closed:
             await asyncio.sleep(_POLL_SECONDS)
+            asked = dict(self._watched)
             try:
-                states = await run_in_threadpool(analyses.get_several, self._engine, [*self._watched])
+                states = await run_in_threadpool(analyses.get_several, self._engine, [*asked])
             except sa.exc.SQLAlchemyError as error:
                 # Streams stay open: clients could learn no more by polling.
                 logger.warning("the database does not answer: %s", error)
@@ -145,6 +150,9 @@ class Events:
                 watched = self._watched.get(state.id)
                 if watched is not None and watched.state != state:
                     watched.update(state)
+            for id_ in {*asked} - {state.id for state in states}:
+                asked[id_].gone = True
+                asked[id_].wake()
 
 
 class EventStream(StreamingResponse):

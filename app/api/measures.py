@@ -14,13 +14,13 @@ from typing import Any
 from uuid import uuid4
 
 import sqlalchemy as sa
-from prometheus_client import CollectorRegistry, Histogram, ProcessCollector, disable_created_metrics
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, disable_created_metrics
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 from sqlalchemy.orm import Session
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app import queue
+from app import queue, retention
 from app.api.events import Events
 from app.api.readiness import living_workers
 from app.database import clock, read
@@ -60,8 +60,35 @@ class Measures:
             buckets=_BUCKETS,
             registry=self.registry,
         )
+        self._removed = Counter(
+            "interplay_retention_removed",
+            "Rows that this process removed by their age.",
+            ["what"],
+            registry=self.registry,
+        )
+        self._removed_bytes = Counter(
+            "interplay_retention_removed_bytes",
+            "Bytes of reports and files that this process removed by their age.",
+            registry=self.registry,
+        )
+        self._retained_at = Gauge(
+            "interplay_retention_finished_timestamp_seconds",
+            "When this process last removed all that is old, since 1970; 0 if it has not.",
+            registry=self.registry,
+        )
+        for what in retention.NOUNS:
+            self._removed.labels(what)
         ProcessCollector(registry=self.registry)
         self.registry.register(_OfService(engine, storage, events))
+
+    def count_removed(self, what: str, size_bytes: int) -> None:
+        """Count a row that has gone by its age."""
+        self._removed.labels(what).inc()
+        self._removed_bytes.inc(size_bytes)
+
+    def note_retention(self) -> None:
+        """Note that all that is old has gone."""
+        self._retained_at.set_to_current_time()
 
 
 class Measured:

@@ -23,7 +23,7 @@ def put(engine: sa.Engine, name: str, request: BaselinePut) -> Baseline:
         BaselineMoved: it points elsewhere by now.
     """
     with write(engine) as session:
-        report = find(session, models.Report, request.report_id, "report")
+        report = _locked_report(session, request.report_id)
         row = _locked(session, name)
         held = row.report_id
         done = "expected_report_id" not in request.model_fields_set or held == request.expected_report_id
@@ -55,6 +55,21 @@ def get(engine: sa.Engine, name: str) -> Baseline:
         return _baseline(row, find(session, models.Report, row.report_id, "report"))
 
 
+def delete(engine: sa.Engine, name: str) -> None:
+    """Delete a baseline with its history. Nothing else goes; its report may be deleted from now on.
+
+    Raises:
+        NotFound: it does not exist.
+    """
+    with write(engine) as session:
+        held = sa.select(models.Baseline).where(models.Baseline.name == name).with_for_update()
+        row = session.scalars(held).one_or_none()
+        if row is None:
+            raise NotFound(f"There is no baseline {name!r}.")
+        session.execute(sa.delete(models.BaselineMove).where(models.BaselineMove.baseline_id == row.id))
+        session.delete(row)
+
+
 def list_page(engine: sa.Engine, listing: Listing) -> Page[Baseline]:
     """List the baselines that point at a report."""
     query = sa.select(models.Baseline, models.Report).join(models.Report)
@@ -80,9 +95,29 @@ def list_moves(engine: sa.Engine, name: str, listing: Listing) -> Page[BaselineM
 
 def _locked(session: Session, name: str) -> models.Baseline:
     """Return the baseline's row, created if missing, locked until the transaction ends."""
-    new = {"id": str(uuid4()), "created_at": models.now(), "name": name}
-    session.execute(_INSERT_BASELINE, new)
-    return session.scalars(sa.select(models.Baseline).where(models.Baseline.name == name).with_for_update()).one()
+    held = sa.select(models.Baseline).where(models.Baseline.name == name).with_for_update()
+    while True:
+        session.execute(_INSERT_BASELINE, {"id": str(uuid4()), "created_at": models.now(), "name": name})
+        # It may have been deleted while its lock was waited for.
+        if (row := session.scalars(held).one_or_none()) is not None:
+            return row
+
+
+def _locked_report(session: Session, id_: str) -> models.Report:
+    """Return a report, locked with what it is of, so that none of it is deleted while a baseline moves there."""
+    report = session.get(models.Report, id_, with_for_update={"read": True})
+    if report is None:
+        raise NotFound(f"There is no report {id_!r}.")
+    places = sa.select(models.AnalysisCheckpoint.checkpoint_id)
+    places = places.where(models.AnalysisCheckpoint.analysis_id == report.analysis_id)
+    for model, found in (
+        (models.Checkpoint, models.Checkpoint.id.in_(places)),
+        (models.Probe, models.Probe.id == report.probe_id),
+        (models.FeatureSet, models.FeatureSet.id == report.feature_set_id),
+    ):
+        # Subjects that were deleted earlier are no reason to refuse: values are compared all the same.
+        session.execute(sa.select(model.id).where(found).order_by(model.id).with_for_update(read=True))
+    return report
 
 
 _INSERT_BASELINE = sa.text(

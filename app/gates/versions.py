@@ -1,4 +1,4 @@
-"""Versions of gates: each change creates a version, which is kept forever."""
+"""Versions of gates: each change creates a version, which is kept as long as the gate."""
 
 import hashlib
 import json
@@ -70,6 +70,19 @@ def list_page(engine: sa.Engine, listing: Listing) -> Page[GateSummary]:
         members = [*GateSummary.model_fields]
         items = [GateSummary(**{name: getattr(row, name) for name in members}) for (row,) in rows]
     return Page(items=items, next_cursor=cursor)
+
+
+def delete(engine: sa.Engine, id_: str) -> None:
+    """Delete all versions of the gate of which an id is given.
+
+    One version alone is not deleted: its number would stand for another content later.
+
+    Raises:
+        NotFound: there is no such version.
+    """
+    with write(engine) as session:
+        name = find(session, models.Gate, id_, "gate").name
+        session.execute(sa.delete(models.Gate).where(models.Gate.name == name))
 
 
 def gate_of(row: models.Gate) -> Gate:

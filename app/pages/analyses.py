@@ -7,7 +7,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from sqlalchemy.orm import Session
 from starlette.responses import RedirectResponse
 
-from app import analyses, schemas
+from app import analyses, deletion, schemas
 from app.api.routes import ServiceDep, SubjectDep
 from app.database import read
 from app.listing import Listing
@@ -66,6 +66,13 @@ def cancel_analysis(request: Request, id: schemas.Id, _: AuthorDep, service: Ser
     """Cancel an analysis and show it."""
     analyses.cancel(service.engine, id)
     return RedirectResponse(f"{request.scope.get('root_path', '')}/analyses/{id}", status_code=303)
+
+
+@router.post("/analyses/{id}/delete")
+def delete_analysis(request: Request, id: schemas.Id, _: AuthorDep, service: ServiceDep) -> Response:
+    """Delete an analysis that has ended, and show the others."""
+    deletion.delete_analysis(service.engine, service.queue, id)
+    return RedirectResponse(f"{request.scope.get('root_path', '')}/analyses", status_code=303)
 
 
 def _subjects(session: Session, analysis: schemas.Analysis) -> list[tuple[str, str, str, str | None]]:

@@ -119,6 +119,7 @@ async def _service_error(request: Request, error: ServiceError) -> Response:
         title=error.title,
         detail=error.detail,
         analysis_ids=error.members.get("analysis_ids", []),
+        baselines=error.members.get("baselines", []),
     )
 
 

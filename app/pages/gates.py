@@ -1,11 +1,12 @@
 """Pages of gates and baselines: versions, checks, moves, and what a gate says of each move."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
 import sqlalchemy as sa
 from fastapi import APIRouter, Depends, Query, Request, Response
+from starlette.responses import RedirectResponse
 
 from app import models, schemas
 from app.api.routes import ServiceDep
@@ -15,7 +16,7 @@ from app.gates import baselines, judging, versions
 from app.gates.verdicts import Verdict
 from app.listing import Listing
 from app.pages.rendering import page
-from app.pages.visitors import VisitorDep
+from app.pages.visitors import AuthorDep, VisitorDep
 from app.schemas.kinds import KINDS
 
 router = APIRouter()
@@ -31,13 +32,15 @@ class _Move:
 
     Attributes:
         move: as it was requested.
-        name: of the report's subject.
+        name: of the report's subject; None once the report was deleted.
+        has_before: whether there is a report that it replaced.
         verdict: of the report against the one that it replaced; None without a gate.
         problem: why the gate cannot judge it.
     """
 
     move: schemas.BaselineMove
     name: str | None
+    has_before: bool
     verdict: Verdict | None
     problem: str | None
 
@@ -68,6 +71,20 @@ def show_gate(request: Request, id: schemas.Id, visitor: VisitorDep, service: Se
     return page(request, visitor, "gate.html", gate=gate, versions=others)
 
 
+@router.post("/gates/{id}/delete")
+def delete_gate(request: Request, id: schemas.Id, _: AuthorDep, service: ServiceDep) -> Response:
+    """Delete all versions of a gate, and show the others."""
+    versions.delete(service.engine, id)
+    return RedirectResponse(f"{request.scope.get('root_path', '')}/gates", status_code=303)
+
+
+@router.post("/baselines/{baseline}/delete")
+def delete_baseline(request: Request, baseline: schemas.Slug, _: AuthorDep, service: ServiceDep) -> Response:
+    """Delete a baseline with its history, and show the others."""
+    baselines.delete(service.engine, baseline)
+    return RedirectResponse(f"{request.scope.get('root_path', '')}/baselines", status_code=303)
+
+
 @router.get("/baselines")
 def list_baselines(
     request: Request, visitor: VisitorDep, service: ServiceDep, listing: Annotated[Listing, Depends()]
@@ -96,13 +113,14 @@ def show_baseline(
 ) -> Response:
     """The moves of a baseline; with `gate` what that gate says of each, against the report before."""
     found = baselines.list_moves(service.engine, baseline, Listing(limit=_MOST_MOVES, cursor=cursor))
-    names = _names(service.engine, [move.report_id for move in found.items])
+    ids = [id_ for move in found.items for id_ in (move.report_id, move.before_report_id) if id_ is not None]
+    names = _names(service.engine, ids)
     return page(
         request,
         visitor,
         "baseline.html",
         baseline=baseline,
-        moves=[_judged(service.engine, move, names.get(move.report_id), gate) for move in found.items],
+        moves=[_judged(service.engine, move, names, gate) for move in found.items],
         next_cursor=found.next_cursor,
         gates=versions.list_page(service.engine, Listing(limit=_MOST)).items,
         chosen=gate,
@@ -153,11 +171,18 @@ def _verdict(engine: sa.Engine, report_id: str, asked: schemas.GateRequest) -> t
         return None, error.detail
 
 
-def _judged(engine: sa.Engine, move: schemas.BaselineMove, name: str | None, gate_id: str | None) -> _Move:
-    if gate_id is None:
-        return _Move(move, name, None, None)
-    asked = schemas.GateRequest(gate_id=gate_id, baseline_report_id=move.before_report_id)
-    return _Move(move, name, *_verdict(engine, move.report_id, asked))
+def _judged(
+    engine: sa.Engine, move: schemas.BaselineMove, names: Mapping[str, str], gate_id: schemas.Id | None
+) -> _Move:
+    name, before = names.get(move.report_id), move.before_report_id
+    verdict, problem = None, None
+    if gate_id is not None and name is not None:
+        if before is not None and before not in names:
+            problem = "The report that it replaced was deleted: there is nothing to compare with."
+        else:
+            asked = schemas.GateRequest(gate_id=gate_id, baseline_report_id=before)
+            verdict, problem = _verdict(engine, move.report_id, asked)
+    return _Move(move, name, before in names, verdict, problem)
 
 
 def _names(engine: sa.Engine, report_ids: Sequence[str]) -> dict[str, str]:

@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import sqlalchemy as sa
 from fastapi import APIRouter, Depends, Request, Response
+from starlette.responses import RedirectResponse
 
-from app import schemas
+from app import deletion, schemas
 from app.api import drawing
 from app.api.routes import Service, ServiceDep, SubjectDep
 from app.database import read
@@ -18,7 +19,7 @@ from app.listing import Listing
 from app.models import Report
 from app.pages import listed, words
 from app.pages.rendering import page
-from app.pages.visitors import VisitorDep
+from app.pages.visitors import AuthorDep, VisitorDep
 from app.reports import Ranking, page_of_reports
 from app.schemas import Kind
 from app.schemas.kinds import KINDS
@@ -89,6 +90,13 @@ def show_report(request: Request, id: schemas.Id, visitor: VisitorDep, service: 
         metric_of=words.metric_of,
         **_VIEWS.get(kind, _any)(report),
     )
+
+
+@router.post("/reports/{id}/delete")
+def delete_report(request: Request, id: schemas.Id, _: AuthorDep, service: ServiceDep) -> Response:
+    """Delete a report, and show the others."""
+    deletion.delete_report(service.engine, id)
+    return RedirectResponse(f"{request.scope.get('root_path', '')}/reports", status_code=303)
 
 
 def _chart(name: str) -> tuple[str, str]:

@@ -124,7 +124,17 @@ class CollectionCalls:
         return resource
 
     def delete(self, collection: Collection, resource_id: str) -> None:
-        """Delete a checkpoint, probe or feature set that no analysis needs."""
+        """Delete a resource; what a baseline or an analysis that has not ended needs is refused.
+
+        Args:
+            collection: checkpoints, probes, feature-sets, reports; analyses, which take their reports along; gates, of
+                which all versions go; or baselines, which go with their history.
+            resource_id: its id; of a gate that of any version; of a baseline its name.
+
+        Raises:
+            ProblemError: status 409 if it is needed (`in-use`: `baselines`, `analysis_ids` or `checkpoint_ids` say by
+                what), or is an analysis that has not ended (`not-ended`).
+        """
         retries = self._transport.retries()
         try:
             self._transport.send("DELETE", f"/v1/{collection}/{segment(resource_id)}", repeatable=True, retries=retries)

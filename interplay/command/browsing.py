@@ -22,6 +22,7 @@ from interplay.command.values import UsageError, instant, values_by_key, whole
 
 Listed = Literal["checkpoints", "probes", "feature-sets", "fetches", "analyses", "reports", "gates"]
 Stored = Literal["checkpoints", "probes", "feature-sets"]
+Deletable = Literal["checkpoints", "probes", "feature-sets", "analyses", "reports", "gates", "baselines"]
 Written = Annotated[Path | None, Parameter(metavar="FILE", validator=validators.Path(dir_okay=False))]
 Instant = Annotated[datetime | None, Parameter(metavar="TIME", converter=instant)]
 # Where a name is looked for if it may be anything's, the likeliest first.
@@ -52,6 +53,7 @@ def _collection(_type: Any, tokens: Sequence[Token]) -> Any:
 
 ListedCollection = Annotated[Listed, Parameter(converter=_collection)]
 StoredCollection = Annotated[Stored, Parameter(converter=_collection)]
+DeletableCollection = Annotated[Deletable, Parameter(converter=_collection)]
 
 
 def show(
@@ -334,24 +336,36 @@ def cancel(analysis: Named, /, *, common: Common = COMMON) -> None:
     common.print(body, f"{noun_of(collection)} {body['id']}, {body['status']}")
 
 
-def delete(collection: StoredCollection, resource: Named, /, *, common: Common = COMMON) -> None:
-    """Delete a checkpoint, probe or feature set that no analysis needs.
+def delete(collection: DeletableCollection, resource: Named, /, *, common: Common = COMMON) -> None:
+    """Delete a resource for good, unless a baseline or an analysis that has not ended needs it.
+
+    An analysis takes its report along, a gate all its versions, a baseline its history.
 
     Args:
         collection: The collection.
-        resource: Its id, the first characters of it, or a name that no other has.
+        resource: Its id, the first characters of it, or a name that no other has; of a baseline its name.
     """
     with common.client() as client:
-        id_ = resource
-        if not is_id(resource):
-            found = client.find_all(collection, resource)
-            if len(found) > 1:
-                require_name(found, resource)
-                ids = ", ".join(str(one["id"]) for one in client.find_all(collection, resource, limit=20))
-                raise UsageError(f"several {collection} have the name {resource!r}; give the id of one: {ids}")
-            id_ = str(found_by(client, collection, resource)["id"])
+        id_ = resource if collection == "baselines" or is_id(resource) else _only(client, collection, resource)
         client.delete(collection, id_)
-    common.print({"id": id_, "deleted": True}, f"deleted {rendering.printable(id_)}")
+    name = "name" if collection == "baselines" else "id"
+    common.print({name: id_, "deleted": True}, f"deleted {rendering.printable(id_)}")
+
+
+def _only(client: Client, collection: Collection, text: str) -> str:
+    """Return the id of the one resource that a text names; of a gate that of any version.
+
+    Raises:
+        UsageError: there is none, or there are several.
+    """
+    found = client.find_all(collection, text)
+    if len(found) > 1:
+        require_name(found, text)
+        if collection != "gates":
+            ids = ", ".join(str(one["id"]) for one in client.find_all(collection, text, limit=20))
+            raise UsageError(f"several {collection} have the name {text!r}; give the id of one: {ids}")
+        return str(found[0]["id"])
+    return str(found_by(client, collection, text)["id"])
 
 
 def _anything(client: Client, text: str, collections: Sequence[Collection]) -> tuple[Collection, Any]:

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 from threading import Barrier
 
@@ -42,7 +43,7 @@ def test_upgrade_from_empty_makes_what_the_models_say(engine: sa.Engine) -> None
     assert migrations.current(engine) is None
     migrations.upgrade(engine)
     assert migrations.check(engine) == []
-    assert migrations.current(engine) == "0015" == migrations.head()
+    assert migrations.current(engine) == "0016" == migrations.head()
     assert ScriptDirectory(str(Path(migrations.__file__).parent)).get_heads() == [migrations.head()]
     assert _tables(engine) == OURS | {"alembic_version"}
 
@@ -121,7 +122,7 @@ def test_upgrades_at_the_same_time_are_safe(settings: Settings) -> None:
             engine.dispose()
 
     with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(upgrade, range(4))) == ["0015"] * 4
+        assert list(pool.map(upgrade, range(4))) == ["0016"] * 4
 
 
 def test_processes_that_upgrade_at_the_same_time_are_safe(settings: Settings, engine: sa.Engine) -> None:
@@ -180,3 +181,19 @@ def test_what_an_analysis_looked_at_survives_the_second_migration(engine: sa.Eng
     with engine.connect() as connection:
         query = sa.text("SELECT id, checkpoint_id FROM analyses ORDER BY id")
         assert connection.execute(query).all() == [("a", "net"), ("b", None)]
+
+
+def test_a_history_outlives_its_reports(engine: sa.Engine) -> None:
+    """A move to a report that is gone stays in the history; a downgrade, whose table cannot name it, drops it."""
+    migrations.upgrade(engine)
+    tables, moment = Base.metadata.tables, datetime(2026, 1, 1, tzinfo=UTC)
+    row = {"id": "b", "created_at": moment}
+    move = {"baseline_id": "b", "report_id": "gone", "done": True, "created_at": moment, "id": "m"}
+    with engine.begin() as connection:
+        connection.execute(sa.insert(tables["baselines"]).values(**row, name="main"))
+        connection.execute(sa.insert(tables["baseline_moves"]).values(move))
+    migrations.downgrade(engine, "0015")
+    migrations.upgrade(engine)
+    with engine.connect() as connection:
+        assert connection.execute(sa.select(tables["baselines"].c.name)).all() == [("main",)]
+        assert connection.execute(sa.select(tables["baseline_moves"].c.id)).all() == []

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Header, Request, Response
 
-from app import analyses, schemas
+from app import analyses, deletion, schemas
 from app.api.openapi import reference
 from app.api.routes import ServiceDep, SubjectDep, problems
 from app.listing import Listing, listing_with
@@ -84,3 +84,9 @@ async def listen_to_analysis(id: schemas.Id, service: ServiceDep, last_event_id:
 def cancel_analysis(id: schemas.Id, service: ServiceDep) -> schemas.Analysis:
     """Cancel an analysis: at once if it is queued, at its worker's next poll if it runs."""
     return analyses.cancel(service.engine, id)
+
+
+@router.delete("/analyses/{id}", status_code=204, responses=problems(404, 409))
+def delete_analysis(id: schemas.Id, service: ServiceDep) -> None:
+    """Delete an analysis that has ended, with its report."""
+    deletion.delete_analysis(service.engine, service.queue, id)

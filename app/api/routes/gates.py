@@ -44,6 +44,12 @@ def get_gate(id: schemas.Id, service: ServiceDep) -> form.Gate:
     return versions.get(service.engine, id)
 
 
+@router.delete("/gates/{id}", status_code=204, responses=problems(404))
+def delete_gate(id: schemas.Id, service: ServiceDep) -> None:
+    """Delete the gate that this is a version of: all versions of its name. The next gate of this name is version 1."""
+    versions.delete(service.engine, id)
+
+
 @router.post("/reports/{id}/gate", responses=problems(404, 422))
 def judge_report(id: schemas.Id, body: schemas.GateRequest, service: ServiceDep) -> verdicts.Verdict:
     """The verdict of a gate on a report, and each check with a one-sentence reason."""
@@ -64,6 +70,12 @@ def get_baseline(baseline: BaselineName, service: ServiceDep) -> schemas.Baselin
 def set_baseline(baseline: BaselineName, body: schemas.BaselinePut, service: ServiceDep) -> schemas.Baseline:
     """Point a baseline at a report; with `expected_report_id` only if the baseline has not moved meanwhile."""
     return baselines.put(service.engine, baseline, body)
+
+
+@router.delete("/baselines/{baseline}", status_code=204, responses=problems(404, 422))
+def delete_baseline(baseline: BaselineName, service: ServiceDep) -> None:
+    """Delete a baseline with its history; the reports that it has pointed at stay."""
+    baselines.delete(service.engine, baseline)
 
 
 @router.get("/baselines/{baseline}/history", responses=problems(404, 422))

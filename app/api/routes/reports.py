@@ -6,7 +6,7 @@ import sqlalchemy as sa
 from fastapi import APIRouter, Depends, Header, Path, Response
 from fastapi.concurrency import run_in_threadpool
 
-from app import schemas
+from app import deletion, schemas
 from app.api import drawing
 from app.api.routes import Service, ServiceDep, SubjectDep, problems
 from app.database import read
@@ -102,6 +102,12 @@ async def get_chart(
         return Response(status_code=304, headers=headers)
     content = await service.drawings.get(chart, lambda: _content(service, id)[0])
     return Response(content, media_type=_MEDIA_TYPES[format], headers=headers)
+
+
+@router.delete("/reports/{id}", status_code=204, responses=problems(404, 409))
+def delete_report(id: schemas.Id, service: ServiceDep) -> None:
+    """Delete a report; its analysis stays, without one."""
+    deletion.delete_report(service.engine, id)
 
 
 def _unchanging(tag: str) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from html import unescape
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import httpx
 import numpy as np
@@ -166,3 +167,28 @@ def test_what_an_analysis_needs_is_not_deleted(
         service.client.post(f"/v1/analyses/{analysis['id']}/cancel")
         service.wait(analysis["id"])
         assert client.post(f"{path}/delete", data=token).status_code == 303
+
+
+def test_results_gates_and_baselines_are_deleted_by_their_forms(
+    service: Service, mlp_checkpoint_file: Path, digits_probe_file: Path
+) -> None:
+    """Each form leads to its list; what a baseline needs is refused by a page that links to the baseline."""
+    options = {"null_permutations": 0}
+    analysis = service.wait(
+        service.analyze(**pair(service, mlp_checkpoint_file, digits_probe_file), options=options)["id"]
+    )
+    report_id, name = analysis["report_id"], f"base-{uuid4().hex[:8]}"
+    service.client.put(f"/v1/baselines/{name}", json={"report_id": report_id})
+    gate = {"name": name, "checks": [{"metric": "splits.test.accuracy", "min": 0.5}]}
+    gate_id = service.client.post("/v1/gates", json=gate).json()["id"]
+    with httpx.Client(base_url=service.url, trust_env=False, timeout=30) as client:
+        for path in (f"/reports/{report_id}", f"/analyses/{analysis['id']}"):
+            refused = client.post(f"{path}/delete", data={"csrf_token": token_of(read(client, path))})
+            assert refused.status_code == 409
+            assert f'<a href="/baselines/{name}">' in refused.text
+        for path in (f"/gates/{gate_id}", f"/baselines/{name}", f"/reports/{report_id}", f"/analyses/{analysis['id']}"):
+            token = token_of(read(client, path))
+            assert client.post(f"{path}/delete", data={"csrf_token": "0"}).status_code == 403
+            done = client.post(f"{path}/delete", data={"csrf_token": token})
+            assert (done.status_code, done.headers["location"]) == (303, path.rpartition("/")[0])
+            read(client, path, status=404)

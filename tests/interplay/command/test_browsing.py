@@ -324,3 +324,35 @@ def test_completion_is_installed(shell: str, file: str, tmp_path: Path) -> None:
     written = "".join(path.read_text() for path in tmp_path.rglob("*") if path.is_file())
     assert "baseline" in written
     assert (tmp_path / file).exists()
+
+
+def test_reports_analyses_gates_and_baselines_are_deleted(
+    service: Service, mlp_checkpoint_file: Path, digits_probe_file: Path
+) -> None:
+    """By name or id, the noun in singular or plural; what a baseline needs is refused, with its name."""
+    name = f"short-lived {uuid.uuid4().hex}"
+    slug = name.replace(" ", "-")
+    checkpoint = service.post("/v1/checkpoints", {"name": name}, mlp_checkpoint_file).json()
+    probe = service.post("/v1/probes", {"name": name}, digits_probe_file).json()
+    asked = {"checkpoint_id": checkpoint["id"], "probe_id": probe["id"], "options": {"null_permutations": 0}}
+    first, second = (service.wait(service.analyze(**asked)["id"]) for _ in range(2))
+    for bound in (0.1, 0.2):
+        gate = {"name": slug, "checks": [{"metric": "splits.test.accuracy", "min": bound}]}
+        assert service.client.post("/v1/gates", json=gate).status_code == 201
+    run = interplay("baseline", "set", slug, first["report_id"], url=service.url)
+    assert run.returncode == 0, run.stderr
+    refused = interplay("delete", "report", first["report_id"][:13], url=service.url)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert f"The report is that of the baseline '{slug}'" in message(refused)
+    several = interplay("delete", "reports", name, url=service.url)
+    assert several.returncode == 2
+    assert first["report_id"] in message(several)
+    assert as_json(interplay("delete", "gate", slug, "--json", url=service.url))["deleted"] is True
+    assert service.client.get("/v1/gates", params={"name": slug}).json()["items"] == []
+    assert as_json(interplay("delete", "baseline", slug, "--json", url=service.url)) == {"name": slug, "deleted": True}
+    assert interplay("delete", "baseline", slug, url=service.url).returncode == 2
+    assert interplay("delete", "report", first["report_id"], url=service.url).returncode == 0
+    assert interplay("delete", "report", name, url=service.url).stdout == f"deleted {second['report_id']}\n"
+    for id_ in (first["id"], second["id"][:13]):
+        assert interplay("delete", "analysis", id_, url=service.url).returncode == 0
+    assert service.client.get("/v1/analyses", params={"checkpoint_id": checkpoint["id"]}).json()["items"] == []

@@ -19,7 +19,7 @@ from ruamel.yaml import YAML
 
 from app.settings import Settings
 from tests.services import OPERATORS, Service, until
-from tests.test_containers import arguments_of
+from tests.test_containers import arguments_of, image_variables
 
 ROOT = Path(__file__).parents[2]
 KUBERNETES = ROOT / "deploy" / "kubernetes"
@@ -195,7 +195,7 @@ def test_what_is_referred_to_is_there() -> None:
 
 def test_pods_may_do_little() -> None:
     """They are the image's user, write into volumes alone, and know nothing of the cluster."""
-    image = dict(entry.split("=", 1) for entry in arguments_of("ENV")[-1].split())
+    image = dict(entry.split("=", 1) for entry in image_variables())
     (added,) = [run for run in arguments_of("RUN") if "useradd" in run]
     for name, pod in pods().items():
         spec, container = pod["spec"], containers()[name]

@@ -9,8 +9,9 @@ import re
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime, timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import sqlalchemy as sa
@@ -20,13 +21,16 @@ from prometheus_client.registry import Collector
 from sqlalchemy.orm import Session
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app import queue
+from app import queue, traces
 from app.api.events import Events
 from app.api.readiness import living_workers
 from app.database import clock, read
 from app.logs import about
 from app.models import Analysis, Blob, Fetch, Point, Report, Turn
 from app.storage import Storage, StorageUnavailable
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span
 
 logger = logging.getLogger(__name__)
 access = logging.getLogger("interplay.access")
@@ -38,6 +42,7 @@ _BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0,
 _FETCHES_OF_A_WORKER = 2
 _PLACE = "interplay.route"
 _REQUEST_ID = b"x-request-id"
+_NOT_TRACED = ("/healthz", "/readyz", "/metrics", "/static/")
 _PLAIN = re.compile(r"[A-Za-z0-9._:/=+-]{1,64}")
 
 
@@ -94,16 +99,23 @@ class Measured:
                 message = {**message, "headers": headers}
             await send(message)
 
-        with about(request_id=request_id):
+        with about(request_id=request_id), self._span(scope) as opened:
             try:
                 await self._app({**scope, _PLACE: place}, receive, note)
             finally:
                 seconds, route = time.monotonic() - began, place.get("route", "none")
+                traces.answered(opened, method=scope["method"], route=route, status=status, request_id=request_id)
                 if not streams:
                     self._requests.labels(scope["method"], route, str(status)).observe(seconds)
                 # Neither the path, which may be a name, nor the query, which may be anything.
                 about_it = {"method": scope["method"], "route": route, "status": status, "seconds": round(seconds, 6)}
                 access.info("%s %s: %d", scope["method"], route, status, extra=about_it)
+
+    def _span(self, scope: Scope) -> "AbstractContextManager[Span | None]":
+        # What machines ask all the time would bury what people ask.
+        if not traces.is_on() or scope["path"].startswith(_NOT_TRACED):
+            return nullcontext()
+        return traces.request_span(scope["method"], scope["headers"])
 
 
 def _id_of(scope: Scope) -> str:

@@ -2,9 +2,8 @@
 
 import gzip
 import threading
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -66,36 +65,36 @@ class Collector:
 @contextmanager
 def collecting() -> Iterator[Collector]:
     """Run a receiver; end it at the end."""
+    ending = threading.Event()
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
             collector.requests += 1
-            time.sleep(collector.silence_seconds)
+            ending.wait(collector.silence_seconds)
             if collector.status == 200:
                 assert self.path == "/v1/traces"
                 assert self.headers["Content-Type"] == "application/x-protobuf"
                 collector.take(gzip.decompress(body) if self.headers["Content-Encoding"] == "gzip" else body)
             answer = ExportTraceServiceResponse().SerializeToString()
-            self.send_response(collector.status)
-            self.send_header("Content-Type", "application/x-protobuf")
-            self.send_header("Content-Length", str(len(answer)))
-            self.end_headers()
-            self.wfile.write(answer)
+            with suppress(OSError):  # who asked may have gone
+                self.send_response(collector.status)
+                self.send_header("Content-Type", "application/x-protobuf")
+                self.send_header("Content-Length", str(len(answer)))
+                self.end_headers()
+                self.wfile.write(answer)
 
         def log_message(self, *_: object) -> None:
             """Say nothing."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    # What still sleeps at the end holds nobody.
-    server.daemon_threads = True
-    server.block_on_close = False
     collector = Collector(f"http://127.0.0.1:{server.server_port}")
     thread = threading.Thread(target=server.serve_forever, args=(0.05,))
     thread.start()
     try:
         yield collector
     finally:
+        ending.set()
         server.shutdown()
         server.server_close()
         thread.join()

@@ -3,7 +3,8 @@
 #   docker build -t interplay:cuda --build-arg TORCH_INDEX=https://pypi.org/simple .       for CUDA
 FROM python:3.11-slim AS build
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-# `worker,transformers` adds a family of networks; timm and torchvision want the torch of PyPI, as for CUDA.
+# `worker,traces` adds OpenTelemetry, `worker,transformers` a family of networks; timm and torchvision want the torch of
+# PyPI, as for CUDA.
 ARG EXTRAS=worker
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python -m venv /opt/interplay

@@ -91,7 +91,7 @@ lock:
 	$(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
 	.venv-lock/bin/python -m pip install --quiet --disable-pip-version-check $(LOCKED) --group dev \
-	  -e '.[export,mlflow,train]' -e './server[transformers]'
+	  -e '.[export,mlflow,train]' -e './server[traces,transformers]'
 	(echo '# Every package of `make setup`, pinned. Made by `make lock`; change pyproject.toml or server/pyproject.toml.'; \
 	 .venv-lock/bin/python -m pip freeze --exclude-editable | sed -E 's/\+[a-z0-9.]+$$//') > .venv-lock/requirements.lock
 	mv .venv-lock/requirements.lock requirements.lock

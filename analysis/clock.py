@@ -3,6 +3,8 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 
 # Numbers of one part, where progress is counted.
 _NUMBERS = 100
@@ -12,6 +14,34 @@ Tell = Callable[[float], None]
 
 def silent(_share: float) -> None:
     """Tell nobody."""
+
+
+@dataclass
+class Course:
+    """When which phase was measured, of all clocks of a thread.
+
+    Attributes:
+        phases: name, beginning and end in nanoseconds since 1970, and the index of the phase within which it was; in
+            the order of their beginnings. An end of 0 has not come.
+    """
+
+    phases: list[tuple[str, int, int, int | None]] = field(default_factory=list)
+    _open: list[int] = field(default_factory=list)
+
+    def begin(self, name: str) -> None:
+        """Note that a phase begins."""
+        self.phases.append((name, time.time_ns(), 0, self._open[-1] if self._open else None))
+        self._open.append(len(self.phases) - 1)
+
+    def end(self) -> None:
+        """Note that the innermost phase ends."""
+        index = self._open.pop()
+        name, began, _, parent = self.phases[index]
+        self.phases[index] = (name, began, time.time_ns(), parent)
+
+
+# Notes the phases of this thread, where somebody wants to know more than their sums.
+course: ContextVar[Course | None] = ContextVar("course", default=None)
 
 
 class Clock:
@@ -27,11 +57,16 @@ class Clock:
         """Measure the block under a name."""
         self._turn()
         self._open.append(name)
+        noted = course.get()
+        if noted is not None:
+            noted.begin(name)
         try:
             yield
         finally:
             self._turn()
             self._open.pop()
+            if noted is not None:
+                noted.end()
 
     def _turn(self) -> None:
         """Add the time since the last change of phase to the phase that ran."""

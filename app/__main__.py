@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
+from app import traces
 from app.logs import start_logging
 from app.settings import Settings, load_settings
 from app.supervision import DEVICES, Workers, devices_of
@@ -74,7 +75,8 @@ def main(arguments: list[str] | None = None) -> int:
         )
     try:
         devices = devices_of(options.devices, settings) if options.command == "serve" else []
-    except ValueError as error:
+        traces.start("api")
+    except (ValueError, traces.CannotTrace) as error:
         return _refuse(str(error))
     return _serve(settings, devices)
 
@@ -187,6 +189,7 @@ def _serve(settings: Settings, devices: Sequence[str]) -> int:
         return 0
     finally:
         workers.stop()
+        traces.stop()
         listener.close()
 
 

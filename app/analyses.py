@@ -13,7 +13,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from app import models, queue, resources, schemas
+from app import models, queue, resources, schemas, traces
 from app.database import read, write
 from app.descriptions.alike import require_comparable, require_one_network
 from app.descriptions.architectures import is_causal_lm
@@ -60,6 +60,7 @@ def create(
                 idempotency_key=idempotency_key,
                 request_sha256=digest,
                 request_id=current_request(),
+                traceparent=traces.current(),
             )
             session.add(row)
             session.flush()

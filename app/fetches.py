@@ -12,7 +12,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from app import checkpoints, queue, schemas
+from app import checkpoints, queue, schemas, traces
 from app.database import read, write
 from app.errors import InvalidRequest, NotFound, SourceNotAllowed, Unavailable
 from app.listing import Listing, page
@@ -64,6 +64,7 @@ def create_if_asked(
         spec=spec.model_dump_json(exclude_unset=True),
         request_sha256=digest,
         request_id=current_request(),
+        traceparent=traces.current(),
     )
     same = sa.select(Fetch.id).where(
         Fetch.request_sha256 == digest, Fetch.outcome.is_(None), Fetch.cancel_requested_at.is_(None)

@@ -15,7 +15,14 @@ from app.settings import Settings
 # What this thread or task works for: request_id, analysis_id, fetch_id.
 _about: ContextVar[Mapping[str, str]] = ContextVar("about", default=MappingProxyType({}))
 # Loggers that clients and dependencies can make repeat the same message endlessly.
-_TALKATIVE = ("app.api.events", "app.api.problems", "asyncio", "uvicorn.error")
+_TALKATIVE = (
+    "app.api.events",
+    "app.api.problems",
+    "asyncio",
+    "opentelemetry.exporter.otlp.proto.http.trace_exporter",
+    "opentelemetry.sdk.trace.export",
+    "uvicorn.error",
+)
 _REPEAT_SECONDS = 10.0
 
 

@@ -204,8 +204,9 @@ class Run(Resource):
     __abstract__ = True
 
     request_sha256: Mapped[str] = mapped_column(sa.String(64))
-    # Of the HTTP request that asked for it, for logs.
+    # Of the HTTP request that asked for it, for logs and for traces.
     request_id: Mapped[str | None] = mapped_column(sa.String(64))
+    traceparent: Mapped[str | None] = mapped_column(sa.String(55))
     attempts: Mapped[int] = mapped_column(default=0)
     started_at: Mapped[datetime | None]
     cancel_requested_at: Mapped[datetime | None]

@@ -185,8 +185,10 @@ class Transport:
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=self.timeout,
             limits=httpx.Limits(keepalive_expiry=_KEEPALIVE_SECONDS),
-            # A proxy from the environment is for other machines; it cannot reach this machine's loopback.
+            # A proxy from the environment is for other machines; it cannot reach this machine's loopback. Whom to trust
+            # (SSL_CERT_FILE) is for all.
             trust_env=not _is_loopback(host),
+            verify=httpx.create_ssl_context(),
         )
 
     def close(self) -> None:

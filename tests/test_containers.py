@@ -69,10 +69,15 @@ def test_variables_are_settings(path: Path) -> None:
     assert named <= {field.upper() for field in Settings.model_fields}
 
 
+def image_variables() -> list[str]:
+    """The variables that the image sets, as NAME=value."""
+    return [shlex.split(entry)[0] for entry in shlex.split(arguments_of("ENV")[-1])]
+
+
 def test_settings_of_the_containers_are_valid(monkeypatch: pytest.MonkeyPatch) -> None:
     """What compose passes to each of our containers is a valid configuration, the same for what they share."""
     monkeypatch.setenv("INTERPLAY_API_KEY", "secret")
-    image = dict(shlex.split(entry)[0].split("=", 1) for entry in shlex.split(arguments_of("ENV")[-1]))
+    image = dict(entry.split("=", 1) for entry in image_variables())
     shared = set()
     for name in OURS:
         environment = {**image, **services()[name]["environment"]}
@@ -110,18 +115,32 @@ def test_services_start_in_order() -> None:
 
 
 def test_gpu_is_asked_for_by_profile_alone() -> None:
-    """Only worker-gpu reserves a device, and it runs only where its profile is named."""
+    """Only worker-gpu reserves a device, and it runs only where its profile is named; the others only say how many."""
     assert services()["worker-gpu"]["profiles"] == ["gpu"]
     (device,) = services()["worker-gpu"]["deploy"]["resources"]["reservations"]["devices"]
     assert device["capabilities"] == ["gpu"]
-    assert not any("profiles" in services()[name] or "deploy" in services()[name] for name in OURS[:3])
+    assert not any("profiles" in services()[name] for name in OURS[:3])
+    assert [services()[name].get("deploy") for name in OURS[:3]] == [
+        None,
+        {"replicas": "${API_REPLICAS:-1}"},
+        {"replicas": "${WORKER_REPLICAS:-1}"},
+    ]
+
+
+def test_proxy_is_asked_for_and_finds_the_api() -> None:
+    """It runs where its profile is named, with the file of this repository, and is given what that file asks for."""
+    proxy = services()["proxy"]
+    assert proxy["profiles"] == ["proxy"]
+    assert f"INTERPLAY_PORT={proxy['environment']['UPSTREAM'].removeprefix('api:')}" in image_variables()
+    (file,) = [volume.split(":")[0] for volume in proxy["volumes"] if volume.endswith(":ro")]
+    assert set(re.findall(r"{\$([A-Z]+):", (ROOT / file).read_text())) == proxy["environment"].keys()
 
 
 def test_api_key_is_required_and_the_database_is_not_published() -> None:
-    """Compose refuses to start without a key; only the API has a port, on the loopback interface."""
+    """Compose refuses to start without a key; only the API has a port, on the loopback interface, and the proxy."""
     for name in OURS:
         assert services()[name]["environment"]["INTERPLAY_API_KEY"].startswith("${INTERPLAY_API_KEY:?")
-    assert {name for name, service in services().items() if "ports" in service} == {"api"}
+    assert {name for name, service in services().items() if "ports" in service} == {"api", "proxy"}
     assert all(port.startswith("127.0.0.1:") for port in services()["api"]["ports"])
 
 

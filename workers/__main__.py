@@ -13,6 +13,7 @@ import threading
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
+from app import traces
 from app.logs import start_logging
 from app.refusals import CannotStart, starting
 from app.settings import Settings, freeze_loaded_objects, load_settings
@@ -60,6 +61,11 @@ def main(arguments: list[str] | None = None) -> None:
     if options.devices is not None:
         _supervise(settings, options.devices)
         return
+    try:
+        traces.start("worker")
+    except traces.CannotTrace as refusal:
+        sys.stderr.write(f"{refusal}\n")
+        sys.exit(2)
     # A pipe, because a signal handler may run while its own thread holds a lock that it would need.
     told_to_stop, tell_to_stop = os.pipe()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -140,6 +146,7 @@ def _work(settings: Settings, child: ComputeChild, told_to_stop: int) -> None:
     finally:
         # Running analyses stay pending in the queue, so there is no need to wait for their threads.
         child.kill()
+        traces.stop()
         os._exit(0)
 
 

@@ -18,7 +18,7 @@ from pydantic import JsonValue, TypeAdapter, ValidationError
 from sqlalchemy.orm import Session
 
 from app import queue
-from app.database import read, write
+from app.database import clock, read, write
 from app.errors import problem
 from app.models import (
     Analysis,
@@ -78,7 +78,9 @@ def begin(
         if task.needs_bytes > memory.of_worker(session, worker_id):
             _plan_later(session, client, row, task.needs_bytes)
             return None
-        return task
+        if row.traceparent is None or row.attempts > 1:
+            return task
+        return task.model_copy(update={"waited_seconds": (clock(session) - row.created_at).total_seconds()})
 
 
 def begin_fetch(engine: sa.Engine, fetch_id: str, max_attempts: int) -> Fetch | None:
@@ -262,7 +264,12 @@ def _end(session: Session, row: Run, result: Result) -> None:
 
 def task_of(session: Session, row: Analysis) -> tasks.TurnTask:
     """Return the task that an analysis's row and the rows of its subjects describe."""
-    common: dict[str, object] = {"analysis_id": row.id, "request_id": row.request_id, "options": row.options}
+    common: dict[str, object] = {
+        "analysis_id": row.id,
+        "request_id": row.request_id,
+        "traceparent": row.traceparent,
+        "options": row.options,
+    }
     if row.feature_set_id is not None:
         feature_set = tasks.FeatureSet.of(session.get_one(FeatureSet, row.feature_set_id))
         return tasks.FeatureSetTask.model_validate({**common, "feature_set": feature_set})

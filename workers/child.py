@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from app import traces
 from app.environment import plain_environment
 from app.errors import problem
 from app.settings import Settings
@@ -109,9 +110,11 @@ class ComputeChild:
                         raise ChildDied(self._exit_status())
                     case OfAnalysis(analysis_id=other) if other != work.step.analysis_id:
                         logger.error("the compute process answered for analysis %s", other)
-                    case OfAnalysis(body=body) if body is not None:
+                    case OfAnalysis(body=body, phases=phases) if body is not None:
+                        traces.record([traces.Timed(*phase) for phase in phases])
                         return Result(outcome="succeeded", body=body)
-                    case OfAnalysis(problem=what) if what is not None:
+                    case OfAnalysis(problem=what, phases=phases) if what is not None:
+                        traces.record([traces.Timed(*phase) for phase in phases])
                         return Result(outcome="failed", problem=what)
                     case OfAnalysis(progress=told):
                         progress = told

@@ -6,8 +6,11 @@ Either may be killed at any time: it begins again on another worker, and finds i
 
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
+from app import traces
 from app.errors import problem
 from app.logs import about
 from workers import attempts, turns
@@ -42,7 +45,9 @@ def take(host: Host, turn_id: str) -> None:
         begun = attempts.patiently(lambda: turns.begin(host.engine, host.client, host.worker_id, turn_id))
         if begun is not None:
             with about(analysis_id=begun.task.analysis_id, request_id=begun.task.request_id):
-                _compute_points(host, turn_id, begun)
+                traces.waited(begun.waited_seconds, parent=begun.task.traceparent)
+                with _traced(begun, worker=host.worker_id):
+                    _compute_points(host, turn_id, begun)
     except attempts.TakenOver:
         raise
     except Exception as error:
@@ -69,6 +74,7 @@ def _compute_points(host: Host, turn_id: str, begun: turns.Begun) -> None:
         return turns.note(host.engine, host.worker_id, task.analysis_id, progress)
 
     while True:
+        claimed_ns = time.time_ns()
         claimed = attempts.patiently(
             partial(
                 turns.claim,
@@ -84,19 +90,21 @@ def _compute_points(host: Host, turn_id: str, begun: turns.Begun) -> None:
             return
         if isinstance(claimed.step, PointStep):
             first = claimed.step.first or first
-        result = compute(host, claimed.step, note)
-        attempts.patiently(
-            partial(
-                turns.finish,
-                host.engine,
-                host.client,
-                host.worker_id,
-                task,
-                claimed.number,
-                result,
-                memory_patience_seconds=host.settings.memory_patience_seconds,
-            )
-        )
+        with _point_traced(claimed, claimed_ns):
+            result = compute(host, claimed.step, note)
+            with traces.span("write the point" if isinstance(claimed.step, PointStep) else "write the report"):
+                attempts.patiently(
+                    partial(
+                        turns.finish,
+                        host.engine,
+                        host.client,
+                        host.worker_id,
+                        task,
+                        claimed.number,
+                        result,
+                        memory_patience_seconds=host.settings.memory_patience_seconds,
+                    )
+                )
         if host.slot.is_wanted:
             return
         now = time.monotonic()
@@ -105,3 +113,32 @@ def _compute_points(host: Host, turn_id: str, begun: turns.Begun) -> None:
             lets = partial(turns.lets_others, host.engine, host.worker_id, task.analysis_id)
             if attempts.patiently(partial(lets, used_seconds=now - began, waited_seconds=begun.waited_seconds)):
                 return
+
+
+def _traced(begun: turns.Begun, *, worker: str) -> AbstractContextManager[object]:
+    """Trace a turn, in the trace of the request that asked for the analysis, if that is traced."""
+    if begun.task.traceparent is None:
+        return nullcontext()
+    return traces.span(
+        "turn",
+        parent=begun.task.traceparent,
+        analysis_id=begun.task.analysis_id,
+        request_id=begun.task.request_id,
+        worker=worker,
+    )
+
+
+@contextmanager
+def _point_traced(claimed: turns.Claimed, claimed_ns: int) -> Iterator[None]:
+    """Trace a point, or the report of all, and its claim."""
+    step = claimed.step
+    if step.traceparent is None:
+        yield
+        return
+    if isinstance(step, PointStep):
+        block = traces.span("point", began_ns=claimed_ns, number=step.number + 1, place=step.place)
+    else:
+        block = traces.span("report", began_ns=claimed_ns)
+    with block:
+        traces.record([traces.Timed("claim", claimed_ns, time.time_ns())])
+        yield

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import sqlalchemy as sa
 from dbos import DBOSClient
 
+from app import traces
 from app.errors import problem, problem_type
 from app.settings import Settings
 from app.storage import Storage
@@ -94,10 +95,13 @@ def compute(host: Host, step: AnyStep, note: OnTick) -> Result:
         if existing is not None:
             return Result(outcome="succeeded", body=existing.model_dump(mode="json", by_alias=True))
     with ExitStack() as stack:
-        files = inputs.fetch(host.storage, host.settings, step, stack, on_tick)
+        with traces.span("fetch files"):
+            files = inputs.fetch(host.storage, host.settings, step, stack, on_tick)
         if isinstance(files, Result):
             return files
-        result = _compute_in_child(host.child, Work(step=step, files=files), on_tick)
+        with traces.span(f"compute {step.step}") as opened:
+            result = _compute_in_child(host.child, Work(step=step, files=files, timed=traces.is_on()), on_tick)
+            traces.failed(opened, None if result.problem is None else str(result.problem["type"]))
     if result.problem is None or result.problem["type"] != _OUT_OF_MEMORY or result.problem.get("of") == "host":
         return result
     # Here, as the result may be recorded and judged by another worker.

@@ -133,8 +133,11 @@ class Task(Frozen):
     """A task for one analysis."""
 
     analysis_id: str
-    # Of the request that asked for it, for logs.
+    # Of the request that asked for it, for logs and traces.
     request_id: str | None = None
+    traceparent: str | None = None
+    # How long it waited for its first attempt, which this is.
+    waited_seconds: FiniteFloat | None = None
     options: EvaluationOptions
 
     @property
@@ -506,10 +509,11 @@ def answer_of(task: PlannedTask, body: Json) -> Answer:
 
 
 class Work(Frozen):
-    """Worker to compute process: a step to compute."""
+    """Worker to compute process: a step to compute, and whether to tell when its phases were."""
 
     step: Step
     files: Files
+    timed: bool = False
 
 
 class Progress(Frozen):
@@ -555,12 +559,16 @@ class Hello(Frozen):
 
 
 class OfAnalysis(Frozen):
-    """Compute process to worker: one of progress, the body that was computed, and the problem that prevented it."""
+    """Compute process to worker: one of progress, the body that was computed, and the problem that prevented it.
+
+    With the last two come the phases of the step, if they were asked for, as `analysis.clock.Course` has them.
+    """
 
     analysis_id: str
     progress: Progress | None = None
     body: Json | None = None
     problem: Json | None = None
+    phases: list[tuple[str, int, int, int | None]] = []
 
 
 MESSAGES: TypeAdapter[Hello | OfAnalysis] = TypeAdapter(Hello | OfAnalysis)

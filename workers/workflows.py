@@ -7,12 +7,13 @@ resumption. So all writes go through `attempts` and `turns`, whose functions are
 
 import logging
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from dbos import DBOS
 
-from app import queue
+from app import queue, traces
 from app.logs import about
 from workers import attempts, plans
 from workers.fetching import running as fetching
@@ -35,24 +36,29 @@ def register(host: Host) -> None:
     @DBOS.workflow(name=queue.WORKFLOW)
     def run_analysis(analysis_id: str) -> None:
         with _active(host, analysis_id), about(analysis_id=analysis_id), host.slot.hold():
+            claimed_ns = time.time_ns()
             step = attempts.patiently(
                 lambda: attempts.begin(
                     host.engine, host.client, host.worker_id, analysis_id, host.settings.max_attempts
                 )
             )
             if step is not None:
-                with about(analysis_id=analysis_id, request_id=step.request_id):
+                with (
+                    about(analysis_id=analysis_id, request_id=step.request_id),
+                    _traced(step, claimed_ns, worker=host.worker_id),
+                ):
                     result = Result.model_validate(compute_whole(step))
-                    ended = attempts.patiently(
-                        lambda: attempts.finish(
-                            host.engine,
-                            host.client,
-                            host.worker_id,
-                            analysis_id,
-                            result,
-                            memory_patience_seconds=host.settings.memory_patience_seconds,
+                    with traces.span("write the report"):
+                        ended = attempts.patiently(
+                            lambda: attempts.finish(
+                                host.engine,
+                                host.client,
+                                host.worker_id,
+                                analysis_id,
+                                result,
+                                memory_patience_seconds=host.settings.memory_patience_seconds,
+                            )
                         )
-                    )
                     logger.info(
                         "the analysis has ended: %s" if ended else "the analysis goes on elsewhere, or has ended: %s",
                         result.outcome,
@@ -73,6 +79,26 @@ def register(host: Host) -> None:
     def run_fetch(fetch_id: str) -> None:
         with _active(host, fetch_id):
             fetching.run(host.settings, host.engine, host.storage, fetch_id)
+
+
+@contextmanager
+def _traced(step: WholeStep, claimed_ns: int, *, worker: str) -> Iterator[None]:
+    """Trace an attempt at an analysis of one step: its wait, its claim, and what is done in the block."""
+    if step.traceparent is None:
+        yield
+        return
+    if step.waited_seconds is not None:
+        traces.waited(step.waited_seconds, parent=step.traceparent)
+    with traces.span(
+        "attempt",
+        parent=step.traceparent,
+        began_ns=claimed_ns,
+        analysis_id=step.analysis_id,
+        request_id=step.request_id,
+        worker=worker,
+    ):
+        traces.record([traces.Timed("claim", claimed_ns, time.time_ns())])
+        yield
 
 
 @contextmanager

@@ -9,8 +9,9 @@ import re
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime, timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import sqlalchemy as sa
@@ -20,13 +21,16 @@ from prometheus_client.registry import Collector
 from sqlalchemy.orm import Session
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app import queue, retention
+from app import queue, retention, traces
 from app.api.events import Events
 from app.api.readiness import living_workers
 from app.database import clock, read
 from app.logs import about
 from app.models import Analysis, Blob, Fetch, Point, Report, Turn
 from app.storage import Storage, StorageUnavailable
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span
 
 logger = logging.getLogger(__name__)
 access = logging.getLogger("interplay.access")
@@ -35,8 +39,10 @@ access = logging.getLogger("interplay.access")
 _KEEP_SECONDS = 5.0
 _RECENTLY = timedelta(minutes=1)
 _BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0, 600.0)
+_FETCHES_OF_A_WORKER = 2
 _PLACE = "interplay.route"
 _REQUEST_ID = b"x-request-id"
+_NOT_TRACED = ("/healthz", "/readyz", "/metrics", "/static/")
 _PLAIN = re.compile(r"[A-Za-z0-9._:/=+-]{1,64}")
 
 
@@ -120,16 +126,23 @@ class Measured:
                 message = {**message, "headers": headers}
             await send(message)
 
-        with about(request_id=request_id):
+        with about(request_id=request_id), self._span(scope) as opened:
             try:
                 await self._app({**scope, _PLACE: place}, receive, note)
             finally:
                 seconds, route = time.monotonic() - began, place.get("route", "none")
+                traces.answered(opened, method=scope["method"], route=route, status=status, request_id=request_id)
                 if not streams:
                     self._requests.labels(scope["method"], route, str(status)).observe(seconds)
                 # Neither the path, which may be a name, nor the query, which may be anything.
                 about_it = {"method": scope["method"], "route": route, "status": status, "seconds": round(seconds, 6)}
                 access.info("%s %s: %d", scope["method"], route, status, extra=about_it)
+
+    def _span(self, scope: Scope) -> "AbstractContextManager[Span | None]":
+        # What machines ask all the time would bury what people ask.
+        if not traces.is_on() or scope["path"].startswith(_NOT_TRACED):
+            return nullcontext()
+        return traces.request_span(scope["method"], scope["headers"])
 
 
 def _id_of(scope: Scope) -> str:
@@ -211,9 +224,11 @@ class _OfService(Collector):
                     wait.add_metric([kind], (now - oldest).total_seconds())
                 attempts.add_metric([kind], most)
             yield from _of_points(session, now)
+            wanted = _wanted_workers(session)
             n_blobs, n_bytes = session.execute(sa.select(sa.func.count(), sa.func.sum(Blob.size_bytes))).one()
             n_reports = session.scalar(sa.select(sa.func.count()).select_from(Report))
         yield from (runs, wait, attempts)
+        yield _gauge("interplay_wanted_workers", "Workers that would have something to do now.", wanted)
         yield _gauge("interplay_blobs", "Stored files.", n_blobs)
         yield _gauge("interplay_blob_bytes", "Bytes of all stored files.", n_bytes or 0)
         yield _gauge("interplay_reports", "Reports.", n_reports or 0)
@@ -260,6 +275,20 @@ def _of_points(session: Session, now: datetime) -> Iterator[GaugeMetricFamily]:
     yield _gauge(
         "interplay_points_finished_recently", "Points finished in the last minute.", session.scalar(recent) or 0
     )
+
+
+def _wanted_workers(session: Session) -> int:
+    """Return how many workers would have something to do: what waits and what runs, so that it falls at its end.
+
+    A worker computes one analysis of one step, or one point, and meanwhile fetches two files.
+    """
+    unfinished = sa.select(sa.func.count()).where(Point.analysis_id == Analysis.id, Point.finished_at.is_(None))
+    # One that no worker has planned yet has no points.
+    points = sa.case((sa.exists().where(Point.analysis_id == Analysis.id), unfinished.scalar_subquery()), else_=1)
+    open_ones = sa.select(sa.func.sum(points)).where(Analysis.outcome.is_(None))
+    n_computed = session.scalar(open_ones) or 0
+    n_fetches = session.scalar(sa.select(sa.func.count()).where(Fetch.outcome.is_(None))) or 0
+    return max(int(n_computed), -(-n_fetches // _FETCHES_OF_A_WORKER))
 
 
 def _open_runs(model: type[Analysis] | type[Fetch], kind: Any, dialect: str) -> sa.Select[Any]:

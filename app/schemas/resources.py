@@ -219,7 +219,7 @@ class Charts(Strict):
 class Readiness(Strict):
     """Answer of /readyz: each part is "ok" or says what is wrong with it."""
 
-    ready: bool
+    ready: bool = Field(description="Whether all parts are ok that were not excluded.")
     database: str
     storage: str
     worker: str

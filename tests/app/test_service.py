@@ -101,6 +101,8 @@ def test_readiness_names_what_is_missing(tmp_path: Path) -> None:
         answer = service.client.get("/readyz")
         assert answer.status_code == 503
         assert "interplay migrate" in answer.json()["database"]
+        # What the readiness probe of deploy/kubernetes asks: no calls come before the tables are there.
+        assert service.client.get("/readyz?exclude=worker").status_code == 503
         problem(service.client.get("/v1/probes"), 503, "unavailable")
         assert service.client.get("/healthz").status_code == 200
         early = subprocess.run(
@@ -119,6 +121,10 @@ def test_readiness_names_what_is_missing(tmp_path: Path) -> None:
             "storage": "ok",
             "worker": "no worker has been heard of in the last 10 seconds",
         }
+        excluded = service.client.get("/readyz?exclude=worker")
+        assert excluded.status_code == 200
+        assert excluded.json() == {**answer.json(), "ready": True}
+        problem(service.client.get("/readyz?exclude=moon"), 422, "invalid-request")
         with services.worker(service):
             until(lambda: service.client.get("/readyz").status_code == 200)
 

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 
+from analysis import clock
 from app.errors import first_line, problem
 from app.logs import about, start_logging
 from app.settings import freeze_loaded_objects, load_settings
@@ -76,10 +77,13 @@ def _serve_tasks() -> None:
 
         with about(analysis_id=analysis_id, request_id=work.step.request_id):
             began = time.monotonic()
+            course = clock.Course() if work.timed else None
+            clock.course.set(course)
             body, refusal = steps.run(work, tell)
             logger.info("%s took %.3f s", work.step.step, time.monotonic() - began)
         try:
-            send(OfAnalysis(analysis_id=analysis_id, body=body, problem=refusal))
+            phases = course.phases if course else []
+            send(OfAnalysis(analysis_id=analysis_id, body=body, problem=refusal, phases=phases))
         except ValueError:
             logger.exception("the result of analysis %s is not JSON", analysis_id)
             detail = "This is a fault of the service: its result holds what JSON cannot. The worker's log says more."

@@ -7,17 +7,17 @@ the fetch's outcome are one transaction, so that a fetch makes one resource, how
 import logging
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
 import sqlalchemy as sa
 
-from app import checkpoints, resources, schemas
+from app import checkpoints, resources, schemas, traces
 from app.database import read
 from app.errors import ServiceError, Unavailable
 from app.logs import about
-from app.models import Fetch
+from app.models import Fetch, now
 from app.settings import Settings
 from app.staging import WholeFile
 from app.storage import Storage, StorageFull, StorageUnavailable, Upload
@@ -38,8 +38,23 @@ def run(settings: Settings, engine: sa.Engine, storage: Storage, fetch_id: str) 
     with about(fetch_id=fetch_id):
         row = attempts.patiently(lambda: attempts.begin_fetch(engine, fetch_id, settings.max_attempts))
     if row is not None:
-        with about(fetch_id=fetch_id, request_id=row.request_id):
+        with about(fetch_id=fetch_id, request_id=row.request_id), _traced(row):
             _run(settings, engine, storage, row)
+
+
+def _traced(row: Fetch) -> AbstractContextManager[object]:
+    """Trace an attempt, in the trace of the request that asked for the fetch, if that is traced."""
+    if row.traceparent is None:
+        return nullcontext()
+    if row.attempts == 1:
+        traces.waited((now() - row.created_at).total_seconds(), parent=row.traceparent)
+    return traces.span(
+        f"fetch {row.makes}",
+        parent=row.traceparent,
+        fetch_id=row.id,
+        request_id=row.request_id,
+        attempt=row.attempts,
+    )
 
 
 def _run(settings: Settings, engine: sa.Engine, storage: Storage, row: Fetch) -> None:

@@ -4,8 +4,9 @@ import asyncio
 import importlib.metadata
 import time
 from datetime import timedelta
+from typing import Annotated, Literal
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
@@ -29,14 +30,22 @@ async def healthz() -> dict[str, str]:
 
 
 @health.get("/readyz", responses={503: {"model": schemas.Readiness}})
-async def readyz(service: ServiceDep, request: Request, response: Response) -> schemas.Readiness:
+async def readyz(
+    service: ServiceDep,
+    request: Request,
+    response: Response,
+    exclude: Annotated[
+        list[Literal["database", "storage", "worker"]] | None,
+        Query(description="Parts that are told, but do not count; workers may all be stopped while nothing waits."),
+    ] = None,
+) -> schemas.Readiness:
     """Whether an analysis that is sent now would run, and if not, which part is missing. The reason needs the key.
 
     The answer comes within two seconds, and may be one second old.
     """
     parts = await service.readiness.look()
     may_know = holds_key(service.settings, request.headers.get("authorization", "").encode("latin-1"))
-    ready = all(part == Part() for part in parts.values())
+    ready = all(part == Part() for name, part in parts.items() if name not in (exclude or ()))
     response.status_code = 200 if ready else 503
     response.headers["Cache-Control"] = "no-store"
     words = {

@@ -1,13 +1,19 @@
 """`GET /metrics`: what Prometheus reads, on a real service."""
 
 import re
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import sqlalchemy as sa
 from prometheus_client.parser import text_string_to_metric_families
 
+from app.api.measures import _wanted_workers
+from app.database import write
+from app.models import Analysis, Fetch, Point
+from app.schemas import Kind
 from tests.services import Service, running, until
 
 ROOT = Path(__file__).parents[3]
@@ -76,12 +82,49 @@ def test_what_waits_and_runs_is_counted(tmp_path: Path, mlp_checkpoint_file: Pat
         plain = {name: value for (name, labels), value in found.items() if not labels}
         assert (plain["interplay_blobs"], plain["interplay_blob_bytes"], plain["interplay_reports"]) == (2, sizes, 0)
         assert plain["interplay_database_up"] == 1
+        # Three evaluations, and a pruning whose points nobody has planned yet.
+        assert plain["interplay_wanted_workers"] == 4
         assert plain["interplay_staging_free_bytes"] > 0
         assert not any(name == "interplay_workers" for name, _ in found)
         # The lasting figures are read every few seconds, however often somebody asks.
         service.analyze(**ids)
         assert figures(service)[queued] == 3
         until(lambda: figures(service).get(queued) == 4)
+
+
+def test_wanted_workers_are_those_with_something_to_do(engine_with_tables: sa.Engine) -> None:
+    """Open points count each, analyses of one step once, two fetches as one; what has ended does not."""
+    moment = datetime.now(UTC)
+
+    def analysis(id_: str, kind: Kind, outcome: str | None = None) -> Analysis:
+        return Analysis(
+            id=id_, created_at=moment, kind=kind, name="", options={}, request_sha256="0" * 64, outcome=outcome
+        )
+
+    with write(engine_with_tables) as session:
+        assert _wanted_workers(session) == 0
+        session.add_all(
+            Fetch(
+                id=f"fetch-{number}",
+                created_at=moment,
+                makes="checkpoint",
+                name="",
+                source="",
+                spec="",
+                request_sha256=f"{number:064}",
+            )
+            for number in range(3)
+        )
+        session.flush()
+        assert _wanted_workers(session) == 2
+        session.add_all([analysis("a", "path"), analysis("b", "evaluation"), analysis("c", "evaluation", "succeeded")])
+        session.flush()
+        assert _wanted_workers(session) == 2
+        session.add_all(
+            Point(analysis_id="a", number=number, finished_at=moment if number < 2 else None) for number in range(7)
+        )
+        session.flush()
+        assert _wanted_workers(session) == 6
 
 
 def test_workers_and_streams_are_counted(service: Service) -> None:

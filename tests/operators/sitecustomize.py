@@ -8,10 +8,13 @@ Python imports a module of this name when it starts: the tests have this folder 
 and import it themselves.
 """
 
+import os
+import runpy
 import sys
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -45,3 +48,8 @@ def _define() -> None:
 # By name: where pytest itself was started with this folder on its path, the module is imported under two.
 if not any(type(finder).__name__ == BeforeTorchvision.__name__ for finder in sys.meta_path):
     sys.meta_path.insert(0, BeforeTorchvision())
+
+# By its path, as the tests' package is not on the path of every process. One folder serves all: workers keep what
+# they can import by the folders of their search path.
+if "KILLED_AT" in os.environ:
+    runpy.run_path(str(Path(__file__).parents[1] / "reliability" / "boundaries.py"))

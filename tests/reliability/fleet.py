@@ -30,9 +30,8 @@ from tests import services
 from tests.services import Service, until
 
 # 1 for the whole campaign.
-_SCALE = float(os.environ.get("CAMPAIGN_SCALE", "0.02"))
+_SCALE = float(os.environ.get("CAMPAIGN_SCALE", "0.01"))
 _SEED = int(os.environ.get("CAMPAIGN_SEED", "0"))
-_BOUNDARIES = Path(__file__).parent / "boundaries"
 WORKERS = 3
 _SIZES, _SAMPLES = [64, 32, 10], 300
 _IN_FLIGHT = 3
@@ -45,7 +44,7 @@ _ENDED = ("SUCCESS", "ERROR", "CANCELLED", "MAX_RECOVERY_ATTEMPTS_EXCEEDED")
 
 @dataclass(frozen=True)
 class Place:
-    """Where a worker kills itself, once it is told to (boundaries/sitecustomize.py)."""
+    """Where a worker kills itself, once it is told to (boundaries.py)."""
 
     name: str
     function: str
@@ -190,6 +189,12 @@ class Fleet:
     def pause(self, seconds: float) -> None:
         """Look for so long."""
         self.go_on(lambda: False, seconds=seconds)
+
+    def rest(self, seconds: float) -> None:
+        """Look for so long, and ask for nothing new."""
+        self._asks = False
+        self.pause(seconds)
+        self._asks = True
 
     @property
     def ready(self) -> list[Life]:
@@ -409,7 +414,6 @@ def campaign(data_dir: Path, url: str, name: str, capsys: pytest.CaptureFixture[
         services.running(
             data_dir,
             command="api",
-            site=_BOUNDARIES,
             database_url=url,
             queue_polling_seconds="0.1",
             max_attempts="1000",

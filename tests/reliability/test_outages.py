@@ -55,7 +55,7 @@ def test_stopped_workers(postgres: str, tmp_path: Path, capsys: pytest.CaptureFi
             is_long = number < long_ones
             seconds = _HUNG_SECONDS if is_long else fleet.random.uniform(0.2, 8.0)
             with stopped(life):
-                fleet.pause(seconds)
+                fleet.rest(seconds) if is_long else fleet.pause(seconds)
             if is_long:
                 assert fleet.has_ended(life, seconds=60), "it must end by itself"
                 assert life.process.returncode == _TAKEN_OVER
@@ -83,7 +83,7 @@ def test_workers_cut_off(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         for name, door in doors.items():
             door.shut(refusing=name == "refused")
             fleet.figures.disturbances[f"cut off for {_HUNG_SECONDS:.0f} s, {name}"] += 1
-        fleet.pause(_HUNG_SECONDS)
+        fleet.rest(_HUNG_SECONDS)
         for door in doors.values():
             door.open()
         for name, life in lives.items():

@@ -4,7 +4,7 @@ The variable KILLED_AT has a module, a function of it, a moment and a file: once
 function kills the process. Moments: `before` the call; `commit`, before the first commit in it; `after` it; `during`
 it, within half a second of its beginning.
 
-Python imports a module of this name when it starts, as it does that of the other tests, which is loaded here.
+The tests' own sitecustomize (tests/operators) loads this module where the variable is set, before anything else.
 """
 
 import importlib.util
@@ -21,16 +21,6 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 _LONGEST_DELAY_SECONDS = 0.5
-
-
-def _load_that_of_other_tests() -> None:
-    path = Path(__file__).parents[2] / "operators" / "sitecustomize.py"
-    spec = importlib.util.spec_from_file_location("sitecustomize_of_other_tests", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
 
 
 class _Place(MetaPathFinder):
@@ -109,7 +99,6 @@ def _die() -> NoReturn:
     raise AssertionError
 
 
-_load_that_of_other_tests()
 # The worker alone, not the processes that it starts.
-if "KILLED_AT" in os.environ and sys.orig_argv[1:3] == ["-m", "workers"]:
+if sys.orig_argv[1:3] == ["-m", "workers"]:
     sys.meta_path.insert(0, _Place(*os.environ["KILLED_AT"].split()))

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 # Their tests take minutes: started last, one of them would run alone at the end while another core is idle.
 _LONGEST = (
-    "tests/reliability/test_kills_on_postgresql.py",
+    "tests/reliability/test_campaigns.py",
     "tests/workers/test_kills.py",
     "tests/workers/test_outages.py",
     "tests/workers/test_bucket.py",

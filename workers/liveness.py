@@ -197,6 +197,8 @@ class Presence:
             try:
                 self._locks.hold(self._id)
                 seen = self._beat()
+                if seen is None and stopping.is_set():
+                    return  # withdrawn by itself meanwhile
                 if seen is None:
                     logger.error("other workers have taken this one for dead, and its work over; it ends")
                     return

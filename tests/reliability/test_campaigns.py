@@ -1,6 +1,7 @@
-"""Workers that stand still or are cut off, and a database that restarts: nothing is lost, and nothing is done twice.
+"""Workers that are killed, stand still or are cut off, and a database that restarts: nothing is lost or done twice.
 
-A seeded part of each campaign runs here; `make campaign` runs the whole (docs/reliability.md has what was seen).
+A seeded part of each campaign runs here; `make campaign` runs the whole (docs/reliability.md has what was seen). All
+are in one file, so that two of them never run at a time.
 """
 
 from contextlib import ExitStack
@@ -15,10 +16,24 @@ from app.models import Worker
 from tests.databases import fresh_database, postgres_server
 from tests.reliability.doors import Door, door_to, record_writes, written_by
 from tests.reliability.fleet import WORKERS, Fleet, Life, campaign, kill, scaled, stopped
+from tests.reliability.kills import kill_workers
 
 # Longer than a worker may hang before others have its work; and how it ends when it notices.
 _HUNG_SECONDS = 66.0
 _TAKEN_OVER = 3
+
+
+@pytest.mark.timeout(4 * 3600)
+@pytest.mark.parametrize("database", ["sqlite", "postgresql"])
+def test_killed_workers(
+    database: str, request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Workers are killed -9: every analysis ends with its one report, as without a kill."""
+    with ExitStack() as stack:
+        url = ""
+        if database == "postgresql":
+            url = stack.enter_context(fresh_database(request.getfixturevalue("postgres")))
+        kill_workers(stack.enter_context(campaign(tmp_path / "data", url, f"kills, {database}", capsys)))
 
 
 @pytest.mark.timeout(3600)

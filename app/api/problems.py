@@ -107,11 +107,16 @@ async def _http_error(request: Request, error: HTTPException) -> Response:
 
 
 def _allowed(request: Request) -> dict[str, str]:
-    """Return an Allow header with all methods of a path; the framework names only those of its first route."""
+    """Return an Allow header with all methods of a path; the framework names only those of its first route.
+
+    A path that the document has as it is, as /v1/gates/schema, has no methods of one with a parameter in its place.
+    """
+    own = request.app.openapi()["paths"].get(request.scope["path"])
     methods = [
         method
         for method in _METHODS
         if any(route.matches({**request.scope, "method": method})[0] == Match.FULL for route in request.app.routes)
+        and (own is None or method.lower() in own)
     ]
     return {"Allow": ", ".join([*methods, *(["HEAD"] if "GET" in methods else [])])}
 

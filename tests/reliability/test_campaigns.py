@@ -73,6 +73,7 @@ def test_stopped_workers(postgres: str, tmp_path: Path, capsys: pytest.CaptureFi
                 fleet.rest(seconds) if is_long else fleet.pause(seconds)
             if is_long:
                 assert fleet.has_ended(life, seconds=60), "it must end by itself"
+                fleet.keep_alive()
                 assert life.process.returncode == _TAKEN_OVER
             fleet.figures.disturbances[f"stopped for {'over a minute' if is_long else 'up to 8 s'}"] += 1
         fleet.finish()

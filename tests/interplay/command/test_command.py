@@ -86,7 +86,7 @@ def test_unreachable_service_is_3(arguments: tuple[str, ...], as_json: bool) -> 
         (("list", "probes", "--after", "yesterday"), "is not a time"),
         (("list", "probes", "--status", "running"), "does not apply to"),
         (("list", "reports", "--status", "running"), "does not apply to"),
-        (("delete", "reports", "x"), "Choose from"),
+        (("delete", "fetches", "x"), "Choose from"),
         (("analyze",), "Give a FILE and --probe"),
         (("analyze", "--checkpoint", "x"), "Give a FILE and --probe"),
         (("analyze", "--checkpoint", "x", "--probe", "x", "--features", "x"), "Give a FILE and --probe"),

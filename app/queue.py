@@ -37,6 +37,8 @@ PLAN_WORKFLOW = "run_plan"
 # Fetches need no device, so they wait for none.
 FETCHES = "fetches"
 FETCH_WORKFLOW = "run_fetch"
+# Of a worker, beside what it computes.
+FETCHES_AT_A_TIME = 2
 QUEUES = (QUEUE, PLANS, FETCHES)
 # Of the workers whose device has a certain memory: what needs more than others have. Begins so.
 _SIZED = f"{QUEUE}-"

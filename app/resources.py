@@ -207,7 +207,7 @@ def delete(engine: sa.Engine, storage: Storage, model: type[OwnerType], id_: str
         deletion.require_no_baseline_on(session, noun_of(model), id_)
         remove(session, row)
     for sha256 in hashes_of(row):
-        if release(engine, storage, sha256) is not None:
+        if release(engine, storage, sha256):
             _forget_features(storage, sha256)
     if isinstance(row, models.Probe) and row.data_sha256 is not None:
         with read(engine) as session:
@@ -283,8 +283,8 @@ def _keep(
     return row
 
 
-def release(engine: sa.Engine, storage: Storage, sha256: str) -> int | None:
-    """Delete a blob unless a row refers to it; return its bytes, None if it stays.
+def release(engine: sa.Engine, storage: Storage, sha256: str) -> bool:
+    """Delete a blob unless a row refers to it; return whether it has gone.
 
     Raises:
         StorageUnavailable: the file stays, and so does the blob's row, for the next sweep.
@@ -292,11 +292,11 @@ def release(engine: sa.Engine, storage: Storage, sha256: str) -> int | None:
     with write(engine) as session:
         blob = session.get(models.Blob, sha256, with_for_update=True)
         if blob is None or not session.scalar(sa.select(sa.and_(*_no_use(sha256)))):
-            return None
+            return False
         session.delete(blob)
         session.flush()
         storage.delete(sha256)
-    return blob.size_bytes
+    return True
 
 
 def _forget_features(storage: Storage, sha256: str) -> None:

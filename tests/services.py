@@ -75,6 +75,14 @@ class Service:
         return dict(self.client.get(f"/v1/reports/{analysis['report_id']}").json())
 
 
+def comparable(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a report without what names the run, or depends on what was computed before."""
+    own = ("id", "analysis_id", "created_at", "timings_seconds")
+    kept = {name: value for name, value in report.items() if name not in own}
+    kept["provenance"] = {name: value for name, value in report["provenance"].items() if name != "features_reused"}
+    return kept
+
+
 def until(probe: Callable[[], T | None], *, seconds: float = PATIENCE_SECONDS) -> T:
     """Return the first true value of `probe`; a connection error counts as not yet."""
     began = time.monotonic()

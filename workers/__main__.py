@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("interplay")
 
-# Fetches of a worker at a time, beside its analysis.
-_FETCHES_AT_A_TIME = 2
 # Plans of a worker at a time, beside what it computes. They only look after what turns do by themselves.
 _PLANS_AT_A_TIME = 16
 # Nobody notices when these start a little later.
@@ -181,7 +179,7 @@ def _join_queue(host: "Host", memory_bytes: int) -> None:
             DBOS.register_queue(queue.QUEUE, worker_concurrency=1, polling_interval_sec=seconds),
             DBOS.register_queue(large, worker_concurrency=1, polling_interval_sec=seconds),
             DBOS.register_queue(queue.PLANS, worker_concurrency=_PLANS_AT_A_TIME, polling_interval_sec=others),
-            DBOS.register_queue(queue.FETCHES, worker_concurrency=_FETCHES_AT_A_TIME, polling_interval_sec=others),
+            DBOS.register_queue(queue.FETCHES, worker_concurrency=queue.FETCHES_AT_A_TIME, polling_interval_sec=others),
         ]
 
     # The thread of the first queue asks for all of them.

@@ -197,10 +197,9 @@ class Presence:
             try:
                 self._locks.hold(self._id)
                 seen = self._beat()
-                if seen is None and stopping.is_set():
-                    return  # withdrawn by itself meanwhile
                 if seen is None:
-                    logger.error("other workers have taken this one for dead, and its work over; it ends")
+                    if not stopping.is_set():  # else it has withdrawn meanwhile
+                        logger.error("other workers have taken this one for dead, and its work over; it ends")
                     return
                 self._resume_lost_work(seen)
                 if self._rounds % 10 == 0:

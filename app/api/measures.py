@@ -39,7 +39,6 @@ access = logging.getLogger("interplay.access")
 _KEEP_SECONDS = 5.0
 _RECENTLY = timedelta(minutes=1)
 _BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0, 600.0)
-_FETCHES_OF_A_WORKER = 2
 _PLACE = "interplay.route"
 _REQUEST_ID = b"x-request-id"
 _NOT_TRACED = ("/healthz", "/readyz", "/metrics", "/static/")
@@ -280,7 +279,7 @@ def _of_points(session: Session, now: datetime) -> Iterator[GaugeMetricFamily]:
 def _wanted_workers(session: Session) -> int:
     """Return how many workers would have something to do: what waits and what runs, so that it falls at its end.
 
-    A worker computes one analysis of one step, or one point, and meanwhile fetches two files.
+    A worker computes one analysis of one step, or one point, and meanwhile fetches some files.
     """
     unfinished = sa.select(sa.func.count()).where(Point.analysis_id == Analysis.id, Point.finished_at.is_(None))
     # One that no worker has planned yet has no points.
@@ -288,7 +287,7 @@ def _wanted_workers(session: Session) -> int:
     open_ones = sa.select(sa.func.sum(points)).where(Analysis.outcome.is_(None))
     n_computed = session.scalar(open_ones) or 0
     n_fetches = session.scalar(sa.select(sa.func.count()).where(Fetch.outcome.is_(None))) or 0
-    return max(int(n_computed), -(-n_fetches // _FETCHES_OF_A_WORKER))
+    return max(int(n_computed), -(-n_fetches // queue.FETCHES_AT_A_TIME))
 
 
 def _open_runs(model: type[Analysis] | type[Fetch], kind: Any, dialect: str) -> sa.Select[Any]:

@@ -5,14 +5,13 @@ from typing import Annotated, Any
 import sqlalchemy as sa
 from fastapi import APIRouter, Depends, Request, Response
 from sqlalchemy.orm import Session
-from starlette.responses import RedirectResponse
 
 from app import analyses, deletion, schemas
 from app.api.routes import ServiceDep, SubjectDep
 from app.database import read
 from app.listing import Listing
 from app.models import Checkpoint, FeatureSet, Probe
-from app.pages.rendering import further_members, page
+from app.pages.rendering import further_members, page, see_other
 from app.pages.visitors import AuthorDep, VisitorDep
 from app.schemas.kinds import KINDS
 
@@ -65,14 +64,14 @@ def show_analysis(request: Request, id: schemas.Id, visitor: VisitorDep, service
 def cancel_analysis(request: Request, id: schemas.Id, _: AuthorDep, service: ServiceDep) -> Response:
     """Cancel an analysis and show it."""
     analyses.cancel(service.engine, id)
-    return RedirectResponse(f"{request.scope.get('root_path', '')}/analyses/{id}", status_code=303)
+    return see_other(request, f"/analyses/{id}")
 
 
 @router.post("/analyses/{id}/delete")
 def delete_analysis(request: Request, id: schemas.Id, _: AuthorDep, service: ServiceDep) -> Response:
     """Delete an analysis that has ended, and show the others."""
     deletion.delete_analysis(service.engine, service.queue, id)
-    return RedirectResponse(f"{request.scope.get('root_path', '')}/analyses", status_code=303)
+    return see_other(request, "/analyses")
 
 
 def _subjects(session: Session, analysis: schemas.Analysis) -> list[tuple[str, str, str, str | None]]:

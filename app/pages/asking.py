@@ -13,7 +13,6 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 from sqlalchemy.orm import Session
 from starlette.datastructures import FormData
-from starlette.responses import RedirectResponse
 
 from app import analyses, models, schemas
 from app.api.routes import ServiceDep
@@ -21,7 +20,7 @@ from app.api.sessions import TOKEN_FIELD
 from app.database import read
 from app.errors import InvalidRequest, invalid_request
 from app.listing import Listing
-from app.pages.rendering import page, place
+from app.pages.rendering import page, place, see_other
 from app.pages.visitors import VisitorDep, require_token
 from app.schemas import Kind
 from app.sorting import Sorting, list_page
@@ -114,7 +113,7 @@ async def ask(request: Request, visitor: VisitorDep, service: ServiceDep) -> Res
     except ValidationError as error:
         raise invalid_request("The form", error.errors()) from None
     analysis = await run_in_threadpool(analyses.create, service.engine, service.queue, body, None)
-    return RedirectResponse(f"{request.scope.get('root_path', '')}/analyses/{analysis.id}", status_code=303)
+    return see_other(request, f"/analyses/{analysis.id}")
 
 
 def _run(engine: sa.Engine, metadata: str, axis: str) -> str:

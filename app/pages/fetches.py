@@ -3,12 +3,11 @@
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request, Response
-from starlette.responses import RedirectResponse
 
 from app import fetches, schemas
 from app.api.routes import ServiceDep
 from app.listing import Listing
-from app.pages.rendering import further_members, page
+from app.pages.rendering import further_members, page, see_other
 from app.pages.visitors import AuthorDep, VisitorDep
 
 router = APIRouter()
@@ -46,4 +45,4 @@ def show_fetch(request: Request, id: schemas.Id, visitor: VisitorDep, service: S
 def cancel_fetch(request: Request, id: schemas.Id, _: AuthorDep, service: ServiceDep) -> Response:
     """Cancel a fetch and show it."""
     fetches.cancel(service.engine, id)
-    return RedirectResponse(f"{request.scope.get('root_path', '')}/fetches/{id}", status_code=303)
+    return see_other(request, f"/fetches/{id}")

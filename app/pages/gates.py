@@ -6,7 +6,6 @@ from typing import Annotated
 
 import sqlalchemy as sa
 from fastapi import APIRouter, Depends, Query, Request, Response
-from starlette.responses import RedirectResponse
 
 from app import models, schemas
 from app.api.routes import ServiceDep
@@ -15,7 +14,7 @@ from app.errors import NotFound, ServiceError
 from app.gates import baselines, judging, versions
 from app.gates.verdicts import Verdict
 from app.listing import Listing
-from app.pages.rendering import page
+from app.pages.rendering import page, see_other
 from app.pages.visitors import AuthorDep, VisitorDep
 from app.schemas.kinds import KINDS
 
@@ -75,14 +74,14 @@ def show_gate(request: Request, id: schemas.Id, visitor: VisitorDep, service: Se
 def delete_gate(request: Request, id: schemas.Id, _: AuthorDep, service: ServiceDep) -> Response:
     """Delete all versions of a gate, and show the others."""
     versions.delete(service.engine, id)
-    return RedirectResponse(f"{request.scope.get('root_path', '')}/gates", status_code=303)
+    return see_other(request, "/gates")
 
 
 @router.post("/baselines/{baseline}/delete")
 def delete_baseline(request: Request, baseline: schemas.Slug, _: AuthorDep, service: ServiceDep) -> Response:
     """Delete a baseline with its history, and show the others."""
     baselines.delete(service.engine, baseline)
-    return RedirectResponse(f"{request.scope.get('root_path', '')}/baselines", status_code=303)
+    return see_other(request, "/baselines")
 
 
 @router.get("/baselines")

@@ -17,7 +17,7 @@ from app.errors import Forbidden
 from app.listing import Listing
 from app.models import Worker
 from app.pages import listed
-from app.pages.rendering import page, set_cookie
+from app.pages.rendering import page, see_other, set_cookie
 from app.pages.visitors import AuthorDep, VisitorDep
 from app.reports import Ranking, Subject, page_of_reports
 from app.schemas import Analysis, Fetch
@@ -91,7 +91,7 @@ async def log_in(
 @router.post("/logout")
 async def log_out(request: Request, visitor: AuthorDep) -> Response:
     """End the session in this browser."""
-    response = RedirectResponse(f"{request.scope.get('root_path', '')}/login", status_code=303)
+    response = see_other(request, "/login")
     response.delete_cookie(SESSION_COOKIE)
     return response
 

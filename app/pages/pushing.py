@@ -6,14 +6,13 @@ from typing import Any, Literal
 
 from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
-from starlette.responses import RedirectResponse
 
 from app import fetches, resources, schemas
 from app.api.routes import Service, ServiceDep
 from app.api.sessions import TOKEN_FIELD
 from app.api.uploads import receive
 from app.errors import InvalidRequest
-from app.pages.rendering import page
+from app.pages.rendering import page, see_other
 from app.pages.visitors import VisitorDep, require_token
 from app.storage import Upload
 
@@ -45,7 +44,7 @@ async def push(request: Request, collection: Collection, visitor: VisitorDep, se
 
     async with receive(request, service.storage, service.settings, spec_of) as upload:
         made = await run_in_threadpool(_keep, service, collection, upload)
-    return RedirectResponse(f"{request.scope.get('root_path', '')}/{made}", status_code=303)
+    return see_other(request, f"/{made}")
 
 
 def _keep(service: Service, collection: Collection, upload: Upload) -> str:

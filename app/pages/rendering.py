@@ -13,7 +13,7 @@ from urllib.parse import quote, urlencode
 import jinja2
 from markupsafe import Markup
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from app.api.sessions import SESSION_COOKIE, TOKEN_FIELD
 from app.pages.visitors import Visitor
@@ -30,6 +30,11 @@ _HEADERS = {
     "Referrer-Policy": "same-origin",
     "Cache-Control": "private, no-store",
 }
+
+
+def see_other(request: Request, path: str) -> RedirectResponse:
+    """Return the answer to a form: a redirect to a page of this service, which begins with a slash."""
+    return RedirectResponse(f"{request.scope.get('root_path', '')}{path}", status_code=303)
 
 
 def page(

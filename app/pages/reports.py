@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import sqlalchemy as sa
 from fastapi import APIRouter, Depends, Request, Response
-from starlette.responses import RedirectResponse
 
 from app import deletion, schemas
 from app.api import drawing
@@ -18,7 +17,7 @@ from app.errors import NotFound
 from app.listing import Listing
 from app.models import Report
 from app.pages import listed, words
-from app.pages.rendering import page
+from app.pages.rendering import page, see_other
 from app.pages.visitors import AuthorDep, VisitorDep
 from app.reports import Ranking, page_of_reports
 from app.schemas import Kind
@@ -96,7 +95,7 @@ def show_report(request: Request, id: schemas.Id, visitor: VisitorDep, service: 
 def delete_report(request: Request, id: schemas.Id, _: AuthorDep, service: ServiceDep) -> Response:
     """Delete a report, and show the others."""
     deletion.delete_report(service.engine, id)
-    return RedirectResponse(f"{request.scope.get('root_path', '')}/reports", status_code=303)
+    return see_other(request, "/reports")
 
 
 def _chart(name: str) -> tuple[str, str]:

@@ -7,14 +7,13 @@ from typing import Annotated, Any
 import sqlalchemy as sa
 from fastapi import APIRouter, Depends, Request, Response
 from sqlalchemy.orm import Session
-from starlette.responses import RedirectResponse
 
 from app import models, resources, schemas
 from app.api.routes import ServiceDep
 from app.database import read
 from app.listing import Listing
 from app.pages import courses, listed, samples
-from app.pages.rendering import page
+from app.pages.rendering import page, see_other
 from app.pages.visitors import AuthorDep, VisitorDep
 from app.reports import Ranking, Subject, page_of_reports
 from app.sorting import Sorting, list_page
@@ -126,7 +125,7 @@ def _adapters(session: Session, id_: str) -> Sequence[sa.Row[str, str]]:
 def _delete(request: Request, id: schemas.Id, _: AuthorDep, service: ServiceDep) -> Response:
     collection = _of(request)
     resources.delete(service.engine, service.storage, collection.model, id)
-    return RedirectResponse(f"{request.scope.get('root_path', '')}/{collection.path}", status_code=303)
+    return see_other(request, f"/{collection.path}")
 
 
 for _name in _COLLECTIONS:

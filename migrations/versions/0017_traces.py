@@ -1,7 +1,7 @@
 """The trace of the request that asked for an analysis or a fetch.
 
 Revision ID: 0017
-Revises: 0015
+Revises: 0016
 Create Date: 2026-11-29 06:30:00+00:00
 
 """

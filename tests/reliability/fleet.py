@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +27,7 @@ from app.database import make_engine, read
 from app.models import Analysis, Point, Report, Turn, Worker
 from app.settings import Settings
 from tests import services
-from tests.services import Service, until
+from tests.services import Service, comparable, until
 
 # 1 for the whole campaign.
 _SCALE = float(os.environ.get("CAMPAIGN_SCALE", "0.01"))
@@ -39,7 +39,6 @@ _LOOK_SECONDS = 0.02
 # A run that a dead worker held is looked at so often until another has it.
 _FOLLOW_SECONDS = 0.05
 _PATIENCE_SECONDS = 300.0
-_ENDED = ("SUCCESS", "ERROR", "CANCELLED", "MAX_RECOVERY_ATTEMPTS_EXCEEDED")
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,7 @@ class Fleet:
         self.lives: list[Life] = []
         self.places: Callable[[], Place | None] = lambda: None
         self._requests: dict[str, dict[str, Any]] = {}
-        self._expected: dict[str, str] = {}
+        self._expected: dict[str, dict[str, Any]] = {}
         self._asked: dict[str, str] = {}
         self._in_flight: set[str] = set()
         self._orphans: dict[str, Orphan] = {}
@@ -144,7 +143,7 @@ class Fleet:
         self.keep_alive()
         for name, request in self._requests.items():
             done = self.service.wait(self.service.analyze(**request)["id"])
-            self._expected[name] = _comparable(self.service.report(done))
+            self._expected[name] = comparable(self.service.report(done))
         self._asks = True
 
     def keep_alive(self) -> None:
@@ -222,7 +221,7 @@ class Fleet:
             assert len(times) == len(self._asked)
         for id_, name in self._asked.items():
             report = self.service.report(self.service.client.get(f"/v1/analyses/{id_}").json())
-            assert _comparable(report) == self._expected[name], f"another report of {name}: {id_}"
+            assert comparable(report) == self._expected[name], f"another report of {name}: {id_}"
         until(lambda: not self._open_runs(), seconds=30)
         with read(self.engine) as session:
             points = sa.select(sa.func.count(), sa.func.sum(Point.attempts)).where(Point.analysis_id.in_(self._asked))
@@ -248,7 +247,7 @@ class Fleet:
                 life.process.stdin.close()
         self.engine.dispose()
 
-    def held_by(self, worker_id: str) -> list[str]:
+    def _held_by(self, worker_id: str) -> list[str]:
         """Return the runs that the queue assigns to a worker."""
         with self.engine.connect() as connection:
             query = f"SELECT workflow_uuid FROM {self._runs} WHERE status = 'PENDING' AND executor_id = :id"
@@ -282,7 +281,7 @@ class Fleet:
             return  # without another worker nothing can go on; it must still end
         died_at = time.monotonic()
         with suppress(sa.exc.OperationalError):  # without the database it is not measured; it must still end
-            self._orphans |= {run_id: Orphan(life.worker_id, died_at) for run_id in self.held_by(life.worker_id)}
+            self._orphans |= {run_id: Orphan(life.worker_id, died_at) for run_id in self._held_by(life.worker_id)}
 
     def _follow(self) -> None:
         now = time.monotonic()
@@ -385,13 +384,6 @@ def _made(service: Service, path: str, content: bytes) -> str:
     answer = service.post(path, {"name": "sent"}, content)
     assert answer.status_code == 201, answer.text
     return str(answer.json()["id"])
-
-
-def _comparable(report: Mapping[str, Any]) -> str:
-    """Return a report without what names the run, or depends on what was computed before."""
-    kept = {name: report[name] for name in report if name not in ("id", "analysis_id", "created_at", "timings_seconds")}
-    provenance = {name: value for name, value in report["provenance"].items() if name != "features_reused"}
-    return json.dumps({**kept, "provenance": provenance}, sort_keys=True)
 
 
 def _quantiles(values: Sequence[float]) -> dict[str, float] | None:

@@ -21,7 +21,7 @@ from tests import services
 from tests.campaigns import DATABASES, campaign
 from tests.conftest import MLP
 from tests.databases import fresh_database
-from tests.services import Service, until
+from tests.services import Service, comparable, until
 
 FEW = {"null_permutations": 0}
 
@@ -67,14 +67,6 @@ def requests(ids: dict[str, str]) -> dict[str, dict[str, Any]]:
         },
         "comparison": {"kind": "comparison", **ids, "options": {**options, "resamples": 50}},
     }  # fmt: skip
-
-
-def comparable(report: dict[str, Any]) -> dict[str, Any]:
-    """Return a report without what names the run."""
-    own = ("id", "analysis_id", "created_at", "timings_seconds")
-    kept = {name: value for name, value in report.items() if name not in own}
-    kept["provenance"] = {name: value for name, value in report["provenance"].items() if name != "features_reused"}
-    return kept
 
 
 def has_workers(service: Service, count: int) -> bool:

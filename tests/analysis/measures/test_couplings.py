@@ -190,3 +190,15 @@ def test_couplings_among_kept_rows_take_no_part(n_classes: int) -> None:
     found_product = found.product_without(vectors, masks, leading)
     torch.testing.assert_close(found_product.double(), expected, rtol=0, atol=1e-7)
     assert float(found.product_without(1e6 * vectors * inside, masks, leading)[:, inside].abs().max()) == 0
+
+
+def test_a_singular_part_has_a_factor_at_any_shift() -> None:
+    """Below its rounding the shift grows to what is not; above it the factor is that of the shifted matrix."""
+    rows = torch.randn(3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(5)).repeat(4, 1)
+    matrix = rows @ rows.T / 12
+    for shift in (1e-30, 1e-3):
+        part = KeptPart.of(torch.arange(12), matrix.clone(), 0.0)
+        factor = part.factor(shift).double()
+        shifted = matrix + shift * torch.eye(12, dtype=torch.float64)
+        torch.testing.assert_close(factor @ factor.T, shifted, rtol=1e-6, atol=1e-6)
+        assert float(part.couplings.diagonal().abs().max()) == 0

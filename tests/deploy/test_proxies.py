@@ -51,10 +51,12 @@ class Proxy:
         self._running.__enter__()
 
         def answers() -> bool:
-            if not self.authority.exists():
+            try:
+                with self.client() as client:
+                    return client.get("/healthz").status_code == 200
+            except (FileNotFoundError, ssl.SSLError):
+                # Caddy makes the authority's file when it starts, and may not have written all of it.
                 return False
-            with self.client() as client:
-                return client.get("/healthz").status_code == 200
 
         try:
             until(answers, seconds=30)

@@ -179,14 +179,18 @@ def test_significance_without_a_baseline_yet_is_undefined(place: Place) -> None:
 
 
 def test_a_baseline_whose_checkpoint_was_deleted_cannot_be_compared_with(place: Place) -> None:
-    """Its report still serves for point values; intervals need the network, and the message says what to do."""
+    """Its report still serves for point values; intervals need the network, and the message says what to do.
+
+    A baseline keeps its checkpoint: only one that was deleted before a baseline pointed at its report is gone.
+    """
     name = fresh_name()
     with Client(place.url) as client:
         checkpoint = client.push_checkpoint(place.good, name="gone")
         probe_id = client.find("probes", place.probe)["id"]
         analysis = client.create_analysis(checkpoint_id=checkpoint["id"], probe_id=probe_id)
-        client.set_baseline(name, client.wait(analysis["id"], timeout_seconds=120)["report_id"])
+        report_id = client.wait(analysis["id"], timeout_seconds=120)["report_id"]
         client.delete("checkpoints", checkpoint["id"])
+        client.set_baseline(name, report_id)
     files = ("--checkpoint", place.good, "--probe", place.probe, "--baseline", name)
     ran = place.run("--gate", place.gate({"min_change": -0.1, "significance": 0.95}), *files)
     assert ran.returncode == 2

@@ -25,10 +25,13 @@ _GRACE_SECONDS = 2.0
 _IDLE_MS = 60_000
 
 
-def make_engine(settings: Settings, *, patient: bool = False) -> sa.Engine:
+def make_engine(settings: Settings, *, patient: bool = False, few: bool = False) -> sa.Engine:
     """Return the engine that our tables and the queue share, so that both can commit in one transaction.
 
-    Every statement has a timeout, `database_timeout_seconds`; `patient` raises it to a day, as for a migration.
+    Args:
+        settings: name the database; every statement has their timeout, `database_timeout_seconds`.
+        patient: raise the timeout to a day, as for a migration.
+        few: keep two connections to a PostgreSQL server open between calls, as a worker among many does.
     """
     patience_seconds = _PATIENT_SECONDS if patient else settings.database_timeout_seconds
     url = sa.make_url(settings.effective_database_url)
@@ -36,7 +39,7 @@ def make_engine(settings: Settings, *, patient: bool = False) -> sa.Engine:
         if url.database:
             Path(url.database).parent.mkdir(parents=True, exist_ok=True)
         return _sqlite_engine(url, patience_seconds)
-    return _postgresql_engine(url.set(drivername="postgresql+psycopg"), patience_seconds)
+    return _postgresql_engine(url.set(drivername="postgresql+psycopg"), patience_seconds, kept=2 if few else _MOST)
 
 
 class _Pool(sa.QueuePool):
@@ -60,11 +63,12 @@ class _Pool(sa.QueuePool):
 
 
 # Half of the threads that routes run in (40): a database that does not answer leaves the others free.
-_POOL: dict[str, Any] = {"poolclass": _Pool, "pool_size": 20, "max_overflow": 0, "pool_timeout": _STALLED_SECONDS}
+_MOST = 20
+_POOL: dict[str, Any] = {"poolclass": _Pool, "pool_timeout": _STALLED_SECONDS}
 
 
 def _sqlite_engine(url: sa.URL, patience_seconds: float) -> sa.Engine:
-    engine = sa.create_engine(url, **_POOL)
+    engine = sa.create_engine(url, pool_size=_MOST, max_overflow=0, **_POOL)
 
     @event.listens_for(engine, "connect")
     def configure(connection: sqlite3.Connection, _record: object) -> None:
@@ -95,7 +99,7 @@ def _use_write_ahead_log(connection: sqlite3.Connection, patience_seconds: float
             return
 
 
-def _postgresql_engine(url: sa.URL, patience_seconds: float) -> sa.Engine:
+def _postgresql_engine(url: sa.URL, patience_seconds: float, *, kept: int) -> sa.Engine:
     import psycopg  # here: most services use SQLite, and it takes a while to load
 
     from app.postgresql import PatientConnection
@@ -130,7 +134,8 @@ def _postgresql_engine(url: sa.URL, patience_seconds: float) -> sa.Engine:
         connection.commit()
         return connection
 
-    return sa.create_engine(url, creator=connect, pool_pre_ping=True, **_POOL)
+    size = {"pool_size": kept, "max_overflow": _MOST - kept}
+    return sa.create_engine(url, creator=connect, pool_pre_ping=True, **size, **_POOL)
 
 
 def clock(session: Session) -> datetime:
@@ -147,6 +152,13 @@ def clock(session: Session) -> datetime:
         return datetime.fromisoformat(text).replace(tzinfo=UTC)
     moment: datetime = session.execute(sa.select(sa.func.clock_timestamp())).scalar_one()
     return moment.astimezone(UTC)
+
+
+def instant(dialect: str) -> sa.ColumnElement[datetime]:
+    """Return SQL of the database's own time, as `clock` has it, for a statement that stores it."""
+    if dialect == "sqlite":
+        return sa.literal_column("strftime('%Y-%m-%d %H:%M:%f000', 'now')")
+    return sa.func.clock_timestamp()
 
 
 @contextmanager

@@ -268,6 +268,13 @@ def count_waiting(session: Session, *, most: int) -> int:
     return session.scalar(sa.select(sa.func.count()).select_from(waiting.limit(most).subquery())) or 0
 
 
+def count_computing(session: Session) -> int:
+    """Return how many runs workers compute: analyses of one step, and turns."""
+    runs = _runs(session.get_bind().dialect.name, "queue_name")
+    computes = sa.or_(runs.c.queue_name == QUEUE, runs.c.queue_name.startswith(_SIZED, autoescape=True))
+    return session.scalar(sa.select(sa.func.count()).where(runs.c.status == "PENDING", computes)) or 0
+
+
 def waiting(dialect: str, queues: Sequence[str]) -> sa.Select[*tuple[bool, ...]]:
     """Return SQL of one row: for each of these queues, whether a run waits there that this version may claim."""
     runs = _runs(dialect, "queue_name", "application_version")

@@ -21,7 +21,9 @@ from app.supervision import DEVICES, Workers, devices_of
 from workers.child import ComputeChild
 
 if TYPE_CHECKING:
+    from workers.demand import Demand
     from workers.liveness import Presence
+    from workers.locks import Line
     from workers.steps import Host
 
 logger = logging.getLogger("interplay")
@@ -30,6 +32,7 @@ logger = logging.getLogger("interplay")
 _PLANS_AT_A_TIME = 16
 # Nobody notices when these start a little later.
 _OTHERS_POLLING_SECONDS = 1.0
+_NEVER_SECONDS = 3600.0
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -116,7 +119,7 @@ def _work(settings: Settings, child: ComputeChild, told_to_stop: int) -> None:
     # A fresh id for each process, so that it does not count another process's unfinished work as its own.
     worker_id = str(uuid4())
     with starting(settings):
-        engine, storage = make_engine(settings), Storage(settings)
+        engine, storage = make_engine(settings, few=True), Storage(settings)
         if lacking := migrations.lacking(engine):
             raise migrations.OtherTables(lacking)
     active: set[str] = set()
@@ -132,7 +135,7 @@ def _work(settings: Settings, child: ComputeChild, told_to_stop: int) -> None:
     offers.start(found, settings.data_dir / "workers", engine, worker_id)
     host = Host(worker_id, settings, engine, queue.make_client(engine), storage, child, active)
     register(host)
-    _join_queue(host, child.description.memory_bytes)
+    presence.on_fleet = _join_queue(host, presence.line, child.description.memory_bytes).share
     logger.info("worker %s is ready", worker_id)
     freeze_loaded_objects()
     stopping = threading.Event()
@@ -148,7 +151,7 @@ def _work(settings: Settings, child: ComputeChild, told_to_stop: int) -> None:
         os._exit(0)
 
 
-def _join_queue(host: "Host", memory_bytes: int) -> None:
+def _join_queue(host: "Host", line: "Line", memory_bytes: int) -> "Demand":
     from dbos import DBOS, DBOSConfig, Queue
 
     from app import queue
@@ -162,8 +165,11 @@ def _join_queue(host: "Host", memory_bytes: int) -> None:
         "executor_id": host.worker_id,
         "application_version": queue.VERSION,
         "run_migrations": False,
-        # Of its notifications, which nothing here sends; by default it looks for them a hundred times a second.
-        "notification_coalesce_sec": 1.0,
+        # Of its notifications, which nothing here sends or waits for. A listener would hold a connection.
+        "use_listen_notify": False,
+        "notification_listener_polling_interval_sec": _NEVER_SECONDS,
+        # Of its schedules, of which there are none.
+        "scheduler_polling_interval_sec": _NEVER_SECONDS,
         "log_level": host.settings.log_level.upper(),
     }
     library = DBOS(config=config)
@@ -184,8 +190,10 @@ def _join_queue(host: "Host", memory_bytes: int) -> None:
 
     # The thread of the first queue asks for all of them.
     ages = {name: seconds / 2 if name == queue.QUEUE else others for name in names}
-    demand = Demand(host.engine, ages, [queue.QUEUE, large], lambda: host.slot.is_taken)
+    dialect = host.engine.dialect.name
+    demand = Demand(line, dialect, ages, [queue.QUEUE, large], lambda: host.slot.is_taken)
     launch(library, register, demand)
+    return demand
 
 
 def _watch_input(tell_to_begin: int, tell_to_stop: int) -> None:

@@ -141,13 +141,13 @@ def note(
     engine: sa.Engine, run_id: str, progress: Progress | None, model: type[Analysis] | type[Fetch] = Analysis
 ) -> bool:
     """Store progress, if any; return whether the run is to be cancelled or has ended elsewhere."""
-    with write(engine) as session:
-        row = session.get(model, run_id, with_for_update=True)
-        if row is None or row.outcome is not None or row.cancel_requested_at is not None:
-            return True
-        if progress is not None:
-            row.progress_phase, row.progress_done, row.progress_total = progress.phase, progress.done, progress.total
-        return False
+    going_on = sa.and_(model.id == run_id, model.outcome.is_(None), model.cancel_requested_at.is_(None))
+    with engine.begin() as connection:
+        if progress is None:
+            return connection.scalar(sa.select(sa.literal(1)).where(going_on)) is None
+        told = sa.update(model).where(going_on)
+        values = {"progress_done": progress.done, "progress_total": progress.total}
+        return not connection.execute(told.values(progress_phase=progress.phase, **values)).rowcount
 
 
 def finish(

@@ -4,134 +4,51 @@ A worker holds a lock under its id for as long as its process lives: a locked fi
 advisory lock on PostgreSQL. A worker is dead if its lock is free. On PostgreSQL its heartbeat must be old as well,
 since a restart of the server frees every lock at once. A worker is hung if its lock is held and its heartbeat has been
 old for long. Heartbeats are written and compared in the database's time, so the machines' clocks do not matter.
+
+Every worker sends its heartbeat each second. Few look after the others as often: those that hold one of a few locks.
+All do now and then, so that the work of a fleet goes on even if those few stand still.
 """
 
-import fcntl
-import hashlib
 import logging
 import os
+import random
 import socket
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 
 import sqlalchemy as sa
 from dbos._error import DBOSException
 
 from app import queue
-from app.database import clock, read, write
+from app.database import clock, instant, read, write
 from app.errors import problem
 from app.models import Analysis, Fetch, Worker, now
 from app.settings import Settings
 from app.storage import Storage
 from workers import attempts, turns
 from workers.fetching.running import remove_leftovers
+from workers.locks import AdvisoryLocks, FileLocks, Line
 from workers.tasks import Hello, Result
 
 logger = logging.getLogger("interplay")
 
 _ROUND_SECONDS = 1.0
+# How many workers look after the others in every round.
+_WATCHERS = 3
+# Every how many rounds the rest look as well, and try to become one of these.
+_LOOK_ROUNDS = 15
+_TRY_ROUNDS = 4
+# Rounds after a failed one in which every worker looks: what fails for one moment strands runs.
+_ALERT_ROUNDS = 30
 _DEAD_AFTER = timedelta(seconds=4)
 _HUNG_AFTER = timedelta(seconds=60)
 # Rounds after which a run that the queue assigns to this worker, but that does not run here, is resumed.
 _STRANDED_ROUNDS = 3
 # How long the queue's record of an ended run, and an ended worker's row, are kept.
 _KEEP_RUNS = timedelta(days=1)
-
-
-class FileLocks:
-    """Locks between the processes of one machine, in a folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._held: dict[str, int] = {}
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def hold(self, name: str) -> None:
-        """Hold a lock until this process ends."""
-        if name not in self._held:
-            descriptor = self._open(name)
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._held[name] = descriptor
-
-    @contextmanager
-    def attempt(self, name: str) -> Iterator[bool]:
-        """Try to hold a lock for a block; yield whether it was free."""
-        descriptor = self._open(name)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            free = False
-        else:
-            free = True
-        try:
-            yield free
-        finally:
-            if free:  # the name is never used again
-                self.forget(name)
-            os.close(descriptor)
-
-    def forget(self, name: str) -> None:
-        """Remove the file of a lock that is not used again."""
-        (self._folder / f"{name}.lock").unlink(missing_ok=True)
-
-    def close(self) -> None:
-        """Free every lock that is held."""
-        for descriptor in self._held.values():
-            os.close(descriptor)
-
-    def _open(self, name: str) -> int:
-        return os.open(self._folder / f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-
-
-class AdvisoryLocks:
-    """Locks between all clients of one PostgreSQL database, held by the session of one connection."""
-
-    def __init__(self, engine: sa.Engine) -> None:
-        self._engine = engine
-        self._connection: sa.Connection | None = None
-        self._held: set[str] = set()
-
-    def hold(self, name: str) -> None:
-        """Hold a lock until this process ends; take it again if the connection was lost."""
-        if self._connection is None or self._connection.invalidated:
-            lost, self._connection = self._connection, None
-            self._held.clear()
-            if lost is not None:
-                lost.close()
-            self._connection = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
-        if name not in self._held and self._call("pg_try_advisory_lock", name):
-            self._held.add(name)
-        elif name in self._held:
-            self._connection.exec_driver_sql("SELECT 1")  # detects a connection that was lost meanwhile
-
-    @contextmanager
-    def attempt(self, name: str) -> Iterator[bool]:
-        """Try to hold a lock for a block; yield whether it was free."""
-        free = self._call("pg_try_advisory_lock", name)
-        try:
-            yield free
-        finally:
-            if free:
-                self._call("pg_advisory_unlock", name)
-
-    def forget(self, name: str) -> None:
-        """Do nothing: a lock leaves nothing behind when its session ends."""
-
-    def close(self) -> None:
-        """Free every lock that is held."""
-        if self._connection is not None:
-            self._connection.invalidate()  # the session must end, not go back to the pool with its locks
-            self._connection.close()
-
-    def _call(self, function: str, name: str) -> bool:
-        assert self._connection is not None, "hold comes first"
-        key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big", signed=True)
-        return bool(self._connection.exec_driver_sql(f"SELECT {function}({key})").scalar())
 
 
 @dataclass(frozen=True)
@@ -142,11 +59,15 @@ class _Seen:
         own_runs: the runs that the queue assigns to this worker.
         silences: of other workers without a recent heartbeat, since when.
         ended: owners of runs that are no living worker.
+        workers: number of living workers.
+        computing: number of runs that workers compute.
     """
 
     own_runs: list[str]
     silences: dict[str, timedelta]
     ended: set[str]
+    workers: int
+    computing: int
 
 
 class Presence:
@@ -155,17 +76,22 @@ class Presence:
     def __init__(self, settings: Settings, engine: sa.Engine, worker_id: str, active: set[str]) -> None:
         """`active` holds the ids of the analyses that run in this process now."""
         self._engine = engine
+        self.line = Line(engine)
+        # Told the number of living workers, and how many of them compute.
+        self.on_fleet: Callable[[int, int], None] = lambda _workers, _computing: None
         self._id = worker_id
         self._active = active
         # Runs that the queue assigns to this worker but that do not run here, with the number of rounds.
         self._stranded: dict[str, int] = {}
-        self._rounds = 0
+        self._rounds = self._looks = self._next_look = self._alert_until = 0
         # Since when every round has succeeded: a worker that was suspended itself must not judge others' silence.
         self._steady_since = self._last_round = time.monotonic()
         sqlite = engine.dialect.name == "sqlite"
         # A file's lock is free only after its process has ended; a database's also after the server restarted.
         self._dead_after = timedelta(0) if sqlite else _DEAD_AFTER
-        self._locks = FileLocks(settings.data_dir / "workers") if sqlite else AdvisoryLocks(engine)
+        self._locks = FileLocks(settings.data_dir / "workers") if sqlite else AdvisoryLocks(self.line)
+        living = sa.update(Worker).where(Worker.id == worker_id, Worker.ended_at.is_(None))
+        self._heartbeat = living.values(heartbeat_at=instant(engine.dialect.name))
         self._client = queue.make_client(engine)
         self._storage = Storage(settings)
 
@@ -186,6 +112,7 @@ class Presence:
     def close(self) -> None:
         """Release the lock and the connections."""
         self._locks.close()
+        self.line.close()
         self._client.destroy()
 
     def keep_up(self, stopping: threading.Event) -> None:
@@ -196,42 +123,53 @@ class Presence:
             self._last_round = time.monotonic()
             try:
                 self._locks.hold(self._id)
-                seen = self._beat()
-                if seen is None:
+                # No row: others have marked this worker as ended.
+                if not self.line.change(self._heartbeat):
                     if not stopping.is_set():  # else it has withdrawn meanwhile
                         logger.error("other workers have taken this one for dead, and its work over; it ends")
                     return
-                self._resume_lost_work(seen)
-                if self._rounds % 10 == 0:
-                    self._settle_lost_runs()
+                if self._watches() or self._rounds >= self._next_look or self._rounds < self._alert_until:
+                    self._look_after_others()
                 if self._rounds % 600 == 0:
                     self._storage.remove_abandoned()
                     remove_leftovers(self._engine, self._storage)
-                if self._rounds % 3600 == 0:
-                    self._forget_old_runs()
-                self._rounds += 1
             except (sa.exc.SQLAlchemyError, DBOSException, OSError) as error:
                 # The database may be unavailable for a while; a failed round is no reason to stop.
                 logger.warning("a liveness round failed: %s", error)
                 self._steady_since = time.monotonic()
+                self._alert_until = self._rounds + _ALERT_ROUNDS
+            self._rounds += 1
 
-    def _beat(self) -> "_Seen | None":
-        """Write the heartbeat and look at other workers; return None if this one was marked as ended.
+    def _watches(self) -> bool:
+        """Return whether this worker is one of the few that look after the others in every round."""
+        names = [f"watch-{number}" for number in range(_WATCHERS)]
+        if any(self._locks.holds(name) for name in names):
+            return True
+        return self._rounds % _TRY_ROUNDS == 0 and any(self._locks.hold(name) for name in names)
 
-        One transaction, since every worker does this every second.
-        """
-        with write(self._engine) as session:
+    def _look_after_others(self) -> None:
+        seen = self._look()
+        self._resume_lost_work(seen)
+        self.on_fleet(seen.workers, seen.computing)
+        if self._looks % 10 == 0:
+            self._settle_lost_runs()
+        if self._looks % 3600 == 0:
+            self._forget_old_runs()
+        self._looks += 1
+        # Not all at one moment, although all may have started at one.
+        self._next_look = self._rounds + random.randint(_LOOK_ROUNDS // 2, _LOOK_ROUNDS)  # noqa: S311
+
+    def _look(self) -> "_Seen":
+        """Look at this worker's runs and at other workers."""
+        with read(self._engine) as session:
             moment = clock(session)
-            own = sa.update(Worker).where(Worker.id == self._id, Worker.ended_at.is_(None))
-            if not session.execute(own.values(heartbeat_at=moment)).rowcount:  # type: ignore[attr-defined]
-                return None
             before = moment - self._dead_after
             owners = queue.held(session, self._id, before)
-            others = sa.select(Worker.id, Worker.heartbeat_at).where(
-                Worker.id != self._id, Worker.ended_at.is_(None), Worker.heartbeat_at <= before
-            )
-            silences = {worker_id: moment - heartbeat for worker_id, heartbeat in session.execute(others)}
-        return _Seen(owners.pop(self._id, []), silences, {*owners} - {*silences})
+            living = sa.select(Worker.id, Worker.heartbeat_at).where(Worker.ended_at.is_(None))
+            silences = {worker_id: moment - heartbeat for worker_id, heartbeat in session.execute(living)}
+            computing = queue.count_computing(session)
+        silent = {id_: told for id_, told in silences.items() if id_ != self._id and told >= self._dead_after}
+        return _Seen(owners.pop(self._id, []), silent, {*owners} - {*silent}, len(silences), computing)
 
     def _resume_lost_work(self, seen: "_Seen") -> None:
         self._resume_stranded(seen.own_runs)

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ OnTick = Callable[[Progress | None], bool]
 
 # A step whose child dies is retried once, in a fresh child.
 _CHILD_ATTEMPTS = 2
+# Longest time for which neither progress is stored nor a wish to cancel is seen.
+_LONGEST_SILENCE_SECONDS = 2.0
 _OUT_OF_MEMORY = problem_type("out-of-memory")
 
 
@@ -82,9 +85,21 @@ def compute(host: Host, step: AnyStep, note: OnTick) -> Result:
         note: stores progress, if any, and returns whether the step is to be cancelled.
     """
 
+    told: Progress | None = None
+    began = next_note = time.monotonic()
+
     def on_tick(progress: Progress | None) -> bool:
+        nonlocal told, next_note
+        told = progress or told
+        now = time.monotonic()
+        if now < next_note:
+            return False
+        # The longer it takes, the less often: of hundreds of workers each would write several times a second.
+        next_note = now + min((now - began) / 8, _LONGEST_SILENCE_SECONDS)
         try:
-            return note(progress)
+            ends = note(told)
+            told = None
+            return ends
         except sa.exc.SQLAlchemyError as error:
             # The computation continues while the database is unavailable; the next tick retries.
             logger.warning("progress of analysis %s was not stored: %s", step.analysis_id, error)

@@ -198,21 +198,18 @@ def note(engine: sa.Engine, worker_id: str, analysis_id: str, progress: Progress
 
     Progress without a total is a phase alone; points stay counted.
     """
-    with read(engine) as session:
-        going_on = sa.exists().where(
-            Analysis.id == analysis_id, Analysis.outcome.is_(None), Analysis.cancel_requested_at.is_(None)
-        )
-        alive = sa.exists().where(Worker.id == worker_id, Worker.ended_at.is_(None))
-        if not session.scalar(sa.select(sa.and_(going_on, alive))):
-            return True
-    if progress is not None:
-        with write(engine) as session:
-            row = session.get(Analysis, analysis_id, with_for_update=True)
-            if row is not None and row.outcome is None:
-                row.progress_phase = progress.phase
-                if progress.total:
-                    row.progress_done, row.progress_total = progress.done, progress.total
-    return False
+    alive = sa.exists().where(Worker.id == worker_id, Worker.ended_at.is_(None))
+    going_on = sa.and_(
+        Analysis.id == analysis_id, Analysis.outcome.is_(None), Analysis.cancel_requested_at.is_(None), alive
+    )
+    with engine.begin() as connection:
+        if progress is None:
+            return connection.scalar(sa.select(sa.literal(1)).where(going_on)) is None
+        values: dict[str, int] = {}
+        if progress.total:
+            values = {"progress_done": progress.done, "progress_total": progress.total}
+        told = sa.update(Analysis).where(going_on)
+        return not connection.execute(told.values(progress_phase=progress.phase, **values)).rowcount
 
 
 def finish(

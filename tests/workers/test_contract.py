@@ -26,6 +26,7 @@ from tests.databases import fresh_database, postgres_server
 from tests.services import Service, until
 from tests.workers.test_liveness import DESCRIPTION, claim, present, queued, status_of
 from workers.demand import Demand
+from workers.locks import Line
 
 
 @pytest.fixture
@@ -156,15 +157,16 @@ def test_a_worker_knows_where_something_waits(engine: sa.Engine, client: DBOSCli
     """Of the queues, those with a run that this version may claim; an answer serves for as long as it may."""
 
     def asked(names: list[str]) -> list[bool]:
-        demand = Demand(engine, dict.fromkeys(names, 0.0), [], lambda: False)
+        demand = Demand(Line(engine), engine.dialect.name, dict.fromkeys(names, 0.0), [], lambda: False)
         return [demand.is_for(name) for name in names]
 
     names = [*queue.QUEUES, queue.sized(5)]
     assert asked(names) == [False] * 4
     run = queued(engine, client)
     assert asked(names) == [name == queue.QUEUE for name in names]
-    assert Demand(engine, {queue.PLANS: 0.0}, [], lambda: False).is_for("a queue that it was not given")
-    kept = Demand(engine, dict.fromkeys(names, 3600.0), [], lambda: False)
+    plans_alone = Demand(Line(engine), engine.dialect.name, {queue.PLANS: 0.0}, [], lambda: False)
+    assert plans_alone.is_for("a queue that it was not given")
+    kept = Demand(Line(engine), engine.dialect.name, dict.fromkeys(names, 3600.0), [], lambda: False)
     assert kept.is_for(queue.QUEUE)
     claim(engine, run, worker_row(engine))
     assert asked(names) == [False] * 4

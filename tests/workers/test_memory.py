@@ -18,6 +18,7 @@ from tests.services import Service, until
 from tests.workers.test_turns import open_turns, sweep
 from workers import attempts, turns
 from workers.demand import Demand
+from workers.locks import Line
 from workers.tasks import EvaluationTask, Json, Result
 from workers.turns import Begun
 
@@ -342,7 +343,9 @@ def test_a_worker_claims_from_one_queue_at_a_time(engine: sa.Engine, client: DBO
     """Nothing while it computes; where both queues have work they take turns, and one alone does not wait."""
     large = queue.sized(SMALL)
     busy = False
-    demand = Demand(engine, {queue.QUEUE: 0.0, large: 0.0}, [queue.QUEUE, large], lambda: busy)
+    demand = Demand(
+        Line(engine), engine.dialect.name, {queue.QUEUE: 0.0, large: 0.0}, [queue.QUEUE, large], lambda: busy
+    )
     assert not demand.is_for(queue.QUEUE)
     evaluation(engine, client, n_parameters=1)
     assert demand.is_for(queue.QUEUE)

@@ -31,7 +31,8 @@ def samples_of_a_shard(
 ) -> int | None:
     """Return the samples of a shard of a pass over a probe; None if the pass is not cut.
 
-    It depends on the rows alone, never on the workers that live now.
+    It depends on the rows alone, never on the workers that live now. The more weights a network has, the smaller are
+    its shards: each is to take about as long.
 
     Args:
         kind: of the analysis.
@@ -44,7 +45,9 @@ def samples_of_a_shard(
     if kind not in _KINDS or not work or any(one.architecture["family"] == "custom" for one in checkpoints):
         return None
     weights = max(*(one.n_parameters for one in checkpoints), _DECODING if probe.content == "images" else 1, 1)
-    samples = min(max(work // weights, _LEAST_SAMPLES), _MOST_SAMPLES)
+    # A power of two, as batches are: parameters that were counted more exactly at the first evaluation change nothing.
+    fitting = 1 << max((work // weights).bit_length() - 1, 0)
+    samples = min(max(fitting, _LEAST_SAMPLES), _MOST_SAMPLES)
     requested = options.get("samples")
     n = probe.n_samples if requested is None else min(requested, probe.n_samples)
     return samples if n >= 2 * samples else None
@@ -97,8 +100,9 @@ def tidy(engine: sa.Engine, storage: Storage) -> None:
         return
     with read(engine) as session:
         needed = _needed(session)
-    excess = sum(file.size_bytes for file in files) - limit_bytes
-    for entry in entries(files).values():
+    found, excess = [*entries(files).values()], sum(file.size_bytes for file in files) - limit_bytes
+    # What is too large goes first: others may have room then.
+    for entry in sorted(found, key=lambda entry: entry.size_bytes <= LARGEST_SHARE * limit_bytes):
         too_much = excess > 0 or entry.size_bytes > LARGEST_SHARE * limit_bytes
         if too_much and frozenset(entry.files[0].origins) not in needed:
             entry.delete(storage)

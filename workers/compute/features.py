@@ -1,7 +1,8 @@
 """Cache of a checkpoint's features and predictions on a probe, in the storage, for repeated analyses. In the child.
 
-An entry's name hashes everything that it depends on, so a hit is the same features. The cache never fails an analysis:
-an entry that cannot be read is computed, and one that cannot be written is not cached.
+An entry's name hashes everything that it depends on, so a hit is the same features. The features of a large pass lie in
+several files, one a shard, which workers also pass to each other by this cache while they compute it. The cache never
+fails an analysis: what cannot be read is computed, and what cannot be written is not cached.
 """
 
 import hashlib

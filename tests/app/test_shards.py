@@ -99,37 +99,39 @@ def _analysis(engine: sa.Engine, sha256: str, **members: Any) -> str:
         return row.id
 
 
-@pytest.mark.parametrize(
-    ("limit", "kept"),
-    [
-        # All there is room for, but for what is more than half of the limit.
-        (1000, ["old", "old.64", "needed", "needed.64", "needed.128"]),
-        # The oldest goes whole; what is needed stays, however much it is.
-        (550, ["needed", "needed.64", "needed.128"]),
-        (0, ["needed", "needed.64", "needed.128"]),
-        (10**6, ["old", "old.64", "needed", "needed.64", "needed.128", "large", "large.64"]),
-    ],
-)
-def test_what_goes(engine_with_tables: sa.Engine, tmp_path: Path, limit: int, kept: list[str]) -> None:
+# By the limit, what stays of "old" (100 bytes), "large" (600), and "needed" (500), whose analysis is in progress.
+_KEPT = {
+    10**6: ["old", "old.64", "needed", "needed.64", "needed.128", "large", "large.64"],
+    # All that there is room for, but for what is more than half of the limit.
+    1000: ["old", "old.64", "needed", "needed.64", "needed.128"],
+    # The oldest goes whole; what is needed stays, however much it is.
+    550: ["needed", "needed.64", "needed.128"],
+    0: ["needed", "needed.64", "needed.128"],
+}
+
+
+def test_what_goes(engine_with_tables: sa.Engine, tmp_path: Path) -> None:
     """Shards of analyses in progress stay, of the others as much as is kept, the newest."""
-    storage = Storage(Settings(data_dir=tmp_path / "data", max_features_bytes=limit))
-    folder, engine = tmp_path / "data" / "blobs" / "features", engine_with_tables
+    engine = engine_with_tables
     hashes = {name: uuid4().hex * 2 for name in ("old", "needed", "large")}
     names = {name: f"{sha256}-{'d' * 64}-{'e' * 32}" for name, sha256 in hashes.items()}
     files = {"old": 90, "old.64": 10, "needed": 200, "needed.64": 200, "needed.128": 100, "large": 300, "large.64": 300}
-    shown = {}
-    for at, (file, size_bytes) in enumerate(files.items()):
-        name, dot, start = file.partition(".")
-        shown[f"{names[name]}{dot}{start}"] = file
-        _store(storage, f"{names[name]}{dot}{start}", size_bytes, 1000 + at, folder)
+    stored = {file: names[file.partition(".")[0]] + "".join(file.partition(".")[1:]) for file in files}
+    shown = {name: file for file, name in stored.items()}
     id_ = _analysis(engine, hashes["needed"], shard_samples=64)
     _analysis(engine, hashes["old"], shard_samples=None)
     _analysis(engine, hashes["large"], shard_samples=64, outcome="succeeded", finished_at=now())
-    shards.tidy(engine, storage)
-    assert sorted(shown[entry.name] for entry in storage.list_features()) == sorted(kept)
+
+    def left(limit: int) -> list[str]:
+        data_dir = tmp_path / str(limit)
+        storage = Storage(Settings(data_dir=data_dir, max_features_bytes=limit))
+        for at, (file, size_bytes) in enumerate(files.items()):
+            _store(storage, stored[file], size_bytes, 1000 + at, data_dir / "blobs" / "features")
+        shards.tidy(engine, storage)
+        return sorted(shown[entry.name] for entry in storage.list_features())
+
+    assert {limit: left(limit) for limit in _KEPT} == {limit: sorted(kept) for limit, kept in _KEPT.items()}
     with write(engine) as session:
         session.get_one(Analysis, id_).outcome = "failed"
-    shards.tidy(engine, storage)
-    left = {shown[entry.name] for entry in storage.list_features()}
-    # It is more than half of 550.
-    assert ("needed" in left) is (limit >= 1000)
+    # Once nobody needs it: it is more than half of 550.
+    assert {limit: "needed" in left(limit) for limit in _KEPT} == {10**6: True, 1000: True, 550: False, 0: False}

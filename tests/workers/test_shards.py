@@ -39,8 +39,7 @@ class Fleet:
     whole: Service
 
     def evaluate(self, ids: dict[str, str], *, whole: bool = False, **options: Any) -> dict[str, Any]:
-        """Evaluate with 16 samples at a time, cut or in one piece, once nothing is kept of earlier analyses."""
-        until(lambda: not self.kept(), seconds=15)
+        """Evaluate with 16 samples at a time, cut or in one piece."""
         body = {**ids, "options": {"null_permutations": 2, "batch_size": 16, **options}}
         return self.cutting.wait((self.whole if whole else self.cutting).analyze(**body)["id"])
 
@@ -122,6 +121,7 @@ def test_reports_do_not_depend_on_shards_or_workers(
         for _ in range(count - 1):
             stack.enter_context(services.worker(fleet.cutting))
         until(partial(has_workers, fleet.cutting, count))
+        until(lambda: not fleet.kept(), seconds=15)
         for (ids, _), report in zip(cases, expected, strict=True):
             done = fleet.evaluate(ids)
             assert comparable(fleet.cutting.report(done)) == report
@@ -155,6 +155,7 @@ def test_a_killed_worker_costs_a_shard(fleet: Fleet, many: dict[str, str]) -> No
 
 def test_cancelling_leaves_nothing(fleet: Fleet, many: dict[str, str]) -> None:
     """A cancelled evaluation ends within five seconds, and its features go."""
+    until(lambda: not fleet.kept(), seconds=15)
     analysis = fleet.cutting.analyze(**many, options={"null_permutations": 0, "batch_size": 1})
     until(lambda: len(fleet.kept()) >= 2)
     assert fleet.cutting.client.post(f"/v1/analyses/{analysis['id']}/cancel").status_code == 200

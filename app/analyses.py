@@ -6,7 +6,8 @@ The request, the request to cancel and the outcome are our columns; the queue kn
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -22,6 +23,7 @@ from app.errors import IdempotencyConflict, NotFound
 from app.listing import Listing, page
 from app.logs import current_request
 from app.models import Analysis, AnalysisCheckpoint, Report
+from app.shards import samples_of_a_shard
 
 
 def create(
@@ -29,8 +31,17 @@ def create(
     client: queue.LateClient,
     request: schemas.AnalysisRequest,
     idempotency_key: str | None,
+    *,
+    shard_work: int = 0,
 ) -> schemas.Analysis:
     """Queue an analysis: its row and its place in the queue commit together.
+
+    Args:
+        engine: of the database.
+        client: of the queue.
+        request: what is asked for.
+        idempotency_key: the same key and request return the same analysis.
+        shard_work: as `shards.samples_of_a_shard` takes it.
 
     Raises:
         NotFound: a checkpoint, probe or feature set of the request does not exist.
@@ -46,9 +57,10 @@ def create(
             if idempotency_key is not None and (earlier := _by_key(session, idempotency_key)):
                 return _same_request(engine, session, earlier, digest)
             checkpoint_ids = _checkpoint_ids(request)
+            subjects = _lock_subjects(session, request, checkpoint_ids)
             row = Analysis(
                 kind=request.kind,
-                name=_lock_subjects(session, request, checkpoint_ids),
+                name=subjects.name,
                 checkpoints=[
                     AnalysisCheckpoint(position=position, checkpoint_id=id_)
                     for position, id_ in enumerate(checkpoint_ids)
@@ -57,6 +69,7 @@ def create(
                 feature_set_id=_feature_set_id(request),
                 options=body["options"],
                 axis=body.get("axis"),
+                shard_samples=subjects.shard_samples(request.kind, body["options"], shard_work),
                 idempotency_key=idempotency_key,
                 request_sha256=digest,
                 request_id=current_request(),
@@ -218,10 +231,24 @@ def _feature_set_id(request: schemas.AnalysisRequest) -> str | None:
     return request.feature_set_id if isinstance(request, schemas.EvaluationRequest) else None
 
 
-def _lock_subjects(session: Session, request: schemas.AnalysisRequest, checkpoint_ids: Sequence[str]) -> str:
-    """Return the name of the subjects, locked so that none can be deleted before the transaction ends."""
+@dataclass(frozen=True)
+class _Subjects:
+    """What an analysis looks at: checkpoints and a probe, or without them a feature set; and the name of all."""
+
+    name: str
+    checkpoints: Sequence[models.Checkpoint] = ()
+    probe: models.Probe | None = None
+
+    def shard_samples(self, kind: schemas.Kind, options: Mapping[str, Any], work: int) -> int | None:
+        if self.probe is None:
+            return None
+        return samples_of_a_shard(kind, self.checkpoints, self.probe, options, work=work)
+
+
+def _lock_subjects(session: Session, request: schemas.AnalysisRequest, checkpoint_ids: Sequence[str]) -> _Subjects:
+    """Return the subjects, locked so that none can be deleted before the transaction ends."""
     if (feature_set_id := _feature_set_id(request)) is not None:
-        return resources.get(session, models.FeatureSet, feature_set_id, lock="share").name
+        return _Subjects(resources.get(session, models.FeatureSet, feature_set_id, lock="share").name)
     assert request.probe_id is not None
     probe = resources.get(session, models.Probe, request.probe_id, lock="share")
     rows = [resources.get(session, models.Checkpoint, id_, lock="share") for id_ in checkpoint_ids]
@@ -238,6 +265,5 @@ def _lock_subjects(session: Session, request: schemas.AnalysisRequest, checkpoin
         )
         if not is_causal_lm(row.architecture):
             match_labels(probe.class_names, row.architecture)
-    if len(rows) == 1:
-        return rows[0].name
-    return f"{rows[0].name} to {rows[-1].name}"[:200]
+    name = rows[0].name if len(rows) == 1 else f"{rows[0].name} to {rows[-1].name}"[:200]
+    return _Subjects(name, rows, probe)

@@ -261,6 +261,8 @@ class Analysis(Run):
     axis: Mapped[dict[str, Any] | None]
     # Device memory that a worker must have for it; null until one had too little.
     needs_bytes: Mapped[int | None] = mapped_column(sa.BigInteger)
+    # Samples of each part into which its pass, and the features kept of it, are cut; null for one piece.
+    shard_samples: Mapped[int | None]
     idempotency_key: Mapped[str | None] = mapped_column(sa.String(255), unique=True)
 
 

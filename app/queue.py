@@ -5,7 +5,8 @@ runs it now. The id of an analysis, or of a fetch, is the id of its workflow, an
 
 An analysis of one step waits on the queue of those who compute. A planned one has a plan, which holds no device and
 waits on a queue of its own, and turns on the queue of those who compute. Whatever needs more device memory than some
-workers have is planned, and its turns wait on queues of workers that have enough.
+workers have is planned, and its turns wait on queues of workers that have enough. So is an evaluation whose pass is
+cut into shards.
 """
 
 import logging
@@ -145,7 +146,7 @@ class LateClient:
 
 def enqueue_analysis(client: "Client", session: Session, row: Analysis) -> None:
     """Queue an analysis in the caller's transaction; a planned one with its first turn, which has its place."""
-    if row.kind in PLANNED:
+    if is_planned(row):
         enqueue(client, session, row.id, workflow=PLAN_WORKFLOW, queue=PLANS)
         enqueue_turns(client, session, row.id, [QUEUE])
     else:
@@ -158,8 +159,11 @@ def sized(memory_bytes: int) -> str:
 
 
 def is_planned(row: Analysis) -> bool:
-    """Return whether an analysis has a plan and turns: by its kind, or as it needs more memory than a worker had."""
-    return row.kind in PLANNED or row.needs_bytes is not None
+    """Return whether an analysis has a plan and turns.
+
+    It has by its kind, as its pass is cut into shards, or as it needs more memory than a worker had.
+    """
+    return row.kind in PLANNED or row.shard_samples is not None or row.needs_bytes is not None
 
 
 def plan_later(client: "Client", session: Session, row: Analysis, needs_bytes: int) -> None:
@@ -219,7 +223,7 @@ def status_of(dialect: str, run: type[Run]) -> sa.ColumnElement[str]:
     """
     runs = is_claimed(dialect, run.id.expression)
     if issubclass(run, Analysis):
-        planned = sa.or_(run.kind.in_(PLANNED), run.needs_bytes.is_not(None))
+        planned = sa.or_(run.kind.in_(PLANNED), run.shard_samples.is_not(None), run.needs_bytes.is_not(None))
         runs = sa.case((planned, run.started_at.is_not(None)), else_=runs)
     return sa.func.coalesce(run.outcome, sa.case((runs, "running"), else_="queued"))
 
@@ -324,7 +328,7 @@ def has_ended(dialect: str, run: type[Run]) -> sa.ColumnElement[bool]:
     """Return SQL that is true once the queue runs nothing more for an analysis, or for a fetch."""
     run_id = run.id.expression
     if issubclass(run, Analysis):
-        later = sa.and_(run.kind.not_in(PLANNED), run.needs_bytes.is_not(None))
+        later = sa.and_(run.kind.not_in(PLANNED), run.shard_samples.is_(None), run.needs_bytes.is_not(None))
         run_id = sa.case((later, run.id + _OF_PLAN), else_=run.id)
     return has_status(dialect, run_id, *ENDED)
 

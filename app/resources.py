@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from pydantic import ValidationError
 from sqlalchemy.orm import Session
 
-from app import checkpoints, deletion, models, schemas, uploads
+from app import checkpoints, deletion, models, schemas, shards, uploads
 from app.database import read, write
 from app.descriptions.preprocessing import given_preprocess
 from app.errors import InUse, InvalidFile, InvalidRequest, NotFound, TooLarge, invalid_request
@@ -241,6 +241,7 @@ def sweep(engine: sa.Engine, storage: Storage) -> None:
                 session.execute(_HOLD_BLOB, {"sha256": sha256, "size_bytes": 0})
             release(engine, storage, sha256)
     sweep_features(engine, storage)
+    shards.tidy(engine, storage)
 
 
 def sweep_features(engine: sa.Engine, storage: Storage) -> None:

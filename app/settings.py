@@ -80,6 +80,11 @@ class Settings(BaseSettings):
     max_features_bytes: int = Field(
         default=10 * 2**30, ge=0, description="Features kept for analyses that come again; 0 keeps none."
     )
+    shard_work: int = Field(
+        default=2**35,
+        ge=0,
+        description="Weights times samples of a shard; evaluations of two shards or more are cut. 0 cuts none.",
+    )
     device_memory_bytes: int | None = Field(
         default=None, ge=1, description="Device memory that a worker's analyses may use. Default: all."
     )

@@ -105,6 +105,11 @@ class StoredFeatures:
     def origins(self) -> set[str]:
         return set(self.name.split("-")[:2])
 
+    @property
+    def entry(self) -> str:
+        """The name of the pass whose features these are: a large one's lie in several files, each of some samples."""
+        return self.name.partition(".")[0]
+
 
 class Storage:
     """The store of blobs. The database's `blobs` rows say which of them exist; this class only moves bytes."""
@@ -114,6 +119,8 @@ class Storage:
         self._cache = settings.data_dir / "cache"
         url = urlsplit(settings.effective_storage_url)
         self._cache_bytes = settings.cache_bytes
+        #: Most bytes of kept features that stay once no analysis needs them.
+        self.max_features_bytes = settings.max_features_bytes
         # Files hashed by this process, with their state then: a file that has changed since is hashed again.
         self._verified: dict[str, tuple[int, int, int]] = {}
         self._hashed: dict[str, Hashed] = {}
@@ -385,6 +392,19 @@ class Storage:
                     staged.write(bytes(chunk))
                 staged.flush()
             yield staged.path
+
+    def features_part(self, name: str, start: int, stop: int) -> bytes:
+        """Return the bytes of kept features from start up to stop, or up to their end.
+
+        Raises:
+            FileNotFoundError: no features of this name exist.
+        """
+        with reaching_storage():
+            if self._folder is None:
+                return bytes(obstore.get_range(self.store, f"{_FEATURES}/{name}", start=start, end=stop))
+            with (self._folder / _FEATURES / name).open("rb") as file:
+                file.seek(start)
+                return file.read(stop - start)
 
     def list_features(self) -> list[StoredFeatures]:
         """Return all kept features."""

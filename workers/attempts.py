@@ -276,9 +276,11 @@ def task_of(session: Session, row: Analysis) -> tasks.TurnTask:
     checkpoints = [session.get_one(Checkpoint, place.checkpoint_id) for place in row.checkpoints]
     common["checkpoints"] = tuple(map(tasks.Checkpoint.of, checkpoints))
     common["probe"] = tasks.Probe.of(session.get_one(Probe, row.probe_id))
+    common["shard_samples"] = row.shard_samples
     if row.axis is not None:
         common["axis"] = row.axis
-    task = tasks.TASKS[row.kind].model_validate(common)
+    is_cut = row.kind == "evaluation" and row.shard_samples is not None
+    task = (tasks.ShardedTask if is_cut else tasks.TASKS[row.kind]).model_validate(common)
     assert isinstance(task, tasks.TurnTask)
     return task
 

@@ -18,6 +18,7 @@ from workers.tasks import (
     ReportStep,
     Result,
     SeriesPointTask,
+    ShardedReportTask,
     SideTask,
 )
 
@@ -78,7 +79,8 @@ def fetch(
 
 def _needed(step: AnyStep) -> list[str]:
     """Return the sha256 of the blobs that a step needs, each once."""
-    if isinstance(step, ReportStep) and not isinstance(step, ComparisonReportTask):
+    # Features that were kept may be gone by then.
+    if isinstance(step, ReportStep) and not isinstance(step, ComparisonReportTask | ShardedReportTask):
         return []
     if isinstance(step, FeatureSetTask):
         return [step.feature_set.sha256]

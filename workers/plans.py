@@ -13,6 +13,7 @@ from functools import partial
 from app import traces
 from app.errors import problem
 from app.logs import about
+from app.storage import StorageUnavailable
 from workers import attempts, turns
 from workers.steps import Host, compute
 from workers.tasks import Known, PointStep, Progress, Result
@@ -37,6 +38,10 @@ def look_after(host: Host, analysis_id: str) -> None:
     while not attempts.patiently(heal):
         time.sleep(_ROUND_SECONDS)
     logger.info("the analysis has ended")
+    try:
+        attempts.patiently(lambda: turns.tidy(host.engine, host.storage, analysis_id))
+    except StorageUnavailable as error:
+        logger.warning("features of shards stay until the next sweep: %s", error)
 
 
 def take(host: Host, turn_id: str) -> None:

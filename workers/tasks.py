@@ -1,9 +1,10 @@
 """What a worker asks of its compute process, and what it answers: one frozen type for each kind and step.
 
-An evaluation takes one step, whose answer is the body of the report. All other kinds are planned: they take a step for
-each point, or for each side of a comparison, and a last one for the report. An answer for a point holds the point and
-the facts that the other points, or the report, need. Each point is recorded when it is computed, so a kill costs one
-point, and points that need nothing of each other are computed by several workers.
+An evaluation takes one step, whose answer is the body of the report. All other kinds are planned, and so is an
+evaluation over a large probe: they take a step for each point, side of a comparison or shard of a pass, and a last one
+for the report. An answer for a point holds the point and the facts that the other points, or the report, need. Each
+point is recorded when it is computed, so a kill costs one point, and points that need nothing of each other are
+computed by several workers.
 
 Tasks and answers cross between processes as JSON and are validated on arrival.
 """
@@ -160,6 +161,8 @@ class NetworkTask(Task):
     weight_copies: ClassVar[int] = 1
     checkpoints: tuple[Checkpoint, ...] = Field(min_length=1)
     probe: Probe
+    # Samples of each shard of the pass, and of each file of its features; null for one.
+    shard_samples: int | None = None
 
     @property
     def needs_bytes(self) -> int:
@@ -193,6 +196,21 @@ class PlannedTask(NetworkTask, ABC):
         Returns:
             The places on the axis; none if these were all points, and the report comes next.
         """
+
+
+class ShardedTask(PlannedTask):
+    """Evaluate a checkpoint on a large probe. The points are shards of the pass, at their first samples."""
+
+    # The first decides the batch size of all, and where they begin.
+    n_first = 1
+
+    def further(self, answers: Sequence["Answer"]) -> list[float]:
+        """Return the first shard, and then all others."""
+        if not answers:
+            return [0.0]
+        first = answers[0].known
+        assert isinstance(first, KnownOfShard)
+        return [float(start) for start in range(first.stop, first.n_samples, first.stop)] if len(answers) == 1 else []
 
 
 class ComparisonTask(PlannedTask):
@@ -340,6 +358,24 @@ class KnownOfPruning(Known):
     n_prunable: int
 
 
+class KnownOfShard(Known):
+    """Facts of a shard, whose features are kept under a name.
+
+    Attributes:
+        entry: the name of the whole pass, as its worker calls it: unlike workers have unlike names.
+        start: its first sample.
+        stop: the first sample after it.
+        n_samples: of the whole pass.
+        n_rows: rows of its features: samples, or positions of sequences.
+    """
+
+    entry: str
+    start: int
+    stop: int
+    n_samples: int
+    n_rows: int
+
+
 class Answer(Frozen):
     """The answer for a point.
 
@@ -350,6 +386,13 @@ class Answer(Frozen):
 
     known: Known
     timings_seconds: dict[str, FiniteFloat]
+
+
+class ShardAnswer(Answer):
+    """The answer for a shard; `reused` if its features were kept before."""
+
+    known: KnownOfShard
+    reused: bool
 
 
 class SideAnswer(Answer):
@@ -391,6 +434,20 @@ class AtPlace(Frozen):
 
     number: int
     place: FiniteFloat
+
+
+class ShardTask(ShardedTask, AtPlace):
+    """Pass one shard, and keep its features."""
+
+    step: Literal["evaluation.shard"] = "evaluation.shard"
+    first: KnownOfShard | None = None
+
+
+class ShardedReportTask(ShardedTask):
+    """Put the features of all shards together and measure them; without answers, compute them first."""
+
+    step: Literal["evaluation.report"] = "evaluation.report"
+    points: tuple[ShardAnswer, ...]
 
 
 class SideTask(ComparisonTask, AtPlace):
@@ -450,8 +507,8 @@ class SeriesReportTask(SeriesTask):
 
 
 WholeStep = FeatureSetTask | EvaluationTask
-PointStep = SideTask | PathPointTask | PruningPointTask | SeriesPointTask
-ReportStep = ComparisonReportTask | PathReportTask | PruningReportTask | SeriesReportTask
+PointStep = ShardTask | SideTask | PathPointTask | PruningPointTask | SeriesPointTask
+ReportStep = ShardedReportTask | ComparisonReportTask | PathReportTask | PruningReportTask | SeriesReportTask
 AnyStep = WholeStep | PointStep | ReportStep
 # What a turn works at. One step has a turn if it needs a worker with more memory than the one that took it first.
 TurnTask = PlannedTask | WholeStep
@@ -476,6 +533,7 @@ TASKS: dict[Kind, type[NetworkTask]] = {
     "series": SeriesTask,
 }
 _STEPS: dict[type[PlannedTask], _Steps] = {
+    ShardedTask: _Steps(ShardTask, ShardedReportTask, ShardAnswer),
     ComparisonTask: _Steps(SideTask, ComparisonReportTask, SideAnswer),
     PathTask: _Steps(PathPointTask, PathReportTask, PathAnswer),
     PruningTask: _Steps(PruningPointTask, PruningReportTask, PruningAnswer),

@@ -18,10 +18,11 @@ import sqlalchemy as sa
 from dbos import DBOSClient
 from sqlalchemy.orm import Session
 
-from app import queue
+from app import queue, shards
 from app.database import clock, read, write
 from app.errors import problem
 from app.models import Analysis, Point, Turn, Worker, now
+from app.storage import Storage
 from workers import attempts, memory
 from workers.tasks import (
     Answer,
@@ -451,6 +452,19 @@ def _end(session: Session, row: Analysis, result: Result) -> None:
     """Record the outcome, close all turns, and forget the answers, which the report has."""
     attempts.record(session, row, result)
     session.execute(sa.update(Point).where(Point.analysis_id == row.id).values(answer=None))
+
+
+def tidy(engine: sa.Engine, storage: Storage, analysis_id: str) -> None:
+    """Delete features that shards of an analysis, which has ended, have left beyond what is kept for others.
+
+    Raises:
+        StorageUnavailable: the storage does not answer.
+    """
+    with read(engine) as session:
+        row = session.get(Analysis, analysis_id)
+        if row is None or row.shard_samples is None:
+            return
+    shards.tidy(engine, storage)
 
 
 def clean(session: Session, before: datetime) -> None:

@@ -193,14 +193,8 @@ def pass_over(
         AnalysisError: `invalid-probe` for no samples, `inputs-refused`, `head-not-found`, `out-of-memory`, and errors
             of the collector.
     """
-    n = len(probe.labels)
-    if n == 0:
-        raise AnalysisError("invalid-probe", "The probe has no samples.")
-    module = _ready(network.module, options.device)
-    # Called in any case: it refuses a network that is random.
-    fitting = first_batch_size(module, probe, device=options.device, precision=options.precision)
-    least, most = batch_bounds(module)
-    size = max(min(options.batch_size or fitting, n, most or n), least)
+    size = planned_batch_size(network, probe, options)
+    least, _ = batch_bounds(network.module)
     while True:
         try:
             collector = begin()
@@ -216,6 +210,27 @@ def pass_over(
             size = max(size // 2, least)
         if options.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def planned_batch_size(network: LoadedNetwork, probe: Probe, options: PassOptions) -> int:
+    """Return the batch size with which a pass begins: what is requested, or fits, within what the network takes.
+
+    Args:
+        network: moved to the device and left in evaluation mode.
+        probe: what will be passed.
+        options: of the pass.
+
+    Raises:
+        AnalysisError: `invalid-probe` for no samples; as `batching.first_batch_size`.
+    """
+    n = len(probe.labels)
+    if n == 0:
+        raise AnalysisError("invalid-probe", "The probe has no samples.")
+    module = _ready(network.module, options.device)
+    # Called in any case: it refuses a network that is random.
+    fitting = first_batch_size(module, probe, device=options.device, precision=options.precision)
+    least, most = batch_bounds(module)
+    return max(min(options.batch_size or fitting, n, most or n), least)
 
 
 @contextmanager

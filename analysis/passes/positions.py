@@ -69,6 +69,29 @@ def extract_positions(
     """
     if not bool((probe.labels != IGNORED).any()):
         raise AnalysisError("invalid-probe", "No position of these sequences has a next token.")
+    found, size = extract_tokens(
+        network, probe, device=device, batch_size=batch_size, precision=precision, progress=progress
+    )
+    assert found.predictions is not None
+    assert found.vocabulary is not None
+    predicted = places_of(found.predictions.predicted, found.vocabulary.tokens)
+    return replace(found, predictions=replace(found.predictions, predicted=predicted)), size
+
+
+def extract_tokens(
+    network: LoadedNetwork,
+    probe: Probe,
+    *,
+    device: torch.device,
+    batch_size: int | None = None,
+    precision: Precision = "float32",
+    progress: Progress | None = None,
+) -> tuple[FeatureSet, int]:
+    """Return what `extract_positions` returns, with predicted tokens by their ids.
+
+    So sequences that are passed in parts can be put together: the ids mean the same in each part, the classes do not. A
+    part may be without any position that has a next token.
+    """
     collected, size = pass_over(
         network,
         probe,
@@ -80,14 +103,13 @@ def extract_positions(
     sequences, places = (probe.labels != IGNORED).nonzero().unbind(1)
     tokens, labels = torch.unique(probe.labels[sequences, places].long(), return_inverse=True)
     tokens, labels = tokens.to(device), labels.to(device)
-    predictions = replace(collected.predictions, predicted=_places(collected.predictions.predicted, tokens))
     split = None if probe.split is None else probe.split[sequences]
     head, vocabulary = network.weight[tokens], Vocabulary(tokens, len(network.weight))
-    return FeatureSet(collected.features, labels, head, None, None, split, predictions, vocabulary), size
+    return FeatureSet(collected.features, labels, head, None, None, split, collected.predictions, vocabulary), size
 
 
-def _places(predicted: Int64[Tensor, " n"], tokens: Int64[Tensor, " c"]) -> Int64[Tensor, " n"]:
-    """Return each predicted token's index among the classes; -1 where it is not a class."""
+def places_of(predicted: Int64[Tensor, " n"], tokens: Int64[Tensor, " c"]) -> Int64[Tensor, " n"]:
+    """Return each predicted token's index among the classes, which are tokens in rising order; -1 for any other."""
     places = torch.searchsorted(tokens, predicted).clamp(max=len(tokens) - 1)
     return torch.where(tokens[places] == predicted, places, -1)
 

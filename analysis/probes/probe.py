@@ -110,6 +110,15 @@ class Probe:
         rows = torch.arange(2).clamp(max=n_samples(self.inputs) - 1)
         return self._prepare(each(self.inputs, lambda tensor: tensor[rows].to(device)))
 
+    def part(self, start: int, stop: int) -> "Probe":
+        """Return only the samples from start up to stop; tensors are views, so a mapped file is not read here."""
+        split = None if self.split is None else self.split[start:stop]
+        if isinstance(self.inputs, Images):
+            inputs: Inputs | Images = self.inputs.take(range(start, min(stop, len(self.labels))))
+        else:
+            inputs = samples(self.inputs, start, stop)
+        return replace(self, inputs=inputs, labels=self.labels[start:stop], split=split)
+
     def take(self, rows: Int64[Tensor, " m"]) -> "Probe":
         """Return only the samples of these rows, in their order."""
         split = None if self.split is None else self.split[rows]

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ..errors import AnalysisError, Kind
 from .feature_set import FeatureSet
-from .inputs import INPUT_NAMES, OWN_INPUT
+from .images import Images
+from .inputs import INPUT_NAMES, OWN_INPUT, named
 from .preprocess import Preprocess
 from .probe import CHUNK_ELEMENTS, Probe, prepared_batch
 from .sequences import labels_of_tokens
@@ -42,6 +43,7 @@ def load_probe(
     preprocess: Preprocess | None = None,
     n_classes: int | None = None,
     next_tokens: bool = False,
+    check_inputs: bool = True,
 ) -> Probe:
     """Read a probe dataset: `inputs` (n, ...), `labels` (n,) and, if there are splits, `split` (n,).
 
@@ -55,6 +57,8 @@ def load_probe(
         n_classes: number of classes. Default: the largest label plus 1.
         next_tokens: for a causal language model whose vocabulary has n_classes tokens: labels are those of
             `sequences.next_token_labels`, and the file needs none of its own; labels (n,) are ignored.
+        check_inputs: whether to read all inputs, so that none is NaN or infinite. Default: yes; else the caller gives
+            what it reads to `require_finite_inputs`.
 
     Returns:
         The probe. Labels and split are int64, from integers, booleans or whole floats; inputs as stored.
@@ -67,33 +71,51 @@ def load_probe(
     """
     kind: Kind = "invalid-probe"
     tensors = _read(path, format, ("inputs", *INPUT_NAMES, "labels", "split"), kind)
-    named = {name: tensors[name] for name in INPUT_NAMES if name in tensors}
+    known = {name: tensors[name] for name in INPUT_NAMES if name in tensors}
     own = {name.removeprefix(OWN_INPUT): tensors[name] for name in sorted(tensors) if name.startswith(OWN_INPUT)}
-    if ("inputs" in tensors) + bool(named) + bool(own) > 1:
+    if ("inputs" in tensors) + bool(known) + bool(own) > 1:
         held = ", ".join(name for name in tensors if name not in ("labels", "split"))
         raise AnalysisError(kind, f"The file holds {held}; it must be one or the other.")
-    if named and not set(_MAIN_NAMES) & set(named):
-        raise AnalysisError(kind, f"With {', '.join(named)} the file must also hold {' or '.join(_MAIN_NAMES)}.")
-    named = named or own
-    given = named or {"inputs": _required(tensors, "inputs", kind)}
+    if known and not set(_MAIN_NAMES) & set(known):
+        raise AnalysisError(kind, f"With {', '.join(known)} the file must also hold {' or '.join(_MAIN_NAMES)}.")
+    by_name = known or own
+    given = by_name or {"inputs": _required(tensors, "inputs", kind)}
     n = len(next(iter(given.values()))) if all(t.ndim for t in given.values()) else 0
     for name, tensor in given.items():
         _check_inputs(name, tensor, n)
-    for name in ("attention_mask", "token_type_ids", "position_ids") if "input_ids" in named else ():
-        if name in named and named[name].shape != (shape := named["input_ids"].shape):
-            raise AnalysisError(kind, f"{name} must be {list(shape)} as input_ids, not {list(named[name].shape)}.")
+    for name in ("attention_mask", "token_type_ids", "position_ids") if "input_ids" in by_name else ():
+        if name in by_name and by_name[name].shape != (shape := by_name["input_ids"].shape):
+            raise AnalysisError(kind, f"{name} must be {list(shape)} as input_ids, not {list(by_name[name].shape)}.")
     if next_tokens:
         assert n_classes is not None, "a language model's vocabulary is known"
         labels = labels_of_tokens(given, tensors.get("labels"), n_vocabulary=n_classes)
     else:
         labels, n_classes = _labels(tensors, n, n_classes, kind)
     split = _split(tensors, n, kind)
-    probe = Probe(named or given["inputs"], labels, split, n_classes, preprocess)
-    for name, tensor in given.items():
-        scaled = preprocess if name in ("inputs", "pixel_values") else None
-        if tensor.is_floating_point() or scaled is not None:
-            _require_finite(name, tensor, partial(prepared_batch, preprocess=scaled))
+    probe = Probe(by_name or given["inputs"], labels, split, n_classes, preprocess)
+    if check_inputs:
+        require_finite_inputs(probe)
     return probe
+
+
+def require_finite_inputs(probe: Probe, *, first_row: int = 0) -> None:
+    """Check that no preprocessed input of a probe, or of a part of one, holds NaN or infinity as float32.
+
+    Args:
+        probe: of tensors; images in files, which are whole numbers, are not read.
+        first_row: row of its first sample in the file, for the message.
+
+    Raises:
+        AnalysisError: `non-finite-values`.
+
+    Numerics: inputs are converted to float32 chunk by chunk, here only to check them.
+    """
+    if isinstance(probe.inputs, Images):
+        return
+    for name, tensor in named(probe.inputs).items():
+        scaled = probe.preprocess if name in ("", "pixel_values") else None
+        if tensor.is_floating_point() or scaled is not None:
+            _require_finite(name or "inputs", tensor, partial(prepared_batch, preprocess=scaled), first_row)
 
 
 def load_feature_set(path: Path) -> FeatureSet:
@@ -224,7 +246,7 @@ def _integers(name: str, tensor: Shaped[Tensor, "..."], n: int, kind: Kind) -> I
 
 
 def _require_finite(
-    name: str, tensor: Shaped[Tensor, "n ..."], prepare: Callable[[Tensor], Float[Tensor, "m ..."]]
+    name: str, tensor: Shaped[Tensor, "n ..."], prepare: Callable[[Tensor], Float[Tensor, "m ..."]], first_row: int = 0
 ) -> None:
     rows = max(1, CHUNK_ELEMENTS // max(1, prod(tensor.shape[1:])))
     for start in range(0, tensor.shape[0], rows):
@@ -234,7 +256,7 @@ def _require_finite(
             continue
         finite = torch.isfinite(chunk)
         if not bool(finite.all()):
-            row = start + int(torch.nonzero(~finite)[0, 0])
+            row = first_row + start + int(torch.nonzero(~finite)[0, 0])
             raise AnalysisError(
                 "non-finite-values", f"{name} holds NaN or infinity, first in row {row}.", tensor=name, row=row
             )

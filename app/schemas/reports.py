@@ -274,7 +274,7 @@ class Provenance(Strict, Generic[Options]):
     options: Options
     computed_on: list[ComputedOn] | None = Field(
         default=None,
-        description="Of each point, or of each side of a comparison, where unlike workers computed them; else null.",
+        description="Of each point, shard of an evaluation or side of a comparison, if unlike workers did; else null.",
     )
 
 

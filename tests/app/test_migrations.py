@@ -43,7 +43,7 @@ def test_upgrade_from_empty_makes_what_the_models_say(engine: sa.Engine) -> None
     assert migrations.current(engine) is None
     migrations.upgrade(engine)
     assert migrations.check(engine) == []
-    assert migrations.current(engine) == "0017" == migrations.head()
+    assert migrations.current(engine) == "0018" == migrations.head()
     assert ScriptDirectory(str(Path(migrations.__file__).parent)).get_heads() == [migrations.head()]
     assert _tables(engine) == OURS | {"alembic_version"}
 
@@ -122,7 +122,7 @@ def test_upgrades_at_the_same_time_are_safe(settings: Settings) -> None:
             engine.dispose()
 
     with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(upgrade, range(4))) == ["0017"] * 4
+        assert list(pool.map(upgrade, range(4))) == ["0018"] * 4
 
 
 def test_processes_that_upgrade_at_the_same_time_are_safe(settings: Settings, engine: sa.Engine) -> None:

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -214,8 +215,12 @@ def test_features_are_kept_and_listed(storage: Storage) -> None:
             storage.put_features(name, staged)
     with storage.features(name) as path:
         assert path.read_bytes() == b"first"
+    assert [storage.features_part(name, *part) for part in ((0, 2), (1, 4), (0, 5))] == [b"fi", b"irs", b"first"]
+    with pytest.raises(FileNotFoundError):
+        storage.features_part("other", 0, 1)
     (entry,) = storage.list_features()
     assert (entry.name, entry.size_bytes, entry.origins) == (name, 5, {"a" * 64, "b" * 64})
+    assert (entry.entry, replace(entry, name=f"{name}.592").entry) == (name, name)
     assert list(storage.blobs_older_than(-60)) == []
     storage.delete_features(name)
     storage.delete_features(name)

@@ -54,6 +54,7 @@ class _Reader:
     network: LoadedNetwork
     checkpoint: Checkpoint
     brought: Sequence[Checkpoint]
+    check_inputs: bool
 
 
 def read_feature_set(task: FeatureSetTask, files: Files) -> tuple[FeatureSet, ProbeSubject]:
@@ -88,6 +89,7 @@ def read_probe(
     checkpoint: Checkpoint,
     *,
     brought: Sequence[Checkpoint],
+    check_inputs: bool = True,
 ) -> tuple[Probe, ProbeFacts]:
     """Return the probe of a task, and what the report says of it beside the members of its row.
 
@@ -97,11 +99,12 @@ def read_probe(
         network: one of the networks that will be given the probe.
         checkpoint: the checkpoint with whose description labels and inputs are matched.
         brought: the checkpoints that must bring the same preprocessing and tokenizer.
+        check_inputs: as of `reading.load_probe`; all inputs are checked where `samples` are drawn from them.
 
     Raises:
         AnalysisError: `invalid-probe`, or another refusal of the file, the preprocessing or the tokenizer.
     """
-    reader = _Reader(task, files, network, checkpoint, brought)
+    reader = _Reader(task, files, network, checkpoint, brought, check_inputs)
     try:
         probe, facts = (_tensors if task.probe.content == "tensors" else _dataset)(reader)
         if network.predicts_tokens:
@@ -132,6 +135,8 @@ def _tensors(reader: _Reader) -> tuple[Probe, ProbeFacts]:
         preprocess=_preprocess(given),
         n_classes=len(network.weight) if network.predicts_tokens else row.n_classes,
         next_tokens=network.predicts_tokens,
+        # Those that are drawn are copied anyway.
+        check_inputs=reader.check_inputs or _draws(reader.task),
     )
     rows = _rows(reader.task, row.n_samples, None if network.predicts_tokens else probe.labels, probe.split)
     samples = None
@@ -262,6 +267,10 @@ def _described_preprocess(given: Json | None) -> schemas.Preprocess | None:
 def _preprocess(given: schemas.Preprocess | None) -> Preprocess | None:
     """Return the preprocessing as the mathematics takes it."""
     return None if given is None else Preprocess(**given.model_dump(exclude_unset=True))
+
+
+def _draws(task: NetworkTask) -> bool:
+    return task.options.samples is not None and task.options.samples < task.probe.n_samples
 
 
 def _rows(task: Task, of: int, labels: torch.Tensor | None, split: torch.Tensor | None) -> torch.Tensor | None:

@@ -41,7 +41,9 @@ def create_analysis(
     idempotency_key: IdempotencyKey = None,
 ) -> schemas.Analysis:
     """Queue an analysis. The same `Idempotency-Key` and body return the same analysis again."""
-    analysis = analyses.create(service.engine, service.queue, body, idempotency_key)
+    analysis = analyses.create(
+        service.engine, service.queue, body, idempotency_key, shard_work=service.settings.shard_work
+    )
     response.headers["Location"] = f"{request.url.path}/{analysis.id}"
     return analysis
 

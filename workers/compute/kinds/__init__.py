@@ -5,7 +5,7 @@ A kind is one module of this folder: it computes the body of a report, or a poin
 
 from analysis.errors import AnalysisError
 from workers.compute.context import Context
-from workers.compute.kinds import comparison, evaluation, path, pruning, series
+from workers.compute.kinds import comparison, evaluation, path, pruning, series, shards
 from workers.tasks import (
     Answer,
     AnyStep,
@@ -20,6 +20,8 @@ from workers.tasks import (
     PruningReportTask,
     SeriesPointTask,
     SeriesReportTask,
+    ShardedReportTask,
+    ShardTask,
     SideTask,
 )
 
@@ -35,6 +37,8 @@ def compute(step: AnyStep, context: Context) -> Json:
             return evaluation.evaluate_checkpoint(step, context)
         case FeatureSetTask():
             return evaluation.evaluate_feature_set(step, context)
+        case ShardedReportTask():
+            return shards.evaluate_shards(step, context)
         case ComparisonReportTask():
             return comparison.compare_checkpoints(step, context)
         case PathReportTask():
@@ -49,6 +53,8 @@ def compute(step: AnyStep, context: Context) -> Json:
 
 def _point(step: PointStep, context: Context) -> Answer:
     """Compute a point; a failure names the point and its place on the axis."""
+    if isinstance(step, ShardTask):
+        return shards.shard(step, context)
     if isinstance(step, SideTask):
         return comparison.side(step, context)
     try:

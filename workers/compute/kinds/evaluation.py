@@ -1,29 +1,46 @@
 """Evaluate a checkpoint on a probe, or a feature set."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from analysis.clock import Clock
 from analysis.errors import AnalysisError
 from analysis.evaluation import EvaluationOptions, capture, evaluate_features
+from analysis.passes.parts import n_rows, samples_of_parts, spans
 from app.schemas.reports import Subject
 from workers.compute.context import Context, described, dtype_name, load, network_facts, options_of, splits_of
 from workers.compute.features import Kept, name_of
 from workers.compute.probes import described_probe, read_feature_set, read_probe
-from workers.tasks import Checkpoint, EvaluationTask, FeatureSetTask, Json, NetworkTask
+from workers.tasks import Checkpoint, EvaluationTask, FeatureSetTask, Json, NetworkTask, ShardedTask
 
 
-def evaluate_checkpoint(task: EvaluationTask, context: Context) -> Json:
+def evaluate_checkpoint(task: EvaluationTask | ShardedTask, context: Context) -> Json:
     """Return the body of the report of a checkpoint; its features come from the cache if an analysis left them."""
-    clock, [checkpoint], options = Clock(), task.checkpoints, options_of(EvaluationOptions, task)
+    clock, [checkpoint] = Clock(), task.checkpoints
     context.on_progress("loading", 0, 0)
     kept, reused = features_of(task, checkpoint, context, clock)
+    return evaluated(task, kept, context, clock.seconds, {"features_reused": reused})
+
+
+def evaluated(
+    task: EvaluationTask | ShardedTask, kept: Kept, context: Context, seconds: Mapping[str, float], provenance: Json
+) -> Json:
+    """Return the body of the report of a checkpoint whose features are there.
+
+    Args:
+        task: the task.
+        kept: its features.
+        context: of the step.
+        seconds: that it took to get the features, by phase.
+        provenance: members that say how.
+    """
+    [checkpoint], options = task.checkpoints, options_of(EvaluationOptions, task)
     with faults_of_the_probe():
         evaluation = evaluate_features(
             kept.feature_set, device=context.device, options=options, progress=context.on_progress
         )
-    timings = {**clock.seconds, **evaluation.timings_seconds}
-    timings["features"] = evaluation.timings_seconds["features"] + clock.seconds.get("features", 0.0)
+    timings = {**seconds, **evaluation.timings_seconds}
+    timings["features"] = evaluation.timings_seconds["features"] + seconds.get("features", 0.0)
     subject = described(checkpoint, kept.network, n_features=evaluation.n_features, n_classes=evaluation.n_classes)
     return {
         "subject": subject.model_dump(mode="json"),
@@ -33,7 +50,7 @@ def evaluate_checkpoint(task: EvaluationTask, context: Context) -> Json:
             "feature_dtype": dtype_name(kept.feature_set.features),
             "precision": options.precision,
             "batch_size": kept.batch_size,
-            "features_reused": reused,
+            **provenance,
         },
         "timings_seconds": {**timings},
         "splits": splits_of(evaluation),
@@ -117,4 +134,9 @@ def _extracted(task: NetworkTask, checkpoint: Checkpoint, context: Context, cloc
         feature_set, batch_size = capture(
             network, probe, device=context.device, options=options, progress=context.on_progress
         )
-    return Kept(feature_set, network_facts(network), batch_size, facts)
+    rows = None
+    if task.shard_samples is not None:
+        # As if the parts had been passed apart.
+        size = samples_of_parts(task.shard_samples, batch_size)
+        rows = {span: n_rows(probe, span) for span in spans(len(probe.labels), size)}
+    return Kept(feature_set, network_facts(network), batch_size, facts, rows)

@@ -32,6 +32,8 @@ from tests.sources import Faults
 if TYPE_CHECKING:
     from dbos import DBOSClient
 
+    from workers.locks import Line
+
 # Their tests take minutes: started last, one of them would run alone at the end while another core is idle.
 _LONGEST = (
     "tests/reliability/test_campaigns.py",
@@ -151,6 +153,16 @@ def queue_client(engine_with_tables: sa.Engine) -> Iterator["DBOSClient"]:
     client = queue.make_client(engine_with_tables)
     yield client
     client.destroy()
+
+
+@pytest.fixture
+def line(engine_with_tables: sa.Engine) -> Iterator["Line"]:
+    """Return a worker's own connection to an empty database."""
+    from workers.locks import Line
+
+    made = Line(engine_with_tables)
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="session", params=["sqlite", "postgresql"])

@@ -153,20 +153,20 @@ def test_attempts_are_not_counted_by_the_library(engine: sa.Engine, client: DBOS
         assert tuple(session.execute(query, {"id": run}).one()) == ("ENQUEUED", 0)
 
 
-def test_a_worker_knows_where_something_waits(engine: sa.Engine, client: DBOSClient) -> None:
+def test_a_worker_knows_where_something_waits(engine: sa.Engine, client: DBOSClient, line: Line) -> None:
     """Of the queues, those with a run that this version may claim; an answer serves for as long as it may."""
 
     def asked(names: list[str]) -> list[bool]:
-        demand = Demand(Line(engine), engine.dialect.name, dict.fromkeys(names, 0.0), [], lambda: False)
+        demand = Demand(line, engine.dialect.name, dict.fromkeys(names, 0.0), [], lambda: False)
         return [demand.is_for(name) for name in names]
 
     names = [*queue.QUEUES, queue.sized(5)]
     assert asked(names) == [False] * 4
     run = queued(engine, client)
     assert asked(names) == [name == queue.QUEUE for name in names]
-    plans_alone = Demand(Line(engine), engine.dialect.name, {queue.PLANS: 0.0}, [], lambda: False)
+    plans_alone = Demand(line, engine.dialect.name, {queue.PLANS: 0.0}, [], lambda: False)
     assert plans_alone.is_for("a queue that it was not given")
-    kept = Demand(Line(engine), engine.dialect.name, dict.fromkeys(names, 3600.0), [], lambda: False)
+    kept = Demand(line, engine.dialect.name, dict.fromkeys(names, 3600.0), [], lambda: False)
     assert kept.is_for(queue.QUEUE)
     claim(engine, run, worker_row(engine))
     assert asked(names) == [False] * 4
@@ -209,5 +209,5 @@ def test_an_idle_worker_asks_the_database_little(service_on_postgres: Service) -
         assert after is not None
         return int(after[0]) - int(before[0])
 
-    # Two looks for work and a round of heartbeats a second, and tests of connections. Without `demand` it is 150.
-    until(lambda: in_five_seconds() < 60, seconds=60)
+    # Two looks for work, a heartbeat and a look after others a second, and those of the API. 150 without `demand`.
+    until(lambda: in_five_seconds() < 35, seconds=120)

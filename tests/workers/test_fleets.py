@@ -1,6 +1,5 @@
 """What keeps hundreds of workers cheap: one connection each, few that look after the others, looks that get rarer."""
 
-from collections.abc import Iterator
 from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any
@@ -30,13 +29,6 @@ def engine(engine_with_tables: sa.Engine) -> sa.Engine:
 def settings(engine: sa.Engine, empty_database: Settings) -> Settings:
     """Return settings of a database that has all tables."""
     return empty_database
-
-
-@pytest.fixture
-def line(engine: sa.Engine) -> Iterator[Line]:
-    made = Line(engine)
-    yield made
-    made.close()
 
 
 def test_a_line_leaves_the_pool_as_it_was(engine: sa.Engine, line: Line) -> None:

@@ -339,13 +339,12 @@ def test_a_small_worker_stays_though_larger_ones_are_waited_for(engine: sa.Engin
     assert turns.lets_others(engine, "middle", id_, **used)
 
 
-def test_a_worker_claims_from_one_queue_at_a_time(engine: sa.Engine, client: DBOSClient) -> None:
+def test_a_worker_claims_from_one_queue_at_a_time(engine: sa.Engine, client: DBOSClient, line: Line) -> None:
     """Nothing while it computes; where both queues have work they take turns, and one alone does not wait."""
     large = queue.sized(SMALL)
     busy = False
-    demand = Demand(
-        Line(engine), engine.dialect.name, {queue.QUEUE: 0.0, large: 0.0}, [queue.QUEUE, large], lambda: busy
-    )
+    ages = {queue.QUEUE: 0.0, large: 0.0}
+    demand = Demand(line, engine.dialect.name, ages, [queue.QUEUE, large], lambda: busy)
     assert not demand.is_for(queue.QUEUE)
     evaluation(engine, client, n_parameters=1)
     assert demand.is_for(queue.QUEUE)

@@ -4,21 +4,18 @@ A part of a pass is a file of features in the storage, and all parts of one pass
 progress need stays; of the rest, as much as the operator wants to keep.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import datetime
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from app.database import read
+from app.kept import LARGEST_SHARE, entries
 from app.models import Analysis, AnalysisCheckpoint, Checkpoint, Probe
 from app.schemas.base import Kind
-from app.storage import Storage, StoredFeatures
+from app.storage import Storage
 
-#: Share of all kept features that one entry may have, so that one evaluation does not evict all others.
-LARGEST_SHARE = 0.5
 # An image's decoding takes as long as passing it through so many weights.
 _DECODING = 2**20
 # A kill of a worker costs a shard, so it never has more samples. Each costs a transaction and a file, so never fewer.
@@ -51,45 +48,6 @@ def samples_of_a_shard(
     requested = options.get("samples")
     n = probe.n_samples if requested is None else min(requested, probe.n_samples)
     return samples if n >= 2 * samples else None
-
-
-@dataclass(frozen=True)
-class Entry:
-    """The kept features of one pass, in one file or several; it is as old as the newest of them."""
-
-    files: tuple[StoredFeatures, ...]
-
-    @property
-    def size_bytes(self) -> int:
-        return sum(file.size_bytes for file in self.files)
-
-    @property
-    def stored_at(self) -> datetime:
-        return max(file.stored_at for file in self.files)
-
-    def delete(self, storage: Storage) -> None:
-        """Delete its files, the first one last: without that the others are found by nobody."""
-        for file in sorted(self.files, key=lambda file: file.name, reverse=True):
-            storage.delete_features(file.name)
-
-
-def entries(files: Iterable[StoredFeatures]) -> dict[str, Entry]:
-    """Return the entries of kept features by name, the oldest first."""
-    found: dict[str, list[StoredFeatures]] = {}
-    for file in files:
-        found.setdefault(file.entry, []).append(file)
-    by_name = {name: Entry(tuple(some)) for name, some in found.items()}
-    return dict(sorted(by_name.items(), key=lambda item: item[1].stored_at))
-
-
-def make_room(storage: Storage, size_bytes: int, *, limit_bytes: int, but: str) -> None:
-    """Delete the oldest entries, but one, until so many further bytes are within the limit of all kept features."""
-    found = entries(storage.list_features())
-    excess = sum(entry.size_bytes for entry in found.values()) + size_bytes - limit_bytes
-    for name, entry in found.items():
-        if excess > 0 and name != but:
-            entry.delete(storage)
-            excess -= entry.size_bytes
 
 
 def tidy(engine: sa.Engine, storage: Storage) -> None:

@@ -328,11 +328,7 @@ class Storage:
 
     def _trim_cache(self) -> None:
         """Remove cached blobs that are not being read, the least recently used first, down to `cache_bytes`."""
-        entries = []
-        for path in self._cache.glob("??/*"):
-            with suppress(FileNotFoundError):
-                status = path.stat()
-                entries.append((status.st_atime_ns, status.st_size, path))
+        entries = [*self._cached()]
         excess = sum(size for _, size, _ in entries) - self._cache_bytes
         for _, size, path in sorted(entries):
             if excess <= 0:
@@ -341,6 +337,20 @@ class Storage:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink()
                 excess -= size
+
+    def _cached(self) -> Iterator[tuple[int, int, Path]]:
+        """Yield the last use of each cached blob in nanoseconds, its bytes, and its path."""
+        for path in self._cache.glob("??/*"):
+            with suppress(FileNotFoundError):
+                status = path.stat()
+                yield status.st_atime_ns, status.st_size, path
+
+    def cached_bytes(self) -> int:
+        """Return the bytes of a remote store's blobs that this machine keeps; 0 where the storage is a folder."""
+        if self._folder is not None:
+            return 0
+        with reaching_storage():
+            return sum(size for _, size, _ in self._cached())
 
     def sha256_of(self, sha256: str) -> str:
         """Return the sha256 of the bytes now stored under a blob's name, read from the store and not from the cache.

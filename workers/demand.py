@@ -62,7 +62,8 @@ class Demand:
         self._asking = threading.Lock()
         self._asked_at = -math.inf
         self._waiting: frozenset[str] = frozenset()
-        self._pauses: dict[Queue, float] = {}
+        # Queues, and their pauses in a worker that is alone.
+        self._pauses: list[tuple[Queue, float]] = []
         # The queue that was last told to claim, among those whose runs compute, and when.
         self._last, self._told_at = "", -math.inf
 
@@ -82,7 +83,7 @@ class Demand:
 
     def join(self, queues: Iterable["Queue"]) -> None:
         """Take the queues, whose threads pause between two looks for as long as they say, in a worker that is alone."""
-        self._pauses = {one: one._polling_interval_sec for one in queues}
+        self._pauses = [(one, one._polling_interval_sec) for one in queues]
 
     def share(self, workers: int, computing: int) -> None:
         """Look only as often as is enough if all workers look.
@@ -92,7 +93,7 @@ class Demand:
             computing: how many of them compute.
         """
         waiting = max(workers - computing, 0)
-        for one, pause in self._pauses.items():
+        for one, pause in self._pauses:
             if one.name in self._computing:
                 enough = min(waiting / _LOOKS_PER_SECOND, _LONGEST_SECONDS)
             else:

@@ -37,6 +37,8 @@ access = logging.getLogger("interplay.access")
 
 # Prometheus asks every 15 s or so; several of them, or people, must not cost more.
 _KEEP_SECONDS = 5.0
+# To list what a bucket keeps takes requests to it.
+_KEEP_STORED_SECONDS = 60.0
 _RECENTLY = timedelta(minutes=1)
 _BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0, 600.0)
 _PLACE = "interplay.route"
@@ -65,6 +67,10 @@ class Measures:
             buckets=_BUCKETS,
             registry=self.registry,
         )
+        self.received = Counter(
+            "interplay_http_received_bytes", "Bytes of requests' bodies.", ["route"], registry=self.registry
+        )
+        self.sent = Counter("interplay_http_sent_bytes", "Bytes of answers' bodies.", ["route"], registry=self.registry)
         self._removed = Counter(
             "interplay_retention_removed",
             "Rows that this process removed by their age.",
@@ -104,18 +110,26 @@ class Measured:
     """
 
     def __init__(self, app: ASGIApp, *, measures: Measures) -> None:
-        self._app, self._requests = app, measures.requests
+        self._app, self._measures = app, measures
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         began, status, streams = time.monotonic(), 500, False
+        received = sent = 0
         place: dict[str, str] = {}
         request_id = _id_of(scope)
 
+        async def hear() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            return message
+
         async def note(message: Message) -> None:
-            nonlocal status, streams
+            nonlocal status, streams, sent
+            sent += len(message.get("body", b""))
             if message["type"] == "http.response.start":
                 status = message["status"]
                 streams = (b"content-type", b"text/event-stream") in {
@@ -127,12 +141,14 @@ class Measured:
 
         with about(request_id=request_id), self._span(scope) as opened:
             try:
-                await self._app({**scope, _PLACE: place}, receive, note)
+                await self._app({**scope, _PLACE: place}, hear, note)
             finally:
                 seconds, route = time.monotonic() - began, place.get("route", "none")
                 traces.answered(opened, method=scope["method"], route=route, status=status, request_id=request_id)
                 if not streams:
-                    self._requests.labels(scope["method"], route, str(status)).observe(seconds)
+                    self._measures.requests.labels(scope["method"], route, str(status)).observe(seconds)
+                self._measures.received.labels(route).inc(received)
+                self._measures.sent.labels(route).inc(sent)
                 # Neither the path, which may be a name, nor the query, which may be anything.
                 about_it = {"method": scope["method"], "route": route, "status": status, "seconds": round(seconds, 6)}
                 access.info("%s %s: %d", scope["method"], route, status, extra=about_it)
@@ -173,7 +189,8 @@ class _OfService(Collector):
         self._engine, self._storage, self._events = engine, storage, events
         self._reading = threading.Lock()
         self._found: list[GaugeMetricFamily] = []
-        self._found_at = float("-inf")
+        self._found_at = self._stored_at = float("-inf")
+        self._stored: list[GaugeMetricFamily] = []
 
     def describe(self) -> Iterable[Any]:
         """Return nothing: names are known once something was read, and none is registered twice."""
@@ -195,11 +212,22 @@ class _OfService(Collector):
             up = False
         yield _gauge("interplay_database_up", "Whether the database answered.", up)
         try:
-            free = self._storage.free_bytes()
+            yield _gauge(
+                "interplay_staging_free_bytes", "Room where this machine stages files.", self._storage.free_bytes()
+            )
+            if time.monotonic() - self._stored_at > _KEEP_STORED_SECONDS:
+                self._stored, self._stored_at = [*self._of_storage()], time.monotonic()
+            yield from self._stored
         except StorageUnavailable as error:
             logger.warning("the storage does not answer: %s", error)
-        else:
-            yield _gauge("interplay_staging_free_bytes", "Room where this machine stages files.", free)
+
+    def _of_storage(self) -> Iterator[GaugeMetricFamily]:
+        kept = self._storage.list_features()
+        yield _gauge("interplay_features", "Passes whose features are kept.", len({file.entry for file in kept}))
+        yield _gauge("interplay_feature_bytes", "Bytes of kept features.", sum(file.size_bytes for file in kept))
+        yield _gauge(
+            "interplay_cache_bytes", "Bytes of a bucket's files that this machine keeps.", self._storage.cached_bytes()
+        )
 
     def _of_database(self) -> Iterator[GaugeMetricFamily]:
         dialect = self._engine.dialect.name

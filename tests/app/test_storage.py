@@ -149,6 +149,7 @@ def test_the_cache_keeps_what_was_used_last(bucket: Settings, tmp_path: Path) ->
         with storage.local_copy(sha256):
             pass
     assert cached() == {first, second, third}
+    assert storage.cached_bytes() == 3_000
     with storage.local_copy(first), storage.local_copy(fourth):
         # The second was used before all others.
         assert cached() == {first, third, fourth}

@@ -47,15 +47,24 @@ def test_a_line_leaves_the_pool_as_it_was(engine: sa.Engine, line: Line) -> None
     assert line.session == 2
 
 
-def test_a_lock_is_lost_with_its_session_and_taken_again(engine: sa.Engine, line: Line) -> None:
-    """What a server's restart, or anything else that ends the session, does to a lock of a worker that lives on."""
-    if engine.dialect.name == "sqlite":
-        pytest.skip("a file's lock ends with its process alone")
+def test_a_lock_is_lost_with_its_session_and_taken_again(settings: Settings, engine: sa.Engine, line: Line) -> None:
+    """What ends the session, as a server's restart does, frees the lock of a worker that lives on; a file's stays."""
     other = Line(engine)
-    mine, theirs = AdvisoryLocks(line), AdvisoryLocks(other)
+    if engine.dialect.name == "sqlite":
+        folder = settings.data_dir / "workers"
+        mine, theirs = FileLocks(folder), FileLocks(folder)
+    else:
+        mine, theirs = AdvisoryLocks(line), AdvisoryLocks(other)  # type: ignore[assignment]
     assert mine.hold("a")
     assert not theirs.hold("a")
     assert not theirs.holds("a")
+    if engine.dialect.name == "sqlite":
+        line.close()
+        assert not theirs.hold("a")
+        mine.close()
+        assert theirs.hold("a")
+        theirs.close()
+        return
     (row,) = line.rows(sa.text("SELECT pg_backend_pid()"))
     with psycopg.connect(engine.url.set(drivername="postgresql").render_as_string(hide_password=False)) as connection:
         connection.execute("SELECT pg_terminate_backend(%s, 5000)", [row[0]])

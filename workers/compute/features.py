@@ -27,7 +27,7 @@ from analysis.probes.feature_set import FeatureSet, Vocabulary
 from app.descriptions import labels, preprocessing
 from app.files import datafile, zips
 from app.files.tensorfile import MAX_HEADER_BYTES, header_bytes
-from app.shards import LARGEST_SHARE, make_room
+from app.kept import LARGEST_SHARE, make_room
 from app.storage import StagedFile, Storage, StorageUnavailable
 from workers.compute import probes
 from workers.compute.probes import ProbeFacts

@@ -85,6 +85,14 @@ def test_what_waits_and_runs_is_counted(tmp_path: Path, mlp_checkpoint_file: Pat
         # Three evaluations, and a pruning whose points nobody has planned yet.
         assert plain["interplay_wanted_workers"] == 4
         assert plain["interplay_staging_free_bytes"] > 0
+        assert (plain["interplay_features"], plain["interplay_feature_bytes"], plain["interplay_cache_bytes"]) == (
+            0,
+        ) * 3
+        of_files = frozenset({("route", "/v1/checkpoints")})
+        size = mlp_checkpoint_file.stat().st_size
+        # The form around the file takes less than a kilobyte.
+        assert size < found[("interplay_http_received_bytes_total", of_files)] < size + 2**10
+        assert 0 < found[("interplay_http_sent_bytes_total", of_files)] < 2**14
         assert not any(name == "interplay_workers" for name, _ in found)
         # The lasting figures are read every few seconds, however often somebody asks.
         service.analyze(**ids)

@@ -10,6 +10,7 @@ All do now and then, so that the work of a fleet goes on even if those few stand
 """
 
 import logging
+import math
 import os
 import random
 import socket
@@ -47,6 +48,7 @@ _DEAD_AFTER = timedelta(seconds=4)
 _HUNG_AFTER = timedelta(seconds=60)
 # Rounds after which a run that the queue assigns to this worker, but that does not run here, is resumed.
 _STRANDED_ROUNDS = 3
+_SERVER_STARTED = sa.select(sa.func.pg_postmaster_start_time(type_=sa.DateTime(timezone=True)))
 # How long the queue's record of an ended run, and an ended worker's row, are kept.
 _KEEP_RUNS = timedelta(days=1)
 
@@ -59,6 +61,7 @@ class _Seen:
         own_runs: the runs that the queue assigns to this worker.
         silences: of other workers without a recent heartbeat, since when.
         ended: owners of runs that are no living worker.
+        server_age: time since the server started; locks were freed then.
         workers: number of living workers.
         computing: number of runs that workers compute.
     """
@@ -66,6 +69,7 @@ class _Seen:
     own_runs: list[str]
     silences: dict[str, timedelta]
     ended: set[str]
+    server_age: timedelta
     workers: int
     computing: int
 
@@ -84,9 +88,10 @@ class Presence:
         # Runs that the queue assigns to this worker but that do not run here, with the number of rounds.
         self._stranded: dict[str, int] = {}
         self._rounds = self._looks = self._next_look = self._alert_until = 0
-        # Since when every round has succeeded: a worker that was suspended itself must not judge others' silence.
-        self._steady_since = self._last_round = time.monotonic()
-        sqlite = engine.dialect.name == "sqlite"
+        # Since when every round has succeeded: a worker that was suspended itself must not judge others' silence. One
+        # that has just started was not; what a restart of the server does to all, the server's own age says.
+        self._steady_since, self._last_round = -math.inf, time.monotonic()
+        self._is_local = sqlite = engine.dialect.name == "sqlite"
         # A file's lock is free only after its process has ended; a database's also after the server restarted.
         self._dead_after = timedelta(0) if sqlite else _DEAD_AFTER
         self._locks = FileLocks(settings.data_dir / "workers") if sqlite else AdvisoryLocks(self.line)
@@ -168,12 +173,13 @@ class Presence:
             living = sa.select(Worker.id, Worker.heartbeat_at).where(Worker.ended_at.is_(None))
             silences = {worker_id: moment - heartbeat for worker_id, heartbeat in session.execute(living)}
             computing = queue.count_computing(session)
+            server_age = timedelta.max if self._is_local else moment - session.scalars(_SERVER_STARTED).one()
         silent = {id_: told for id_, told in silences.items() if id_ != self._id and told >= self._dead_after}
-        return _Seen(owners.pop(self._id, []), silent, {*owners} - {*silent}, len(silences), computing)
+        return _Seen(owners.pop(self._id, []), silent, {*owners} - {*silent}, server_age, len(silences), computing)
 
     def _resume_lost_work(self, seen: "_Seen") -> None:
         self._resume_stranded(seen.own_runs)
-        steady = timedelta(seconds=time.monotonic() - self._steady_since)
+        steady = min(seen.server_age, _seconds(time.monotonic() - self._steady_since))
         for owner, told in {**seen.silences, **dict.fromkeys(seen.ended, _HUNG_AFTER)}.items():
             silence = min(told, steady)
             if silence < self._dead_after:
@@ -228,6 +234,10 @@ class Presence:
         with write(self._engine) as session:
             session.execute(sa.delete(Worker).where(Worker.ended_at < clock(session) - _KEEP_RUNS))
             turns.clean(session, clock(session) - _KEEP_RUNS)
+
+
+def _seconds(number: float) -> timedelta:
+    return timedelta.max if math.isinf(number) else timedelta(seconds=number)
 
 
 def _mark_ended(session: sa.orm.Session, worker_id: str) -> None:

@@ -122,7 +122,9 @@ class Presence:
 
     def keep_up(self, stopping: threading.Event) -> None:
         """Run a round each second until `stopping` is set or other workers have marked this one as ended."""
-        while not stopping.wait(_ROUND_SECONDS):
+        pause = 0.0
+        while not stopping.wait(pause):
+            pause = _ROUND_SECONDS
             if time.monotonic() - self._last_round > _DEAD_AFTER.total_seconds():
                 self._steady_since = time.monotonic()  # this process, or its machine, was suspended
             self._last_round = time.monotonic()

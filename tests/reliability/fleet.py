@@ -76,11 +76,15 @@ class Life:
 
 @dataclass
 class Orphan:
-    """A run that a worker held when it died: seconds until it was queued again, and until it went on or had ended."""
+    """A run that a worker held when it died: seconds until it was queued again, and until it went on or had ended.
+
+    It is alone if there was a time meanwhile at which no worker lived that takes work.
+    """
 
     worker_id: str
     died_at: float
     released: float | None = None
+    is_alone: bool = False
 
 
 @dataclass
@@ -93,6 +97,8 @@ class Figures:
     repeated: int = 0
     released_seconds: list[float] = field(default_factory=list)
     resumed_seconds: list[float] = field(default_factory=list)
+    # Of runs that waited while no worker lived: the start of one is in these.
+    resumed_by_new_seconds: list[float] = field(default_factory=list)
 
     def summary(self) -> dict[str, Any]:
         """Return them as JSON values."""
@@ -103,6 +109,7 @@ class Figures:
             "repeated": self.repeated,
             "queued_again_seconds": _quantiles(self.released_seconds),
             "resumed_seconds": _quantiles(self.resumed_seconds),
+            "resumed_by_new_seconds": _quantiles(self.resumed_by_new_seconds),
         }
 
 
@@ -277,6 +284,9 @@ class Fleet:
         life.armed.unlink(missing_ok=True)
         assert life.process.stdin is not None
         life.process.stdin.close()
+        if not self.ready:
+            for orphan in self._orphans.values():
+                orphan.is_alone = True
         if life.worker_id is None or not self.ready:
             return  # without another worker nothing can go on; it must still end
         died_at = time.monotonic()
@@ -298,9 +308,11 @@ class Fleet:
                 continue
             if orphan.released is None:
                 orphan.released = now - orphan.died_at
-                self.figures.released_seconds.append(orphan.released)
+                if not orphan.is_alone:
+                    self.figures.released_seconds.append(orphan.released)
             if status != "ENQUEUED":
-                self.figures.resumed_seconds.append(now - orphan.died_at)
+                figures = self.figures.resumed_by_new_seconds if orphan.is_alone else self.figures.resumed_seconds
+                figures.append(now - orphan.died_at)
                 del self._orphans[run_id]
 
     def _ask(self) -> None:

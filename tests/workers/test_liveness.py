@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from uuid import uuid4
 
@@ -102,6 +103,28 @@ def test_the_work_of_a_dead_worker_is_queued_again(settings: Settings, engine: s
         until(lambda: status_of(client, orphaned) == "ENQUEUED", seconds=20)
         with read(engine) as session:
             until(lambda: session.scalar(sa.select(Worker.ended_at).where(Worker.id == dead)), seconds=5)
+
+
+def test_a_worker_that_has_just_started_judges_at_once(settings: Settings, engine: sa.Engine) -> None:
+    """All workers may have died together; but a server that has just started has freed the locks of living ones."""
+    dead, long_ago = str(uuid4()), now() - timedelta(seconds=30)
+    with write(engine) as session:
+        session.add(Worker(id=dead, host="h", pid=1, started_at=long_ago, heartbeat_at=long_ago, **dict(DESCRIPTION)))
+    presence = Presence(settings, engine, str(uuid4()), set())
+    presence.register(DESCRIPTION)
+    seen = presence._look()
+    assert timedelta(seconds=29) < seen.silences[dead] < timedelta(seconds=60)
+    ended = sa.select(Worker.ended_at).where(Worker.id == dead)
+    with read(engine) as session:
+        if engine.dialect.name == "postgresql":
+            assert timedelta(0) < seen.server_age < timedelta(hours=4)
+            presence._resume_lost_work(replace(seen, server_age=timedelta(seconds=3.9)))
+            assert session.scalar(ended) is None
+        presence._resume_lost_work(replace(seen, server_age=timedelta(seconds=4)))
+        session.rollback()
+        assert session.scalar(ended) is not None
+    presence.withdraw()
+    presence.close()
 
 
 def test_a_living_worker_is_left_alone(settings: Settings, engine: sa.Engine, client: DBOSClient) -> None:

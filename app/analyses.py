@@ -61,10 +61,7 @@ def create(
             row = Analysis(
                 kind=request.kind,
                 name=subjects.name,
-                checkpoints=[
-                    AnalysisCheckpoint(position=position, checkpoint_id=id_)
-                    for position, id_ in enumerate(checkpoint_ids)
-                ],
+                checkpoints=[AnalysisCheckpoint(position=n, checkpoint_id=id_) for n, id_ in enumerate(checkpoint_ids)],
                 probe_id=request.probe_id,
                 feature_set_id=_feature_set_id(request),
                 options=body["options"],

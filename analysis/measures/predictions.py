@@ -39,8 +39,8 @@ class Predictions:
         """Store the predictions of some samples."""
         self.predicted[rows], self.confidence[rows], self.loss[rows] = found.predicted, found.confidence, found.loss
 
-    def take(self, rows: Int64[Tensor, " m"]) -> "Predictions":
-        """Return only the predictions of these samples, in their order."""
+    def take(self, rows: Int64[Tensor, " m"] | slice) -> "Predictions":
+        """Return only the predictions of these samples, in their order; of a slice views."""
         return Predictions(self.predicted[rows], self.confidence[rows], self.loss[rows])
 
     def to(self, device: torch.device) -> "Predictions":

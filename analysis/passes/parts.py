@@ -69,22 +69,17 @@ def extract_part(
     """
     assert options.batch_size is not None, "all parts are passed with the batch size of the first"
     part = probe.part(span.start, span.stop)
-    extract = extract_tokens if network.predicts_tokens else extract_predictions
-    found, size = extract(
-        network,
-        part,
-        device=options.device,
-        batch_size=options.batch_size,
-        precision=options.precision,
-        progress=options.progress,
-    )
+    if network.predicts_tokens:
+        found, size = extract_tokens(network, part, options)
+    else:
+        found, size = extract_predictions(network, part, **vars(options))
     if size >= min(options.batch_size, span.stop - span.start):
         size = options.batch_size
     surplus = (span.stop - span.start) % size if span.stop < span.of else 0
     if surplus:
         # Memory ran out, and the part is no multiple of the batch size that was left.
         span = replace(span, stop=span.stop - surplus)
-        found = _rows(found, slice(0, n_rows(probe, span)))
+        found = found.take(slice(0, n_rows(probe, span)))
     return _of_part(found, first=span.start == 0), span, size
 
 
@@ -103,7 +98,7 @@ def cut(whole: FeatureSet, rows: Sequence[int]) -> list[FeatureSet]:
         ids = torch.where(known, vocabulary.tokens[predictions.predicted.clamp(min=0)], -1)
         whole = replace(whole, predictions=replace(predictions, predicted=ids))
     for n in rows:
-        parts.append(_of_part(_rows(whole, slice(start, start + n)), first=start == 0))
+        parts.append(_of_part(whole.take(slice(start, start + n)), first=start == 0))
         start += n
     return parts
 
@@ -175,21 +170,6 @@ class Joining:
             rows[torch.searchsorted(tokens, before.tokens)] = self._head
         rows[torch.searchsorted(tokens, added)] = head
         self._vocabulary, self._head = Vocabulary(tokens, vocabulary.size), rows
-
-
-def _rows(found: FeatureSet, rows: slice) -> FeatureSet:
-    """Return consecutive rows of a feature set, without a copy."""
-    predictions = found.predictions
-    return replace(
-        found,
-        features=found.features[rows],
-        labels=found.labels[rows],
-        split=None if found.split is None else found.split[rows],
-        logits=None if found.logits is None else found.logits[rows],
-        predictions=None
-        if predictions is None
-        else Predictions(predictions.predicted[rows], predictions.confidence[rows], predictions.loss[rows]),
-    )
 
 
 def _of_part(found: FeatureSet, *, first: bool) -> FeatureSet:

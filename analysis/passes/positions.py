@@ -69,40 +69,27 @@ def extract_positions(
     """
     if not bool((probe.labels != IGNORED).any()):
         raise AnalysisError("invalid-probe", "No position of these sequences has a next token.")
-    found, size = extract_tokens(
-        network, probe, device=device, batch_size=batch_size, precision=precision, progress=progress
-    )
+    found, size = extract_tokens(network, probe, PassOptions(device, batch_size, precision, progress))
     assert found.predictions is not None
     assert found.vocabulary is not None
     predicted = places_of(found.predictions.predicted, found.vocabulary.tokens)
     return replace(found, predictions=replace(found.predictions, predicted=predicted)), size
 
 
-def extract_tokens(
-    network: LoadedNetwork,
-    probe: Probe,
-    *,
-    device: torch.device,
-    batch_size: int | None = None,
-    precision: Precision = "float32",
-    progress: Progress | None = None,
-) -> tuple[FeatureSet, int]:
+def extract_tokens(network: LoadedNetwork, probe: Probe, options: PassOptions) -> tuple[FeatureSet, int]:
     """Return what `extract_positions` returns, with predicted tokens by their ids.
 
     So sequences that are passed in parts can be put together: the ids mean the same in each part, the classes do not. A
     part may be without any position that has a next token.
     """
     collected, size = pass_over(
-        network,
-        probe,
-        lambda: _Collected(network, probe.labels, device, precision),
-        PassOptions(device, batch_size, precision, progress),
+        network, probe, lambda: _Collected(network, probe.labels, options.device, options.precision), options
     )
     check_finite("features", collected.features)
     check_finite("logits", collected.predictions.loss)
     sequences, places = (probe.labels != IGNORED).nonzero().unbind(1)
     tokens, labels = torch.unique(probe.labels[sequences, places].long(), return_inverse=True)
-    tokens, labels = tokens.to(device), labels.to(device)
+    tokens, labels = tokens.to(options.device), labels.to(options.device)
     split = None if probe.split is None else probe.split[sequences]
     head, vocabulary = network.weight[tokens], Vocabulary(tokens, len(network.weight))
     return FeatureSet(collected.features, labels, head, None, None, split, collected.predictions, vocabulary), size

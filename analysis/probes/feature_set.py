@@ -95,8 +95,8 @@ class FeatureSet:
             found.put(part, predictions_of(logits, self.labels[part]))
         return found
 
-    def take(self, rows: Int64[Tensor, " m"]) -> "FeatureSet":
-        """Return only the samples of these rows, in their order."""
+    def take(self, rows: Int64[Tensor, " m"] | slice) -> "FeatureSet":
+        """Return only the samples of these rows, in their order; of a slice views."""
         return replace(
             self,
             features=self.features[rows],

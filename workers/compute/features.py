@@ -10,7 +10,7 @@ import importlib.metadata
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -157,24 +157,17 @@ class FeatureCache:
 
     def about(self, name: str, start: int) -> About | None:
         """Return what is kept beside the tensors of the part that begins with a sample; None if there is no such."""
-        try:
+        with self._reading(name, start):
             length = int.from_bytes(self._storage.features_part(_file(name, start), 0, 8), "little")
             if length > MAX_HEADER_BYTES:
                 raise ValueError("the header is too long")
             header = json.loads(self._storage.features_part(_file(name, start), 8, length + 8))
             return About.model_validate_json(header["__metadata__"]["about"])
-        except FileNotFoundError:
-            return None
-        except StorageUnavailable as error:
-            logger.warning("kept features cannot be read: %s", error)
-            return None
-        except _BROKEN as error:
-            self._remove(name, start, error)
-            return None
+        return None
 
     def part(self, name: str, start: int) -> KeptPart | None:
         """Return the part of an entry that begins with a sample; None if it is missing or cannot be read."""
-        try:
+        with self._reading(name, start):
             with (
                 self._storage.features(_file(name, start)) as path,
                 safe_open(path, framework="pt", device="cpu") as file,
@@ -187,20 +180,22 @@ class FeatureCache:
                     raise ValueError("their checksum is another")
             about = About.model_validate_json(text)
             return KeptPart(_feature_set(tensors, about.n_vocabulary), about)
+        return None
+
+    @contextmanager
+    def _reading(self, name: str, start: int) -> Iterator[None]:
+        """End a block quietly where a part is missing, or cannot be read; one that is broken goes."""
+        try:
+            yield
         except FileNotFoundError:
-            return None
+            pass
         except StorageUnavailable as error:
             logger.warning("kept features cannot be read: %s", error)
-            return None
         except _BROKEN as error:
-            self._remove(name, start, error)
-            return None
-
-    def _remove(self, name: str, start: int, error: Exception) -> None:
-        logger.warning("kept features are broken and go: %s", error)
-        # Otherwise they would block the features computed now.
-        with suppress(StorageUnavailable):
-            self._storage.delete_features(_file(name, start))
+            logger.warning("kept features are broken and go: %s", error)
+            # Otherwise they would block the features computed now.
+            with suppress(StorageUnavailable):
+                self._storage.delete_features(_file(name, start))
 
     def keep_part(self, name: str, part: KeptPart) -> None:
         """Keep a part of an entry; evict other entries if there is no room and the whole entry may stay.
